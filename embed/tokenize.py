@@ -1,0 +1,128 @@
+"""Tokenizing a dataset's captions, once."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from lit_fast.dataset import Dataset, open_dataset
+from lit_fast.errors import UserError
+from lit_fast.files import read_json, sha256, write_atomic, write_json
+from lit_fast.progress import Progress
+from lit_fast.records import RecordWriter
+from lit_fast.tokens import Tokenizer, encode_record, load_tokenizer, lower
+
+
+def tokenize_dataset(
+    path: Path,
+    *,
+    tokenizer: Path | None = None,
+    train_vocab: int | None = None,
+    name: str | None = None,
+    max_length: int = 16,
+    model_type: str = "unigram",
+) -> None:
+    """Write `D/tokens/<name>` with a given sentencepiece model or one trained on the captions.
+
+    Raises:
+      UserError: no captions, an unusable model, or `name` already holds other tokens.
+    """
+    dataset = open_dataset(path)
+    if not dataset.captions:
+        raise UserError(f"dataset {path} has no captions to tokenize")
+    if tokenizer is not None:
+        name = name or tokenizer.stem
+        made = load_tokenizer(tokenizer, max_length)
+    else:
+        assert train_vocab is not None
+        name = name or f"{model_type}-{train_vocab}"
+        made = _trained(dataset, name, train_vocab, model_type, max_length)
+    if "/" in name or name.startswith("."):
+        raise UserError(f"tokenizer name {name!r} cannot be a directory name; give another with --name")
+    directory = dataset.path / "tokens" / name
+    done = directory / "tokens.json"
+    if done.is_file():
+        meta = read_json(done)
+        if meta["identity"] != made.identity or tuple(meta["shard_keys"]) != dataset.shard_keys:
+            raise UserError(f"{directory} holds tokens of another tokenizer or length; choose another --name")
+        print(f"{directory} is complete: {meta['captions']:,} captions")
+        return
+    meta = _write(dataset, made, directory)
+    print(
+        f"tokenized {meta['captions']:,} captions into {directory}: {meta['ids'] / meta['captions']:.1f} tokens "
+        f"each with end-of-sentence, {meta['truncated']:,} cut at {max_length}"
+    )
+
+
+def _trained(dataset: Dataset, name: str, vocab: int, model_type: str, max_length: int) -> Tokenizer:
+    """Train on the dataset's captions, or take the model that an earlier call trained."""
+    kept = dataset.path / "tokens" / name / "tokenizer.model"
+    if (kept.parent / "tokens.json").is_file():
+        made = load_tokenizer(kept, max_length)
+        if made.vocab_size != vocab:
+            raise UserError(f"{kept} has {made.vocab_size} pieces, not {vocab}; choose another --name")
+        return made
+
+    def sentences() -> Iterator[str]:
+        for block in dataset.iter_captions():
+            for captions in block:
+                yield from (lower(" ".join(c.split())) for c in captions)
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences(),
+            model_writer=model,
+            vocab_size=vocab,
+            model_type=model_type,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            byte_fallback=True,  # no caption ever becomes "unknown"
+            input_sentence_size=2_000_000,
+            num_threads=1,  # the same model on every machine
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"no tokenizer with {vocab} pieces can be trained on {dataset.path}: {reason}"
+        ) from None
+    return Tokenizer(model.getvalue(), max_length)
+
+
+def _write(dataset: Dataset, tokenizer: Tokenizer, directory: Path) -> dict:
+    writer = RecordWriter(directory)
+    write_atomic(directory / "tokenizer.model", tokenizer.model)
+    progress = Progress("tokenize", dataset.captions, "captions")
+    ids = truncated = 0
+    for block in dataset.iter_captions():
+        encoded = iter(tokenizer.encode([c for row in block for c in row]))
+        rows = [[next(encoded) for _ in row] for row in block]
+        writer.write(encode_record(rows, tokenizer.vocab_size))
+        lengths = [len(i) for row in rows for i in row]
+        ids += sum(lengths)
+        truncated += sum(n == tokenizer.max_length for n in lengths)
+        progress.advance(len(lengths))
+    writer.close()
+    progress.close()
+    meta = {
+        "identity": tokenizer.identity,
+        "sha256": sha256(directory / "tokenizer.model"),
+        "vocab_size": tokenizer.vocab_size,
+        "max_length": tokenizer.max_length,
+        "lower": "ascii",
+        "eos": "sticky",
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.eos_id,
+        "captions": dataset.captions,
+        "ids": ids,
+        "truncated": truncated,
+        "shard_keys": list(dataset.shard_keys),
+    }
+    write_json(directory / "tokens.json", meta)
+    return meta

@@ -1,0 +1,94 @@
+"""The command `lit-fast`: finds its subcommands through entry points and turns errors into exit codes.
+
+A command is a function `command(parser) -> run`: it adds its arguments to the parser and returns the
+function that does the work, `run(args) -> None`. The first line of its docstring is its help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import NoReturn
+
+import lit_fast
+from lit_fast.errors import UserError
+
+Run = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.ArgumentParser], Run]
+
+# The order of the work, which is the order of the help.
+_ORDER = ("index", "embed", "tokenize", "train", "eval", "info", "demo")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with a mistake reported in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns the exit status: 0 when the job is done, 2 for a user's mistake, 130 after Ctrl-C and
+    143 after SIGTERM (both leave work that the same command goes on with).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        _dispatch(argv)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"lit-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nlit-fast: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `lit-fast info D | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def _dispatch(argv: list[str]) -> None:
+    found = {e.name: e for e in entry_points(group="lit_fast.commands")}
+    names = [n for n in _ORDER if n in found] + sorted(set(found) - set(_ORDER))
+    parser = _Parser(
+        prog="lit-fast",
+        description="Embed every image once, then train a SigLiT text tower against the features.",
+        epilog="`lit-fast COMMAND --help` explains one command; `lit-fast demo` shows them all at work.",
+    )
+    parser.add_argument("--version", action="version", version=f"lit-fast {lit_fast.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = argv[0] if argv and argv[0] in found else None
+    runs: dict[str, Run] = {}
+    for name in names if wanted is None else [wanted]:
+        command: Command = found[name].load()
+        text = (command.__doc__ or "").strip()
+        sub = commands.add_parser(
+            name,
+            help=text.splitlines()[0] if text else "",
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        runs[name] = command(sub)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = rest
+    runs[args.command](args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

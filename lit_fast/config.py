@@ -1,0 +1,292 @@
+"""The configuration of a run: TOML file -> frozen dataclasses -> command-line overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from lit_fast.errors import UserError
+from lit_fast.text import POOLINGS
+from lit_fast.transformer import VARIANTS, Shape
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text tower; vocabulary and length come from the tokens, the output width from the features."""
+
+    variant: str = "B"  # letter of lit_fast.transformer.VARIANTS
+    width: int = 0  # 0: as the variant says; likewise below
+    depth: int = 0
+    mlp_dim: int = 0
+    heads: int = 0
+    pooling: str = "last"  # or "mean"
+    mask_padding: bool = False  # hide padding from attention; the paper attends to it
+    dropout: float = 0.0
+    dtype: str = "bfloat16"  # of the matrix products; parameters stay float32
+    remat: bool = False  # recompute layers in the backward pass: less memory, a third more work
+
+    @property
+    def shape(self) -> Shape:
+        """Variant with the overrides applied."""
+        base = VARIANTS[self.variant]
+        width = self.width or base.width
+        # A changed width keeps the variant's proportions unless told otherwise.
+        mlp_dim = self.mlp_dim or (4 * width if self.width else base.mlp_dim)
+        heads = self.heads or (max(1, width // 64) if self.width else base.heads)
+        return Shape(width, self.depth or base.depth, mlp_dim, heads)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The pairwise sigmoid loss."""
+
+    temperature_init: float = 10.0
+    bias_init: float = -10.0
+    center: bool = False  # subtract the dataset's mean feature before normalising; helps small sets
+    tile: int = 1024  # images of one tile of pairs; memory is tile x (texts per device)
+    precision: str = "high"  # of the similarity products: default, high or highest
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What a batch is made of."""
+
+    global_batch: int = 32_768  # images per step, over all devices
+    captions_per_image: int = 1  # texts per image and step, all of them positives of the image
+    memory_gib: float = 4.0  # a dataset up to this size is held in memory and shuffled exactly
+    streams: int = 64  # larger ones: virtual streams that a batch is dealt from
+    window_blocks: int = 8  # blocks of 1024 rows that a stream shuffles together
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Lion or Adam with decoupled weight decay on kernels, warm-up and cosine decay to zero."""
+
+    name: str = "lion"  # or "adam"
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.99
+    momentum_dtype: str = "float32"
+    weight_decay: float = 1e-7
+    # "paper": scaled by the schedule alone, as in big_vision and the paper; "optax": also by learning_rate.
+    weight_decay_convention: str = "paper"
+    clip_norm: float = 1.0  # global norm of the gradients; 0: off
+    warmup_steps: int = 6_500
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation while training; free of image work, since the sets are embedded already."""
+
+    every_steps: int = 0  # 0: only after the last step
+    zero_shot: tuple[str, ...] = ()  # datasets
+    retrieval: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save; the last step is always saved."""
+
+    every_steps: int = 1_000
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Metrics."""
+
+    every_steps: int = 50
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Every field can be overridden on the command line: `--optimizer.learning_rate 3e-4`."""
+
+    dataset: str = ""  # directory with features and tokens
+    tower: str = ""  # name of the features; empty: the only ones there are
+    tokenizer: str = ""  # name of the tokens; empty: the only ones there are
+    steps: int = 65_000
+    seed: int = 0
+    text: TextConfig = field(default_factory=TextConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# What may change between the parts of one run, because it does not touch the parameters.
+FREE = ("evaluate", "checkpoint", "log")
+
+_CHOICES = {
+    "text.variant": tuple(VARIANTS),
+    "text.pooling": POOLINGS,
+    "text.dtype": ("float32", "bfloat16"),
+    "loss.precision": ("default", "high", "highest"),
+    "optimizer.name": ("lion", "adam"),
+    "optimizer.momentum_dtype": ("float32", "bfloat16"),
+    "optimizer.weight_decay_convention": ("paper", "optax"),
+}
+_AT_LEAST_ONE = (
+    "steps", "loss.tile", "stream.global_batch", "stream.captions_per_image", "stream.streams",
+    "stream.window_blocks", "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
+)  # fmt: skip
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `--section.key value` overrides.
+
+    Raises:
+      UserError: unreadable file, unknown key (the nearest known one is named), wrong type or value.
+    """
+    try:
+        values = _flatten(tomllib.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from None
+    known = flatten(Config())
+    for key in values:
+        _check_known(key, known, f"in {path}")
+    for key, text in _pairs(overrides):
+        _check_known(key, known, "on the command line")
+        values[key] = _parse(key, text, known[key])
+    config = _build(Config, "", values)
+    _check_values(config)
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All fields by dotted name."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            out |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            out[prefix + f.name] = value
+    return out
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML, every field in it."""
+    sections: dict[str, list[str]] = {}
+    for key, value in flatten(config).items():
+        section, _, name = key.rpartition(".")
+        # JSON's strings, numbers, booleans and lists of them are TOML's.
+        sections.setdefault(section, []).append(f"{name} = {json.dumps(value)}")
+    parts = [(f"[{section}]\n" if section else "") + "\n".join(lines) for section, lines in sections.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flatten(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise UserError(f"unexpected argument {flag!r}; overrides are written --section.key value")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"{flag} needs a value")
+            text = rest.pop(0)
+        pairs.append((key, text))
+    return pairs
+
+
+def _check_known(key: str, known: dict[str, Any], where: str) -> None:
+    if key in known:
+        return
+    # The last part alone often tells what was meant: "learning_rate" for "optimizer.learning_rate".
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]] or near
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"unknown config key {key!r} {where}{hint}")
+
+
+def _parse(key: str, text: str, default: Any) -> Any:
+    """A command-line value in the type of the field's default; lists are separated by commas."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, tuple):
+        return [part for part in text.split(",") if part]
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{key} must be true or false, not {text!r}")
+        return text.lower() == "true"
+    try:
+        return int(text.replace("_", "")) if isinstance(default, int) else float(text)
+    except ValueError:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise UserError(f"{key} must be {kind}, not {text!r}") from None
+
+
+def _build(cls: type, prefix: str, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(cls)
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        key, hint = prefix + f.name, hints[f.name]
+        if dataclasses.is_dataclass(hint):
+            out[f.name] = _build(hint, key + ".", values)  # type: ignore[arg-type]
+        elif key in values:
+            out[f.name] = _typed(key, values[key], hint)
+    return cls(**out)
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    if (
+        isinstance(value, list)
+        and all(isinstance(v, str) for v in value)
+        and hint not in (int, float, bool, str)
+    ):
+        return tuple(value)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    raise UserError(f"config key {key} must be {names.get(hint, 'a list of strings')}, not {value!r}")
+
+
+def _check_values(config: Config) -> None:
+    values = flatten(config)
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f"config key {key} must be one of {', '.join(choices)}, not {values[key]!r}")
+    for key in _AT_LEAST_ONE:
+        if values[key] < 1:
+            raise UserError(f"config key {key} must be at least 1, not {values[key]}")
+    for key, value in values.items():
+        if isinstance(value, int | float) and value < 0 and key != "loss.bias_init":
+            raise UserError(f"config key {key} must not be negative, not {value}")
+    if values["loss.temperature_init"] <= 0:
+        raise UserError("config key loss.temperature_init must be positive")
+    if not values["text.dropout"] < 1:
+        raise UserError("config key text.dropout must be below 1")
+    shape = config.text.shape
+    if shape.width % shape.heads:
+        raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")
+    if config.text.mask_padding and config.text.pooling == "last":
+        raise UserError('text.mask_padding hides the last position; use it with text.pooling = "mean"')
+    if config.optimizer.warmup_steps >= config.steps > 1:
+        raise UserError(
+            f"optimizer.warmup_steps {config.optimizer.warmup_steps} must be below steps {config.steps}"
+        )

@@ -1,0 +1,201 @@
+"""The features of one tower over one dataset: `[rows, width]` bfloat16 in TensorStore.
+
+    D/features/<tower>/tower.json            provenance: how to make the same vectors again
+    D/features/<tower>/zarr.json, c/...      zarr3, shards of 65 536 rows, blocks of 1024, crc32c
+    D/features/<tower>/manifest/00000.json   one per finished shard, written last
+
+A shard exists when its manifest exists. Features are the tower's pooled output, not normalised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from lit_fast.dataset import BLOCK, SHARD, Dataset
+from lit_fast.errors import UserError
+from lit_fast.files import read_json, write_json
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+# One context for every array: resources written into separate specs would be separate pools.
+_CONTEXT = ts.Context({"file_io_concurrency": {"limit": 16}, "cache_pool": {"total_bytes_limit": 0}})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of one finished shard."""
+
+    shard: int
+    first: int  # first row
+    rows: int
+    keys: str  # digest of the rows' keys, as in dataset.json
+    tower: str  # digest of tower.json's identity
+    invalid: dict[int, str]  # row -> why its image could not be decoded; its feature is zero
+
+
+@dataclass(frozen=True)
+class Features:
+    """A feature store, perhaps unfinished."""
+
+    dataset: Dataset
+    tower: str  # the name in the path
+    provenance: dict[str, Any]  # tower.json
+
+    @property
+    def path(self) -> Path:
+        """`D/features/<tower>`."""
+        return self.dataset.path / "features" / self.tower
+
+    @property
+    def width(self) -> int:
+        """Length of one feature vector."""
+        return int(self.provenance["width"])
+
+    @property
+    def identity(self) -> str:
+        """Digest of everything that decides the vectors."""
+        return str(self.provenance["identity"])
+
+    def array(self, *, create: bool = False) -> ts.TensorStore:
+        """The `[rows, width]` bfloat16 array; a missing block is an error, never zeros."""
+        spec: dict[str, Any] = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{self.path}/"},
+            "fill_missing_data_reads": False,
+            "store_data_equal_to_fill_value": True,
+        }
+        if create:
+            spec["metadata"] = _metadata(self.dataset.rows, self.width)
+        try:
+            return ts.open(spec, context=_CONTEXT, open=True, create=create).result()
+        except ValueError as error:
+            raise UserError(f"{self.path} cannot be opened: {str(error).splitlines()[0]}") from None
+
+    def manifest_path(self, shard: int) -> Path:
+        """Where the manifest of a shard lies."""
+        return self.path / "manifest" / f"{shard:05d}.json"
+
+    def finished(self) -> list[int]:
+        """Shards that are complete, in order; one listing, nothing is opened."""
+        names = (p.stem for p in (self.path / "manifest").glob("*.json"))
+        return sorted(int(n) for n in names if n.isdigit() and int(n) < self.dataset.shards)
+
+    def manifest(self, shard: int) -> Manifest:
+        """Read one shard's manifest.
+
+        Raises:
+          UserError: it is missing or damaged.
+        """
+        path = self.manifest_path(shard)
+        value = read_json(path)
+        try:
+            value["invalid"] = {int(row): why for row, why in value["invalid"].items()}
+            return Manifest(**value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Declare a shard complete; call it only after its data are on the disk."""
+        value = manifest.__dict__ | {"invalid": {str(r): why for r, why in sorted(manifest.invalid.items())}}
+        write_json(self.manifest_path(manifest.shard), value)
+
+    def invalid_rows(self) -> dict[int, str]:
+        """Rows without a usable feature, from all shards.
+
+        Also the one check of the join: every shard must be complete and belong to these rows and to this
+        tower.
+
+        Raises:
+          UserError: a shard is missing or was made from other rows or by another tower.
+        """
+        missing = sorted(set(range(self.dataset.shards)) - set(self.finished()))
+        if missing:
+            raise UserError(
+                f"{self.path}: {len(missing)} of {self.dataset.shards} shards are missing (first: {missing[0]}); "
+                f"finish them with: lit-fast embed {self.dataset.path} --tower {self.provenance['source']}"
+            )
+        invalid: dict[int, str] = {}
+        for shard in range(self.dataset.shards):
+            manifest = self.manifest(shard)
+            if manifest.keys != self.dataset.shard_keys[shard]:
+                raise UserError(
+                    f"{self.path}: shard {shard} was made from other rows than {self.dataset.path}"
+                )
+            if manifest.tower != self.identity:
+                raise UserError(f"{self.path}: shard {shard} was made by another tower than tower.json says")
+            invalid |= manifest.invalid
+        return invalid
+
+    def read_all(self) -> np.ndarray:
+        """All features as one `[rows, width]` bfloat16 array in memory."""
+        array = self.array()
+        out = np.empty((self.dataset.rows, self.width), BFLOAT16)
+        target = ts.array(out)
+        starts = range(0, self.dataset.rows, BLOCK)
+        ends = [min(lo + BLOCK, self.dataset.rows) for lo in starts]
+        try:
+            futures = [target[lo:hi].write(array[lo:hi]) for lo, hi in zip(starts, ends, strict=True)]
+            for future in futures:
+                future.result()
+        except ValueError as error:
+            raise read_error(self.path, error) from None
+        return out
+
+
+def read_error(path: Path, error: Exception) -> UserError:
+    """A TensorStore read error as one line that says what to do."""
+    return UserError(f"{path} cannot be read, a shard is missing or damaged: {str(error).splitlines()[0]}")
+
+
+def _metadata(rows: int, width: int) -> dict[str, Any]:
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    return {
+        "shape": [rows, width],
+        "data_type": "bfloat16",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD, width]}},
+        "codecs": [
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": [BLOCK, width],
+                    "codecs": [little, {"name": "crc32c"}],
+                    "index_codecs": [little, {"name": "crc32c"}],
+                    "index_location": "end",
+                },
+            }
+        ],
+    }
+
+
+def stored_towers(dataset: Dataset) -> list[str]:
+    """Names of the towers that have a feature directory in the dataset, sorted."""
+    root = dataset.path / "features"
+    return sorted(p.parent.name for p in root.glob("*/tower.json"))
+
+
+def open_features(dataset: Dataset, tower: str = "") -> Features:
+    """Open the features of `tower`; with an empty name, of the only tower there is.
+
+    Raises:
+      UserError: the dataset has no such features, or several and no name was given.
+    """
+    have = stored_towers(dataset)
+    remedy = f"make them with: lit-fast embed {dataset.path} --tower NAME_OR_FILE"
+    if not have:
+        raise UserError(f"dataset {dataset.path} has no features; {remedy}")
+    if not tower and len(have) > 1:
+        raise UserError(
+            f"dataset {dataset.path} has features of {', '.join(have)}; say which with the key tower"
+        )
+    tower = tower or have[0]
+    if tower not in have:
+        raise UserError(
+            f"dataset {dataset.path} has no features of tower {tower!r}, only of {', '.join(have)}; {remedy}"
+        )
+    return Features(dataset, tower, read_json(dataset.path / "features" / tower / "tower.json"))

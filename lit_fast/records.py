@@ -1,0 +1,86 @@
+"""A list of byte records, one per block of rows, in array_record files.
+
+Record `b` belongs to block `b`. A file holds up to 4096 records, because looking a record up in
+array_record costs time that grows with the file.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from lit_fast.errors import UserError
+
+FILE_RECORDS = 4096
+
+
+def _file(directory: Path, number: int) -> Path:
+    return directory / f"{number:05d}.array_record"
+
+
+class RecordWriter:
+    """Appends records to a directory that is emptied of older array_record files first."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("*.array_record"):
+            old.unlink()
+        self._directory, self._count = directory, 0
+        self._writer: ArrayRecordWriter | None = None
+
+    def write(self, record: bytes) -> None:
+        """Append one record."""
+        if self._count % FILE_RECORDS == 0:
+            self.close()
+            path = _file(self._directory, self._count // FILE_RECORDS)
+            self._writer = ArrayRecordWriter(str(path), "group_size:1,zstd")
+        assert self._writer is not None
+        self._writer.write(record)
+        self._count += 1
+
+    def close(self) -> None:
+        """Finish the current file and bring it to the disk."""
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        path = _file(self._directory, (self._count - 1) // FILE_RECORDS)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class RecordReader:
+    """Random access to the `count` records of a directory, from any thread."""
+
+    def __init__(self, directory: Path, count: int) -> None:
+        self._directory, self._count = directory, count
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def read(self, number: int) -> bytes:
+        """Record `number`.
+
+        Raises:
+          UserError: the file is missing or damaged.
+        """
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        path = _file(self._directory, number // FILE_RECORDS)
+        try:
+            with self._lock:
+                reader = self._readers.get(number // FILE_RECORDS)
+                if reader is None:
+                    if not path.is_file():
+                        raise UserError(f"{path} is missing; restore it or make the dataset anew")
+                    reader = ArrayRecordReader(str(path))
+                    self._readers[number // FILE_RECORDS] = reader
+                start = number % FILE_RECORDS
+                return bytes(reader.read(start, start + 1)[0])
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise UserError(f"{path} is damaged at record {number % FILE_RECORDS}: {error}") from None

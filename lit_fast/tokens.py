@@ -1,0 +1,198 @@
+"""Token ids of a dataset's captions for one tokenizer.
+
+    D/tokens/<name>/tokenizer.model          sentencepiece
+    D/tokens/<name>/tokens.json              rules, counts, digests; written last
+    D/tokens/<name>/00000.array_record       record b = the ragged ids of block b
+
+Rules (big_vision, pp/ops_text.py): ASCII lower-casing; the end-of-sentence id is appended and survives
+truncation ("sticky"); padding is the end-of-sentence id again, so that the last position always holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from lit_fast.dataset import Dataset
+from lit_fast.errors import UserError
+from lit_fast.files import read_json
+from lit_fast.records import RecordReader
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A sentencepiece model with the rules above."""
+
+    model: bytes
+    max_length: int
+
+    def __post_init__(self) -> None:
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(self.model)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"not a sentencepiece model: {error}") from None
+        if processor.eos_id() < 0:
+            raise UserError(
+                "the sentencepiece model has no end-of-sentence piece, which pads and ends captions"
+            )
+        if self.max_length < 2:
+            raise UserError(f"max_length {self.max_length} leaves no room for a token before end-of-sentence")
+        object.__setattr__(self, "_processor", processor)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return self._processor.get_piece_size()  # type: ignore[attr-defined]
+
+    @property
+    def eos_id(self) -> int:
+        """End of sentence, which is the padding too."""
+        return self._processor.eos_id()  # type: ignore[attr-defined]
+
+    @property
+    def identity(self) -> str:
+        """Digest of the model file and the rules: equal identities give equal ids."""
+        rules = json.dumps({"lower": "ascii", "eos": "sticky", "pad": "eos", "max_length": self.max_length})
+        return hashlib.blake2b(self.model + rules.encode(), digest_size=16).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids per text: at most `max_length`, the last one end-of-sentence, not padded."""
+        lowered = [lower(text) for text in texts]
+        ids = self._processor.encode(lowered)  # type: ignore[attr-defined]
+        eos, keep = self.eos_id, self.max_length - 1
+        return [[*i[:keep], eos] for i in ids]
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Ids as int32 [n, max_length], padded with end-of-sentence."""
+        out = np.full((len(texts), self.max_length), self.eos_id, np.int32)
+        for row, ids in zip(out, self.encode(texts), strict=True):
+            row[: len(ids)] = ids
+        return out
+
+
+def lower(text: str) -> str:
+    """Lower-case ASCII letters only, as TensorFlow's op does by default: accented capitals survive."""
+    return text.encode("utf-8", "replace").lower().decode("utf-8")
+
+
+def encode_record(captions: Sequence[Sequence[Sequence[int]]], vocab_size: int) -> bytes:
+    """One block of rows, each with its captions' ids, as bytes.
+
+    Little-endian: three uint32 (rows, captions, ids), uint32 captions per row, uint32 ids per caption,
+    then all ids as uint16, or uint32 for vocabularies above 65 536.
+    """
+    flat = [ids for row in captions for ids in row]
+    dtype = id_dtype(vocab_size)
+    parts = [
+        np.array([len(captions), len(flat), sum(map(len, flat))], "<u4"),
+        np.array([len(row) for row in captions], "<u4"),
+        np.array([len(ids) for ids in flat], "<u4"),
+        np.fromiter((i for ids in flat for i in ids), dtype),
+    ]
+    return b"".join(p.tobytes() for p in parts)
+
+
+def decode_record(
+    record: bytes, vocab_size: int, max_length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse, padded: captions per row uint32 [rows] and ids [captions, max_length]."""
+    rows, captions, _ = np.frombuffer(record, "<u4", 3)
+    counts = np.frombuffer(record, "<u4", rows, 12)
+    lengths = np.frombuffer(record, "<u4", captions, 12 + 4 * rows)
+    ids = np.frombuffer(record, id_dtype(vocab_size), offset=int(12 + 4 * rows + 4 * captions))
+    out = np.full((int(captions), max_length), pad_id, ids.dtype)
+    out[np.arange(max_length) < lengths[:, None]] = ids
+    return counts, out
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Smallest of uint16 and uint32 that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A token store over a dataset."""
+
+    dataset: Dataset
+    name: str
+    meta: dict[str, Any]  # tokens.json
+
+    @property
+    def path(self) -> Path:
+        """`D/tokens/<name>`."""
+        return self.dataset.path / "tokens" / self.name
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids.
+
+        Raises:
+          UserError: tokenizer.model is missing or is not the one that made the ids.
+        """
+        tokenizer = load_tokenizer(self.path / "tokenizer.model", self.meta["max_length"])
+        if tokenizer.identity != self.meta["identity"]:
+            raise UserError(
+                f"{self.path}/tokenizer.model is not the tokenizer that made the tokens beside it"
+            )
+        return tokenizer
+
+    def reader(self) -> RecordReader:
+        """Reader of the blocks' records; decode with `decode`."""
+        return RecordReader(self.path, self.dataset.blocks)
+
+    def decode(self, record: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Captions per row uint32 [rows] and padded ids [captions, max_length] of one block."""
+        meta = self.meta
+        return decode_record(record, meta["vocab_size"], meta["max_length"], meta["pad_id"])
+
+
+def load_tokenizer(path: Path, max_length: int) -> Tokenizer:
+    """Read a sentencepiece model.
+
+    Raises:
+      UserError: the file is missing or is not a sentencepiece model with an end-of-sentence piece.
+    """
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+    try:
+        return Tokenizer(model, max_length)
+    except UserError as error:
+        raise UserError(f"tokenizer {path}: {error}") from None
+
+
+def stored_tokenizers(dataset: Dataset) -> list[str]:
+    """Names of the complete token stores of a dataset, sorted."""
+    return sorted(p.parent.name for p in (dataset.path / "tokens").glob("*/tokens.json"))
+
+
+def open_tokens(dataset: Dataset, name: str = "") -> Tokens:
+    """Open the tokens of `name`; with an empty name, the only ones there are.
+
+    Raises:
+      UserError: there are none, several without a name, or they belong to other rows.
+    """
+    have = stored_tokenizers(dataset)
+    remedy = f"make them with: lit-fast tokenize {dataset.path} --tokenizer FILE.model"
+    if not have:
+        raise UserError(f"dataset {dataset.path} has no tokens; {remedy}")
+    if not name and len(have) > 1:
+        raise UserError(
+            f"dataset {dataset.path} has tokens {', '.join(have)}; say which with the key tokenizer"
+        )
+    name = name or have[0]
+    if name not in have:
+        raise UserError(f"dataset {dataset.path} has no tokens {name!r}, only {', '.join(have)}; {remedy}")
+    tokens = Tokens(dataset, name, read_json(dataset.path / "tokens" / name / "tokens.json"))
+    if tuple(tokens.meta["shard_keys"]) != dataset.shard_keys:
+        raise UserError(f"{tokens.path} was made from other rows than {dataset.path} has; tokenize it anew")
+    return tokens
