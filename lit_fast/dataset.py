@@ -63,6 +63,7 @@ class Dataset:
     path: Path
     rows: int
     captions: int  # in all rows together
+    captionless: int  # rows without one
     labelled: int  # rows with a label
     seed: int
     sources: tuple[str, ...]  # absolute paths of the files that hold the images
@@ -153,6 +154,7 @@ def open_dataset(path: str | Path) -> Dataset:
             path=path,
             rows=value["rows"],
             captions=value["captions"],
+            captionless=value["captionless"],
             labelled=value["labelled"],
             seed=value["seed"],
             sources=tuple(s["path"] for s in value["sources"]),
@@ -176,7 +178,7 @@ class DatasetWriter:
         self._block: list[Row] = []
         self._keys: list[str] = []
         self._shard_keys: list[str] = []
-        self.rows = self.captions = self.labelled = 0
+        self.rows = self.captions = self.captionless = self.labelled = 0
 
     def add(self, row: Row) -> None:
         """Append one row."""
@@ -184,6 +186,7 @@ class DatasetWriter:
         self._keys.append(row.key)
         self.rows += 1
         self.captions += len(row.captions)
+        self.captionless += not row.captions
         self.labelled += row.label >= 0
         if len(self._block) == BLOCK:
             self._write_block()
@@ -228,6 +231,7 @@ class DatasetWriter:
             "format": FORMAT,
             "rows": self.rows,
             "captions": self.captions,
+            "captionless": self.captionless,
             "labelled": self.labelled,
             "block": BLOCK,
             "shard": SHARD,

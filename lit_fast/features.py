@@ -9,6 +9,7 @@ A shard exists when its manifest exists. Features are the tower's pooled output,
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,9 @@ class Features:
         missing = sorted(set(range(self.dataset.shards)) - set(self.finished()))
         if missing:
             raise UserError(
-                f"{self.path}: {len(missing)} of {self.dataset.shards} shards are missing (first: {missing[0]}); "
-                f"finish them with: lit-fast embed {self.dataset.path} --tower {self.provenance['source']}"
+                f"{self.path}: {len(missing)} of {self.dataset.shards} shards are missing (first: "
+                f"{missing[0]}); finish them with: lit-fast embed {self.dataset.path} --tower "
+                f"{self.provenance['source']}"
             )
         invalid: dict[int, str] = {}
         for shard in range(self.dataset.shards):
@@ -131,6 +133,21 @@ class Features:
                 raise UserError(f"{self.path}: shard {shard} was made by another tower than tower.json says")
             invalid |= manifest.invalid
         return invalid
+
+    def mean(self, invalid: Collection[int]) -> np.ndarray:
+        """The mean feature over the valid rows of up to 1024 evenly spaced blocks, float32 [width]."""
+        array, blocks = self.array(), self.dataset.blocks
+        total, count = np.zeros(self.width), 0
+        try:
+            for b in np.unique(np.linspace(0, blocks - 1, min(blocks, 1024)).round().astype(int)):
+                rows = np.arange(b * BLOCK, min((b + 1) * BLOCK, self.dataset.rows))
+                block = array[int(rows[0]) : int(rows[-1]) + 1].read().result()
+                valid = [r not in invalid for r in rows.tolist()]
+                total += block[valid].astype(np.float64).sum(axis=0)
+                count += sum(valid)
+        except ValueError as error:
+            raise read_error(self.path, error) from None
+        return (total / max(count, 1)).astype(np.float32)
 
     def read_all(self) -> np.ndarray:
         """All features as one `[rows, width]` bfloat16 array in memory."""

@@ -11,5 +11,6 @@ def permutation(n: int, *key: int) -> np.ndarray:
     numpy does not promise that `Generator.permutation` stays the same across versions; it does promise the
     raw stream of Philox and the words of SeedSequence, so the order is a stable sort of raw words.
     """
-    words = np.random.Philox(np.random.SeedSequence(list(key))).random_raw(n)
+    # SeedSequence takes [3] and [3, 0] for the same, hence the length.
+    words = np.random.Philox(np.random.SeedSequence([len(key), *key])).random_raw(n)
     return np.argsort(words, kind="stable")

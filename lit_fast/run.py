@@ -1,0 +1,176 @@
+"""A run: a directory with one training's resolved config, tower, tokenizer, metrics and checkpoints.
+
+W/config.toml                    resolved
+W/tower.json                     provenance of the tower it was trained with
+W/tokenizer.model, tokens.json   the tokenizer and its rules
+W/metrics.jsonl, tensorboard/    what happened
+W/checkpoints/<step>/            see `lit_fast.checkpoint`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lit_fast.checkpoint import restore_params
+from lit_fast.config import Config, TextConfig, load_config
+from lit_fast.dataset import Dataset
+from lit_fast.errors import UserError
+from lit_fast.features import Features, open_features
+from lit_fast.files import read_json
+from lit_fast.loss import normalize
+from lit_fast.mesh import dealt, make_mesh, replicated
+from lit_fast.text import TextTower
+from lit_fast.tokens import Tokenizer, load_tokenizer
+
+Params = dict[str, Any]
+"""{"txt": the text tower, "t": log temperature [1], "b": bias [1], "mean": image mean [width]}."""
+
+EMBED_BATCH = 512
+
+
+def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTower:
+    """The module that a configuration describes."""
+    return TextTower(
+        shape=config.shape,
+        vocab_size=tokenizer.vocab_size,
+        max_length=tokenizer.max_length,
+        out_dim=out_dim,
+        pooling=config.pooling,
+        pad_id=tokenizer.eos_id if config.mask_padding else None,
+        dropout=config.dropout,
+        remat=config.remat,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def init_params(model: TextTower, config: Config, mean: np.ndarray) -> Params:
+    """Fresh parameters with big_vision's names; `mean` is zero where images are not centred."""
+    ids = jnp.zeros((1, model.max_length), jnp.int32)
+    return {
+        "txt": model.init(jax.random.key(config.seed), ids)["params"],
+        "t": jnp.log(jnp.full((1,), config.loss.temperature_init, jnp.float32)),
+        "b": jnp.full((1,), config.loss.bias_init, jnp.float32),
+        "mean": jnp.asarray(mean, jnp.float32),
+    }
+
+
+def text_embedder(
+    model: TextTower, tokenizer: Tokenizer, mesh: Mesh
+) -> Callable[[Params, Sequence[str]], np.ndarray]:
+    """A function of (params, texts) to normalised float32 [n, width], compiled once, over all devices."""
+    batch = -(-EMBED_BATCH // mesh.size) * mesh.size
+
+    @partial(jax.jit, in_shardings=(replicated(mesh), dealt(mesh)), out_shardings=replicated(mesh))
+    def embed(params: Params, ids: jax.Array) -> jax.Array:
+        return normalize(model.apply({"params": params["txt"]}, ids))
+
+    def embed_text(params: Params, texts: Sequence[str]) -> np.ndarray:
+        ids = tokenizer(texts)
+        out = []
+        for lo in range(0, len(ids), batch):
+            part = ids[lo : lo + batch]
+            padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
+            out.append(np.asarray(embed(params, padded))[: len(part)])
+        return np.concatenate(out) if out else np.zeros((0, model.out_dim), np.float32)
+
+    return embed_text
+
+
+def image_embeddings(
+    dataset: Dataset, tower: dict[str, Any], mean: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Valid rows int64 [n] and their embeddings float32 [n, width]: centred and normalised features.
+
+    Args:
+      dataset: with features of the tower.
+      tower: `tower.json` of the run; a store made by anything else is refused.
+      mean: float32 [width].
+    """
+    features = matching_features(dataset, tower)
+    rows = np.setdiff1d(np.arange(dataset.rows), np.array(sorted(features.invalid_rows()), np.int64))
+    centred = features.read_all()[rows].astype(np.float32) - mean
+    return rows, centred / (np.linalg.norm(centred, axis=1, keepdims=True) + 1e-8)
+
+
+def matching_features(dataset: Dataset, tower: dict[str, Any]) -> Features:
+    """The dataset's features of exactly this tower.
+
+    Raises:
+      UserError: there are none.
+    """
+    features = open_features(dataset, tower["name"])
+    if features.identity != tower["identity"]:
+        raise UserError(
+            f"{features.path} was embedded by another tower than the run's ({tower['source']}): weights, "
+            "preprocessing or dtype differ"
+        )
+    return features
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run, ready to embed."""
+
+    path: Path
+    config: Config
+    step: int
+    params: Params
+    tower_json: dict[str, Any]
+    tokenizer: Tokenizer
+    embedder: Callable[[Params, Sequence[str]], np.ndarray]
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.resolve().name
+
+    @property
+    def tower(self) -> str:
+        """Name of the tower it was trained with."""
+        return self.tower_json["name"]
+
+    def embed_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Normalised float32 [n, width]."""
+        return self.embedder(self.params, texts)
+
+    def image_embeddings(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """Valid rows int64 [n] and normalised embeddings float32 [n, width] of an embedded dataset."""
+        return image_embeddings(dataset, self.tower_json, np.asarray(self.params["mean"]))
+
+
+def check_run(path: Path) -> None:
+    """Raises UserError where there is no run; reads nothing big."""
+    if not path.exists():
+        raise UserError(
+            f"run {path} does not exist; make it with: lit-fast train CONFIG.toml --workdir {path}"
+        )
+    for name in ("config.toml", "tower.json", "tokens.json", "tokenizer.model"):
+        if not (path / name).is_file():
+            raise UserError(f"{path} is not a run ({name} is missing); make it with: lit-fast train")
+
+
+def open_run(path: Path, step: int | None = None) -> Run:
+    """Open a run at a step, by default its last checkpoint.
+
+    Raises:
+      UserError: not a run, or no such checkpoint.
+    """
+    check_run(path)
+    config = load_config(path / "config.toml")
+    tower = read_json(path / "tower.json")
+    tokenizer = load_tokenizer(path / "tokenizer.model", read_json(path / "tokens.json")["max_length"])
+    model = text_tower(config.text, tokenizer, tower["width"])
+    mesh = make_mesh(jax.local_devices())
+    shapes = jax.eval_shape(lambda: init_params(model, config, np.zeros(tower["width"])))
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), shapes)
+    step, params = restore_params(path, step, target)
+    return Run(path, config, step, params, tower, tokenizer, text_embedder(model, tokenizer, mesh))

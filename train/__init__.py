@@ -1,0 +1,1 @@
+"""Stage 2: train the text tower on stored features."""

@@ -1,0 +1,61 @@
+"""Evaluation inside the training loop: image embeddings are ready before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from lit_fast.evaluate import (
+    check_retrieval,
+    check_zero_shot,
+    evaluate_retrieval,
+    evaluate_zero_shot,
+    format_table,
+)
+
+from lit_fast.config import EvalConfig
+from lit_fast.dataset import Dataset, open_dataset
+from lit_fast.run import image_embeddings, matching_features
+
+EmbedText = Callable[[Sequence[str]], np.ndarray]
+
+
+class Evaluation:
+    """The sets of a configuration; opening it finds whatever is wrong with them."""
+
+    def __init__(self, config: EvalConfig, tower: dict[str, Any]) -> None:
+        self._every, self._tower = config.every_steps, tower
+        self._sets: list[tuple[Dataset, Any]] = []
+        for paths, check, evaluate in (
+            (config.zero_shot, check_zero_shot, evaluate_zero_shot),
+            (config.retrieval, check_retrieval, evaluate_retrieval),
+        ):
+            for path in paths:
+                dataset = open_dataset(path)
+                check(dataset)
+                matching_features(dataset, tower).invalid_rows()
+                self._sets.append((dataset, evaluate))
+        self.results: list[dict[str, Any]] = []
+
+    def prepare(self, mean: np.ndarray) -> None:
+        """Load the image embeddings; `mean` float32 [width] is subtracted before normalising."""
+        self._ready = [(d, evaluate, *image_embeddings(d, self._tower, mean)) for d, evaluate in self._sets]
+
+    def due(self, number: int, steps: int) -> bool:
+        """Whether there is something to evaluate after step `number`."""
+        return bool(self._sets) and (number == steps or bool(self._every and number % self._every == 0))
+
+    def __call__(self, embed_text: EmbedText) -> dict[str, float]:
+        """Figures by name `<dataset>/<metric>`; `results` keeps the whole of the last evaluation."""
+        self.results = [f(dataset, rows, images, embed_text) for dataset, f, rows, images in self._ready]
+        return {
+            f"{result['dataset']}/{name}": value
+            for result in self.results
+            for name, value in result["metrics"].items()
+            if isinstance(value, float)
+        }
+
+    def table(self) -> str:
+        """The last evaluation, for the terminal."""
+        return format_table(self.results)

@@ -1,0 +1,48 @@
+"""Model FLOPs of a step and the peak of known chips, for MFU.
+
+MFU counts the operations the model needs, not what is recomputed, over the chip's dense bfloat16 peak.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from lit_fast.text import TextTower
+
+# Dense bfloat16 TFLOP/s of one device as JAX sees it, from the vendors' data sheets.
+_PEAKS = {
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5e": 197,
+    "TPU v5p": 459,
+    "TPU v5": 459,
+    "TPU v6 lite": 918,
+    "TPU v6e": 918,
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """FLOP/s, or None where the chip is not known."""
+    for name, tera in _PEAKS.items():
+        if name in device.device_kind:
+            return tera * 1e12
+    return None
+
+
+def step_flops(model: TextTower, texts: int, images: int) -> float:
+    """Forward and backward of the text tower and the loss; embeddings are look-ups and count nothing.
+
+    Three times the forward products of the tower (attention in full), twice those of the loss, whose image
+    side needs no gradient.
+    """
+    width, depth, mlp_dim, _ = model.shape
+    length = model.max_length
+    layer = length * (8 * width**2 + 4 * width * mlp_dim) + 4 * length**2 * width
+    tower = texts * (depth * layer + 2 * width * model.out_dim)
+    return 3.0 * tower + 2.0 * (2 * texts * images * model.out_dim)

@@ -1,0 +1,91 @@
+"""One training step, compiled for a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lit_fast.config import Config
+from lit_fast.loss import normalize, sigmoid_loss
+from lit_fast.mesh import dealt, replicated
+from lit_fast.run import Params
+from lit_fast.text import TextTower
+from train.optimizer import schedule
+
+Metrics = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """Everything that a step changes."""
+
+    params: Params
+    opt: Any
+    step: jax.Array  # int32 [], completed updates
+    bad_step: jax.Array  # int32 [], the first step whose loss or gradient was not finite; -1: none
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """The state before the first step, on every device."""
+    make = jax.jit(
+        lambda p: State(p, optimizer.init(p), jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)),
+        out_shardings=replicated(mesh),
+    )
+    return make(params)
+
+
+def make_step(
+    model: TextTower, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh
+) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
+    """The jitted function (state, batch) -> (state, metrics); it takes over the state's memory.
+
+    batch: images bfloat16 [n, width], ids integer [n * captions, length], rows int32 [n], each dealt over
+    the mesh. metrics: float32 scalars.
+    """
+    warmup, rate = config.optimizer.warmup_steps, config.optimizer.learning_rate
+
+    def loss_of(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        texts = model.apply(
+            {"params": params["txt"]},
+            batch["ids"].astype(jnp.int32),
+            deterministic=config.text.dropout == 0,
+            rngs={"dropout": key},
+        )
+        rows = batch["rows"]
+        return sigmoid_loss(
+            normalize(texts),
+            params["t"][0],
+            params["b"][0],
+            normalize(batch["images"].astype(jnp.float32) - params["mean"]),
+            jnp.repeat(rows, config.stream.captions_per_image),
+            rows,
+            mesh=mesh,
+            tile=config.loss.tile,
+            precision=config.loss.precision,
+        )
+
+    def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        loss, grads = jax.value_and_grad(loss_of)(state.params, batch, key)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.global_norm(grads)
+        fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm) | (state.bad_step >= 0)
+        bad_step = jnp.where(fine, state.bad_step, state.step)
+        metrics = {
+            "loss": loss,
+            "temperature": jnp.exp(params["t"][0]),
+            "bias": params["b"][0],
+            "grad_norm": grad_norm,
+            "param_norm": optax.global_norm({k: v for k, v in params.items() if k != "mean"}),
+            "update_norm": optax.global_norm(updates),
+            "learning_rate": rate * schedule(state.step, warmup, config.steps),
+        }
+        return State(params, opt, state.step + 1, bad_step), metrics
+
+    whole, part = replicated(mesh), dealt(mesh)
+    return jax.jit(step, in_shardings=(whole, part), out_shardings=(whole, whole), donate_argnums=0)

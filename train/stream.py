@@ -1,0 +1,159 @@
+"""The stream of batches: every batch is a pure function of (seed, step).
+
+One grain element is one whole batch, so that per-row Python never runs, and the position is one integer.
+A data set that fits in memory is shuffled exactly; a larger one is read block by block through virtual
+streams (`train.windows`). The order does not depend on the number of devices or processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from lit_fast.config import StreamConfig
+from lit_fast.dataset import BLOCK, Dataset
+from lit_fast.errors import UserError
+from lit_fast.features import Features
+from lit_fast.permutation import permutation
+from lit_fast.tokens import Tokens
+from train.captions import Captions, read_captions
+from train.windows import WindowSource
+
+Batch = dict[str, np.ndarray]
+"""images bfloat16 [n, width], ids uint16 or uint32 [n * captions, length], rows int32 [n]."""
+
+
+class Source(Protocol):
+    """Random access to batches."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> Batch: ...
+
+
+class MemorySource:
+    """Batches of an exact shuffle: epoch after epoch, every usable row once per epoch, none dropped.
+
+    A batch may reach over the end of an epoch.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        captions: Captions,
+        usable: np.ndarray,
+        config: StreamConfig,
+        seed: int,
+        part: tuple[int, int],
+    ) -> None:
+        self._features, self._captions, self._usable = features, captions, usable
+        self._config, self._seed = config, seed
+        process, processes = part
+        share = config.global_batch // processes
+        self._mine = np.arange(process * share, (process + 1) * share)
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return 2**31  # endless for practical purposes; grain wants a number
+
+    def _order(self, epoch: int) -> np.ndarray:
+        order = self._epochs.get(epoch)
+        if order is None:
+            order = self._usable[permutation(len(self._usable), self._seed, epoch)]
+            # Two threads may both come here; they store the same thing.
+            self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 2} | {epoch: order}
+        return order
+
+    def __getitem__(self, step: int) -> Batch:
+        position = step * self._config.global_batch + self._mine
+        epoch, offset = np.divmod(position, len(self._usable))
+        rows = np.empty(len(position), np.int64)
+        for e in range(epoch[0], epoch[-1] + 1):
+            here = epoch == e
+            rows[here] = self._order(e)[offset[here]]
+        k = self._config.captions_per_image
+        return {
+            "images": np.take(self._features, rows, axis=0, mode="clip"),
+            "ids": self._captions.choose(rows, rows, epoch, k, self._seed),
+            "rows": rows.astype(np.int32),
+        }
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An opened stream: batches, their identity, and what a user wants to know of it."""
+
+    source: Source
+    fingerprint: str  # of everything that decides the batches; the devices do not
+    rows: int  # usable rows
+    description: str
+
+    def iterate(self, step: int) -> Iterator[Batch]:
+        """Batches from `step` on, produced ahead by two threads."""
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        iterator = iter(grain.MapDataset.source(self.source).to_iter_dataset(options))
+        iterator.set_state({"next_index": step})
+        return iterator
+
+
+def open_stream(
+    features: Features, tokens: Tokens, config: StreamConfig, seed: int, part: tuple[int, int] = (0, 1)
+) -> Stream:
+    """Join features and tokens by position, after comparing their digests, and choose how to read them.
+
+    `part` is (process, processes): every process gets its slice of each global batch.
+
+    Raises:
+      UserError: something is missing or does not belong together, or no row can be trained on.
+    """
+    dataset = features.dataset
+    invalid = features.invalid_rows()  # compares the digests
+    if config.global_batch % part[1]:
+        raise UserError(f"stream.global_batch {config.global_batch} is not divisible by {part[1]} processes")
+    unusable = np.array(sorted(_captionless(dataset) | set(invalid)), np.int64)
+    usable_rows = dataset.rows - len(unusable)
+    if not usable_rows:
+        raise UserError(f"dataset {dataset.path} has no row with a valid image and a caption")
+    size = dataset.rows * features.width * 2 + dataset.captions * tokens.meta["max_length"] * 2
+    in_memory = size <= config.memory_gib * 2**30
+    identity: list[Any] = [
+        "1", dataset.digest, features.identity, tokens.meta["identity"], seed, config.global_batch,
+        config.captions_per_image, len(unusable),
+    ]  # fmt: skip
+    source: Source
+    if in_memory:
+        usable = np.setdiff1d(np.arange(dataset.rows), unusable)
+        reader = tokens.reader()
+        captions = read_captions(tokens, (reader.read(b) for b in range(dataset.blocks)))
+        source = MemorySource(features.read_all(), captions, usable, config, seed, part)
+        how = "held in memory and shuffled exactly"
+    else:
+        source = WindowSource(features, tokens, unusable, config, seed, part)
+        identity += [config.streams, config.window_blocks]
+        how = f"streamed, shuffled in windows of {source.window_rows:,} rows"
+    text = json.dumps(identity).encode()
+    skipped = f" ({len(unusable):,} without image or caption are skipped)" if len(unusable) else ""
+    return Stream(
+        source=source,
+        fingerprint=hashlib.blake2b(text, digest_size=16).hexdigest(),
+        rows=usable_rows,
+        description=f"{usable_rows:,} rows{skipped}, {size / 2**30:.2f} GiB, {how}",
+    )
+
+
+def _captionless(dataset: Dataset) -> set[int]:
+    """Rows without a caption; most datasets have none, and then nothing is read."""
+    if not dataset.captionless:
+        return set()
+    return {
+        b * BLOCK + i
+        for b, block in enumerate(dataset.iter_blocks())
+        for i, count in enumerate(block.captions)
+        if count == 0
+    }

@@ -1,0 +1,228 @@
+"""Batches from a data set that is larger than the memory.
+
+The blocks of an epoch are permuted and dealt to virtual streams. A stream shuffles the rows of a few
+blocks, its window, and every batch takes the same number of rows from each stream. The first windows of
+the streams have different lengths, so that streams never all reload at once. Blocks are read by futures
+straight into a fixed pool of windows; batches are gathered from there into fresh arrays, which JAX may
+keep without copying.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from lit_fast.config import StreamConfig
+from lit_fast.dataset import BLOCK
+from lit_fast.errors import UserError
+from lit_fast.features import BFLOAT16, Features, read_error
+from lit_fast.permutation import permutation
+from lit_fast.tokens import Tokens
+from train.captions import Captions, read_captions
+
+AHEAD = 4  # steps that the reading is ahead of the step
+SPARE = 0.5  # share of the windows for which there is a second slot
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an epoch of whole blocks is laid out over virtual streams; pure arithmetic.
+
+    The last rows of the dataset (less than a block) are never used, and up to `streams * unit` blocks are
+    left out of an epoch, other ones each time.
+    """
+
+    blocks: int  # whole blocks of the dataset
+    streams: int
+    rows: int  # rows that a batch takes from one stream
+    unit: int  # blocks that windows are made of, so that a step never straddles two
+    window: int  # blocks of a full window, a multiple of unit
+
+    @property
+    def length(self) -> int:
+        """Blocks of one stream in one epoch."""
+        return self.blocks // (self.streams * self.unit) * self.unit
+
+    @property
+    def steps(self) -> int:
+        """Steps of one epoch."""
+        return self.length * BLOCK // self.rows
+
+    def window_of(self, stream: int, step: int) -> tuple[tuple[int, int], int]:
+        """First and last + 1 position in the stream's list of blocks, and the row to start from.
+
+        `step` is counted in the epoch.
+        """
+        block = step * self.rows // BLOCK // self.unit * self.unit
+        first = min((stream * self.unit) % self.window + self.unit, self.length)  # length of window 0
+        if block < first:
+            begin, end = 0, first
+        else:
+            begin = first + (block - first) // self.window * self.window
+            end = min(begin + self.window, self.length)
+        return (begin, end), step * self.rows - begin * BLOCK
+
+
+def plan(rows: int, config: StreamConfig) -> Geometry:
+    """The layout with the most streams that divides the batch evenly.
+
+    Raises:
+      UserError: there is none.
+    """
+    blocks, batch = rows // BLOCK, config.global_batch
+    for streams in range(min(config.streams, blocks, batch), 0, -1):
+        share = batch // streams
+        if batch % streams or (BLOCK % share and share % BLOCK):
+            continue
+        unit = max(1, share // BLOCK)
+        if blocks >= streams * unit:
+            window = -(-config.window_blocks // unit) * unit
+            return Geometry(blocks, streams, share, unit, window)
+    raise UserError(
+        f"a dataset of {rows:,} rows cannot be streamed in batches of {batch}: make stream.global_batch "
+        f"a power of two of at most {blocks * BLOCK:,}, or raise stream.memory_gib to hold it in memory"
+    )
+
+
+class _Window:
+    """The rows of a few blocks, in memory or on their way there."""
+
+    def __init__(self, buffer: np.ndarray, pooled: bool, last: int) -> None:
+        self.buffer, self.pooled, self.last = buffer, pooled, last  # last step that uses it
+        self.users = 0
+        self.reads: list[Any] = []
+        self.captions: Captions | None = None
+        self.rows = np.empty(0, np.int64)  # dataset row of each local row
+        self.order = np.empty(0, np.int64)  # shuffled local rows
+
+
+class WindowSource:
+    """Random access to batches; cheap when the steps come roughly in order."""
+
+    def __init__(
+        self,
+        features: Features,
+        tokens: Tokens,
+        unusable: np.ndarray,
+        config: StreamConfig,
+        seed: int,
+        part: tuple[int, int],
+    ) -> None:
+        self.geometry = plan(features.dataset.rows, config)
+        process, processes = part
+        if self.geometry.streams % processes:
+            raise UserError(f"{self.geometry.streams} streams cannot be shared by {processes} processes")
+        share = self.geometry.streams // processes
+        self._mine = range(process * share, (process + 1) * share)
+        self._features, self._tokens, self._unusable = features, tokens, unusable
+        self._config, self._seed = config, seed
+        self._array, self._records = features.array(), tokens.reader()
+        self._lock = threading.Lock()
+        self._windows: dict[tuple[int, int, int], _Window] = {}
+        self._orders: dict[int, np.ndarray] = {}
+        slots = int(len(self._mine) * (1 + SPARE))
+        # One allocation: bounded, reused, and given back as a whole.
+        pool = np.empty((slots, self.geometry.window * BLOCK, features.width), BFLOAT16)
+        self._free = list(pool)
+
+    @property
+    def window_rows(self) -> int:
+        """Rows that are shuffled together."""
+        return self.geometry.streams * self.geometry.window * BLOCK
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        geometry = self.geometry
+        with self._lock:
+            self._retire(step)
+            used = []
+            for stream in self._mine:
+                window, start = self._window(stream, step, needed=True)
+                assert window is not None
+                window.users += 1
+                used.append((window, start))
+            for stream in self._mine:
+                self._window(stream, step + AHEAD, needed=False)
+        epoch, k = step // geometry.steps, self._config.captions_per_image
+        images = np.empty((len(used) * geometry.rows, self._features.width), BFLOAT16)
+        ids, rows = [], []
+        for i, (window, start) in enumerate(used):
+            self._wait(window)
+            local = window.order[start : start + geometry.rows]
+            out = images[i * geometry.rows : (i + 1) * geometry.rows]
+            np.take(window.buffer, local, axis=0, out=out, mode="clip")
+            rows.append(window.rows[local])
+            visit = np.full(len(local), epoch, np.int64)
+            assert window.captions is not None
+            ids.append(window.captions.choose(local, rows[-1], visit, k, self._seed))
+        with self._lock:
+            for window, _ in used:
+                window.users -= 1
+        return {
+            "images": images,
+            "ids": np.concatenate(ids),
+            "rows": np.concatenate(rows).astype(np.int32),
+        }
+
+    def _retire(self, step: int) -> None:
+        """Give back the slots of windows that are behind or, after a jump, far ahead."""
+        horizon = step + AHEAD + 2 * self.geometry.window * BLOCK // self.geometry.rows
+        for key, window in list(self._windows.items()):
+            if not window.users and not step - AHEAD <= window.last <= horizon:
+                for read in window.reads:
+                    read.exception()  # wait: a read in flight must not write into a reused slot
+                del self._windows[key]
+                if window.pooled:
+                    self._free.append(window.buffer)
+
+    def _blocks(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}
+            self._orders[epoch] = permutation(self.geometry.blocks, self._seed, epoch)
+        return self._orders[epoch]
+
+    def _window(self, stream: int, step: int, *, needed: bool) -> tuple[_Window | None, int]:
+        geometry = self.geometry
+        epoch, inside = divmod(step, geometry.steps)
+        (begin, end), start = geometry.window_of(stream, inside)
+        key = (stream, epoch, begin)
+        if key not in self._windows:
+            if not self._free and not needed:
+                return None, start  # no slot yet: read it later
+            last = epoch * geometry.steps + end * BLOCK // geometry.rows - 1
+            blocks = self._blocks(epoch)[stream :: geometry.streams][begin:end]
+            self._windows[key] = self._load(blocks, last, key)
+        return self._windows[key], start
+
+    def _load(self, blocks: np.ndarray, last: int, key: tuple[int, int, int]) -> _Window:
+        pooled = bool(self._free)
+        shape = (self.geometry.window * BLOCK, self._features.width)
+        window = _Window(self._free.pop() if pooled else np.empty(shape, BFLOAT16), pooled, last)
+        target = ts.array(window.buffer)
+        for i, b in enumerate(blocks * BLOCK):
+            read = target[i * BLOCK : (i + 1) * BLOCK].write(self._array[int(b) : int(b) + BLOCK])
+            window.reads.append(read)
+        window.captions = read_captions(self._tokens, (self._records.read(int(b)) for b in blocks))
+        window.rows = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+        order = permutation(len(window.rows), self._seed, *key)
+        if len(self._unusable):
+            order = order[~np.isin(window.rows[order], self._unusable)]
+            if not len(order):
+                raise UserError(f"blocks {blocks.tolist()} of {self._features.path} hold no usable row")
+            # Other rows of the window stand in for those that cannot be used.
+            order = np.resize(order, len(window.rows))
+        window.order = order
+        return window
+
+    def _wait(self, window: _Window) -> None:
+        try:
+            for read in window.reads:
+                read.result()
+        except ValueError as error:
+            raise read_error(self._features.path, error) from None

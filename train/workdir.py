@@ -1,0 +1,70 @@
+"""What a run directory holds, and who may go on in it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import lit_fast
+from lit_fast.config import FREE, Config, flatten, load_config, to_toml
+from lit_fast.errors import UserError
+from lit_fast.features import Features
+from lit_fast.files import read_json, write_atomic, write_json
+from lit_fast.tokens import Tokens
+
+
+def check_workdir(run: Path, config: Config, tower: str, tokenizer: str) -> None:
+    """A run goes on only with its own configuration, tower and tokenizer (given as identities).
+
+    Raises:
+      UserError: the directory belongs to something else.
+    """
+    if run.exists() and not run.is_dir():
+        raise UserError(f"workdir {run} is a file; choose another --workdir")
+    if not (run / "config.toml").is_file():
+        if run.is_dir() and any(run.iterdir()):
+            raise UserError(f"workdir {run} is not empty and is not a run; choose another --workdir")
+        return
+    old, new = flatten(load_config(run / "config.toml")), flatten(config)
+    for key in new:
+        if old[key] != new[key] and key.partition(".")[0] not in FREE:
+            raise UserError(
+                f"workdir {run} belongs to another config: {key} is {old[key]!r} there and {new[key]!r} now; "
+                "choose another --workdir or give that value"
+            )
+    for name, identity in (("tower", tower), ("tokens", tokenizer)):
+        file = run / f"{name}.json"
+        if file.is_file() and read_json(file)["identity"] != identity:
+            raise UserError(
+                f"workdir {run} was trained with another {name} than the dataset has now; choose another --workdir"
+            )
+
+
+def write_workdir(run: Path, config: Config, features: Features, tokens: Tokens) -> None:
+    """Write down what the run is made of."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "tower.json", features.provenance)
+    write_json(run / "tokens.json", {k: v for k, v in tokens.meta.items() if k != "shard_keys"})
+    write_atomic(run / "tokenizer.model", tokens.tokenizer().model)
+    write_atomic(run / "config.toml", to_toml(config).encode())
+
+
+def write_receipt(run: Path, config: Config, fingerprint: str, results: list[dict[str, Any]]) -> None:
+    """Write `receipt.json`: what was done on what, and the final figures."""
+    pairs = config.steps * config.stream.global_batch * config.stream.captions_per_image
+    receipt = {
+        "steps": config.steps,
+        "pairs_seen": pairs,
+        "stream": fingerprint,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {
+            "lit_fast": lit_fast.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+        "evaluation": results,
+    }
+    write_json(run / "receipt.json", receipt)
