@@ -1,0 +1,1 @@
+"""Stage 1: from image files to a dataset and to the features of a frozen vision tower."""

@@ -1,0 +1,377 @@
+"""`embed`: right features, nothing lost, and the same bytes however often it is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+import embed.extract
+import lit_fast.dataset
+import lit_fast.features
+from embed.extract import embed_dataset
+from embed.index import index_dataset
+from embed.journal import Journal
+from lit_fast.cli import main
+from lit_fast.dataset import Dataset, open_dataset
+from lit_fast.errors import UserError
+from lit_fast.features import Features, open_features
+from lit_fast.preprocess import decode
+from lit_fast.towers import load_tower
+from tests.helpers import encoded, picture, samples, tiny_vit_arrays, write_tar
+
+# The commands with shards of 1024 rows, so that a small dataset has several.
+SMALL_SHARDS = (
+    "import sys, lit_fast.dataset as d\n"
+    "d.SHARD = 1024\n"
+    "from lit_fast.cli import main\n"
+    "sys.exit(main(sys.argv[1:]))\n"
+)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (lit_fast.dataset, lit_fast.features, embed.extract):
+        monkeypatch.setattr(module, "SHARD", 1024)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """30 rows in two tars, two of them undecodable."""
+    write_tar(tmp_path / "0.tar", samples(20))
+    bad = [
+        ("broken.jpg", encoded(picture(0))[:300]),
+        ("broken.txt", b"x"),
+        ("gif.png", b"GIF89a"),
+        ("gif.txt", b"x"),
+    ]
+    write_tar(tmp_path / "1.tar", samples(8, first=20) + bad)
+    return index_dataset([f"{tmp_path}/?.tar"], tmp_path / "d", seed=0)
+
+
+def many(tmp_path: Path) -> Dataset:
+    """2500 rows: three small shards."""
+    members = []
+    files = [encoded(picture(i, 40, 36)) for i in range(64)]
+    for i in range(2500):
+        members += [(f"{i}.jpg", files[i % 64] if i % 700 else b"no image"), (f"{i}.cls", b"0")]
+    write_tar(tmp_path / "many.tar", members)
+    return index_dataset([f"{tmp_path}/many.tar"], tmp_path / "d", seed=0)
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_features_are_the_towers(
+    dataset: Dataset, tiny_vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row by row, against one image at a time on one device."""
+    embed_dataset(dataset.path, str(tiny_vit), batch_size=7, workers=3)
+    features = open_features(dataset)
+    got = features.read_all().astype(np.float32)
+    tower = load_tower(str(tiny_vit))
+    run = jax.jit(lambda image: tower.embed(tower.params, image[None], jax.numpy.float32)[0])
+    [block] = dataset.iter_blocks()
+    for row, key in enumerate(block.keys):
+        if key in ("broken", "gif"):
+            assert not got[row].any()
+            continue
+        image = tower.preprocess.apply(decode(encoded(picture(int(key)))))
+        np.testing.assert_allclose(got[row], run(image), rtol=2**-7, atol=1e-3)
+    broken, gif = block.keys.index("broken"), block.keys.index("gif")
+    invalid = features.invalid_rows()
+    assert set(invalid) == {broken, gif}
+    assert invalid[gif] == "not a JPEG, PNG or WebP image"
+    assert invalid[broken] == "damaged image: Truncated File Read"
+    out = capsys.readouterr().out
+    assert f"embedded 30 rows with tiny into {features.path}: 28 valid, 2 invalid, " in out
+    assert "gif in 1.tar: not a JPEG, PNG or WebP image" in out
+    assert sorted(p.name for p in features.path.iterdir()) == ["c", "manifest", "tower.json", "zarr.json"]
+
+
+def test_shards_and_shares(
+    tmp_path: Path, tiny_vit: Path, small_shards: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = many(tmp_path)
+    assert dataset.shards == 3
+    embed_dataset(dataset.path, str(tiny_vit), name="one", batch_size=96)
+    embed_dataset(dataset.path, str(tiny_vit), name="two", batch_size=96, share=(1, 2))
+    two = open_features(dataset, "two")
+    assert two.finished() == [1]
+    with pytest.raises(UserError, match="2 of 3 shards are missing"):
+        two.invalid_rows()
+    embed_dataset(dataset.path, str(tiny_vit), name="two", batch_size=96, share=(0, 2))
+    root = dataset.path / "features"
+    assert tree(root / "one") == tree(root / "two")
+    assert (
+        sorted(open_features(dataset, "one").invalid_rows().values()) == ["not a JPEG, PNG or WebP image"] * 4
+    )
+    capsys.readouterr()
+    embed_dataset(dataset.path, str(tiny_vit), name="one", batch_size=8)
+    assert "is complete: 2,500 rows, 2,496 valid, 4 invalid" in capsys.readouterr().out
+
+
+def start(dataset: Path, tower: Path, name: str) -> subprocess.Popen[bytes]:
+    arguments = ["embed", str(dataset), "--tower", str(tower), "--name", name, "--batch-size", "8"]
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL_SHARDS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(
+    tmp_path: Path, tiny_vit: Path, small_shards: None
+) -> None:
+    dataset = many(tmp_path)
+    embed_dataset(dataset.path, str(tiny_vit), name="whole", batch_size=8)
+    killed = dataset.path / "features" / "killed"
+    rng = random.Random(0)
+    done = 0
+    for number, kind in enumerate(
+        [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
+    ):
+        process = start(dataset.path, tiny_vit, "killed")
+        goal = (number + rng.random()) * 400  # rows
+        while process.poll() is None and progress_of(killed) < goal:
+            time.sleep(0.001)
+        process.send_signal(kind)
+        process.communicate()
+        assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(kind, -kind)
+        assert progress_of(killed) >= max(done, goal)  # no finished batch is lost
+        done = progress_of(killed)
+    with open(next((killed / "partial").iterdir()), "ab") as file:
+        file.write(b"LFJ1 half a record")
+    (killed / "c" / "0").mkdir(parents=True, exist_ok=True)
+    (killed / "c" / "0" / "0.__lock").write_bytes(b"stale")
+    (killed / "manifest").mkdir(exist_ok=True)
+    (killed / "manifest" / ".00000.json.1.tmp").write_bytes(b"stale")
+    process = start(dataset.path, tiny_vit, "killed")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert b"2,496 valid, 4 invalid" in out
+    assert tree(killed) == tree(dataset.path / "features" / "whole")
+    assert not (killed / "partial").exists()
+
+
+def progress_of(path: Path) -> int:
+    """Rows that are finished or in journals of batches of 8 rows x 32 bfloat16."""
+    shards = len(list((path / "manifest").glob("0*.json"))) if path.exists() else 0
+    journals = sum(p.stat().st_size // (8 * 32 * 2 + 26) * 8 for p in (path / "partial").glob("*"))
+    return shards * 1024 + journals
+
+
+def test_a_shard_killed_while_it_was_committed(tmp_path: Path, tiny_vit: Path, small_shards: None) -> None:
+    """Journal but no data; data but no manifest; manifest and still a journal: the end is the same."""
+    dataset = many(tmp_path)
+    embed_dataset(dataset.path, str(tiny_vit), batch_size=8)
+    features = open_features(dataset)
+    whole = tree(features.path)
+    data = features.read_all()
+    invalid = features.manifest(1).invalid
+    belongs = {
+        "identity": features.identity,
+        "keys": dataset.shard_keys[1],
+        "batch_size": 8,
+        "max_pixels": 64_000_000,
+    }
+    with Journal(features.path / "partial" / "00001.journal", 1024, 32, belongs) as journal:
+        for lo in range(0, 1024, 8):
+            rows = {r - 1024: why for r, why in invalid.items() if lo <= r - 1024 < lo + 8}
+            journal.append(data[1024 + lo : 1032 + lo], rows)
+    features.manifest_path(1).unlink()
+    (features.path / "c" / "1" / "0").unlink()
+    features.manifest_path(2).unlink()
+    (features.path / "partial" / "00000.journal").write_bytes(b"of a finished shard")
+    embed_dataset(dataset.path, str(tiny_vit), batch_size=8)
+    assert tree(features.path) == whole
+
+
+def make_journal(path: Path, records: int = 5, **belongs: int) -> Journal:
+    with Journal(path, 20, 4, belongs) as journal:
+        for i in range(records):
+            journal.append(np.full((2, 4), i, ml_dtypes.bfloat16), {2 * i: "bad"} if i % 2 else {})
+    return journal
+
+
+def test_journal_keeps_whole_records_whatever_is_cut_or_flipped(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    whole = make_journal(path, identity=1)
+    data = path.read_bytes()
+    ends = []
+    for size in range(len(data) + 1):
+        path.write_bytes(data[:size])
+        with Journal(path, 20, 4, {"identity": 1}) as journal:
+            assert journal.done % 2 == 0
+            np.testing.assert_array_equal(journal.features[: journal.done], whole.features[: journal.done])
+            assert journal.invalid == {r: w for r, w in whole.invalid.items() if r < journal.done}
+            ends.append(journal.done)
+    assert ends == sorted(ends)
+    assert (ends[-1], ends[-2]) == (10, 8)
+    for place in range(0, len(data), 3):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with Journal(path, 20, 4, {"identity": 1}) as journal:
+            assert journal.done < 10
+            np.testing.assert_array_equal(journal.features[: journal.done], whole.features[: journal.done])
+
+
+def test_journal_of_something_else_is_discarded(tmp_path: Path) -> None:
+    make_journal(tmp_path / "j", identity=1)
+    with Journal(tmp_path / "j", 20, 4, {"identity": 2}) as journal:
+        assert (journal.done, journal.discarded) == (0, True)
+    with Journal(tmp_path / "j", 20, 4, {"identity": 2}) as journal:
+        assert (journal.done, journal.discarded) == (0, False)
+
+
+def test_two_processes_do_not_share_a_shard(tmp_path: Path) -> None:
+    with (
+        Journal(tmp_path / "j", 20, 4, {}),
+        pytest.raises(UserError, match="another process"),
+        Journal(tmp_path / "j", 20, 4, {}),
+    ):
+        pass
+
+
+def test_another_tower_needs_another_name(dataset: Dataset, tiny_vit: Path) -> None:
+    embed_dataset(dataset.path, str(tiny_vit), name="t")
+    before = tree(dataset.path)
+    with pytest.raises(UserError, match=r"another tower \(other preprocess\); choose another --name"):
+        embed_dataset(dataset.path, str(tiny_vit), name="t", preprocess="tf-squash")
+    with pytest.raises(UserError, match=r"other dtype"):
+        embed_dataset(dataset.path, str(tiny_vit), name="t", dtype="bfloat16")
+    with pytest.raises(UserError, match="cannot be a directory's name"):
+        embed_dataset(dataset.path, str(tiny_vit), name="../t")
+    assert tree(dataset.path) == before
+    embed_dataset(dataset.path, str(tiny_vit), name="t2", preprocess="tf-squash", dtype="bfloat16")
+    one, two = (open_features(dataset, n).read_all().astype(np.float32) for n in ("t", "t2"))
+    assert not np.allclose(one, two, atol=0.05)
+
+
+def test_missing_and_changed_sources_are_named_before_any_work(dataset: Dataset, tiny_vit: Path) -> None:
+    source = Path(dataset.sources[1])
+    data = source.read_bytes()
+    source.write_bytes(data[:-512])
+    with pytest.raises(UserError, match=rf"{source} has {len(data) - 512} bytes"):
+        embed_dataset(dataset.path, str(tiny_vit))
+    source.unlink()
+    with pytest.raises(UserError, match=rf"{source} .*No such file"):
+        embed_dataset(dataset.path, str(tiny_vit))
+    assert not (dataset.path / "features").exists()
+
+
+def test_non_finite_features_are_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tower whose activations overflow on a white image and not on a grey one."""
+    arrays = tiny_vit_arrays()
+    arrays["embedding/kernel"] *= 0
+    arrays["embedding/kernel"][..., 0, :] = 1e36
+    np.savez(tmp_path / "wild.npz", **arrays)
+    grey = Image.new("RGB", (32, 32), (127, 127, 127))
+    rows = [("bad", Image.new("RGB", (32, 32), "white")), ("good", grey)]
+    members = [m for k, im in rows for m in ((f"{k}.png", encoded(im, "PNG")), (f"{k}.cls", b"0"))]
+    write_tar(tmp_path / "0.tar", members)
+    dataset = index_dataset([f"{tmp_path}/0.tar"], tmp_path / "d", seed=0)
+    embed_dataset(dataset.path, str(tmp_path / "wild.npz"))
+    features = open_features(dataset)
+    [block] = dataset.iter_blocks()
+    bad = block.keys.index("bad")
+    assert features.invalid_rows() == {bad: "non-finite feature"}
+    stored = features.read_all().astype(np.float32)
+    assert not stored[bad].any()
+    assert stored[1 - bad].any()
+    assert "bad in 0.tar: non-finite feature" in capsys.readouterr().out
+
+
+def test_a_dataset_without_one_usable_image_is_an_error(tmp_path: Path, tiny_vit: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.txt", b"text")])
+    dataset = index_dataset([f"{tmp_path}/0.tar"], tmp_path / "d", seed=0)
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of the 1 images could be embedded"):
+            embed_dataset(dataset.path, str(tiny_vit))
+
+
+def test_max_pixels(dataset: Dataset, tiny_vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="none of the 30 images"):
+        embed_dataset(dataset.path, str(tiny_vit), max_pixels=1000)
+
+
+def test_full_disk_is_one_line_and_the_work_goes_on(dataset: Dataset, tiny_vit: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: writes fail with an OSError."""
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)\n"
+        "from lit_fast.cli import main\n"
+        "sys.exit(main(sys.argv[2:]))\n"
+    )
+    command = ["embed", str(dataset.path), "--tower", str(tiny_vit)]
+    # 1500 bytes: in the journal; 2500: in the array.
+    for limit in ("1500", "2500"):
+        done = subprocess.run([sys.executable, "-c", script, limit, *command], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert "File too large" in done.stderr
+        assert "run the same command again" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert main(command) == 0
+    assert set(open_features(dataset).invalid_rows().values()) != set()
+
+
+def test_command_line(
+    dataset: Dataset, tiny_vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["embed", str(dataset.path), "--tower", str(tiny_vit)]
+    assert main([*command, "--shard-of", "2/2"]) == 2
+    assert main([*command, "--batch-size", "0"]) == 2
+    assert main(["embed", str(tmp_path / "no"), "--tower", str(tiny_vit)]) == 2
+    assert main(["embed", str(dataset.path), "--tower", str(tmp_path / "no.npz")]) == 2
+    assert capsys.readouterr().err.count("\n") == 4
+    assert not (dataset.path / "features").exists()
+    assert main([*command, "--name", "x", "--batch-size", "5"]) == 0
+
+
+def test_unwritable_directory(dataset: Dataset, tiny_vit: Path) -> None:
+    if os.geteuid() == 0:
+        (dataset.path / "features").write_text("a file where the directory should be")
+    else:
+        (dataset.path / "features").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="mend that and run the same command again"):
+        embed_dataset(dataset.path, str(tiny_vit))
+
+
+def test_stored_features_equal_timms_on_real_photos(realdata: Path, tmp_path: Path) -> None:
+    """The whole way, with true weights: tar, decode, crop, ViT, store; timm decides what is right."""
+    try:
+        import timm
+        import torch
+    except Exception as error:
+        pytest.skip(f"timm cannot be imported: {error}")
+    weights = realdata / "vit" / "Ti_16-augreg-i21k-i1k-224.npz"
+    source = open_dataset(index_dataset([str(realdata / "wds_tf_flowers")], tmp_path / "all", seed=0).path)
+    [block] = source.iter_blocks()
+    with open(source.sources[0], "rb") as file:
+        files = [
+            (file.seek(o), file.read(s))[1] for o, s in zip(block.offsets[:6], block.sizes[:6], strict=True)
+        ]
+    write_tar(
+        tmp_path / "0.tar", [m for i, d in enumerate(files) for m in ((f"{i}.jpg", d), (f"{i}.cls", b"0"))]
+    )
+    dataset = index_dataset([f"{tmp_path}/0.tar"], tmp_path / "d", seed=0)
+    embed_dataset(dataset.path, str(weights), batch_size=4)
+    got = Features.read_all(open_features(dataset)).astype(np.float32)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=1000).eval()
+    model.load_pretrained(str(weights))
+    how = load_tower(str(weights)).preprocess
+    [block] = dataset.iter_blocks()
+    pixels = np.stack([how.apply(decode(files[int(key)])) for key in block.keys])
+    x = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).float() / 127.5 - 1
+    with torch.no_grad():
+        want = model.forward_features(x)[:, 0].numpy()
+    np.testing.assert_allclose(got, want, rtol=2**-8, atol=2e-3)

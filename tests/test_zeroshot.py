@@ -1,0 +1,122 @@
+"""Names and templates to a classifier, and its accuracies."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_fast.errors import UserError
+from lit_fast.zeroshot import (
+    accuracies,
+    canonical_names,
+    canonical_templates,
+    canonicalize,
+    chance_accuracies,
+    classifier,
+    label_ranks,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "keep", "want"),
+    [
+        ("a close-up photo of a {}.", "{}", "a closeup photo of a {}"),
+        ("itap of the {}.", "{}", "itap of the {}"),
+        ("{} {", "{}", "{}"),
+        ("Great_White  shark", "", "great white shark"),
+        ("jack-o'-lantern", "", "jackolantern"),
+        ("tench, Tinca tinca", ",", "tench, tinca tinca"),
+        ("tench, Tinca tinca", "", "tench tinca tinca"),
+        ("  Äpfel\t(grün) \n", "", "äpfel grün"),
+        ("ΣΊΣΥΦΟΣ", "", "σίσυφος"),
+        ("“quoted” – dash", "", "“quoted” – dash"),  # only ASCII punctuation goes
+        ("!?", "", ""),
+    ],
+)
+def test_canonicalize(text: str, keep: str, want: str) -> None:
+    assert canonicalize(text, keep) == want
+
+
+@given(st.text())
+def test_canonicalize_is_idempotent_on_ascii(text: str) -> None:
+    once = canonicalize(text.encode("ascii", "ignore").decode())
+    assert canonicalize(once) == once
+
+
+def test_first_alias_only() -> None:
+    assert canonical_names(["Great_White, man-eater", "T-shirt", "a , b"]) == ["great white", "tshirt", "a"]
+
+
+def test_templates_in_both_spellings() -> None:
+    got = canonical_templates(["A photo of a {c}.", "{}", "{c}, or {c}!", "a_{c}_b"])
+    assert got == ["a photo of a {}", "{}", "{} or {}", "a {} b"]
+
+
+def test_a_template_without_a_place_for_the_name_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'a photo of a \{name\}\.'.*\{c\}"):
+        canonical_templates(["{c}", "a photo of a {name}."])
+
+
+@pytest.mark.parametrize("name", ["?!", "", ", rose"])
+def test_an_empty_name_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="number 1"):
+        canonical_names(["rose", name])
+
+
+def embed_letters(texts: list[str]) -> np.ndarray:
+    """Normalised letter counts: a text tower whose results can be worked out by hand."""
+    counts = np.array([[t.count(c) for c in "abc {}"] + [1] for t in texts], np.float32)
+    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+
+def test_classifier_is_the_normalised_mean_of_normalised_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, templates = ["aab", "b, a", "c", "ca"], ["{c}", "A {}.", "{c} {c} bb"]
+    want = []
+    for name in ("aab", "b", "c", "ca"):
+        mean = embed_letters([name, f"a {name}", f"{name} {name} bb"]).mean(axis=0)
+        want.append(mean / (1e-8 + np.linalg.norm(mean)))
+    got = classifier(names, templates, embed_letters)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    monkeypatch.setattr("lit_fast.zeroshot._TEXTS", 6)  # two classes at a time
+    calls = []
+    again = classifier(names, templates, lambda texts: calls.append(len(texts)) or embed_letters(texts))
+    assert calls == [6, 6]
+    np.testing.assert_array_equal(again, got)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 12))
+@settings(max_examples=50, deadline=None)
+def test_accuracies_equal_a_full_sort_with_ties(seed: int, classes: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 40))
+    images = rng.integers(-1, 2, (n, 3)).astype(np.float32)
+    vectors = rng.integers(-1, 2, (classes, 3)).astype(np.float32)
+    labels = rng.integers(0, classes, n)
+    got = accuracies(label_ranks(images, vectors, labels), labels, classes, np.ones(n))
+
+    order = np.argsort(-(images.astype(np.float64) @ vectors.T), axis=1, kind="stable")
+    assert got["acc1"] == pytest.approx(np.mean(order[:, 0] == labels))
+    assert ("acc5" in got) == (classes >= 5)
+    if classes >= 5:
+        assert got["acc5"] == pytest.approx(np.mean((order[:, :5] == labels[:, None]).any(axis=1)))
+    recall = [np.mean(order[labels == c, 0] == c) for c in np.unique(labels)]
+    assert got["mean_per_class_recall"] == pytest.approx(np.mean(recall))
+
+
+def test_equal_scores_go_to_the_lower_class() -> None:
+    got = label_ranks(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32), np.array([0, 1, 2]))
+    assert got.tolist() == [0, 1, 2]
+
+
+def test_uneven_classes_and_weights() -> None:
+    rank, labels = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 2])
+    got = accuracies(rank, labels, 3, np.ones(4))
+    assert got == {"acc1": 0.75, "mean_per_class_recall": 0.5}  # class 1 has no image and does not count
+    twice = accuracies(rank, labels, 3, np.array([1.0, 0.0, 0.0, 3.0]))
+    assert twice == {"acc1": 0.25, "mean_per_class_recall": 0.5}
+
+
+def test_chance() -> None:
+    assert chance_accuracies(10) == {"acc1": 0.1, "acc5": 0.5, "mean_per_class_recall": 0.1}
+    assert "acc5" not in chance_accuracies(4)

@@ -1,0 +1,184 @@
+"""The order of the data: complete, exact, and a function of (seed, step) alone."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_fast.config import StreamConfig
+from lit_fast.dataset import BLOCK
+from lit_fast.errors import UserError
+from lit_fast.features import open_features
+from lit_fast.tokens import open_tokens
+from tests.synthetic import make_dataset, row_numbers, write_features
+from train.captions import Captions
+from train.stream import open_stream
+from train.windows import Geometry, plan
+
+MEMORY = StreamConfig(global_batch=48, captions_per_image=2)
+WINDOWS = StreamConfig(global_batch=256, memory_gib=0.0, streams=4, window_blocks=2)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "d"
+    return make_dataset(path, 300, captions=3, without_caption=(7,), invalid=(3, 299))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    path = tmp_path_factory.mktemp("large") / "d"
+    return make_dataset(path, 19 * BLOCK + 100, captions=2, invalid=(5, 2000))
+
+
+def opened(dataset, config, seed=0, part=(0, 1)):
+    return open_stream(open_features(dataset), open_tokens(dataset), config, seed, part)
+
+
+def test_memory_order_is_every_usable_row_once_per_epoch(small):
+    source = opened(small, MEMORY).source
+    usable = 297
+    rows = np.concatenate([source[i]["rows"] for i in range(40)])
+    epochs = [rows[i * usable : (i + 1) * usable] for i in range(len(rows) // usable)]
+    want = np.setdiff1d(np.arange(300), [3, 7, 299])
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), want)
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_batches_join_images_captions_and_rows(small):
+    tokens = open_tokens(small)
+    captions = [row for block in small.iter_captions() for row in block]
+    batch = opened(small, MEMORY).source[5]
+    np.testing.assert_array_equal(row_numbers(batch["images"]), batch["rows"])
+    tokenizer = tokens.tokenizer()
+    for i, row in enumerate(batch["rows"]):
+        allowed = {tuple(ids) for ids in tokenizer(captions[row])}
+        mine = [tuple(ids) for ids in batch["ids"][2 * i : 2 * i + 2]]
+        assert set(mine) <= allowed
+        assert len(set(mine)) == min(2, len(allowed))  # two different ones where there are two
+
+
+def test_captions_are_used_equally_often():
+    captions = Captions(np.array([0, 1, 4, 9]), np.arange(9)[:, None])
+    rows = np.arange(3)
+    used = Counter()
+    for visit in range(30):
+        ids = captions.choose(rows, rows, np.full(3, visit), 1, seed=3)
+        used.update(ids.ravel().tolist())
+    assert used == {0: 30} | {i: 10 for i in (1, 2, 3)} | {i: 6 for i in (4, 5, 6, 7, 8)}
+
+
+@pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
+def test_processes_get_slices_of_one_global_batch(small, large, config):
+    dataset = large if config is WINDOWS else small
+    whole = opened(dataset, config).source
+    for processes in (2, 4):
+        parts = [opened(dataset, config, part=(p, processes)).source for p in range(processes)]
+        for step in (0, 1, 30, 77):
+            for key, value in whole[step].items():
+                joined = np.concatenate([part[step][key] for part in parts])
+                np.testing.assert_array_equal(joined, value)
+
+
+@pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
+def test_order_depends_on_seed_and_step_only(small, large, config):
+    dataset = large if config is WINDOWS else small
+    stream = opened(dataset, config)
+    steps = list(range(90))
+    forward = [stream.source[s]["rows"] for s in steps]
+    other = opened(dataset, config)
+    for s in reversed(steps):  # any order of asking
+        np.testing.assert_array_equal(other.source[s]["rows"], forward[s])
+    for start in (0, 1, 63, 64, 71):  # going on in a new process
+        resumed = opened(dataset, config).iterate(start)
+        for s in range(start, start + 8):
+            batch = next(resumed)
+            np.testing.assert_array_equal(batch["rows"], forward[s])
+            np.testing.assert_array_equal(row_numbers(batch["images"]), batch["rows"])
+    assert not np.array_equal(opened(dataset, config, seed=1).source[0]["rows"], forward[0])
+    assert opened(dataset, config).fingerprint == stream.fingerprint
+    assert opened(dataset, config, seed=1).fingerprint != stream.fingerprint
+
+
+def test_windows_cover_an_epoch(large):
+    stream = opened(large, WINDOWS)
+    geometry = stream.source.geometry
+    assert geometry.streams == 4
+    for epoch in range(3):
+        first = epoch * geometry.steps
+        rows = np.concatenate([stream.source[first + s]["rows"] for s in range(geometry.steps)])
+        # 19 blocks dealt to 4 streams: 3 blocks are left out of an epoch.
+        assert len(rows) == 16 * BLOCK
+        blocks = Counter((np.unique(rows) // BLOCK).tolist())
+        assert len(blocks) == 16
+        assert len(np.unique(rows)) >= 16 * BLOCK - 2  # invalid rows are replaced by others of the window
+        assert not {5, 2000} & set(rows.tolist())
+
+
+@settings(deadline=None)
+@given(
+    blocks=st.integers(1, 300),
+    log_batch=st.integers(0, 15),
+    streams=st.integers(1, 64),
+    window_blocks=st.integers(1, 8),
+)
+def test_every_layout_visits_every_row_of_a_stream_once(blocks, log_batch, streams, window_blocks):
+    config = StreamConfig(
+        global_batch=2**log_batch, streams=streams, window_blocks=window_blocks
+    )
+    if blocks * BLOCK < config.global_batch:
+        with pytest.raises(UserError, match="cannot be streamed"):
+            plan(blocks * BLOCK, config)
+        return
+    geometry = plan(blocks * BLOCK + 17, config)
+    assert geometry.rows * geometry.streams == config.global_batch
+    for stream in {0, geometry.streams - 1}:
+        position, before = 0, (0, 0)
+        for step in range(min(geometry.steps, 3000)):
+            (begin, end), start = geometry.window_of(stream, step)
+            if (begin, end) != before:
+                assert begin == before[1]  # windows follow each other without gap
+                assert 0 < end - begin <= geometry.window
+                before = (begin, end)
+            assert begin * BLOCK + start == position
+            assert position + geometry.rows <= end * BLOCK  # a step never straddles two windows
+            position += geometry.rows
+        if geometry.steps <= 3000:
+            assert position == end * BLOCK == geometry.length * BLOCK
+
+
+def test_geometry_of_the_recipe():
+    geometry = plan(12_000_000, StreamConfig())
+    assert geometry == Geometry(blocks=11718, streams=64, rows=512, unit=1, window=8)
+
+
+def test_missing_shard_and_foreign_rows_are_refused(tmp_path):
+    dataset = make_dataset(tmp_path / "d", 40)
+    manifest = open_features(dataset).manifest_path(0)
+    text = manifest.read_text()
+    manifest.unlink()
+    with pytest.raises(UserError, match="1 of 1 shards are missing"):
+        opened(dataset, MEMORY)
+    manifest.write_text(text.replace(dataset.shard_keys[0], "0" * 32))
+    with pytest.raises(UserError, match="made from other rows"):
+        opened(dataset, MEMORY)
+    write_features(dataset, np.zeros((40, 8)), tower="second")
+    with pytest.raises(UserError, match="features of second, tower; say which"):
+        opened(dataset, MEMORY)
+
+
+@pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
+def test_a_flipped_bit_is_an_error_that_names_the_store(tmp_path, config):
+    dataset = make_dataset(tmp_path / "d", 4 * BLOCK)
+    chunk = dataset.path / "features/tower/c/0/0"
+    data = bytearray(chunk.read_bytes())
+    data[1000] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(UserError, match="features/tower cannot be read"):
+        stream = opened(dataset, replace(config, streams=2))
+        for step in range(16):
+            stream.source[step]
