@@ -133,7 +133,7 @@ def _features(dataset: Dataset, name: str, todo: list[dict[str, str]], problems:
         if manifest.keys != dataset.shard_keys[shard] or manifest.tower != features.identity:
             problems.append(f"{features.manifest_path(shard)} belongs to other rows or another tower")
     if len(finished) < dataset.shards:
-        what = f"{dataset.shards - len(finished):,} shards of {name}"
+        what = f"features {name}, {dataset.shards - len(finished):,} of {dataset.shards:,} shards"
         todo.append({"what": what, "command": _embed_command(features)})
     invalid = reasons.total()
     return {
@@ -216,7 +216,7 @@ def _run(path: Path) -> dict[str, Any]:
     if not finished:
         command = ["lit-fast", "train", str(path / "config.toml"), "--workdir", str(path)]
         at = checkpoints[-1] if checkpoints else 0
-        todo.append({"what": f"the steps after {at:,}", "command": shlex.join(command)})
+        todo.append({"what": f"steps after {at:,}", "command": shlex.join(command)})
     return {
         "kind": "run",
         "path": str(path),
@@ -227,7 +227,7 @@ def _run(path: Path) -> dict[str, Any]:
         "dataset": dataset,
         "tower": tower,
         "tokenizer": tokenizer,
-        "metrics": next((line for line in reversed(lines) if "loss" in line), None),
+        "metrics": next((line for line in reversed(lines) if isinstance(line.get("loss"), float)), None),
         "evaluations": evaluations,
         "todo": todo,
         "problems": problems,
@@ -279,19 +279,19 @@ def _dataset_lines(value: dict[str, Any]) -> list[tuple[str, str]]:
     sources, left_out = value["sources"], value["left_out"]
     captions = f"{value['captions']:,}, {value['captions_per_row']:.1f} per row"
     if value["captionless"]:
-        captions += f"; {value['captionless']:,} rows without"
+        captions += f"; rows without: {value['captionless']:,}"
     labels = "none"
     if value["labelled"]:
         labels = (
-            f"{value['labelled']:,} rows, {value['classes']:,} class names, {value['templates']} templates"
+            f"rows {value['labelled']:,}, class names {value['classes']:,}, templates {value['templates']}"
         )
     state = "all in place" if not sources["missing"] and not sources["changed"] else "see below"
     lines = [
         ("dataset", value["path"]),
-        ("rows", f"{value['rows']:,} in {value['shards']:,} shards, order by seed {value['seed']}"),
+        ("rows", f"{value['rows']:,}, shards {value['shards']:,}, order by seed {value['seed']}"),
         ("captions", captions if value["captions"] else "none"),
         ("labels", labels),
-        ("sources", f"{sources['count']:,} files, {_size(sources['bytes'])}; {state}"),
+        ("sources", f"files {sources['count']:,}, {_size(sources['bytes'])}; {state}"),
     ]
     if left_out:
         lines.append(("left out", f"{sum(left_out.values()):,}: {_counts(left_out)}"))
@@ -332,8 +332,11 @@ def _run_lines(value: dict[str, Any]) -> list[tuple[str, str]]:
         text = f"{tokenizer['vocab_size']:,} pieces, at most {tokenizer['max_length']} tokens"
         lines.append(("tokenizer", f"{text}, identity {tokenizer['identity'][:8]}"))
     if metrics:
-        figures = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float | int))
-        lines.append(("last metrics", figures))
+        figures = {
+            k: f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float | int) and k != "step"
+        }
+        first = f"at step {metrics['step']:,}: {figures.pop('loss')}"
+        lines += [("last metrics", first), ("", "  " + ", ".join(figures.values()))]
     for evaluation in value["evaluations"][-1:]:
         lines.append(("evaluation", f"at step {evaluation['step']:,} (of {len(value['evaluations'])})"))
         width = max(map(len, evaluation["figures"]))

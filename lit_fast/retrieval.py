@@ -109,7 +109,7 @@ def chance_recalls(counts: np.ndarray) -> dict[str, float]:
     out = {f"image_retrieval_recall@{k}": min(k, n) / n for k in RECALL_AT}
     for k in RECALL_AT:
         drawn = np.arange(min(k, m))
-        # The probability that every draw misses; it is 0 once fewer than k texts are wrong.
-        misses = np.clip((m - counts[:, None] - drawn) / (m - drawn), 0, 1).prod(axis=1)
+        # The probability that every draw misses; with fewer than k wrong texts one factor is 0.
+        misses = ((m - counts[:, None] - drawn) / (m - drawn)).prod(axis=1)
         out[f"text_retrieval_recall@{k}"] = float(1 - misses.mean())
     return out

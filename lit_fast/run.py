@@ -24,7 +24,7 @@ from lit_fast.checkpoint import restore_params
 from lit_fast.config import Config, TextConfig, load_config
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
-from lit_fast.features import Features, open_features
+from lit_fast.features import Features, open_features, stored_towers
 from lit_fast.files import read_json
 from lit_fast.loss import normalize
 from lit_fast.mesh import dealt, make_mesh, replicated
@@ -107,13 +107,16 @@ def matching_features(dataset: Dataset, tower: dict[str, Any]) -> Features:
     Raises:
       UserError: there are none.
     """
-    features = open_features(dataset, tower["name"])
-    if features.identity != tower["identity"]:
-        raise UserError(
-            f"{features.path} was embedded by another tower than the run's ({tower['source']}): weights, "
-            "preprocessing or dtype differ"
-        )
-    return features
+    have = [open_features(dataset, name) for name in stored_towers(dataset)]
+    for features in have:
+        if features.identity == tower["identity"]:
+            return features
+    named = f" but {', '.join(f.tower for f in have)}, which differ in weights, preprocessing or dtype" if have else ""
+    raise UserError(
+        f"dataset {dataset.path} has no features of the run's tower {tower['name']}{named}; make them with: "
+        f"lit-fast embed {dataset.path} --tower {tower['source']} --preprocess {tower['preprocess']['method']} "
+        f"--dtype {tower['dtype']}"
+    )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def make_dataset(
     captions: int = 2,
     without_caption: tuple[int, ...] = (),
     invalid: tuple[int, ...] = (),
-    vocab: int = 320,
+    vocab: int = 280,
     max_length: int = 8,
     seed: int = 0,
 ) -> Dataset:
@@ -57,6 +57,7 @@ def write_features(
     """A finished feature store holding `values`."""
     identity = hashlib.blake2b(tower.encode(), digest_size=16).hexdigest()
     provenance = {"name": tower, "source": f"{tower}.npz", "identity": identity, "width": values.shape[1]}
+    provenance |= {"preprocess": {"method": "pil-crop"}, "dtype": "float32"}
     store = Features(dataset, tower, provenance)
     write_json(store.path / "tower.json", provenance)
     array = store.array(create=True)

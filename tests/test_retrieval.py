@@ -87,6 +87,12 @@ def test_equal_scores_go_to_the_lower_number() -> None:
     assert [r.tolist() for r in retrieval_ranks(images, texts, np.array([2, 0, 1]))] == [[2, 0, 1], [1, 2, 0]]
 
 
+def test_equal_scores_with_many_scattered_texts() -> None:
+    owner = np.random.default_rng(0).permutation(np.repeat(np.arange(40), 25))
+    _, image_ranks = retrieval_ranks(np.ones((40, 1), np.float32), np.ones((1000, 1), np.float32), owner)
+    assert image_ranks.tolist() == [owner.tolist().index(i) for i in range(40)]
+
+
 def test_one_image_is_always_found() -> None:
     got = retrieval_ranks(np.ones((1, 4), np.float32), -np.ones((2, 4), np.float32), np.array([0, 0]))
     assert [r.tolist() for r in got] == [[0, 0], [0]]
@@ -115,9 +121,7 @@ def test_memory_stays_below_the_matrix() -> None:
 def test_weights_count_an_image_with_its_texts() -> None:
     text_ranks, image_ranks, owner = np.array([0, 3, 0]), np.array([0, 7]), np.array([0, 1, 1])
     weighted = recalls(text_ranks, image_ranks, owner, np.array([1.0, 2.0]))
-    repeated = recalls(
-        np.array([0, 3, 0, 3, 0]), np.array([0, 7, 7]), np.array([0, 1, 1, 2, 2]), np.ones(3)
-    )
+    repeated = recalls(np.array([0, 3, 0, 3, 0]), np.array([0, 7, 7]), np.array([0, 1, 1, 2, 2]), np.ones(3))
     assert weighted == pytest.approx(repeated)
     assert weighted["image_retrieval_recall@1"] == pytest.approx(3 / 5)
     assert weighted["text_retrieval_recall@5"] == pytest.approx(1 / 3)
@@ -145,4 +149,6 @@ def test_chance_is_the_formula_and_what_random_scores_reach() -> None:
 
 
 def test_chance_with_fewer_candidates_than_k() -> None:
-    assert set(chance_recalls(np.array([2])).values()) == {1.0}
+    with np.errstate(all="raise"):
+        assert set(chance_recalls(np.array([2])).values()) == {1.0}
+        assert chance_recalls(np.array([1, 2]))["text_retrieval_recall@1"] == pytest.approx(0.5)

@@ -29,7 +29,7 @@ from lit_fast.zeroshot import (
         ("tench, Tinca tinca", "", "tench tinca tinca"),
         ("  Äpfel\t(grün) \n", "", "äpfel grün"),
         ("ΣΊΣΥΦΟΣ", "", "σίσυφος"),
-        ("“quoted” – dash", "", "“quoted” – dash"),  # only ASCII punctuation goes
+        ("“quoted”…", "", "“quoted”…"),  # only ASCII punctuation goes
         ("!?", "", ""),
     ],
 )

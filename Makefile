@@ -1,0 +1,38 @@
+# make demo: the whole job, end to end, on pictures it draws itself.   make test: lint, types, tests.
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTHON ?= python3
+
+.PHONY: demo test lint types parity bench clean
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("lit-fast needs Python 3.11 or newer, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/lit-fast demo --out demo
+
+test: $(VENV)/installed lint types
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+# The tests against timm; needs a torch and a torchvision that fit each other.
+parity: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[parity]'
+	$(BIN)/python -m pytest -k 'timm'
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.loss
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

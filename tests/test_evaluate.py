@@ -1,0 +1,294 @@
+"""Evaluation of datasets and the command `eval`."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from lit_fast.cli import main
+from lit_fast.dataset import Dataset, DatasetWriter, Row
+from lit_fast.errors import UserError
+from lit_fast.evaluate import (
+    bootstrap,
+    check_retrieval,
+    check_zero_shot,
+    evaluate_retrieval,
+    evaluate_zero_shot,
+    format_table,
+)
+from lit_fast.features import BFLOAT16, Features, Manifest
+from lit_fast.files import write_json
+
+WIDTH = 16
+COLOURS = ("red", "green", "blue")
+
+
+def make_dataset(path: Path, labels: list[int], captions: list[tuple[str, ...]], **options: Any) -> Dataset:
+    """A dataset without sources."""
+    writer = DatasetWriter(path)
+    for i, (label, texts) in enumerate(zip(labels, captions, strict=True)):
+        writer.add(Row(f"k{i}", 0, 0, 0, texts, label))
+    return writer.finish(seed=0, sources=[], **options)
+
+
+def embed_colours(texts: list[str]) -> np.ndarray:
+    """A text points along the axes of the colours in it."""
+    counts = np.array([[text.lower().split().count(c) for c in COLOURS] for text in texts], np.float32)
+    return counts / (1e-8 + np.linalg.norm(counts, axis=1, keepdims=True))
+
+
+# --- zero-shot
+
+
+def test_zero_shot_counts_labelled_valid_rows(tmp_path: Path) -> None:
+    data = make_dataset(
+        tmp_path / "colours",
+        [2, -1, 0, 1, 1, 0],
+        [()] * 6,
+        classnames=["RED!, crimson", "green", "blue"],
+        templates=["a {c}.", "{c}"],
+    )
+    rows = np.array([0, 1, 2, 4, 5])  # row 3 has no embedding
+    images = np.eye(3, dtype=np.float32)[[2, 0, 0, 1, 1]]  # the last is wrong: label 0, looks green
+    got = evaluate_zero_shot(data, rows, images, embed_colours)
+    assert got["metrics"] == {"acc1": 0.75, "mean_per_class_recall": pytest.approx(2.5 / 3)}
+    assert got["chance"] == {"acc1": 1 / 3, "mean_per_class_recall": 1 / 3}
+    low, high = got.pop("interval_95")["acc1"]
+    assert low < 0.75 < high <= 1
+    del got["metrics"], got["chance"]
+    assert got == {
+        "dataset": "colours", "model": "", "pretrained": "", "task": "zeroshot_classification",
+        "language": "en", "rows": 6, "images": 4, "classes": 3, "templates": 2,
+    }  # fmt: skip
+
+
+def test_without_templates_the_bare_name_is_used(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "d", [0, 1], [(), ()], classnames=["Red", "Green"])
+    seen: list[str] = []
+
+    def embed(texts: list[str]) -> np.ndarray:
+        seen.extend(texts)
+        return embed_colours(texts)
+
+    got = evaluate_zero_shot(data, np.arange(2), np.eye(3, dtype=np.float32)[:2], embed)
+    assert seen == ["red", "green"]
+    assert got["templates"] == 1
+    assert got["metrics"]["acc1"] == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([-1, -1], {}, "no labels and no class names for zero-shot"),
+        ([0, 1], {}, "no class names for zero-shot"),
+        ([-1, -1], {"classnames": ["a", "b"]}, "no labels for zero-shot"),
+        ([0, 1], {"classnames": ["a", "?"]}, r"class name '\?' \(number 1\)"),
+        ([0, 1], {"classnames": ["a", "b"], "templates": ["photo"]}, "prompt template 'photo'"),
+    ],
+)
+def test_what_zero_shot_lacks_is_named(
+    tmp_path: Path, labels: list[int], options: dict[str, Any], message: str
+) -> None:
+    data = make_dataset(tmp_path / "set", labels, [(), ()], **options)
+    with pytest.raises(UserError, match=rf"dataset \S*/set\b.*{message}"):
+        check_zero_shot(data)
+
+
+def test_labels_beyond_the_names_and_no_labelled_embedding(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "d", [-1, 7], [(), ()], classnames=["red", "green"])
+    images = np.eye(3, dtype=np.float32)
+    with pytest.raises(UserError, match="label 7 but only 2 class names"):
+        evaluate_zero_shot(data, np.arange(2), images[:2], embed_colours)
+    with pytest.raises(UserError, match="no image with both a label and a valid feature"):
+        evaluate_zero_shot(data, np.array([0]), images[:1], embed_colours)
+
+
+# --- retrieval
+
+
+def test_retrieval_counts_captioned_valid_rows(tmp_path: Path) -> None:
+    captions = [("red", "red red"), (), ("blue",), ("green", "not blue")]
+    data = make_dataset(tmp_path / "d", [-1] * 4, captions)
+    images = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]]
+    got = evaluate_retrieval(data, np.arange(4), images, embed_colours)
+    assert (got["rows"], got["images"], got["texts"]) == (4, 3, 5)
+    assert got["metrics"]["image_retrieval_recall@1"] == 0.8  # "not blue" finds the blue image
+    assert got["metrics"]["text_retrieval_recall@1"] == 1.0
+    assert got["chance"]["image_retrieval_recall@1"] == pytest.approx(1 / 3)
+    assert got["chance"]["text_retrieval_recall@1"] == pytest.approx((2 + 1 + 2) / 5 / 3)
+    # Without row 2 its caption is gone too.
+    fewer = evaluate_retrieval(data, np.array([0, 3]), images[[0, 3]], embed_colours)
+    assert (fewer["images"], fewer["texts"]) == (2, 4)
+
+
+def test_a_dataset_without_captions_is_named(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "set", [0], [()], classnames=["a"])
+    with pytest.raises(UserError, match=r"/set has no captions"):
+        check_retrieval(data)
+
+
+@pytest.mark.parametrize("where", ["image", "text"])
+def test_not_a_number_is_never_a_hit(tmp_path: Path, where: str) -> None:
+    data = make_dataset(tmp_path / "d", [0, 1], [("red",), ("green",)], classnames=["red", "green"])
+    images = np.eye(3, dtype=np.float32)[:2]
+    images[0, 0] = np.nan if where == "image" else 1
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return embed_colours(texts) * np.float32(np.nan if where == "text" else 1)
+
+    for evaluate in (evaluate_zero_shot, evaluate_retrieval):
+        with pytest.raises(UserError, match=f"{where} embeddings are not finite"):
+            evaluate(data, np.arange(2), images, embed)
+
+
+# --- intervals and table
+
+
+def test_intervals_of_a_share_are_binomial_and_repeatable() -> None:
+    hits = np.arange(500) < 150
+
+    def measure(weights: np.ndarray) -> dict[str, float]:
+        return {"share": float(weights[hits].sum() / weights.sum())}
+
+    got = bootstrap(measure, 500)
+    want = binom.ppf((0.025, 0.975), 500, 0.3) / 500
+    np.testing.assert_allclose(got["share"], want, atol=0.01)
+    assert got == bootstrap(measure, 500)
+
+
+def test_table() -> None:
+    result = {
+        "dataset": "flowers", "task": "zeroshot_classification", "rows": 400, "images": 398, "classes": 5,
+        "templates": 3, "metrics": {"acc1": 0.389, "acc5": 1.0}, "chance": {"acc1": 0.2, "acc5": 1.0},
+        "interval_95": {"acc1": [0.3421, 0.4363], "acc5": [1.0, 1.0]},
+    }  # fmt: skip
+    other = {
+        "dataset": "dev", "task": "zeroshot_retrieval", "rows": 1000, "images": 1000, "texts": 5000,
+        "metrics": {"image_retrieval_recall@1": 0.17}, "chance": {"image_retrieval_recall@1": 0.001},
+        "interval_95": {"image_retrieval_recall@1": [0.159, 0.181]},
+    }  # fmt: skip
+    want = """\
+dataset  task       metric                        %  95 % interval  chance
+flowers  zero-shot  acc1                       38.9   34.2 -  43.6    20.0
+flowers  zero-shot  acc5                      100.0  100.0 - 100.0   100.0
+dev      retrieval  image_retrieval_recall@1   17.0   15.9 -  18.1     0.1
+
+flowers zero-shot: images 398, classes 5, templates 3; 2 rows without label or valid image were skipped
+dev retrieval: images 1,000, texts 5,000"""
+    assert format_table([result, other]) == want
+
+
+# --- the command
+
+
+def provenance(identity: str) -> dict[str, Any]:
+    """A tower.json, as far as evaluation reads it."""
+    value = {"name": "tiny", "source": "t.npz", "identity": identity, "width": WIDTH, "gelu": "exact"}
+    return value | {"dtype": "float32", "preprocess": {"method": "pil-crop", "size": 8, "resize": 8}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of an untrained tower of one layer, with its checkpoints 3 and 7."""
+    import jax
+    import sentencepiece
+
+    from lit_fast.checkpoint import open_manager, save
+    from lit_fast.config import Config, TextConfig, to_toml
+    from lit_fast.run import init_params, text_tower
+    from lit_fast.tokens import Tokenizer
+
+    path = tmp_path_factory.mktemp("runs") / "tiny-run"
+    path.mkdir()
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red thing", "a green one", "blue things", "not a thing"] * 5),
+        model_writer=model, vocab_size=300, byte_fallback=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer(model.getvalue(), 8)
+    config = Config(text=TextConfig(width=32, depth=1, heads=2, dtype="float32"))
+    (path / "config.toml").write_text(to_toml(config))
+    (path / "tokenizer.model").write_bytes(tokenizer.model)
+    write_json(path / "tokens.json", {"max_length": 8, "identity": tokenizer.identity})
+    write_json(path / "tower.json", provenance("abc"))
+    module = text_tower(config.text, tokenizer, WIDTH)
+    params = jax.tree.map(np.asarray, init_params(module, config, np.zeros(WIDTH)))
+    manager = open_manager(path)
+    for step in (3, 7):
+        save(manager, step, params, {"opt": np.zeros(1)}, {})
+    manager.wait_until_finished()
+    manager.close()
+    return path
+
+
+def add_features(data: Dataset, identity: str = "abc") -> None:
+    """Random features for the dataset; row 1 is invalid."""
+    write_json(data.path / "features" / "tiny" / "tower.json", provenance(identity))
+    features = Features(data, "tiny", provenance(identity))
+    values = np.random.default_rng(0).normal(size=(data.rows, WIDTH)).astype(BFLOAT16)
+    features.array(create=True)[:].write(values).result()
+    features.write_manifest(Manifest(0, 0, data.rows, data.shard_keys[0], identity, {1: "cut off"}))
+
+
+def coloured(path: Path) -> Dataset:
+    """Six rows with labels and captions."""
+    captions = [(f"a {COLOURS[i % 3]} thing", f"{COLOURS[i % 3]} one") for i in range(6)]
+    return make_dataset(path, [0, 1, 2] * 2, captions, classnames=COLOURS, templates=["a {c} thing"])
+
+
+def test_eval_prints_a_table_and_writes_json(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_features(coloured(tmp_path / "set"))
+    d, out = str(tmp_path / "set"), tmp_path / "new" / "results.json"
+    assert main(["eval", str(run), "--zero-shot", d, "--retrieval", d, "--json", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert [r["task"] for r in results] == ["zeroshot_classification", "zeroshot_retrieval"]
+    for result in results:
+        assert (result["model"], result["pretrained"]) == ("tiny-run", "step 7")
+        assert (result["rows"], result["images"]) == (6, 5)
+        assert result["metrics"].keys() == result["chance"].keys() == result["interval_95"].keys()
+    assert results[1]["metrics"]["image_retrieval_recall@5"] == 1  # five candidates
+    stdout = capsys.readouterr().out
+    assert stdout.startswith("tiny-run, step 7, tower tiny\n")
+    assert stdout.endswith(format_table(results) + "\n")
+
+    assert main(["eval", str(run), "--zero-shot", d, "--step", "3", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())[0]["pretrained"] == "step 3"
+    assert main(["eval", str(run), "--zero-shot", d, "--step", "4"]) == 2
+    assert "no checkpoint of step 4; there are 3, 7" in capsys.readouterr().err
+
+
+def test_mistakes_are_found_before_the_weights_are_loaded(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("lit_fast.run.open_run", never)
+    good, other, bare = (coloured(tmp_path / name) for name in ("good", "other", "bare"))
+    add_features(good)
+    add_features(other, identity="def")
+    uncaptioned = make_dataset(tmp_path / "uncaptioned", [0], [()], classnames=["a"])
+    file = tmp_path / "file"
+    file.touch()
+    for arguments, message in (
+        ([], "nothing to evaluate; give datasets with --zero-shot E or --retrieval E"),
+        (["--zero-shot", good.path, tmp_path / "no"], "/no does not exist"),
+        (["--zero-shot", good.path, "--retrieval", uncaptioned.path], "/uncaptioned has no captions"),
+        (["--zero-shot", good.path, bare.path], "/bare has no features of the run's tower tiny"),
+        (["--retrieval", good.path, other.path], "/other has no features of the run's tower tiny"),
+        (["--retrieval", good.path, "--json", tmp_path], "is a directory"),
+        (["--retrieval", good.path, "--json", file / "out.json"], "is not a writable directory"),
+    ):
+        assert main(["eval", str(run), *map(str, arguments)]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+    assert main(["eval", str(tmp_path / "no-run"), "--zero-shot", str(good.path)]) == 2
+    assert "no-run does not exist" in capsys.readouterr().err

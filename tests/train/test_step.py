@@ -1,0 +1,112 @@
+"""The compiled step: the same on every mesh, nothing of batch x batch, no gathered embeddings."""
+
+import re
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lit_fast.config import Config, LossConfig, OptimizerConfig, StreamConfig, TextConfig
+from lit_fast.mesh import dealt, make_mesh
+from lit_fast.run import init_params
+from lit_fast.text import TextTower
+from lit_fast.transformer import Shape
+from train.optimizer import make_optimizer
+from train.step import init_state, make_step
+
+WIDTH, LENGTH, VOCAB = 24, 8, 100
+SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=2)
+
+
+def build(devices, *, batch=64, tile=16, captions=1, dropout=0.0, steps=20, **text):
+    config = Config(
+        steps=steps,
+        text=TextConfig(dropout=dropout),
+        loss=LossConfig(tile=tile, precision="highest"),
+        stream=StreamConfig(global_batch=batch, captions_per_image=captions),
+        optimizer=OptimizerConfig(name="adam", learning_rate=1e-2, b2=0.95, warmup_steps=2),
+    )
+    mesh = make_mesh(jax.devices()[:devices])
+    model = TextTower(SHAPE, VOCAB, LENGTH, WIDTH, dropout=dropout, **text)
+    optimizer = make_optimizer(config.optimizer, steps)
+    params = init_params(model, config, np.zeros(WIDTH, np.float32))
+    state = init_state(params, optimizer, mesh)
+    return make_step(model, optimizer, config, mesh), state, mesh
+
+
+def batch_of(seed, n, captions, mesh):
+    rng = np.random.default_rng(seed)
+    batch = {
+        "images": rng.normal(size=(n, WIDTH)).astype(ml_dtypes.bfloat16),
+        "ids": rng.integers(0, VOCAB, (n * captions, LENGTH)).astype(np.uint16),
+        "rows": rng.integers(0, 50, n).astype(np.int32),
+    }
+    return {k: jax.device_put(v, dealt(mesh)) for k, v in batch.items()}
+
+
+@pytest.mark.parametrize(
+    ("captions", "dropout", "text"), [(1, 0.0, {}), (2, 0.3, {"pooling": "mean", "pad_id": 1})]
+)
+def test_one_two_and_four_devices_agree(captions, dropout, text):
+    losses = {}
+    for devices in (1, 2, 4):
+        step, state, mesh = build(devices, captions=captions, dropout=dropout, **text)
+        losses[devices] = []
+        for i in range(4):
+            state, metrics = step(state, batch_of(i, 64, captions, mesh))
+            losses[devices].append(float(metrics["loss"]))
+    for devices in (2, 4):
+        # The sums are the same numbers in another order, and Adam divides them by their own size; four
+        # steps of 1e-2 keep the difference near float32 rounding of the loss (about 10).
+        np.testing.assert_allclose(losses[devices], losses[1], rtol=2e-5)
+    assert len(set(losses[1])) == len(losses[1])
+
+
+def test_remat_changes_nothing():
+    plain, state, mesh = build(1)
+    remat, again, _ = build(1, remat=True)
+    batch = batch_of(0, 64, 1, mesh)
+    assert float(plain(state, batch)[1]["loss"]) == float(remat(again, batch)[1]["loss"])
+
+
+def compiled_text(devices, batch, tile):
+    step, state, mesh = build(devices, batch=batch, tile=tile)
+    return step.lower(state, batch_of(0, batch, 1, mesh)).compile()
+
+
+def largest_buffer(text):
+    """Elements of the largest array in the compiled program."""
+    shapes = re.findall(r"(?:f32|bf16|s32|u32|pred|u16)\[([\d,]+)\]", text)
+    return max(int(np.prod([int(d) for d in s.split(",")])) for s in shapes)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_no_batch_by_batch_buffer_and_no_all_gather(devices):
+    batch = 4096
+    compiled = compiled_text(devices, batch, tile=64)
+    text = compiled.as_text()
+    # The largest thing is an activation, [texts of a device, length, mlp_dim], stacked for two layers.
+    assert largest_buffer(text) <= 2 * (batch // devices) * LENGTH * SHAPE.mlp_dim < batch**2
+    assert "all-gather" not in text
+    assert ("collective-permute" in text) == (devices > 1)
+    # The same check sees the matrix when there is one.
+    assert largest_buffer(compiled_text(1, batch, tile=batch).as_text()) >= batch**2
+
+
+def test_memory_grows_linearly_with_the_batch():
+    sizes = [compiled_text(4, b, 32).memory_analysis().temp_size_in_bytes for b in (1024, 2048, 4096)]
+    # Doubling the batch doubles the memory, give or take how buffers happen to be reused; a matrix of pairs
+    # (64 MiB of them at the end) would quadruple it.
+    assert sizes[1] <= 2.3 * sizes[0]
+    assert sizes[2] <= 2.3 * sizes[1]
+
+
+def test_first_step_that_is_not_finite_is_remembered():
+    step, state, mesh = build(4)
+    for i in range(5):
+        batch = batch_of(i, 64, 1, mesh)
+        if i == 2:
+            batch["images"] = batch["images"] * np.nan
+        state, _ = step(state, batch)
+    assert int(state.bad_step) == 2
