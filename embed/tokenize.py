@@ -101,13 +101,13 @@ def _write(dataset: Dataset, tokenizer: Tokenizer, directory: Path) -> dict:
     progress = Progress("tokenize", dataset.captions, "captions")
     ids = truncated = 0
     for block in dataset.iter_captions():
-        encoded = iter(tokenizer.encode([c for row in block for c in row]))
-        rows = [[next(encoded) for _ in row] for row in block]
+        encoded, cut = tokenizer.encode([c for row in block for c in row])
+        ids += sum(map(len, encoded))
+        truncated += cut
+        progress.advance(len(encoded))
+        rest = iter(encoded)
+        rows = [[next(rest) for _ in row] for row in block]
         writer.write(encode_record(rows, tokenizer.vocab_size))
-        lengths = [len(i) for row in rows for i in row]
-        ids += sum(lengths)
-        truncated += sum(n == tokenizer.max_length for n in lengths)
-        progress.advance(len(lengths))
     writer.close()
     progress.close()
     meta = {

@@ -7,6 +7,7 @@ function that does the work, `run(args) -> None`. The first line of its docstrin
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import signal
 import sys
@@ -74,7 +75,7 @@ def _dispatch(argv: list[str]) -> None:
     runs: dict[str, Run] = {}
     for name in names if wanted is None else [wanted]:
         command: Command = found[name].load()
-        text = (command.__doc__ or "").strip()
+        text = inspect.cleandoc(command.__doc__ or "")
         sub = commands.add_parser(
             name,
             help=text.splitlines()[0] if text else "",

@@ -31,7 +31,12 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
             metavar="E",
             help=f"datasets with {what}",
         )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="OUT",
+        help="write the result as CLIP_benchmark does; several as a list of them",
+    )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
 
     def run(args: argparse.Namespace) -> None:
@@ -51,15 +56,14 @@ def _evaluate(
         evaluate_zero_shot,
         format_table,
     )
-    from lit_fast.files import read_json
-    from lit_fast.run import check_run, matching_features, open_run
+    from lit_fast.run import check_run, matching_features, open_run, read_tower
 
     # --- whatever can be wrong is found before the weights are loaded
     if not zero_shot and not retrieval:
         raise UserError("nothing to evaluate; give datasets with --zero-shot E or --retrieval E")
     _check_output(out)
     check_run(path)
-    tower = read_json(path / "tower.json")
+    tower = read_tower(path)
     jobs = []
     for datasets, check, measure in (
         (zero_shot, check_zero_shot, evaluate_zero_shot),
@@ -79,7 +83,8 @@ def _evaluate(
         result = measure(dataset, *run.image_embeddings(dataset), run.embed_text)
         results.append(result | {"model": run.name, "pretrained": f"step {run.step}"})
     print(f"{run.name}, step {run.step}, tower {run.tower}\n\n{format_table(results)}")
-    _write(out, results)
+    # CLIP_benchmark keeps one object in a file and cannot read a list.
+    _write(out, results[0] if len(results) == 1 else results)
 
 
 def info(parser: argparse.ArgumentParser) -> Run:

@@ -29,7 +29,8 @@ class TextConfig:
     mask_padding: bool = False  # hide padding from attention; the paper attends to it
     dropout: float = 0.0
     dtype: str = "bfloat16"  # of the matrix products; parameters stay float32
-    remat: bool = False  # recompute layers in the backward pass: less memory, a third more work
+    remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
+    parts: int = 1  # work through a batch's texts in parts, each twice; memory no longer depends on the batch
 
     @property
     def shape(self) -> Shape:
@@ -135,7 +136,7 @@ _CHOICES = {
     "optimizer.weight_decay_convention": ("paper", "optax"),
 }
 _AT_LEAST_ONE = (
-    "steps", "loss.tile", "stream.global_batch", "stream.captions_per_image", "stream.streams",
+    "steps", "text.parts", "loss.tile", "stream.global_batch", "stream.captions_per_image", "stream.streams",
     "stream.window_blocks", "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
 )  # fmt: skip
 

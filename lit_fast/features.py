@@ -9,6 +9,7 @@ A shard exists when its manifest exists. Features are the tower's pooled output,
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,8 @@ class Features:
         missing = sorted(set(range(self.dataset.shards)) - set(self.finished()))
         if missing:
             raise UserError(
-                f"{self.path}: {len(missing)} of {self.dataset.shards} shards are missing (first: "
-                f"{missing[0]}); finish them with: lit-fast embed {self.dataset.path} --tower "
-                f"{self.provenance['source']}"
+                f"{self.path}: {len(missing)} of {self.dataset.shards} shards are missing (first: {missing[0]}); "
+                f"finish them with: {embed_command(self.dataset, self.provenance, self.tower)}"
             )
         invalid: dict[int, str] = {}
         for shard in range(self.dataset.shards):
@@ -163,6 +163,20 @@ class Features:
         except ValueError as error:
             raise read_error(self.path, error) from None
         return out
+
+
+def embed_command(dataset: Dataset, tower: dict[str, Any], name: str) -> str:
+    """The command that embeds a dataset with a tower: every option that is part of the identity."""
+    options = {
+        "--tower": tower["source"],
+        "--name": name,
+        "--preprocess": tower["preprocess"]["method"],
+        "--resolution": str(tower["preprocess"]["size"]),
+        "--gelu": tower["gelu"],
+        "--dtype": tower["dtype"],
+    }
+    words = (word for pair in options.items() for word in pair)
+    return shlex.join(["lit-fast", "embed", str(dataset.path), *words])
 
 
 def read_error(path: Path, error: Exception) -> UserError:

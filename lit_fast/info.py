@@ -16,7 +16,7 @@ from typing import Any
 
 from lit_fast.dataset import Dataset, open_dataset
 from lit_fast.errors import UserError
-from lit_fast.features import Features, open_features, stored_towers
+from lit_fast.features import embed_command, open_features, stored_towers
 from lit_fast.files import read_json
 from lit_fast.tokens import open_tokens, stored_tokenizers
 
@@ -134,7 +134,7 @@ def _features(dataset: Dataset, name: str, todo: list[dict[str, str]], problems:
             problems.append(f"{features.manifest_path(shard)} belongs to other rows or another tower")
     if len(finished) < dataset.shards:
         what = f"features {name}, {dataset.shards - len(finished):,} of {dataset.shards:,} shards"
-        todo.append({"what": what, "command": _embed_command(features)})
+        todo.append({"what": what, "command": embed_command(dataset, tower, name)})
     invalid = reasons.total()
     return {
         "name": name,
@@ -150,20 +150,6 @@ def _features(dataset: Dataset, name: str, todo: list[dict[str, str]], problems:
         "reasons": dict(reasons.most_common()),
         "bytes": _bytes_below(features.path),
     }
-
-
-def _embed_command(features: Features) -> str:
-    """The command that goes on with these features: every option that is part of the identity."""
-    tower, path = features.provenance, features.dataset.path
-    options = {
-        "--tower": tower["source"],
-        "--name": features.tower,
-        "--preprocess": tower["preprocess"]["method"],
-        "--resolution": str(tower["preprocess"]["size"]),
-        "--gelu": tower["gelu"],
-        "--dtype": tower["dtype"],
-    }
-    return shlex.join(["lit-fast", "embed", str(path), *(word for pair in options.items() for word in pair)])
 
 
 def _tokens(dataset: Dataset, name: str) -> dict[str, Any]:
@@ -301,7 +287,7 @@ def _dataset_lines(value: dict[str, Any]) -> list[tuple[str, str]]:
         text = (
             f"{found['name']}: {found['vocab_size']:,} pieces, {found['mean_length']:.1f} tokens per caption"
         )
-        text += f", at most {found['max_length']} (reached by {share:.1f} %), {_size(found['bytes'])}"
+        text += f", at most {found['max_length']} ({share:.1f} % are cut), {_size(found['bytes'])}"
         lines.append(("tokens", f"{text}, identity {found['identity'][:8]}"))
     return lines
 

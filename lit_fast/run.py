@@ -24,7 +24,7 @@ from lit_fast.checkpoint import restore_params
 from lit_fast.config import Config, TextConfig, load_config
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
-from lit_fast.features import Features, open_features, stored_towers
+from lit_fast.features import Features, embed_command, open_features, stored_towers
 from lit_fast.files import read_json
 from lit_fast.loss import normalize
 from lit_fast.mesh import dealt, make_mesh, replicated
@@ -63,6 +63,17 @@ def init_params(model: TextTower, config: Config, mean: np.ndarray) -> Params:
     }
 
 
+def embed_ids(
+    model: TextTower, params: Params, ids: jax.Array, dropout: jax.Array | None = None
+) -> jax.Array:
+    """Normalised embeddings float32 [n, width] of ids integer [n, length]; `dropout` is a key, None: none."""
+    rngs = None if dropout is None else {"dropout": dropout}
+    texts = model.apply(
+        {"params": params["txt"]}, ids.astype(jnp.int32), deterministic=dropout is None, rngs=rngs
+    )
+    return normalize(jnp.asarray(texts))
+
+
 def text_embedder(
     model: TextTower, tokenizer: Tokenizer, mesh: Mesh
 ) -> Callable[[Params, Sequence[str]], np.ndarray]:
@@ -71,7 +82,7 @@ def text_embedder(
 
     @partial(jax.jit, in_shardings=(replicated(mesh), dealt(mesh)), out_shardings=replicated(mesh))
     def embed(params: Params, ids: jax.Array) -> jax.Array:
-        return normalize(model.apply({"params": params["txt"]}, ids))
+        return embed_ids(model, params, ids)
 
     def embed_text(params: Params, texts: Sequence[str]) -> np.ndarray:
         ids = tokenizer(texts)
@@ -111,12 +122,30 @@ def matching_features(dataset: Dataset, tower: dict[str, Any]) -> Features:
     for features in have:
         if features.identity == tower["identity"]:
             return features
-    named = f" but {', '.join(f.tower for f in have)}, which differ in weights, preprocessing or dtype" if have else ""
+    named = (
+        f" but {', '.join(f.tower for f in have)}, of other weights, preprocessing or dtype" if have else ""
+    )
+    name = tower["name"]
+    while name in stored_towers(dataset):
+        name += "-2"
     raise UserError(
         f"dataset {dataset.path} has no features of the run's tower {tower['name']}{named}; make them with: "
-        f"lit-fast embed {dataset.path} --tower {tower['source']} --preprocess {tower['preprocess']['method']} "
-        f"--dtype {tower['dtype']}"
+        + embed_command(dataset, tower, name)
     )
+
+
+def read_tower(run: Path) -> dict[str, Any]:
+    """The run's `tower.json`.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    tower = read_json(run / "tower.json")
+    if not isinstance(tower, dict) or not {"name", "source", "identity", "width"} <= tower.keys():
+        raise UserError(
+            f"{run / 'tower.json'} is damaged; take it from the run's dataset: features/*/tower.json"
+        )
+    return tower
 
 
 @dataclass(frozen=True)
@@ -169,7 +198,7 @@ def open_run(path: Path, step: int | None = None) -> Run:
     """
     check_run(path)
     config = load_config(path / "config.toml")
-    tower = read_json(path / "tower.json")
+    tower = read_tower(path)
     tokenizer = load_tokenizer(path / "tokenizer.model", read_json(path / "tokens.json")["max_length"])
     model = text_tower(config.text, tokenizer, tower["width"])
     mesh = make_mesh(jax.local_devices())

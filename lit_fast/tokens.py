@@ -63,17 +63,16 @@ class Tokenizer:
         rules = json.dumps({"lower": "ascii", "eos": "sticky", "pad": "eos", "max_length": self.max_length})
         return hashlib.blake2b(self.model + rules.encode(), digest_size=16).hexdigest()
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids per text: at most `max_length`, the last one end-of-sentence, not padded."""
-        lowered = [lower(text) for text in texts]
-        ids = self._processor.encode(lowered)  # type: ignore[attr-defined]
+    def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+        """Ids per text, at most `max_length` with end-of-sentence last, and how many texts were cut."""
+        ids = self._processor.encode([lower(text) for text in texts])  # type: ignore[attr-defined]
         eos, keep = self.eos_id, self.max_length - 1
-        return [[*i[:keep], eos] for i in ids]
+        return [[*i[:keep], eos] for i in ids], sum(len(i) > keep for i in ids)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Ids as int32 [n, max_length], padded with end-of-sentence."""
         out = np.full((len(texts), self.max_length), self.eos_id, np.int32)
-        for row, ids in zip(out, self.encode(texts), strict=True):
+        for row, ids in zip(out, self.encode(texts)[0], strict=True):
             row[: len(ids)] = ids
         return out
 

@@ -13,7 +13,7 @@ from lit_fast.dataset import SHARD, Dataset, DatasetWriter, Row, open_dataset
 from lit_fast.features import Features, Manifest
 from lit_fast.files import write_json
 
-WORDS = "red green blue small large round square happy sad dog cat bird tree house river".split()
+WORDS = "red green blue small large round square happy sad dog cat bird tree house river".split()  # noqa: SIM905
 
 
 def make_dataset(
@@ -42,7 +42,9 @@ def make_dataset(
         bags[r, words] = 1
         texts = tuple(" ".join(WORDS[w] for w in rng.permutation(words)) for _ in range(count))
         writer.add(Row(f"{r:06d}", 0, 512 * r, 100, texts, r % 5))
-    dataset = writer.finish(seed=seed, sources=[("/nowhere.tar", 1)], classnames=WORDS[:5], templates=["a {c}"])
+    dataset = writer.finish(
+        seed=seed, sources=[("/nowhere.tar", 1)], classnames=WORDS[:5], templates=["a {c}"]
+    )
     features = bags @ rng.normal(size=(len(WORDS), width)) + 0.1 * rng.normal(size=(rows, width))
     features[:, 0], features[:, 1] = np.arange(rows) % 128, np.arange(rows) // 128
     features[list(invalid)] = 0
@@ -57,7 +59,7 @@ def write_features(
     """A finished feature store holding `values`."""
     identity = hashlib.blake2b(tower.encode(), digest_size=16).hexdigest()
     provenance = {"name": tower, "source": f"{tower}.npz", "identity": identity, "width": values.shape[1]}
-    provenance |= {"preprocess": {"method": "pil-crop"}, "dtype": "float32"}
+    provenance |= {"preprocess": {"method": "pil-crop", "size": 32}, "gelu": "exact", "dtype": "float32"}
     store = Features(dataset, tower, provenance)
     write_json(store.path / "tower.json", provenance)
     array = store.array(create=True)

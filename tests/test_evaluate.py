@@ -259,7 +259,7 @@ def test_eval_prints_a_table_and_writes_json(
     assert stdout.endswith(format_table(results) + "\n")
 
     assert main(["eval", str(run), "--zero-shot", d, "--step", "3", "--json", str(out)]) == 0
-    assert json.loads(out.read_text())[0]["pretrained"] == "step 3"
+    assert json.loads(out.read_text())["pretrained"] == "step 3"
     assert main(["eval", str(run), "--zero-shot", d, "--step", "4"]) == 2
     assert "no checkpoint of step 4; there are 3, 7" in capsys.readouterr().err
 

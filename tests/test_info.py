@@ -98,7 +98,7 @@ def test_a_complete_dataset_lacks_nothing(tmp_path: Path) -> None:
     text = format_info(value)
     assert "mine: 1 of 1 shards, 4 valid and 1 invalid rows (cut off 1)" in text
     assert "width 32, computed in float32, pil-crop 32 px" in text
-    assert "bpe: 32,000 pieces, 10.0 tokens per caption, at most 16 (reached by 25.0 %)" in text
+    assert "bpe: 32,000 pieces, 10.0 tokens per caption, at most 16 (25.0 % are cut)" in text
     assert len(text.splitlines()) < 24
 
 

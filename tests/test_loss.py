@@ -57,9 +57,7 @@ def test_equals_the_dense_formula(devices, seed, per_device, captions, tile, log
     args = pairs(seed, per_device * devices, captions, 16)
     value, grads = run(devices, tile, log_scale, bias, *args)
     texts, images, text_rows, image_rows = args
-    want, want_grads = dense(
-        texts, np.float32(log_scale), np.float32(bias), images, text_rows, image_rows
-    )
+    want, want_grads = dense(texts, np.float32(log_scale), np.float32(bias), images, text_rows, image_rows)
     # float32 sums of up to 36 x 108 terms: rounding is a few 1e-7 of the largest term. exp(log_scale) up
     # to 100 magnifies the rounding of a cosine (6e-8) to 6e-6 in a logit, hence in the relative error.
     np.testing.assert_allclose(value, want, rtol=2e-5, atol=1e-6)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from lit_fast.config import EvalConfig
+from lit_fast.dataset import Dataset, open_dataset
 from lit_fast.evaluate import (
     check_retrieval,
     check_zero_shot,
@@ -13,9 +17,6 @@ from lit_fast.evaluate import (
     evaluate_zero_shot,
     format_table,
 )
-
-from lit_fast.config import EvalConfig
-from lit_fast.dataset import Dataset, open_dataset
 from lit_fast.run import image_embeddings, matching_features
 
 EmbedText = Callable[[Sequence[str]], np.ndarray]
@@ -47,14 +48,19 @@ class Evaluation:
         return bool(self._sets) and (number == steps or bool(self._every and number % self._every == 0))
 
     def __call__(self, embed_text: EmbedText) -> dict[str, float]:
-        """Figures by name `<dataset>/<metric>`; `results` keeps the whole of the last evaluation."""
+        """Figures by name, `<dataset>/<metric>`; `results` keeps the whole of the last evaluation."""
         self.results = [f(dataset, rows, images, embed_text) for dataset, f, rows, images in self._ready]
         return {
-            f"{result['dataset']}/{name}": value
-            for result in self.results
-            for name, value in result["metrics"].items()
-            if isinstance(value, float)
+            f"{name}/{metric}": value
+            for name, result in zip(self._names(), self.results, strict=True)
+            for metric, value in result["metrics"].items()
         }
+
+    def _names(self) -> list[str]:
+        """The sets' directory names; with the parent's where two sets have the same."""
+        paths = [dataset.path.resolve() for dataset, _ in self._sets]
+        count = Counter(path.name for path in set(paths))
+        return [p.name if count[p.name] == 1 else f"{p.parent.name}/{p.name}" for p in paths]
 
     def table(self) -> str:
         """The last evaluation, for the terminal."""

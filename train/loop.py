@@ -52,6 +52,11 @@ def train(config: Config, run: Path) -> None:
     batch = config.stream.global_batch
     if batch % mesh.size:
         raise UserError(f"stream.global_batch {batch} is not divisible by the {mesh.size} devices")
+    pairs = batch * config.stream.captions_per_image
+    if pairs % (mesh.size * config.text.parts):
+        raise UserError(
+            f"the {pairs} texts of a batch are not divisible by text.parts {config.text.parts} x {mesh.size} devices"
+        )
     check_workdir(run, config, features.identity, tokenizer.identity)
     evaluation = Evaluation(config.evaluate, features.provenance)
     part = (jax.process_index(), jax.process_count())
@@ -79,7 +84,6 @@ def train(config: Config, run: Path) -> None:
         return
 
     # --- the loop
-    pairs = batch * config.stream.captions_per_image
     meter = Meter(pairs, step_flops(model, pairs, batch), mesh.size)
     _loop(
         config, state, done, stream, mesh,
@@ -90,9 +94,11 @@ def train(config: Config, run: Path) -> None:
 
     # --- the end
     write_receipt(run, config, stream.fingerprint, evaluation.results)
-    print(f"trained {config.steps:,} steps in {duration(meter.seconds)}; evaluate with: lit-fast eval {run}")
+    print(f"trained {config.steps:,} steps in {duration(meter.seconds)}; the run is in {run}")
     if evaluation.results:
         print(evaluation.table())
+    else:
+        print(f"evaluate it with: lit-fast eval {run} --zero-shot E --retrieval E")
 
 
 def _loop(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lit_fast.config import Config
 from lit_fast.loss import normalize, sigmoid_loss
 from lit_fast.mesh import dealt, replicated
-from lit_fast.run import Params
+from lit_fast.run import Params, embed_ids
 from lit_fast.text import TextTower
 from train.optimizer import schedule
 
@@ -49,15 +49,11 @@ def make_step(
     warmup, rate = config.optimizer.warmup_steps, config.optimizer.learning_rate
 
     def loss_of(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        texts = model.apply(
-            {"params": params["txt"]},
-            batch["ids"].astype(jnp.int32),
-            deterministic=config.text.dropout == 0,
-            rngs={"dropout": key},
-        )
         rows = batch["rows"]
         return sigmoid_loss(
-            normalize(texts),
+            _embed_in_parts(
+                model, params, batch["ids"], key if config.text.dropout else None, config.text.parts
+            ),
             params["t"][0],
             params["b"][0],
             normalize(batch["images"].astype(jnp.float32) - params["mean"]),
@@ -89,3 +85,24 @@ def make_step(
 
     whole, part = replicated(mesh), dealt(mesh)
     return jax.jit(step, in_shardings=(whole, part), out_shardings=(whole, whole), donate_argnums=0)
+
+
+def _embed_in_parts(
+    model: TextTower, params: Params, ids: jax.Array, dropout: jax.Array | None, parts: int
+) -> jax.Array:
+    """Embeddings of ids [n, length], normalised, worked out in `parts` equal parts one after the other.
+
+    Only the embeddings are kept; the backward pass works each part out again. Part i holds the texts j with
+    j % parts == i, so that every device has its share of each part, and the parts, with their dropout, do
+    not depend on the number of devices.
+    """
+    if parts == 1:
+        return embed_ids(model, params, ids, dropout)
+
+    def part(args: tuple[jax.Array, jax.Array]) -> jax.Array:
+        ids, number = args
+        return embed_ids(model, params, ids, None if dropout is None else jax.random.fold_in(dropout, number))
+
+    split = ids.reshape(-1, parts, ids.shape[-1]).swapaxes(0, 1)
+    texts = jax.lax.map(jax.checkpoint(part), (split, jnp.arange(parts)))
+    return texts.swapaxes(0, 1).reshape(-1, texts.shape[-1])

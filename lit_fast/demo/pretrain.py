@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import queue
 import random
 import threading
@@ -52,14 +53,14 @@ from lit_fast.vit import ViT
 
 PATCH = 8
 GRID = SIZE // PATCH
-MODEL = ViT(Shape(width=128, depth=5, mlp_dim=512, heads=4), PATCH)
+MODEL = ViT(Shape(width=128, depth=4, mlp_dim=256, heads=4), PATCH)
 RANK = 128  # of the factors of the pairs
 
 # The attributes of a thing, in groups; a thing has one value of every group.
 GROUPS = (COUNTS, SIZES, FILLS, tuple(COLOURS), SHAPES, tuple(PLACES))
 STARTS = np.cumsum([0, *map(len, GROUPS)])
 VALUES = int(STARTS[-1])
-COLOUR, SHAPE = 3, 4  # numbers of groups
+SIZE_OF, FILL, COLOUR, SHAPE = 1, 2, 3, 4  # numbers of groups
 GROUP_OF = np.repeat(np.arange(len(GROUPS)), [len(g) for g in GROUPS])
 FIRST, SECOND = (i for i in np.nonzero(GROUP_OF[:, None] < GROUP_OF[None, :]))  # all pairs of values
 
@@ -73,6 +74,7 @@ class Batch(NamedTuple):
     things: np.ndarray  # bool [n, 3, VALUES], the attributes of up to three things
     patches: np.ndarray  # bool [n, 64, VALUES], the attributes of the thing that covers a patch
     background: np.ndarray  # int32 [n]
+    scene: np.ndarray  # bool [n], false for a crowd
 
 
 def attributes(thing: Thing) -> list[int]:
@@ -81,23 +83,46 @@ def attributes(thing: Thing) -> list[int]:
     return [int(s) + g.index(v) for s, g, v in zip(STARTS, GROUPS, values, strict=False)]
 
 
-def make_batch(rng: random.Random, size: int, pairs: Sequence[Pair] = KNOWN, kinds: int = 0) -> Batch:
-    """Draw `size` scenes; see `scenes.sample`."""
+def make_batch(
+    rng: random.Random, size: int, pairs: Sequence[Pair] = KNOWN, kinds: int = 0, crowds: bool = False
+) -> Batch:
+    """Draw `size` scenes, see `scenes.sample`, or crowds."""
     batch = Batch(
         np.empty((size, SIZE, SIZE, 3), np.uint8),
         np.zeros((size, 3, VALUES), bool),
         np.zeros((size, GRID * GRID, VALUES), bool),
         np.empty(size, np.int32),
+        np.full(size, not crowds),
     )
     for n in range(size):
-        scene = sample(rng, pairs, kinds)
-        spots = arrange(scene, rng)
+        if crowds:
+            scene, spots = crowd(rng)
+        else:
+            scene = sample(rng, pairs, kinds)
+            spots = arrange(scene, rng)
         batch.images[n] = draw(scene, spots, rng)
         batch.background[n] = list(BACKGROUNDS).index(scene.background)
-        for number, thing in enumerate(scene.things):
+        for number, thing in enumerate(scene.things[:3]):
             batch.things[n, number, attributes(thing)] = True
         _mark_patches(scene, spots, batch.patches[n])
     return batch
+
+
+def crowd(rng: random.Random) -> tuple[Scene, list[Spot]]:
+    """A picture full of shapes, all different: three times the lesson for the patches."""
+    side = rng.choice((3, 4))
+    cell = SIZE / side
+    things, spots = [], []
+    for number in range(side * side):
+        size = SIZES[0] if side == 4 else rng.choice(SIZES)
+        colour, shape = rng.choice(KNOWN)
+        fill = FILLS[rng.random() < 0.3]
+        things.append(Thing(COUNTS[0], size, fill, colour, shape, "middle"))
+        radius = rng.uniform(9, 10) if size == "large" else rng.uniform(5.5, 6.5)
+        slack = max(0.0, cell / 2 - radius)
+        x, y = ((k + 0.5) * cell + rng.uniform(-slack, slack) for k in (number % side, number // side))
+        spots.append(Spot(number, x, y, radius))
+    return Scene(tuple(things), rng.choice(tuple(BACKGROUNDS))), spots
 
 
 _CENTRES = (np.stack(np.mgrid[:GRID, :GRID], -1).reshape(-1, 2)[:, ::-1] + 0.5) * PATCH  # x, y
@@ -109,14 +134,14 @@ def _mark_patches(scene: Scene, spots: Sequence[Spot], out: np.ndarray) -> None:
         out[np.ix_(near, attributes(scene.things[spot.thing]))] = True
 
 
-def batches(seed: int, size: int) -> Iterator[Batch]:
-    """Endless batches, drawn by a thread while the last one is trained on."""
+def batches(seed: int, size: int, crowds: int) -> Iterator[Batch]:
+    """Endless batches, the first `crowds` of them crowds, drawn by a thread while the last is trained on."""
     ready: queue.Queue[Batch] = queue.Queue(maxsize=4)
 
     def work() -> None:
         rng = random.Random(seed)
-        while True:
-            ready.put(make_batch(rng, size))
+        for number in itertools.count():
+            ready.put(make_batch(rng, size, crowds=number < crowds))
 
     threading.Thread(target=work, daemon=True).start()
     while True:
@@ -145,7 +170,16 @@ def init(seed: int) -> Params:
         },
     }
     vit = MODEL.init(jax.random.key(seed), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    vit["pos_embedding"] = jnp.asarray(sincos(width))
     return {"vit": vit, "heads": heads}
+
+
+def sincos(width: int) -> np.ndarray:
+    """float32 [1, 64, width]: a start for the positional embedding from which neighbours find each other."""
+    y, x = np.mgrid[:GRID, :GRID].reshape(2, -1, 1)
+    omega = 100.0 ** -(np.arange(width // 4) / (width // 4 - 1))
+    waves = [f(v * omega) for v in (x, y) for f in (np.sin, np.cos)]
+    return np.concatenate(waves, axis=1).astype(np.float32)[None]
 
 
 def tokens(vit: Params, images: jax.Array) -> jax.Array:
@@ -170,22 +204,29 @@ def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]
     def dense(name: str, x: jax.Array) -> jax.Array:
         return x @ heads[name]["kernel"] + heads[name]["bias"]
 
-    def binary(logits: jax.Array, labels: jax.Array, weight: Any = 1.0) -> jax.Array:
-        return (optax.sigmoid_binary_cross_entropy(logits, labels) * weight).sum(-1).mean()
+    def binary(logits: jax.Array, labels: Any, weight: Any = 1.0) -> jax.Array:
+        return (optax.sigmoid_binary_cross_entropy(logits, labels) * weight).sum(-1)
 
     pair = heads["pairs"]
     factors = pair["factor"][FIRST] * pair["factor"][SECOND]
     pair_logits = (x[:, 0] @ pair["kernel"]) @ factors.T + pair["bias"]
+    patch_logits = dense("patches", x[:, 1:])
+    # In a crowd nothing is counted and nothing has a place.
+    told = jnp.where(batch.scene[:, None, None], 1.0, np.isin(GROUP_OF, (SIZE_OF, FILL, COLOUR, SHAPE)))
+    shape = slice(STARTS[SHAPE], STARTS[SHAPE + 1])
+    covered = batch.patches[..., shape].any(-1)
+    hit = patch_logits[..., shape].argmax(-1) == batch.patches[..., shape].argmax(-1)
     parts = {
-        "values": binary(dense("values", x[:, 0]), batch.things.any(1)),
+        "values": binary(dense("values", x[:, 0]), batch.things.any(1)) * batch.scene,
         # A pair that is never drawn must not be learnt as absent.
-        "pairs": binary(pair_logits, pairs, _known_pairs()),
-        "patches": 2 * binary(dense("patches", x[:, 1:]), batch.patches),
+        "pairs": 0.2 * binary(pair_logits, pairs, _known_pairs()) * batch.scene,
+        "patches": 4 * binary(patch_logits, batch.patches, told).mean(1),
         "background": optax.softmax_cross_entropy_with_integer_labels(
             dense("background", x[:, 0]), batch.background
-        ).mean(),
+        ),
     }
-    return sum(parts.values(), jnp.zeros(())), parts
+    means = {k: v.mean() for k, v in parts.items()}
+    return sum(means.values(), jnp.zeros(())), means | {"shape_right": (hit & covered).sum() / covered.sum()}
 
 
 def _known_pairs() -> np.ndarray:
@@ -198,9 +239,12 @@ def _known_pairs() -> np.ndarray:
     )
 
 
-def train(steps: int, batch_size: int, seed: int, out: Path) -> Params:
+def train(steps: int, crowds: int, batch_size: int, seed: int, out: Path) -> Params:
     """Pretrain; the tower is also written every 1000 steps. Returns its parameters."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, min(400, steps // 10 + 1), steps)
+    import os
+
+    peak = float(os.environ.get("LR", "1e-3"))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(400, steps // 10 + 1), steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
@@ -216,7 +260,7 @@ def train(steps: int, batch_size: int, seed: int, out: Path) -> Params:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, parts
 
-    source, began = batches(seed + 1, batch_size), time.monotonic()
+    source, began = batches(seed + 1, batch_size, crowds), time.monotonic()
     for number in range(1, steps + 1):
         params, state, parts = step(params, state, next(source))
         if number % 100 == 0 or number == steps:
@@ -288,10 +332,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the demo's vision tower.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--crowds", type=int, default=2000, help="of the steps")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.steps, args.batch, args.seed, args.out)
+    train(args.steps, args.crowds, args.batch, args.seed, args.out)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
 
 

@@ -19,10 +19,10 @@ WIDTH, LENGTH, VOCAB = 24, 8, 100
 SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=2)
 
 
-def build(devices, *, batch=64, tile=16, captions=1, dropout=0.0, steps=20, **text):
+def build(devices, *, batch=64, tile=16, captions=1, dropout=0.0, parts=1, steps=20, **text):
     config = Config(
         steps=steps,
-        text=TextConfig(dropout=dropout),
+        text=TextConfig(dropout=dropout, parts=parts),
         loss=LossConfig(tile=tile, precision="highest"),
         stream=StreamConfig(global_batch=batch, captions_per_image=captions),
         optimizer=OptimizerConfig(name="adam", learning_rate=1e-2, b2=0.95, warmup_steps=2),
@@ -46,7 +46,8 @@ def batch_of(seed, n, captions, mesh):
 
 
 @pytest.mark.parametrize(
-    ("captions", "dropout", "text"), [(1, 0.0, {}), (2, 0.3, {"pooling": "mean", "pad_id": 1})]
+    ("captions", "dropout", "text"),
+    [(1, 0.0, {}), (2, 0.3, {"pooling": "mean", "pad_id": 1}), (1, 0.3, {"parts": 4})],
 )
 def test_one_two_and_four_devices_agree(captions, dropout, text):
     losses = {}
@@ -61,6 +62,18 @@ def test_one_two_and_four_devices_agree(captions, dropout, text):
         # steps of 1e-2 keep the difference near float32 rounding of the loss (about 10).
         np.testing.assert_allclose(losses[devices], losses[1], rtol=2e-5)
     assert len(set(losses[1])) == len(losses[1])
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_parts_change_nothing_but_rounding(parts):
+    """The update of the whole batch, whatever the parts: embeddings are cached, the loss sees all pairs."""
+    results = []
+    for p in (1, parts):
+        step, state, mesh = build(2, parts=p)
+        for i in range(3):
+            state, metrics = step(state, batch_of(i, 64, 1, mesh))
+        results.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    np.testing.assert_allclose(results[0], results[1], rtol=2e-5)
 
 
 def test_remat_changes_nothing():

@@ -128,9 +128,7 @@ def test_windows_cover_an_epoch(large):
     window_blocks=st.integers(1, 8),
 )
 def test_every_layout_visits_every_row_of_a_stream_once(blocks, log_batch, streams, window_blocks):
-    config = StreamConfig(
-        global_batch=2**log_batch, streams=streams, window_blocks=window_blocks
-    )
+    config = StreamConfig(global_batch=2**log_batch, streams=streams, window_blocks=window_blocks)
     if blocks * BLOCK < config.global_batch:
         with pytest.raises(UserError, match="cannot be streamed"):
             plan(blocks * BLOCK, config)
@@ -179,7 +177,11 @@ def test_a_flipped_bit_is_an_error_that_names_the_store(tmp_path, config):
     data = bytearray(chunk.read_bytes())
     data[1000] ^= 1
     chunk.write_bytes(data)
-    with pytest.raises(UserError, match="features/tower cannot be read"):
+
+    def read_everything():
         stream = opened(dataset, replace(config, streams=2))
         for step in range(16):
             stream.source[step]
+
+    with pytest.raises(UserError, match="features/tower cannot be read"):
+        read_everything()
