@@ -88,7 +88,7 @@ def _trained(dataset: Dataset, name: str, vocab: int, model_type: str, max_lengt
             minloglevel=2,
         )
     except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # without the place in the source
         raise UserError(
             f"no tokenizer with {vocab} pieces can be trained on {dataset.path}: {reason}"
         ) from None

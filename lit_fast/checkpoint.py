@@ -2,7 +2,7 @@
 
     W/checkpoints/<step>/params     the weights, which evaluation reads alone
     W/checkpoints/<step>/rest       the optimizer's state
-    W/checkpoints/<step>/meta       JSON: position and fingerprint of the stream
+    W/checkpoints/<step>/meta       JSON: position of the stream
 
 Only committed steps are seen; nothing is unpickled.
 """

@@ -123,8 +123,8 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-# What may change between the parts of one run, because it does not touch the parameters.
-FREE = ("evaluate", "checkpoint", "log")
+# What may change between the parts of one run: it does not touch the parameters, or is known by identity.
+FREE = ("evaluate", "checkpoint", "log", "dataset", "tower", "tokenizer")
 
 _CHOICES = {
     "text.variant": tuple(VARIANTS),

@@ -30,7 +30,7 @@ from train.metrics import MetricsWriter
 from train.optimizer import make_optimizer
 from train.step import Metrics, State, init_state, make_step
 from train.stream import Batch, Stream, open_stream
-from train.workdir import check_workdir, write_receipt, write_workdir
+from train.workdir import check_identity, check_workdir, write_receipt, write_workdir
 
 
 def train(config: Config, run: Path) -> None:
@@ -57,10 +57,13 @@ def train(config: Config, run: Path) -> None:
         raise UserError(
             f"the {pairs} texts of a batch are not divisible by text.parts {config.text.parts} x {mesh.size} devices"
         )
-    check_workdir(run, config, features.identity, tokenizer.identity)
+    check_workdir(run, config)
+    check_identity(run, "tower", features.identity)
+    check_identity(run, "tokens", tokenizer.identity)
     evaluation = Evaluation(config.evaluate, features.provenance)
     part = (jax.process_index(), jax.process_count())
     stream = open_stream(features, tokens, config.stream, config.seed, part)
+    check_identity(run, "stream", stream.identity)
     _say(f"dataset {dataset.path}: {stream.description}")
 
     # --- model, optimizer, state
@@ -73,8 +76,8 @@ def train(config: Config, run: Path) -> None:
     _say(f"text tower: {count / 1e6:.1f} M parameters on {mesh.size} x {jax.devices()[0].device_kind}")
 
     # --- the run directory
-    write_workdir(run, config, features, tokens)
-    checkpoints = Checkpoints(run, config.checkpoint.keep, stream)
+    write_workdir(run, config, features, tokens, stream)
+    checkpoints = Checkpoints(run, config.checkpoint.keep)
     done = checkpoints.last()
     if done:
         state = checkpoints.restore(done, state)
@@ -93,7 +96,7 @@ def train(config: Config, run: Path) -> None:
     )  # fmt: skip
 
     # --- the end
-    write_receipt(run, config, stream.fingerprint, evaluation.results)
+    write_receipt(run, config, stream, evaluation.results)
     print(f"trained {config.steps:,} steps in {duration(meter.seconds)}; the run is in {run}")
     if evaluation.results:
         print(evaluation.table())
@@ -168,8 +171,8 @@ def _log(writer: MetricsWriter, meter: Meter, number: int, metrics: Metrics) -> 
 class Checkpoints:
     """The checkpoints of one run: state of the training and position of its stream."""
 
-    def __init__(self, run: Path, keep: int, stream: Stream) -> None:
-        self._run, self._stream = run, stream
+    def __init__(self, run: Path, keep: int) -> None:
+        self._run = run
         self._manager = open_manager(run, keep=keep)
 
     def last(self) -> int:
@@ -178,17 +181,11 @@ class Checkpoints:
 
     def save(self, number: int, state: State) -> None:
         """Begin to save; the writing goes on in the background."""
-        meta = {"stream": self._stream.fingerprint, "next_batch": number}
-        save(self._manager, number, state.params, _rest(state), meta)
+        save(self._manager, number, state.params, _rest(state), {"next_batch": number})
 
     def restore(self, number: int, state: State) -> State:
         """The state after step `number`, in the layout of `state`."""
-        params, rest, meta = restore(self._manager, number, abstract(state.params), abstract(_rest(state)))
-        if meta["stream"] != self._stream.fingerprint:
-            raise UserError(
-                f"checkpoint {number} of {self._run} was trained on other data than the dataset holds now; "
-                "choose another --workdir"
-            )
+        params, rest, _ = restore(self._manager, number, abstract(state.params), abstract(_rest(state)))
         return State(params, **rest)
 
     def check(self, state: State) -> None:

@@ -90,7 +90,7 @@ class Stream:
     """An opened stream: batches, their identity, and what a user wants to know of it."""
 
     source: Source
-    fingerprint: str  # of everything that decides the batches; the devices do not
+    identity: str  # of everything that decides the batches; the devices do not
     rows: int  # usable rows
     description: str
 
@@ -141,7 +141,7 @@ def open_stream(
     skipped = f" ({len(unusable):,} without image or caption are skipped)" if len(unusable) else ""
     return Stream(
         source=source,
-        fingerprint=hashlib.blake2b(text, digest_size=16).hexdigest(),
+        identity=hashlib.blake2b(text, digest_size=16).hexdigest(),
         rows=usable_rows,
         description=f"{usable_rows:,} rows{skipped}, {size / 2**30:.2f} GiB, {how}",
     )

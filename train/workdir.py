@@ -14,10 +14,11 @@ from lit_fast.errors import UserError
 from lit_fast.features import Features
 from lit_fast.files import read_json, write_atomic, write_json
 from lit_fast.tokens import Tokens
+from train.stream import Stream
 
 
-def check_workdir(run: Path, config: Config, tower: str, tokenizer: str) -> None:
-    """A run goes on only with its own configuration, tower and tokenizer (given as identities).
+def check_workdir(run: Path, config: Config) -> None:
+    """A run goes on only with its own configuration.
 
     Raises:
       UserError: the directory belongs to something else.
@@ -35,30 +36,41 @@ def check_workdir(run: Path, config: Config, tower: str, tokenizer: str) -> None
                 f"workdir {run} belongs to another config: {key} is {old[key]!r} there and {new[key]!r} now; "
                 "choose another --workdir or give that value"
             )
-    for name, identity in (("tower", tower), ("tokens", tokenizer)):
-        file = run / f"{name}.json"
-        if file.is_file() and read_json(file)["identity"] != identity:
-            raise UserError(
-                f"workdir {run} was trained with another {name} than the dataset has now; choose another --workdir"
-            )
 
 
-def write_workdir(run: Path, config: Config, features: Features, tokens: Tokens) -> None:
+def check_identity(run: Path, name: str, identity: str) -> None:
+    """What the run was begun with, by `name` ("tower", "tokens" or "stream"), is what there is now.
+
+    Raises:
+      UserError: it is not.
+    """
+    file = run / f"{name}.json"
+    value = read_json(file) if file.is_file() else {"identity": identity}
+    if not isinstance(value, dict) or "identity" not in value:
+        raise UserError(f"{file} is damaged; choose another --workdir")
+    if value["identity"] != identity:
+        raise UserError(
+            f"workdir {run} was begun with another {name} than the dataset has now; choose another --workdir"
+        )
+
+
+def write_workdir(run: Path, config: Config, features: Features, tokens: Tokens, stream: Stream) -> None:
     """Write down what the run is made of."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "tower.json", features.provenance)
     write_json(run / "tokens.json", {k: v for k, v in tokens.meta.items() if k != "shard_keys"})
+    write_json(run / "stream.json", {"identity": stream.identity, "description": stream.description})
     write_atomic(run / "tokenizer.model", tokens.tokenizer().model)
     write_atomic(run / "config.toml", to_toml(config).encode())
 
 
-def write_receipt(run: Path, config: Config, fingerprint: str, results: list[dict[str, Any]]) -> None:
+def write_receipt(run: Path, config: Config, stream: Stream, results: list[dict[str, Any]]) -> None:
     """Write `receipt.json`: what was done on what, and the final figures."""
     pairs = config.steps * config.stream.global_batch * config.stream.captions_per_image
     receipt = {
         "steps": config.steps,
         "pairs_seen": pairs,
-        "stream": fingerprint,
+        "stream": stream.identity,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {
             "lit_fast": lit_fast.__version__,

@@ -165,11 +165,12 @@ def curves(metrics: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]])
 def chart(series: Sequence[Series], *, percent: bool) -> str:
     """Lines over steps as inline SVG; the vertical axis starts at zero, dashes mark chance levels."""
     width, height, left, right, top, bottom = 460, 290, 46, 66, 14, 36
+    series = [s._replace(points=[(x, y) for x, y in s.points if math.isfinite(y)]) for s in series]
     series = [s for s in series if s.points]
     if not series:
         return '<p class="note">Nothing was recorded.</p>'
     steps = max(x for s in series for x, _ in s.points)
-    high = 1.0 if percent else _nice(max(y for s in series for _, y in s.points if math.isfinite(y)))
+    high = 1.0 if percent else _nice(max(y for s in series for _, y in s.points))
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
@@ -190,7 +191,7 @@ def chart(series: Sequence[Series], *, percent: bool) -> str:
     out.append(f'<text x="{width - right + 8}" y="{height - 14}">steps</text>')
     labels = _apart([at(*s.points[-1])[1] for s in series], 15)
     for number, (line, label_y) in enumerate(zip(series, labels, strict=True), 1):
-        points = [at(x, y) for x, y in line.points if math.isfinite(y)]
+        points = [at(x, y) for x, y in line.points]
         if line.chance is not None:
             (x1, y1), (x2, _) = at(0, line.chance), at(steps, line.chance)
             tip = f"<title>chance, {line.name}: {_percent(line.chance)}</title>"
@@ -200,7 +201,7 @@ def chart(series: Sequence[Series], *, percent: bool) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         out.append(f'<polyline class="line s{number}" points="{path}"/>')
         if len(points) <= 40:
-            for (x, y), (step, value) in zip(points, line.points, strict=False):
+            for (x, y), (step, value) in zip(points, line.points, strict=True):
                 shown = _percent(value) if percent else f"{value:.4g}"
                 tip = f"<title>step {step:,.0f}: {line.name} {shown}</title>"
                 out.append(f'<circle class="dot s{number}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{tip}</circle>')

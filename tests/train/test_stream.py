@@ -101,8 +101,8 @@ def test_order_depends_on_seed_and_step_only(small, large, config):
             np.testing.assert_array_equal(batch["rows"], forward[s])
             np.testing.assert_array_equal(row_numbers(batch["images"]), batch["rows"])
     assert not np.array_equal(opened(dataset, config, seed=1).source[0]["rows"], forward[0])
-    assert opened(dataset, config).fingerprint == stream.fingerprint
-    assert opened(dataset, config, seed=1).fingerprint != stream.fingerprint
+    assert opened(dataset, config).identity == stream.identity
+    assert opened(dataset, config, seed=1).identity != stream.identity
 
 
 def test_windows_cover_an_epoch(large):

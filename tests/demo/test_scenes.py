@@ -1,0 +1,182 @@
+"""Scenes: what is drawn, what is said about it, and what is kept from training."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_fast.demo.drawing import arrange, draw, render
+from lit_fast.demo.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    FILLS,
+    KNOWN,
+    NOVEL,
+    PAIRS,
+    PLACES,
+    SHAPES,
+    SIZE,
+    SIZES,
+    Scene,
+    Thing,
+    captions,
+    sample,
+)
+from lit_fast.demo.tars import TEMPLATES, write_captioned, write_classification
+
+CROSSES = Thing("two", "small", "striped", "red", "cross", "left")
+RING = Thing("one", "large", "solid", "orange", "ring", "right")
+LEFT_RIGHT = Scene((CROSSES, RING), "grey")
+
+
+def scenes(count: int, **options: object) -> list[Scene]:
+    rng = random.Random(3)
+    return [sample(rng, **options) for _ in range(count)]  # type: ignore[arg-type]
+
+
+def test_novel_pairs_leave_every_colour_and_every_shape_to_training() -> None:
+    assert set(KNOWN) | set(NOVEL) == set(PAIRS)
+    assert not set(KNOWN) & set(NOVEL)
+    assert 0.1 < len(NOVEL) / len(PAIRS) < 0.2
+    assert {c for c, _ in KNOWN} == {c for c, _ in NOVEL} | set(COLOURS)
+    assert {s for _, s in KNOWN} == set(SHAPES)
+
+
+def test_training_scenes_never_hold_a_novel_pair_and_novel_scenes_nothing_else() -> None:
+    for scene in scenes(500):
+        assert all((t.colour, t.shape) in KNOWN for t in scene.things)
+    for scene in scenes(500, pairs=NOVEL):
+        assert all((t.colour, t.shape) in NOVEL for t in scene.things)
+
+
+def test_every_attribute_occurs() -> None:
+    things = [t for s in scenes(2000) for t in s.things]
+    for name, values in (
+        ("count", COUNTS),
+        ("size", SIZES),
+        ("fill", FILLS),
+        ("colour", COLOURS),
+        ("shape", SHAPES),
+        ("place", PLACES),
+    ):
+        assert {getattr(t, name) for t in things} == set(values)
+    assert {s.background for s in scenes(2000)} == set(BACKGROUNDS)
+    assert {len(s.things) for s in scenes(2000)} == {1, 2, 3}
+
+
+def test_pictures_are_the_towers_size_and_a_function_of_the_seed() -> None:
+    scene = scenes(1)[0]
+    one, same, other = (render(scene, random.Random(seed)) for seed in (5, 5, 6))
+    assert one.size == (SIZE, SIZE)
+    assert one.mode == "RGB"
+    assert one.tobytes() == same.tobytes()
+    assert one.tobytes() != other.tobytes()
+
+
+def test_shapes_stand_in_their_place_and_do_not_overlap() -> None:
+    rng = random.Random(0)
+    for scene in scenes(500):
+        spots = arrange(scene, rng)
+        for number, thing in enumerate(scene.things):
+            own = [s for s in spots if s.thing == number]
+            assert len(own) == COUNTS.index(thing.count) + 1
+            if thing.place != "middle":
+                left, top, right, bottom = PLACES[thing.place]
+                assert all(left <= s.x <= right and top <= s.y <= bottom for s in own)
+        for i, a in enumerate(spots):
+            for b in spots[:i]:
+                assert max(abs(a.x - b.x), abs(a.y - b.y)) > 0.9 * max(a.radius, b.radius)
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_shape_has_its_colour(colour: str) -> None:
+    rng = random.Random(1)
+    scene = Scene((Thing("one", "large", "solid", colour, "square", "middle"),), "grey")
+    spots = arrange(scene, rng)
+    pixel = np.asarray(draw(scene, spots, rng), int)[round(spots[0].y) - 2 :, round(spots[0].x) - 2 :]
+    distance = {c: np.abs(pixel[:4, :4].mean((0, 1)) - rgb).sum() for c, rgb in COLOURS.items()}
+    assert min(distance, key=distance.__getitem__) == colour
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_look_different(shape: str) -> None:
+    """The same drawing with another shape differs in many pixels."""
+    spots = arrange(LEFT_RIGHT, random.Random(0))
+    right = spots[-1]
+    box = (int(right.x - 11), int(right.y - 11), int(right.x + 11), int(right.y + 11))
+
+    def drawn(name: str) -> np.ndarray:
+        thing = Thing("one", "large", "solid", "red", name, "right")
+        image = draw(Scene((LEFT_RIGHT.things[0], thing), "white"), spots, random.Random(0))
+        return np.asarray(image.crop(box), int)
+
+    for other in set(SHAPES) - {shape}:
+        assert (np.abs(drawn(shape) - drawn(other)).max(-1) > 60).mean() > 0.06
+
+
+def test_complete_captions_say_everything() -> None:
+    rng = random.Random(0)
+    for text in captions(LEFT_RIGHT, rng, 50, complete=True):
+        words = text.replace(",", "").split()
+        assert {"two", "striped", "red", "crosses", "orange", "ring", "grey"} <= set(words)
+        assert {"small", "little"} & set(words)
+        assert {"large", "big"} & set(words)
+        first, second = text.index("crosses"), text.index("ring")
+        assert ("to the left of" in text) == (first < second and "to the" in text)
+        assert ("to the right of" in text) == (second < first and "to the" in text)
+        assert "a orange" not in text
+
+
+def test_incomplete_captions_say_nothing_false() -> None:
+    rng = random.Random(0)
+    vocabulary = {*COLOURS, *BACKGROUNDS, *SHAPES, *(s + "s" for s in SHAPES), "crosses"}
+    for scene in scenes(300):
+        told = {scene.background, *(t.colour for t in scene.things)}
+        for thing in scene.things:
+            told.add(thing.shape if thing.count == "one" else thing.shape + "s")
+            told.add("crosses" if thing.shape == "cross" and thing.count != "one" else thing.shape)
+        for text in captions(scene, rng, 4):
+            words = set(text.replace(",", "").split())
+            assert words & vocabulary <= told
+            assert ("striped" not in words) or any(t.fill == "striped" for t in scene.things)
+            for verb, number in re.findall(r"there (is|are) (\w+)", text):
+                assert (verb == "are") == (number in ("two", "three"))
+
+
+def test_tars_have_the_layout_of_img2dataset_and_no_scene_twice(tmp_path: Path) -> None:
+    write_captioned(tmp_path / "a", 50, 7, NOVEL, per_tar=20)
+    write_captioned(tmp_path / "b", 50, 7, NOVEL, per_tar=20)
+    assert [p.name for p in sorted((tmp_path / "a").iterdir())] == ["00000.tar", "00001.tar", "00002.tar"]
+    texts = []
+    for path in sorted((tmp_path / "a").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+        with tarfile.open(path) as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+        for key in {name.partition(".")[0] for name in members}:
+            meta = json.loads(members[f"{key}.json"])
+            assert meta["captions"][0] == meta["caption"] == members[f"{key}.txt"].decode()
+            assert len(meta["captions"]) == 3
+            assert Image.open(io.BytesIO(members[f"{key}.jpg"])).size == (SIZE, SIZE)
+            texts.append(frozenset(meta["captions"]))
+    assert len(set(texts)) == 50
+
+
+def test_classes_are_novel_pairs_in_the_layout_of_clip_benchmark(tmp_path: Path) -> None:
+    write_classification(tmp_path, 2 * len(NOVEL), 1)
+    names = (tmp_path / "classnames.txt").read_text().splitlines()
+    assert names == [f"{colour} {shape}" for colour, shape in NOVEL]
+    assert (tmp_path / "zeroshot_classification_templates.txt").read_text().splitlines() == list(TEMPLATES)
+    with tarfile.open(tmp_path / "test" / "0.tar") as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
+    labels = [int(data) for name, data in members if name.endswith(".cls")]
+    assert sorted(labels) == sorted(2 * list(range(len(NOVEL))))
+    assert sum(name.endswith(".jpg") for name, _ in members) == len(labels)

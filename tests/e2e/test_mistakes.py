@@ -1,0 +1,142 @@
+"""Every mistake a user can make: one clear line, status 2, nothing written or broken."""
+
+import shutil
+
+import pytest
+
+from lit_fast.cli import main
+from tests.helpers import samples, write_tar
+from tests.synthetic import make_dataset
+
+CONFIG = """
+steps = 4
+[text]
+variant = "mu"
+dtype = "float32"
+[stream]
+global_batch = 16
+[optimizer]
+warmup_steps = 1
+[checkpoint]
+every_steps = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A dataset, one like it of other rows, a finished run, tars, a config."""
+    path = tmp_path_factory.mktemp("mistakes")
+    make_dataset(path / "d", 40)
+    make_dataset(path / "other", 50, seed=1)
+    make_dataset(path / "like", 41)
+    shutil.rmtree(path / "like/tokens")
+    like = ["tokenize", str(path / "like"), "--tokenizer", str(path / "d/tokens/words/tokenizer.model")]
+    assert main([*like, "--max-length", "8"]) == 0
+    write_tar(path / "0.tar", samples(3))
+    (path / "c.toml").write_text(CONFIG)
+    assert (
+        main(["train", str(path / "c.toml"), "--workdir", str(path / "run"), "--dataset", str(path / "d")])
+        == 0
+    )
+    return path
+
+
+def snapshot(path):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in path.rglob("*")}
+
+
+def mistake(capsys, place, command):
+    """Run a command that must fail; its one line of error."""
+    before = snapshot(place)
+    capsys.readouterr()
+    status = main(command.format(p=place).split())
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lit-fast: error: ")]
+    assert status == 2
+    assert len(errors) == 1
+    assert snapshot(place) == before  # nothing written
+    return errors[0]
+
+
+TRAIN = "train {p}/c.toml --workdir {p}/new --dataset {p}/d"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "required: COMMAND"),
+        ("trian x", "invalid choice: 'trian'"),
+        ("info {p}/none", "{p}/none does not exist"),
+        ("info {p}/d --nosuch", "unrecognized arguments: --nosuch"),
+        ("index {p}/none.tar --out {p}/new", "none.tar"),
+        ("index {p}/none-*.tar --out {p}/new", "none-*.tar"),
+        ("index gs://bucket/x.tar --out {p}/new", "local"),
+        ("index {p}/0.tar --out {p}/d", "choose another --out"),
+        ("embed {p}/none --tower x.npz", "dataset {p}/none does not exist; make it with: lit-fast index"),
+        ("embed {p}/d --tower {p}/none.npz", "source /nowhere.tar"),
+        ("embed {p}/d --tower x.npz --dtype float16", "invalid choice: 'float16'"),
+        ("tokenize {p}/d --tokenizer {p}/none.model", "none.model cannot be read"),
+        ("tokenize {p}/d --tokenizer {p}/c.toml", "not a sentencepiece model"),
+        ("tokenize {p}/d --train-vocab 100000", "no tokenizer with 100000 pieces"),
+        ("tokenize {p}/d --train-vocab 270 --name words", "choose another --name"),
+        ("train {p}/none.toml --workdir {p}/new", "config {p}/none.toml does not exist"),
+        ("train {p}/c.toml --workdir {p}/new", "no dataset: give --dataset"),
+        ("train {p}/c.toml --dataset {p}/d", "--workdir"),
+        (TRAIN + " --dataset {p}/none", "dataset {p}/none does not exist"),
+        (TRAIN + " --tower B_8", "no features of tower 'B_8', only of tower"),
+        (TRAIN + " --tokenizer bpe", "no tokens 'bpe', only words"),
+        (TRAIN + " --stream.global_batch 18", "18 is not divisible by the 4 devices"),
+        (TRAIN + " --text.parts 3", "not divisible by text.parts 3"),
+        (TRAIN + " --optimizer.learning-rate 1", "did you mean optimizer.learning_rate?"),
+        (TRAIN + " --warmup_steps 1", "did you mean optimizer.warmup_steps?"),
+        (TRAIN + " --steps many", "steps must be a whole number, not 'many'"),
+        (TRAIN + " --text.variant XXL", "text.variant must be one of"),
+        (TRAIN + " --optimizer.learning_rate -1", "must not be negative"),
+        (TRAIN + " --steps", "--steps needs a value"),
+        (TRAIN + " steps=3", "unexpected argument 'steps=3'"),
+        (TRAIN + " --evaluate.retrieval {p}/other", "no features of the run's tower"),
+        (TRAIN + " --evaluate.zero_shot {p}/none", "dataset {p}/none does not exist"),
+        ("train {p}/c.toml --workdir {p}/run --dataset {p}/d --seed 1", "seed is 0 there and 1 now"),
+        (
+            "train {p}/c.toml --workdir {p}/run --dataset {p}/other",
+            "was begun with another t",
+        ),
+        ("train {p}/c.toml --workdir {p}/run --dataset {p}/like", "begun with another stream"),
+        ("train {p}/c.toml --workdir {p}/d --dataset {p}/d", "is not a run; choose another --workdir"),
+        ("train {p}/c.toml --workdir {p}/0.tar --dataset {p}/d", "is a file"),
+        ("eval {p}/run", "nothing to evaluate"),
+        ("eval {p}/none --retrieval {p}/d", "run {p}/none does not exist"),
+        ("eval {p}/d --retrieval {p}/d", "is not a run"),
+        ("eval {p}/run --retrieval {p}/none", "dataset {p}/none does not exist"),
+        ("eval {p}/run --retrieval {p}/d --step 3", "no checkpoint of step 3; there are 2, 4"),
+        ("demo --out {p}/0.tar", "0.tar"),
+    ],
+)
+def test_one_line_status_two_nothing_written(capsys, place, command, message):
+    if "retrieval {p}/other" in command:  # the same name, another tower
+        tower = place / "other/features/tower/tower.json"
+        tower.write_text(tower.read_text().replace('"identity": "', '"identity": "x'))
+    assert message.format(p=place) in mistake(capsys, place, command)
+
+
+def test_damaged_files_are_named(capsys, place, tmp_path):
+    def damaged(file, content, command):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(place, copy)
+        (copy / file).write_bytes(content)
+        return mistake(capsys, copy, command)
+
+    train = "train {p}/c.toml --workdir {p}/new --dataset {p}/d"
+    assert "dataset.json is damaged" in damaged("d/dataset.json", b"{", train)
+    assert "dataset.json is damaged" in damaged("d/dataset.json", b"{}", train)
+    assert "00000.json is damaged" in damaged("d/features/tower/manifest/00000.json", b"{}", train)
+    assert "00000.array_record is damaged" in damaged("d/tokens/words/00000.array_record", b"x" * 99, train)
+    assert "tokenizer.model" in damaged("d/tokens/words/tokenizer.model", b"x", train)
+    assert "zarr.json" in damaged("d/features/tower/zarr.json", b"{}", train)
+    assert "c.toml cannot be read" in damaged("c.toml", b"steps = = 3", train)
+    assert "unknown config key 'step' in" in damaged("c.toml", b"step = 3", train)
+    assert "must be a whole number" in damaged("c.toml", b"steps = '3'", train)
+    evaluate = "eval {p}/run --retrieval {p}/d"
+    assert "tower.json is damaged" in damaged("run/tower.json", b"{}", evaluate)
+    again = "train {p}/c.toml --workdir {p}/run --dataset {p}/d"
+    assert "tokens.json is damaged" in damaged("run/tokens.json", b"[", again)
