@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from lit_fast.errors import UserError
-from lit_fast.text import POOLINGS
-from lit_fast.transformer import VARIANTS, Shape
+from lit_fast.variants import VARIANTS, Shape
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """The text tower; vocabulary and length come from the tokens, the output width from the features."""
 
-    variant: str = "B"  # letter of lit_fast.transformer.VARIANTS
+    variant: str = "B"  # letter of lit_fast.variants.VARIANTS
     width: int = 0  # 0: as the variant says; likewise below
     depth: int = 0
     mlp_dim: int = 0
@@ -128,7 +127,7 @@ FREE = ("evaluate", "checkpoint", "log", "dataset", "tower", "tokenizer")
 
 _CHOICES = {
     "text.variant": tuple(VARIANTS),
-    "text.pooling": POOLINGS,
+    "text.pooling": ("last", "mean"),
     "text.dtype": ("float32", "bfloat16"),
     "loss.precision": ("default", "high", "highest"),
     "optimizer.name": ("lion", "adam"),

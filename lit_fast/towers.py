@@ -24,7 +24,7 @@ from lit_fast.augreg import Params, read_npz, resample_positions, vit_params
 from lit_fast.errors import UserError
 from lit_fast.files import sha256
 from lit_fast.preprocess import Preprocess
-from lit_fast.transformer import Shape
+from lit_fast.variants import Shape
 from lit_fast.vit import ViT
 
 GELUS = ("exact", "tanh")

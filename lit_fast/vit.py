@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lit_fast.transformer import Encoder, Shape
+from lit_fast.transformer import Encoder
+from lit_fast.variants import Shape
 
 
 class ViT(nn.Module):

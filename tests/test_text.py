@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lit_fast.errors import UserError
 from lit_fast.text import TextTower
 from lit_fast.tokens import Tokenizer, decode_record, encode_record, load_tokenizer, lower
-from lit_fast.transformer import VARIANTS, Shape
+from lit_fast.variants import VARIANTS, Shape
 from tests.reference import encoder
 
 SHAPE = Shape(width=32, depth=3, mlp_dim=64, heads=4)

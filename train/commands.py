@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lit_fast.cli import Run
+from lit_fast.config import Config, load_config, to_toml
 
 
 def train(parser: argparse.ArgumentParser) -> Run:
@@ -13,12 +14,12 @@ def train(parser: argparse.ArgumentParser) -> Run:
 
     Every key of the config can be overridden: --optimizer.learning_rate 3e-4 --stream.global_batch 4096.
     """
+    parser.epilog = f"keys and their defaults:\n\n{to_toml(Config())}"
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("--workdir", type=Path, required=True, metavar="W", help="the run's directory")
     parser.set_defaults(takes_overrides=True)
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.config import load_config
         from train.loop import train as train_run
 
         train_run(load_config(args.config, args.overrides), args.workdir)

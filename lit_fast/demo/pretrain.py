@@ -48,7 +48,8 @@ from lit_fast.demo.scenes import (
     sample,
 )
 from lit_fast.files import write_atomic
-from lit_fast.transformer import Encoder, Shape
+from lit_fast.transformer import Encoder
+from lit_fast.variants import Shape
 from lit_fast.vit import ViT
 
 PATCH = 8

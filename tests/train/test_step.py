@@ -11,7 +11,7 @@ from lit_fast.config import Config, LossConfig, OptimizerConfig, StreamConfig, T
 from lit_fast.mesh import dealt, make_mesh
 from lit_fast.run import init_params
 from lit_fast.text import TextTower
-from lit_fast.transformer import Shape
+from lit_fast.variants import Shape
 from train.optimizer import make_optimizer
 from train.step import init_state, make_step
 
