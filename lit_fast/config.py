@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
       UserError: unreadable file, unknown key (the nearest known one is named), wrong type or value.
     """
     try:
-        values = _flatten(tomllib.loads(path.read_text()))
+        values = _flatten(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -180,8 +181,9 @@ def to_toml(config: Config) -> str:
     sections: dict[str, list[str]] = {}
     for key, value in flatten(config).items():
         section, _, name = key.rpartition(".")
-        # JSON's strings, numbers, booleans and lists of them are TOML's.
-        sections.setdefault(section, []).append(f"{name} = {json.dumps(value)}")
+        # JSON's strings, numbers, booleans and lists of them are TOML's, once DEL is escaped as well.
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        sections.setdefault(section, []).append(f"{name} = {text}")
     parts = [(f"[{section}]\n" if section else "") + "\n".join(lines) for section, lines in sections.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -275,6 +277,8 @@ def _check_values(config: Config) -> None:
         if values[key] < 1:
             raise UserError(f"config key {key} must be at least 1, not {values[key]}")
     for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config key {key} must be a finite number, not {value}")
         if isinstance(value, int | float) and value < 0 and key != "loss.bias_init":
             raise UserError(f"config key {key} must not be negative, not {value}")
     if values["loss.temperature_init"] <= 0:

@@ -56,7 +56,8 @@ def _commands(out: Path) -> list[list[str]]:
     sets = [(train, "train"), (retrieval, "retrieval"), (zero_shot, "zeroshot/test")]
     commands = [["index", str(scenes / source), "--out", dataset] for dataset, source in sets]
     commands += [["embed", dataset, *tower] for dataset, _ in sets]
-    commands.append(["tokenize", train, "--train-vocab", "128", "--name", "words", "--max-length", "32"])
+    vocabulary = ["--train-vocab", "512", "--model-type", "bpe", "--max-length", "32", "--name", "words"]
+    commands.append(["tokenize", train, *vocabulary])
     watched = ["--evaluate.zero_shot", zero_shot, "--evaluate.retrieval", retrieval]
     commands.append(["train", str(CONFIG), "--workdir", run, "--dataset", train, *watched])
     figures = str(out / "figures.json")

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+import optax.contrib
 
 from lit_fast.demo.drawing import Spot, arrange, draw
 from lit_fast.demo.scenes import (
@@ -240,18 +241,27 @@ def _known_pairs() -> np.ndarray:
     )
 
 
+def matrices(params: Params) -> Params:
+    """Which axes of a parameter are the rows and the columns of a matrix; None: not a matrix of the tower."""
+
+    def axes(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        names = [part.key for part in path]
+        if names[0] != "vit" or names[-1] != "kernel":
+            return None
+        first = int("encoderblock" in names)  # axis 0 counts layers
+        rows = leaf.ndim - 2 if names[-2] in ("query", "key", "value") else leaf.ndim - 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, rows)), tuple(range(rows, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
 def train(steps: int, crowds: int, batch_size: int, seed: int, out: Path) -> Params:
     """Pretrain; the tower is also written every 1000 steps. Returns its parameters."""
-    import os
-
-    peak = float(os.environ.get("LR", "1e-3"))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(400, steps // 10 + 1), steps)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule, b2=0.98, weight_decay=0.02, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
-        ),
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(400, steps // 10 + 1), steps)
+    muon = optax.contrib.muon(
+        schedule, consistent_rms=0.2, adam_b2=0.98, muon_weight_dimension_numbers=matrices
     )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
     params = init(seed)
     state = optimizer.init(params)
 
@@ -332,8 +342,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Pretrain the demo's vision tower.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--crowds", type=int, default=2000, help="of the steps")
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--crowds", type=int, default=900, help="of the steps")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,0 +1,105 @@
+"""The configuration: files, overrides, refusals, and the committed recipes."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_fast.config import Config, EvalConfig, LossConfig, OptimizerConfig, load_config, to_toml
+from lit_fast.errors import UserError
+from lit_fast.variants import VARIANTS
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+
+def load(tmp_path, text="", *overrides):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def test_empty_file_is_the_defaults_and_overrides_win(tmp_path):
+    assert load(tmp_path) == Config()
+    text = "steps = 7000\n[optimizer]\nlearning_rate = 1"
+    config = load(
+        tmp_path, text, "--optimizer.learning_rate", "3e-4", "--steps=8_000", "--loss.center", "True"
+    )
+    assert (config.optimizer.learning_rate, config.steps, config.loss.center) == (3e-4, 8000, True)
+    assert load(tmp_path, text).optimizer.learning_rate == 1.0
+    sets = load(tmp_path, "", "--evaluate.retrieval", "a,b").evaluate.retrieval
+    assert sets == ("a", "b")
+
+
+@given(
+    dataset=st.text(),
+    learning_rate=st.floats(0, 1e6),
+    seed=st.integers(0, 2**63 - 1),
+    center=st.booleans(),
+    sets=st.lists(st.text(min_size=1), max_size=3),
+)
+def test_toml_round_trip(tmp_path_factory, dataset, learning_rate, seed, center, sets):
+    config = Config(
+        dataset=dataset,
+        seed=seed,
+        loss=LossConfig(center=center),
+        optimizer=OptimizerConfig(learning_rate=learning_rate),
+        evaluate=EvalConfig(zero_shot=tuple(sets)),
+    )
+    path = tmp_path_factory.mktemp("c") / "c.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_widths_of_a_variant(tmp_path):
+    assert load(tmp_path, '[text]\nvariant = "L"\ndepth = 12').text.shape == VARIANTS["L"]._replace(depth=12)
+    assert load(tmp_path, "[text]\nwidth = 256").text.shape == (256, 12, 1024, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepps = 3", "did you mean steps?"),
+        ("learning_rate = 3", "did you mean optimizer.learning_rate?"),
+        ("[optimiser]\nlearning_rate = 3", "did you mean optimizer.learning_rate?"),
+        ("zzz = 1", "unknown config key 'zzz' in"),
+        ("steps = 0", "must be at least 1"),
+        ("steps = 3.5", "must be a whole number"),
+        ("steps = true", "must be a whole number"),
+        ("text = 3", "unknown config key 'text'"),
+        ("[evaluate]\nretrieval = 'x'", "must be a list of strings"),
+        ("[loss]\ntemperature_init = 0", "must be positive"),
+        ("[loss]\ntemperature_init = nan", "must be a finite number"),
+        ("[optimizer]\nlearning_rate = inf", "must be a finite number"),
+        ("[text]\ndropout = 1.0", "below 1"),
+        ("[text]\nheads = 7", "not a multiple of text.heads"),
+        ("[text]\nmask_padding = true", "hides the last position"),
+        ("steps = 100\n[optimizer]\nwarmup_steps = 100", "must be below steps"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+def test_recipes_load_and_say_what_to_expect(path):
+    load_config(path)
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("lit-fast train configs/" + path.name, "Hours:", "Score:"):
+        assert word in header
+
+
+def test_the_one_day_recipe_is_the_papers(tmp_path):
+    config = load_config(next(p for p in RECIPES if p.stem == "siglit_b8_one_day"))
+    assert config.text.shape == (1024, 12, 4096, 16)
+    assert (config.stream.global_batch, config.steps, config.optimizer.warmup_steps) == (
+        32_768,
+        65_000,
+        6_500,
+    )
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (1e-4, 1e-7)
+    assert config.text.pooling == "last"
+    assert not config.text.mask_padding
+    assert (config.loss.temperature_init, config.loss.bias_init) == (10.0, -10.0)
