@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 
 from lit_fast.mesh import AXIS
 
@@ -30,8 +29,8 @@ class Ring(NamedTuple):
     """How the pairs are worked through."""
 
     devices: int  # on the mesh axis
-    tile: int  # images at a time; memory is tile x texts of the device
-    precision: str  # of the similarity products
+    tile: int = 1024  # images at a time; memory is tile x texts of the device, the result the same
+    precision: str = "highest"  # of the similarity products: "default", "high" or "highest"
 
 
 class _Sums(NamedTuple):
@@ -41,49 +40,8 @@ class _Sums(NamedTuple):
     bias: jax.Array
 
 
-def sigmoid_loss(
-    texts: jax.Array,
-    log_scale: jax.Array,
-    bias: jax.Array,
-    images: jax.Array,
-    text_rows: jax.Array,
-    image_rows: jax.Array,
-    *,
-    mesh: Mesh,
-    tile: int = 1024,
-    precision: str = "highest",
-) -> jax.Array:
-    """`sum over pairs of -log_sigmoid(label * logit) / images`, float32 [].
-
-    `logit = exp(log_scale) * cosine + bias`; the label is +1 where text and image come from the same row
-    of the dataset (several captions of an image are all its positives), else -1. Section 3 of the SigLIP
-    paper, with one caption per image. Differentiable in texts, log_scale and bias; the images are frozen.
-
-    Args:
-      texts: float32 [m, width], normalised, dealt over the mesh.
-      log_scale: float32 [], logarithm of the temperature.
-      bias: float32 [].
-      images: float32 or bfloat16 [n, width], normalised, dealt over the mesh.
-      text_rows: int32 [m], the dataset row of each text.
-      image_rows: int32 [n], likewise, not negative.
-      mesh: the devices; their number divides m and n.
-      tile: images at a time; memory is tile x (texts of a device), the result does not depend on it.
-      precision: of the similarity products: "default", "high" or "highest".
-    """
-    ring = Ring(mesh.size, tile, precision)
-    part, whole = PartitionSpec(AXIS), PartitionSpec()
-    shares = jax.shard_map(
-        lambda *args: _share(ring, *args)[None],
-        mesh=mesh,
-        in_specs=(part, whole, whole, part, part, part),
-        out_specs=part,
-        check_vma=False,  # the scans start from constants, which that check would have cast by hand
-    )(texts, log_scale, bias, images, text_rows, image_rows)
-    return shares.sum()
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _share(
+def sigmoid_loss(
     ring: Ring,
     texts: jax.Array,
     log_scale: jax.Array,
@@ -92,7 +50,24 @@ def _share(
     text_rows: jax.Array,
     image_rows: jax.Array,
 ) -> jax.Array:
-    """This device's share of the loss: its texts against the images of all devices."""
+    """This device's share of the loss, float32 []: its texts against the images of all devices.
+
+    The shares add up to `sum over pairs of -log_sigmoid(label * logit) / images`, with
+    `logit = exp(log_scale) * cosine + bias`; the label is +1 where text and image come from the same row of
+    the dataset (several captions of an image are all its positives), else -1: section 3 of the SigLIP paper
+    with any number of captions. Differentiable in texts, log_scale and bias; the images are frozen.
+
+    To be called inside `jax.shard_map` over the mesh axis.
+
+    Args:
+      ring: how to work through the pairs.
+      texts: float32 [m, width], normalised, of this device.
+      log_scale: float32 [], logarithm of the temperature.
+      bias: float32 [].
+      images: float32 or bfloat16 [n, width], normalised, of this device; n is equal on all devices.
+      text_rows: int32 [m], the dataset row of each text.
+      image_rows: int32 [n], likewise, not negative.
+    """
     return _ring_sums(ring, texts, log_scale, bias, images, text_rows, image_rows).loss
 
 
@@ -105,7 +80,7 @@ def _backward(ring: Ring, sums: _Sums, g: jax.Array) -> tuple[jax.Array | None, 
     return g * sums.texts, g * sums.log_scale, g * sums.bias, None, None, None
 
 
-_share.defvjp(_forward, _backward)
+sigmoid_loss.defvjp(_forward, _backward)
 
 
 def _ring_sums(

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_fast.loss import normalize, sigmoid_loss
-from lit_fast.mesh import dealt, make_mesh
+from lit_fast.loss import Ring, normalize, sigmoid_loss
+from lit_fast.mesh import AXIS, make_mesh, on_each_device
 
 
 def dense(texts, log_scale, bias, images, text_rows, image_rows):
@@ -34,13 +34,18 @@ def pairs(seed, n, captions, width):
 
 def run(devices, tile, log_scale, bias, texts, images, text_rows, image_rows):
     mesh = make_mesh(jax.devices()[:devices])
+    ring = Ring(devices, tile)
 
-    def f(z, t, b, x, tr, ir):
-        return sigmoid_loss(z, t, b, x, tr, ir, mesh=mesh, tile=tile)
+    def gradients(texts, log_scale, bias, images, text_rows, image_rows):
+        def share(z, t, b):
+            return sigmoid_loss(ring, z, t, b, images, text_rows, image_rows)
 
-    put = [jax.device_put(a, dealt(mesh)) for a in (texts, images, text_rows, image_rows)]
-    scalars = jnp.float32(log_scale), jnp.float32(bias)
-    return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(put[0], *scalars, *put[1:])
+        value, (z, t, b) = jax.value_and_grad(share, (0, 1, 2))(texts, log_scale, bias)
+        value, t, b = jax.lax.psum((value, t, b), AXIS)
+        return value, (jax.lax.all_gather(z, AXIS, tiled=True), t, b)
+
+    compute = jax.jit(on_each_device(gradients, mesh, True, False, False, True, True, True))
+    return compute(texts, jnp.float32(log_scale), jnp.float32(bias), images, text_rows, image_rows)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])

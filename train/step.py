@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 from lit_fast.config import Config
-from lit_fast.loss import normalize, sigmoid_loss
-from lit_fast.mesh import dealt, replicated
+from lit_fast.loss import Ring, normalize, sigmoid_loss
+from lit_fast.mesh import AXIS, dealt, on_each_device, replicated
 from lit_fast.run import Params, embed_ids
 from lit_fast.text import TextTower
 from train.optimizer import schedule
@@ -48,25 +48,28 @@ def make_step(
     """
     warmup, rate = config.optimizer.warmup_steps, config.optimizer.learning_rate
 
+    ring = Ring(mesh.size, config.loss.tile, config.loss.precision)
+
     def loss_of(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
         rows = batch["rows"]
         return sigmoid_loss(
-            _embed_in_parts(
-                model, params, batch["ids"], key if config.text.dropout else None, config.text.parts
-            ),
+            ring,
+            _embed(model, params, batch["ids"], key if config.text.dropout else None, config.text.parts),
             params["t"][0],
             params["b"][0],
             normalize(batch["images"].astype(jnp.float32) - params["mean"]),
             jnp.repeat(rows, config.stream.captions_per_image),
             rows,
-            mesh=mesh,
-            tile=config.loss.tile,
-            precision=config.loss.precision,
         )
+
+    def gradients(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Params]:
+        return jax.lax.psum(jax.value_and_grad(loss_of)(params, batch, key), AXIS)
+
+    gradients = on_each_device(gradients, mesh, False, True, False)
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        loss, grads = jax.value_and_grad(loss_of)(state.params, batch, key)
+        loss, grads = gradients(state.params, batch, key)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.global_norm(grads)
@@ -87,22 +90,25 @@ def make_step(
     return jax.jit(step, in_shardings=(whole, part), out_shardings=(whole, whole), donate_argnums=0)
 
 
-def _embed_in_parts(
+def _embed(
     model: TextTower, params: Params, ids: jax.Array, dropout: jax.Array | None, parts: int
 ) -> jax.Array:
-    """Embeddings of ids [n, length], normalised, worked out in `parts` equal parts one after the other.
+    """Normalised embeddings of this device's ids [n, length], worked out in `parts` equal parts.
 
-    Only the embeddings are kept; the backward pass works each part out again. Part i holds the texts j with
-    j % parts == i, so that every device has its share of each part, and the parts, with their dropout, do
-    not depend on the number of devices.
+    With several parts only the embeddings are kept, and the backward pass works each part out again. The
+    dropout of a text depends on the key and its place in the global batch, so neither the parts nor the
+    number of devices change it.
     """
+    place = jax.lax.axis_index(AXIS) * len(ids) + jnp.arange(len(ids))
+
+    def embed(ids: jax.Array, place: jax.Array) -> jax.Array:
+        if dropout is None:
+            return embed_ids(model, params, ids)
+        keys = jax.vmap(lambda p: jax.random.fold_in(dropout, p))(place)
+        return jax.vmap(lambda i, k: embed_ids(model, params, i[None], k)[0])(ids, keys)
+
     if parts == 1:
-        return embed_ids(model, params, ids, dropout)
-
-    def part(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        ids, number = args
-        return embed_ids(model, params, ids, None if dropout is None else jax.random.fold_in(dropout, number))
-
-    split = ids.reshape(-1, parts, ids.shape[-1]).swapaxes(0, 1)
-    texts = jax.lax.map(jax.checkpoint(part), (split, jnp.arange(parts)))
-    return texts.swapaxes(0, 1).reshape(-1, texts.shape[-1])
+        return embed(ids, place)
+    split = ids.reshape(parts, -1, ids.shape[-1]), place.reshape(parts, -1)
+    texts = jax.lax.map(jax.checkpoint(lambda part: embed(*part)), split)
+    return texts.reshape(-1, texts.shape[-1])

@@ -21,7 +21,7 @@ from lit_fast.errors import UserError
 
 TOWER = Path(__file__).with_name("scenes_vit.npz")
 CONFIG = Path(__file__).with_name("demo.toml")
-TRAIN_SCENES, RETRIEVAL_SCENES, ZERO_SHOT_SCENES = 10_000, 600, 900
+TRAIN_SCENES, RETRIEVAL_SCENES, ZERO_SHOT_SCENES = 10_000, 600, 960
 
 _FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
 

@@ -21,7 +21,11 @@ METRICS = {
     "text_retrieval_recall@5": ("Picture to sentence: among the first 5", False),
     "text_retrieval_recall@10": ("Picture to sentence: among the first 10", False),
 }
-_SHORT = {"acc1": "name", "image_retrieval_recall@1": "first", "image_retrieval_recall@5": "first 5"}
+_SHORT = {
+    "acc1": "named right",
+    "image_retrieval_recall@1": "found first",
+    "image_retrieval_recall@5": "in the first 5",
+}
 
 
 class Query(NamedTuple):
@@ -73,7 +77,8 @@ def build_page(
         _section("What it can do", _figures(results), _FIGURES_NOTE),
         '<section class="pair">',
         f"<div><h2>Loss</h2>{chart([Series('loss', losses)], percent=False)}</div>",
-        f"<div><h2>Accuracy while training</h2>{chart(curves(metrics, results), percent=True)}</div>",
+        f"<div><h2>Accuracy while training</h2>{chart(curves(metrics, results), percent=True)}"
+        '<p class="note">Dotted: the chance levels.</p></div>',
         "</section>",
         _section("Right: the picture it was written for comes first", _gallery(right), _GALLERY_NOTE),
         _section("Wrong: another picture comes first", _gallery(wrong), _WRONG_NOTE),
@@ -109,8 +114,8 @@ _FIGURES_NOTE = (
     "of scenes, not over trainings."
 )
 _GALLERY_NOTE = "The five pictures nearest to the sentence, best first; the right one is framed."
-_WRONG_NOTE = "The right picture is shown last, with the place it came in."
-_CONFUSION_NOTE = "A row is what is on the picture, a column what it was called; per cent of the row."
+_WRONG_NOTE = "The right picture, where it is not among the five, is shown last with the place it came in."
+_CONFUSION_NOTE = "Combinations that were never trained on; any colour could be named with any shape."
 
 
 def _section(title: str, body: str, note: str = "") -> str:
@@ -164,7 +169,7 @@ def curves(metrics: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]])
 
 def chart(series: Sequence[Series], *, percent: bool) -> str:
     """Lines over steps as inline SVG; the vertical axis starts at zero, dashes mark chance levels."""
-    width, height, left, right, top, bottom = 460, 290, 46, 66, 14, 36
+    width, height, left, right, top, bottom = 480, 290, 52, 104 if percent else 52, 14, 36
     series = [s._replace(points=[(x, y) for x, y in s.points if math.isfinite(y)]) for s in series]
     series = [s for s in series if s.points]
     if not series:
@@ -185,10 +190,9 @@ def chart(series: Sequence[Series], *, percent: bool) -> str:
         label = f"{100 * value:.0f} %" if percent else f"{value:g}"
         out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<text x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for x_value in (0, steps / 2, steps):
-        x = at(x_value, 0)[0]
-        out.append(f'<text x="{x:.1f}" y="{height - 14}" text-anchor="middle">{x_value:,.0f}</text>')
-    out.append(f'<text x="{width - right + 8}" y="{height - 14}">steps</text>')
+    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        x, label = at(share * steps, 0)[0], f"{share * steps:,.0f}" + (" steps" if share == 1 else "")
+        out.append(f'<text x="{x:.1f}" y="{height - 14}" text-anchor="{anchor}">{label}</text>')
     labels = _apart([at(*s.points[-1])[1] for s in series], 15)
     for number, (line, label_y) in enumerate(zip(series, labels, strict=True), 1):
         points = [at(x, y) for x, y in line.points]
@@ -222,7 +226,7 @@ def _described(series: Sequence[Series], percent: bool) -> str:
 def _nice(value: float) -> float:
     """The next round number that four equal parts divide well."""
     magnitude = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
-    return next(m * magnitude for m in (1, 2, 4, 6, 8, 10) if m * magnitude >= value)
+    return next(m * magnitude for m in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if m * magnitude >= value)
 
 
 def _apart(positions: Sequence[float], least: float) -> list[float]:
@@ -255,28 +259,35 @@ def _picture(data: bytes, kind: str) -> str:
 
 
 def _confusion(confusion: Confusion) -> str:
-    head = "".join(f'<th class="down"><span>{html.escape(c)}</span></th>' for c in confusion.classes)
     rows = []
     for number, (name, counts) in enumerate(zip(confusion.classes, confusion.counts, strict=True)):
-        cells = []
-        for column, count in enumerate(counts):
-            share = count / max(1, sum(counts))
-            kind = "own" if column == number else "other"
-            text = f"{100 * share:.0f}" if count else ""
-            cells.append(f'<td class="{kind}" style="--share:{share:.2f}">{text}</td>')
-        rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{"".join(cells)}</tr>')
+        total = sum(counts)
+        if not total:
+            continue
+        order = sorted(range(len(counts)), key=lambda k: -counts[k])
+        others = [
+            f"{confusion.classes[k]} {100 * counts[k] / total:.0f} %"
+            for k in order
+            if k != number and counts[k]
+        ]
+        rest = f", {len(others) - 3} more" if len(others) > 3 else ""
+        share = counts[number] / total
+        rows.append(
+            f'<tr><td>{html.escape(name)}</td><td class="number"><strong>{100 * share:.0f} %</strong></td>'
+            f"<td>{html.escape(', '.join(others[:3]) + rest)}</td></tr>"
+        )
     return (
-        f'<div class="scroll"><table class="confusion"><thead><tr><th></th>{head}</tr></thead>'
+        '<div class="scroll"><table class="figures names"><thead><tr><th>on the picture</th>'
+        '<th class="number">called so</th><th>otherwise called</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
 _STYLE = """
 :root { --ground:#fcfcfb; --text:#1a1a19; --quiet:#5f5e5a; --line:#e3e2de; --panel:#f3f2ef;
-  --s1:#2a78d6; --s2:#d9541e; --s3:#4a3aa7; --good:#15803d; --tint:42,120,214; --off:217,84,30 }
+  --s1:#2a78d6; --s2:#d9541e; --s3:#4a3aa7; --good:#15803d }
 @media (prefers-color-scheme: dark) { :root { --ground:#191918; --text:#efeeea; --quiet:#a3a29b;
-  --line:#383835; --panel:#242422; --s1:#5b9ff0; --s2:#f08a5d; --s3:#a79df2; --good:#4ade80;
-  --tint:91,159,240; --off:240,138,93 } }
+  --line:#383835; --panel:#242422; --s1:#5b9ff0; --s2:#f08a5d; --s3:#a79df2; --good:#4ade80 } }
 * { box-sizing:border-box }
 body { margin:0; background:var(--ground); color:var(--text); font:17px/1.55 system-ui,sans-serif }
 main { max-width:1080px; margin:0 auto; padding:2.5rem 1.25rem 4rem }
@@ -315,13 +326,6 @@ table { border-collapse:collapse; font-size:.94rem }
 img { width:72px; height:72px; border-radius:4px; border:3px solid transparent; display:block }
 img.right { border-color:var(--good) }
 .late { margin-left:.6rem; text-align:center } .place { color:var(--quiet); font-size:.8rem }
-.confusion td { width:3rem; height:2.2rem; text-align:center; font-variant-numeric:tabular-nums;
-  border:2px solid var(--ground) }
-.confusion td.own { background:rgba(var(--tint),calc(.06 + .55*var(--share))) }
-.confusion td.other { background:rgba(var(--off),calc(.75*var(--share))) }
-.confusion th { font-weight:400; text-align:right; padding-right:.6rem; white-space:nowrap }
-.confusion .down { vertical-align:bottom; padding:0 0 .4rem; text-align:center }
-.confusion .down span { writing-mode:vertical-rl; transform:rotate(180deg) }
 pre { background:var(--panel); padding:1rem; border-radius:6px; overflow-x:auto; font-size:.85rem }
 @media (max-width:640px) { body { font-size:16px } h1 { font-size:1.6rem }
   .figures .bars,.figures .range { display:none } img { width:56px; height:56px } }

@@ -127,7 +127,7 @@ def crowd(rng: random.Random) -> tuple[Scene, list[Spot]]:
     return Scene(tuple(things), rng.choice(tuple(BACKGROUNDS))), spots
 
 
-_CENTRES = (np.stack(np.mgrid[:GRID, :GRID], -1).reshape(-1, 2)[:, ::-1] + 0.5) * PATCH  # x, y
+_CENTRES = (np.mgrid[:GRID, :GRID].reshape(2, -1).T[:, ::-1] + 0.5) * PATCH  # x, y
 
 
 def _mark_patches(scene: Scene, spots: Sequence[Spot], out: np.ndarray) -> None:
@@ -184,9 +184,9 @@ def sincos(width: int) -> np.ndarray:
     return np.concatenate(waves, axis=1).astype(np.float32)[None]
 
 
-def tokens(vit: Params, images: jax.Array) -> jax.Array:
+def tokens(vit: Params, images: Any) -> jax.Array:
     """All tokens after the final norm, float32 [n, 65, width], of uint8 images; the class token is first."""
-    x = (images.astype(jnp.float32) / 255 - 0.5) / 0.5
+    x = (jnp.asarray(images, jnp.float32) / 255 - 0.5) / 0.5
     _, kept = MODEL.apply(
         {"params": vit},
         x,

@@ -1,9 +1,9 @@
 """Captioned scenes: coloured shapes, described in several true English sentences.
 
 A scene holds one to three things; a thing is one, two or three equal shapes of one size, colour and fill
-in one place. About one in seven pairs of colour and shape (`NOVEL`) is kept out of everything that is
-trained on, while every colour and every shape occurs, so that recognising "a turquoise heart" means
-having learnt "turquoise" and "heart". Everything is a function of the seed.
+in one place. One in four pairs of colour and shape (`NOVEL`) is kept out of everything that is trained on,
+while every colour and every shape occurs, so that recognising "a purple heart" means having learnt
+"purple" and "heart". Everything is a function of the seed.
 """
 
 from __future__ import annotations
@@ -51,9 +51,12 @@ CORNERS = tuple(p for p in PLACES if " " in p)
 
 Pair = tuple[str, str]  # colour, shape
 PAIRS: tuple[Pair, ...] = tuple((c, s) for c in COLOURS for s in SHAPES)
-_COLOUR_NUMBER = {c: i for i, c in enumerate(COLOURS)}
+# Two shapes of every colour, two colours of every shape.
 NOVEL: tuple[Pair, ...] = tuple(
-    (c, s) for c, s in PAIRS if (_COLOUR_NUMBER[c] + 3 * SHAPES.index(s)) % 7 == 3
+    (colour, shape)
+    for i, colour in enumerate(COLOURS)
+    for j, shape in enumerate(SHAPES)
+    if (i + 3 * j) % 8 in (0, 5)
 )
 KNOWN: tuple[Pair, ...] = tuple(p for p in PAIRS if p not in NOVEL)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from lit_fast.demo.drawing import render
-from lit_fast.demo.scenes import NOVEL, Pair, Scene, captions, sample
+from lit_fast.demo.scenes import NOVEL, PAIRS, Pair, Scene, captions, sample
 
 # No article: "an orange star".
 TEMPLATES = ("one {c}", "one small {c}", "one large {c}", "one striped {c}", "a picture of one {c}")
@@ -43,19 +43,23 @@ def write_captioned(
 
 
 def write_classification(directory: Path, scenes: int, seed: int, pairs: Sequence[Pair] = NOVEL) -> None:
-    """Write single-thing scenes in CLIP_benchmark's layout; the classes are `pairs`, equally often."""
+    """Write single-thing scenes in CLIP_benchmark's layout.
+
+    On the pictures are `pairs`, equally often; the class names are all pairs, so that a picture can also be
+    taken for something that was trained on.
+    """
     rng = random.Random(seed)
     (directory / "test").mkdir(parents=True, exist_ok=True)
-    names = [f"{colour} {shape}" for colour, shape in pairs]
+    names = [f"{colour} {shape}" for colour, shape in PAIRS]
     (directory / "classnames.txt").write_text("\n".join(names) + "\n")
     (directory / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
     (directory / "dataset_type.txt").write_text("classification\n")
     with tarfile.open(directory / "test" / "0.tar", "w") as tar:
         for number in range(scenes):
-            label = number % len(pairs)
-            scene = sample(rng, (pairs[label],), kinds=1)
+            pair = pairs[number % len(pairs)]
+            scene = sample(rng, (pair,), kinds=1)
             _add(tar, f"{number:09d}.jpg", _jpeg(render(scene, rng)))
-            _add(tar, f"{number:09d}.cls", str(label).encode())
+            _add(tar, f"{number:09d}.cls", str(PAIRS.index(pair)).encode())
     (directory / "test" / "nshards.txt").write_text("1\n")
 
 

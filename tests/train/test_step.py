@@ -64,12 +64,12 @@ def test_one_two_and_four_devices_agree(captions, dropout, text):
     assert len(set(losses[1])) == len(losses[1])
 
 
-@pytest.mark.parametrize("parts", [2, 8])
-def test_parts_change_nothing_but_rounding(parts):
+@pytest.mark.parametrize(("parts", "dropout"), [(2, 0.0), (8, 0.3)])
+def test_parts_change_nothing_but_rounding(parts, dropout):
     """The update of the whole batch, whatever the parts: embeddings are cached, the loss sees all pairs."""
     results = []
     for p in (1, parts):
-        step, state, mesh = build(2, parts=p)
+        step, state, mesh = build(2, parts=p, dropout=dropout)
         for i in range(3):
             state, metrics = step(state, batch_of(i, 64, 1, mesh))
         results.append((float(metrics["loss"]), float(metrics["grad_norm"])))
@@ -83,8 +83,8 @@ def test_remat_changes_nothing():
     assert float(plain(state, batch)[1]["loss"]) == float(remat(again, batch)[1]["loss"])
 
 
-def compiled_text(devices, batch, tile):
-    step, state, mesh = build(devices, batch=batch, tile=tile)
+def compiled(devices, batch, tile, parts=1):
+    step, state, mesh = build(devices, batch=batch, tile=tile, parts=parts)
     return step.lower(state, batch_of(0, batch, 1, mesh)).compile()
 
 
@@ -94,21 +94,22 @@ def largest_buffer(text):
     return max(int(np.prod([int(d) for d in s.split(",")])) for s in shapes)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_no_batch_by_batch_buffer_and_no_all_gather(devices):
+@pytest.mark.parametrize(("devices", "parts"), [(1, 1), (4, 1), (4, 4)])
+def test_no_batch_by_batch_buffer_and_no_all_gather(devices, parts):
     batch = 4096
-    compiled = compiled_text(devices, batch, tile=64)
-    text = compiled.as_text()
+    text = compiled(devices, batch, tile=64, parts=parts).as_text()
     # The largest thing is an activation, [texts of a device, length, mlp_dim], stacked for two layers.
     assert largest_buffer(text) <= 2 * (batch // devices) * LENGTH * SHAPE.mlp_dim < batch**2
     assert "all-gather" not in text
     assert ("collective-permute" in text) == (devices > 1)
+    # Loss and gradients are summed over the devices once a step, not once a layer or part.
+    assert text.count(" all-reduce(") == 1
     # The same check sees the matrix when there is one.
-    assert largest_buffer(compiled_text(1, batch, tile=batch).as_text()) >= batch**2
+    assert largest_buffer(compiled(1, batch, tile=batch).as_text()) >= batch**2
 
 
 def test_memory_grows_linearly_with_the_batch():
-    sizes = [compiled_text(4, b, 32).memory_analysis().temp_size_in_bytes for b in (1024, 2048, 4096)]
+    sizes = [compiled(4, b, 32).memory_analysis().temp_size_in_bytes for b in (1024, 2048, 4096)]
     # Doubling the batch doubles the memory, give or take how buffers happen to be reused; a matrix of pairs
     # (64 MiB of them at the end) would quadruple it.
     assert sizes[1] <= 2.3 * sizes[0]

@@ -1,0 +1,149 @@
+"""The demo's own part: which commands it runs, how it stops, what it shows."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import lit_fast.demo as demo
+from embed.index import index_dataset
+from lit_fast.config import load_config
+from lit_fast.demo import pretrain
+from lit_fast.demo.results import confusion, gallery
+from lit_fast.demo.scenes import NOVEL, PAIRS
+from lit_fast.demo.tars import write_captioned, write_classification
+from lit_fast.errors import UserError
+from lit_fast.towers import load_tower
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRAIN_SCENES", "RETRIEVAL_SCENES", "ZERO_SHOT_SCENES"):
+        monkeypatch.setattr(demo, name, 16)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """Commands are noted, not run; `embed` of the second set fails."""
+    made: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str]) -> Any:
+        made.append((command[3:], env))
+        return SimpleNamespace(returncode=2 if len(made) == 5 else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return made
+
+
+def test_a_failing_command_stops_the_demo(small: None, calls: list, tmp_path: Path, capfd: Any) -> None:
+    with pytest.raises(UserError, match="`lit-fast embed` ended with status 2"):
+        demo.run_demo(tmp_path / "demo")
+    assert [command[0] for command, _ in calls] == ["index", "index", "index", "embed", "embed"]
+    assert capfd.readouterr().out.count("\n$ lit-fast ") == 5
+
+
+def test_scenes_are_drawn_once_and_whole(small: None, tmp_path: Path) -> None:
+    (tmp_path / ".train.tmp").mkdir()
+    (tmp_path / ".train.tmp" / "rest.tar").touch()
+    demo._write_scenes(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["retrieval", "train", "zeroshot"]
+    assert [p.name for p in (tmp_path / "train").iterdir()] == ["00000.tar"]
+    first = (tmp_path / "train" / "00000.tar").stat().st_mtime_ns
+    demo._write_scenes(tmp_path)
+    assert (tmp_path / "train" / "00000.tar").stat().st_mtime_ns == first
+
+
+def test_only_training_is_given_four_devices(calls: list, tmp_path: Path) -> None:
+    commands = demo._commands(tmp_path)
+    assert [c[0] for c in commands] == [*["index"] * 3, *["embed"] * 3, "tokenize", "train", "eval"]
+    for command in (commands[0], commands[-2]):
+        demo._run(command)
+    flag = "--xla_force_host_platform_device_count=4"
+    assert calls[1][1]["XLA_FLAGS"].endswith(flag)
+    assert f"XLA_FLAGS={flag} lit-fast train" in demo._shown(commands[-2])
+
+
+def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write into"):
+        demo.run_demo(tmp_path / "file" / "demo")
+
+
+def test_the_shipped_config_is_valid() -> None:
+    config = load_config(demo.CONFIG)
+    assert config.stream.global_batch % 4 == 0
+
+
+def test_the_shipped_tower_is_small_and_what_pretraining_computes() -> None:
+    assert demo.TOWER.stat().st_size <= 2_000_000
+    tower = load_tower(str(demo.TOWER), preprocess="tf-squash")
+    assert (tower.preprocess.size, tower.patch, tower.shape) == (64, pretrain.PATCH, pretrain.MODEL.shape)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    features = tower.embed(tower.params, images)
+    np.testing.assert_allclose(features, pretrain.tokens(tower.params, images)[:, 0], rtol=0, atol=2e-5)
+
+
+def test_weights_survive_being_written_in_augreg_names(tmp_path: Path) -> None:
+    vit = pretrain.init(0)["vit"]
+    path = tmp_path / "vit.npz"
+    path.write_bytes(pretrain.augreg_npz(vit))
+    read = load_tower(str(path)).params
+    assert jax.tree.structure(read) == jax.tree.structure(vit)
+    for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(vit), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2**-8)
+
+
+class FakeRun:
+    """Image i is the unit vector i; texts are embedded by `texts`."""
+
+    def __init__(self, rows: int, texts: Any) -> None:
+        self.rows, self.texts = rows, texts
+
+    def image_embeddings(self, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(self.rows), np.eye(self.rows, dtype=np.float32)
+
+    def embed_text(self, texts: list[str]) -> np.ndarray:
+        return self.texts(texts)
+
+
+def test_gallery_shows_right_and_wrong_queries(tmp_path: Path) -> None:
+    write_captioned(tmp_path / "tars", 20, 1, NOVEL)
+    dataset = index_dataset([str(tmp_path / "tars")], tmp_path / "set", seed=0)
+    captions = [c for block in dataset.iter_captions() for c in block]
+    owner = {text: row for row, texts in enumerate(captions) for text in texts}
+    eye = np.eye(20, dtype=np.float32)
+
+    def embed(texts: list[str]) -> np.ndarray:  # the second half of the rows is found last
+        return np.stack([eye[owner[t]] * (1 if owner[t] < 10 else -1) for t in texts])
+
+    right, wrong = gallery(FakeRun(20, embed), tmp_path / "set")  # type: ignore[arg-type]
+    assert len(right) == len(wrong) == 8
+    for query in right:
+        assert query.rank == 0
+        assert [ok for _, ok in query.pictures] == [True, False, False, False, False]
+        assert query.pictures[0][0] == query.answer
+    for query in wrong:
+        assert query.rank == 19
+        assert not any(ok for _, ok in query.pictures)
+        assert query.answer.startswith(b"\xff\xd8")
+    assert len({q.answer for q in right + wrong}) == 16
+
+
+def test_confusion_counts_true_against_named(tmp_path: Path) -> None:
+    write_classification(tmp_path / "tars", 16, 1)
+    index_dataset([str(tmp_path / "tars" / "test")], tmp_path / "set", seed=0)
+
+    def embed(texts: list[str]) -> np.ndarray:  # every picture is nearest to "red circle"
+        return np.stack([np.full(16, 1.0 if "red circle" in t else 0.1, np.float32) for t in texts])
+
+    named = confusion(FakeRun(16, embed), tmp_path / "set")  # type: ignore[arg-type]
+    counts = np.array(named.counts)
+    assert named.classes[0] == "red circle"
+    assert counts[:, 0].tolist() == [int(pair in NOVEL) for pair in PAIRS]
+    assert counts.sum() == 16
