@@ -21,7 +21,7 @@ from lit_fast.errors import UserError
 
 TOWER = Path(__file__).with_name("scenes_vit.npz")
 CONFIG = Path(__file__).with_name("demo.toml")
-TRAIN_SCENES, RETRIEVAL_SCENES, ZERO_SHOT_SCENES = 10_000, 600, 960
+TRAIN_SCENES, RETRIEVAL_SCENES, ZERO_SHOT_SCENES = 10_000, 1_000, 960
 
 _FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
 
@@ -84,11 +84,20 @@ def _run(command: list[str]) -> None:
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     if command[0] == "train":
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {_FOUR_DEVICES}".strip()
-    status = subprocess.run([sys.executable, "-m", "lit_fast", *command], env=env).returncode
+    process = subprocess.Popen([sys.executable, "-m", "lit_fast", *command], env=env)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # which the command was sent as well: it is saving its work
+        process.wait()
+        raise
+    except SystemExit:
+        process.terminate()
+        process.wait()
+        raise
     if status:
         raise UserError(
-            f"the demo stopped because `lit-fast {command[0]}` ended with status {status}; its message stands "
-            "above, and the same demo again goes on from there"
+            f"the demo stopped because `lit-fast {command[0]}` ended with status {status}; once what it says "
+            "above is mended, the same demo goes on from there"
         )
 
 

@@ -101,8 +101,9 @@ def _intro(seconds: float | None) -> str:
         took = f" Drawing, embedding, training and evaluating took {duration(seconds)}."
     return (
         "<header><h1>Pictures found by sentences</h1>"
-        "<p>A frozen vision transformer turned every picture into a vector once; then a text tower learnt, "
-        "with the sigmoid loss, to put each sentence near its picture's vector. "
+        "<p>A frozen vision transformer, pretrained on the attributes of such scenes, turned every picture "
+        "into a vector once. A text tower then learnt, with the sigmoid loss, to put each sentence near its "
+        "picture's vector. "
         "Everything below is measured on scenes whose combinations of colour and shape occurred in no "
         "picture and no sentence that either tower was trained on: both know purple and both know hearts, "
         f"but they have never met a purple heart.{took}</p></header>"

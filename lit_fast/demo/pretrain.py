@@ -3,11 +3,15 @@
     python -m lit_fast.demo.pretrain --out scenes_vit.npz
 
 Pictures are drawn on the fly and never hold a colour-shape pair of `scenes.NOVEL`; captions play no part.
-From the class token the attributes of the things and their pairs ("red" with "large", "star" with "left",
-"red" with "star") are told apart, from every patch the attributes of the thing that covers it. The weight
-of a pair is a product of one factor per attribute, so that it is defined for pairs never seen. The heads
-are thrown away; the rest is rounded to bfloat16's precision, which compresses, and written with AugReg's
-names.
+The first 900 steps see crowds, pictures full of shapes, and teach every patch the attributes of the thing
+that covers it; the others see scenes, and from the class token the attributes of the things and their
+pairs ("red" with "large", "star" with "left", "red" with "star") are told apart as well. The weight of a
+pair is a product of one factor per attribute, so that it is defined for pairs never seen. The heads are
+thrown away; the rest is rounded to bfloat16's precision, which compresses, and written with AugReg's names.
+
+The file in the package: 3600 steps of 64 pictures, 27 minutes on two CPU cores that were shared. A linear
+probe on its class token finds colour and shape of single things in 99.6 % of known and 98.5 % of novel
+pairs (chance 1.6 %).
 """
 
 from __future__ import annotations
@@ -255,8 +259,8 @@ def matrices(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def train(steps: int, crowds: int, batch_size: int, seed: int, out: Path) -> Params:
-    """Pretrain; the tower is also written every 1000 steps. Returns its parameters."""
+def train(steps: int, crowds: int, batch_size: int, seed: int, out: Path) -> None:
+    """Pretrain, the first `crowds` steps on crowds; the tower is written every 1000 steps and at the end."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(400, steps // 10 + 1), steps)
     muon = optax.contrib.muon(
         schedule, consistent_rms=0.2, adam_b2=0.98, muon_weight_dimension_numbers=matrices
@@ -278,14 +282,18 @@ def train(steps: int, crowds: int, batch_size: int, seed: int, out: Path) -> Par
             text = "  ".join(f"{k} {float(v):.3f}" for k, v in parts.items())
             print(f"step {number}  {time.monotonic() - began:.0f} s  {text}", flush=True)
         if number % 1000 == 0 or number == steps:
-            write_atomic(out, augreg_npz(params["vit"]))
-            print(probe(params["vit"]), flush=True)
-    return params["vit"]
+            vit = jax.tree.map(rounded, params["vit"])
+            write_atomic(out, augreg_npz(vit))
+            print(probe(vit), flush=True)
+
+
+def rounded(x: jax.Array) -> np.ndarray:
+    """float32 with bfloat16's precision: half of the bits are zero and compress away."""
+    return np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def augreg_npz(vit: Params) -> bytes:
-    """The tower in AugReg's `.npz` layout, mantissas rounded to bfloat16's."""
-    vit = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), vit)
+    """The tower in AugReg's `.npz` layout."""
     # The class token's own position is 0: it is part of `cls` here.
     positions = np.pad(vit["pos_embedding"], ((0, 0), (1, 0), (0, 0)))
     flat = {"cls": vit["cls"], "Transformer/posembed_input/pos_embedding": positions}

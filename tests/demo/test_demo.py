@@ -33,11 +33,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, st
     """Commands are noted, not run; `embed` of the second set fails."""
     made: list[tuple[list[str], dict[str, str]]] = []
 
-    def run(command: list[str], env: dict[str, str]) -> Any:
+    def start(command: list[str], env: dict[str, str]) -> Any:
         made.append((command[3:], env))
-        return SimpleNamespace(returncode=2 if len(made) == 5 else 0)
+        return SimpleNamespace(wait=lambda: 2 if len(made) == 5 else 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", start)
     return made
 
 
@@ -67,6 +67,25 @@ def test_only_training_is_given_four_devices(calls: list, tmp_path: Path) -> Non
     flag = "--xla_force_host_platform_device_count=4"
     assert calls[1][1]["XLA_FLAGS"].endswith(flag)
     assert f"XLA_FLAGS={flag} lit-fast train" in demo._shown(commands[-2])
+
+
+@pytest.mark.parametrize(("stop", "passed_on"), [(KeyboardInterrupt, []), (SystemExit, ["terminate"])])
+def test_a_stopped_demo_waits_until_the_command_has_saved_its_work(
+    stop: type[BaseException], passed_on: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def wait() -> int:
+        done.append("wait")
+        if len(done) == 1:
+            raise stop
+        return 0
+
+    process = SimpleNamespace(wait=wait, terminate=lambda: done.append("terminate"))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env: process)
+    with pytest.raises(stop):
+        demo._run(["index"])
+    assert done == ["wait", *passed_on, "wait"]
 
 
 def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
