@@ -52,13 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lit-fast info D | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except _Terminated:
+        print("lit-fast: terminated; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     return 0
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came; nothing between here and `main` swallows a SystemExit."""
+
+
 def _terminate(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)
+    raise _Terminated(128 + signum)
 
 
 def _dispatch(argv: list[str]) -> None:

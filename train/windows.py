@@ -212,7 +212,9 @@ class WindowSource:
         window.rows = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
         order = permutation(len(window.rows), self._seed, *key)
         if len(self._unusable):
-            order = order[~np.isin(window.rows[order], self._unusable)]
+            place = np.searchsorted(self._unusable, window.rows)
+            bad = self._unusable[np.minimum(place, len(self._unusable) - 1)] == window.rows
+            order = order[~bad[order]]
             if not len(order):
                 raise UserError(f"blocks {blocks.tolist()} of {self._features.path} hold no usable row")
             # Other rows of the window stand in for those that cannot be used.

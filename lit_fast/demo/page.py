@@ -104,7 +104,7 @@ def _intro(seconds: float | None) -> str:
         "<p>A frozen vision transformer, pretrained on the attributes of such scenes, turned every picture "
         "into a vector once. A text tower then learnt, with the sigmoid loss, to put each sentence near its "
         "picture's vector. "
-        "Everything below is measured on scenes whose combinations of colour and shape occurred in no "
+        "Every figure below is measured on scenes whose combinations of colour and shape occurred in no "
         "picture and no sentence that either tower was trained on: both know purple and both know hearts, "
         f"but they have never met a purple heart.{took}</p></header>"
     )
@@ -320,6 +320,7 @@ table { border-collapse:collapse; font-size:.94rem }
 .bar { position:relative; height:10px; background:var(--panel); border-radius:3px }
 .bar i { position:absolute; inset:0 auto 0 0; background:var(--s1); border-radius:3px }
 .bar b { position:absolute; top:-4px; bottom:-4px; width:2px; margin-left:-1px; background:var(--text) }
+.names td:first-child { white-space:nowrap }
 .gallery { list-style:none; margin:0; padding:0; display:grid; gap:1.2rem 2rem;
   grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr)) }
 .gallery p { margin:0 0 .35rem }
