@@ -25,7 +25,7 @@ class Progress:
         """Count `units` more; `note` is shown at the end of the line."""
         self.done += units
         now = time.monotonic()
-        if now - self._shown >= self._pause:
+        if now - self._shown >= self._pause and self.done < self.total:  # the end is shown by close
             self._shown = now
             self._print(self._line(now, note))
 
