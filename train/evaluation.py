@@ -47,9 +47,13 @@ class Evaluation:
         """Whether there is something to evaluate after step `number`."""
         return bool(self._sets) and (number == steps or bool(self._every and number % self._every == 0))
 
-    def __call__(self, embed_text: EmbedText) -> dict[str, float]:
-        """Figures by name, `<dataset>/<metric>`; `results` keeps the whole of the last evaluation."""
+    def run(self, embed_text: EmbedText) -> list[dict[str, Any]]:
+        """Evaluate all sets; the results are kept as `results`."""
         self.results = [f(dataset, rows, images, embed_text) for dataset, f, rows, images in self._ready]
+        return self.results
+
+    def figures(self) -> dict[str, float]:
+        """The last evaluation's figures by name, `<dataset>/<metric>`."""
         return {
             f"{name}/{metric}": value
             for name, result in zip(self._names(), self.results, strict=True)

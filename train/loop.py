@@ -82,7 +82,10 @@ def train(config: Config, run: Path) -> None:
     if done:
         state = checkpoints.restore(done, state)
         _say(f"going on after step {done:,}")
+    embed_text = text_embedder(model, tokenizer, mesh)
     if done >= config.steps:
+        if not (run / "receipt.json").exists():  # killed after the last checkpoint
+            write_receipt(run, config, stream, evaluation.run(partial(embed_text, state.params)))
         print(f"{run} is complete: {done:,} steps")
         return
 
@@ -91,7 +94,7 @@ def train(config: Config, run: Path) -> None:
     _loop(
         config, state, done, stream, mesh,
         step=make_step(model, optimizer, config, mesh),
-        embed_text=text_embedder(model, tokenizer, mesh),
+        embed_text=embed_text,
         meter=meter, writer=MetricsWriter(run, done), checkpoints=checkpoints, evaluation=evaluation,
     )  # fmt: skip
 
@@ -142,10 +145,11 @@ def _loop(
                 note, unread = _log(writer, meter, *unread), None
             with meter.paused:
                 checkpoints.check(state)
+                if evaluating:  # before saving: who is killed in between does both again
+                    evaluation.run(partial(embed_text, state.params))
+                    writer.write(number, evaluation.figures())
                 if saving:
                     checkpoints.save(number, state)
-                if evaluating:
-                    writer.write(number, evaluation(partial(embed_text, state.params)))
         elif note == _NOT_FINITE:
             checkpoints.check(state)
         progress.advance(1, note)
