@@ -84,6 +84,7 @@ def _trained(dataset: Dataset, name: str, vocab: int, model_type: str, max_lengt
             bos_id=-1,
             byte_fallback=True,  # no caption ever becomes "unknown"
             input_sentence_size=2_000_000,
+            shuffle_input_sentence=False,  # rows are shuffled already; its own sample would differ each time
             num_threads=1,  # the same model on every machine
             minloglevel=2,
         )

@@ -76,7 +76,7 @@ def restore_params(run: Path, step: int | None, params: Any) -> tuple[int, Any]:
 def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
     try:
         return manager.restore(step, args=args)
-    except (ValueError, KeyError, OSError, FileNotFoundError) as error:
+    except Exception as error:  # Orbax raises bare ones too
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"checkpoint {manager.directory}/{step} cannot be read: {reason[:200]}; delete that directory "

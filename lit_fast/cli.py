@@ -46,12 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"lit-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (
+        OSError
+    ) as error:  # a full disk, a missing permission: the file and the reason are all there is to say
+        if isinstance(error, BrokenPipeError):  # `lit-fast info D | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"lit-fast: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nlit-fast: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `lit-fast info D | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except _Terminated:
         print("lit-fast: terminated; the same command goes on from here", file=sys.stderr)
         return 128 + signal.SIGTERM

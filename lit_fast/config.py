@@ -151,7 +151,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         values = _flatten(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from None
     known = flatten(Config())
     for key in values:
@@ -191,7 +191,7 @@ def to_toml(config: Config) -> str:
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             out |= _flatten(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
@@ -236,7 +236,7 @@ def _parse(key: str, text: str, default: Any) -> Any:
         return text.lower() == "true"
     try:
         return int(text.replace("_", "")) if isinstance(default, int) else float(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         kind = "a whole number" if isinstance(default, int) else "a number"
         raise UserError(f"{key} must be {kind}, not {text!r}") from None
 
@@ -281,10 +281,14 @@ def _check_values(config: Config) -> None:
             raise UserError(f"config key {key} must be a finite number, not {value}")
         if isinstance(value, int | float) and value < 0 and key != "loss.bias_init":
             raise UserError(f"config key {key} must not be negative, not {value}")
+    for key, bound in {"steps": 2**31, "seed": 2**32 - 1, "stream.global_batch": 2**31}.items():
+        if values[key] >= bound:
+            raise UserError(f"config key {key} must be below {bound}, not {values[key]}")
+    for key in ("text.dropout", "optimizer.b1", "optimizer.b2"):
+        if values[key] >= 1:
+            raise UserError(f"config key {key} must be below 1, not {values[key]}")
     if values["loss.temperature_init"] <= 0:
         raise UserError("config key loss.temperature_init must be positive")
-    if not values["text.dropout"] < 1:
-        raise UserError("config key text.dropout must be below 1")
     shape = config.text.shape
     if shape.width % shape.heads:
         raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")

@@ -21,7 +21,7 @@ import tensorstore as ts
 
 from lit_fast.dataset import BLOCK, SHARD, Dataset
 from lit_fast.errors import UserError
-from lit_fast.files import read_json, write_json
+from lit_fast.files import read_json, read_object, write_json
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -99,7 +99,7 @@ class Features:
         try:
             value["invalid"] = {int(row): why for row, why in value["invalid"].items()}
             return Manifest(**value)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
     def write_manifest(self, manifest: Manifest) -> None:
@@ -128,6 +128,10 @@ class Features:
             if manifest.keys != self.dataset.shard_keys[shard]:
                 raise UserError(
                     f"{self.path}: shard {shard} was made from other rows than {self.dataset.path}"
+                )
+            if manifest.rows != min(SHARD, self.dataset.rows - shard * SHARD):
+                raise UserError(
+                    f"{self.path}: shard {shard} has {manifest.rows} rows, {self.dataset.path} has others"
                 )
             if manifest.tower != self.identity:
                 raise UserError(f"{self.path}: shard {shard} was made by another tower than tower.json says")
@@ -229,4 +233,5 @@ def open_features(dataset: Dataset, tower: str = "") -> Features:
         raise UserError(
             f"dataset {dataset.path} has no features of tower {tower!r}, only of {', '.join(have)}; {remedy}"
         )
-    return Features(dataset, tower, read_json(dataset.path / "features" / tower / "tower.json"))
+    file = dataset.path / "features" / tower / "tower.json"
+    return Features(dataset, tower, read_object(file, "name", "source", "identity", "width"))

@@ -54,6 +54,19 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: not JSON ({error})") from None
 
 
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """`read_json` of an object that has the given keys.
+
+    Raises:
+      UserError: also if it is something else.
+    """
+    value = read_json(path)
+    missing = [k for k in keys if not isinstance(value, dict) or k not in value]
+    if missing:
+        raise UserError(f"{path} is damaged: {missing[0]} is missing")
+    return value
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

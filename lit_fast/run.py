@@ -25,7 +25,7 @@ from lit_fast.config import Config, TextConfig, load_config
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
 from lit_fast.features import Features, embed_command, open_features, stored_towers
-from lit_fast.files import read_json
+from lit_fast.files import read_object
 from lit_fast.loss import normalize
 from lit_fast.mesh import dealt, make_mesh, replicated
 from lit_fast.text import TextTower
@@ -140,12 +140,7 @@ def read_tower(run: Path) -> dict[str, Any]:
     Raises:
       UserError: it is missing or damaged.
     """
-    tower = read_json(run / "tower.json")
-    if not isinstance(tower, dict) or not {"name", "source", "identity", "width"} <= tower.keys():
-        raise UserError(
-            f"{run / 'tower.json'} is damaged; take it from the run's dataset: features/*/tower.json"
-        )
-    return tower
+    return read_object(run / "tower.json", "name", "source", "identity", "width")
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,9 @@ def open_run(path: Path, step: int | None = None) -> Run:
     check_run(path)
     config = load_config(path / "config.toml")
     tower = read_tower(path)
-    tokenizer = load_tokenizer(path / "tokenizer.model", read_json(path / "tokens.json")["max_length"])
+    tokenizer = load_tokenizer(
+        path / "tokenizer.model", read_object(path / "tokens.json", "max_length")["max_length"]
+    )
     model = text_tower(config.text, tokenizer, tower["width"])
     mesh = make_mesh(jax.local_devices())
     shapes = jax.eval_shape(lambda: init_params(model, config, np.zeros(tower["width"])))

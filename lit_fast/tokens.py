@@ -22,7 +22,7 @@ import sentencepiece
 
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
-from lit_fast.files import read_json
+from lit_fast.files import read_object
 from lit_fast.records import RecordReader
 
 
@@ -117,6 +117,9 @@ def id_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+_META = ("identity", "vocab_size", "max_length", "pad_id", "shard_keys")
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A token store over a dataset."""
@@ -191,7 +194,7 @@ def open_tokens(dataset: Dataset, name: str = "") -> Tokens:
     name = name or have[0]
     if name not in have:
         raise UserError(f"dataset {dataset.path} has no tokens {name!r}, only {', '.join(have)}; {remedy}")
-    tokens = Tokens(dataset, name, read_json(dataset.path / "tokens" / name / "tokens.json"))
+    tokens = Tokens(dataset, name, read_object(dataset.path / "tokens" / name / "tokens.json", *_META))
     if tuple(tokens.meta["shard_keys"]) != dataset.shard_keys:
         raise UserError(f"{tokens.path} was made from other rows than {dataset.path} has; tokenize it anew")
     return tokens

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from lit_fast.config import EvalConfig
-from lit_fast.dataset import Dataset, open_dataset
+from lit_fast.dataset import BLOCK, Dataset, open_dataset
+from lit_fast.errors import UserError
 from lit_fast.evaluate import (
     check_retrieval,
     check_zero_shot,
@@ -35,7 +36,9 @@ class Evaluation:
             for path in paths:
                 dataset = open_dataset(path)
                 check(dataset)
-                matching_features(dataset, tower).invalid_rows()
+                _check_rows(
+                    dataset, matching_features(dataset, tower).invalid_rows(), check is check_zero_shot
+                )
                 self._sets.append((dataset, evaluate))
         self.results: list[dict[str, Any]] = []
 
@@ -69,3 +72,19 @@ class Evaluation:
     def table(self) -> str:
         """The last evaluation, for the terminal."""
         return format_table(self.results)
+
+
+def _check_rows(dataset: Dataset, invalid: Collection[int], labelled: bool) -> None:
+    """What evaluation would find wrong hours later: labels without a class name, no row to evaluate."""
+    usable = 0
+    for b, block in enumerate(dataset.iter_blocks()):
+        if labelled and max(block.labels) >= len(dataset.classnames):
+            raise UserError(
+                f"dataset {dataset.path} has label {max(block.labels)} but only {len(dataset.classnames)} class "
+                "names (numbered from 0)"
+            )
+        wanted = [n >= 0 for n in block.labels] if labelled else [n > 0 for n in block.captions]
+        usable += sum(w and b * BLOCK + i not in invalid for i, w in enumerate(wanted))
+    if not usable:
+        what = "label" if labelled else "caption"
+        raise UserError(f"dataset {dataset.path} has no image with both a {what} and a valid feature")

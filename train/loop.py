@@ -48,6 +48,8 @@ def train(config: Config, run: Path) -> None:
     features = open_features(dataset, config.tower)
     tokens = open_tokens(dataset, config.tokenizer)
     tokenizer = tokens.tokenizer()
+    if jax.process_count() > 1:
+        raise UserError("training with several processes is not supported; run it on the devices of one host")
     mesh = make_mesh()
     batch = config.stream.global_batch
     if batch % mesh.size:
@@ -61,8 +63,7 @@ def train(config: Config, run: Path) -> None:
     check_identity(run, "tower", features.identity)
     check_identity(run, "tokens", tokenizer.identity)
     evaluation = Evaluation(config.evaluate, features.provenance)
-    part = (jax.process_index(), jax.process_count())
-    stream = open_stream(features, tokens, config.stream, config.seed, part)
+    stream = open_stream(features, tokens, config.stream, config.seed)
     check_identity(run, "stream", stream.identity)
     _say(f"dataset {dataset.path}: {stream.description}")
 
@@ -90,7 +91,7 @@ def train(config: Config, run: Path) -> None:
         return
 
     # --- the loop
-    meter = Meter(pairs, step_flops(model, pairs, batch), mesh.size)
+    meter = Meter(pairs, step_flops(model, pairs, batch), mesh.size, start=done)
     _loop(
         config, state, done, stream, mesh,
         step=make_step(model, optimizer, config, mesh),
@@ -127,38 +128,46 @@ def _loop(
     batch = _to_devices(next(batches), mesh)
     unread: tuple[int, Metrics] | None = None  # fetched a step late, so that the devices never idle for it
     note = ""
-    for number in range(done + 1, config.steps + 1):
-        state, metrics = step(state, batch)
-        if number < config.steps:
-            with meter.waiting:
-                arrays = next(batches)
-            batch = _to_devices(arrays, mesh)
-        last = number == config.steps or stop.signal is not None
-        evaluating = evaluation.due(number, config.steps)
-        saving = last or number % config.checkpoint.every_steps == 0
-        if unread is not None:
-            note, unread = _log(writer, meter, *unread), None
-        if number % config.log.every_steps == 0 or last or evaluating or number == 1:
-            unread = (number, metrics)
-        if saving or evaluating:
+    before: Metrics | None = None
+    try:
+        for number in range(done + 1, config.steps + 1):
+            state, metrics = step(state, batch)
+            if number < config.steps:
+                with meter.waiting:
+                    arrays = next(batches)
+                batch = _to_devices(arrays, mesh)
+            # Two steps in flight keep the devices busy. More would hold a batch each, make a signal wait for all
+            # of them, and count as waiting for data what the devices spend computing.
+            jax.block_until_ready(before)
+            before = metrics
+            stopping = stop.signal is not None  # read once: a signal after this stops the next step
+            last = number == config.steps or stopping
+            evaluating = evaluation.due(number, config.steps)
+            saving = last or number % config.checkpoint.every_steps == 0
             if unread is not None:
                 note, unread = _log(writer, meter, *unread), None
-            with meter.paused:
+            if number % config.log.every_steps == 0 or last or evaluating or number == 1:
+                unread = (number, metrics)
+            if saving or evaluating:
+                if unread is not None:
+                    note, unread = _log(writer, meter, *unread), None
+                with meter.paused:
+                    checkpoints.check(state)
+                    if evaluating:  # before saving: who is killed in between does both again
+                        evaluation.run(partial(embed_text, state.params))
+                        writer.write(number, evaluation.figures())
+                    if saving:
+                        checkpoints.save(number, state)
+            elif note == _NOT_FINITE:
                 checkpoints.check(state)
-                if evaluating:  # before saving: who is killed in between does both again
-                    evaluation.run(partial(embed_text, state.params))
-                    writer.write(number, evaluation.figures())
-                if saving:
-                    checkpoints.save(number, state)
-        elif note == _NOT_FINITE:
-            checkpoints.check(state)
-        progress.advance(1, note)
-        if stop.signal is not None:
-            break
-    checkpoints.close()
-    writer.close()
+            progress.advance(1, note)
+            if stopping:
+                break
+    finally:  # whatever happens: what is being saved is saved
+        checkpoints.close()
+        writer.close()
     progress.close(note)
-    if stop.signal is not None and number < config.steps:
+    if stop.signal is not None and stopping and number < config.steps:
         _say(f"stopped after step {number:,} and saved; the same command goes on from there")
         raise SystemExit(128 + stop.signal)
 
@@ -196,7 +205,7 @@ class Checkpoints:
         """Raises UserError if a step was not finite; such a state is never saved."""
         bad = int(state.bad_step)
         if bad >= 0:
-            self.close()
+            self._manager.wait_until_finished()
             raise UserError(
                 f"loss or gradient became non-finite at step {bad + 1}; the last good checkpoint of {self._run} "
                 f"is step {self.last()}; try a lower optimizer.learning_rate in another --workdir"

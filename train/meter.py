@@ -28,14 +28,14 @@ class Meter:
     Time under `paused` (checkpoints, evaluation) does not count; time under `waiting` is waiting for data.
     """
 
-    def __init__(self, pairs_per_step: int, flops_per_step: float, devices: int) -> None:
+    def __init__(self, pairs_per_step: int, flops_per_step: float, devices: int, start: int = 0) -> None:
         self.waiting, self.paused = Span(), Span()
         self._pairs = pairs_per_step
         peak = peak_flops(jax.devices()[0])
         self._mfu_per_rate = flops_per_step / (peak * devices) if peak else None
         self._began = self._last = time.monotonic()
         self._seen = (0.0, 0.0)
-        self._number: int | None = None
+        self._number = start
 
     @property
     def seconds(self) -> float:
@@ -47,7 +47,7 @@ class Meter:
         now = time.monotonic()
         took = now - self._last - (self.paused.total - self._seen[0])
         waited = self.waiting.total - self._seen[1]
-        rate = (number - (self._number if self._number is not None else number - 1)) / max(took, 1e-9)
+        rate = (number - self._number) / max(took, 1e-9)
         self._last, self._number = now, number
         self._seen = (self.paused.total, self.waiting.total)
         values = {

@@ -24,7 +24,7 @@ class MetricsWriter:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
         self._file = open(path, "a")  # noqa: SIM115  (closed by close)
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1, flush_secs=5)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """`step` is the number of completed updates."""

@@ -73,14 +73,15 @@ def make_step(
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.global_norm(grads)
-        fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm) | (state.bad_step >= 0)
+        param_norm = optax.global_norm({k: v for k, v in params.items() if k != "mean"})
+        fine = jnp.isfinite(loss + grad_norm + param_norm) | (state.bad_step >= 0)
         bad_step = jnp.where(fine, state.bad_step, state.step)
         metrics = {
             "loss": loss,
             "temperature": jnp.exp(params["t"][0]),
             "bias": params["b"][0],
             "grad_norm": grad_norm,
-            "param_norm": optax.global_norm({k: v for k, v in params.items() if k != "mean"}),
+            "param_norm": param_norm,
             "update_norm": optax.global_norm(updates),
             "learning_rate": rate * schedule(state.step, warmup, config.steps),
         }

@@ -113,6 +113,8 @@ def open_stream(
       UserError: something is missing or does not belong together, or no row can be trained on.
     """
     dataset = features.dataset
+    if dataset.rows >= 2**31:
+        raise UserError(f"dataset {dataset.path} has {dataset.rows:,} rows; at most 2^31 - 1 can be streamed")
     invalid = features.invalid_rows()  # compares the digests
     if config.global_batch % part[1]:
         raise UserError(f"stream.global_batch {config.global_batch} is not divisible by {part[1]} processes")
@@ -124,7 +126,7 @@ def open_stream(
     in_memory = size <= config.memory_gib * 2**30
     identity: list[Any] = [
         "1", dataset.digest, features.identity, tokens.meta["identity"], seed, config.global_batch,
-        config.captions_per_image, len(unusable),
+        config.captions_per_image, hashlib.blake2b(unusable.tobytes(), digest_size=16).hexdigest(),
     ]  # fmt: skip
     source: Source
     if in_memory:

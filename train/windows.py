@@ -113,6 +113,14 @@ class WindowSource:
         part: tuple[int, int],
     ) -> None:
         self.geometry = plan(features.dataset.rows, config)
+        whole = unusable[unusable < self.geometry.blocks * BLOCK] // BLOCK
+        empty = np.flatnonzero(np.bincount(whole, minlength=self.geometry.blocks) == BLOCK)
+        if len(empty):
+            first = empty[0] * BLOCK
+            raise UserError(
+                f"{features.path}: rows {first} to {first + BLOCK - 1} and {len(empty) - 1} other blocks have no usable "
+                "image; mend those images and embed them anew, or raise stream.memory_gib"
+            )
         process, processes = part
         if self.geometry.streams % processes:
             raise UserError(f"{self.geometry.streams} streams cannot be shared by {processes} processes")

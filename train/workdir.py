@@ -26,7 +26,7 @@ def check_workdir(run: Path, config: Config) -> None:
     if run.exists() and not run.is_dir():
         raise UserError(f"workdir {run} is a file; choose another --workdir")
     if not (run / "config.toml").is_file():
-        if run.is_dir() and any(run.iterdir()):
+        if run.is_dir() and any(not p.name.startswith(".") for p in run.iterdir()):
             raise UserError(f"workdir {run} is not empty and is not a run; choose another --workdir")
         return
     old, new = flatten(load_config(run / "config.toml")), flatten(config)
@@ -57,11 +57,12 @@ def check_identity(run: Path, name: str, identity: str) -> None:
 def write_workdir(run: Path, config: Config, features: Features, tokens: Tokens, stream: Stream) -> None:
     """Write down what the run is made of."""
     run.mkdir(parents=True, exist_ok=True)
+    # First, because it makes the directory a run: a kill after it leaves something to go on with.
+    write_atomic(run / "config.toml", to_toml(config).encode())
     write_json(run / "tower.json", features.provenance)
     write_json(run / "tokens.json", {k: v for k, v in tokens.meta.items() if k != "shard_keys"})
     write_json(run / "stream.json", {"identity": stream.identity, "description": stream.description})
     write_atomic(run / "tokenizer.model", tokens.tokenizer().model)
-    write_atomic(run / "config.toml", to_toml(config).encode())
 
 
 def write_receipt(run: Path, config: Config, stream: Stream, results: list[dict[str, Any]]) -> None:
