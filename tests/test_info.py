@@ -53,7 +53,7 @@ def add_features(data: Dataset, shards: list[int], *, tower: str = PROVENANCE["i
 def add_tokens(data: Dataset, **changes: Any) -> None:
     """The metadata of tokens."""
     meta = {
-        "identity": "fedcba9876543210", "vocab_size": 32000, "max_length": 16, "captions": data.captions,
+        "identity": "fedcba9876543210", "vocab_size": 32000, "max_length": 16, "pad_id": 1, "captions": data.captions,
         "ids": 10 * data.captions, "truncated": 2, "shard_keys": list(data.shard_keys),
     }  # fmt: skip
     write_json(data.path / "tokens" / "bpe" / "tokens.json", meta | changes)
@@ -156,7 +156,7 @@ def test_damage_is_shown_beside_the_rest(tmp_path: Path) -> None:
     value = gather(data.path)
     assert value["rows"] == 5
     assert any("00000.json is damaged: not JSON" in p for p in value["problems"])
-    assert any("tokens/bpe is damaged: KeyError" in p for p in value["problems"])
+    assert any("bpe/tokens.json is damaged: identity is missing" in p for p in value["problems"])
 
 
 # --- runs

@@ -118,8 +118,8 @@ class WindowSource:
         if len(empty):
             first = empty[0] * BLOCK
             raise UserError(
-                f"{features.path}: rows {first} to {first + BLOCK - 1} and {len(empty) - 1} other blocks have no usable "
-                "image; mend those images and embed them anew, or raise stream.memory_gib"
+                f"{features.path}: rows {first} to {first + BLOCK - 1} and {len(empty) - 1} other blocks hold no "
+                "usable image; mend those and embed them anew, or raise stream.memory_gib"
             )
         process, processes = part
         if self.geometry.streams % processes:

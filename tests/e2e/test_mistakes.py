@@ -1,5 +1,6 @@
 """Every mistake a user can make: one clear line, status 2, nothing written or broken."""
 
+import re
 import shutil
 
 import pytest
@@ -32,6 +33,9 @@ def place(tmp_path_factory):
     shutil.rmtree(path / "like/tokens")
     like = ["tokenize", str(path / "like"), "--tokenizer", str(path / "d/tokens/words/tokenizer.model")]
     assert main([*like, "--max-length", "8"]) == 0
+    make_dataset(path / "badlabels", 42)
+    file = path / "badlabels/dataset.json"
+    file.write_text(re.sub(r'"(small|large)",?\s*', "", file.read_text()).replace('"blue",', '"blue"'))
     write_tar(path / "0.tar", samples(3))
     (path / "c.toml").write_text(CONFIG)
     assert (
@@ -95,6 +99,7 @@ TRAIN = "train {p}/c.toml --workdir {p}/new --dataset {p}/d"
         (TRAIN + " steps=3", "unexpected argument 'steps=3'"),
         (TRAIN + " --evaluate.retrieval {p}/other", "no features of the run's tower"),
         (TRAIN + " --evaluate.zero_shot {p}/none", "dataset {p}/none does not exist"),
+        (TRAIN + " --evaluate.zero_shot {p}/badlabels", "has label 4 but only 3 class names"),
         ("train {p}/c.toml --workdir {p}/run --dataset {p}/d --seed 1", "seed is 0 there and 1 now"),
         (
             "train {p}/c.toml --workdir {p}/run --dataset {p}/other",

@@ -119,10 +119,10 @@ def test_killed_at_random_moments(case):
 def test_sigterm_saves_and_goes_on(case):
     finish(case, "straight")
     process = start(case, "stopped", 1, "--checkpoint.every_steps", "1000")
-    while not (case / "stopped" / "metrics.jsonl").exists():
+    metrics = case / "stopped" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 20' in metrics.read_text()):  # in the midst of the steps
         assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    time.sleep(0.5)
+        time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     if process.returncode != 0:  # a quick machine may have been done

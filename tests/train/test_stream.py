@@ -170,6 +170,13 @@ def test_missing_shard_and_foreign_rows_are_refused(tmp_path):
         opened(dataset, MEMORY)
 
 
+def test_a_block_without_a_usable_row_is_refused_before_the_first_step(tmp_path):
+    dataset = make_dataset(tmp_path / "d", 4 * BLOCK, invalid=tuple(range(BLOCK, 2 * BLOCK)))
+    with pytest.raises(UserError, match="rows 1024 to 2047"):
+        opened(dataset, WINDOWS)
+    assert opened(dataset, MEMORY).source[0]["rows"].shape == (48,)
+
+
 @pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
 def test_a_flipped_bit_is_an_error_that_names_the_store(tmp_path, config):
     dataset = make_dataset(tmp_path / "d", 4 * BLOCK)
