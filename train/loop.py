@@ -146,7 +146,7 @@ def _loop(
             saving = last or number % config.checkpoint.every_steps == 0
             if unread is not None:
                 note, unread = _log(writer, meter, *unread), None
-            if number % config.log.every_steps == 0 or last or evaluating or number == 1:
+            if number % config.log.every_steps == 0 or number in (1, config.steps) or evaluating:
                 unread = (number, metrics)
             if saving or evaluating:
                 if unread is not None:
