@@ -5,7 +5,6 @@ Nothing big is read: metadata, directory listings and the metrics.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import tomllib
@@ -18,6 +17,7 @@ from lit_fast.dataset import Dataset, open_dataset
 from lit_fast.errors import UserError
 from lit_fast.features import embed_command, open_features, stored_towers
 from lit_fast.files import read_json
+from lit_fast.metrics import read_metrics
 from lit_fast.tokens import open_tokens, stored_tokenizers
 
 _SHOWN = 3  # entries of a list that may be long
@@ -194,7 +194,7 @@ def _run(path: Path) -> dict[str, Any]:
     tokenizer = _guarded(file, problems, _selected, file, "identity", "vocab_size", "max_length")
     if not Path(dataset).exists():
         problems.append(f"dataset {dataset} does not exist here; going on needs it")
-    lines = _metrics(path / "metrics.jsonl")
+    lines = read_metrics(path / "metrics.jsonl")
     evaluations = _evaluations(lines)
     checkpoints = sorted(int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit())
     finished = bool(checkpoints) and checkpoints[-1] >= steps
@@ -223,20 +223,6 @@ def _run(path: Path) -> dict[str, Any]:
 def _selected(path: Path, *keys: str) -> dict[str, Any]:
     value = read_json(path)
     return {key: value[key] for key in keys}
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to the first that is not whole: a killed run tears its last one."""
-    lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(line, dict) or "step" not in line:
-            break
-        lines.append(line)
-    return lines
 
 
 def _evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -91,7 +91,6 @@ class Stream:
 
     source: Source
     identity: str  # of everything that decides the batches; the devices do not
-    rows: int  # usable rows
     description: str
 
     def iterate(self, step: int) -> Iterator[Batch]:
@@ -144,7 +143,6 @@ def open_stream(
     return Stream(
         source=source,
         identity=hashlib.blake2b(text, digest_size=16).hexdigest(),
-        rows=usable_rows,
         description=f"{usable_rows:,} rows{skipped}, {size / 2**30:.2f} GiB, {how}",
     )
 
