@@ -69,9 +69,9 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Lion or Adam with decoupled weight decay on kernels, warm-up and cosine decay to zero."""
+    """Clipping, the optimizer, decoupled weight decay, warm-up and decay of the learning rate."""
 
-    name: str = "lion"  # or "adam"
+    name: str = "lion"  # or "adam", "adafactor" (ScalingViT-Adafactor: b2 caps the second moment's decay)
     learning_rate: float = 1e-4
     b1: float = 0.9
     b2: float = 0.99
@@ -80,7 +80,14 @@ class OptimizerConfig:
     # "paper": scaled by the schedule alone, as in big_vision and the paper; "optax": also by learning_rate.
     weight_decay_convention: str = "paper"
     clip_norm: float = 1.0  # global norm of the gradients; 0: off
+    schedule: str = "cosine"  # to zero, or "linear", or "rsqrt" with timescale and cooldown_steps
     warmup_steps: int = 6_500
+    cooldown_steps: int = 0  # linear to zero at the end, on top of the schedule
+    timescale: int = 10_000  # steps, of rsqrt
+    # Rules on the parameters' names, REGEX=FACTOR; the first that matches counts, and each must match.
+    learning_rate_scale: tuple[str, ...] = ()
+    weight_decay_scale: tuple[str, ...] = ("(.*/)?kernel=1",)  # what no rule matches does not decay
+    freeze: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,13 +140,14 @@ _CHOICES = {
     "text.pooling": ("last", "mean"),
     "text.dtype": ("float32", "bfloat16"),
     "loss.precision": ("default", "high", "highest"),
-    "optimizer.name": ("lion", "adam"),
+    "optimizer.name": ("lion", "adam", "adafactor"),
+    "optimizer.schedule": ("cosine", "linear", "rsqrt"),
     "optimizer.momentum_dtype": ("float32", "bfloat16"),
     "optimizer.weight_decay_convention": ("paper", "optax"),
 }
 _AT_LEAST_ONE = (
     "steps", "text.parts", "loss.tile", "stream.global_batch", "stream.captions_per_image", "stream.streams",
-    "stream.window_blocks", "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
+    "stream.window_blocks", "optimizer.timescale", "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
 )  # fmt: skip
 
 
@@ -296,7 +304,8 @@ def _check_values(config: Config) -> None:
         raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")
     if config.text.mask_padding and config.text.pooling == "last":
         raise UserError('text.mask_padding hides the last position; use it with text.pooling = "mean"')
-    if config.optimizer.warmup_steps >= config.steps > 1:
-        raise UserError(
-            f"optimizer.warmup_steps {config.optimizer.warmup_steps} must be below steps {config.steps}"
-        )
+    for key in ("warmup_steps", "cooldown_steps"):
+        if getattr(config.optimizer, key) >= config.steps > 1:
+            raise UserError(
+                f"optimizer.{key} {getattr(config.optimizer, key)} must be below steps {config.steps}"
+            )

@@ -13,14 +13,30 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lit_fast.attention import MultiHeadDotProductAttention
 from lit_fast.variants import Shape
 
 
+def swiglu(x: jax.Array) -> jax.Array:
+    """SiLU of the first half gates the second: [..., 2 n] -> [..., n] (DINOv2, layers/swiglu_ffn.py)."""
+    gate, value = jnp.split(x, 2, axis=-1)
+    return nn.silu(gate) * value
+
+
+# "quick" is OpenAI CLIP's approximation.
+ACTIVATIONS = {
+    "exact": partial(nn.gelu, approximate=False),
+    "tanh": partial(nn.gelu, approximate=True),
+    "quick": lambda x: x * nn.sigmoid(1.702 * x),
+    "swiglu": swiglu,
+}
+
+
 class MlpBlock(nn.Module):
-    """Dense, GELU, dense."""
+    """Dense, non-linearity, dense."""
 
     mlp_dim: int
-    gelu: str  # "exact" (erf) or "tanh"
+    gelu: str  # one of ACTIVATIONS
     dropout: float
     dtype: Any
 
@@ -33,7 +49,7 @@ class MlpBlock(nn.Module):
             bias_init=nn.initializers.normal(stddev=1e-6),
         )
         width = x.shape[-1]
-        x = nn.gelu(dense(self.mlp_dim)(x), approximate=self.gelu == "tanh")
+        x = ACTIVATIONS[self.gelu](dense(self.mlp_dim * (2 if self.gelu == "swiglu" else 1))(x))
         x = nn.Dropout(self.dropout)(x, deterministic)
         return dense(width)(x)
 
@@ -52,13 +68,7 @@ class EncoderBlock(nn.Module):
         # Two-pass variance: the reference implementations' features are met to 1e-5 only with it.
         norm = partial(nn.LayerNorm, epsilon=self.epsilon, use_fast_variance=False)
         y = norm()(x)
-        y = nn.MultiHeadDotProductAttention(
-            self.shape.heads,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            deterministic=True,
-            force_fp32_for_softmax=True,
-        )(y, y, mask=mask)
+        y = MultiHeadDotProductAttention(self.shape.heads, self.dtype)(y, y, mask)
         x = x + nn.Dropout(self.dropout)(y, deterministic)
         y = MlpBlock(self.shape.mlp_dim, self.gelu, self.dropout, self.dtype)(norm()(x), deterministic)
         x = x + nn.Dropout(self.dropout)(y, deterministic)
@@ -66,7 +76,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`depth` blocks and a final LayerNorm.
+    """`depth` blocks and, if `final_norm`, a LayerNorm.
 
     x: [n, length, width] -> float32 [n, length, width]; mask: bool, broadcastable to
     [n, heads, length, length], true where a query may look. `remat` recomputes a layer in the backward
@@ -79,6 +89,7 @@ class Encoder(nn.Module):
     dropout: float = 0.0
     remat: bool = False
     dtype: Any = jnp.float32
+    final_norm: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True) -> jax.Array:
@@ -93,6 +104,8 @@ class Encoder(nn.Module):
         x, _ = layers(self.shape, self.gelu, self.epsilon, self.dropout, self.dtype, name="encoderblock")(
             x.astype(self.dtype), mask, deterministic
         )
+        if not self.final_norm:
+            return x.astype(jnp.float32)
         norm = nn.LayerNorm(
             epsilon=self.epsilon, use_fast_variance=False, dtype=jnp.float32, name="encoder_norm"
         )

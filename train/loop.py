@@ -71,8 +71,9 @@ def train(config: Config, run: Path) -> None:
     model = text_tower(config.text, tokenizer, features.width)
     mean = features.mean(features.invalid_rows()) if config.loss.center else np.zeros(features.width)
     evaluation.prepare(mean.astype(np.float32))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = init_state(init_params(model, config, mean), optimizer, mesh)
+    params = init_params(model, config, mean)
+    optimizer = make_optimizer(config.optimizer, config.steps, params)
+    state = init_state(params, optimizer, mesh)
     count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
     _say(f"text tower: {count / 1e6:.1f} M parameters on {mesh.size} x {jax.devices()[0].device_kind}")
 

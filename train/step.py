@@ -15,7 +15,7 @@ from lit_fast.loss import Ring, normalize, sigmoid_loss
 from lit_fast.mesh import AXIS, dealt, on_each_device, replicated
 from lit_fast.run import Params, embed_ids
 from lit_fast.text import TextTower
-from train.optimizer import schedule
+from train.optimizer import make_schedule
 
 Metrics = dict[str, jax.Array]
 
@@ -46,8 +46,7 @@ def make_step(
     batch: images bfloat16 [n, width], ids integer [n * captions, length], rows int32 [n], each dealt over
     the mesh. metrics: float32 scalars.
     """
-    warmup, rate = config.optimizer.warmup_steps, config.optimizer.learning_rate
-
+    schedule = make_schedule(config.optimizer, config.steps)
     ring = Ring(mesh.size, config.loss.tile, config.loss.precision)
 
     def loss_of(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
@@ -83,7 +82,7 @@ def make_step(
             "grad_norm": grad_norm,
             "param_norm": param_norm,
             "update_norm": optax.global_norm(updates),
-            "learning_rate": rate * schedule(state.step, warmup, config.steps),
+            "learning_rate": config.optimizer.learning_rate * schedule(state.step),
         }
         return State(params, opt, state.step + 1, bad_step), metrics
 

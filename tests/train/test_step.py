@@ -29,8 +29,8 @@ def build(devices, *, batch=64, tile=16, captions=1, dropout=0.0, parts=1, steps
     )
     mesh = make_mesh(jax.devices()[:devices])
     model = TextTower(SHAPE, VOCAB, LENGTH, WIDTH, dropout=dropout, **text)
-    optimizer = make_optimizer(config.optimizer, steps)
     params = init_params(model, config, np.zeros(WIDTH, np.float32))
+    optimizer = make_optimizer(config.optimizer, steps, params)
     state = init_state(params, optimizer, mesh)
     return make_step(model, optimizer, config, mesh), state, mesh
 
