@@ -50,7 +50,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: not JSON ({error})") from None
 
 

@@ -6,6 +6,7 @@ axis and scanned, which compiles in a fraction of the time of unrolled layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ def swiglu(x: jax.Array) -> jax.Array:
 
 
 # "quick" is OpenAI CLIP's approximation.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "exact": partial(nn.gelu, approximate=False),
     "tanh": partial(nn.gelu, approximate=True),
     "quick": lambda x: x * nn.sigmoid(1.702 * x),
@@ -55,7 +56,12 @@ class MlpBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """`x + MHA(LN(x))`, then `x + MLP(LN(x))`; written as the body of a scan over layers."""
+    """`x + MHA(LN(x))`, then `x + MLP(LN(x))`, for all positions or for one of each sequence.
+
+    x: [n, length, width] -> [n, length, width], or [n, 1, width] with `position` int [n]: the last layer
+    is needed at the pooled position only, so there its queries and MLP are worked out for one position
+    instead of all.
+    """
 
     shape: Shape
     gelu: str
@@ -64,23 +70,28 @@ class EncoderBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, deterministic: bool) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, deterministic: bool, position: jax.Array | None = None
+    ) -> jax.Array:
         # Two-pass variance: the reference implementations' features are met to 1e-5 only with it.
         norm = partial(nn.LayerNorm, epsilon=self.epsilon, use_fast_variance=False)
-        y = norm()(x)
-        y = MultiHeadDotProductAttention(self.shape.heads, self.dtype)(y, y, mask)
+        keys = queries = norm()(x)
+        if position is not None:
+            x, queries = (jnp.take_along_axis(a, position[:, None, None], axis=1) for a in (x, keys))
+        y = MultiHeadDotProductAttention(self.shape.heads, self.dtype)(queries, keys, mask)
         x = x + nn.Dropout(self.dropout)(y, deterministic)
         y = MlpBlock(self.shape.mlp_dim, self.gelu, self.dropout, self.dtype)(norm()(x), deterministic)
         x = x + nn.Dropout(self.dropout)(y, deterministic)
-        return x.astype(self.dtype), None
+        return x.astype(self.dtype)
 
 
 class Encoder(nn.Module):
     """`depth` blocks and, if `final_norm`, a LayerNorm.
 
-    x: [n, length, width] -> float32 [n, length, width]; mask: bool, broadcastable to
-    [n, heads, length, length], true where a query may look. `remat` recomputes a layer in the backward
-    pass instead of keeping its activations.
+    x: [n, length, width] -> float32 [n, length, width], or [n, 1, width] with `position` int [n]: the
+    output at one position of each sequence. mask: bool, broadcastable to [n, heads, queries, length], true
+    where a query may look. `remat` recomputes a layer in the backward pass instead of keeping its
+    activations.
     """
 
     shape: Shape
@@ -92,18 +103,36 @@ class Encoder(nn.Module):
     final_norm: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True) -> jax.Array:
-        block = nn.remat(EncoderBlock, prevent_cse=False, static_argnums=(3,)) if self.remat else EncoderBlock
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=self.shape.depth,
-        )
-        x, _ = layers(self.shape, self.gelu, self.epsilon, self.dropout, self.dtype, name="encoderblock")(
-            x.astype(self.dtype), mask, deterministic
-        )
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        deterministic: bool = True,
+        position: jax.Array | None = None,
+    ) -> jax.Array:
+        shape, x = self.shape, x.astype(self.dtype)
+        block = EncoderBlock(shape, self.gelu, self.epsilon, self.dropout, self.dtype, parent=None)
+
+        def init(key: jax.Array) -> Any:
+            one = lambda key: block.init(key, x[:1], None, True)["params"]  # noqa: E731
+            return jax.vmap(one)(jax.random.split(key, shape.depth))
+
+        params = self.param("encoderblock", init)
+        noisy = self.dropout > 0 and not deterministic
+        keys = jax.random.split(self.make_rng("dropout"), shape.depth) if noisy else None
+
+        def layer(x: jax.Array, given: tuple[Any, Any], position: jax.Array | None = None) -> jax.Array:
+            rngs = None if given[1] is None else {"dropout": given[1]}
+            return block.apply({"params": given[0]}, x, mask, deterministic, position, rngs=rngs)  # type: ignore[return-value]
+
+        if self.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        # The last layer is not scanned where it does less than the others.
+        scanned = shape.depth - (position is not None)
+        part = lambda index: jax.tree.map(lambda a: a[index], (params, keys))  # noqa: E731
+        x, _ = jax.lax.scan(lambda x, given: (layer(x, given), None), x, part(slice(scanned)))
+        if position is not None:
+            x = layer(x, part(-1), position)
         if not self.final_norm:
             return x.astype(jnp.float32)
         norm = nn.LayerNorm(

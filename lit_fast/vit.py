@@ -8,32 +8,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lit_fast.architecture import Architecture
+from lit_fast.map_head import MAPHead
 from lit_fast.transformer import Encoder
-from lit_fast.variants import Shape
 
 
 class ViT(nn.Module):
-    """ViT without a head: the pooled vector after the final LayerNorm.
+    """A ViT without classifier: the pooled vector.
 
-    images: float [n, size, size, 3], already normalised -> float32 [n, width]. `pool` is "tok" (class
-    token) or "gap" (mean of the patch tokens, no class token). The positional embedding covers the
-    patches only and is added before the class token is put in front (big_vision, models/vit.py).
+    images: float [n, size, size, 3], already normalised -> float32 [n, architecture.width]. The
+    positional embedding covers the patches only and is added before class and register tokens are put in
+    front; these carry their own positions, if any (big_vision, models/vit.py).
     """
 
-    shape: Shape
-    patch: int
-    pool: str = "tok"
-    gelu: str = "exact"
-    epsilon: float = 1e-6
+    architecture: Architecture
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        width = self.shape.width
+        a, width = self.architecture, self.architecture.shape.width
         x = nn.Conv(
             width,
-            (self.patch, self.patch),
-            strides=(self.patch, self.patch),
+            (a.patch, a.patch),
+            strides=(a.patch, a.patch),
             padding="VALID",
             dtype=self.dtype,
             name="embedding",
@@ -42,8 +39,35 @@ class ViT(nn.Module):
         x = x.reshape(n, h * w, width)
         init = nn.initializers.normal(stddev=width**-0.5)
         x = x + self.param("pos_embedding", init, (1, h * w, width), jnp.float32).astype(self.dtype)
-        if self.pool == "tok":
-            cls = self.param("cls", nn.initializers.zeros, (1, 1, width), jnp.float32).astype(self.dtype)
-            x = jnp.concatenate([jnp.tile(cls, (n, 1, 1)), x], axis=1)
-        x = Encoder(self.shape, self.gelu, self.epsilon, dtype=self.dtype, name="Transformer")(x)
-        return x[:, 0] if self.pool == "tok" else x.mean(axis=1)
+        front = []
+        if a.class_token:
+            front.append(self.param("cls", nn.initializers.zeros, (1, 1, width), jnp.float32))
+        if a.registers:
+            front.append(self.param("registers", init, (1, a.registers, width), jnp.float32))
+        if front:
+            tokens = jnp.concatenate(front, axis=1).astype(self.dtype)
+            x = jnp.concatenate([jnp.tile(tokens, (n, 1, 1)), x], axis=1)
+        if a.pre_norm:
+            x = nn.LayerNorm(epsilon=a.epsilon, use_fast_variance=False, name="pre_norm")(x)
+        encoder = Encoder(
+            a.shape,
+            a.gelu,
+            a.epsilon,
+            dtype=self.dtype,
+            final_norm=not a.norm_after_pool,
+            name="Transformer",
+        )
+        x = encoder(x) if a.pool in ("gap", "map") else encoder(x, position=jnp.zeros(n, jnp.int32))
+        if a.pool == "gap":
+            x = x[:, -h * w :].mean(axis=1)
+        elif a.pool == "map":
+            x = MAPHead(a.shape, a.gelu, a.epsilon, self.dtype)(x[:, -h * w :])
+        else:
+            x = x[:, 0]
+        if a.norm_after_pool:
+            x = nn.LayerNorm(
+                epsilon=a.epsilon, use_fast_variance=False, dtype=jnp.float32, name="pooled_norm"
+            )(x)
+        if a.pool == "projection":
+            x = nn.Dense(a.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
+        return x.astype(jnp.float32)

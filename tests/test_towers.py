@@ -1,18 +1,18 @@
 """Vision towers against a float64 reference and against timm, on the same weights and pixels."""
 
 import io
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lit_fast.augreg import resample_positions
+from lit_fast.demo import TOWER
 from lit_fast.errors import UserError
 from lit_fast.towers import load_tower
 from tests.helpers import tiny_vit_arrays
 from tests.reference import augreg_vit
+from tests.torch_packages import import_package
 
 
 def pixels(n, size, seed=0):
@@ -39,33 +39,15 @@ def test_features_equal_the_float64_reference(tiny_vit, gelu):
 def test_bfloat16_features_point_the_same_way(tiny_vit):
     tower = load_tower(str(tiny_vit))
     images = pixels(8, 32)
-    a, b = (np.asarray(tower.embed(tower.params, images, d)) for d in (jnp.float32, jnp.bfloat16))
+    embed = jax.jit(tower.embed, static_argnums=2)
+    a, b = (np.asarray(embed(tower.params, images, d)) for d in (jnp.float32, jnp.bfloat16))
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosine.min() > 0.999  # bfloat16 has 8 bits: relative error 0.4 % per product
     assert not np.array_equal(a, b)
 
 
-def import_timm():
-    """timm, also with a torchvision whose compiled operators do not fit torch: none of them is needed."""
-    torch = pytest.importorskip("torch")
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for _ in range(20):
-        try:
-            import timm
-
-            return timm, library
-        except ImportError:
-            pytest.skip("timm or torchvision is not installed")
-        except RuntimeError as error:
-            name = str(error).partition("torchvision::")[2].split()[0]
-            library.define(f"{name}(Tensor x) -> Tensor")
-            for module in [m for m in sys.modules if m.startswith(("torchvision", "timm"))]:
-                del sys.modules[module]
-    pytest.skip("torchvision does not load")
-
-
 def test_real_weights_equal_timm(realdata):
-    timm, _library = import_timm()
+    timm = import_package("timm")
     import torch
 
     path = str(realdata / "vit/Ti_16-augreg-i21k-i1k-224.npz")
@@ -116,12 +98,7 @@ def test_names_old_and_new_with_and_without_head(tiny_vit, tmp_path, prefix):
 def test_other_resolution_resamples_the_positions(tiny_vit):
     tower = load_tower(str(tiny_vit), resolution=64)
     assert tower.params["pos_embedding"].shape == (1, 64, 32)
-    assert np.asarray(tower.embed(tower.params, pixels(1, 64))).shape == (1, 32)
-    grid = np.arange(16.0).reshape(1, 16, 1)
-    wide = resample_positions(grid, 7).reshape(7, 7)
-    # Linear and corner-aligned: a linear ramp stays one, the corners stay where they are.
-    np.testing.assert_allclose(wide[0], np.linspace(0, 3, 7), atol=1e-6)
-    np.testing.assert_allclose(wide[:, 0], np.linspace(0, 12, 7), atol=1e-6)
+    assert np.asarray(jax.jit(tower.embed)(tower.params, pixels(1, 64))).shape == (1, 32)
 
 
 def test_identity_covers_what_decides_the_features(tiny_vit, tmp_path):
@@ -137,10 +114,23 @@ def test_identity_covers_what_decides_the_features(tiny_vit, tmp_path):
         identity(tiny_vit, gelu="tanh"),
         identity(tiny_vit, preprocess="tf-squash"),
         identity(tiny_vit, resolution=64),
+        identity(tiny_vit, pool="gap"),
         identity(other),
     ]
     assert len(set(identities)) == len(identities)
     assert identity(tiny_vit) == identities[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "identity"),
+    [
+        ({}, "bfloat16", "157374d86c92acfb173626ad71653369"),
+        ({"preprocess": "tf-squash", "gelu": "tanh"}, "float32", "065823f0402acf5596c294316147d6d8"),
+    ],
+)
+def test_identities_of_finished_stores_stay(options, dtype, identity):
+    """Another identity would make every stored feature of this tower useless."""
+    assert load_tower(str(TOWER), **options).provenance(dtype)["identity"] == identity
 
 
 def broken(change):
@@ -166,7 +156,7 @@ def test_weights_that_cannot_be_used_are_refused(tmp_path, arrays, message):
 
 
 def test_files_that_are_no_weights_are_refused(tiny_vit, tmp_path):
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="is no file"):
         load_tower(str(tmp_path / "none.npz"))
     (tmp_path / "cut.npz").write_bytes(tiny_vit.read_bytes()[:5000])
     (tmp_path / "text.npz").write_text("hello")

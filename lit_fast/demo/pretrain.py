@@ -34,6 +34,7 @@ import numpy as np
 import optax
 import optax.contrib
 
+from lit_fast.architecture import Architecture
 from lit_fast.demo.drawing import Spot, arrange, draw
 from lit_fast.demo.scenes import (
     BACKGROUNDS,
@@ -59,7 +60,7 @@ from lit_fast.vit import ViT
 
 PATCH = 8
 GRID = SIZE // PATCH
-MODEL = ViT(Shape(width=128, depth=4, mlp_dim=256, heads=4), PATCH)
+MODEL = ViT(Architecture(Shape(width=128, depth=4, mlp_dim=256, heads=4), PATCH))
 RANK = 128  # of the factors of the pairs
 
 # The attributes of a thing, in groups; a thing has one value of every group.
@@ -157,7 +158,7 @@ def batches(seed: int, size: int, crowds: int) -> Iterator[Batch]:
 def init(seed: int) -> Params:
     """Parameters of the tower and of the heads."""
     keys = jax.random.split(jax.random.key(seed), 5)
-    width = MODEL.shape.width
+    width = MODEL.architecture.width
 
     def normal(key: jax.Array, *shape: int) -> jax.Array:
         return jax.random.normal(key, shape) * shape[0] ** -0.5

@@ -102,7 +102,7 @@ def test_the_shipped_config_is_valid() -> None:
 def test_the_shipped_tower_is_small_and_what_pretraining_computes() -> None:
     assert demo.TOWER.stat().st_size <= 2_000_000
     tower = load_tower(str(demo.TOWER), preprocess="tf-squash")
-    assert (tower.preprocess.size, tower.patch, tower.shape) == (64, pretrain.PATCH, pretrain.MODEL.shape)
+    assert (tower.preprocess.size, tower.architecture) == (64, pretrain.MODEL.architecture)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     features = tower.embed(tower.params, images)
     np.testing.assert_allclose(features, pretrain.tokens(tower.params, images)[:, 0], rtol=0, atol=2e-5)

@@ -1,0 +1,172 @@
+"""Vision towers in the layout of Hugging Face's transformers: `config.json` beside `.safetensors`.
+
+Names and defaults are those of transformers' model files and configuration classes (models/vit, deit,
+dinov2, dinov2_with_registers, clip, siglip).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_fast.errors import UserError
+from lit_fast.weights.file import WeightsFile
+from lit_fast.weights.parameters import Params, Weights, architecture_of, square_grid
+from lit_fast.weights.safetensors_file import open_safetensors
+from lit_fast.weights.torch_layout import BlockNames, attention, blocks, dense, embedding, mlp, norm, packed
+
+_VIT = BlockNames(
+    "encoder.layer.",
+    ("layernorm_before", "layernorm_after"),
+    (
+        "attention.attention.query",
+        "attention.attention.key",
+        "attention.attention.value",
+        "attention.output.dense",
+    ),
+    (("intermediate.dense", "output.dense"),),
+)
+_DINOV2 = _VIT._replace(
+    norms=("norm1", "norm2"),
+    mlps=(("mlp.fc1", "mlp.fc2"), ("mlp.weights_in", "mlp.weights_out")),
+    scales=(("layer_scale1.lambda1", "layer_scale2.lambda1"),),
+)
+CLIP_BLOCKS = BlockNames(
+    "encoder.layers.",
+    ("layer_norm1", "layer_norm2"),
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+    (("mlp.fc1", "mlp.fc2"),),
+)
+
+_ACTIVATIONS = {
+    "gelu": "exact",
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "quick_gelu": "quick",
+}
+
+
+class _Family(NamedTuple):
+    """What the configuration class of a family leaves unsaid, and its names."""
+
+    prefixes: tuple[str, ...]  # of a model inside of another one, longest first
+    blocks: BlockNames
+    gelu: str
+    epsilon: float
+    resampling: str = "bicubic"
+
+
+_FAMILIES = {
+    "vit": _Family(("vit.", ""), _VIT, "gelu", 1e-12),
+    "deit": _Family(("deit.", ""), _VIT, "gelu", 1e-12),
+    "dinov2": _Family(("dinov2.", ""), _DINOV2, "gelu", 1e-6),
+    "dinov2_with_registers": _Family(
+        ("dinov2_with_registers.", ""), _DINOV2, "gelu", 1e-6, "bicubic-antialias"
+    ),
+    "clip_vision_model": _Family(("vision_model.", ""), CLIP_BLOCKS, "quick_gelu", 1e-5),
+    "siglip_vision_model": _Family(("vision_model.", ""), CLIP_BLOCKS, "gelu_pytorch_tanh", 1e-6),
+}
+# Classifiers, poolers that are no features here, buffers, text towers, what joins two towers.
+_IGNORED = re.compile(
+    r"(\w*classifier|pooler|decoder|text_model|text_projection)\..*"
+    r"|.*\b(mask_token|position_ids)|logit_scale|logit_bias"
+)
+
+
+def load_huggingface(path: Path, config: dict[str, Any], where: Path) -> Weights:
+    """A ViT, DeiT, DINOv2, CLIP or SigLIP tower as its `config.json` (which lies at `where`) describes it.
+
+    The feature is the class token after the final LayerNorm (`last_hidden_state[:, 0]`) of ViT, DeiT and
+    DINOv2, the projected one of CLIP where the weights hold the projection (`image_embeds`), the MAP head's
+    output of SigLIP (`pooler_output`).
+
+    Raises:
+      UserError: another kind of model, or something is missing, in excess or of another shape.
+    """
+    kind = config.get("model_type")
+    if kind in ("clip", "siglip"):
+        vision = config.get("vision_config")
+        if not isinstance(vision, dict):
+            raise UserError(f"{where}: vision_config is missing")
+        kind, config = f"{kind}_vision_model", vision
+    if not isinstance(kind, str) or kind not in _FAMILIES:
+        raise UserError(
+            f"{where}: model type {kind!r} is not supported; there are ViT, DeiT, DINOv2 (also with registers), "
+            f"CLIP and SigLIP (also SigLIP 2 of fixed resolution)"
+        )
+    family = _FAMILIES[kind]
+    heads = config.get("num_attention_heads", 12)
+    epsilon = config.get("layer_norm_eps", family.epsilon)
+    gelu = config.get("hidden_act", family.gelu)
+    if type(heads) is not int or not 0 < heads <= 256:
+        raise UserError(f"{where}: num_attention_heads is {heads!r}")
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1e-2:
+        raise UserError(f"{where}: layer_norm_eps is {epsilon!r}")
+    if not isinstance(gelu, str) or gelu not in _ACTIVATIONS:
+        raise UserError(f"{where}: hidden_act {gelu!r} is none of {', '.join(_ACTIVATIONS)}")
+    with open_safetensors(path) as file:
+        prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in file.shapes)), "")
+        names = family.blocks._replace(block=prefix + family.blocks.block)
+        if kind in ("clip_vision_model", "siglip_vision_model"):
+            patches, final = "embeddings.patch_embedding", "post_layernorm"
+            params: Params = {
+                "embedding": embedding(file, prefix + patches, bias=kind == "siglip_vision_model")
+            }
+        else:
+            patches, final = "embeddings.patch_embeddings.projection", "layernorm"
+            params = {"embedding": embedding(file, prefix + patches, bias=True)}
+        width = len(params["embedding"]["bias"])
+        params["Transformer"] = {
+            "encoderblock": blocks(file, names, width, heads, config.get("qkv_bias", True) is not False),
+            "encoder_norm": norm(file, prefix + final, width),
+        }
+        params |= _tokens(file, prefix, width, kind)
+        if kind == "clip_vision_model":
+            params["pre_norm"] = norm(file, f"{prefix}pre_layrnorm", width)
+            if "visual_projection.weight" in file.shapes:
+                params["projection"] = {"kernel": file.take("visual_projection.weight", None, width).T}
+        if kind == "siglip_vision_model":
+            params["MAPHead_0"] = _map_head(file, f"{prefix}head.", width, heads)
+        file.refuse_unused(
+            lambda name: _IGNORED.fullmatch(name.removeprefix(prefix)) or _IGNORED.fullmatch(name)
+        )
+    return Weights(params, architecture_of(params, _ACTIVATIONS[gelu], epsilon), family.resampling)
+
+
+def _tokens(file: WeightsFile, prefix: str, width: int, kind: str) -> Params:
+    """Positions, class token, registers. Tokens take over their own positions, which come first."""
+    start = f"{prefix}embeddings."
+    if kind == "siglip_vision_model":
+        positions = file.take(f"{start}position_embedding.weight", None, width)
+        square_grid(len(positions), file.path)
+        return {"pos_embedding": positions[None]}
+    if kind == "clip_vision_model":
+        positions = file.take(f"{start}position_embedding.weight", None, width)
+        front = [file.take(f"{start}class_embedding", width)[None]]
+    else:
+        positions = file.take(f"{start}position_embeddings", 1, None, width)[0]
+        front = [file.take(f"{start}cls_token", 1, 1, width)[0]]
+    if kind == "deit":
+        front.append(file.take(f"{start}distillation_token", 1, 1, width)[0])
+    square_grid(len(positions) - len(front), file.path)
+    tokens = [token + positions[i] for i, token in enumerate(front)]
+    if kind == "dinov2_with_registers":
+        tokens.append(file.take(f"{start}register_tokens", 1, None, width)[0])
+    out = {"pos_embedding": positions[None, len(front) :], "cls": tokens[0][None]}
+    if len(tokens) > 1:
+        out["registers"] = tokens[1][None]
+    return out
+
+
+def _map_head(file: WeightsFile, prefix: str, width: int, heads: int) -> Params:
+    name = f"{prefix}attention.in_proj"
+    three = packed(file, f"{name}_weight", f"{name}_bias", 3, width)
+    out = dense(file, f"{prefix}attention.out_proj", width, width)
+    return {
+        "probe": file.take(f"{prefix}probe", 1, 1, width),
+        "MultiHeadDotProductAttention_0": attention(three, out, heads),
+        "LayerNorm_0": norm(file, f"{prefix}layernorm", width),
+        "MlpBlock_0": mlp(file, f"{prefix}mlp.fc1", f"{prefix}mlp.fc2", width),
+    }

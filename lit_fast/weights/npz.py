@@ -1,0 +1,216 @@
+"""AugReg and big_vision `.npz` files, old and new, in big_vision's current names.
+
+Old names come from pre-Linen Flax, where sub-modules were numbered across classes (LayerNorm_0,
+MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3). Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from lit_fast.architecture import Architecture
+from lit_fast.errors import UserError
+from lit_fast.weights.file import WeightsFile
+from lit_fast.weights.parameters import Params, Weights, architecture_of, nested, square_grid
+
+_PREFIXES = ("", "params/", "opt/target/", "img/", "params/img/", "opt/target/img/")
+# What may lie beside the tower: its classifier, the other tower, the optimizer.
+_IGNORED = re.compile(r"(head|pre_logits|txt|opt)/.*|[tb]")
+# The largest public ViT has 16 GiB, and weights hardly compress: a file that unpacks to more is hostile.
+_BYTES_LIMIT = 20 << 30
+_RATIO_LIMIT = 100
+_SMALL = 64 << 20
+
+
+def load_npz(path: Path) -> Weights:
+    """A ViT from an AugReg or big_vision `.npz`; `head` and `pre_logits` are left out.
+
+    Without a MAP head the choices are timm's for these weights (exact GELU), with one (ViT-g, ViT-G,
+    SigLIP) big_vision's own (tanh).
+
+    Raises:
+      UserError: not such a file, or something in it is missing, in excess or of another shape.
+    """
+    with open_npz(path) as file:
+        names = current_names(file.shapes, path)
+        flat = stack_blocks(file, names, "Transformer")
+        _fold_positions(flat, path)
+        prefix = _prefix(file.shapes, path)
+        file.refuse_unused(lambda n: not n.startswith(prefix) or _IGNORED.fullmatch(n.removeprefix(prefix)))
+    params = nested(flat.items(), path)
+    return Weights(params, _architecture(params, path), "linear")
+
+
+@contextmanager
+def open_npz(path: Path) -> Iterator[WeightsFile]:
+    """The arrays of an `.npz`, without pickle; bfloat16, which numpy writes as two opaque bytes, included.
+
+    Raises:
+      UserError: not an npz, or it holds objects, more than its headers say, or a decompression bomb.
+    """
+
+    def refuse(error: object) -> UserError:
+        return UserError(f"{path} is not a readable .npz of plain arrays: {error}")
+
+    def read(name: str) -> np.ndarray:
+        try:
+            with archive.open(f"{name}.npy") as member:
+                array = npy.read_array(member, allow_pickle=False)
+        except Exception as error:  # zipfile, the decompressors and numpy raise a dozen kinds
+            raise refuse(error) from None
+        if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+            array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return array
+
+    try:
+        archive = zipfile.ZipFile(path)
+    except FileNotFoundError:
+        raise UserError(f"weights file {path} does not exist") from None
+    except Exception as error:
+        raise refuse(error) from None
+    with archive:
+        entries = [e for e in archive.infolist() if e.filename.endswith(".npy")]
+        unpacked = sum(e.file_size for e in entries)
+        if unpacked > min(_BYTES_LIMIT, _SMALL + _RATIO_LIMIT * path.stat().st_size):
+            raise UserError(f"{path} unpacks to {unpacked / 2**30:.1f} GiB and is refused")
+        shapes = {}
+        for entry in entries:
+            try:
+                with archive.open(entry) as member:
+                    shapes[entry.filename.removesuffix(".npy")] = _claimed_shape(member, entry.file_size)
+            except Exception as error:
+                raise refuse(error) from None
+        yield WeightsFile(path, shapes, read)
+
+
+def _claimed_shape(member: IO[bytes], size: int) -> tuple[int, ...]:
+    """Shape in the header of an `.npy` member; numpy would allocate what the header claims."""
+    version = npy.read_magic(member)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of the format")
+    header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = header(member)
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded")
+    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"an array claims the shape {shape}, which its {size} bytes cannot hold")
+    return tuple(shape)
+
+
+def _prefix(names: Iterable[str], path: Path) -> str:
+    found = [p for p in _PREFIXES if f"{p}embedding/kernel" in names]
+    if not found:
+        raise UserError(f"{path} does not hold a ViT: embedding/kernel is missing")
+    return found[0]
+
+
+def current_names(names: Iterable[str], path: Path) -> dict[str, str]:
+    """big_vision's current name of each array of the tower -> its name in the file.
+
+    The order of the fixes is that of big_vision (models/vit.py, fix_old_checkpoints).
+
+    Raises:
+      UserError: no ViT, or two arrays have the same name.
+    """
+    prefix = _prefix(names, path)
+    inside = {tuple(n.removeprefix(prefix).split("/")): n for n in names if n.startswith(prefix)}
+    out: dict[str, str] = {}
+    for parts, name in _renumbered(inside).items():
+        current = "/".join(parts)
+        current = re.sub(r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding", current)
+        if ("probe",) in inside and re.match(r"probe$|(MlpBlock|MultiHeadDot\w+|LayerNorm)_\d", current):
+            current = f"MAPHead_0/{current}"
+        if not re.match(r"(embedding|Transformer|MAPHead_0)/|(cls|pos_embedding)$", current):
+            continue
+        if current in out:
+            raise UserError(f"{path}: {out[current]} and {name} are the same array")
+        out[current] = name
+    return out
+
+
+def _renumbered(names: dict[tuple[str, ...], str]) -> dict[tuple[str, ...], str]:
+    """Modules `<Class>_<number>` counted from 0 for each class, as Linen does."""
+    numbered = re.compile(r"([A-Z]\w*)_(\d+)")
+    numbers: dict[tuple[tuple[str, ...], str], set[int]] = {}
+    for parts in names:
+        for i, part in enumerate(parts):
+            if m := numbered.fullmatch(part):
+                numbers.setdefault((parts[:i], m[1]), set()).add(int(m[2]))
+
+    def current(parts: tuple[str, ...]) -> tuple[str, ...]:
+        out = []
+        for i, part in enumerate(parts):
+            m = numbered.fullmatch(part)
+            out.append(f"{m[1]}_{sorted(numbers[parts[:i], m[1]]).index(int(m[2]))}" if m else part)
+        return tuple(out)
+
+    renamed: dict[tuple[str, ...], str] = {}
+    for parts, name in names.items():
+        renamed.setdefault(current(parts), name)
+    return renamed
+
+
+def stack_blocks(file: WeightsFile, names: dict[str, str], encoder: str) -> dict[str, np.ndarray]:
+    """Takes the arrays of `names` (current name -> name in the file), the encoder's blocks stacked if they are not.
+
+    Raises:
+      UserError: a block lacks something.
+    """
+    block = re.compile(rf"{encoder}/encoderblock_(\d{{1,4}})/(.+)")
+    parts: dict[str, dict[int, str]] = {}
+    flat = {}
+    for current, name in names.items():
+        if match := block.fullmatch(current):
+            parts.setdefault(match[2], {})[int(match[1])] = name
+        else:
+            flat[current] = file.take(name)
+    depth = max((1 + max(found) for found in parts.values()), default=0)
+    for leaf, found in parts.items():
+        missing = sorted(set(range(depth)) - set(found))
+        if missing:
+            raise UserError(f"{file.path}: encoderblock_{missing[0]}/{leaf} is missing")
+        if len({file.shapes[n] for n in found.values()}) > 1:
+            raise UserError(f"{file.path}: {leaf} has not the same shape in every block")
+        flat[f"{encoder}/encoderblock/{leaf}"] = np.stack([file.take(found[i]) for i in range(depth)])
+    return flat
+
+
+def _fold_positions(flat: dict[str, np.ndarray], path: Path) -> None:
+    """The class token takes over its row of the old positional embedding, as in big_vision."""
+    positions = flat.get("pos_embedding")
+    if positions is None:
+        raise UserError(f"{path} does not hold a ViT: pos_embedding is missing")
+    if positions.ndim != 3 or positions.shape[0] != 1:
+        raise UserError(f"{path}: pos_embedding has shape {positions.shape}, expected (1, tokens, width)")
+    count, width = positions.shape[1:]
+    if math.isqrt(count) ** 2 + 1 == count:
+        if "cls" in flat:
+            if flat["cls"].shape != (1, 1, width):
+                raise UserError(f"{path}: cls has shape {flat['cls'].shape}, the ViT needs {(1, 1, width)}")
+            flat["cls"] = flat["cls"] + positions[:, :1]
+        flat["pos_embedding"] = positions[:, 1:]
+    square_grid(flat["pos_embedding"].shape[1], path)
+
+
+def _architecture(params: Params, path: Path) -> Architecture:
+    kernel = params["embedding"]["kernel"]
+    if kernel.ndim != 4 or kernel.shape[0] != kernel.shape[1] or kernel.shape[2] != 3:
+        raise UserError(
+            f"{path}: embedding/kernel has shape {kernel.shape}, the ViT needs (patch, patch, 3, width)"
+        )
+    try:
+        a = architecture_of(params, "tanh" if "MAPHead_0" in params else "exact", 1e-6)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError):
+        raise UserError(f"{path} does not hold the encoder blocks of a ViT") from None
+    if a.shape.width % a.shape.heads:
+        raise UserError(f"{path}: a width of {a.shape.width} cannot be split into {a.shape.heads} heads")
+    return a

@@ -1,0 +1,89 @@
+"""Parameters under big_vision's names, whatever file they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lit_fast.architecture import Architecture
+from lit_fast.errors import UserError
+from lit_fast.variants import Shape
+
+Params = dict[str, Any]
+
+
+class Weights(NamedTuple):
+    """What a file holds: everything it can pool with, and its family's own choices."""
+
+    params: Params  # float32 arrays, nested under big_vision's names, blocks stacked
+    architecture: Architecture
+    resampling: str  # rule of lit_fast.weights.positions for other resolutions
+
+
+def architecture_of(params: Params, gelu: str, epsilon: float, pool: str | None = None) -> Architecture:
+    """The architecture that the shapes of parameters show; `pool` only if the family has a choice.
+
+    Raises:
+      KeyError, ValueError: the parameters are not those of a ViT.
+    """
+    block = params["Transformer"]["encoderblock"]
+    patch, _, _, width = params["embedding"]["kernel"].shape
+    depth, _, heads, _ = block["MultiHeadDotProductAttention_0"]["query"]["kernel"].shape
+    _, mlp_dim, _ = block["MlpBlock_0"]["Dense_1"]["kernel"].shape
+    if block["MlpBlock_0"]["Dense_0"]["kernel"].shape[-1] == 2 * mlp_dim:
+        gelu = "swiglu"
+    projection = params["projection"]["kernel"].shape[1] if "projection" in params else 0
+    if pool is None:
+        pool = "map" if "MAPHead_0" in params else "tok" if "cls" in params else "gap"
+    if pool == "tok" and projection:
+        pool = "projection"
+    return Architecture(
+        shape=Shape(width, depth, mlp_dim, heads),
+        patch=patch,
+        pool=pool,
+        gelu=gelu,
+        epsilon=epsilon,
+        class_token="cls" in params,
+        registers=params["registers"].shape[1] if "registers" in params else 0,
+        pre_norm="pre_norm" in params,
+        norm_after_pool="pooled_norm" in params,
+        projection=projection,
+    )
+
+
+def nested(flat: Iterable[tuple[str, np.ndarray]], path: Path) -> Params:
+    """Arrays under `/`-joined names as nested dicts.
+
+    Raises:
+      UserError: one name is the beginning of another.
+    """
+    tree: Params = {}
+    for name, array in flat:
+        *parents, leaf = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{path}: {name} lies inside of an array")
+        if leaf in node:
+            raise UserError(f"{path}: {name} is both an array and a group of arrays")
+        node[leaf] = array
+    return tree
+
+
+def square_grid(positions: int, path: Path) -> int:
+    """Side of a square grid of positions.
+
+    Raises:
+      UserError: it is not square.
+    """
+    side = math.isqrt(positions)
+    if side < 1 or side * side != positions:
+        raise UserError(
+            f"{path}: {positions} positions are not a square grid; only square ones are supported"
+        )
+    return side
