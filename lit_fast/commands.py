@@ -1,4 +1,4 @@
-"""The commands `eval`, `info` and `demo`: their arguments and what they print.
+"""The commands `eval`, `info`, `towers` and `demo`: their arguments and what they print.
 
 What they import is imported when they run, so that `--help` is fast.
 """
@@ -40,6 +40,9 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
 
     def run(args: argparse.Namespace) -> None:
+        from lit_fast.compiled import keep_compiled
+
+        keep_compiled()
         _evaluate(args.run, args.zero_shot, args.retrieval, args.json, args.step)
 
     return run
@@ -99,6 +102,26 @@ def info(parser: argparse.ArgumentParser) -> Run:
         value = gather(args.path)
         print(format_info(value))
         _write(args.json, value)
+
+    return run
+
+
+def towers(parser: argparse.ArgumentParser) -> Run:
+    """List public vision towers: what they make, what they cost, whose they are.
+
+    Every name works as `lit-fast embed --tower NAME`. GFLOPs are per image, two operations per
+    multiply-add; parameters are those without the classifier.
+    """
+    parser.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of name or family")
+
+    def run(args: argparse.Namespace) -> None:
+        from lit_fast.known_towers import format_towers, known_towers
+
+        word = args.pattern.lower()
+        found = [t for t in known_towers() if word in t.name.lower() or word in t.family.lower()]
+        if not found:
+            raise UserError(f"no known tower has {args.pattern!r} in its name; without it all are listed")
+        print(format_towers(found))
 
     return run
 

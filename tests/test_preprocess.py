@@ -1,10 +1,11 @@
-"""Decoding and the two resizing conventions."""
+"""Resizing conventions, their provenance, and views."""
 
 from __future__ import annotations
 
+import json
 import math
-import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lit_fast.preprocess import ImageError, Preprocess, decode, tf_squash
-from tests.helpers import encoded, picture
+from lit_fast.preprocess import ImageError, Preprocess, random_crop, tf_squash
+from tests.helpers import picture
+
+HOWS = [
+    Preprocess("pil-crop", 8, 9),
+    Preprocess("pil-squash", 8, 8, interpolation="bilinear"),
+    Preprocess("hf-crop", 8, 7),
+    Preprocess("tf-squash", 8, 8),
+    Preprocess("hf-crop", 8, 8, reduced=True),
+]
 
 
 def squash_reference(image: np.ndarray, size: int) -> np.ndarray:
@@ -59,23 +68,6 @@ def test_tf_squash_leaves_an_image_of_the_size_alone() -> None:
     assert tf_squash(image, 32) is image
 
 
-SHAPES = [(500, 375), (375, 500), (224, 224), (248, 248), (248, 331), (301, 250), (90, 61)]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_pil_crop_is_timms_transform(shape: tuple[int, int]) -> None:
-    try:
-        from timm.data import create_transform
-    except Exception as error:  # a torchvision of another torch raises RuntimeError
-        pytest.skip(f"timm.data cannot be imported: {error}")
-    zero, one = (0.0,) * 3, (1.0,) * 3
-    transform = create_transform((3, 224, 224), interpolation="bicubic", crop_pct=0.9, mean=zero, std=one)
-    noise = np.random.default_rng(1).integers(0, 256, (shape[1], shape[0], 3), np.uint8)
-    image = Image.fromarray(noise)
-    want = np.round(transform(image).numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
-    np.testing.assert_array_equal(Preprocess("pil-crop", 224, 248).apply(image), want)
-
-
 @pytest.mark.parametrize(
     ("shape", "crc"), [((500, 375), 0xC4FFA252), ((375, 501), 0xF32084BB), ((61, 90), 0xCD4B5156)]
 )
@@ -97,105 +89,110 @@ def test_pil_crop_refuses_a_thread_of_pixels() -> None:
         Preprocess("pil-crop", 224, 248).apply(Image.new("RGB", (1, 30_000)))
 
 
-def test_preprocess_refuses_nonsense_and_survives_json() -> None:
-    with pytest.raises(ValueError, match="pil-crop"):
-        Preprocess("lanczos", 224, 248)
-    with pytest.raises(ValueError, match="smaller"):
-        Preprocess("pil-crop", 224, 200)
+SENSE = {"method": "pil-crop", "size": 224, "resize": 248}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"method": "lanczos"}, "pil-crop, pil-squash, hf-crop, tf-squash"),
+        ({"resize": 200}, "smaller than size"),
+        ({"method": "pil-squash", "resize": 200}, "smaller than size"),
+        ({"size": 0}, "size is 0"),
+        ({"size": 224.0}, "size is 224.0"),
+        ({"size": True}, "size is True"),
+        ({"resize": 10**9}, "resize is 1000000000"),
+        ({"interpolation": "cubic"}, "there are nearest"),
+        ({"method": "tf-squash", "interpolation": "bicubic"}, "tf-squash is bilinear"),
+        ({"method": "tf-squash", "reduced": True}, "reduced"),
+        ({"mean": (0.5, 0.5)}, "mean is"),
+        ({"std": (0.5, 0.5, 0.0)}, "std is"),
+        ({"std": (0.5, 0.5, math.nan)}, "std is"),
+    ],
+)
+def test_preprocess_refuses_nonsense(change: dict[str, Any], match: str) -> None:
+    Preprocess(**SENSE)
+    with pytest.raises(ValueError, match=match) as caught:
+        Preprocess(**(SENSE | change))
+    assert "\n" not in str(caught.value)
+
+
+def test_preprocess_survives_json() -> None:
     how = Preprocess("tf-squash", 224, 248)
     assert how == Preprocess("tf-squash", 224, 224)  # one meaning, one spelling
-    assert Preprocess.from_dict(how.to_dict()) == how
+    assert how == Preprocess("tf-squash", 224, 224, interpolation="bilinear")
+    for how in (*HOWS, Preprocess("pil-crop", 8, 9, interpolation="lanczos", std=(1.0, 2.0, 3.0))):
+        assert Preprocess.from_dict(json.loads(json.dumps(how.to_dict()))) == how
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_decode_formats(format: str) -> None:
-    image = picture(1)
-    options = {"lossless": True} if format == "WEBP" else {}
-    got = decode(encoded(image, format, **options))
-    assert got.mode == "RGB"
-    assert np.abs(np.asarray(got).astype(int) - np.asarray(image)).max() <= (25 if format == "JPEG" else 0)
+def test_old_provenance_is_what_it_was() -> None:
+    """Identities of towers digest this; features made before there were more fields stay valid."""
+    rest = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    crop = {"method": "pil-crop", "size": 224, "resize": 248} | rest
+    squash = {"method": "tf-squash", "size": 224, "resize": 224} | rest
+    assert Preprocess("pil-crop", 224, 248).to_dict() == crop
+    assert Preprocess("tf-squash", 224, 248).to_dict() == squash
+    assert Preprocess.from_dict(crop) == Preprocess("pil-crop", 224, 248)
+    assert Preprocess.from_dict(squash) == Preprocess("tf-squash", 224, 224)
+    other = Preprocess("pil-crop", 224, 248, interpolation="bilinear", reduced=True).to_dict()
+    assert other == crop | {"interpolation": "bilinear", "reduced": True}
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1"])
-def test_decode_modes_as_pil_converts_them(mode: str) -> None:
-    image = picture(2).convert(mode)
-    got = decode(encoded(image, "JPEG" if mode == "CMYK" else "PNG"))
-    assert got.mode == "RGB"
-    if mode != "CMYK":
-        np.testing.assert_array_equal(np.asarray(got), np.asarray(image.convert("RGB")))
-    else:
-        assert np.abs(np.asarray(got).astype(int) - np.asarray(image.convert("RGB"))).max() < 30
+def test_view_0_is_apply() -> None:
+    image = picture(1, 90, 61)
+    for how in HOWS:
+        np.testing.assert_array_equal(how.view(image, "k", 0), how.apply(image))
 
 
-def test_decode_scales_16_bits() -> None:
-    grey = np.array([[0, 257, 256, 32_896, 65_535]], np.uint16)
-    got = np.asarray(decode(encoded(Image.fromarray(grey), "PNG")))
-    np.testing.assert_array_equal(got[0, :, 0], [0, 1, 1, 128, 255])
+def test_views_are_known_crops_resized() -> None:
+    image = picture(1, 90, 61)
+    crops = {(key, n): random_crop(90, 61, key, n) for key in ("a", "b") for n in (1, 2)}
+    # Pinned: stored views must be drawn again the same, on any machine.
+    assert crops == {
+        ("a", 1): (1, 7, 51, 57),
+        ("a", 2): (9, 0, 75, 56),
+        ("b", 1): (3, 9, 58, 61),
+        ("b", 2): (5, 0, 78, 59),
+    }
+    how = Preprocess("pil-squash", 32, 32, interpolation="bilinear")
+    for (key, n), box in crops.items():
+        want = image.crop(box).resize((32, 32), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(how.view(image, key, n), np.asarray(want))
+    squash = Preprocess("tf-squash", 32, 32).view(image, "a", 1)
+    np.testing.assert_array_equal(squash, tf_squash(np.asarray(image.crop(crops["a", 1])), 32))
 
 
-def test_decode_takes_the_first_frame_and_ignores_rotation() -> None:
-    frames = [picture(4), picture(5)]
-    animated = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
-    np.testing.assert_array_equal(np.asarray(decode(animated)), np.asarray(frames[0]))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode(encoded(picture(4), exif=exif)).size == (48, 40)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.text(max_size=20), st.integers(1, 1000))
+def test_crops_lie_inside(width: int, height: int, key: str, number: int) -> None:
+    left, top, right, bottom = random_crop(width, height, key, number)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    w, h = right - left, bottom - top
+    # Sides are rounded to whole pixels, so by up to half of one.
+    assert (w - 0.5) / (h + 0.5) <= 4 / 3
+    assert (h - 0.5) / (w + 0.5) <= 4 / 3
+    if 4 / 3 >= width / height >= 3 / 4 and min(width, height) >= 100:  # else the whole may be too long
+        assert (w + 1) * (h + 1) >= 0.35 * width * height
 
 
-@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "PPM"])
-def test_decode_refuses_other_formats(format: str) -> None:
-    with pytest.raises(ImageError, match="not a JPEG, PNG or WebP"):
-        decode(encoded(picture(1), format))
-
-
-def bomb(side: int) -> bytes:
-    """A PNG that says it has side x side pixels and holds none."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("side", [9_000, 60_000, 2**31 - 1])
-def test_decode_refuses_bombs_by_their_header(side: int) -> None:
-    with pytest.raises(ImageError, match="more than the limit"):
-        decode(bomb(side))
-
-
-def test_decode_limit_is_inclusive() -> None:
-    data = encoded(picture(1))
-    assert decode(data, max_pixels=48 * 40).size == (48, 40)
-    with pytest.raises(ImageError, match="48 x 40 pixels"):
-        decode(data, max_pixels=48 * 40 - 1)
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_decode_refuses_truncated_files(format: str) -> None:
-    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)), format)
-    for share in (0.0, 0.01, 0.3, 0.7, 0.95):
-        with pytest.raises(ImageError):
-            decode(data[: int(len(data) * share)])
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.sampled_from(["JPEG", "PNG", "WEBP"]), st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)))
-)
-def test_decode_never_fails_otherwise(format: str, changes: list[tuple[int, int]]) -> None:
-    data = bytearray(encoded(picture(7, 16, 16), format))
-    for place, value in changes:
-        data[place % len(data)] = value
-    reason = ""
-    try:
-        assert decode(bytes(data), max_pixels=1_000_000).mode == "RGB"
-    except ImageError as error:
-        reason = str(error)
-    assert "0x" not in reason  # it is stored and must be the same each time
+def test_crops_cover_the_picture() -> None:
+    boxes = np.array([random_crop(400, 300, "key", n) for n in range(1, 2001)], float)
+    left, top, right, bottom = boxes.T
+    share = (right - left) * (bottom - top) / 120_000
+    # The definition, drawn by another generator: uniform shares and ratios, of which those that fit count.
+    rng = np.random.default_rng(0)
+    area, ratio = rng.uniform(0.35, 1, 100_000), rng.uniform(1, 4 / 3, 100_000)
+    ratio = np.where(rng.random(100_000) < 0.5, ratio, 1 / ratio)
+    fits = (120_000 * area * ratio <= 400**2) & (120_000 * area / ratio <= 300**2)
+    # Five standard errors of 2000 draws.
+    assert abs(share.mean() - area[fits].mean()) < 5 * area[fits].std() / 2000**0.5
+    assert 0.34 < share.min() < 0.37
+    assert share.max() > 0.95
+    for low, high, whole in ((left, right, 400), (top, bottom, 300)):
+        centre = (low + high) / 2 - whole / 2
+        assert abs(centre.mean()) < 5 * centre.std() / 2000**0.5 + 0.5  # corners are rounded down
+    assert len(np.unique(boxes, axis=0)) > 1900
+    # Of a square picture as many are wide as tall.
+    square = np.array([random_crop(400, 400, "key", n) for n in range(1, 2001)])
+    wide = np.sign((square[:, 2] - square[:, 0]) - (square[:, 3] - square[:, 1]))
+    assert abs(wide.mean()) < 5 / 2000**0.5
