@@ -2,50 +2,91 @@
 
     W/checkpoints/<step>/params     the weights, which evaluation reads alone
     W/checkpoints/<step>/rest       the optimizer's state
-    W/checkpoints/<step>/meta       JSON: position of the stream
+    W/checkpoints/<step>/meta       JSON: digests of both, and what else the caller keeps
 
-Only committed steps are seen; nothing is unpickled.
+Only committed steps are seen; nothing is unpickled. Orbax does not notice a flipped bit in an array, so each
+tree's digest is kept beside it and compared when it is read.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from lit_fast.errors import UserError
 
-# Orbax explains every save on the root logger's INFO and warns of absent sharding files.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax explains every save on the root logger's INFO, warns of absent sharding files, and prints a traceback
+# of what it also raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-def open_manager(run: Path, *, keep: int | None = None) -> ocp.CheckpointManager:
-    """The checkpoints of a run directory; with `keep`, older ones are deleted when a new one is saved."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+class Damaged(UserError):
+    """A checkpoint that cannot be read or does not hold what was written."""
+
+
+def open_manager(
+    run: Path, *, keep: int | None = None, keep_every: int = 0, best: bool = False
+) -> ocp.CheckpointManager:
+    """The checkpoints of a run directory.
+
+    With `keep`, for the one who writes: all but the last `keep`, every `keep_every`-th step and, if `best`,
+    the one saved with the highest score are deleted when a new one is there; half-written ones at once.
+    """
+    if keep is None:
+        options = ocp.CheckpointManagerOptions(create=True)
+    else:
+        policies: list[Any] = [LatestN(keep)]
+        if keep_every:
+            policies.append(EveryNSteps(keep_every))
+        if best:
+            policies.append(
+                BestN(get_metric_fn=lambda m: m["score"], n=1, keep_checkpoints_without_metrics=False)
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies), create=True, cleanup_tmp_directories=True
+        )
     return ocp.CheckpointManager((run / "checkpoints").resolve(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, step: int, params: Any, rest: Any, meta: dict[str, Any]) -> None:
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    params: Any,
+    rest: Any,
+    meta: dict[str, Any],
+    score: float | None = None,
+) -> None:
     """Begin to save; the arrays are copied before this returns, the writing goes on in the background."""
+    digests = {"params": digest(params), "rest": digest(rest)}
     args = ocp.args.Composite(
         params=ocp.args.StandardSave(params),
         rest=ocp.args.StandardSave(rest),
-        meta=ocp.args.JsonSave(meta),
+        meta=ocp.args.JsonSave(meta | {"digests": digests}),
     )
-    manager.save(step, args=args)
+    manager.save(step, args=args, metrics=None if score is None else {"score": score})
 
 
 def restore(manager: ocp.CheckpointManager, step: int, params: Any, rest: Any) -> tuple[Any, Any, dict]:
-    """Restore everything in the shapes, types and shardings of the given trees."""
+    """Restore everything in the shapes, types and shardings of the given trees.
+
+    Raises:
+      Damaged: it cannot be read, or is not what was written.
+    """
     args = ocp.args.Composite(
         params=ocp.args.StandardRestore(params),
         rest=ocp.args.StandardRestore(rest),
         meta=ocp.args.JsonRestore(),
     )
     found = _restore(manager, step, args)
+    for name in ("params", "rest"):
+        _check_digest(manager, step, name, found)
     return found["params"], found["rest"], found["meta"]
 
 
@@ -53,7 +94,7 @@ def restore_params(run: Path, step: int | None, params: Any) -> tuple[int, Any]:
     """Only the weights of `step`, or of the last one: (step, tree as `params`).
 
     Raises:
-      UserError: there is no such checkpoint.
+      UserError: there is no such checkpoint, or it is damaged.
     """
     if not (run / "checkpoints").is_dir():
         raise UserError(f"run {run} has no checkpoint yet")
@@ -67,10 +108,50 @@ def restore_params(run: Path, step: int | None, params: Any) -> tuple[int, Any]:
                 f"run {run} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
             )
         step = steps[-1] if step is None else step
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(params))
-        return step, _restore(manager, step, args)["params"]
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(params), meta=ocp.args.JsonRestore())
+        found = _restore(manager, step, args)
+        _check_digest(manager, step, "params", found)
+        return step, found["params"]
     finally:
         manager.close()
+
+
+def restore_last(
+    manager: ocp.CheckpointManager, read: Callable[[int], Any], warn: Callable[[str], None]
+) -> Any:
+    """What `read` makes of the newest good step, None if there is none.
+
+    Damaged ones are moved to W/damaged, where they are in nobody's way.
+    """
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            return read(step)
+        except Damaged as error:
+            away = manager.directory.parent / "damaged"
+            warn(f"{error}; moved to {away}, going on from the one before")
+            if jax.process_index() == 0:
+                away.mkdir(exist_ok=True)
+                (manager.directory / str(step)).rename(away / f"{step}-{len(list(away.iterdir()))}")
+            manager.reload()
+    return None
+
+
+def digest(tree: Any) -> int:
+    """A 32-bit sum over all bits that any single changed bit changes; equal trees have equal digests."""
+    return int(_digest(tree))
+
+
+@jax.jit
+def _digest(tree: Any) -> jax.Array:
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        width = jnp.dtype(leaf.dtype).itemsize
+        bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width])
+        bits = bits.astype(jnp.uint32).reshape(-1)
+        # Odd factors have inverses modulo 2**32, so a change of one word is never lost.
+        place = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
+        total += (2 * jnp.uint32(number) + 1) * jnp.sum(bits * place, dtype=jnp.uint32)
+    return total
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
@@ -78,10 +159,14 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
         return manager.restore(step, args=args)
     except Exception as error:  # Orbax raises bare ones too
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"checkpoint {manager.directory}/{step} cannot be read: {reason[:200]}; delete that directory "
-            "to go on from the one before"
-        ) from None
+        raise Damaged(f"checkpoint {manager.directory}/{step} cannot be read: {reason[:200]}") from None
+
+
+def _check_digest(manager: ocp.CheckpointManager, step: int, name: str, found: Any) -> None:
+    meta = found["meta"]
+    written = meta.get("digests") if isinstance(meta, dict) else None
+    if not isinstance(written, dict) or written.get(name) != digest(found[name]):
+        raise Damaged(f"checkpoint {manager.directory}/{step} is damaged: {name} is not what was written")
 
 
 def abstract(tree: Any) -> Any:

@@ -25,8 +25,13 @@ class TextConfig:
     depth: int = 0
     mlp_dim: int = 0
     heads: int = 0
-    pooling: str = "last"  # or "mean"
-    mask_padding: bool = False  # hide padding from attention; the paper attends to it
+    pooling: str = "last"  # or "first", "mean", "max", "map" (attention pooling)
+    mask_padding: bool = False  # hide padding from attention and pooling; the paper attends to it
+    embedding_width: int = 0  # of the token table, projected to width; 0: as wide. 96 suits 250 000 pieces
+    head: bool = True  # projection to the features' width; false: none, text and features are equally wide
+    # A published SigLIP or LiT text tower to start from: FILE.npz:txt, a directory with model.safetensors, or a
+    # name like hf:OWNER/NAME. The keys above must describe it. With its head come its temperature and bias.
+    init: str = ""
     dropout: float = 0.0
     dtype: str = "bfloat16"  # of the matrix products; parameters stay float32
     remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
@@ -45,11 +50,26 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The pairwise sigmoid loss."""
+    """The loss over all pairs of a batch."""
 
+    name: str = "sigmoid"  # or "softmax" (CLIP, LiT), which has no bias
     temperature_init: float = 10.0
+    temperature_max: float = 0.0  # the temperature is cut down to it after each update; 0: no limit
+    bias: bool = True  # add a learnt bias to the logits of the sigmoid loss
     bias_init: float = -10.0
     center: bool = False  # subtract the dataset's mean feature before normalising; helps small sets
+    # A linear map of the image features, width x width, trained too; it begins as the identity, so that the run
+    # begins as one without it and the cosines between the features are kept.
+    image_head: bool = False
+    # Pairs of one dataset row at two places of a batch: "positive", or "mask": left out. Several captions at
+    # one place are positives of their image either way.
+    same_image: str = "positive"
+    # A text that equals, id by id, one of the captions that another image came with: "negative", or "mask".
+    same_caption: str = "negative"
+    # The negatives that count: "all", or so many per text: "random", "hardest" or "easiest" (section 4.8 of the
+    # paper, best with the hardest). Its "matched pairs" are no option but `steps` times the masked-out ratio.
+    negatives: str = "all"
+    negatives_per_positive: float = 0.0  # 1.6 is the strongest masking of the paper
     tile: int = 1024  # images of one tile of pairs; memory is tile x (texts per device)
     # Of the similarity products: default, high or highest. At temperature 100 a cosine's error of 1e-3 is 0.1
     # in a logit. "high" is three bfloat16 passes on TPU, exact on CPU; on GPUs it may mean TF32: take "highest".
@@ -92,9 +112,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation while training; free of image work, since the sets are embedded already."""
+    """Evaluation while training, and after the last step; image work was done when the sets were embedded.
 
-    every_steps: int = 0  # 0: only after the last step
+    The intervals may be combined; 0: none.
+    """
+
+    every_steps: int = 0
+    every_examples: int = 0  # images seen
+    every_share: float = 0.0  # of the run: 0.1 evaluates ten times
     zero_shot: tuple[str, ...] = ()  # datasets
     retrieval: tuple[str, ...] = ()
 
@@ -104,7 +129,9 @@ class CheckpointConfig:
     """When to save; the last step is always saved."""
 
     every_steps: int = 1_000
-    keep: int = 2
+    keep: int = 2  # the last ones
+    keep_every: int = 0  # and every so many steps, for good; 0: none
+    best: str = ""  # and the best by a figure of the evaluation, such as "dev/image_retrieval_recall@1"
 
 
 @dataclass(frozen=True)
@@ -137,8 +164,12 @@ FREE = ("evaluate", "checkpoint", "log", "dataset", "tower", "tokenizer")
 
 _CHOICES = {
     "text.variant": tuple(VARIANTS),
-    "text.pooling": ("last", "mean"),
+    "text.pooling": ("last", "first", "mean", "max", "map"),
     "text.dtype": ("float32", "bfloat16"),
+    "loss.name": ("sigmoid", "softmax"),
+    "loss.same_image": ("positive", "mask"),
+    "loss.same_caption": ("negative", "mask"),
+    "loss.negatives": ("all", "random", "hardest", "easiest"),
     "loss.precision": ("default", "high", "highest"),
     "optimizer.name": ("lion", "adam", "adafactor"),
     "optimizer.schedule": ("cosine", "linear", "rsqrt"),
@@ -297,15 +328,35 @@ def _check_values(config: Config) -> None:
     for key in ("text.dropout", "optimizer.b1", "optimizer.b2"):
         if values[key] >= 1:
             raise UserError(f"config key {key} must be below 1, not {values[key]}")
-    if values["loss.temperature_init"] <= 0:
-        raise UserError("config key loss.temperature_init must be positive")
+    _check_loss(config.loss)
     shape = config.text.shape
     if shape.width % shape.heads:
         raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")
-    if config.text.mask_padding and config.text.pooling == "last":
-        raise UserError('text.mask_padding hides the last position; use it with text.pooling = "mean"')
     for key in ("warmup_steps", "cooldown_steps"):
         if getattr(config.optimizer, key) >= config.steps > 1:
             raise UserError(
                 f"optimizer.{key} {getattr(config.optimizer, key)} must be below steps {config.steps}"
             )
+
+
+def _check_loss(loss: LossConfig) -> None:
+    if loss.temperature_init <= 0:
+        raise UserError("config key loss.temperature_init must be positive")
+    if 0 < loss.temperature_max < loss.temperature_init:
+        raise UserError(
+            f"loss.temperature_init {loss.temperature_init} is above loss.temperature_max {loss.temperature_max}"
+        )
+    if loss.bias_init != LossConfig.bias_init and (loss.name == "softmax" or not loss.bias):
+        reason = 'loss.name = "softmax"' if loss.name == "softmax" else "loss.bias = false"
+        raise UserError(f"with {reason} there is no bias; leave out loss.bias_init")
+    if loss.negatives == "all":
+        if loss.negatives_per_positive:
+            raise UserError(
+                'loss.negatives_per_positive needs loss.negatives = "random", "hardest" or "easiest"'
+            )
+    elif loss.name == "softmax":
+        raise UserError(f'loss.negatives = "{loss.negatives}" is for the sigmoid loss, not for softmax')
+    elif not loss.negatives_per_positive:
+        raise UserError(
+            f'loss.negatives = "{loss.negatives}" needs loss.negatives_per_positive above 0, such as 1.6'
+        )

@@ -20,8 +20,12 @@ def train(parser: argparse.ArgumentParser) -> Run:
     parser.set_defaults(takes_overrides=True)
 
     def run(args: argparse.Namespace) -> None:
+        from lit_fast.compiled import keep_compiled
+        from lit_fast.processes import join
         from train.loop import train as train_run
 
+        join()
+        keep_compiled()
         train_run(load_config(args.config, args.overrides), args.workdir)
 
     return run

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.config import EvalConfig
+from lit_fast.config import Config
 from lit_fast.dataset import BLOCK, Dataset, open_dataset
 from lit_fast.errors import UserError
 from lit_fast.evaluate import (
@@ -18,7 +18,7 @@ from lit_fast.evaluate import (
     evaluate_zero_shot,
     format_table,
 )
-from lit_fast.run import image_embeddings, matching_features
+from lit_fast.run import Params, apply_image_head, image_embeddings, matching_features
 
 EmbedText = Callable[[Sequence[str]], np.ndarray]
 
@@ -26,8 +26,9 @@ EmbedText = Callable[[Sequence[str]], np.ndarray]
 class Evaluation:
     """The sets of a configuration; opening it finds whatever is wrong with them."""
 
-    def __init__(self, config: EvalConfig, tower: dict[str, Any]) -> None:
-        self._every, self._tower = config.every_steps, tower
+    def __init__(self, run: Config, tower: dict[str, Any]) -> None:
+        self._tower, self._intervals, self._steps = tower, _intervals(run), run.steps
+        config = run.evaluate
         self._sets: list[tuple[Dataset, Any]] = []
         for paths, check, evaluate in (
             (config.zero_shot, check_zero_shot, evaluate_zero_shot),
@@ -46,13 +47,17 @@ class Evaluation:
         """Load the image embeddings; `mean` float32 [width] is subtracted before normalising."""
         self._ready = [(d, evaluate, *image_embeddings(d, self._tower, mean)) for d, evaluate in self._sets]
 
-    def due(self, number: int, steps: int) -> bool:
+    def due(self, number: int) -> bool:
         """Whether there is something to evaluate after step `number`."""
-        return bool(self._sets) and (number == steps or bool(self._every and number % self._every == 0))
+        passed = any(number // every > (number - 1) // every for every in self._intervals)
+        return bool(self._sets) and (passed or number == self._steps)
 
-    def run(self, embed_text: EmbedText) -> list[dict[str, Any]]:
-        """Evaluate all sets; the results are kept as `results`."""
-        self.results = [f(dataset, rows, images, embed_text) for dataset, f, rows, images in self._ready]
+    def run(self, embed_text: EmbedText, params: Params) -> list[dict[str, Any]]:
+        """Evaluate all sets, images with the head in `params`; the results are kept as `results`."""
+        self.results = [
+            evaluate(dataset, rows, apply_image_head(params, images), embed_text)
+            for dataset, evaluate, rows, images in self._ready
+        ]
         return self.results
 
     def figures(self) -> dict[str, float]:
@@ -72,6 +77,17 @@ class Evaluation:
     def table(self) -> str:
         """The last evaluation, for the terminal."""
         return format_table(self.results)
+
+
+def _intervals(config: Config) -> list[float]:
+    """The intervals of the evaluation in steps; those given as examples or shares need not be whole."""
+    given = config.evaluate
+    intervals = (
+        given.every_steps,
+        given.every_examples / config.stream.global_batch,
+        given.every_share * config.steps,
+    )
+    return [interval for interval in intervals if interval]
 
 
 def _check_rows(dataset: Dataset, invalid: Collection[int], labelled: bool) -> None:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
-from lit_fast.checkpoint import abstract, open_manager, restore, save
-from lit_fast.config import Config
+from lit_fast.checkpoint import abstract, open_manager, restore, restore_last, save
+from lit_fast.config import CheckpointConfig, Config
 from lit_fast.dataset import open_dataset
 from lit_fast.errors import UserError
 from lit_fast.features import open_features
-from lit_fast.mesh import dealt, make_mesh
+from lit_fast.mesh import dealt, make_mesh, replicated
 from lit_fast.progress import Progress, duration
 from lit_fast.run import init_params, text_embedder, text_tower
 from lit_fast.tokens import open_tokens
@@ -28,9 +34,10 @@ from train.flops import step_flops
 from train.meter import Meter
 from train.metrics import MetricsWriter
 from train.optimizer import make_optimizer
+from train.start import check_start, starting_params, write_start
 from train.step import Metrics, State, init_state, make_step
 from train.stream import Batch, Stream, open_stream
-from train.workdir import check_identity, check_workdir, write_receipt, write_workdir
+from train.workdir import check_identity, check_workdir, lock_workdir, write_receipt, write_workdir
 
 
 def train(config: Config, run: Path) -> None:
@@ -48,8 +55,6 @@ def train(config: Config, run: Path) -> None:
     features = open_features(dataset, config.tower)
     tokens = open_tokens(dataset, config.tokenizer)
     tokenizer = tokens.tokenizer()
-    if jax.process_count() > 1:
-        raise UserError("training with several processes is not supported; run it on the devices of one host")
     mesh = make_mesh()
     batch = config.stream.global_batch
     if batch % mesh.size:
@@ -62,8 +67,9 @@ def train(config: Config, run: Path) -> None:
     check_workdir(run, config)
     check_identity(run, "tower", features.identity)
     check_identity(run, "tokens", tokenizer.identity)
-    evaluation = Evaluation(config.evaluate, features.provenance)
-    stream = open_stream(features, tokens, config.stream, config.seed)
+    evaluation = Evaluation(config, features.provenance)
+    part = (jax.process_index(), jax.process_count())
+    stream = open_stream(features, tokens, config.stream, config.seed, part)
     check_identity(run, "stream", stream.identity)
     _say(f"dataset {dataset.path}: {stream.description}")
 
@@ -71,24 +77,34 @@ def train(config: Config, run: Path) -> None:
     model = text_tower(config.text, tokenizer, features.width)
     mean = features.mean(features.invalid_rows()) if config.loss.center else np.zeros(features.width)
     evaluation.prepare(mean.astype(np.float32))
-    params = init_params(model, config, mean)
+    params, begun = starting_params(run, config.text.init, init_params(model, config, mean))
+    if begun:
+        _say(f"starting from {begun['source']}: {begun['taken']}")
     optimizer = make_optimizer(config.optimizer, config.steps, params)
     state = init_state(params, optimizer, mesh)
     count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
     _say(f"text tower: {count / 1e6:.1f} M parameters on {mesh.size} x {jax.devices()[0].device_kind}")
 
     # --- the run directory
-    write_workdir(run, config, features, tokens, stream)
-    checkpoints = Checkpoints(run, config.checkpoint.keep)
-    done = checkpoints.last()
+    lock = lock_workdir(run)
+    sync_global_devices("checked")  # no process writes before all have found the directory in order
+    if jax.process_index() == 0:
+        write_workdir(run, config, features, tokens, stream)
+        if begun:
+            write_start(run, begun)
+    sync_global_devices("written")
+    checkpoints = Checkpoints(run, config.checkpoint)
+    done, state = checkpoints.restore_last(state)
+    check_start(run, config.text.init, done, begun)
     if done:
-        state = checkpoints.restore(done, state)
         _say(f"going on after step {done:,}")
     embed_text = text_embedder(model, tokenizer, mesh)
     if done >= config.steps:
         if not (run / "receipt.json").exists():  # killed after the last checkpoint
-            write_receipt(run, config, stream, evaluation.run(partial(embed_text, state.params)))
-        print(f"{run} is complete: {done:,} steps")
+            results = evaluation.run(partial(embed_text, state.params), state.params)
+            if jax.process_index() == 0:
+                write_receipt(run, config, stream, results)
+        _report(f"{run} is complete: {done:,} steps")
         return
 
     # --- the loop
@@ -97,16 +113,19 @@ def train(config: Config, run: Path) -> None:
         config, state, done, stream, mesh,
         step=make_step(model, optimizer, config, mesh),
         embed_text=embed_text,
-        meter=meter, writer=MetricsWriter(run, done), checkpoints=checkpoints, evaluation=evaluation,
+        meter=meter, writer=MetricsWriter(run, done) if jax.process_index() == 0 else None,
+        checkpoints=checkpoints, evaluation=evaluation,
     )  # fmt: skip
 
     # --- the end
-    write_receipt(run, config, stream, evaluation.results)
-    print(f"trained {config.steps:,} steps in {duration(meter.seconds)}; the run is in {run}")
+    if jax.process_index() == 0:
+        write_receipt(run, config, stream, evaluation.results)
+    _report(f"trained {config.steps:,} steps in {duration(meter.seconds)}; the run is in {run}")
     if evaluation.results:
-        print(evaluation.table())
+        _report(evaluation.table())
     else:
-        print(f"evaluate it with: lit-fast eval {run} --zero-shot E --retrieval E")
+        _report(f"evaluate it with: lit-fast eval {run} --zero-shot E --retrieval E")
+    os.close(lock)
 
 
 def _loop(
@@ -119,12 +138,12 @@ def _loop(
     step: Any,
     embed_text: Any,
     meter: Meter,
-    writer: MetricsWriter,
+    writer: MetricsWriter | None,  # of the first process
     checkpoints: Checkpoints,
     evaluation: Evaluation,
 ) -> None:
-    stop = _Stop()
-    progress = Progress("train", config.steps, "steps", start=done)
+    stop = _Stop(mesh)
+    progress = Progress("train", config.steps, "steps", start=done) if writer else None
     batches = stream.iterate(done)
     batch = _to_devices(next(batches), mesh)
     unread: tuple[int, Metrics] | None = None  # fetched a step late, so that the devices never idle for it
@@ -141,9 +160,9 @@ def _loop(
             # of them, and count as waiting for data what the devices spend computing.
             jax.block_until_ready(before)
             before = metrics
-            stopping = stop.signal is not None  # read once: a signal after this stops the next step
+            stopping = stop.agreed()  # read once: a signal after this stops the next step
             last = number == config.steps or stopping
-            evaluating = evaluation.due(number, config.steps)
+            evaluating = evaluation.due(number)
             saving = last or number % config.checkpoint.every_steps == 0
             if unread is not None:
                 note, unread = _log(writer, meter, *unread), None
@@ -155,67 +174,93 @@ def _loop(
                 with meter.paused:
                     checkpoints.check(state)
                     if evaluating:  # before saving: who is killed in between does both again
-                        evaluation.run(partial(embed_text, state.params))
-                        writer.write(number, evaluation.figures())
+                        evaluation.run(partial(embed_text, state.params), state.params)
+                        if writer:
+                            writer.write(number, evaluation.figures())
                     if saving:
-                        checkpoints.save(number, state)
+                        checkpoints.save(number, state, evaluation.figures() if evaluating else {})
             elif note == _NOT_FINITE:
                 checkpoints.check(state)
-            progress.advance(1, note)
+            if progress:
+                progress.advance(1, note)
             if stopping:
                 break
     finally:  # whatever happens: what is being saved is saved
         checkpoints.close()
-        writer.close()
-    progress.close(note)
-    if stop.signal is not None and stopping and number < config.steps:
+        if writer:
+            writer.close()
+    if progress:
+        progress.close(note)
+    if stopping and number < config.steps:
         _say(f"stopped after step {number:,} and saved; the same command goes on from there")
-        raise SystemExit(128 + stop.signal)
+        raise SystemExit(128 + stopping)
 
 
 _NOT_FINITE = "loss is not finite"
 
 
-def _log(writer: MetricsWriter, meter: Meter, number: int, metrics: Metrics) -> str:
+def _log(writer: MetricsWriter | None, meter: Meter, number: int, metrics: Metrics) -> str:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    writer.write(number, values | meter.read(number))
+    if writer:
+        writer.write(number, values | meter.read(number))
     return f"loss {values['loss']:.4f}" if math.isfinite(values["loss"]) else _NOT_FINITE
 
 
 class Checkpoints:
-    """The checkpoints of one run: state of the training and position of its stream."""
+    """The checkpoints of one run."""
 
-    def __init__(self, run: Path, keep: int) -> None:
-        self._run = run
-        self._manager = open_manager(run, keep=keep)
+    def __init__(self, run: Path, config: CheckpointConfig) -> None:
+        self._run, self._best = run, config.best
+        self._manager = open_manager(
+            run, keep=config.keep, keep_every=config.keep_every, best=bool(config.best)
+        )
 
-    def last(self) -> int:
-        """Step of the last committed checkpoint; 0: none."""
-        return self._manager.latest_step() or 0
+    def save(self, number: int, state: State, figures: dict[str, float]) -> None:
+        """Begin to save; the writing goes on in the background. `figures` are an evaluation's, if any."""
+        if number in self._manager.all_steps():  # a run that was stopped right after it had saved
+            return
+        with self._disk():
+            meta = {"figures": figures}
+            save(self._manager, number, state.params, _rest(state), meta, figures.get(self._best))
 
-    def save(self, number: int, state: State) -> None:
-        """Begin to save; the writing goes on in the background."""
-        save(self._manager, number, state.params, _rest(state), {"next_batch": number})
+    def restore_last(self, state: State) -> tuple[int, State]:
+        """The number of completed steps and the state after them, in the layout of `state`."""
 
-    def restore(self, number: int, state: State) -> State:
-        """The state after step `number`, in the layout of `state`."""
-        params, rest, _ = restore(self._manager, number, abstract(state.params), abstract(_rest(state)))
-        return State(params, **rest)
+        def read(number: int) -> tuple[int, State]:
+            params, rest, _ = restore(self._manager, number, abstract(state.params), abstract(_rest(state)))
+            return number, State(params, **rest)
+
+        warn = lambda line: _say(f"warning: {line}")  # noqa: E731
+        return restore_last(self._manager, read, warn) or (0, state)
 
     def check(self, state: State) -> None:
         """Raises UserError if a step was not finite; such a state is never saved."""
         bad = int(state.bad_step)
         if bad >= 0:
-            self._manager.wait_until_finished()
+            with self._disk():
+                self._manager.wait_until_finished()
+            last = self._manager.latest_step()
             raise UserError(
-                f"loss or gradient became non-finite at step {bad + 1}; the last good checkpoint of {self._run} "
-                f"is step {self.last()}; try a lower optimizer.learning_rate in another --workdir"
+                f"loss or gradient became non-finite at step {bad + 1}; {self._run} has "
+                + (f"step {last} as its last good checkpoint" if last else "no checkpoint yet")
+                + "; try a lower optimizer.learning_rate in another --workdir"
             )
 
     def close(self) -> None:
         """Wait until everything is on the disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._disk():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # Orbax passes on what TensorStore says
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"{self._manager.directory} cannot be written: {reason}; mend that and run the same command again"
+            ) from None
 
 
 def _rest(state: State) -> dict[str, Any]:
@@ -225,15 +270,30 @@ def _rest(state: State) -> dict[str, Any]:
 class _Stop:
     """Remembers that SIGTERM or Ctrl-C came; the step in hand is finished and saved first."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    def __init__(self, mesh: Mesh) -> None:
+        self._signal, self._mesh = 0, mesh
+        self._most = jax.jit(jnp.max, out_shardings=replicated(mesh))
+        self._asked: deque[jax.Array] = deque()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:  # asked twice: now
+        if self._signal:  # asked twice: now
             raise SystemExit(128 + number)
-        self.signal = number
+        self._signal = number
+
+    def agreed(self) -> int:
+        """The signal, 0 for none; to be asked once a step, in every process.
+
+        All processes must stop after the same step, so of several processes each tells the others, and they
+        act on what was told two steps ago, which is known without waiting.
+        """
+        if jax.process_count() == 1:
+            return self._signal
+        told = np.full(jax.local_device_count(), self._signal, np.int32)
+        told = jax.make_array_from_process_local_data(dealt(self._mesh), told)
+        self._asked.append(self._most(told))
+        return int(self._asked.popleft()) if len(self._asked) > 2 else 0
 
 
 def _to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
@@ -242,4 +302,10 @@ def _to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _report(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text)

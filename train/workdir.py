@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,26 @@ from lit_fast.features import Features
 from lit_fast.files import read_json, write_atomic, write_json
 from lit_fast.tokens import Tokens
 from train.stream import Stream
+
+
+def lock_workdir(run: Path) -> int:
+    """Keep other trainings out of the directory for as long as the returned descriptor is open.
+
+    Only the first process of several locks it.
+
+    Raises:
+      UserError: another process is training there.
+    """
+    if jax.process_index() != 0:
+        return os.open(os.devnull, os.O_RDONLY)
+    run.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(f"workdir {run}: another process is training there; wait for it or stop it") from None
+    return descriptor
 
 
 def check_workdir(run: Path, config: Config) -> None:
@@ -80,4 +102,6 @@ def write_receipt(run: Path, config: Config, stream: Stream, results: list[dict[
         },
         "evaluation": results,
     }
+    if (run / "text_init.json").is_file():
+        receipt["text_init"] = read_json(run / "text_init.json")
     write_json(run / "receipt.json", receipt)
