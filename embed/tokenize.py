@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
@@ -23,6 +24,7 @@ def tokenize_dataset(
     train_vocab: int | None = None,
     name: str | None = None,
     max_length: int = 16,
+    pad_id: int | None = None,
     model_type: str = "unigram",
 ) -> None:
     """Write `D/tokens/<name>` with a given sentencepiece model or one trained on the captions.
@@ -35,21 +37,23 @@ def tokenize_dataset(
         raise UserError(f"dataset {path} has no captions to tokenize")
     if tokenizer is not None:
         name = name or tokenizer.stem
-        made = load_tokenizer(tokenizer, max_length)
+        made = load_tokenizer(tokenizer, max_length, pad_id)
     else:
         assert train_vocab is not None
         name = name or f"{model_type}-{train_vocab}"
-        made = _trained(dataset, name, train_vocab, model_type, max_length)
+        made = replace(_trained(dataset, name, train_vocab, model_type, max_length), padding=pad_id)
     if "/" in name or name.startswith("."):
         raise UserError(f"tokenizer name {name!r} cannot be a directory name; give another with --name")
     directory = dataset.path / "tokens" / name
     done = directory / "tokens.json"
     if done.is_file():
         meta = read_json(done)
-        if meta["identity"] != made.identity or tuple(meta["shard_keys"]) != dataset.shard_keys:
+        if meta["identity"] != made.identity:
             raise UserError(f"{directory} holds tokens of another tokenizer or length; choose another --name")
-        print(f"{directory} is complete: {meta['captions']:,} captions")
-        return
+        if tuple(meta["shard_keys"]) == dataset.shard_keys:
+            print(f"{directory} is complete: {meta['captions']:,} captions")
+            return
+        # The dataset has grown. Until the last write tokens.json tells of fewer rows, and nobody reads these.
     meta = _write(dataset, made, directory)
     print(
         f"tokenized {meta['captions']:,} captions into {directory}: {meta['ids'] / meta['captions']:.1f} tokens "
@@ -119,7 +123,7 @@ def _write(dataset: Dataset, tokenizer: Tokenizer, directory: Path) -> dict:
         "lower": "ascii",
         "eos": "sticky",
         "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
         "captions": dataset.captions,
         "ids": ids,
         "truncated": truncated,

@@ -2,7 +2,7 @@
 
     D/dataset.json                     rows, seed, sources, digests of the keys; written last
     D/index/00000.array_record         record b = where the images of block b lie
-    D/captions/00000.array_record      record b = the captions of block b
+    D/captions/00000.array_record      record b = the captions of block b; index-1, captions-1 once it has grown
     D/tokens/<tokenizer>/              see `lit_fast.tokens`
     D/features/<tower>/                see `lit_fast.features`
 
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,37 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class Source:
+    """A file or directory that rows were read from, and how their images are found in it.
+
+    | kind | `offset` and `size` of a row |
+    |---|---|
+    | tar | the image file's first byte in the tar, and its bytes |
+    | parquet | row group, row in it; `image` is the column, dotted where it is a field of a struct |
+    | array_record | record number, 0; `image` is the feature of the tf.train.Example |
+    | folder | 0, the image file's bytes when indexed (0 = unknown); the file is `images` and the row's key |
+    """
+
+    path: str  # absolute, or a URL
+    bytes: int  # 0 for a directory
+    kind: str = "tar"
+    image: str = ""
+    images: str = ""  # absolute directory, or a URL
+    etag: str = ""  # of a remote file, where its server gives one
+    names: tuple[str, ...] = ()  # the options that chose columns when it was indexed
+
+
+@dataclass(frozen=True)
 class Row:
     """One image with its captions: where it lies in the sources and what it is called."""
 
     key: str
     source: int  # index into Dataset.sources
-    offset: int  # of the image file's first byte in the source
-    size: int  # bytes of the image file
+    offset: int  # what it means depends on the kind of the source
+    size: int
     captions: tuple[str, ...]
     label: int = -1  # class number, -1 = none
+    languages: tuple[str, ...] = ()  # empty, or one per caption ("" = unknown)
 
 
 @dataclass(frozen=True)
@@ -50,10 +74,12 @@ class Block:
     sizes: list[int]
     captions: list[int]  # how many captions the row has
     labels: list[int]
+    languages: list[list[str]] = field(default_factory=list)  # empty if no row of the block has any
 
     def encode(self) -> bytes:
         """JSON, columnar."""
-        return json.dumps(self.__dict__, separators=(",", ":"), ensure_ascii=False).encode()
+        columns = {name: column for name, column in self.__dict__.items() if name != "languages" or column}
+        return json.dumps(columns, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 @dataclass(frozen=True)
@@ -66,12 +92,13 @@ class Dataset:
     captionless: int  # rows without one
     labelled: int  # rows with a label
     seed: int
-    sources: tuple[str, ...]  # absolute paths of the files that hold the images
-    source_bytes: tuple[int, ...]
+    sources: tuple[Source, ...]
     shard_keys: tuple[str, ...]  # per shard: blake2b-128 of its keys
     classnames: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()  # zero-shot prompts; "{c}" stands for the class name
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> rows that are not in the dataset
+    languages: dict[str, int] = field(default_factory=dict)  # code -> captions
+    generation: int = 0  # how often it has grown
 
     @property
     def name(self) -> str:
@@ -95,11 +122,11 @@ class Dataset:
 
     def index_reader(self) -> RecordReader:
         """Reader of the index records; decode with `decode_block`."""
-        return RecordReader(self.path / "index", self.blocks)
+        return RecordReader(generation_directory(self.path, "index", self.generation), self.blocks)
 
     def captions_reader(self) -> RecordReader:
         """Reader of the caption records; decode with `decode_captions`."""
-        return RecordReader(self.path / "captions", self.blocks)
+        return RecordReader(generation_directory(self.path, "captions", self.generation), self.blocks)
 
     def iter_blocks(self) -> Iterator[Block]:
         """All index blocks in order."""
@@ -107,11 +134,25 @@ class Dataset:
         for b in range(self.blocks):
             yield decode_block(reader.read(b))
 
+    def prefix_digest(self, shard: int, rows: int) -> str:
+        """Digest of the first `rows` keys of a shard, as `shard_keys` had it when the shard was that short."""
+        reader, first = self.index_reader(), shard * SHARD
+        rows = min(rows, self.rows - first)
+        keys: list[str] = []
+        for b in range(first // BLOCK, -(-(first + rows) // BLOCK)):
+            keys += decode_block(reader.read(b)).keys
+        return _digest(keys[:rows])
+
     def iter_captions(self) -> Iterator[list[list[str]]]:
         """All caption blocks in order: per row its captions."""
         reader = self.captions_reader()
         for b in range(self.blocks):
             yield decode_captions(reader.read(b))
+
+
+def generation_directory(path: Path, name: str, generation: int) -> Path:
+    """Where the records `name` ("index" or "captions") of a generation of the dataset at `path` lie."""
+    return path / (f"{name}-{generation}" if generation else name)
 
 
 def decode_block(record: bytes) -> Block:
@@ -157,28 +198,66 @@ def open_dataset(path: str | Path) -> Dataset:
             captionless=value["captionless"],
             labelled=value["labelled"],
             seed=value["seed"],
-            sources=tuple(s["path"] for s in value["sources"]),
-            source_bytes=tuple(s["bytes"] for s in value["sources"]),
+            sources=tuple(_source(s) for s in value["sources"]),
             shard_keys=tuple(value["shard_keys"]),
             classnames=tuple(value["classnames"]),
             templates=tuple(value["templates"]),
             left_out=dict(value["left_out"]),
+            languages=dict(value.get("languages", {})),
+            generation=int(value.get("generation", 0)),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged: {type(error).__name__} {error}") from None
 
 
-class DatasetWriter:
-    """Writes rows in their final order. The dataset exists once `finish` has returned."""
+def _source(value: dict[str, Any]) -> Source:
+    return Source(**value | {"names": tuple(value.get("names", ()))})
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._index = RecordWriter(path / "index")
-        self._captions = RecordWriter(path / "captions")
+
+class DatasetWriter:
+    """Writes rows in their final order. The dataset exists once `finish` has returned.
+
+    With `grow`, a dataset at the same path, the rows follow after its rows. They are written to a new
+    generation of the records beside the old one, which `finish` removes after `dataset.json` has changed
+    over: a kill leaves either the old dataset or the new one.
+    """
+
+    def __init__(self, path: Path, *, grow: Dataset | None = None) -> None:
+        self._path, self._grow = path, grow
+        self.rows = self.captions = self.captionless = self.labelled = 0
+        self.languages: Counter[str] = Counter()
         self._block: list[Row] = []
         self._keys: list[str] = []
         self._shard_keys: list[str] = []
-        self.rows = self.captions = self.captionless = self.labelled = 0
+        generation = grow.generation + 1 if grow else 0
+        whole = grow.rows // BLOCK if grow else 0
+        self._index, self._captions = (
+            RecordWriter(
+                generation_directory(path, name, generation),
+                after=generation_directory(path, name, generation - 1) if grow else None,
+                count=whole,
+            )
+            for name in ("index", "captions")
+        )
+        if grow:
+            self._take_over(grow, whole)
+
+    def _take_over(self, old: Dataset, whole: int) -> None:
+        """Count the rows of the `whole` full blocks, and add those of a short last block once more."""
+        last = list(_rows(old, whole)) if whole < old.blocks else []
+        self.rows = whole * BLOCK
+        self.captions = old.captions - sum(len(r.captions) for r in last)
+        self.captionless = old.captionless - sum(not r.captions for r in last)
+        self.labelled = old.labelled - sum(r.label >= 0 for r in last)
+        self.languages.update(old.languages)
+        self.languages.subtract(Counter(l for r in last for l in r.languages))
+        shards = self.rows // SHARD
+        self._shard_keys = list(old.shard_keys[:shards])
+        reader = old.index_reader()
+        for b in range(shards * SHARD // BLOCK, whole):
+            self._keys += decode_block(reader.read(b)).keys
+        for row in last:
+            self.add(row)
 
     def add(self, row: Row) -> None:
         """Append one row."""
@@ -188,6 +267,7 @@ class DatasetWriter:
         self.captions += len(row.captions)
         self.captionless += not row.captions
         self.labelled += row.label >= 0
+        self.languages.update(row.languages)
         if len(self._block) == BLOCK:
             self._write_block()
         if len(self._keys) == SHARD:
@@ -202,6 +282,7 @@ class DatasetWriter:
             sizes=[r.size for r in rows],
             captions=[len(r.captions) for r in rows],
             labels=[r.label for r in rows],
+            languages=[list(r.languages) for r in rows] if any(r.languages for r in rows) else [],
         )
         self._index.write(block.encode())
         captions = [r.captions for r in rows]
@@ -215,12 +296,12 @@ class DatasetWriter:
         self,
         *,
         seed: int,
-        sources: Sequence[tuple[str, int]],
+        sources: Sequence[Source],
         classnames: Sequence[str] = (),
         templates: Sequence[str] = (),
         left_out: dict[str, int] | None = None,
     ) -> Dataset:
-        """Write the rest and, last, `dataset.json`. `sources` are (absolute path, bytes)."""
+        """Write the rest and, last, `dataset.json`; `sources` are all, those of the grown dataset first."""
         if self._block:
             self._write_block()
         if self._keys:
@@ -240,8 +321,43 @@ class DatasetWriter:
             "classnames": list(classnames),
             "templates": list(templates),
             "left_out": left_out or {},
-            "sources": [{"path": path, "bytes": size} for path, size in sources],
+            "languages": {l: n for l, n in sorted(self.languages.items()) if l and n},
+            "generation": self._grow.generation + 1 if self._grow else 0,
+            "sources": [_told(source) for source in sources],
             "shard_keys": self._shard_keys,
         }
         write_json(self._path / "dataset.json", value)
-        return open_dataset(self._path)
+        dataset = open_dataset(self._path)
+        remove_other_generations(dataset)
+        return dataset
+
+
+def remove_other_generations(dataset: Dataset) -> None:
+    """Delete the records that killed or finished growing has left beside those of the dataset."""
+    for name in ("index", "captions"):
+        mine = generation_directory(dataset.path, name, dataset.generation)
+        for directory in [dataset.path / name, *dataset.path.glob(f"{name}-*")]:
+            if directory != mine:
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+def _told(source: Source) -> dict[str, Any]:
+    """A source as JSON, without what says nothing."""
+    return {name: value for name, value in asdict(source).items() if value or name == "bytes"}
+
+
+def _rows(dataset: Dataset, number: int) -> Iterator[Row]:
+    """The rows of one block as they were added."""
+    block = decode_block(dataset.index_reader().read(number))
+    captions = decode_captions(dataset.captions_reader().read(number))
+    languages = block.languages or [[] for _ in block.keys]
+    for i, key in enumerate(block.keys):
+        yield Row(
+            key,
+            block.sources[i],
+            block.offsets[i],
+            block.sizes[i],
+            tuple(captions[i]),
+            block.labels[i],
+            tuple(languages[i]),
+        )

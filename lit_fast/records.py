@@ -7,6 +7,7 @@ array_record costs time that grows with the file.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -22,14 +23,26 @@ def _file(directory: Path, number: int) -> Path:
 
 
 class RecordWriter:
-    """Appends records to a directory that is emptied of older array_record files first."""
+    """Appends records to a directory that is emptied of older array_record files first.
 
-    def __init__(self, directory: Path) -> None:
+    With `after`, another directory, its first `count` records come first: complete files are linked, only
+    the last one is written anew.
+    """
+
+    def __init__(self, directory: Path, *, after: Path | None = None, count: int = 0) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for old in directory.glob("*.array_record"):
             old.unlink()
         self._directory, self._count = directory, 0
         self._writer: ArrayRecordWriter | None = None
+        if after is None:
+            return
+        for number in range(count // FILE_RECORDS):
+            _link(_file(after, number), _file(directory, number))
+        self._count = count // FILE_RECORDS * FILE_RECORDS
+        reader = RecordReader(after, count)
+        for number in range(self._count, count):
+            self.write(reader.read(number))
 
     def write(self, record: bytes) -> None:
         """Append one record."""
@@ -47,12 +60,25 @@ class RecordWriter:
             return
         self._writer.close()
         self._writer = None
-        path = _file(self._directory, (self._count - 1) // FILE_RECORDS)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(_file(self._directory, (self._count - 1) // FILE_RECORDS))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise UserError(f"{source} is missing; restore it or make the dataset anew") from None
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+        _sync(target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RecordReader:

@@ -5,7 +5,8 @@
     D/tokens/<name>/00000.array_record       record b = the ragged ids of block b
 
 Rules (big_vision, pp/ops_text.py): ASCII lower-casing; the end-of-sentence id is appended and survives
-truncation ("sticky"); padding is the end-of-sentence id again, so that the last position always holds it.
+truncation ("sticky"); padding is the end-of-sentence id again, so that the last position always holds it, or
+another id (SigLIP 2 pads with 0).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Tokenizer:
 
     model: bytes
     max_length: int
+    padding: int | None = None  # id; None: end-of-sentence
 
     def __post_init__(self) -> None:
         processor = sentencepiece.SentencePieceProcessor()
@@ -45,6 +47,10 @@ class Tokenizer:
             )
         if self.max_length < 2:
             raise UserError(f"max_length {self.max_length} leaves no room for a token before end-of-sentence")
+        if not 0 <= (self.padding or 0) < processor.get_piece_size():
+            raise UserError(
+                f"padding id {self.padding} is not one of the {processor.get_piece_size()} pieces"
+            )
         object.__setattr__(self, "_processor", processor)
 
     @property
@@ -54,13 +60,19 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """End of sentence, which is the padding too."""
+        """End of sentence."""
         return self._processor.eos_id()  # type: ignore[attr-defined]
+
+    @property
+    def pad_id(self) -> int:
+        """What follows the end of sentence up to `max_length`."""
+        return self.eos_id if self.padding is None else self.padding
 
     @property
     def identity(self) -> str:
         """Digest of the model file and the rules: equal identities give equal ids."""
-        rules = json.dumps({"lower": "ascii", "eos": "sticky", "pad": "eos", "max_length": self.max_length})
+        pad = "eos" if self.pad_id == self.eos_id else self.pad_id
+        rules = json.dumps({"lower": "ascii", "eos": "sticky", "pad": pad, "max_length": self.max_length})
         return hashlib.blake2b(self.model + rules.encode(), digest_size=16).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
@@ -70,8 +82,8 @@ class Tokenizer:
         return [[*i[:keep], eos] for i in ids], sum(len(i) > keep for i in ids)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Ids as int32 [n, max_length], padded with end-of-sentence."""
-        out = np.full((len(texts), self.max_length), self.eos_id, np.int32)
+        """Ids as int32 [n, max_length], padded."""
+        out = np.full((len(texts), self.max_length), self.pad_id, np.int32)
         for row, ids in zip(out, self.encode(texts)[0], strict=True):
             row[: len(ids)] = ids
         return out
@@ -139,8 +151,9 @@ class Tokens:
         Raises:
           UserError: tokenizer.model is missing or is not the one that made the ids.
         """
-        tokenizer = load_tokenizer(self.path / "tokenizer.model", self.meta["max_length"])
-        if tokenizer.identity != self.meta["identity"]:
+        meta = self.meta
+        tokenizer = load_tokenizer(self.path / "tokenizer.model", meta["max_length"], meta["pad_id"])
+        if tokenizer.identity != meta["identity"]:
             raise UserError(
                 f"{self.path}/tokenizer.model is not the tokenizer that made the tokens beside it"
             )
@@ -156,18 +169,19 @@ class Tokens:
         return decode_record(record, meta["vocab_size"], meta["max_length"], meta["pad_id"])
 
 
-def load_tokenizer(path: Path, max_length: int) -> Tokenizer:
+def load_tokenizer(path: Path, max_length: int, padding: int | None = None) -> Tokenizer:
     """Read a sentencepiece model.
 
     Raises:
-      UserError: the file is missing or is not a sentencepiece model with an end-of-sentence piece.
+      UserError: the file is missing or is not a sentencepiece model with an end-of-sentence piece, or has no
+        piece `padding`.
     """
     try:
         model = path.read_bytes()
     except OSError as error:
         raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None
     try:
-        return Tokenizer(model, max_length)
+        return Tokenizer(model, max_length, padding)
     except UserError as error:
         raise UserError(f"tokenizer {path}: {error}") from None
 
@@ -196,5 +210,9 @@ def open_tokens(dataset: Dataset, name: str = "") -> Tokens:
         raise UserError(f"dataset {dataset.path} has no tokens {name!r}, only {', '.join(have)}; {remedy}")
     tokens = Tokens(dataset, name, read_object(dataset.path / "tokens" / name / "tokens.json", *_META))
     if tuple(tokens.meta["shard_keys"]) != dataset.shard_keys:
-        raise UserError(f"{tokens.path} was made from other rows than {dataset.path} has; tokenize it anew")
+        raise UserError(
+            f"{tokens.path} was made from other rows than {dataset.path} has, which may have grown; make it anew "
+            f"with: lit-fast tokenize {dataset.path} --tokenizer {tokens.path}/tokenizer.model --name {name} "
+            f"--max-length {tokens.meta['max_length']} --pad-id {tokens.meta['pad_id']}"
+        )
     return tokens

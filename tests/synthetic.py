@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from embed.tokenize import tokenize_dataset
-from lit_fast.dataset import SHARD, Dataset, DatasetWriter, Row, open_dataset
+from lit_fast.dataset import SHARD, Dataset, DatasetWriter, Row, Source, open_dataset
 from lit_fast.features import Features, Manifest
 from lit_fast.files import write_json
 
@@ -43,7 +43,7 @@ def make_dataset(
         texts = tuple(" ".join(WORDS[w] for w in rng.permutation(words)) for _ in range(count))
         writer.add(Row(f"{r:06d}", 0, 512 * r, 100, texts, r % 5))
     dataset = writer.finish(
-        seed=seed, sources=[("/nowhere.tar", 1)], classnames=WORDS[:5], templates=["a {c}"]
+        seed=seed, sources=[Source("/nowhere.tar", 1)], classnames=WORDS[:5], templates=["a {c}"]
     )
     features = bags @ rng.normal(size=(len(WORDS), width)) + 0.1 * rng.normal(size=(rows, width))
     features[:, 0], features[:, 1] = np.arange(rows) % 128, np.arange(rows) // 128

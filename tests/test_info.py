@@ -8,7 +8,7 @@ import pytest
 
 from lit_fast.cli import main
 from lit_fast.config import Config, to_toml
-from lit_fast.dataset import SHARD, Dataset, DatasetWriter, Row
+from lit_fast.dataset import SHARD, Dataset, DatasetWriter, Row, Source
 from lit_fast.errors import UserError
 from lit_fast.features import Features, Manifest
 from lit_fast.files import write_json
@@ -30,7 +30,7 @@ def make_dataset(path: Path, rows: int = 5) -> Dataset:
     sources = []
     for name, size in (("a.tar", 1000), ("b.tar", 2500)):
         (path.parent / name).write_bytes(bytes(size))
-        sources.append((str(path.parent / name), size))
+        sources.append(Source(str(path.parent / name), size))
     writer = DatasetWriter(path)
     for i in range(rows):
         writer.add(Row(f"k{i}", i % 2, 0, 1, ("one", "two") if i else (), label=i % 3))

@@ -54,6 +54,6 @@ def _image(dataset: Dataset, row: int) -> bytes:
     """The image file of a row, as it lies in its tar."""
     number, within = divmod(row, 1024)
     block = next(b for i, b in enumerate(dataset.iter_blocks()) if i == number)
-    with open(dataset.sources[block.sources[within]], "rb") as file:
+    with open(dataset.sources[block.sources[within]].path, "rb") as file:
         file.seek(block.offsets[within])
         return file.read(block.sizes[within])

@@ -73,7 +73,7 @@ TRAIN = "train {p}/c.toml --workdir {p}/new --dataset {p}/d"
         ("info {p}/d --nosuch", "unrecognized arguments: --nosuch"),
         ("index {p}/none.tar --out {p}/new", "none.tar"),
         ("index {p}/none-*.tar --out {p}/new", "none-*.tar"),
-        ("index gs://bucket/x.tar --out {p}/new", "local"),
+        ("index ftp://host/x.tar --out {p}/new", "local"),
         ("index {p}/0.tar --out {p}/d", "choose another --out"),
         ("embed {p}/none --tower x.npz", "dataset {p}/none does not exist; make it with: lit-fast index"),
         ("embed {p}/d --tower {p}/none.npz", "source /nowhere.tar"),

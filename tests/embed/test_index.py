@@ -54,7 +54,7 @@ def test_every_row_once_with_its_own_image_and_captions(tars: Path, tmp_path: Pa
     for key, source, offset, size, texts in zip(
         block.keys, block.sources, block.offsets, block.sizes, captions, strict=True
     ):
-        with open(dataset.sources[source], "rb") as file:
+        with open(dataset.sources[source].path, "rb") as file:
             file.seek(offset)
             assert file.read(size) == encoded(picture(int(key)))
         assert texts == [f"picture {int(key)}, caption {j}" for j in range(2)]
@@ -172,9 +172,9 @@ def test_killed_indexing_leaves_no_dataset_and_can_be_redone(tars: Path, tmp_pat
     script = (
         "import sys, time, embed.index as e\n"
         "e.GROUP_ROWS = 10\n"
-        "read = e.read_tar\n"
+        "read = e.read_source\n"
         "def slow(*a, **k):\n    time.sleep(0.2); return read(*a, **k)\n"
-        "e.read_tar = slow\n"
+        "e.read_source = slow\n"
         "from pathlib import Path\n"
         "e.index_dataset([sys.argv[1]], Path(sys.argv[2]), seed=0)\n"
     )
@@ -197,7 +197,7 @@ def test_command_line(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["index", f"{tars}/*.tar", "--out", str(tmp_path / "d"), "--seed", "3"]) == 0
     assert re.search(r"indexed 40 rows with 80 captions from 4 files into .*/d\n", capsys.readouterr().out)
     assert main(["index", f"{tars}/*.tar", "--out", str(tmp_path / "d"), "--seed", "-1"]) == 2
-    assert main(["index", "s3://x/y.tar", "--out", str(tmp_path / "e")]) == 2
+    assert main(["index", "ftp://x/y.tar", "--out", str(tmp_path / "e")]) == 2
     assert capsys.readouterr().err.count("\n") == 2
 
 

@@ -1,0 +1,1 @@
+"""The formats that `lit-fast index` reads: one module each, all yielding the same items."""

@@ -1,0 +1,121 @@
+"""Reads CSV, TSV and JSON lines whose rows name an image file and its captions.
+
+The default columns of open_clip's CSV are `filepath` and `title`, of Hugging Face's image folders
+`file_name` and `text`. A CSV with a tab in its first line is separated by tabs.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from embed.sources.fields import IMAGE, PATHS, Fields, choose, texts
+from embed.sources.files import name, open_binary
+from embed.sources.items import MAX_CAPTION, Damage, Item, Layout, LeftOut, Names, Sample
+from embed.sources.paths import file_size, image_directory, inside
+from lit_fast.errors import UserError
+
+MAX_LINE = 16 << 20  # characters
+
+
+def read_table(path: str, names: Names) -> Iterator[Item]:
+    """One row per line; repeats of an image are merged by the caller.
+
+    Raises:
+      UserError: the file cannot be read, or lacks a column.
+    """
+    directory = image_directory(names.images, path)
+    yield Layout("folder", images=directory)
+    with open_binary(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        try:
+            yield from _rows(path, names, directory, text)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _rows(path: str, names: Names, directory: str, text: IO[str]) -> Iterator[Item]:
+    json_lines = name(path).lower().endswith((".jsonl", ".ndjson"))
+    fields: Fields | None = None
+    for number, values in _json_lines(text) if json_lines else _csv_rows(text):
+        if isinstance(values, str):
+            yield LeftOut(f"line {number}", values)
+            continue
+        if fields is None:
+            fields = path_fields(names, values, path)
+        inner, problem = inside(directory, values.get(fields.image))
+        size = 0
+        if not problem:
+            size, problem = file_size(directory, inner)
+        captions, languages, label, wrong = texts(values, fields)
+        if problem or wrong:
+            yield LeftOut(inner or f"line {number}", problem or wrong)
+        else:
+            yield Sample(inner, 0, size, captions, label, languages)
+    if fields is None:
+        yield Damage(f"{path} has no rows")
+
+
+def path_fields(names: Names, columns: Iterable[str], where: str) -> Fields:
+    """The columns of a table whose images are files: their path is the key."""
+    if names.key:
+        raise UserError(
+            f"{where}: --key is not for tables of image files, where the path is the key; leave it out"
+        )
+    columns = list(columns)
+    if not names.image:
+        lowered = {c.lower(): c for c in reversed(columns)}
+        found = next((lowered[c] for c in (*PATHS, *IMAGE) if c in lowered), "")
+        names = Names(names.captions, found, "", names.label, names.language, names.images)
+    return choose(names, columns, where)
+
+
+def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Line number and the fields by name, or what is wrong with the line."""
+    csv.field_size_limit(MAX_CAPTION)
+    first = text.readline(MAX_LINE)
+    text_lines = _lines(text)
+    reader = csv.reader([first], delimiter="\t" if "\t" in first else ",")
+    try:
+        header = [column.strip() for column in next(reader, [])]
+    except csv.Error as error:
+        yield 1, f"not CSV: {error}"
+        return
+    if not any(header):
+        return
+    rows = csv.reader(text_lines, delimiter="\t" if "\t" in first else ",")
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield rows.line_num + 1, f"not CSV: {error}"
+            continue
+        if len(row) > len(header):
+            yield rows.line_num + 1, f"{len(row)} fields, where the first line has {len(header)}"
+        elif row:
+            yield rows.line_num + 1, dict(zip(header, row, strict=False))
+
+
+def _json_lines(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    for number, line in enumerate(_lines(text), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            yield number, "line is not JSON"
+            continue
+        yield number, value if isinstance(value, dict) else "line is not a JSON object"
+
+
+def _lines(text: IO[str]) -> Iterator[str]:
+    """Lines; what of one is longer than `MAX_LINE` is dropped, so that no file fills the memory."""
+    while line := text.readline(MAX_LINE):
+        yield line
+        while not line.endswith(("\n", "\r")) and (line := text.readline(MAX_LINE)):
+            pass
