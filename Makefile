@@ -24,13 +24,14 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-# The tests against timm; needs a torch and a torchvision that fit each other.
+# The tests against timm and transformers; needs a torch and a torchvision that fit each other.
 parity: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[parity]'
-	$(BIN)/python -m pytest -k 'timm'
+	$(BIN)/python -m pytest -k 'timm or transformers or huggingface or torch'
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.embed
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,19 +13,44 @@ Run = Callable[[argparse.Namespace], None]
 
 
 def index(parser: argparse.ArgumentParser) -> Run:
-    """Fix the rows of a dataset: image files and captions in webdataset tars.
+    """Fix the rows of a dataset: images and captions in tars, parquet, tables, folders, array_records.
 
-    SOURCE is a tar, a directory of tars or a pattern: 'train/*.tar', 'train/{00000..00099}.tar'. The tars
-    are read where they lie and must stay there; rows are shuffled once, by the seed.
+    SOURCE is a file, a directory or a pattern, local or at https://, s3:// or gs://: 'train/*.tar',
+    's3://bucket/{00000..00099}.parquet', captions.csv, annotations/captions_val2017.json, imagenet/val.
+    Sources are read where they lie and must stay there; rows are shuffled once, by the seed.
+
+    A directory stands for the files of the one format in it, or is a folder of images per class. A .json is
+    COCO's captions. Rows of a table with the same image file become one row with all captions, if no more than
+    some 260 000 rows lie between them; a later repeat is left out as a duplicate, as is any key seen before.
+
+    Names of columns are guessed. Captions: captions, caption, title, text, txt, sentences, raw, alt_text.
+    Images: image, jpg, jpeg, png, webp, img, image_bytes, or paths in filepath, file_path, image_path, path,
+    file_name, filename, file. Keys: key, __key__, uid; the path of an image file. Labels: label, cls, class_id.
     """
-    parser.add_argument("source", nargs="+", metavar="SOURCE", help="tar files, patterns or directories")
-    parser.add_argument("--out", required=True, type=Path, metavar="D", help="directory of the new dataset")
+    parser.add_argument("source", nargs="+", metavar="SOURCE", help="files, patterns or directories")
+    parser.add_argument("--out", required=True, type=Path, metavar="D", help="directory of the dataset")
     parser.add_argument("--seed", type=_whole(0), default=0, help="order of the rows (default 0)")
+    parser.add_argument(
+        "--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns or JSON keys"
+    )
+    parser.add_argument("--image", default="", metavar="NAME", help="column of the image or of its path")
+    parser.add_argument("--key", default="", metavar="NAME", help="column of unique names of the rows")
+    parser.add_argument("--label", default="", metavar="NAME", help="column of class numbers")
+    parser.add_argument("--language", default="", metavar="NAME", help="column of the captions' language")
+    parser.add_argument(
+        "--images",
+        default="",
+        metavar="DIR",
+        help="what paths are relative to (default: the table's directory)",
+    )
+    parser.add_argument("--append", action="store_true", help="add the rows of new sources to the dataset")
 
     def run(args: argparse.Namespace) -> None:
         from embed.index import index_dataset
+        from embed.sources.items import Names
 
-        index_dataset(args.source, args.out, seed=args.seed)
+        names = Names(args.captions, args.image, args.key, args.label, args.language, args.images)
+        index_dataset(args.source, args.out, seed=args.seed, names=names, append=args.append)
 
     return run
 
@@ -39,17 +64,37 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("dataset", type=Path, metavar="D", help="a dataset made by lit-fast index")
     parser.add_argument("--tower", required=True, metavar="NAME|PATH", help="weights of the vision tower")
     parser.add_argument("--name", metavar="NAME", help="directory in D/features (default: the tower's name)")
-    parser.add_argument("--preprocess", choices=("pil-crop", "tf-squash"), help="default: the tower's own")
+    parser.add_argument(
+        "--preprocess",
+        metavar="NAME",
+        help="pil-crop, pil-squash, hf-crop or tf-squash (default: the tower's own)",
+    )
     parser.add_argument("--resolution", type=_whole(1), metavar="N", help="pixels (default: the tower's own)")
-    parser.add_argument("--gelu", choices=("exact", "tanh"), help="default: the tower's own")
-    parser.add_argument("--batch-size", type=_whole(1), metavar="N", help="default: 64 per device, 8 on CPU")
+    parser.add_argument("--gelu", choices=("exact", "tanh", "quick"), help="default: the tower's own")
+    parser.add_argument(
+        "--pool", metavar="NAME", help="tok, gap, map or projection (default: the tower's own)"
+    )
+    parser.add_argument(
+        "--reduced-decode",
+        action="store_true",
+        help="decode JPEGs much larger than needed at 1/2, 1/4 or 1/8",
+    )
+    parser.add_argument(
+        "--views", type=_whole(1), default=1, metavar="K", help="vectors per image: itself and K - 1 crops"
+    )
+    parser.add_argument(
+        "--batch-size", type=_whole(1), metavar="N", help="images per device (default 64, 8 on CPU)"
+    )
     parser.add_argument("--workers", type=_whole(1), metavar="N", help="decoding threads (default: cores)")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16"
     )
     parser.add_argument("--max-pixels", type=_whole(1), metavar="N", help="larger images are invalid")
     parser.add_argument(
-        "--shard-of", type=_share, default=(0, 1), metavar="I/N", help="do share I of N only, I from 0 on"
+        "--shard-of",
+        type=_share,
+        metavar="I/N",
+        help="do share I of N only, I from 0 on (default: this process's of the JAX cluster's)",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -63,12 +108,41 @@ def embed(parser: argparse.ArgumentParser) -> Run:
             preprocess=args.preprocess,
             resolution=args.resolution,
             gelu=args.gelu,
+            pool=args.pool,
+            reduced_decode=args.reduced_decode,
+            views=args.views,
             batch_size=args.batch_size,
             workers=args.workers,
             dtype=args.dtype,
             max_pixels=args.max_pixels or MAX_PIXELS,
             share=args.shard_of,
         )
+
+    return run
+
+
+def verify(parser: argparse.ArgumentParser) -> Run:
+    """Check every stored byte of a dataset, and that its features are the tower's.
+
+    Reads everything once: records, checksums, digests, and embeds a sample of the rows anew. One line per
+    finding; exit status 0 only if everything is right, 1 if something is wrong.
+    """
+    parser.add_argument("dataset", type=Path, metavar="D", help="a dataset made by lit-fast index")
+    parser.add_argument("--tower", metavar="NAME", help="these features only (default: all)")
+    parser.add_argument(
+        "--sample", type=_whole(0), default=64, metavar="N", help="rows to embed anew per tower (default 64)"
+    )
+    parser.add_argument("--repair", action="store_true", help="embed the shards with wrong features anew")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the findings to a file")
+
+    def run(args: argparse.Namespace) -> None:
+        from embed.verify import verify_dataset
+
+        right = verify_dataset(
+            args.dataset, tower=args.tower, sample=args.sample, repair=args.repair, out=args.json
+        )
+        if not right:
+            raise SystemExit(1)
 
     return run
 
@@ -82,6 +156,9 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--name", default="", metavar="NAME", help="directory in D/tokens")
     parser.add_argument("--max-length", type=_whole(1), default=16, metavar="N", help="ids (default 16)")
     parser.add_argument(
+        "--pad-id", type=_whole(0), metavar="N", help="padding (default: end-of-sentence; SigLIP 2: 0)"
+    )
+    parser.add_argument(
         "--model-type", choices=("unigram", "bpe"), default="unigram", help="of a new vocabulary"
     )
 
@@ -94,6 +171,7 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
             train_vocab=args.train_vocab,
             name=args.name,
             max_length=args.max_length,
+            pad_id=args.pad_id,
             model_type=args.model_type,
         )
 
@@ -108,6 +186,13 @@ def _whole(least: int) -> Callable[[str], int]:
         return value
 
     return whole_number
+
+
+def _captions(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = [part.rpartition("=")[::2] for part in text.split(",")]
+    if not all(name for _, name in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like title or en=caption,de=caption_de")
+    return tuple((language, name) for language, name in pairs)
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -7,29 +7,42 @@ the feature array in one write; its manifest comes last.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import tensorstore as ts
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from embed.device import Waiting, compile_tower, default_batch_size, default_dtype, results
+from embed.fetch import check_sources
 from embed.images import Batch, Images, read_ahead
 from embed.journal import Journal
-from lit_fast.dataset import SHARD, Dataset, open_dataset
+from embed.signals import held_back
+from lit_fast.dataset import BLOCK, SHARD, Dataset, open_dataset
 from lit_fast.errors import UserError
-from lit_fast.features import BFLOAT16, Features, Manifest
+from lit_fast.features import (
+    BFLOAT16,
+    Features,
+    Manifest,
+    embed_command,
+    features_digest,
+    first_line,
+    read_error,
+    with_views,
+)
 from lit_fast.files import read_json, write_json
 from lit_fast.preprocess import MAX_PIXELS
+from lit_fast.processes import place
 from lit_fast.progress import Progress
 from lit_fast.towers import Tower, load_tower
 
@@ -42,10 +55,15 @@ class Job:
     features: Features
     tower: Tower
     shards: list[int]  # this process's share, finished or not
-    batch_size: int
+    batch_size: int  # images per device
     workers: int
     dtype: str
     max_pixels: int
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows per device; what shares a device's batch must not depend on the number of devices."""
+        return max(1, self.batch_size // self.features.views)
 
 
 def embed_dataset(
@@ -56,63 +74,89 @@ def embed_dataset(
     preprocess: str | None = None,
     resolution: int | None = None,
     gelu: str | None = None,
+    pool: str | None = None,
+    reduced_decode: bool = False,
+    views: int = 1,
     batch_size: int | None = None,
     workers: int | None = None,
     dtype: str | None = None,
     max_pixels: int = MAX_PIXELS,
-    share: tuple[int, int] = (0, 1),
+    share: tuple[int, int] | None = None,
 ) -> None:
     """Embed the shards `s` of a dataset with `s % share[1] == share[0]`; goes on with what is there.
+
+    Args:
+      preprocess, resolution, gelu, pool: as `load_tower`.
+      reduced_decode: decode JPEGs much larger than needed at 1/2, 1/4 or 1/8, see `Preprocess.at_least`.
+      views: vectors per image, the first of the image as it is, the others of crops.
+      batch_size: images per device.
+      share: by default this process's place among those of the cluster.
 
     Raises:
       UserError: a source is missing, the name is taken by another tower, the disk is full, or no image
         could be decoded.
     """
-    dataset = open_dataset(path)
-    _check_sources(dataset)
-    tower = load_tower(tower_spec, preprocess=preprocess, resolution=resolution, gelu=gelu)
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    features = Features(dataset, _checked_name(name or tower.name), tower.provenance(dtype))
-    devices = jax.local_device_count()
-    # A CPU's caches make small batches fast: 62 images/s by 8, 36 by 64 (ViT-Ti/16, two cores).
-    batch_size = batch_size or (8 if jax.default_backend() == "cpu" else 64 * devices)
-    job = Job(
-        dataset,
-        features,
-        tower,
-        shards=list(range(share[0], dataset.shards, share[1])),
-        batch_size=-(-batch_size // devices) * devices,
-        workers=workers or len(os.sched_getaffinity(0)),
-        dtype=dtype,
-        max_pixels=max_pixels,
-    )
-    try:
-        _claim(features)
-        _check_finished(job)
-        finished = set(features.finished())
-        todo = [s for s in job.shards if s not in finished]
-        rate = _embed_shards(job, todo) if todo else None
-        _remove_stale(features)
-        _report(job, rate)
-    except OSError as error:
-        where = error.filename or features.path
-        raise UserError(f"{where}: {error.strerror}; mend that and run the same command again") from None
-    except MemoryError:
-        raise UserError("out of memory; lower --batch-size, --workers or --max-pixels") from None
-
-
-def _check_sources(dataset: Dataset) -> None:
-    for source, size in zip(dataset.sources, dataset.source_bytes, strict=True):
+    with held_back() as signals:
+        share = share or place()
+        dataset = open_dataset(path)
+        check_sources(dataset)
+        chosen = {
+            "preprocess": preprocess, "resolution": resolution, "gelu": gelu, "pool": pool,
+            "reduced_decode": reduced_decode,
+        }  # fmt: skip
+        options = {option: value for option, value in chosen.items() if value}
+        if max_pixels != MAX_PIXELS:  # decides which rows are invalid
+            options["max_pixels"] = max_pixels
+        tower = open_tower(tower_spec, options)
+        dtype = dtype or default_dtype()
+        provenance = with_views(tower.provenance(dtype), views) | {"options": options}
+        job = Job(
+            dataset,
+            Features(dataset, _checked_name(name or tower.name), provenance),
+            tower,
+            shards=list(range(share[0], dataset.shards, share[1])),
+            batch_size=batch_size or default_batch_size(),
+            workers=workers or len(os.sched_getaffinity(0)),
+            dtype=dtype,
+            max_pixels=max_pixels,
+        )
         try:
-            found = os.stat(source).st_size
+            _claim(job.features)
+            manifests = job.features.manifests()
+            for shard in job.shards:
+                if shard in manifests:
+                    _check_manifest(job, manifests[shard])
+            finished = set(job.features.finished())
+            todo = [s for s in job.shards if s not in finished]
+            rate = _embed_shards(job, todo, signals) if todo else None
+            if signals:
+                return
+            _remove_stale(job.features)
+            _report(job, rate)
+            _report_others(job)
         except OSError as error:
-            raise UserError(
-                f"source {source} of {dataset.path} cannot be read: {error.strerror}; restore it there"
-            ) from None
-        if found != size:
-            raise UserError(
-                f"source {source} has {found} bytes, but had {size} when it was indexed; restore it"
-            )
+            where = error.filename or job.features.path
+            raise UserError(f"{where}: {error.strerror}; mend that and run the same command again") from None
+        except MemoryError:
+            raise UserError("out of memory; lower --batch-size, --workers or --max-pixels") from None
+
+
+def open_tower(spec: str, options: dict[str, Any]) -> Tower:
+    """The tower of a specification and of the options of the command that change it.
+
+    Those are `preprocess`, `resolution`, `gelu`, `pool` and `reduced_decode`; others are not its.
+
+    Raises:
+      UserError: as `load_tower`.
+    """
+    own = ("preprocess", "resolution", "gelu", "pool")
+    tower = load_tower(spec, **{name: value for name, value in options.items() if name in own})
+    if not options.get("reduced_decode"):
+        return tower
+    try:
+        return replace(tower, preprocess=replace(tower.preprocess, reduced=True))
+    except ValueError as error:
+        raise UserError(f"tower {spec}: {error}") from None
 
 
 def _checked_name(name: str) -> str:
@@ -126,141 +170,152 @@ def _claim(features: Features) -> None:
     file = features.path / "tower.json"
     if not file.exists():
         write_json(file, features.provenance)
-        return
-    there = read_json(file)
+    there = read_json(file)  # read back: of two that begin at the same time, one finds the other's
     if not isinstance(there, dict) or there.get("identity") != features.identity:
         mine = features.provenance
-        other = [
-            k for k in mine if k not in ("identity", "versions", "name", "source") and there.get(k) != mine[k]
-        ]
+        without = ("identity", "first_view", "options", "versions", "name", "source")
+        other = [k for k in [*mine, "views"] if k not in without and there.get(k, 1) != mine.get(k, 1)]
         raise UserError(
-            f"{features.path} holds features of another tower (other {', '.join(other) or 'identity'}); "
-            f"choose another --name"
+            f"{features.path} holds features of another tower "
+            f"(other {', '.join(dict.fromkeys(other)) or 'identity'}); choose another --name"
         )
 
 
-def _check_finished(job: Job) -> None:
-    for shard in set(job.features.finished()) & set(job.shards):
-        manifest = job.features.manifest(shard)
-        if manifest.keys != job.dataset.shard_keys[shard] or manifest.tower != job.features.identity:
-            raise UserError(
-                f"{job.features.manifest_path(shard)} belongs to other rows or another tower; choose another "
-                f"--name or delete {job.features.path}"
-            )
+def _check_manifest(job: Job, manifest: Manifest) -> None:
+    """A finished shard, or one that was finished before the dataset grew, must be of these rows."""
+    shard, keys = manifest.shard, job.dataset.shard_keys[manifest.shard]
+    if manifest.rows < job.features.shard_rows(shard):
+        keys = job.dataset.prefix_digest(shard, manifest.rows)
+    if manifest.keys != keys or manifest.tower != job.features.identity:
+        raise UserError(
+            f"{job.features.manifest_path(shard)} belongs to other rows or another tower; choose another "
+            f"--name or delete {job.features.path}"
+        )
 
 
-def _embed_shards(job: Job, shards: list[int]) -> float:
-    """Do the unfinished `shards`, in order; images per second."""
-    done = sum(_rows(job.dataset, s) for s in set(job.shards) - set(shards))
-    total = sum(_rows(job.dataset, s) for s in job.shards)
+def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
+    """Do the unfinished `shards`, in order, until a signal comes; images per second."""
+    done = sum(map(job.features.shard_rows, set(job.shards) - set(shards)))
+    total = sum(map(job.features.shard_rows, job.shards))
     array = job.features.array(create=True)
-    run = _compile(job)
-    images = Images(job.dataset, job.tower.preprocess, job.max_pixels)
-    size = job.tower.preprocess.size
+    run = compile_tower(job.tower, job.dtype)
+    images = Images(job.dataset, job.tower.preprocess, job.max_pixels, job.features.views)
+    rows = job.batch_rows * jax.local_device_count()
     journals: dict[int, Journal] = {}
-    embedded, began = 0, time.monotonic()
+    embedded, began, waiting = 0, time.monotonic(), Waiting()
     progress: Progress | None = None
     with ExitStack() as stack:
-        spans = _spans(job, shards, array, journals, stack)
-        batches = stack.enter_context(closing(read_ahead(images, spans, job.batch_size, size, job.workers)))
-        for batch, result in _in_flight(batches, run):
+        spans = _spans(job, shards, rows, array, journals, stack)
+        batches = stack.enter_context(closing(read_ahead(images, spans, rows, job.workers)))
+        for batch, result in stack.enter_context(closing(results(batches, run, waiting))):
             shard = batch.first // SHARD
             journal = journals[shard]
             if progress is None:
                 progress = Progress("embed", total, "images", start=done + journal.done)
-            journal.append(*_checked(batch, result, shard * SHARD))
-            progress.advance(batch.rows)
-            embedded += batch.rows
-            if journal.done == _rows(job.dataset, shard):
+                waiting.restart()
+            new = _append(journal, batch, result.reshape(rows, -1), shard * SHARD)
+            progress.advance(new, waiting.note())
+            embedded += new
+            if journal.done == job.features.shard_rows(shard):
                 _commit(job, shard, array, journals.pop(shard))
-    if progress is not None:
+            if signals:
+                break
+    if progress is not None and not signals:
         progress.close()
+        if advice := waiting.advice():
+            print(advice, file=sys.stderr)
     return embedded / (time.monotonic() - began)
 
 
-def _rows(dataset: Dataset, shard: int) -> int:
-    return min(SHARD, dataset.rows - shard * SHARD)
-
-
 def _spans(
-    job: Job, shards: list[int], array: ts.TensorStore, journals: dict[int, Journal], stack: ExitStack
+    job: Job,
+    shards: list[int],
+    batch_rows: int,
+    array: ts.TensorStore,
+    journals: dict[int, Journal],
+    stack: ExitStack,
 ) -> Iterator[tuple[int, int]]:
     """The batches to do, as (first row, rows); opens the journal of a shard when its turn has come."""
     for shard in shards:
-        rows = _rows(job.dataset, shard)
+        rows = job.features.shard_rows(shard)
         belongs = {
             "identity": job.features.identity,
             "keys": job.dataset.shard_keys[shard],
             "batch_size": job.batch_size,
             "max_pixels": job.max_pixels,
         }
-        path = job.features.path / "partial" / f"{shard:05d}.journal"
-        journal = stack.enter_context(Journal(path, rows, job.tower.width, belongs))
+        path = journal_path(job.features, shard)
+        journal = stack.enter_context(Journal(path, rows, array.shape[1], belongs))
         if journal.discarded:
             print(f"note: {path} was begun with other settings; shard {shard} starts anew", file=sys.stderr)
-        if job.features.manifest_path(shard).exists():  # by another process, before the journal was ours
+        known = job.features.manifest(shard) if job.features.manifest_path(shard).exists() else None
+        if known is not None and known.rows >= rows:  # by another process, before the journal was ours
             journal.remove()
-        elif journal.done == rows:
+            continue
+        if known is not None:
+            _copy_known(job, known, array, journal)
+        if journal.done == rows:
             _commit(job, shard, array, journal)
-        else:
-            journals[shard] = journal
-            for lo in range(journal.done, rows, job.batch_size):
-                yield shard * SHARD + lo, min(job.batch_size, rows - lo)
+            continue
+        journals[shard] = journal
+        # Batches begin where they would if nothing were known yet, so that the new rows get the same bits.
+        start = journal.done // job.batch_rows * job.batch_rows
+        for lo in range(start, rows, batch_rows):
+            yield shard * SHARD + lo, min(batch_rows, rows - lo)
 
 
-def _compile(job: Job) -> Callable[[np.ndarray], jax.Array]:
-    """The tower over all local devices: uint8 `[batch, size, size, 3]` to float32 `[batch, width]`."""
-    mesh = Mesh(np.array(jax.local_devices()), ("data",))
-    split, same = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    params = jax.device_put(job.tower.params, same)
-    dtype = jax.numpy.dtype(job.dtype)
-    embed = jax.jit(lambda p, x: job.tower.embed(p, x, dtype), out_shardings=split)
-    return lambda images: embed(params, jax.device_put(images, split))
+def _copy_known(job: Job, known: Manifest, array: ts.TensorStore, journal: Journal) -> None:
+    """Take over the features of a shard that was finished before the dataset grew."""
+    for lo in range(journal.done, known.rows, BLOCK):
+        hi = min(lo + BLOCK, known.rows)
+        try:
+            features = array[known.first + lo : known.first + hi].read().result()
+        except ValueError as error:
+            raise read_error(job.features.path, error) from None
+        invalid = {r - known.first: why for r, why in known.invalid.items() if lo <= r - known.first < hi}
+        journal.append(features, invalid)
+    if known.features and features_digest(journal.features[: known.rows]) != known.features:
+        journal.remove()
+        raise UserError(
+            f"{job.features.path}: shard {known.shard} does not hold the features that its manifest was written "
+            f"for; mend it with: lit-fast verify {job.dataset.path} --tower {job.features.tower} --repair"
+        )
 
 
-def _in_flight(
-    batches: Iterator[Batch], run: Callable[[np.ndarray], jax.Array]
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Results in order; the next batch is on the device before the result of the last one is fetched."""
-    waiting: deque[tuple[Batch, jax.Array]] = deque()
-    for batch in batches:
-        waiting.append((batch, run(batch.images)))
-        if len(waiting) > 1:
-            first, result = waiting.popleft()
-            yield first, np.asarray(result)
-    while waiting:
-        first, result = waiting.popleft()
-        yield first, np.asarray(result)
-
-
-def _checked(batch: Batch, result: np.ndarray, first: int) -> tuple[np.ndarray, dict[int, str]]:
-    """The batch's features as bfloat16 and its invalid rows, counted from the shard's first row."""
-    features = result[: batch.rows].astype(BFLOAT16)
-    invalid = {row - first: why for row, why in batch.invalid.items()}
+def _append(journal: Journal, batch: Batch, result: np.ndarray, first: int) -> int:
+    """Add a batch's features `[batch rows, views * width]` to the journal; how many rows are new."""
+    known = journal.done - (batch.first - first)
+    features = result[known : batch.rows].astype(BFLOAT16)
+    invalid = {r - first: why for r, why in batch.invalid.items() if r - first >= journal.done}
     finite = np.isfinite(features.astype(np.float32)).all(axis=1)
     for i in np.flatnonzero(~finite):
-        invalid.setdefault(batch.first - first + int(i), "non-finite feature")
+        invalid.setdefault(journal.done + int(i), "non-finite feature")
     for row in invalid:
-        features[row - (batch.first - first)] = 0
-    return features, invalid
+        features[row - journal.done] = 0
+    journal.append(features, invalid)
+    return len(features)
 
 
 def _commit(job: Job, shard: int, array: ts.TensorStore, journal: Journal) -> None:
     """Write a complete shard, then its manifest, then forget the journal."""
-    first, rows = shard * SHARD, _rows(job.dataset, shard)
+    first, rows = shard * SHARD, job.features.shard_rows(shard)
     try:
         # The future must be kept until its result is known: a dropped write is lost without a word.
         future = array[first : first + rows].write(journal.features)
         future.result()
     except ValueError as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{job.features.path} cannot be written: {reason}; mend that and run the same command again"
+            f"{job.features.path} cannot be written: {first_line(error)}; mend that and run the same command again"
         ) from None
     invalid = {first + row: why for row, why in journal.invalid.items()}
-    keys = job.dataset.shard_keys[shard]
-    job.features.write_manifest(Manifest(shard, first, rows, keys, job.features.identity, invalid))
+    keys, digest = job.dataset.shard_keys[shard], features_digest(journal.features)
+    job.features.write_manifest(Manifest(shard, first, rows, keys, job.features.identity, invalid, digest))
     journal.remove()
+
+
+def journal_path(features: Features, shard: int) -> Path:
+    """Where the journal of an unfinished shard lies."""
+    return features.path / "partial" / f"{shard:05d}.journal"
 
 
 def _remove_stale(features: Features) -> None:
@@ -279,7 +334,7 @@ def _remove_stale(features: Features) -> None:
 def _report(job: Job, rate: float | None) -> None:
     """The last lines on stdout: what there is now, and which rows are invalid."""
     path = job.features.path
-    rows = sum(_rows(job.dataset, s) for s in job.shards)
+    rows = sum(map(job.features.shard_rows, job.shards))
     invalid: dict[int, str] = {}
     for shard in job.shards:
         invalid |= job.features.manifest(shard).invalid
@@ -299,6 +354,31 @@ def _report(job: Job, rate: float | None) -> None:
         print(f"invalid: {'; '.join(named)}{'; ...' if len(invalid) > 5 else ''}")
 
 
+def _report_others(job: Job) -> None:
+    """Name the unfinished shards of other shares, unless somebody is at work on them."""
+    finished = set(job.features.finished())
+    left = [s for s in range(job.dataset.shards) if s not in finished]
+    if left and not any(_at_work(job.features, s) for s in left):
+        command = embed_command(job.dataset, job.features.provenance, job.features.tower)
+        print(
+            f"note: {len(left):,} shards of other shares are unfinished (first: {left[0]}) and nobody is at work on "
+            f"them; this does them: {command} --shard-of 0/1",
+            file=sys.stderr,
+        )
+
+
+def _at_work(features: Features, shard: int) -> bool:
+    """Whether another process holds the journal of the shard."""
+    try:
+        with open(journal_path(features, shard), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def _named(images: Images, dataset: Dataset, row: int, why: str) -> str:
     block, i = images.place(row)
-    return f"{block.keys[i]} in {Path(dataset.sources[block.sources[i]]).name}: {why}"
+    return f"{block.keys[i]} in {Path(dataset.sources[block.sources[i]].path).name}: {why}"

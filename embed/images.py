@@ -1,25 +1,21 @@
-"""Reads, decodes and preprocesses the images of a dataset: ahead of the device, in order.
+"""Decodes and preprocesses the images of a dataset: ahead of the device, in order.
 
 Threads suffice, since PIL and numpy release the interpreter lock while they decode and resize.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable
+from collections import deque
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-from lit_fast.dataset import BLOCK, Block, Dataset, decode_block
-from lit_fast.errors import UserError
+from embed.fetch import Fetcher
+from lit_fast.dataset import Block, Dataset
 from lit_fast.preprocess import ImageError, Preprocess, decode
 
-_OPEN_FILES = 256
 _ROWS_PER_TASK = 8
 
 
@@ -29,103 +25,74 @@ class Batch:
 
     first: int  # row of the dataset
     rows: int
-    images: np.ndarray  # uint8 [batch size, size, size, 3]; zeros where a row is invalid or there is none
+    images: np.ndarray  # uint8 [rows * views, size, size, 3]; zeros where a row is invalid or there is none
     invalid: dict[int, str]  # row -> why its image could not be decoded
 
 
-class _Descriptor:
-    """An open file that closes itself when the last thread that reads from it lets go."""
-
-    def __init__(self, path: str) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone at exit
-        if self.number >= 0:
-            close(self.number)
-
-
 class Images:
-    """The image files of a dataset by row, from any thread."""
+    """The pixels of a dataset's images by row, from any thread."""
 
-    def __init__(self, dataset: Dataset, preprocess: Preprocess, max_pixels: int) -> None:
-        self._dataset, self._preprocess, self._max_pixels = dataset, preprocess, max_pixels
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
-        reader = dataset.index_reader()
-        self._block = lru_cache(maxsize=8)(lambda number: decode_block(reader.read(number)))
+    def __init__(self, dataset: Dataset, preprocess: Preprocess, max_pixels: int, views: int = 1) -> None:
+        self._fetcher = Fetcher(dataset)
+        self._preprocess, self._max_pixels, self._views = preprocess, max_pixels, views
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of one row: views, height, width, channels."""
+        return self._views, self._preprocess.size, self._preprocess.size, 3
 
     def place(self, row: int) -> tuple[Block, int]:
         """The index block of a row and the row's number in it."""
-        return self._block(row // BLOCK), row % BLOCK
-
-    def bytes(self, row: int) -> bytes:
-        """The image file of a row.
-
-        Raises:
-          UserError: its source cannot be read or has become shorter.
-        """
-        block, i = self.place(row)
-        source, offset, left = block.sources[i], block.offsets[i], block.sizes[i]
-        path = self._dataset.sources[source]
-        parts = []
-        try:
-            file = self._descriptor(source)
-            while left > 0:
-                part = os.pread(file.number, left, offset)
-                if not part:
-                    raise UserError(f"{path} has become shorter since it was indexed; restore it")
-                parts.append(part)
-                offset, left = offset + len(part), left - len(part)
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read: {error.strerror}; restore it and run this again"
-            ) from None
-        return b"".join(parts)
+        return self._fetcher.place(row)
 
     def fill(self, first: int, rows: int, out: np.ndarray) -> dict[int, str]:
-        """Write the pixels of some rows into `out` `[rows, size, size, 3]`; row -> reason of the invalid."""
+        """Write the pixels of some rows into `out` `[rows, *shape]`; row -> reason of the invalid.
+
+        Raises:
+          UserError: a source cannot be read.
+        """
         invalid = {}
         for i in range(rows):
             try:
-                image = decode(self.bytes(first + i), max_pixels=self._max_pixels)
-                out[i] = self._preprocess.apply(image)
+                self._fill(first + i, out[i])
             except ImageError as error:
                 invalid[first + i] = str(error)
+                out[i] = 0
         return invalid
 
-    def _descriptor(self, source: int) -> _Descriptor:
-        with self._lock:
-            file = self._open.get(source)
-            if file is None:
-                file = self._open[source] = _Descriptor(self._dataset.sources[source])
-                if len(self._open) > _OPEN_FILES:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(source)
-            return file
+    def _fill(self, row: int, out: np.ndarray) -> None:
+        data = self._fetcher.bytes(row)
+        how = self._preprocess
+        image = decode(data, max_pixels=self._max_pixels, at_least=how.at_least, alpha=how.alpha)
+        if self._views == 1:
+            out[0] = self._preprocess.apply(image)
+            return
+        block, i = self._fetcher.place(row)
+        for number in range(self._views):
+            out[number] = self._preprocess.view(image, block.keys[i], number)
 
 
 def read_ahead(
-    images: Images, spans: Iterable[tuple[int, int]], batch_size: int, size: int, workers: int
+    images: Images, spans: Iterable[tuple[int, int]], batch_rows: int, workers: int
 ) -> Generator[Batch, None, None]:
-    """Batches for `spans` of (first row, rows <= batch_size), in that order.
+    """Batches for `spans` of (first row, rows <= batch_rows), in that order.
 
     As many batches are under way as keep all workers busy while the device has two; memory is bounded by
     them.
     """
-    ahead = 3 + -(-workers * _ROWS_PER_TASK // batch_size)
+    ahead = 3 + -(-workers * _ROWS_PER_TASK // batch_rows)
     waiting: deque[tuple[Batch, list[Future[dict[int, str]]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
         for first, rows in spans:
             # A fresh array each time: on a CPU device JAX may use this memory itself.
-            pixels = np.zeros((batch_size, size, size, 3), np.uint8)
+            pixels = np.zeros((batch_rows, *images.shape), np.uint8)
             tasks = [
                 pool.submit(images.fill, first + lo, hi - lo, pixels[lo:hi])
                 for lo in range(0, rows, _ROWS_PER_TASK)
                 for hi in [min(lo + _ROWS_PER_TASK, rows)]
             ]
-            waiting.append((Batch(first, rows, pixels, {}), tasks))
+            waiting.append((Batch(first, rows, pixels.reshape(-1, *images.shape[1:]), {}), tasks))
             if len(waiting) >= ahead:
                 yield _finished(*waiting.popleft())
         while waiting:

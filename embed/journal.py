@@ -51,13 +51,9 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.discarded = False
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  (closed by __exit__)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _lock(self._file):
             self._file.close()
-            raise UserError(
-                f"{path}: another process is embedding this shard; wait for it or stop it"
-            ) from None
+            raise UserError(f"{path}: another process is embedding this shard; wait for it or stop it")
         end = self._recover(belongs)
         self._file.truncate(end)
         self._file.seek(end)
@@ -124,6 +120,17 @@ class Journal:
         if len(payload) < data_bytes + json_bytes or crc != _checksum(head, payload):
             return None
         return start, rows, payload[:data_bytes], json.loads(payload[data_bytes:])
+
+
+def _lock(file: Any) -> bool:
+    """Whether the file is ours now; tried for a second, since others may look whether it is locked."""
+    for _ in range(20):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+    return False
 
 
 def _record(start: int, rows: int, data: bytes, value: dict[str, Any]) -> bytes:

@@ -100,7 +100,7 @@ def _dispatch(argv: list[str]) -> None:
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.overrides = rest
+    args.unknown = rest
     runs[args.command](args)
 
 

@@ -29,7 +29,7 @@ class TextConfig:
     mask_padding: bool = False  # hide padding from attention and pooling; the paper attends to it
     embedding_width: int = 0  # of the token table, projected to width; 0: as wide. 96 suits 250 000 pieces
     head: bool = True  # projection to the features' width; false: none, text and features are equally wide
-    # A published SigLIP or LiT text tower to start from: FILE.npz:txt, a directory with model.safetensors, or a
+    # A text tower of SigLIP or big_vision to start from: FILE.npz:txt, a directory with model.safetensors, or a
     # name like hf:OWNER/NAME. The keys above must describe it. With its head come its temperature and bias.
     init: str = ""
     dropout: float = 0.0
@@ -139,6 +139,7 @@ class LogConfig:
     """Metrics."""
 
     every_steps: int = 50
+    wandb: str = ""  # a project of Weights & Biases to send them to as well; empty: none
 
 
 @dataclass(frozen=True)
@@ -188,17 +189,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
       UserError: unreadable file, unknown key (the nearest known one is named), wrong type or value.
     """
+    known = flatten(Config())
+    given = _pairs(overrides, known)
     try:
         values = _flatten(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from None
-    known = flatten(Config())
     for key in values:
         _check_known(key, known, f"in {path}")
-    for key, text in _pairs(overrides):
-        _check_known(key, known, "on the command line")
+    for key, text in given:
         values[key] = _parse(key, text, known[key])
     config = _build(Config, "", values)
     _check_values(config)
@@ -239,7 +240,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+def _pairs(arguments: Sequence[str], known: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = []
     rest = list(arguments)
     while rest:
@@ -247,6 +248,7 @@ def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
         if not flag.startswith("--"):
             raise UserError(f"unexpected argument {flag!r}; overrides are written --section.key value")
         key, equals, text = flag[2:].partition("=")
+        _check_known(key, known, "on the command line")
         if not equals:
             if not rest:
                 raise UserError(f"{flag} needs a value")

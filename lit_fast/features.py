@@ -1,14 +1,18 @@
-"""The features of one tower over one dataset: `[rows, width]` bfloat16 in TensorStore.
+"""The features of one tower over one dataset: `[rows, views * width]` bfloat16 in TensorStore.
 
     D/features/<tower>/tower.json            provenance: how to make the same vectors again
     D/features/<tower>/zarr.json, c/...      zarr3, shards of 65 536 rows, blocks of 1024, crc32c
     D/features/<tower>/manifest/00000.json   one per finished shard, written last
 
-A shard exists when its manifest exists. Features are the tower's pooled output, not normalised.
+A shard exists when its manifest exists. Features are the tower's pooled output, not normalised. Where a
+tower saw several views (crops) of an image, their vectors lie side by side; view 0 is the image as the
+tower's own preprocessing takes it, and the only one in most stores.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -39,6 +43,7 @@ class Manifest:
     keys: str  # digest of the rows' keys, as in dataset.json
     tower: str  # digest of tower.json's identity
     invalid: dict[int, str]  # row -> why its image could not be decoded; its feature is zero
+    features: str = ""  # `features_digest` of the shard; older stores have none
 
 
 @dataclass(frozen=True)
@@ -60,33 +65,70 @@ class Features:
         return int(self.provenance["width"])
 
     @property
+    def views(self) -> int:
+        """Vectors per row."""
+        return int(self.provenance.get("views", 1))
+
+    @property
     def identity(self) -> str:
         """Digest of everything that decides the vectors."""
         return str(self.provenance["identity"])
 
+    def shard_rows(self, shard: int) -> int:
+        """Rows of a shard; the last may be short."""
+        return min(SHARD, self.dataset.rows - shard * SHARD)
+
     def array(self, *, create: bool = False) -> ts.TensorStore:
-        """The `[rows, width]` bfloat16 array; a missing block is an error, never zeros."""
+        """The `[rows, views * width]` bfloat16 array; a missing block is an error, never zeros.
+
+        `create` makes it where there is none, and longer where the dataset has grown.
+
+        Raises:
+          UserError: it cannot be opened, or is not such an array.
+        """
+        shape = [self.dataset.rows, self.views * self.width]
+        wanted = _metadata(shape[1])
+        exists = (self.path / "zarr.json").exists()
         spec: dict[str, Any] = {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{self.path}/"},
             "fill_missing_data_reads": False,
             "store_data_equal_to_fill_value": True,
+            "metadata": wanted if exists else {**wanted, "shape": shape},
         }
-        if create:
-            spec["metadata"] = _metadata(self.dataset.rows, self.width)
         try:
-            return ts.open(spec, context=_CONTEXT, open=True, create=create).result()
+            array = ts.open(spec, context=_CONTEXT, open=True, create=create and not exists).result()
+            if create and array.shape[0] < shape[0]:
+                array = array.resize(exclusive_max=shape, expand_only=True).result()
         except ValueError as error:
-            raise UserError(f"{self.path} cannot be opened: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{self.path} cannot be opened: {first_line(error)}") from None
+        if list(array.shape) != shape:
+            raise UserError(
+                f"{self.path} has {array.shape[0]:,} rows, {self.dataset.path} has {shape[0]:,}; {self._remedy()}"
+            )
+        return array
+
+    def shard_path(self, shard: int) -> Path:
+        """The file with the features of a shard."""
+        return self.path / "c" / str(shard) / "0"
 
     def manifest_path(self, shard: int) -> Path:
         """Where the manifest of a shard lies."""
         return self.path / "manifest" / f"{shard:05d}.json"
 
     def finished(self) -> list[int]:
-        """Shards that are complete, in order; one listing, nothing is opened."""
+        """Shards that are complete, in order: with a manifest that knows all rows the shard has now."""
+        return [shard for shard, m in self.manifests().items() if m.rows >= self.shard_rows(shard)]
+
+    def manifests(self) -> dict[int, Manifest]:
+        """All manifests by shard, in order; nothing is read per row.
+
+        Raises:
+          UserError: one is damaged.
+        """
         names = (p.stem for p in (self.path / "manifest").glob("*.json"))
-        return sorted(int(n) for n in names if n.isdigit() and int(n) < self.dataset.shards)
+        shards = sorted(int(n) for n in names if n.isdigit() and int(n) < self.dataset.shards)
+        return {shard: self.manifest(shard) for shard in shards}
 
     def manifest(self, shard: int) -> Manifest:
         """Read one shard's manifest.
@@ -97,14 +139,21 @@ class Features:
         path = self.manifest_path(shard)
         value = read_json(path)
         try:
-            value["invalid"] = {int(row): why for row, why in value["invalid"].items()}
-            return Manifest(**value)
+            value["invalid"] = {int(row): str(why) for row, why in value["invalid"].items()}
+            manifest = Manifest(**value)
+            if manifest.shard != shard or manifest.first != shard * SHARD:
+                raise ValueError("it is of another shard")
+            if not 0 < manifest.rows <= SHARD:
+                raise ValueError(f"rows {manifest.rows}")
+            return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Declare a shard complete; call it only after its data are on the disk."""
         value = manifest.__dict__ | {"invalid": {str(r): why for r, why in sorted(manifest.invalid.items())}}
+        if not manifest.features:
+            del value["features"]
         write_json(self.manifest_path(manifest.shard), value)
 
     def invalid_rows(self) -> dict[int, str]:
@@ -116,20 +165,25 @@ class Features:
         Raises:
           UserError: a shard is missing or was made from other rows or by another tower.
         """
-        missing = sorted(set(range(self.dataset.shards)) - set(self.finished()))
+        manifests = self.manifests()
+        missing = sorted(set(range(self.dataset.shards)) - set(manifests))
         if missing:
             raise UserError(
                 f"{self.path}: {len(missing)} of {self.dataset.shards} shards are missing (first: {missing[0]}); "
-                f"finish them with: {embed_command(self.dataset, self.provenance, self.tower)}"
+                + self._remedy()
             )
         invalid: dict[int, str] = {}
-        for shard in range(self.dataset.shards):
-            manifest = self.manifest(shard)
+        for shard, manifest in manifests.items():
+            if manifest.rows < self.shard_rows(shard):
+                raise UserError(
+                    f"{self.path}: the dataset has grown, shard {shard} has {manifest.rows:,} of "
+                    f"{self.shard_rows(shard):,} rows; {self._remedy()}"
+                )
             if manifest.keys != self.dataset.shard_keys[shard]:
                 raise UserError(
                     f"{self.path}: shard {shard} was made from other rows than {self.dataset.path}"
                 )
-            if manifest.rows != min(SHARD, self.dataset.rows - shard * SHARD):
+            if manifest.rows != self.shard_rows(shard):
                 raise UserError(
                     f"{self.path}: shard {shard} has {manifest.rows} rows, {self.dataset.path} has others"
                 )
@@ -138,14 +192,20 @@ class Features:
             invalid |= manifest.invalid
         return invalid
 
+    def _remedy(self) -> str:
+        return f"finish them with: {embed_command(self.dataset, self.provenance, self.tower)}"
+
     def mean(self, invalid: Collection[int]) -> np.ndarray:
-        """The mean feature over the valid rows of up to 1024 evenly spaced blocks, float32 [width]."""
+        """The mean feature over the valid rows of up to 1024 evenly spaced blocks, float32 [width].
+
+        Of view 0 alone: that is what evaluation and retrieval subtract it from.
+        """
         array, blocks = self.array(), self.dataset.blocks
         total, count = np.zeros(self.width), 0
         try:
             for b in np.unique(np.linspace(0, blocks - 1, min(blocks, 1024)).round().astype(int)):
                 rows = np.arange(b * BLOCK, min((b + 1) * BLOCK, self.dataset.rows))
-                block = array[int(rows[0]) : int(rows[-1]) + 1].read().result()
+                block = array[int(rows[0]) : int(rows[-1]) + 1, : self.width].read().result()
                 valid = [r not in invalid for r in rows.tolist()]
                 total += block[valid].astype(np.float64).sum(axis=0)
                 count += sum(valid)
@@ -153,15 +213,15 @@ class Features:
             raise read_error(self.path, error) from None
         return (total / max(count, 1)).astype(np.float32)
 
-    def read_all(self) -> np.ndarray:
-        """All features as one `[rows, width]` bfloat16 array in memory."""
-        array = self.array()
-        out = np.empty((self.dataset.rows, self.width), BFLOAT16)
+    def read_all(self, views: int = 1) -> np.ndarray:
+        """The first `views` views of all rows as one `[rows, views * width]` bfloat16 array in memory."""
+        array, width = self.array(), views * self.width
+        out = np.empty((self.dataset.rows, width), BFLOAT16)
         target = ts.array(out)
         starts = range(0, self.dataset.rows, BLOCK)
         ends = [min(lo + BLOCK, self.dataset.rows) for lo in starts]
         try:
-            futures = [target[lo:hi].write(array[lo:hi]) for lo, hi in zip(starts, ends, strict=True)]
+            futures = [target[lo:hi].write(array[lo:hi, :width]) for lo, hi in zip(starts, ends, strict=True)]
             for future in futures:
                 future.result()
         except ValueError as error:
@@ -169,29 +229,67 @@ class Features:
         return out
 
 
+def with_views(tower: dict[str, Any], views: int) -> dict[str, Any]:
+    """`tower.json` of a tower that sees `views` views of every image; of one view it stays as it is.
+
+    `first_view` keeps the identity of the tower that makes view 0 alone.
+    """
+    if views == 1:
+        return tower
+    first = tower["identity"]
+    identity = hashlib.blake2b(f"{first} views {views}".encode(), digest_size=16).hexdigest()
+    return tower | {"identity": identity, "first_view": first, "views": views}
+
+
+def first_view(tower: dict[str, Any]) -> str:
+    """Identity of the tower that makes view 0; equal ones make the same vectors of it."""
+    return str(tower.get("first_view", tower["identity"]))
+
+
+def features_digest(features: np.ndarray) -> str:
+    """Digest of bfloat16 `[n, width]` features."""
+    return hashlib.blake2b(np.ascontiguousarray(features).view(np.uint8).data, digest_size=16).hexdigest()
+
+
 def embed_command(dataset: Dataset, tower: dict[str, Any], name: str) -> str:
     """The command that embeds a dataset with a tower: every option that is part of the identity."""
-    options = {
-        "--tower": tower["source"],
-        "--name": name,
-        "--preprocess": tower["preprocess"]["method"],
-        "--resolution": str(tower["preprocess"]["size"]),
-        "--gelu": tower["gelu"],
-        "--dtype": tower["dtype"],
-    }
-    words = (word for pair in options.items() for word in pair)
+    options = {"tower": tower["source"], "name": name} | tower_options(tower)
+    options |= {"dtype": tower["dtype"]}
+    if tower.get("views", 1) > 1:
+        options["views"] = tower["views"]
+    words: list[str] = []
+    for option, value in options.items():
+        words += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return shlex.join(["lit-fast", "embed", str(dataset.path), *words])
+
+
+def tower_options(tower: dict[str, Any]) -> dict[str, Any]:
+    """The options of `lit-fast embed` that made a tower differ from its default.
+
+    Older stores do not record them; their towers had three, which are spelled out.
+    """
+    if "options" in tower:
+        return dict(tower["options"])
+    preprocess = tower["preprocess"]
+    return {"preprocess": preprocess["method"], "resolution": preprocess["size"], "gelu": tower["gelu"]}
 
 
 def read_error(path: Path, error: Exception) -> UserError:
     """A TensorStore read error as one line that says what to do."""
-    return UserError(f"{path} cannot be read, a shard is missing or damaged: {str(error).splitlines()[0]}")
+    return UserError(
+        f"{path} cannot be read, a shard is missing or damaged: {first_line(error)}; lit-fast verify --repair "
+        "finds and mends it"
+    )
 
 
-def _metadata(rows: int, width: int) -> dict[str, Any]:
+def first_line(error: Exception) -> str:
+    """What TensorStore says, without the details in brackets and the stack."""
+    return re.sub(r" \[\w+=.*", "", str(error).splitlines()[0])
+
+
+def _metadata(width: int) -> dict[str, Any]:
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     return {
-        "shape": [rows, width],
         "data_type": "bfloat16",
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD, width]}},
         "codecs": [

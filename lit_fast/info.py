@@ -18,7 +18,7 @@ from lit_fast.dataset import Dataset, open_dataset
 from lit_fast.errors import UserError
 from lit_fast.features import embed_command, open_features, stored_towers
 from lit_fast.files import read_json
-from lit_fast.metrics import read_metrics
+from lit_fast.metrics import evaluations, read_metrics
 from lit_fast.tokens import open_tokens, stored_tokenizers
 
 _SHOWN = 3  # entries of a list that may be long
@@ -199,7 +199,6 @@ def _run(path: Path) -> dict[str, Any]:
     if not Path(dataset).exists():
         problems.append(f"dataset {dataset} does not exist here; going on needs it")
     lines = read_metrics(path / "metrics.jsonl")
-    evaluations = _evaluations(lines)
     checkpoints = sorted(int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit())
     finished = bool(checkpoints) and checkpoints[-1] >= steps
     todo = []
@@ -218,7 +217,7 @@ def _run(path: Path) -> dict[str, Any]:
         "tower": tower,
         "tokenizer": tokenizer,
         "metrics": next((line for line in reversed(lines) if isinstance(line.get("loss"), float)), None),
-        "evaluations": evaluations,
+        "evaluations": evaluations(lines),
         "todo": todo,
         "problems": problems,
     }
@@ -227,16 +226,6 @@ def _run(path: Path) -> dict[str, Any]:
 def _selected(path: Path, *keys: str) -> dict[str, Any]:
     value = read_json(path)
     return {key: value[key] for key in keys}
-
-
-def _evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per evaluated step its figures; their names, `<dataset>/<metric>`, have a slash."""
-    found: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        figures = {name: value for name, value in line.items() if "/" in name}
-        if figures:
-            found.setdefault(line["step"], {}).update(figures)
-    return [{"step": step, "figures": figures} for step, figures in found.items()]
 
 
 # --- text

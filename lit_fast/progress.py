@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 
@@ -56,7 +57,9 @@ class Progress:
         )
 
     def _print(self, line: str) -> None:
-        sys.stderr.write(f"\r\x1b[K{line}" if self._bar else line + "\n")
+        if self._bar:  # a line that wraps could not be drawn over
+            line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
+        sys.stderr.write(line if self._bar else line + "\n")
         sys.stderr.flush()
 
 

@@ -24,28 +24,41 @@ from lit_fast.checkpoint import restore_params
 from lit_fast.config import Config, TextConfig, load_config
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
-from lit_fast.features import Features, embed_command, open_features, stored_towers
+from lit_fast.features import Features, embed_command, first_view, open_features, stored_towers
 from lit_fast.files import read_object
-from lit_fast.loss import normalize
 from lit_fast.mesh import dealt, make_mesh, replicated
+from lit_fast.normalize import EPSILON, normalize
 from lit_fast.text import TextTower
 from lit_fast.tokens import Tokenizer, load_tokenizer
 
 Params = dict[str, Any]
-"""{"txt": the text tower, "t": log temperature [1], "b": bias [1], "mean": image mean [width]}."""
+"""{"txt": the text tower, "t": log temperature [1], "b": bias [1], "mean": image mean [width],
+"img": {"head": {"kernel": image head [width, width]}}}; "b" and "img" only where the loss has them."""
 
 EMBED_BATCH = 512
 
 
 def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTower:
-    """The module that a configuration describes."""
+    """The module that a configuration describes; `out_dim` is the features' width.
+
+    Raises:
+      UserError: without a head the two widths must agree.
+    """
+    width = config.shape.width
+    if not config.head and width != out_dim:
+        raise UserError(
+            f"text.head = false needs a tower as wide as the features: set text.width = {out_dim} (it is {width}), "
+            f"or text.head = true"
+        )
     return TextTower(
         shape=config.shape,
         vocab_size=tokenizer.vocab_size,
         max_length=tokenizer.max_length,
         out_dim=out_dim,
         pooling=config.pooling,
-        pad_id=tokenizer.eos_id if config.mask_padding else None,
+        eos_id=tokenizer.eos_id if config.mask_padding else None,
+        embedding_width=config.embedding_width,
+        projected=config.head,
         dropout=config.dropout,
         remat=config.remat,
         dtype=jnp.dtype(config.dtype),
@@ -55,12 +68,16 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
 def init_params(model: TextTower, config: Config, mean: np.ndarray) -> Params:
     """Fresh parameters with big_vision's names; `mean` is zero where images are not centred."""
     ids = jnp.zeros((1, model.max_length), jnp.int32)
-    return {
+    params: Params = {
         "txt": model.init(jax.random.key(config.seed), ids)["params"],
         "t": jnp.log(jnp.full((1,), config.loss.temperature_init, jnp.float32)),
-        "b": jnp.full((1,), config.loss.bias_init, jnp.float32),
         "mean": jnp.asarray(mean, jnp.float32),
     }
+    if config.loss.name == "sigmoid" and config.loss.bias:
+        params["b"] = jnp.full((1,), config.loss.bias_init, jnp.float32)
+    if config.loss.image_head:
+        params["img"] = {"head": {"kernel": jnp.eye(len(mean), dtype=jnp.float32)}}
+    return params
 
 
 def embed_ids(
@@ -90,7 +107,9 @@ def text_embedder(
         for lo in range(0, len(ids), batch):
             part = ids[lo : lo + batch]
             padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
-            out.append(np.asarray(embed(params, padded))[: len(part)])
+            # Of several processes each has all ids and gives its devices their part.
+            dealt_ids = jax.make_array_from_callback(padded.shape, dealt(mesh), padded.__getitem__)
+            out.append(np.asarray(embed(params, dealt_ids))[: len(part)])
         return np.concatenate(out) if out else np.zeros((0, model.out_dim), np.float32)
 
     return embed_text
@@ -108,19 +127,29 @@ def image_embeddings(
     """
     features = matching_features(dataset, tower)
     rows = np.setdiff1d(np.arange(dataset.rows), np.array(sorted(features.invalid_rows()), np.int64))
-    centred = features.read_all()[rows].astype(np.float32) - mean
-    return rows, centred / (np.linalg.norm(centred, axis=1, keepdims=True) + 1e-8)
+    return rows, _normalized(features.read_all()[rows].astype(np.float32) - mean)
+
+
+def apply_image_head(params: Params, images: np.ndarray) -> np.ndarray:
+    """Normalised embeddings float32 [n, width] of centred and normalised features, by the head if there is one."""
+    if "img" not in params:
+        return images
+    return _normalized(images @ np.asarray(params["img"]["head"]["kernel"]))
+
+
+def _normalized(x: np.ndarray) -> np.ndarray:
+    return x / (np.linalg.norm(x, axis=1, keepdims=True) + EPSILON)
 
 
 def matching_features(dataset: Dataset, tower: dict[str, Any]) -> Features:
-    """The dataset's features of exactly this tower.
+    """The dataset's features of exactly this tower; how many more views either has does not matter.
 
     Raises:
       UserError: there are none.
     """
     have = [open_features(dataset, name) for name in stored_towers(dataset)]
     for features in have:
-        if features.identity == tower["identity"]:
+        if first_view(features.provenance) == first_view(tower):
             return features
     named = (
         f" but {', '.join(f.tower for f in have)}, of other weights, preprocessing or dtype" if have else ""
@@ -130,7 +159,7 @@ def matching_features(dataset: Dataset, tower: dict[str, Any]) -> Features:
         name += "-2"
     raise UserError(
         f"dataset {dataset.path} has no features of the run's tower {tower['name']}{named}; make them with: "
-        + embed_command(dataset, tower, name)
+        + embed_command(dataset, tower | {"views": 1}, name)
     )
 
 
@@ -171,7 +200,8 @@ class Run:
 
     def image_embeddings(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
         """Valid rows int64 [n] and normalised embeddings float32 [n, width] of an embedded dataset."""
-        return image_embeddings(dataset, self.tower_json, np.asarray(self.params["mean"]))
+        rows, images = image_embeddings(dataset, self.tower_json, np.asarray(self.params["mean"]))
+        return rows, apply_image_head(self.params, images)
 
 
 def check_run(path: Path) -> None:
@@ -194,9 +224,8 @@ def open_run(path: Path, step: int | None = None) -> Run:
     check_run(path)
     config = load_config(path / "config.toml")
     tower = read_tower(path)
-    tokenizer = load_tokenizer(
-        path / "tokenizer.model", read_object(path / "tokens.json", "max_length")["max_length"]
-    )
+    tokens = read_object(path / "tokens.json", "max_length", "pad_id")
+    tokenizer = load_tokenizer(path / "tokenizer.model", tokens["max_length"], tokens["pad_id"])
     model = text_tower(config.text, tokenizer, tower["width"])
     mesh = make_mesh(jax.local_devices())
     shapes = jax.eval_shape(lambda: init_params(model, config, np.zeros(tower["width"])))

@@ -32,13 +32,13 @@ class Captions:
         """
         first = self.starts[local]
         count = self.starts[local + 1] - first
-        turn = (_hash(rows, seed) + visit * k)[:, None] + np.arange(k)
+        turn = (row_hash(rows, seed) + visit * k)[:, None] + np.arange(k)
         index = first[:, None] + turn % count[:, None]
         return np.take(self.ids, index.ravel(), axis=0, mode="clip")
 
 
-def _hash(rows: np.ndarray, seed: int) -> np.ndarray:
-    """Non-negative int64 per row: splitmix64 of (seed, row)."""
+def row_hash(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Int64 below 2^32 per row: the upper half of splitmix64 of (seed, row)."""
     x = rows.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

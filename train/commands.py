@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lit_fast.cli import Run
 from lit_fast.config import Config, load_config, to_toml
+from lit_fast.overrides import add_overrides, overrides
 
 
 def train(parser: argparse.ArgumentParser) -> Run:
@@ -17,15 +18,22 @@ def train(parser: argparse.ArgumentParser) -> Run:
     parser.epilog = f"keys and their defaults:\n\n{to_toml(Config())}"
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("--workdir", type=Path, required=True, metavar="W", help="the run's directory")
-    parser.set_defaults(takes_overrides=True)
+    parser.add_argument(
+        "--profile-steps",
+        default="",
+        metavar="A:B",
+        help="write a profile of the steps A to B into W/profile, for TensorBoard and Perfetto",
+    )
+    add_overrides(parser)
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.compiled import keep_compiled
         from lit_fast.processes import join
         from train.loop import train as train_run
 
+        config = load_config(args.config, overrides(args))
         join()
         keep_compiled()
-        train_run(load_config(args.config, args.overrides), args.workdir)
+        train_run(config, args.workdir, args.profile_steps)
 
     return run

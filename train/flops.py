@@ -45,5 +45,12 @@ def step_flops(model: TextTower, texts: int, images: int) -> float:
     width, depth, mlp_dim, _ = model.shape
     length = model.max_length
     layer = length * (8 * width**2 + 4 * width * mlp_dim) + 4 * length**2 * width
-    tower = texts * (depth * layer + 2 * width * model.out_dim)
-    return 3.0 * tower + 2.0 * (2 * texts * images * model.out_dim)
+    # Query, output and MLP for one position, keys and values for all: a MAP head, or the last layer of a tower
+    # that needs it at one position only.
+    one = 4 * width**2 + 4 * width * mlp_dim + 4 * length * width**2 + 4 * length * width
+    single = model.pooling in ("last", "first")
+    text = (depth - single) * layer + one * (single or model.pooling == "map")
+    text += 2 * length * model.embedding_width * width
+    if model.projected:
+        text += 2 * width * model.out_dim
+    return 3.0 * texts * text + 2.0 * (2 * texts * images * model.out_dim)

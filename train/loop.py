@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -26,31 +26,42 @@ from lit_fast.dataset import open_dataset
 from lit_fast.errors import UserError
 from lit_fast.features import open_features
 from lit_fast.mesh import dealt, make_mesh, replicated
-from lit_fast.progress import Progress, duration
+from lit_fast.progress import duration
 from lit_fast.run import init_params, text_embedder, text_tower
 from lit_fast.tokens import open_tokens
+from train.console import Console
 from train.evaluation import Evaluation
 from train.flops import step_flops
 from train.meter import Meter
 from train.metrics import MetricsWriter
 from train.optimizer import make_optimizer
+from train.profile import Profile, parse_steps
+from train.receipt import is_finished, spent_before, write_receipt
+from train.report import write_report
 from train.start import check_start, starting_params, write_start
 from train.step import Metrics, State, init_state, make_step
 from train.stream import Batch, Stream, open_stream
-from train.workdir import check_identity, check_workdir, lock_workdir, write_receipt, write_workdir
+from train.weights_and_biases import check_wandb
+from train.workdir import check_identity, check_workdir, lock_workdir, write_workdir
 
 
-def train(config: Config, run: Path) -> None:
+def train(config: Config, run: Path, profile_steps: str = "") -> None:
     """Train, or go on training, in the run directory.
+
+    Args:
+      profile_steps: A:B, steps to write a profile of; empty: none.
 
     Raises:
       UserError: the configuration, the dataset and the run directory do not fit each other, or the run
         went non-finite.
       SystemExit: after SIGTERM (143) or Ctrl-C (130), with everything saved.
     """
+    began = time.monotonic()
     # --- whatever can be wrong is found before anything is written or compiled
     if not config.dataset:
         raise UserError("no dataset: give --dataset D, or the key dataset in the config")
+    profiled = parse_steps(profile_steps, config.steps)
+    check_wandb(config)
     dataset = open_dataset(config.dataset)
     features = open_features(dataset, config.tower)
     tokens = open_tokens(dataset, config.tokenizer)
@@ -82,6 +93,7 @@ def train(config: Config, run: Path) -> None:
         _say(f"starting from {begun['source']}: {begun['taken']}")
     optimizer = make_optimizer(config.optimizer, config.steps, params)
     state = init_state(params, optimizer, mesh)
+    del params  # the state has its own
     count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
     _say(f"text tower: {count / 1e6:.1f} M parameters on {mesh.size} x {jax.devices()[0].device_kind}")
 
@@ -100,32 +112,40 @@ def train(config: Config, run: Path) -> None:
         _say(f"going on after step {done:,}")
     embed_text = text_embedder(model, tokenizer, mesh)
     if done >= config.steps:
-        if not (run / "receipt.json").exists():  # killed after the last checkpoint
+        if not is_finished(run):  # killed after the last checkpoint
             results = evaluation.run(partial(embed_text, state.params), state.params)
             if jax.process_index() == 0:
-                write_receipt(run, config, stream, results)
+                write_receipt(run, config, done, spent_before(run), results)
+                write_report(run)
         _report(f"{run} is complete: {done:,} steps")
         return
 
     # --- the loop
-    meter = Meter(pairs, step_flops(model, pairs, batch), mesh.size, start=done)
-    _loop(
+    first = jax.process_index() == 0
+    before = spent_before(run)
+    writer = MetricsWriter(run, config, done, before) if first else None
+    meter = Meter(pairs, step_flops(model, pairs, batch), mesh.size, start=done, before=before, began=began)
+    done, stopping = _loop(
         config, state, done, stream, mesh,
         step=make_step(model, optimizer, config, mesh),
         embed_text=embed_text,
-        meter=meter, writer=MetricsWriter(run, done) if jax.process_index() == 0 else None,
-        checkpoints=checkpoints, evaluation=evaluation,
+        meter=meter, writer=writer, console=Console(config.steps, done) if first else None,
+        checkpoints=checkpoints, evaluation=evaluation, profile=Profile(run, profiled, done, meter.paused),
     )  # fmt: skip
 
     # --- the end
-    if jax.process_index() == 0:
-        write_receipt(run, config, stream, evaluation.results)
-    _report(f"trained {config.steps:,} steps in {duration(meter.seconds)}; the run is in {run}")
+    if first:
+        write_receipt(run, config, done, meter.spent(), evaluation.results)
+        write_report(run)
+    if done < config.steps:
+        _say(f"stopped after step {done:,} and saved; the same command goes on from there")
+        raise SystemExit(128 + stopping)
+    _report(f"trained {config.steps:,} steps in {duration(meter.spent().seconds)}; the run is in {run}")
     if evaluation.results:
         _report(evaluation.table())
     else:
         _report(f"evaluate it with: lit-fast eval {run} --zero-shot E --retrieval E")
-    os.close(lock)
+    lock.close()
 
 
 def _loop(
@@ -138,20 +158,25 @@ def _loop(
     step: Any,
     embed_text: Any,
     meter: Meter,
-    writer: MetricsWriter | None,  # of the first process
+    writer: MetricsWriter | None,  # of the first process, like the console
+    console: Console | None,
     checkpoints: Checkpoints,
     evaluation: Evaluation,
-) -> None:
+    profile: Profile,
+) -> tuple[int, int]:
+    """The number of completed steps, and the signal that stopped it, 0 for none."""
     stop = _Stop(mesh)
-    progress = Progress("train", config.steps, "steps", start=done) if writer else None
     batches = stream.iterate(done)
-    batch = _to_devices(next(batches), mesh)
+    with meter.paused:
+        batch = _to_devices(next(batches), mesh)
     unread: tuple[int, Metrics] | None = None  # fetched a step late, so that the devices never idle for it
-    note = ""
     before: Metrics | None = None
     try:
         for number in range(done + 1, config.steps + 1):
-            state, metrics = step(state, batch)
+            profile.begin(number, state)
+            with meter.paused if number == done + 1 else nullcontext():  # it compiles
+                state, metrics = step(state, batch)
+            profile.end(number, metrics)
             if number < config.steps:
                 with meter.waiting:
                     arrays = next(batches)
@@ -164,13 +189,14 @@ def _loop(
             last = number == config.steps or stopping
             evaluating = evaluation.due(number)
             saving = last or number % config.checkpoint.every_steps == 0
+            finite = True
             if unread is not None:
-                note, unread = _log(writer, meter, *unread), None
+                finite, unread = _log(writer, console, meter, *unread), None
             if number % config.log.every_steps == 0 or number in (1, config.steps) or evaluating:
                 unread = (number, metrics)
             if saving or evaluating:
                 if unread is not None:
-                    note, unread = _log(writer, meter, *unread), None
+                    _, unread = _log(writer, console, meter, *unread), None
                 with meter.paused:
                     checkpoints.check(state)
                     if evaluating:  # before saving: who is killed in between does both again
@@ -179,31 +205,33 @@ def _loop(
                             writer.write(number, evaluation.figures())
                     if saving:
                         checkpoints.save(number, state, evaluation.figures() if evaluating else {})
-            elif note == _NOT_FINITE:
+            elif not finite:
                 checkpoints.check(state)
-            if progress:
-                progress.advance(1, note)
+            if console:
+                console.advance()
             if stopping:
                 break
     finally:  # whatever happens: what is being saved is saved
         checkpoints.close()
+        profile.close()
+        if console:
+            console.close()
         if writer:
             writer.close()
-    if progress:
-        progress.close(note)
-    if stopping and number < config.steps:
-        _say(f"stopped after step {number:,} and saved; the same command goes on from there")
-        raise SystemExit(128 + stopping)
+    return number, stopping
 
 
-_NOT_FINITE = "loss is not finite"
-
-
-def _log(writer: MetricsWriter | None, meter: Meter, number: int, metrics: Metrics) -> str:
+def _log(
+    writer: MetricsWriter | None, console: Console | None, meter: Meter, number: int, metrics: Metrics
+) -> bool:
+    """Whether the loss is finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values |= meter.read(number)
     if writer:
-        writer.write(number, values | meter.read(number))
-    return f"loss {values['loss']:.4f}" if math.isfinite(values["loss"]) else _NOT_FINITE
+        writer.write(number, values)
+    if console:
+        console.log(number, values)
+    return math.isfinite(values["loss"])
 
 
 class Checkpoints:

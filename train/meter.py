@@ -1,4 +1,4 @@
-"""How fast a run is and how much of it is waiting for data."""
+"""How fast a run is, how much of it is waiting for data, and what it has taken in all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 
 import jax
 
+from lit_fast.metrics import Spent
 from train.flops import peak_flops
 
 
@@ -23,27 +24,44 @@ class Span:
 
 
 class Meter:
-    """Speed since the last reading.
+    """Speed since the last reading, and what the run has taken.
 
-    Time under `paused` (checkpoints, evaluation) does not count; time under `waiting` is waiting for data.
+    Time under `paused` (compilation, checkpoints, evaluation) does not count as speed; time under `waiting` is
+    waiting for data.
+
+    Args:
+      flops_per_step: of the model, over all devices.
+      start: the step that this part of the run goes on after.
+      before: what the earlier parts have taken.
+      began: `time.monotonic()` when this part began.
     """
 
-    def __init__(self, pairs_per_step: int, flops_per_step: float, devices: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        pairs_per_step: int,
+        flops_per_step: float,
+        devices: int,
+        *,
+        start: int,
+        before: Spent,
+        began: float,
+    ) -> None:
         self.waiting, self.paused = Span(), Span()
-        self._pairs = pairs_per_step
+        self._pairs, self._devices = pairs_per_step, devices
         peak = peak_flops(jax.devices()[0])
         self._mfu_per_rate = flops_per_step / (peak * devices) if peak else None
-        self._began = self._last = time.monotonic()
+        self._before, self._began = before, began
+        self._last = time.monotonic()
         self._seen = (0.0, 0.0)
         self._number = start
 
-    @property
-    def seconds(self) -> float:
-        """Since the meter was made."""
-        return time.monotonic() - self._began
+    def spent(self) -> Spent:
+        """By this part of the run and those before."""
+        seconds = time.monotonic() - self._began
+        return Spent(self._before.seconds + seconds, self._before.chip_hours + seconds * self._devices / 3600)
 
     def read(self, number: int) -> dict[str, float]:
-        """Figures over the steps since the last reading; the first one has the compilation in it."""
+        """Figures over the steps since the last reading; their names and units are in `lit_fast.metrics`."""
         now = time.monotonic()
         took = now - self._last - (self.paused.total - self._seen[0])
         waited = self.waiting.total - self._seen[1]
@@ -57,4 +75,5 @@ class Meter:
         }
         if self._mfu_per_rate is not None:
             values["mfu"] = self._mfu_per_rate * rate
-        return values
+        spent = self.spent()
+        return values | {"elapsed_seconds": spent.seconds, "chip_hours": spent.chip_hours}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,9 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lit_fast.config import Config
-from lit_fast.loss import Ring, normalize, sigmoid_loss
+from lit_fast.config import Config, LossConfig
+from lit_fast.losses.loss import pair_loss
+from lit_fast.losses.pairs import pair_up
+from lit_fast.losses.statistics import Logits, logit_metrics
+from lit_fast.losses.tile import Trained
 from lit_fast.mesh import AXIS, dealt, on_each_device, replicated
+from lit_fast.normalize import normalize
 from lit_fast.run import Params, embed_ids
 from lit_fast.text import TextTower
 from train.optimizer import make_schedule
@@ -47,30 +52,40 @@ def make_step(
     the mesh. metrics: float32 scalars.
     """
     schedule = make_schedule(config.optimizer, config.steps)
-    ring = Ring(mesh.size, config.loss.tile, config.loss.precision)
+    masked = (config.loss.negatives, config.loss.same_image, config.loss.same_caption) != (
+        LossConfig.negatives, LossConfig.same_image, LossConfig.same_caption
+    )  # fmt: skip
 
-    def loss_of(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        rows = batch["rows"]
-        return sigmoid_loss(
-            ring,
+    def loss_of(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Logits]:
+        trained = Trained(
             _embed(model, params, batch["ids"], key if config.text.dropout else None, config.text.parts),
             params["t"][0],
-            params["b"][0],
-            normalize(batch["images"].astype(jnp.float32) - params["mean"]),
-            jnp.repeat(rows, config.stream.captions_per_image),
-            rows,
+            params["b"][0] if "b" in params else None,
+            params["img"]["head"]["kernel"] if "img" in params else None,
         )
+        features = normalize(batch["images"].astype(jnp.float32) - params["mean"])
+        # No place in the batch has this number, so dropout and the choice of negatives share no key.
+        words = jax.random.bits(jax.random.fold_in(key, 2**32 - 1), (2,))
+        pairs = pair_up(config.loss, mesh.size, features, batch["rows"], batch["ids"], words)
+        return pair_loss(config.loss, mesh.size, trained, *pairs)
 
-    def gradients(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Params]:
-        return jax.lax.psum(jax.value_and_grad(loss_of)(params, batch, key), AXIS)
+    def gradients(
+        params: Params, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, Params, tuple[jax.Array, ...], jax.Array]:
+        (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch, key)
+        # One sum for everything that adds up; the extremes are four numbers and need a maximum.
+        loss, grads, sums = jax.lax.psum((loss, grads, logits[:4]), AXIS)
+        return loss, grads, sums, jax.lax.pmax(jnp.stack(logits[4:]), AXIS)
 
     gradients = on_each_device(gradients, mesh, False, True, False)
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        loss, grads = gradients(state.params, batch, key)
+        loss, grads, sums, bounds = gradients(state.params, batch, key)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
+        if config.loss.temperature_max:  # after the update, as open_clip does; the gradient knows no limit
+            params["t"] = jnp.minimum(params["t"], math.log(config.loss.temperature_max))
         grad_norm = optax.global_norm(grads)
         param_norm = optax.global_norm({k: v for k, v in params.items() if k != "mean"})
         fine = jnp.isfinite(loss + grad_norm + param_norm) | (state.bad_step >= 0)
@@ -78,12 +93,15 @@ def make_step(
         metrics = {
             "loss": loss,
             "temperature": jnp.exp(params["t"][0]),
-            "bias": params["b"][0],
             "grad_norm": grad_norm,
             "param_norm": param_norm,
             "update_norm": optax.global_norm(updates),
             "learning_rate": config.optimizer.learning_rate * schedule(state.step),
-        }
+        } | logit_metrics(sums, bounds)
+        if "b" in params:
+            metrics["bias"] = params["b"][0]
+        if masked:
+            metrics["negatives"] = sums[1]
         return State(params, opt, state.step + 1, bad_step), metrics
 
     whole, part = replicated(mesh), dealt(mesh)

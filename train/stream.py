@@ -23,6 +23,7 @@ from lit_fast.features import Features
 from lit_fast.permutation import permutation
 from lit_fast.tokens import Tokens
 from train.captions import Captions, read_captions
+from train.views import choose_vectors
 from train.windows import WindowSource
 
 Batch = dict[str, np.ndarray]
@@ -46,13 +47,17 @@ class MemorySource:
     def __init__(
         self,
         features: np.ndarray,
+        width: int,
         captions: Captions,
         usable: np.ndarray,
         config: StreamConfig,
         seed: int,
         part: tuple[int, int],
     ) -> None:
-        self._features, self._captions, self._usable = features, captions, usable
+        """`features` is bfloat16 [rows, views * width]."""
+        self._views = features.shape[1] // width
+        self._vectors = features.reshape(-1, width)
+        self._captions, self._usable = captions, usable
         self._config, self._seed = config, seed
         process, processes = part
         share = config.global_batch // processes
@@ -78,8 +83,9 @@ class MemorySource:
             here = epoch == e
             rows[here] = self._order(e)[offset[here]]
         k = self._config.captions_per_image
+        vectors = choose_vectors(rows, rows, epoch, self._views, self._seed)
         return {
-            "images": np.take(self._features, rows, axis=0, mode="clip"),
+            "images": np.take(self._vectors, vectors, axis=0, mode="clip"),
             "ids": self._captions.choose(rows, rows, epoch, k, self._seed),
             "rows": rows.astype(np.int32),
         }
@@ -121,7 +127,9 @@ def open_stream(
     usable_rows = dataset.rows - len(unusable)
     if not usable_rows:
         raise UserError(f"dataset {dataset.path} has no row with a valid image and a caption")
-    size = dataset.rows * features.width * 2 + dataset.captions * tokens.meta["max_length"] * 2
+    size = (
+        dataset.rows * features.views * features.width * 2 + dataset.captions * tokens.meta["max_length"] * 2
+    )
     in_memory = size <= config.memory_gib * 2**30
     identity: list[Any] = [
         "1", dataset.digest, features.identity, tokens.meta["identity"], seed, config.global_batch,
@@ -132,18 +140,20 @@ def open_stream(
         usable = np.setdiff1d(np.arange(dataset.rows), unusable)
         reader = tokens.reader()
         captions = read_captions(tokens, (reader.read(b) for b in range(dataset.blocks)))
-        source = MemorySource(features.read_all(), captions, usable, config, seed, part)
+        vectors = features.read_all(features.views)
+        source = MemorySource(vectors, features.width, captions, usable, config, seed, part)
         how = "held in memory and shuffled exactly"
     else:
         source = WindowSource(features, tokens, unusable, config, seed, part)
         identity += [config.streams, config.window_blocks]
         how = f"streamed, shuffled in windows of {source.window_rows:,} rows"
     text = json.dumps(identity).encode()
+    views = f", {features.views} views each" if features.views > 1 else ""
     skipped = f" ({len(unusable):,} without image or caption are skipped)" if len(unusable) else ""
     return Stream(
         source=source,
         identity=hashlib.blake2b(text, digest_size=16).hexdigest(),
-        description=f"{usable_rows:,} rows{skipped}, {size / 2**30:.2f} GiB, {how}",
+        description=f"{usable_rows:,} rows{skipped}{views}, {size / 2**30:.2f} GiB, {how}",
     )
 
 

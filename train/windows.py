@@ -23,6 +23,7 @@ from lit_fast.features import BFLOAT16, Features, read_error
 from lit_fast.permutation import permutation
 from lit_fast.tokens import Tokens
 from train.captions import Captions, read_captions
+from train.views import choose_vectors
 
 AHEAD = 4  # steps that the reading is ahead of the step
 SPARE = 0.5  # share of the windows for which there is a second slot
@@ -134,8 +135,13 @@ class WindowSource:
         self._orders: dict[int, np.ndarray] = {}
         slots = int(len(self._mine) * (1 + SPARE))
         # One allocation: bounded, reused, and given back as a whole.
-        pool = np.empty((slots, self.geometry.window * BLOCK, features.width), BFLOAT16)
+        pool = np.empty((slots, *self._shape), BFLOAT16)
         self._free = list(pool)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Of a window's buffer: rows, views * width."""
+        return self.geometry.window * BLOCK, self._features.views * self._features.width
 
     @property
     def window_rows(self) -> int:
@@ -164,9 +170,10 @@ class WindowSource:
             self._wait(window)
             local = window.order[start : start + geometry.rows]
             out = images[i * geometry.rows : (i + 1) * geometry.rows]
-            np.take(window.buffer, local, axis=0, out=out, mode="clip")
             rows.append(window.rows[local])
             visit = np.full(len(local), epoch, np.int64)
+            vectors = choose_vectors(local, rows[-1], visit, self._features.views, self._seed)
+            np.take(window.buffer.reshape(-1, images.shape[1]), vectors, axis=0, out=out, mode="clip")
             assert window.captions is not None
             ids.append(window.captions.choose(local, rows[-1], visit, k, self._seed))
         with self._lock:
@@ -210,8 +217,7 @@ class WindowSource:
 
     def _load(self, blocks: np.ndarray, last: int, key: tuple[int, int, int]) -> _Window:
         pooled = bool(self._free)
-        shape = (self.geometry.window * BLOCK, self._features.width)
-        window = _Window(self._free.pop() if pooled else np.empty(shape, BFLOAT16), pooled, last)
+        window = _Window(self._free.pop() if pooled else np.empty(self._shape, BFLOAT16), pooled, last)
         target = ts.array(window.buffer)
         for i, b in enumerate(blocks * BLOCK):
             read = target[i * BLOCK : (i + 1) * BLOCK].write(self._array[int(b) : int(b) + BLOCK])

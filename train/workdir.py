@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import platform
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import jax
 
-import lit_fast
 from lit_fast.config import FREE, Config, flatten, load_config, to_toml
 from lit_fast.errors import UserError
 from lit_fast.features import Features
@@ -19,8 +17,8 @@ from lit_fast.tokens import Tokens
 from train.stream import Stream
 
 
-def lock_workdir(run: Path) -> int:
-    """Keep other trainings out of the directory for as long as the returned descriptor is open.
+def lock_workdir(run: Path) -> IO[str]:
+    """Keep other trainings out of the directory until the returned file is closed, at the latest by exit.
 
     Only the first process of several locks it.
 
@@ -28,15 +26,15 @@ def lock_workdir(run: Path) -> int:
       UserError: another process is training there.
     """
     if jax.process_index() != 0:
-        return os.open(os.devnull, os.O_RDONLY)
+        return open(os.devnull)
     run.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    file = open(run / ".lock", "a")  # noqa: SIM115  (the caller closes it)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(descriptor)
+        file.close()
         raise UserError(f"workdir {run}: another process is training there; wait for it or stop it") from None
-    return descriptor
+    return file
 
 
 def check_workdir(run: Path, config: Config) -> None:
@@ -83,25 +81,6 @@ def write_workdir(run: Path, config: Config, features: Features, tokens: Tokens,
     write_atomic(run / "config.toml", to_toml(config).encode())
     write_json(run / "tower.json", features.provenance)
     write_json(run / "tokens.json", {k: v for k, v in tokens.meta.items() if k != "shard_keys"})
-    write_json(run / "stream.json", {"identity": stream.identity, "description": stream.description})
+    digest = {"dataset": features.dataset.digest}
+    write_json(run / "stream.json", {"identity": stream.identity, "description": stream.description} | digest)
     write_atomic(run / "tokenizer.model", tokens.tokenizer().model)
-
-
-def write_receipt(run: Path, config: Config, stream: Stream, results: list[dict[str, Any]]) -> None:
-    """Write `receipt.json`: what was done on what, and the final figures."""
-    pairs = config.steps * config.stream.global_batch * config.stream.captions_per_image
-    receipt = {
-        "steps": config.steps,
-        "pairs_seen": pairs,
-        "stream": stream.identity,
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {
-            "lit_fast": lit_fast.__version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
-        "evaluation": results,
-    }
-    if (run / "text_init.json").is_file():
-        receipt["text_init"] = read_json(run / "text_init.json")
-    write_json(run / "receipt.json", receipt)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 MAX_CAPTION = 1 << 20  # bytes
 MAX_IMAGE = 256 << 20  # bytes
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,11 @@ def _rows(
 ) -> Iterator[Item]:
     wanted = {n for n in (*(n for _, n in names.captions), names.key, names.label, names.language) if n}
     seen: dict[str, None] = {}
-    kinds = "no image (.jpg, .jpeg, .png or .webp)" if images is IMAGE_SUFFIXES else f"no image ({images[0]})"
+    kinds = (
+        "no image (.jpg, .jpeg, .png, .webp, .gif or .bmp)"
+        if images is IMAGE_SUFFIXES
+        else f"no image ({images[0]})"
+    )
     for sample in samples.values():
         problem = sample.problem or ("" if sample.offset >= 0 else kinds)
         if problem:

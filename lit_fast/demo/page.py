@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
+from lit_fast.charts import Series, chart
+from lit_fast.document import document, section
+from lit_fast.metrics import curve
 from lit_fast.progress import duration
 
 # Metric -> (what it is in words, whether the curves show it).
@@ -37,14 +38,6 @@ class Query(NamedTuple):
     answer: bytes  # the right picture
 
 
-class Series(NamedTuple):
-    """A line of a chart."""
-
-    name: str
-    points: list[tuple[float, float]]
-    chance: float | None = None
-
-
 class Confusion(NamedTuple):
     """Which class was named for which: `counts[true][named]`."""
 
@@ -71,28 +64,21 @@ def build_page(
       commands: what was run, as typed.
       seconds: how long all of it took, None if it was not done in one go.
     """
-    losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
+    losses = curve(list(metrics), "loss")
     parts = [
         _intro(seconds),
-        _section("What it can do", _figures(results), _FIGURES_NOTE),
+        section("What it can do", _figures(results), _FIGURES_NOTE),
         '<section class="pair">',
         f"<div><h2>Loss</h2>{chart([Series('loss', losses)], percent=False)}</div>",
         f"<div><h2>Accuracy while training</h2>{chart(curves(metrics, results), percent=True)}"
         '<p class="note">Dotted: the chance levels.</p></div>',
         "</section>",
-        _section("Right: the picture it was written for comes first", _gallery(right), _GALLERY_NOTE),
-        _section("Wrong: another picture comes first", _gallery(wrong), _WRONG_NOTE),
-        _section("What it calls the shapes", _confusion(confusion), _CONFUSION_NOTE),
-        _section("The commands", "<pre>" + "\n".join(html.escape(f"$ {c}") for c in commands) + "</pre>"),
+        section("Right: the picture it was written for comes first", _gallery(right), _GALLERY_NOTE),
+        section("Wrong: another picture comes first", _gallery(wrong), _WRONG_NOTE),
+        section("What it calls the shapes", _confusion(confusion), _CONFUSION_NOTE),
+        section("The commands", "<pre>" + "\n".join(html.escape(f"$ {c}") for c in commands) + "</pre>"),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>lit-fast demo</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document("lit-fast demo", parts, _STYLE)
 
 
 def _intro(seconds: float | None) -> str:
@@ -117,11 +103,6 @@ _FIGURES_NOTE = (
 _GALLERY_NOTE = "The five pictures nearest to the sentence, best first; the right one is framed."
 _WRONG_NOTE = "The right picture, where it is not among the five, is shown last with the place it came in."
 _CONFUSION_NOTE = "Combinations that were never trained on; any colour could be named with any shape."
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    note = f'<p class="note">{html.escape(note)}</p>' if note else ""
-    return f"<section><h2>{html.escape(title)}</h2>{note}{body}</section>"
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> str:
@@ -165,77 +146,6 @@ def curves(metrics: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]])
         metric = name.rpartition("/")[2]
         if points and METRICS.get(metric, ("", False))[1]:
             out.append(Series(_SHORT[metric], points, chances[name]))
-    return out
-
-
-def chart(series: Sequence[Series], *, percent: bool) -> str:
-    """Lines over steps as inline SVG; the vertical axis starts at zero, dashes mark chance levels."""
-    width, height, left, right, top, bottom = 480, 290, 52, 104 if percent else 52, 14, 36
-    series = [s._replace(points=[(x, y) for x, y in s.points if math.isfinite(y)]) for s in series]
-    series = [s for s in series if s.points]
-    if not series:
-        return '<p class="note">Nothing was recorded.</p>'
-    steps = max(x for s in series for x, _ in s.points)
-    high = 1.0 if percent else _nice(max(y for s in series for _, y in s.points))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (width - left - right) * x / max(steps, 1),
-            height - bottom - (height - top - bottom) * min(y, high) / high,
-        )
-
-    out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_described(series, percent)}">']
-    for k in range(5):
-        value = high * k / 4
-        y = at(0, value)[1]
-        label = f"{100 * value:.0f} %" if percent else f"{value:g}"
-        out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        x, label = at(share * steps, 0)[0], f"{share * steps:,.0f}" + (" steps" if share == 1 else "")
-        out.append(f'<text x="{x:.1f}" y="{height - 14}" text-anchor="{anchor}">{label}</text>')
-    labels = _apart([at(*s.points[-1])[1] for s in series], 15)
-    for number, (line, label_y) in enumerate(zip(series, labels, strict=True), 1):
-        points = [at(x, y) for x, y in line.points]
-        if line.chance is not None:
-            (x1, y1), (x2, _) = at(0, line.chance), at(steps, line.chance)
-            tip = f"<title>chance, {line.name}: {_percent(line.chance)}</title>"
-            out.append(
-                f'<line class="chance s{number}" x1="{x1}" x2="{x2}" y1="{y1:.1f}" y2="{y1:.1f}">{tip}</line>'
-            )
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        out.append(f'<polyline class="line s{number}" points="{path}"/>')
-        if len(points) <= 40:
-            for (x, y), (step, value) in zip(points, line.points, strict=True):
-                shown = _percent(value) if percent else f"{value:.4g}"
-                tip = f"<title>step {step:,.0f}: {line.name} {shown}</title>"
-                out.append(f'<circle class="dot s{number}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{tip}</circle>')
-        text = line.name if percent else f"{line.points[-1][1]:.3g}"
-        out.append(
-            f'<text class="name s{number}" x="{width - right + 8}" y="{label_y + 4:.1f}">{html.escape(text)}</text>'
-        )
-    return "".join(out) + "</svg>"
-
-
-def _described(series: Sequence[Series], percent: bool) -> str:
-    last = [
-        f"{s.name} {_percent(s.points[-1][1]) if percent else format(s.points[-1][1], '.4g')}" for s in series
-    ]
-    return html.escape("Over the steps of training; at the end: " + ", ".join(last), quote=True)
-
-
-def _nice(value: float) -> float:
-    """The next round number that four equal parts divide well."""
-    magnitude = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
-    return next(m * magnitude for m in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if m * magnitude >= value)
-
-
-def _apart(positions: Sequence[float], least: float) -> list[float]:
-    """The positions, moved down where they are closer than `least`."""
-    out = list(positions)
-    order = sorted(range(len(out)), key=lambda i: out[i])
-    for above, below in pairwise(order):
-        out[below] = max(out[below], out[above] + least)
     return out
 
 
@@ -285,37 +195,6 @@ def _confusion(confusion: Confusion) -> str:
 
 
 _STYLE = """
-:root { --ground:#fcfcfb; --text:#1a1a19; --quiet:#5f5e5a; --line:#e3e2de; --panel:#f3f2ef;
-  --s1:#2a78d6; --s2:#d9541e; --s3:#4a3aa7; --good:#15803d }
-@media (prefers-color-scheme: dark) { :root { --ground:#191918; --text:#efeeea; --quiet:#a3a29b;
-  --line:#383835; --panel:#242422; --s1:#5b9ff0; --s2:#f08a5d; --s3:#a79df2; --good:#4ade80 } }
-* { box-sizing:border-box }
-body { margin:0; background:var(--ground); color:var(--text); font:17px/1.55 system-ui,sans-serif }
-main { max-width:1080px; margin:0 auto; padding:2.5rem 1.25rem 4rem }
-h1 { font-size:2rem; line-height:1.2; margin:0 0 .8rem }
-h2 { font-size:1.2rem; margin:0 0 .4rem }
-header p { max-width:46rem; margin:0 }
-section { margin-top:2.6rem }
-.note { color:var(--quiet); font-size:.88rem; font-weight:400; margin:0 0 .8rem }
-.pair { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr)); gap:1.5rem 2.5rem }
-svg { width:100%; height:auto; display:block }
-svg text { font-size:13.5px; fill:var(--quiet) }
-svg .grid { stroke:var(--line) }
-svg .line { fill:none; stroke-width:2; stroke-linejoin:round }
-svg .chance { stroke-width:1.5; stroke-dasharray:2 5 }
-.line.s1,.chance.s1 { stroke:var(--s1) } .line.s2,.chance.s2 { stroke:var(--s2) }
-.line.s3,.chance.s3 { stroke:var(--s3) }
-.dot { stroke:var(--ground); stroke-width:1.5 }
-.dot.s1,svg text.s1 { fill:var(--s1) } .dot.s2,svg text.s2 { fill:var(--s2) }
-.dot.s3,svg text.s3 { fill:var(--s3) }
-svg text.name { font-weight:600 }
-table { border-collapse:collapse; font-size:.94rem }
-.scroll { overflow-x:auto }
-.figures { width:100% }
-.figures th,.figures td { text-align:left; padding:.32rem .9rem .32rem 0; border-bottom:1px solid var(--line) }
-.figures thead th { color:var(--quiet); font-weight:400; font-size:.88rem }
-.figures tbody th { padding-top:1.1rem }
-.figures .number { text-align:right; white-space:nowrap; font-variant-numeric:tabular-nums }
 .figures .bars { width:28%; padding-right:0 }
 .bar { position:relative; height:10px; background:var(--panel); border-radius:3px }
 .bar i { position:absolute; inset:0 auto 0 0; background:var(--s1); border-radius:3px }
@@ -328,7 +207,5 @@ table { border-collapse:collapse; font-size:.94rem }
 img { width:72px; height:72px; border-radius:4px; border:3px solid transparent; display:block }
 img.right { border-color:var(--good) }
 .late { margin-left:.6rem; text-align:center } .place { color:var(--quiet); font-size:.8rem }
-pre { background:var(--panel); padding:1rem; border-radius:6px; overflow-x:auto; font-size:.85rem }
-@media (max-width:640px) { body { font-size:16px } h1 { font-size:1.6rem }
-  .figures .bars,.figures .range { display:none } img { width:56px; height:56px } }
+@media (max-width:640px) { .figures .bars,.figures .range { display:none } img { width:56px; height:56px } }
 """

@@ -16,9 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import embed.extract
-import lit_fast.dataset
-import lit_fast.features
 from embed.extract import embed_dataset
 from embed.index import index_dataset
 from embed.journal import Journal
@@ -40,20 +37,14 @@ SMALL_SHARDS = (
 
 
 @pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (lit_fast.dataset, lit_fast.features, embed.extract):
-        monkeypatch.setattr(module, "SHARD", 1024)
-
-
-@pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     """30 rows in two tars, two of them undecodable."""
     write_tar(tmp_path / "0.tar", samples(20))
     bad = [
         ("broken.jpg", encoded(picture(0))[:300]),
         ("broken.txt", b"x"),
-        ("gif.png", b"GIF89a"),
-        ("gif.txt", b"x"),
+        ("tiff.png", b"II*\x00"),
+        ("tiff.txt", b"x"),
     ]
     write_tar(tmp_path / "1.tar", samples(8, first=20) + bad)
     return index_dataset([f"{tmp_path}/?.tar"], tmp_path / "d", seed=0)
@@ -67,6 +58,12 @@ def many(tmp_path: Path) -> Dataset:
         members += [(f"{i}.jpg", files[i % 64] if i % 700 else b"no image"), (f"{i}.cls", b"0")]
     write_tar(tmp_path / "many.tar", members)
     return index_dataset([f"{tmp_path}/many.tar"], tmp_path / "d", seed=0)
+
+
+def bad_rows(dataset: Dataset) -> list[int]:
+    """The rows of `many` without an image, in order."""
+    keys = [key for block in dataset.iter_blocks() for key in block.keys]
+    return [row for row, key in enumerate(keys) if int(key) % 700 == 0]
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -84,19 +81,19 @@ def test_features_are_the_towers(
     run = jax.jit(lambda image: tower.embed(tower.params, image[None], jax.numpy.float32)[0])
     [block] = dataset.iter_blocks()
     for row, key in enumerate(block.keys):
-        if key in ("broken", "gif"):
+        if key in ("broken", "tiff"):
             assert not got[row].any()
             continue
         image = tower.preprocess.apply(decode(encoded(picture(int(key)))))
         np.testing.assert_allclose(got[row], run(image), rtol=2**-7, atol=1e-3)
-    broken, gif = block.keys.index("broken"), block.keys.index("gif")
+    broken, tiff = block.keys.index("broken"), block.keys.index("tiff")
     invalid = features.invalid_rows()
-    assert set(invalid) == {broken, gif}
-    assert invalid[gif] == "not a JPEG, PNG or WebP image"
+    assert set(invalid) == {broken, tiff}
+    assert invalid[tiff].startswith("not a JPEG")
     assert invalid[broken] == "damaged image: Truncated File Read"
     out = capsys.readouterr().out
     assert f"embedded 30 rows with tiny into {features.path}: 28 valid, 2 invalid, " in out
-    assert "gif in 1.tar: not a JPEG, PNG or WebP image" in out
+    assert f"tiff in 1.tar: {invalid[tiff]}" in out
     assert sorted(p.name for p in features.path.iterdir()) == ["c", "manifest", "tower.json", "zarr.json"]
 
 
@@ -114,16 +111,14 @@ def test_shards_and_shares(
     embed_dataset(dataset.path, str(tiny_vit), name="two", batch_size=96, share=(0, 2))
     root = dataset.path / "features"
     assert tree(root / "one") == tree(root / "two")
-    assert (
-        sorted(open_features(dataset, "one").invalid_rows().values()) == ["not a JPEG, PNG or WebP image"] * 4
-    )
+    assert list(open_features(dataset, "one").invalid_rows()) == bad_rows(dataset)
     capsys.readouterr()
     embed_dataset(dataset.path, str(tiny_vit), name="one", batch_size=8)
     assert "is complete: 2,500 rows, 2,496 valid, 4 invalid" in capsys.readouterr().out
 
 
 def start(dataset: Path, tower: Path, name: str) -> subprocess.Popen[bytes]:
-    arguments = ["embed", str(dataset), "--tower", str(tower), "--name", name, "--batch-size", "8"]
+    arguments = ["embed", str(dataset), "--tower", str(tower), "--name", name, "--batch-size", "2"]
     return subprocess.Popen(
         [sys.executable, "-c", SMALL_SHARDS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -133,7 +128,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     tmp_path: Path, tiny_vit: Path, small_shards: None
 ) -> None:
     dataset = many(tmp_path)
-    embed_dataset(dataset.path, str(tiny_vit), name="whole", batch_size=8)
+    embed_dataset(dataset.path, str(tiny_vit), name="whole", batch_size=2)
     killed = dataset.path / "features" / "killed"
     rng = random.Random(0)
     done = 0
@@ -141,7 +136,8 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
         [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
     ):
         process = start(dataset.path, tiny_vit, "killed")
-        goal = (number + rng.random()) * 400  # rows
+        # Rows; more than there are already, so that the process is at work when the signal comes.
+        goal = max((number + rng.random()) * 400, progress_of(killed) + 1)
         while process.poll() is None and progress_of(killed) < goal:
             time.sleep(0.001)
         process.send_signal(kind)
@@ -165,9 +161,13 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
 
 def progress_of(path: Path) -> int:
     """Rows that are finished or in journals of batches of 8 rows x 32 bfloat16."""
-    shards = len(list((path / "manifest").glob("0*.json"))) if path.exists() else 0
-    journals = sum(p.stat().st_size // (8 * 32 * 2 + 26) * 8 for p in (path / "partial").glob("*"))
-    return shards * 1024 + journals
+    finished = {p.stem for p in (path / "manifest").glob("0*.json")}
+    # A journal outlives the manifest by a moment, and may vanish while it is looked at.
+    rows = 1024 * len(finished)
+    for journal in (path / "partial").glob("*"):
+        if journal.stem not in finished and journal.exists():
+            rows += journal.stat().st_size // (8 * 32 * 2 + 26) * 8
+    return rows
 
 
 def test_a_shard_killed_while_it_was_committed(tmp_path: Path, tiny_vit: Path, small_shards: None) -> None:
@@ -257,7 +257,7 @@ def test_another_tower_needs_another_name(dataset: Dataset, tiny_vit: Path) -> N
 
 
 def test_missing_and_changed_sources_are_named_before_any_work(dataset: Dataset, tiny_vit: Path) -> None:
-    source = Path(dataset.sources[1])
+    source = Path(dataset.sources[1].path)
     data = source.read_bytes()
     source.write_bytes(data[:-512])
     with pytest.raises(UserError, match=rf"{source} has {len(data) - 512} bytes"):
@@ -356,7 +356,7 @@ def test_stored_features_equal_timms_on_real_photos(realdata: Path, tmp_path: Pa
     weights = realdata / "vit" / "Ti_16-augreg-i21k-i1k-224.npz"
     source = open_dataset(index_dataset([str(realdata / "wds_tf_flowers")], tmp_path / "all", seed=0).path)
     [block] = source.iter_blocks()
-    with open(source.sources[0], "rb") as file:
+    with open(source.sources[0].path, "rb") as file:
         files = [
             (file.seek(o), file.read(s))[1] for o, s in zip(block.offsets[:6], block.sizes[:6], strict=True)
         ]

@@ -88,7 +88,7 @@ def test_left_out_is_counted_named_and_listed(tmp_path: Path, capsys: pytest.Cap
     assert dataset.rows == 3
     assert dataset.left_out == {
         "duplicate key": 1,
-        "no image (.jpg, .jpeg, .png or .webp)": 1,
+        "no image (.jpg, .jpeg, .png, .webp, .gif or .bmp)": 1,
         "no caption and no label": 1,
         "file damaged or cut off": 1,
     }
@@ -101,7 +101,7 @@ def test_left_out_is_counted_named_and_listed(tmp_path: Path, capsys: pytest.Cap
     assert {
         "key": "lost",
         "file": str(tmp_path / "a.tar"),
-        "reason": "no image (.jpg, .jpeg, .png or .webp)",
+        "reason": "no image (.jpg, .jpeg, .png, .webp, .gif or .bmp)",
     } in listed
     assert len(listed) == 4
 

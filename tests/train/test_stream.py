@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from lit_fast.config import StreamConfig
 from lit_fast.dataset import BLOCK
 from lit_fast.errors import UserError
-from lit_fast.features import open_features
+from lit_fast.features import Features, Manifest, open_features, with_views
+from lit_fast.files import write_json
 from lit_fast.tokens import open_tokens
 from tests.synthetic import make_dataset, row_numbers, write_features
 from train.captions import Captions
 from train.stream import open_stream
+from train.views import choose_vectors
 from train.windows import Geometry, plan
 
 MEMORY = StreamConfig(global_batch=48, captions_per_image=2)
@@ -192,3 +194,89 @@ def test_a_flipped_bit_is_an_error_that_names_the_store(tmp_path, config):
 
     with pytest.raises(UserError, match="features/tower cannot be read"):
         read_everything()
+
+
+VIEWS = 3
+
+
+@pytest.fixture(scope="module")
+def viewed(tmp_path_factory):
+    """Three views of each row, as `make_dataset` writes one; element 2 of a vector is the view's number."""
+    path = tmp_path_factory.mktemp("viewed") / "d"
+    dataset = make_dataset(path, 8 * BLOCK, invalid=(3,))
+    one = open_features(dataset, "tower")
+    values = one.read_all().reshape(-1, 1, one.width).repeat(VIEWS, axis=1)
+    values[:, :, 2] = np.arange(VIEWS)
+    features = Features(dataset, "views", with_views(one.provenance, VIEWS))
+    write_json(features.path / "tower.json", features.provenance)
+    values = values.reshape(dataset.rows, -1)
+    features.array(create=True).write(values).result()
+    told = Manifest(0, 0, dataset.rows, dataset.shard_keys[0], features.identity, {3: "damaged"})
+    features.write_manifest(told)
+    return dataset
+
+
+def opened_views(dataset, config, seed=0, part=(0, 1)):
+    return open_stream(open_features(dataset, "views"), open_tokens(dataset), config, seed, part)
+
+
+@pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
+def test_a_view_is_drawn_at_every_visit(viewed, config):
+    stream = opened_views(viewed, config)
+    seen = np.zeros((viewed.rows, VIEWS), int)
+    steps = 6 * viewed.rows // config.global_batch
+    forward = [stream.source[step] for step in range(steps)]
+    for batch in forward:
+        np.testing.assert_array_equal(row_numbers(batch["images"]), batch["rows"])
+        assert batch["images"].shape == (config.global_batch, 16)
+        np.add.at(seen, (batch["rows"], batch["images"][:, 2].astype(int)), 1)
+    share = seen.sum(axis=0) / seen.sum()
+    # 49 152 draws: five standard deviations of a share of 1/3 are 0.011.
+    np.testing.assert_allclose(share, 1 / VIEWS, atol=0.011)
+    assert (seen > 0).sum(axis=1).mean() > 2.5  # (1 - (2/3)^6) * 3 = 2.74 different ones in six visits
+    other = opened_views(viewed, config)
+    for step in reversed(range(0, steps, 7)):
+        assert forward[step]["images"].tobytes() == other.source[step]["images"].tobytes()
+    resumed = opened_views(viewed, config).iterate(steps // 2)
+    for step in range(steps // 2, steps // 2 + 5):
+        assert next(resumed)["images"].tobytes() == forward[step]["images"].tobytes()
+    parts = [opened_views(viewed, config, part=(p, 2)).source for p in range(2)]
+    joined = np.concatenate([part[9]["images"] for part in parts])
+    assert joined.tobytes() == forward[9]["images"].tobytes()
+    assert "3 views each" in stream.description
+
+
+def test_views_change_the_images_and_nothing_else(viewed):
+    one = open_stream(open_features(viewed, "tower"), open_tokens(viewed), MEMORY, 0)
+    three = opened_views(viewed, MEMORY)
+    assert one.identity != three.identity
+    for key in ("rows", "ids"):
+        np.testing.assert_array_equal(one.source[11][key], three.source[11][key])
+
+
+def test_the_view_has_nothing_to_do_with_the_caption():
+    """As many captions as views: in turn, each caption would only ever meet one view."""
+    rows, n = np.arange(3000), 4
+    captions = Captions(np.arange(0, n * 3000 + 1, n), np.arange(n * 3000)[:, None])
+    met = np.zeros((n, n), int)
+    for visit in range(8):
+        visits = np.full(3000, visit)
+        views = choose_vectors(rows, rows, visits, n, seed=1) % n
+        met += np.histogram2d(captions.choose(rows, rows, visits, 1, seed=1)[:, 0] % n, views, bins=n)[
+            0
+        ].astype(int)
+    # 24 000 draws in 16 cells: five standard deviations are 190.
+    np.testing.assert_allclose(met, 1500, atol=190)
+
+
+@given(rows=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=50), epoch=st.integers(0, 2**31 - 1),
+       views=st.integers(1, 64), seed=st.integers(0, 2**31 - 1))  # fmt: skip
+def test_a_view_is_a_function_of_seed_epoch_and_row(rows, epoch, views, seed):
+    rows = np.array(rows)
+    epochs = np.full(len(rows), epoch)
+    local = np.arange(len(rows))
+    got = choose_vectors(local, rows, epochs, views, seed)
+    np.testing.assert_array_equal(got // views, local)
+    for i in range(len(rows)):
+        one = choose_vectors(local[:1], rows[i : i + 1], epochs[:1], views, seed)
+        assert one[0] == got[i] % views

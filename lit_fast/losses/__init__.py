@@ -1,0 +1,1 @@
+"""The losses over all pairs of a batch, worked through tile by tile on a ring of devices."""

@@ -1,0 +1,129 @@
+"""Several processes share out the shards of a dataset and need each other for nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from embed.extract import embed_dataset
+from lit_fast.features import open_features
+from tests.embed.test_extract import SMALL_SHARDS, many, progress_of, tree
+
+
+def environment(number: int, count: int, port: int) -> dict[str, str]:
+    """Of one process of a cluster on this machine; one device each, where the other tests have four."""
+    cluster = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(number),
+    }
+    return os.environ | cluster | {"XLA_FLAGS": ""}
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def start(dataset: Path, tower: Path, number: int, count: int) -> subprocess.Popen[bytes]:
+    arguments = ["embed", str(dataset), "--tower", str(tower), "--name", "shared", "--batch-size", "2"]
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL_SHARDS, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(number, count, free_port()),
+    )
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_one_of_several_is_killed_and_a_single_one_finishes(
+    count: int, tmp_path: Path, tiny_vit: Path, small_shards: None
+) -> None:
+    """The same bytes, though one process has one device and the single one has four."""
+    dataset = many(tmp_path)
+    embed_dataset(dataset.path, str(tiny_vit), name="alone", batch_size=2)
+    shared = dataset.path / "features" / "shared"
+    victim, *others = [start(dataset.path, tiny_vit, number, count) for number in range(count)]
+    journal = shared / "partial" / "00000.journal"
+    while not journal.exists() or journal.stat().st_size < 200 * 64:
+        assert victim.poll() is None
+        time.sleep(0.001)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    errors = b""
+    for number, process in enumerate(others, 1):
+        out, err = process.communicate(timeout=100)
+        errors += err
+        assert process.returncode == 0, err  # nobody waits for the dead
+        assert b"embedded " in out or number == 3
+    assert open_features(dataset, "shared").finished() == [1, 2][: count - 1]
+    assert journal.stat().st_size >= 200 * 64
+    # whoever is the last to finish
+    assert b"nobody is at work on them; this does them: lit-fast embed" in errors
+    embed_dataset(dataset.path, str(tiny_vit), name="shared", batch_size=2)
+    assert tree(shared) == tree(dataset.path / "features" / "alone")
+
+
+def test_an_unfinished_share_of_somebody_at_work_is_not_mentioned(
+    tmp_path: Path, tiny_vit: Path, small_shards: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = many(tmp_path)
+    working = start(dataset.path, tiny_vit, 0, 2)
+    while progress_of(dataset.path / "features" / "shared") < 100:
+        assert working.poll() is None
+        time.sleep(0.01)
+    working.send_signal(signal.SIGSTOP)  # it holds its journal
+    try:
+        embed_dataset(dataset.path, str(tiny_vit), name="shared", batch_size=2, share=(1, 2))
+        assert "nobody is at work" not in capsys.readouterr().err
+    finally:
+        working.send_signal(signal.SIGCONT)
+        out, err = working.communicate()
+    assert working.returncode == 0, err
+    assert b"into" in out
+
+
+PLACE = "from lit_fast.processes import join, place; import jax, sys\n"
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-c", PLACE + code]
+    return subprocess.run(command, env=kept | variables, capture_output=True, text=True, timeout=100)
+
+
+def test_place_is_what_the_environment_says() -> None:
+    assert run("print(place())").stdout == "(0, 1)\n"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[01-02]", "SLURM_NTASKS": "4"}
+    slurm |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2"}
+    assert (
+        run("print(place(), jax.config.values['jax_cuda_visible_devices'])", **slurm).stdout == "(3, 4) 1\n"
+    )
+    half = run("place()", JAX_NUM_PROCESSES="4", JAX_PROCESS_ID="1")
+    assert "but not JAX_COORDINATOR_ADDRESS; set it" in half.stderr
+    wrong = run("place()", JAX_NUM_PROCESSES="4", JAX_PROCESS_ID="4", JAX_COORDINATOR_ADDRESS="x:1")
+    assert "JAX_PROCESS_ID '4' is not one of JAX_NUM_PROCESSES '4'" in wrong.stderr
+
+
+def test_processes_join_for_a_collective() -> None:
+    """What training needs: every process sees all devices, and a sum over them is right."""
+    code = (
+        PLACE + "from jax.experimental.multihost_utils import process_allgather\n"
+        "join(); join()\n"
+        "print(place(), jax.device_count(), int(process_allgather(jax.numpy.ones(1) * (1 + place()[0])).sum()))"
+    )
+    port = free_port()
+    joined = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment(i, 2, port), stdout=subprocess.PIPE)
+        for i in range(2)
+    ]
+    last = [p.communicate(timeout=100)[0].splitlines()[-1] for p in joined]  # after what gloo says
+    assert last == [b"(0, 2) 2 3", b"(1, 2) 2 3"]

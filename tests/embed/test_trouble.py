@@ -1,0 +1,118 @@
+"""A full disk, a missing permission, too little memory: one line, and the work goes on afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from embed.device import Waiting, results
+from embed.extract import embed_dataset
+from embed.images import Batch
+from lit_fast.dataset import Dataset
+from lit_fast.errors import UserError
+from tests.embed.test_extract import SMALL_SHARDS, many, tree
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, small_shards: None) -> Dataset:
+    return many(tmp_path)
+
+
+def command(dataset: Path, tower: Path, *more: str) -> list[str]:
+    return [sys.executable, "-c", SMALL_SHARDS, "embed", str(dataset), "--tower", str(tower), *more]
+
+
+def stopped(done: subprocess.CompletedProcess[str], reason: str, remedy: str) -> bool:
+    """Whether a command ended with one line that gives the reason and the remedy."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("lit-fast: error:")]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(errors) == 1
+    return reason in errors[0] and remedy in errors[0]
+
+
+AGAIN = "mend that and run the same command again"
+
+
+@pytest.fixture
+def small_disk(dataset: Dataset) -> Iterator[Path]:
+    """`features` of the dataset on a disk that holds a shard and a half (a vector is 64 bytes)."""
+    path = dataset.path / "features"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=180k", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk(small_disk: Path, dataset: Dataset, tiny_vit: Path) -> None:
+    line = command(dataset.path, tiny_vit, "--name", "t")
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert stopped(done, "No space left on device", AGAIN), done.stderr
+    before = sum(p.stat().st_size for p in (small_disk / "t" / "partial").iterdir())
+    assert before > 10_000  # what was embedded is kept
+    done = subprocess.run(line, capture_output=True, text=True)  # still full
+    assert stopped(done, "No space left on device", AGAIN), done.stderr
+    assert sum(p.stat().st_size for p in (small_disk / "t" / "partial").iterdir()) >= before
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    assert subprocess.run(line, capture_output=True).returncode == 0
+    embed_dataset(dataset.path, str(tiny_vit), name="whole")
+    assert tree(small_disk / "t") == tree(small_disk / "whole")
+
+
+# Root may write everywhere, unless it gives that up.
+OBEY = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
+
+
+@pytest.mark.parametrize("locked", ["partial", "c", "manifest", "."])
+def test_a_missing_permission(locked: str, dataset: Dataset, tiny_vit: Path) -> None:
+    features = dataset.path / "features" / "t"
+    directory = features / locked
+    directory.mkdir(parents=True)
+    directory.chmod(0o555)
+    if subprocess.run([*OBEY, "touch", str(directory / "x")], capture_output=True).returncode == 0:
+        pytest.skip("permissions do not bind this user")
+    line = [*OBEY, *command(dataset.path, tiny_vit, "--name", "t")]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert stopped(done, "Permission denied", AGAIN), done.stderr
+    assert str(features) in done.stderr
+    directory.chmod(0o755)
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    embed_dataset(dataset.path, str(tiny_vit), name="whole")
+    assert tree(features) == tree(features.parent / "whole")
+
+
+def test_a_device_without_enough_memory() -> None:
+    """What JAX raises when an array of 64 TiB does not fit; a limit on the process makes XLA hang instead."""
+    batch = Batch(0, 1, np.zeros((1, 4, 4, 3), np.uint8), {})
+    with pytest.raises(UserError, match="out of memory; lower --batch-size"):
+        list(results(iter([batch]), lambda images: jax.numpy.zeros(1 << 46, jax.numpy.uint8), Waiting()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_time_is_one_line(number: signal.Signals, dataset: Dataset, tiny_vit: Path) -> None:
+    """While it imports, compiles, embeds or writes; the line says that the same command goes on."""
+    for delay in (0.3, 1.5, 2.5):
+        process = subprocess.Popen(
+            command(dataset.path, tiny_vit, "--batch-size", "1"), stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(delay)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        if process.returncode in (0, -number):  # it was faster, or had not begun
+            continue
+        assert process.returncode == 128 + number, err
+        assert "Traceback" not in err
+        assert err.count("the same command goes on from here") == 1
