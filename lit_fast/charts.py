@@ -82,8 +82,8 @@ def chart(series: Sequence[Series], *, percent: bool = False, unit: str = "steps
     if beside:
         labels = _apart([at(*s.points[-1])[1] for s in series], 15)
         for number, (line, label_y) in enumerate(zip(series, labels, strict=True)):
-            value = f"{100 * line.points[-1][1]:.1f} %" if percent else _brief(line.points[-1][1], 3)
-            text = html.escape(line.name) if percent and len(series) > 1 else value
+            ending = f"{100 * line.points[-1][1]:.1f} %" if percent else _brief(line.points[-1][1], 3)
+            text = html.escape(line.name) if percent and len(series) > 1 else ending
             place = f'x="{width - right + 8}" y="{label_y + 4:.1f}"'
             out.append(f'<text class="name {_colour(number)}" {place}>{text}</text>')
     out.append("</svg>")

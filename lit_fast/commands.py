@@ -1,4 +1,4 @@
-"""The commands `eval`, `info`, `towers` and `demo`: their arguments and what they print.
+"""The commands `eval`, `info`, `compare`, `towers` and `demo`: their arguments and what they print.
 
 What they import is imported when they run, so that `--help` is fast.
 """
@@ -106,6 +106,33 @@ def info(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def compare(parser: argparse.ArgumentParser) -> Run:
+    """Show runs side by side: what was set differently, what they took and what came out.
+
+    Runs that are still at work, or were killed, are shown as far as they are.
+    """
+    parser.add_argument("runs", type=Path, nargs="+", metavar="W", help="directories of runs")
+    parser.add_argument(
+        "--json", type=Path, metavar="OUT", help="write the same, and all of the configs, as JSON"
+    )
+    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="write a page with the curves")
+
+    def run(args: argparse.Namespace) -> None:
+        import shutil
+
+        from lit_fast.compare import as_json, comparison_page, format_comparison, read_records
+
+        _check_output(args.json)
+        _check_output(args.out, "--out")
+        records = read_records(args.runs)
+        print(format_comparison(records, shutil.get_terminal_size((120, 24)).columns))
+        _write(args.json, as_json(records))
+        if args.out:
+            _write_bytes(args.out, comparison_page(records).encode(), "--out")
+
+    return run
+
+
 def towers(parser: argparse.ArgumentParser) -> Run:
     """List public vision towers: what they make, what they cost, whose they are.
 
@@ -138,23 +165,28 @@ def demo(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def _check_output(path: Path | None) -> None:
+def _check_output(path: Path | None, option: str = "--json") -> None:
     """Find out before the work whether its result can be written."""
     if path is None:
         return
     if path.is_dir():
-        raise UserError(f"--json {path} is a directory; give the name of a file")
+        raise UserError(f"{option} {path} is a directory; give the name of a file")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--json {path} cannot be written: {parent} is not a writable directory")
+        raise UserError(f"{option} {path} cannot be written: {parent} is not a writable directory")
 
 
 def _write(path: Path | None, value: object) -> None:
-    from lit_fast.files import write_json
+    from lit_fast.files import json_bytes
 
-    if path is None:
-        return
+    if path is not None:
+        _write_bytes(path, json_bytes(value), "--json")
+
+
+def _write_bytes(path: Path, data: bytes, option: str) -> None:
+    from lit_fast.files import write_atomic
+
     try:
-        write_json(path, value)
+        write_atomic(path, data)
     except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{option} {path} cannot be written: {error.strerror}") from None

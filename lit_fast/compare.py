@@ -9,17 +9,17 @@ from __future__ import annotations
 import html
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lit_fast.charts import Series, chart
+from lit_fast.charts import Series
 from lit_fast.config import flatten_toml
+from lit_fast.curves import TITLES, panel, title
 from lit_fast.document import document, section, table
 from lit_fast.errors import UserError
 from lit_fast.files import read_object
 from lit_fast.metrics import (
-    TITLES,
     Best,
     Lines,
     Spent,
@@ -103,11 +103,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """
     records = [read_record(path) for path in paths]
     named = [r.name for r in records]
-    return [r if named.count(r.name) == 1 else _renamed(r, str(r.path)) for r in records]
-
-
-def _renamed(record: Record, name: str) -> Record:
-    return Record(**(vars(record) | {"name": name}))
+    return [r if named.count(r.name) == 1 else replace(r, name=str(r.path)) for r in records]
 
 
 def differing(records: Sequence[Record]) -> list[str]:
@@ -202,23 +198,17 @@ def format_comparison(records: Sequence[Record], width: int) -> str:
 def comparison_page(records: Sequence[Record]) -> str:
     """The table and the curves of all runs over each other, as one HTML page."""
     recorded = {name for r in records for name in names(r.lines)}
-    figures = sorted(name for name in recorded if "/" in name)
-    panels = [_panel(f"{TITLES['loss']}, against hours", records, "loss", hours=True)]
-    panels += [_panel(title, records, name) for name, title in TITLES.items() if name in recorded]
-    for name in figures:
-        panels.append(_panel(name, records, name))
-        panels.append(_panel(f"{name}, against hours", records, name, hours=True))
+
+    def drawn(name: str, *, hours: bool = False) -> str:
+        series = [Series(r.name, curve(r.lines, name, hours=hours)) for r in records]
+        return panel(title(name) + (", against hours" if hours else ""), name, series, hours=hours)
+
+    panels = [drawn("loss", hours=True), *(drawn(name) for name in TITLES if name in recorded)]
+    for name in sorted(name for name in recorded if "/" in name):
+        panels += [drawn(name), drawn(name, hours=True)]
     parts = [
         f"<header><h1>{html.escape(', '.join(r.name for r in records))}</h1></header>",
         section("Runs", table(("", *(r.name for r in records)), table_rows(records))),
         f'<section class="pair">{"".join(panels)}</section>',
     ]
     return document("lit-fast compare", parts)
-
-
-def _panel(title: str, records: Sequence[Record], name: str, *, hours: bool = False) -> str:
-    series = [Series(r.name, curve(r.lines, name, hours=hours)) for r in records]
-    share = "/" in name or name in ("mfu", "data_wait_share")
-    zero = not name.endswith("norm") and name not in ("temperature", "bias")
-    drawn = chart(series, percent=share, unit="hours" if hours else "steps", zero=zero)
-    return f"<div><h2>{html.escape(title)}</h2>{drawn}</div>"

@@ -192,7 +192,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     known = flatten(Config())
     given = _pairs(overrides, known)
     try:
-        values = _flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        values = flatten_toml(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
@@ -218,6 +218,17 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def flatten_toml(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All values of a parsed TOML file by dotted name, whether they are keys of a config or not."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            out |= flatten_toml(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML, every field in it."""
     sections: dict[str, list[str]] = {}
@@ -228,16 +239,6 @@ def to_toml(config: Config) -> str:
         sections.setdefault(section, []).append(f"{name} = {text}")
     parts = [(f"[{section}]\n" if section else "") + "\n".join(lines) for section, lines in sections.items()]
     return "\n\n".join(parts) + "\n"
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            out |= _flatten(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
 
 
 def _pairs(arguments: Sequence[str], known: dict[str, Any]) -> list[tuple[str, str]]:

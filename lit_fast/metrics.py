@@ -21,20 +21,6 @@ from typing import Any, NamedTuple
 
 Lines = list[dict[str, Any]]
 
-# Figures of the training that are drawn, with the headings of their charts, in this order.
-TITLES = {
-    "loss": "Loss",
-    "learning_rate": "Learning rate",
-    "temperature": "Temperature",
-    "bias": "Bias",
-    "grad_norm": "Norm of the gradients",
-    "update_norm": "Norm of the updates",
-    "param_norm": "Norm of the parameters",
-    "pairs_per_second": "Pairs per second",
-    "data_wait_share": "Share of the time that waits for data",
-    "mfu": "MFU: share of the chips' peak",
-}
-
 _SPEED = ("seconds_per_step", "pairs_per_second", "data_wait_share", "mfu")
 
 

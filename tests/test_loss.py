@@ -15,9 +15,10 @@ from lit_fast.config import LossConfig
 from lit_fast.losses.loss import pair_loss
 from lit_fast.losses.pairs import hash_ids, mix, pair_up
 from lit_fast.losses.statistics import logit_metrics
-from lit_fast.losses.tile import Trained
+from lit_fast.losses.tile import Trained, apply_head
 from lit_fast.mesh import AXIS, make_mesh, on_each_device
 from lit_fast.normalize import normalize
+from lit_fast.run import apply_image_head
 from tests.dense_loss import dense_loss, pairs
 
 OPTIONS = [
@@ -280,3 +281,11 @@ def test_no_gather_and_linear_memory(options):
     assert large <= 4.4 * small
     if options == OPTIONS[1]:  # the same check sees them when there are
         assert temporary(4096, 1024) > 4.4 * temporary(1024, 256)
+
+
+def test_evaluation_applies_the_head_as_training_does():
+    batch, _, head = draw(0, 20, 1)
+    want = apply_head(batch["features"], head, "highest")
+    got = apply_image_head({"img": {"head": {"kernel": head}}}, batch["features"])
+    np.testing.assert_allclose(got, want, atol=5e-7)  # float32 sums of 16 terms
+    assert apply_image_head({}, batch["features"]) is batch["features"]

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lit_fast.charts import Series, chart
+from lit_fast.charts import Series
+from lit_fast.curves import TITLES, panel, title
 from lit_fast.document import document, section, table
 from lit_fast.files import read_object, write_atomic
-from lit_fast.metrics import TITLES, Lines, curve, names, read_metrics
+from lit_fast.metrics import Lines, curve, names, read_metrics
 from lit_fast.progress import duration
 
 _SPREAD = re.compile(r"(.+)_(min|mean|max)")
@@ -23,7 +24,9 @@ def write_report(run: Path) -> None:
     receipt = read_object(run / "receipt.json", "status", "evaluation")
     lines = read_metrics(run / "metrics.jsonl")
     evaluation, training = _evaluation_charts(lines), _training_charts(lines)
-    done = f"{receipt['steps_done']:,} of {receipt['steps']:,} steps in {duration(receipt['elapsed_seconds'])}"
+    done = (
+        f"{receipt['steps_done']:,} of {receipt['steps']:,} steps in {duration(receipt['elapsed_seconds'])}"
+    )
     parts = [
         f"<header><h1>{html.escape(run.resolve().name)}</h1>"
         f"<p>{html.escape(receipt['status'])}: {done}, {receipt['pairs_seen']:,} pairs</p></header>"
@@ -39,26 +42,16 @@ def write_report(run: Path) -> None:
     write_atomic(run / "report.html", document(run.resolve().name, parts).encode())
 
 
-def _panel(title: str, drawn: str) -> str:
-    return f"<div><h2>{html.escape(title)}</h2>{drawn}</div>"
-
-
 def _training_charts(lines: Lines) -> str:
     recorded = [n for n in names(lines) if "/" not in n and n not in _NOT_DRAWN and curve(lines, n)]
     spreads = dict.fromkeys(found[1] for n in recorded if (found := _SPREAD.fullmatch(n)))
     single = [n for n in recorded if not _SPREAD.fullmatch(n)]
-    panels = []
-    for name in sorted(single, key=lambda n: list(TITLES).index(n) if n in TITLES else len(TITLES)):
-        series = [Series(name.replace("_", " "), curve(lines, name))]
-        share = name in ("mfu", "data_wait_share")
-        # Temperature, bias and norms move little about a value of their own.
-        zero = not name.endswith("norm") and name not in ("temperature", "bias")
-        panels.append(
-            _panel(TITLES.get(name, name.replace("_", " ")), chart(series, percent=share, zero=zero))
-        )
+    order = {name: place for place, name in enumerate(TITLES)}
+    single.sort(key=lambda n: order.get(n, len(order)))
+    panels = [panel(title(name), name, [Series(name, curve(lines, name))]) for name in single]
     for stem in spreads:
         series = [Series(end, curve(lines, f"{stem}_{end}")) for end in ("max", "mean", "min")]
-        panels.append(_panel(stem.replace("_", " ").capitalize(), chart(series)))
+        panels.append(panel(title(stem), stem, series))
     return "".join(panels)
 
 
@@ -68,9 +61,10 @@ def _evaluation_charts(lines: Lines) -> str:
     panels = []
     for dataset in dict.fromkeys(n.rpartition("/")[0] for n in figures):
         own = [n for n in figures if n.rpartition("/")[0] == dataset]
-        for unit in ("steps", "hours"):
-            series = [Series(n.rpartition("/")[2], curve(lines, n, hours=unit == "hours")) for n in own]
-            panels.append(_panel(f"{dataset}, against {unit}", chart(series, percent=True, unit=unit)))
+        for hours in (False, True):
+            series = [Series(n.rpartition("/")[2], curve(lines, n, hours=hours)) for n in own]
+            heading = f"{dataset}, against {'hours' if hours else 'steps'}"
+            panels.append(panel(heading, own[0], series, hours=hours))
     return "".join(panels)
 
 
@@ -93,7 +87,7 @@ def _receipt_rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
         ("time, all parts of the run", duration(receipt["elapsed_seconds"])),
         ("chip-hours", f"{receipt['chip_hours']:,.2f}"),
     ]
-    for name, title, scale, form in (
+    for name, label, scale, form in (
         ("pairs_per_second", "pairs per second", 1, ",.0f"),
         ("seconds_per_step", "seconds per step", 1, ".4g"),
         ("mfu", "MFU, %", 100, ".1f"),
@@ -102,7 +96,7 @@ def _receipt_rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
         ("peak_process_memory_bytes", "peak memory of the process, GiB", 2**-30, ".2f"),
     ):
         if name in receipt:
-            rows.append((title, format(scale * receipt[name], form)))
+            rows.append((label, format(scale * receipt[name], form)))
     rows += [
         ("devices", f"{hardware['devices']} x {hardware['device_kind']}"),
         ("processes", f"{hardware['processes']:,}"),
