@@ -141,7 +141,7 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
     import torch
 
     from lit_fast.towers import load_tower
-    from lit_fast.vit import flops_per_image
+    from lit_fast.architecture import flops_per_image
     from train.flops import peak_flops
 
     tower = load_tower(str(folder))

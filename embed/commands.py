@@ -99,8 +99,10 @@ def embed(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from embed.extract import embed_dataset
+        from lit_fast.compiled import keep_compiled
         from lit_fast.preprocess import MAX_PIXELS
 
+        keep_compiled()
         embed_dataset(
             args.dataset,
             args.tower,

@@ -35,10 +35,10 @@ def chart(series: Sequence[Series], *, percent: bool = False, unit: str = "steps
         return '<p class="note">Nothing was recorded.</p>'
     beside = len(series) <= _NAMED
     width, height, left, top, bottom = 480, 290, 58, 14, 36
-    right = (104 if percent and len(series) > 1 else 62) if beside else 16
+    right = (104 if percent and len(series) > 1 else 70) if beside else 16
     end = max(x for s in series for x, _ in s.points)
     values = [y for s in series for _, y in s.points] + [s.chance for s in series if s.chance is not None]
-    whole = percent and max(values) > 0.5
+    whole = percent and min(values) >= 0 and 0.5 < max(values) <= 1
     marks = [0.0, 0.25, 0.5, 0.75, 1.0] if whole else ticks(min(values), max(values), zero or percent)
     low, high = marks[0], marks[-1]
 

@@ -1,8 +1,9 @@
 """Checkpoints by Orbax, behind the few functions that are needed.
 
     W/checkpoints/<step>/params     the weights, which evaluation reads alone
+    W/checkpoints/<step>/average    their moving average, where one is kept
     W/checkpoints/<step>/rest       the optimizer's state
-    W/checkpoints/<step>/meta       JSON: digests of both, and what else the caller keeps
+    W/checkpoints/<step>/meta       JSON: digests of them, and what else the caller keeps
 
 Only committed steps are seen; nothing is unpickled. Orbax does not notice a flipped bit in an array, so each
 tree's digest is kept beside it and compared when it is read.
@@ -58,40 +59,44 @@ def open_manager(
 def save(
     manager: ocp.CheckpointManager,
     step: int,
-    params: Any,
-    rest: Any,
+    trees: dict[str, Any],
     meta: dict[str, Any],
     score: float | None = None,
 ) -> None:
     """Begin to save; the arrays are copied before this returns, the writing goes on in the background."""
-    digests = {"params": digest(params), "rest": digest(rest)}
+    digests = {name: digest(tree) for name, tree in trees.items()}
     args = ocp.args.Composite(
-        params=ocp.args.StandardSave(params),
-        rest=ocp.args.StandardSave(rest),
         meta=ocp.args.JsonSave(meta | {"digests": digests}),
+        **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
     )
     manager.save(step, args=args, metrics=None if score is None else {"score": score})
 
 
-def restore(manager: ocp.CheckpointManager, step: int, params: Any, rest: Any) -> tuple[Any, Any, dict]:
-    """Restore everything in the shapes, types and shardings of the given trees.
+def restore(manager: ocp.CheckpointManager, step: int, trees: dict[str, Any]) -> tuple[dict[str, Any], dict]:
+    """The trees, in the shapes, types and shardings of those given, and `meta`.
 
     Raises:
-      Damaged: it cannot be read, or is not what was written.
+      Damaged: they cannot be read, or are not what was written.
     """
     args = ocp.args.Composite(
-        params=ocp.args.StandardRestore(params),
-        rest=ocp.args.StandardRestore(rest),
         meta=ocp.args.JsonRestore(),
+        **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()},
     )
-    found = _restore(manager, step, args)
-    for name in ("params", "rest"):
-        _check_digest(manager, step, name, found)
-    return found["params"], found["rest"], found["meta"]
+    try:
+        found = manager.restore(step, args=args)
+    except Exception as error:  # Orbax raises bare ones too
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Damaged(f"checkpoint {manager.directory}/{step} cannot be read: {reason[:200]}") from None
+    meta = found["meta"]
+    written = meta.get("digests") if isinstance(meta, dict) else None
+    for name in trees:
+        if not isinstance(written, dict) or written.get(name) != digest(found[name]):
+            raise Damaged(f"checkpoint {manager.directory}/{step} is damaged: {name} is not what was written")
+    return {name: found[name] for name in trees}, meta
 
 
-def restore_params(run: Path, step: int | None, params: Any) -> tuple[int, Any]:
-    """Only the weights of `step`, or of the last one: (step, tree as `params`).
+def restore_params(run: Path, step: int | None, params: Any, name: str = "params") -> tuple[int, Any]:
+    """Only the weights of `step`, or of the last one, or their "average": (step, tree as `params`).
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
@@ -108,10 +113,7 @@ def restore_params(run: Path, step: int | None, params: Any) -> tuple[int, Any]:
                 f"run {run} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
             )
         step = steps[-1] if step is None else step
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(params), meta=ocp.args.JsonRestore())
-        found = _restore(manager, step, args)
-        _check_digest(manager, step, "params", found)
-        return step, found["params"]
+        return step, restore(manager, step, {name: params})[0][name]
     finally:
         manager.close()
 
@@ -152,21 +154,6 @@ def _digest(tree: Any) -> jax.Array:
         place = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
         total += (2 * jnp.uint32(number) + 1) * jnp.sum(bits * place, dtype=jnp.uint32)
     return total
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
-    try:
-        return manager.restore(step, args=args)
-    except Exception as error:  # Orbax raises bare ones too
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Damaged(f"checkpoint {manager.directory}/{step} cannot be read: {reason[:200]}") from None
-
-
-def _check_digest(manager: ocp.CheckpointManager, step: int, name: str, found: Any) -> None:
-    meta = found["meta"]
-    written = meta.get("digests") if isinstance(meta, dict) else None
-    if not isinstance(written, dict) or written.get(name) != digest(found[name]):
-        raise Damaged(f"checkpoint {manager.directory}/{step} is damaged: {name} is not what was written")
 
 
 def abstract(tree: Any) -> Any:

@@ -38,18 +38,24 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
         help="write the result as CLIP_benchmark does; several as a list of them",
     )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
+    parser.add_argument("--average", action="store_true", help="the average of the weights, if one was kept")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.compiled import keep_compiled
 
         keep_compiled()
-        _evaluate(args.run, args.zero_shot, args.retrieval, args.json, args.step)
+        _evaluate(args.run, args.zero_shot, args.retrieval, args.json, args.step, args.average)
 
     return run
 
 
 def _evaluate(
-    path: Path, zero_shot: list[Path], retrieval: list[Path], out: Path | None, step: int | None
+    path: Path,
+    zero_shot: list[Path],
+    retrieval: list[Path],
+    out: Path | None,
+    step: int | None,
+    average: bool,
 ) -> None:
     from lit_fast.dataset import open_dataset
     from lit_fast.evaluate import (
@@ -79,12 +85,12 @@ def _evaluate(
             jobs.append((dataset, measure))
 
     # --- evaluate
-    run = open_run(path, step)
+    run = open_run(path, step, average)
     results = []
     for dataset, measure in jobs:
         print(f"evaluating {dataset.path}", file=sys.stderr, flush=True)
         result = measure(dataset, *run.image_embeddings(dataset), run.embed_text)
-        results.append(result | {"model": run.name, "pretrained": f"step {run.step}"})
+        results.append(result | {"model": run.name, "pretrained": f"step {run.step}{' average' * average}"})
     print(f"{run.name}, step {run.step}, tower {run.tower}\n\n{format_table(results)}")
     # CLIP_benchmark keeps one object in a file and cannot read a list.
     _write(out, results[0] if len(results) == 1 else results)

@@ -7,8 +7,9 @@ at work or were killed can be compared as well.
 from __future__ import annotations
 
 import html
+import json
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def read_record(path: Path) -> Record:
         what = "is not a run (no config.toml)" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}; give directories that lit-fast train made")
     try:
-        config = flatten_toml(tomllib.loads(file.read_text(encoding="utf-8")))
+        values = flatten_toml(tomllib.loads(file.read_text(encoding="utf-8")))
+        config = json.loads(json.dumps(values, default=str))  # TOML knows dates, JSON does not
         wanted = int(config["steps"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
@@ -138,7 +140,7 @@ def as_json(records: Sequence[Record]) -> dict[str, Any]:
 
 def table_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
     """Name of the row, then a cell per run: what it is, what differs, what it took, what came out."""
-    figures = sorted({name for r in records for name in r.best})
+    figures = _by_dataset(name for r in records for name in r.best)
 
     def row(name: str, cell: Callable[[Record], str]) -> tuple[str, ...]:
         return (name, *map(cell, records))
@@ -162,6 +164,11 @@ def table_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
         rows.append(row(f"{name}, final %", lambda r, n=name: _percent(r.final.get(n))))  # type: ignore[misc]
         rows.append(row(f"{name}, best %", lambda r, n=name: _best(r.best.get(n))))  # type: ignore[misc]
     return rows
+
+
+def _by_dataset(figures: Iterable[str]) -> list[str]:
+    """Each once, sorted by dataset, those of one dataset as they were recorded."""
+    return sorted(dict.fromkeys(figures), key=lambda name: name.rpartition("/")[0])
 
 
 def _percent(value: float | None) -> str:
@@ -197,14 +204,14 @@ def format_comparison(records: Sequence[Record], width: int) -> str:
 
 def comparison_page(records: Sequence[Record]) -> str:
     """The table and the curves of all runs over each other, as one HTML page."""
-    recorded = {name for r in records for name in names(r.lines)}
+    recorded = dict.fromkeys(name for r in records for name in names(r.lines))
 
     def drawn(name: str, *, hours: bool = False) -> str:
         series = [Series(r.name, curve(r.lines, name, hours=hours)) for r in records]
         return panel(title(name) + (", against hours" if hours else ""), name, series, hours=hours)
 
     panels = [drawn("loss", hours=True), *(drawn(name) for name in TITLES if name in recorded)]
-    for name in sorted(name for name in recorded if "/" in name):
+    for name in _by_dataset(name for name in recorded if "/" in name):
         panels += [drawn(name), drawn(name, hours=True)]
     parts = [
         f"<header><h1>{html.escape(', '.join(r.name for r in records))}</h1></header>",

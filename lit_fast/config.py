@@ -66,10 +66,11 @@ class LossConfig:
     same_image: str = "positive"
     # A text that equals, id by id, one of the captions that another image came with: "negative", or "mask".
     same_caption: str = "negative"
-    # The negatives that count: "all", or so many per text: "random", "hardest" or "easiest" (section 4.8 of the
-    # paper, best with the hardest). Its "matched pairs" are no option but `steps` times the masked-out ratio.
+    # The negatives that count: "all", or a number of them per text, "random", "hardest" or "easiest" (section 4.8
+    # of the paper, where the hardest lose least). Its "matched pairs" need no key of their own: raise `steps` by
+    # the factor by which the pairs become fewer.
     negatives: str = "all"
-    negatives_per_positive: float = 0.0  # 1.6 is the strongest masking of the paper
+    negatives_per_positive: float = 0.0  # the paper's strongest masking: 1.6
     tile: int = 1024  # images of one tile of pairs; memory is tile x (texts per device)
     # Of the similarity products: default, high or highest. At temperature 100 a cosine's error of 1e-3 is 0.1
     # in a logit. "high" is three bfloat16 passes on TPU, exact on CPU; on GPUs it may mean TF32: take "highest".
@@ -100,6 +101,7 @@ class OptimizerConfig:
     # "paper": scaled by the schedule alone, as in big_vision and the paper; "optax": also by learning_rate.
     weight_decay_convention: str = "paper"
     clip_norm: float = 1.0  # global norm of the gradients; 0: off
+    average_decay: float = 0.0  # of an average of the weights that is kept and evaluated beside them; 0: none
     schedule: str = "cosine"  # to zero, or "linear", or "rsqrt" with timescale and cooldown_steps
     warmup_steps: int = 6_500
     cooldown_steps: int = 0  # linear to zero at the end, on top of the schedule
@@ -328,7 +330,7 @@ def _check_values(config: Config) -> None:
     for key, bound in {"steps": 2**31, "seed": 2**32 - 1, "stream.global_batch": 2**31}.items():
         if values[key] >= bound:
             raise UserError(f"config key {key} must be below {bound}, not {values[key]}")
-    for key in ("text.dropout", "optimizer.b1", "optimizer.b2"):
+    for key in ("text.dropout", "optimizer.b1", "optimizer.b2", "optimizer.average_decay"):
         if values[key] >= 1:
             raise UserError(f"config key {key} must be below 1, not {values[key]}")
     _check_loss(config.loss)

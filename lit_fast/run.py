@@ -215,14 +215,18 @@ def check_run(path: Path) -> None:
             raise UserError(f"{path} is not a run ({name} is missing); make it with: lit-fast train")
 
 
-def open_run(path: Path, step: int | None = None) -> Run:
-    """Open a run at a step, by default its last checkpoint.
+def open_run(path: Path, step: int | None = None, average: bool = False) -> Run:
+    """Open a run at a step, by default its last checkpoint, with its weights or their average.
 
     Raises:
-      UserError: not a run, or no such checkpoint.
+      UserError: not a run, no such checkpoint, or no average was kept.
     """
     check_run(path)
     config = load_config(path / "config.toml")
+    if average and not config.optimizer.average_decay:
+        raise UserError(
+            f"run {path} kept no average of its weights; train with optimizer.average_decay = 0.9999"
+        )
     tower = read_tower(path)
     tokens = read_object(path / "tokens.json", "max_length", "pad_id")
     tokenizer = load_tokenizer(path / "tokenizer.model", tokens["max_length"], tokens["pad_id"])
@@ -230,5 +234,5 @@ def open_run(path: Path, step: int | None = None) -> Run:
     mesh = make_mesh(jax.local_devices())
     shapes = jax.eval_shape(lambda: init_params(model, config, np.zeros(tower["width"])))
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), shapes)
-    step, params = restore_params(path, step, target)
+    step, params = restore_params(path, step, target, "average" if average else "params")
     return Run(path, config, step, params, tower, tokenizer, text_embedder(model, tokenizer, mesh))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from lit_fast.evaluate import (
 )
 from lit_fast.run import Params, apply_image_head, image_embeddings, matching_features
 
-EmbedText = Callable[[Sequence[str]], np.ndarray]
+EmbedText = Callable[[Params, Sequence[str]], np.ndarray]
+
+_AVERAGED = " (average)"
 
 
 class Evaluation:
@@ -52,19 +55,30 @@ class Evaluation:
         passed = any(number // every > (number - 1) // every for every in self._intervals)
         return bool(self._sets) and (passed or number == self._steps)
 
-    def run(self, embed_text: EmbedText, params: Params) -> list[dict[str, Any]]:
-        """Evaluate all sets, images with the head in `params`; the results are kept as `results`."""
-        self.results = [
-            evaluate(dataset, rows, apply_image_head(params, images), embed_text)
+    def run(self, embed_text: EmbedText, params: Params, average: Params) -> list[dict[str, Any]]:
+        """Evaluate all sets, also with the average of the weights if it is not empty.
+
+        The results are kept as `results`; those of the average come last, marked in the set's name.
+        """
+        self.results = self._run(embed_text, params)
+        if average:
+            averaged = self._run(embed_text, average)
+            self.results += [r | {"dataset": f"{r['dataset']}{_AVERAGED}"} for r in averaged]
+        return self.results
+
+    def _run(self, embed_text: EmbedText, params: Params) -> list[dict[str, Any]]:
+        return [
+            evaluate(dataset, rows, apply_image_head(params, images), partial(embed_text, params))
             for dataset, evaluate, rows, images in self._ready
         ]
-        return self.results
 
     def figures(self) -> dict[str, float]:
         """The last evaluation's figures by name, `<dataset>/<metric>`."""
+        names = self._names()
+        names += [f"{name}{_AVERAGED}" for name in names]
         return {
             f"{name}/{metric}": value
-            for name, result in zip(self._names(), self.results, strict=True)
+            for name, result in zip(names, self.results, strict=False)
             for metric, value in result["metrics"].items()
         }
 

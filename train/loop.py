@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -92,7 +91,7 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     if begun:
         _say(f"starting from {begun['source']}: {begun['taken']}")
     optimizer = make_optimizer(config.optimizer, config.steps, params)
-    state = init_state(params, optimizer, mesh)
+    state = init_state(params, optimizer, mesh, config.optimizer.average_decay > 0)
     del params  # the state has its own
     count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
     _say(f"text tower: {count / 1e6:.1f} M parameters on {mesh.size} x {jax.devices()[0].device_kind}")
@@ -113,7 +112,7 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     embed_text = text_embedder(model, tokenizer, mesh)
     if done >= config.steps:
         if not is_finished(run):  # killed after the last checkpoint
-            results = evaluation.run(partial(embed_text, state.params), state.params)
+            results = evaluation.run(embed_text, state.params, state.average)
             if jax.process_index() == 0:
                 write_receipt(run, config, done, spent_before(run), results)
                 write_report(run)
@@ -174,7 +173,8 @@ def _loop(
     try:
         for number in range(done + 1, config.steps + 1):
             profile.begin(number, state)
-            with meter.paused if number == done + 1 else nullcontext():  # it compiles
+            compiling = meter.paused if number == done + 1 else nullcontext()
+            with compiling, jax.profiler.StepTraceAnnotation("train", step_num=number):
                 state, metrics = step(state, batch)
             profile.end(number, metrics)
             if number < config.steps:
@@ -200,7 +200,7 @@ def _loop(
                 with meter.paused:
                     checkpoints.check(state)
                     if evaluating:  # before saving: who is killed in between does both again
-                        evaluation.run(partial(embed_text, state.params), state.params)
+                        evaluation.run(embed_text, state.params, state.average)
                         if writer:
                             writer.write(number, evaluation.figures())
                     if saving:
@@ -248,15 +248,14 @@ class Checkpoints:
         if number in self._manager.all_steps():  # a run that was stopped right after it had saved
             return
         with self._disk():
-            meta = {"figures": figures}
-            save(self._manager, number, state.params, _rest(state), meta, figures.get(self._best))
+            save(self._manager, number, _trees(state), {"figures": figures}, figures.get(self._best))
 
     def restore_last(self, state: State) -> tuple[int, State]:
         """The number of completed steps and the state after them, in the layout of `state`."""
 
         def read(number: int) -> tuple[int, State]:
-            params, rest, _ = restore(self._manager, number, abstract(state.params), abstract(_rest(state)))
-            return number, State(params, **rest)
+            trees, _ = restore(self._manager, number, abstract(_trees(state)))
+            return number, State(trees["params"], average=trees.get("average", {}), **trees["rest"])
 
         warn = lambda line: _say(f"warning: {line}")  # noqa: E731
         return restore_last(self._manager, read, warn) or (0, state)
@@ -291,8 +290,10 @@ class Checkpoints:
             ) from None
 
 
-def _rest(state: State) -> dict[str, Any]:
-    return {"opt": state.opt, "step": state.step, "bad_step": state.bad_step}
+def _trees(state: State) -> dict[str, Any]:
+    """The state as a checkpoint holds it."""
+    rest = {"opt": state.opt, "step": state.step, "bad_step": state.bad_step}
+    return {"params": state.params, "rest": rest} | ({"average": state.average} if state.average else {})
 
 
 class _Stop:

@@ -32,15 +32,19 @@ class State(NamedTuple):
     opt: Any
     step: jax.Array  # int32 [], completed updates
     bad_step: jax.Array  # int32 [], the first step whose loss or gradient was not finite; -1: none
+    average: Params  # exponential moving average of the parameters; empty where none is kept
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, averaged: bool = False
+) -> State:
     """The state before the first step, on every device."""
-    make = jax.jit(
-        lambda p: State(p, optimizer.init(p), jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)),
-        out_shardings=replicated(mesh),
-    )
-    return make(params)
+
+    def make(params: Params) -> State:
+        zero = jnp.zeros((), jnp.int32)
+        return State(params, optimizer.init(params), zero, zero - 1, params if averaged else {})
+
+    return jax.jit(make, out_shardings=replicated(mesh))(params)
 
 
 def make_step(
@@ -102,7 +106,13 @@ def make_step(
             metrics["bias"] = params["b"][0]
         if masked:
             metrics["negatives"] = sums[1]
-        return State(params, opt, state.step + 1, bad_step), metrics
+        decay = config.optimizer.average_decay
+        # An empty average stays empty.
+        average = {
+            k: jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, a, params[k])
+            for k, a in state.average.items()
+        }
+        return State(params, opt, state.step + 1, bad_step, average), metrics
 
     whole, part = replicated(mesh), dealt(mesh)
     return jax.jit(step, in_shardings=(whole, part), out_shardings=(whole, whole), donate_argnums=0)

@@ -12,7 +12,9 @@ from lit_fast.config import Config, flatten
 from lit_fast.errors import UserError
 from lit_fast.files import read_object, write_json
 
-_FINISH_SECONDS = 20.0  # what is not sent by then stays in W/wandb, for `wandb sync`
+# What was not sent in time stays in W/wandb; a machine that is taken away gives hardly more time.
+_START_SECONDS, _FINISH_SECONDS = 30.0, 20.0
+_WITHOUT = "going on without, metrics.jsonl has everything"
 
 
 def check_wandb(config: Config) -> None:
@@ -30,24 +32,22 @@ class WeightsAndBiases:
     """
 
     def __init__(self, run: Path, config: Config) -> None:
-        import wandb
-
         file = run / "wandb.json"
         if not file.is_file():
             write_json(file, {"id": uuid.uuid4().hex[:8]})
+        identity = read_object(file, "id")["id"]
         self._run: Any = None
         try:
-            self._run = wandb.init(
-                project=config.log.wandb,
-                name=run.resolve().name,
-                id=read_object(file, "id")["id"],
-                resume="allow",
-                dir=str(run),
-                config=flatten(config),
-                settings=wandb.Settings(silent=True, console="off", finish_timeout=_FINISH_SECONDS),
-            )
+            self._run = _start(run, config, identity, None)
         except Exception as error:  # it has many of its own, and those of the network
-            _warn(error)
+            _warn(error, f"it is kept in {run / 'wandb'}, for `wandb sync`")
+            try:
+                import wandb
+
+                wandb.teardown()  # it holds the id of the run that it could not begin
+                self._run = _start(run, config, identity, "offline")
+            except Exception as error:
+                _warn(error, _WITHOUT)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Figures after `step` updates; steps that an earlier part has sent already are not sent again."""
@@ -56,17 +56,38 @@ class WeightsAndBiases:
                 self._run.log(values, step=step)
         except Exception as error:
             self._run = None
-            _warn(error)
+            _warn(error, _WITHOUT)
 
     def close(self) -> None:
-        """Send what is left, for twenty seconds at most: a machine that is taken away gives no more."""
+        """Send what is left."""
         try:
             if self._run is not None:
                 self._run.finish()
         except Exception as error:
-            _warn(error)
+            _warn(error, f"what was not sent is in {self._run.dir}")
 
 
-def _warn(error: Exception) -> None:
+def _start(run: Path, config: Config, identity: str, mode: Any) -> Any:
+    import wandb
+
+    return wandb.init(
+        project=config.log.wandb,
+        name=run.resolve().name,
+        id=identity,
+        resume="allow",
+        mode=mode,
+        dir=str(run),
+        config=flatten(config),
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            login_timeout=_START_SECONDS,
+            init_timeout=_START_SECONDS,
+            finish_timeout=_FINISH_SECONDS,
+        ),
+    )
+
+
+def _warn(error: Exception, then: str) -> None:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    print(f"warning: wandb: {reason}; going on without, metrics.jsonl has everything", file=sys.stderr)
+    print(f"warning: wandb: {reason}; {then}", file=sys.stderr)

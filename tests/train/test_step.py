@@ -20,19 +20,23 @@ WIDTH, LENGTH, VOCAB = 24, 8, 100
 SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=2)
 
 
-def build(devices, *, batch=64, tile=16, captions=1, dropout=0.0, parts=1, steps=20, loss=None, **text):
+def build(
+    devices, *, batch=64, tile=16, captions=1, dropout=0.0, parts=1, steps=20, loss=None, averaged=0.0, **text
+):
     config = Config(
         steps=steps,
         text=TextConfig(dropout=dropout, parts=parts),
         loss=LossConfig(tile=tile, precision="highest", **(loss or {})),
         stream=StreamConfig(global_batch=batch, captions_per_image=captions),
-        optimizer=OptimizerConfig(name="adam", learning_rate=1e-2, b2=0.95, warmup_steps=2),
+        optimizer=OptimizerConfig(
+            name="adam", learning_rate=1e-2, b2=0.95, warmup_steps=2, average_decay=averaged
+        ),
     )
     mesh = make_mesh(jax.devices()[:devices])
     model = TextTower(SHAPE, VOCAB, LENGTH, WIDTH, dropout=dropout, **text)
     params = init_params(model, config, np.zeros(WIDTH, np.float32))
     optimizer = make_optimizer(config.optimizer, steps, params)
-    state = init_state(params, optimizer, mesh)
+    state = init_state(params, optimizer, mesh, averaged > 0)
     return make_step(model, optimizer, config, mesh), state, mesh
 
 
@@ -180,3 +184,16 @@ def test_first_step_that_is_not_finite_is_remembered():
             batch["images"] = batch["images"] * np.nan
         state, _ = step(state, batch)
     assert int(state.bad_step) == 2
+
+
+def test_the_average_follows_the_weights():
+    """Three steps against the definition, and nothing is kept where none is wanted."""
+    decay = 0.75
+    step, state, mesh = build(1, averaged=decay)
+    want = jax.tree.map(np.asarray, state.params)
+    for seed in range(3):
+        state, _ = step(state, batch_of(seed, 64, 1, mesh))
+        want = jax.tree.map(lambda a, p: decay * a + (1 - decay) * np.asarray(p), want, state.params)
+    # float32: three roundings of values up to 10.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), state.average, want)
+    assert not np.allclose(state.average["txt"]["head"]["kernel"], state.params["txt"]["head"]["kernel"])

@@ -1,0 +1,396 @@
+"""What a run leaves behind: metrics, receipt, report, profile; stopped on the way, gone on, and compared."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from lit_fast.cli import main
+from lit_fast.config import load_config
+from lit_fast.dataset import open_dataset
+from lit_fast.metrics import Spent, read_metrics
+from lit_fast.progress import duration
+from tests.synthetic import make_dataset
+from train.console import Console
+from train.metrics import MetricsWriter
+from train.receipt import spent_before
+from train.report import write_report
+
+CONFIG = """
+[text]
+variant = "mu"
+dtype = "float32"
+[stream]
+global_batch = 64
+captions_per_image = 2
+[optimizer]
+name = "adam"
+learning_rate = 3e-3
+warmup_steps = 10
+[evaluate]
+every_steps = 50
+[checkpoint]
+every_steps = 100
+[log]
+every_steps = 5
+"""
+STEPS = 200
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON as the standard has it, without NaN and Infinity."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def stop_after(step: int, metrics: Path, stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        if any(line["step"] >= step for line in read_metrics(metrics)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """A run that was stopped after some steps, a copy of it as it lay there, and the same gone on to its end."""
+    path = tmp_path_factory.mktemp("receipt")
+    make_dataset(path / "d", 300, captions=3, invalid=(17,))
+    (path / "c.toml").write_text(CONFIG)
+    run = path / "<run> & co"
+    # The overrides stand before the config: their order does not matter.
+    command = ["train", "--steps", str(STEPS), "--evaluate.zero_shot", str(path / "d")]
+    command += [str(path / "c.toml"), "--evaluate.retrieval", str(path / "d"), "--workdir", str(run)]
+    command += ["--dataset", str(path / "d"), "--profile-steps", f"{STEPS - 20}:{STEPS - 17}"]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    finished = threading.Event()
+    watcher = threading.Thread(target=stop_after, args=(20, run / "metrics.jsonl", finished))
+    watcher.start()
+    status = main(command)
+    finished.set()
+    watcher.join()
+    assert status == 128 + signal.SIGTERM
+    shutil.copytree(run, path / "stopped")
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = main(command)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert status == 0, err.getvalue()
+    shown = SimpleNamespace(out=out.getvalue(), err=err.getvalue())
+    return SimpleNamespace(path=path, run=run, stopped=path / "stopped", shown=shown)
+
+
+def receipt_of(run: Path) -> dict[str, Any]:
+    return strict_json((run / "receipt.json").read_text())
+
+
+def test_the_receipt_of_a_stopped_run(case):
+    receipt, lines = receipt_of(case.stopped), read_metrics(case.stopped / "metrics.jsonl")
+    (saved,) = (int(p.name) for p in (case.stopped / "checkpoints").iterdir())
+    assert 20 <= saved < STEPS
+    assert receipt["status"] == "stopped"
+    assert (receipt["steps_done"], receipt["steps"]) == (saved, STEPS)
+    assert receipt["pairs_seen"] == saved * 64 * 2
+    assert receipt["elapsed_seconds"] > lines[-1]["elapsed_seconds"] > 0
+    assert receipt["config"]["stream.global_batch"] == 64
+    assert receipt["config"]["steps"] == STEPS
+
+
+def test_the_receipt_of_a_finished_run_adds_the_parts_up(case):
+    before, receipt = receipt_of(case.stopped), receipt_of(case.run)
+    lines = read_metrics(case.run / "metrics.jsonl")
+    assert (receipt["status"], receipt["steps_done"]) == ("finished", STEPS)
+    assert receipt["pairs_seen"] == STEPS * 64 * 2
+    (restart,) = (line for line in lines if set(line) == {"step", "elapsed_seconds", "chip_hours"})
+    assert restart["step"] == before["steps_done"]
+    assert restart["elapsed_seconds"] == before["elapsed_seconds"]
+    elapsed = [line["elapsed_seconds"] for line in lines if "elapsed_seconds" in line]
+    assert elapsed == sorted(elapsed)
+    assert receipt["elapsed_seconds"] >= elapsed[-1]
+    assert receipt["chip_hours"] == pytest.approx(4 * receipt["elapsed_seconds"] / 3600)  # four devices
+    assert f"trained {STEPS} steps in " in case.shown.out
+    told = re.findall(r"steps in (\w+);", case.shown.out)[0]
+    assert told in {duration(receipt["elapsed_seconds"] + d) for d in (-1, 0, 1)}
+
+    # Only the time of the steps is in the speed: the pairs of a second cannot be fewer than those of all the time.
+    assert receipt["pairs_per_second"] > receipt["pairs_seen"] / receipt["elapsed_seconds"]
+    assert receipt["seconds_per_step"] * receipt["pairs_per_second"] == pytest.approx(64 * 2, rel=0.5)
+    assert 0 <= receipt["data_wait_share"] <= 1
+    assert "mfu" not in receipt  # a CPU's peak is not known
+    assert 10**8 < receipt["peak_process_memory_bytes"] < 10**11
+
+    figures = [line for line in lines if "d/acc1" in line]
+    assert [line["step"] for line in figures] == [50, 100, 150, 200]
+    assert receipt["evaluation"]["final"]["step"] == STEPS
+    assert receipt["evaluation"]["final"]["figures"]["d/acc1"] == figures[-1]["d/acc1"]
+    found = receipt["evaluation"]["best"]["d/text_retrieval_recall@10"]
+    assert found["value"] == max(line["d/text_retrieval_recall@10"] for line in figures)
+    assert {r["task"] for r in receipt["evaluation"]["results"]} == {
+        "zeroshot_classification",
+        "zeroshot_retrieval",
+    }
+
+
+def test_the_receipt_names_what_the_run_was_made_of(case):
+    receipt = receipt_of(case.run)
+    dataset = open_dataset(case.path / "d")
+    tower = json.loads((case.path / "d/features/tower/tower.json").read_text())
+    tokens = json.loads((case.path / "d/tokens/words/tokens.json").read_text())
+    digests = receipt["digests"]
+    assert digests["dataset"] == dataset.digest
+    assert digests["tower"] == tower["identity"]
+    assert digests["tokens"] == tokens["identity"]
+    assert re.fullmatch(r"[0-9a-f]{32}", digests["stream"])
+    assert receipt["hardware"]["devices"] == 4
+    assert receipt["hardware"]["host_cores"] == os.cpu_count()
+    assert receipt["versions"]["jax"] == jax.__version__
+
+
+def test_metrics_are_json_whatever_was_measured(tmp_path):
+    (tmp_path / "c.toml").write_text("")
+    config = load_config(tmp_path / "c.toml")
+    writer = MetricsWriter(tmp_path, config, 0, Spent())
+    writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "bias": -10.0})
+    writer.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert strict_json(line) == {"step": 1, "loss": None, "grad_norm": None, "bias": -10.0}
+
+
+def test_time_of_steps_that_a_kill_undid_is_kept(tmp_path):
+    """Killed after step 30 with its last checkpoint at step 20, and again before the first line."""
+    (tmp_path / "c.toml").write_text("")
+    config = load_config(tmp_path / "c.toml")
+    writer = MetricsWriter(tmp_path, config, 0, Spent())
+    for step in (10, 20, 30):
+        writer.write(step, {"loss": 1.0, "elapsed_seconds": 10.0 * step, "chip_hours": 0.1 * step})
+    writer.close()
+    for _ in range(2):
+        before = spent_before(tmp_path)
+        assert before == Spent(300.0, 3.0)
+        MetricsWriter(tmp_path, config, 20, before).close()
+        lines = read_metrics(tmp_path / "metrics.jsonl")
+        assert [line["step"] for line in lines if "loss" in line] == [10, 20]
+
+
+class Elements(HTMLParser):
+    """The elements of a page, which must be closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: object) -> None:
+        self.tags.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line",):
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attributes: object) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(data)
+
+
+def elements(text: str) -> Elements:
+    found = Elements()
+    found.feed(text)
+    assert found.open == []
+    assert "script" not in found.tags
+    assert "http" not in text
+    assert "url(" not in text
+    return found
+
+
+def test_the_report(case):
+    text = (case.run / "report.html").read_text()
+    found = elements(text)
+    assert "".join(found.headings).startswith("<run> & co")
+    for heading in (
+        "Loss", "Temperature", "Bias", "Norm of the gradients", "Learning rate", "Pairs per second",
+        "Share of the time that waits for data", "Positive logit", "Negative logit", "d, against steps",
+        "d, against hours", "Receipt", "Configuration",
+    ):  # fmt: skip
+        assert heading in found.headings
+    assert found.tags.count("svg") == found.headings.index("Receipt") - found.headings.index(
+        "d, against steps"
+    )
+    final = receipt_of(case.run)["evaluation"]["final"]["figures"]["d/acc1"]
+    assert f"{100 * final:.1f} %" in text
+    assert f"{STEPS} of {STEPS}" in text
+    assert "stopped" in (case.stopped / "report.html").read_text()
+
+
+def test_a_report_of_very_many_lines_stays_small(case, tmp_path):
+    run = tmp_path / "long"
+    shutil.copytree(case.run, run, ignore=shutil.ignore_patterns("checkpoints", "profile"))
+    last = json.dumps({"step": 10**9, "loss": 7.25})
+    with open(run / "metrics.jsonl", "w") as file:
+        for step in range(100_000):
+            file.write('{"step": %d, "loss": %f, "bias": -10, "d/acc1": 0.5}\n' % (step, 5 + step % 7))
+        file.write(last)
+    write_report(run)
+    text = (run / "report.html").read_text()
+    elements(text)
+    assert len(text) < 200_000
+    assert "7.25" in text
+
+
+def test_the_profile_has_the_steps_that_were_asked_for(case):
+    (file,) = case.run.glob("profile/**/*.trace.json.gz")
+    assert list(case.run.glob("profile/**/*.xplane.pb"))
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    steps = [e for e in events if e.get("name") == "train"]
+    assert sorted(int(e["args"]["step_num"]) for e in steps) == list(range(STEPS - 20, STEPS - 16))
+    assert f"profile of steps {STEPS - 20}:{STEPS - 17} in " in case.shown.err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("9:8", "is empty"),
+        ("8", "is not A:B"),
+        (":", "is not A:B"),
+        ("a:b", "is not A:B"),
+        ("-3:5", "is not A:B"),
+        ("1:5", "must be within 2:200"),
+        ("190:201", "must be within 2:200"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused(case, capsys, given, message):
+    command = ["train", str(case.path / "c.toml"), "--workdir", str(case.path / "new"), "--dataset", "none"]
+    assert main([*command, "--steps", "200", f"--profile-steps={given}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (case.path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--optimizer.learning_rte 3 {c} --workdir w", "did you mean optimizer.learning_rate?"),
+        ("--optimizer.learning_rte {c} --workdir w", "did you mean optimizer.learning_rate?"),
+        ("{c} --workdir w --stepz", "did you mean steps?"),
+        ("--steps many {c} --workdir w", "steps must be a whole number, not 'many'"),
+        ("--workdir w --steps=0 {c}", "steps must be at least 1"),
+    ],
+)
+def test_overrides_may_stand_anywhere(case, capsys, given, message):
+    assert main(["train", *given.format(c=case.path / "c.toml").split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_compare(case, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    killed = tmp_path / "killed"
+    shutil.copytree(case.stopped, killed)
+    (killed / "receipt.json").unlink()
+    config = killed / "config.toml"
+    config.write_text(config.read_text().replace("learning_rate = 0.003", "learning_rate = 0.001"))
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')
+    out, page = tmp_path / "c.json", tmp_path / "c.html"
+    runs = [str(p) for p in (case.run, case.stopped, killed)]
+    assert main(["compare", *runs, "--json", str(out), "--out", str(page)]) == 0
+    rows = {line[:45].split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows["status"].split() == ["status", "finished", "stopped", "unfinished"]
+    assert rows["optimizer.learning_rate"].split()[1:] == ["0.003", "0.003", "0.001"]
+    assert "seed" not in rows
+    receipt = receipt_of(case.run)
+    final = receipt["evaluation"]["final"]["figures"]["d/acc1"]
+    assert rows["d/acc1, final %"].split()[3] == f"{100 * final:.1f}"
+
+    value = strict_json(out.read_text())
+    assert value["differing"] == ["optimizer.learning_rate"]
+    one, two, three = value["runs"]
+    assert one["elapsed_seconds"] == receipt["elapsed_seconds"]
+    assert one["best"] == receipt["evaluation"]["best"]
+    assert (two["status"], two["steps_done"]) == ("stopped", receipt_of(case.stopped)["steps_done"])
+    lines = read_metrics(killed / "metrics.jsonl")
+    assert (three["status"], three["steps_done"]) == ("unfinished", lines[-1]["step"])
+    assert 0 < three["elapsed_seconds"] < two["elapsed_seconds"]
+    found = elements(page.read_text())
+    assert "Loss" in found.headings
+    assert "d/acc1, against hours" in found.headings
+
+    monkeypatch.setenv("COLUMNS", "60")  # too narrow for three: tables one below the other
+    assert main(["compare", *runs]) == 0
+    narrow = capsys.readouterr().out
+    assert narrow.count("\nstatus") == 3
+    assert max(map(len, narrow.splitlines())) <= 60
+
+
+def test_what_cannot_be_compared(case, capsys, tmp_path):
+    def mistake(*arguments: object) -> str:
+        assert main(["compare", *map(str, arguments)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "none does not exist" in mistake(case.run, tmp_path / "none")
+    assert "is not a run" in mistake(case.path / "d")
+    assert f"--out {tmp_path} is a directory" in mistake(case.run, "--out", tmp_path)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for content in ("steps = ", 'steps = "x"', "", "[steps]\na = 1", "\0"):
+        (copy / "config.toml").write_text(content)
+        assert "copy/config.toml cannot be read" in mistake(case.run, copy)
+    (copy / "config.toml").write_text("steps = 3")
+    assert main(["compare", str(copy)]) == 0  # it has just begun
+    for content in ("{", "[]", '{"status": "x", "steps_done": "x", "hardware": 3}'):
+        (copy / "receipt.json").write_text(content)
+        assert "copy/receipt.json is damaged" in mistake(copy)
+
+
+VALUES = {"loss": 3.25, "pairs_per_second": 1234.5, "data_wait_share": 0.012}
+
+
+def test_console_lines_stand_under_each_other(capsys):
+    console = Console(65_000, 0)
+    console.log(50, VALUES)
+    console.log(65_000, {"loss": float("nan"), "pairs_per_second": 1e6, "data_wait_share": 1.0})
+    console.log(65_000, VALUES | {"mfu": 0.456})
+    console.close()
+    one, two, three = capsys.readouterr().err.splitlines()
+    assert one == "step     50/65,000  loss   3.2500      1,234 pairs/s  data wait   1.2 %       ? left"
+    assert len(one) == len(two)
+    assert "  MFU 45.6 %  data wait   1.2 %" in three
+
+
+def test_a_terminal_has_a_bar_of_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "70")
+    console = Console(10, 0)
+    for number in range(1, 11):
+        console.log(number, VALUES)
+        console.advance()
+    console.close()
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert all(len(line.removeprefix("\x1b[K")) < 70 for line in text.strip().split("\r"))
+    assert "[########################] 10/10 steps" in text
