@@ -62,7 +62,8 @@ class Fetcher:
                     return _file(source, block.keys[i])
         except OSError as error:
             raise UserError(
-                f"{source.path} cannot be read: {error.strerror or error}; restore it and run this again"
+                f"{error.filename or source.path} cannot be read: {error.strerror or error}; restore it and run "
+                "this again"
             ) from None
         raise UserError(f"{self._dataset.path} has a source of kind {source.kind}, made by a later version")
 
@@ -146,13 +147,16 @@ def _file(source: Source, key: str) -> bytes:
                 f"{source.images}, the images of {source.path}, is missing; restore it there"
             ) from None
         raise ImageError("image file not found") from None
-    with open(number, "rb") as file:
+    try:
         status = os.fstat(number)
         if not modes.S_ISREG(status.st_mode):
             raise ImageError("not a regular file")
         if status.st_size > MAX_IMAGE:
             raise ImageError("image file above 256 MiB")
-        return file.read(MAX_IMAGE)
+        with open(number, "rb", closefd=False) as file:
+            return file.read(MAX_IMAGE)
+    finally:
+        os.close(number)
 
 
 class _Records:

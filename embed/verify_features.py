@@ -290,7 +290,7 @@ def _verify_sample(
     devices = jax.local_device_count()
     size = max(1, default_batch_size() // features.views) * devices
     wrong: dict[int, list[tuple[int, str]]] = {}
-    smallest = 1.0
+    smallest, compared = 1.0, 0
     for lo in range(0, len(rows), size):
         chunk = rows[lo : lo + size]
         pixels = np.zeros((size, *images.shape), np.uint8)
@@ -307,6 +307,7 @@ def _verify_sample(
         made = made.reshape(size, features.views, features.width)[: len(chunk)]
         stored = np.stack([array[row].read().result() for row in chunk]).astype(np.float32)
         cosines = _cosine(made, stored.reshape(made.shape)).min(axis=1)
+        compared += len(chunk)
         for row, cosine in zip(chunk, cosines.tolist(), strict=True):
             if row in broken:
                 reason = f"its image cannot be decoded ({broken[row]})"
@@ -320,8 +321,8 @@ def _verify_sample(
         named = some(f"row {row:,}: {reason}" for row, reason in found)
         what = f"{len(found)} of the rows embedded anew are not what is stored ({named})"
         yield Finding(part, what, _repair(features), shard)
-    if not wrong:
-        what = f"{len(rows)} rows embedded anew, smallest cosine {smallest:.6f}"
+    if compared and not wrong:
+        what = f"{compared} rows embedded anew, smallest cosine {smallest:.6f}"
         print(f"{part}: {what}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -28,9 +29,10 @@ class MultiHeadDotProductAttention(nn.Module):
         width = queries.shape[-1]
         size = width // self.heads
         dense = partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        q = dense((self.heads, size), name="query")(queries).swapaxes(1, 2) * size**-0.5
-        k = dense((self.heads, size), name="key")(keys).swapaxes(1, 2)
-        v = dense((self.heads, size), name="value")(keys).swapaxes(1, 2)
+        product = lambda name, x: checkpoint_name(dense((self.heads, size), name=name)(x), "product")  # noqa: E731
+        q = product("query", queries).swapaxes(1, 2) * size**-0.5
+        k = product("key", keys).swapaxes(1, 2)
+        v = product("value", keys).swapaxes(1, 2)
         scores = jnp.einsum("nhqd,nhkd->nhqk", q, k, preferred_element_type=jnp.float32)
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
@@ -38,4 +40,5 @@ class MultiHeadDotProductAttention(nn.Module):
         weights = weights.astype(self.dtype)
         total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
         y = jnp.einsum("nhqk,nhkd->nhqd", weights, v, preferred_element_type=jnp.float32) / total
-        return dense(width, axis=(-2, -1), name="out")(y.astype(self.dtype).swapaxes(1, 2))
+        y = checkpoint_name(y.astype(self.dtype).swapaxes(1, 2), "product")
+        return dense(width, axis=(-2, -1), name="out")(y)

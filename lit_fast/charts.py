@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
 COLOURS = 8  # classes s1 to s8; further lines begin again, dashed
 _POINTS = 400  # of a line: more cannot be told apart
-_NAMED = 3  # lines that are named beside their ends; more have a legend below
+_DOTS = 40  # a line of so few points shows them
+_FEW = 3  # lines that are labelled at their ends
+_SHORT = 15  # characters that fit there; longer names, and more lines, have a legend below
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 480, 290, 58, 14, 36
 
 
 class Series(NamedTuple):
@@ -21,79 +24,103 @@ class Series(NamedTuple):
     chance: float | None = None
 
 
+class _Frame(NamedTuple):
+    """Where the values of a chart lie in the picture."""
+
+    right: float  # margin, which holds the labels of the lines
+    end: float  # largest horizontal value; the smallest is zero
+    low: float
+    high: float
+    percent: bool
+    unit: str
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        return (
+            _LEFT + (_WIDTH - _LEFT - self.right) * x / (self.end or 1),
+            _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (y - self.low) / (self.high - self.low),
+        )
+
+    def shown(self, value: float) -> str:
+        return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
+
+
 def chart(series: Sequence[Series], *, percent: bool = False, unit: str = "steps", zero: bool = True) -> str:
-    """Lines over steps or hours, which start at zero; dashes mark chance levels.
+    """Lines over steps or hours, which start at zero; dots mark chance levels.
 
     Args:
       percent: values are shares; the axis goes to 100 % where the half is passed.
-      unit: of the horizontal axis.
+      unit: of the horizontal axis, "steps" or "hours".
       zero: whether the vertical axis has to reach zero.
     """
     series = [s._replace(points=thin([p for p in s.points if math.isfinite(p[1])])) for s in series]
     series = [s for s in series if s.points]
     if not series:
         return '<p class="note">Nothing was recorded.</p>'
-    beside = len(series) <= _NAMED
-    width, height, left, top, bottom = 480, 290, 58, 14, 36
-    right = (104 if percent and len(series) > 1 else 70) if beside else 16
-    end = max(x for s in series for x, _ in s.points)
+    few = len(series) <= _FEW
+    named = percent and few and len(series) > 1 and all(len(s.name) <= _SHORT for s in series)
     values = [y for s in series for _, y in s.points] + [s.chance for s in series if s.chance is not None]
     whole = percent and min(values) >= 0 and 0.5 < max(values) <= 1
     marks = [0.0, 0.25, 0.5, 0.75, 1.0] if whole else ticks(min(values), max(values), zero or percent)
-    low, high = marks[0], marks[-1]
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (width - left - right) * x / (end or 1),
-            height - bottom - (height - top - bottom) * (min(y, high) - low) / (high - low),
-        )
-
-    def shown(value: float) -> str:
-        return f"{100 * value:.1f} %" if percent else f"{value:.4g}"
-
-    last = ", ".join(f"{s.name} {shown(s.points[-1][1])}" for s in series)
+    right = 104 if named else 70 if few else 16
+    end = max(x for s in series for x, _ in s.points)
+    frame = _Frame(right, end, marks[0], marks[-1], percent, unit)
+    last = ", ".join(f"{s.name} {frame.shown(s.points[-1][1])}" for s in series)
     described = html.escape(f"Over the {unit} of training; at the end: {last}", quote=True)
-    out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{described}">']
-    for mark in marks:
-        y = at(0, mark)[1]
-        label = f"{100 * mark:.4g} %" if percent else _brief(mark, 10)
-        out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        x = at(share * end, low)[0]
-        label = f"{share * end:,.0f}" if end >= 10 or share == 0 else f"{share * end:.2g}"
-        label += f" {unit}" if share == 1 else ""
-        out.append(f'<text x="{x:.1f}" y="{height - 14}" text-anchor="{anchor}">{label}</text>')
+    out = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{described}">']
+    out += _grid(frame, marks)
     for number, line in enumerate(series):
-        colour = _colour(number)
-        points = [at(x, y) for x, y in line.points]
-        if line.chance is not None:
-            (x1, y1), (x2, _) = at(0, line.chance), at(end, line.chance)
-            tip = f"<title>chance, {html.escape(line.name)}: {shown(line.chance)}</title>"
-            out.append(
-                f'<line class="chance {colour}" x1="{x1}" x2="{x2}" y1="{y1:.1f}" y2="{y1:.1f}">{tip}</line>'
-            )
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        out.append(f'<polyline class="line {colour}" points="{path}"/>')
-        if len(points) <= 40:
-            for (x, y), (when, value) in zip(points, line.points, strict=True):
-                tip = f"<title>{when:,.4g} {unit}: {html.escape(line.name)} {shown(value)}</title>"
-                out.append(f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{tip}</circle>')
-    if beside:
-        labels = _apart([at(*s.points[-1])[1] for s in series], 15)
-        for number, (line, label_y) in enumerate(zip(series, labels, strict=True)):
-            ending = f"{100 * line.points[-1][1]:.1f} %" if percent else _brief(line.points[-1][1], 3)
-            text = html.escape(line.name) if percent and len(series) > 1 else ending
-            place = f'x="{width - right + 8}" y="{label_y + 4:.1f}"'
-            out.append(f'<text class="name {_colour(number)}" {place}>{text}</text>')
+        out += _line(frame, line, _colour(number))
+    if few:
+        out += _ends(frame, series, named)
     out.append("</svg>")
-    if len(series) > 1 and not (beside and percent):
-        names = [
-            f'<li class="{_colour(number)}"><i></i>{html.escape(line.name)} {shown(line.points[-1][1])}</li>'
+    if len(series) > 1 and not named:
+        entries = [
+            f'<li class="{_colour(number)}"><i></i>{html.escape(line.name)} {frame.shown(line.points[-1][1])}</li>'
             for number, line in enumerate(series)
         ]
-        out.append(f'<ul class="legend">{"".join(names)}</ul>')
+        out.append(f'<ul class="legend">{"".join(entries)}</ul>')
     return "".join(out)
+
+
+def _grid(frame: _Frame, marks: Sequence[float]) -> Iterator[str]:
+    for mark in marks:
+        x, y = frame.at(frame.end or 1, mark)
+        label = f"{100 * mark:.4g} %" if frame.percent else _brief(mark, 10)
+        yield f'<line class="grid" x1="{_LEFT}" x2="{x:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        value = share * frame.end
+        x = frame.at(value, frame.low)[0]
+        label = f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+        label += f" {frame.unit}" if share == 1 else ""
+        yield f'<text x="{x:.1f}" y="{_HEIGHT - 14}" text-anchor="{anchor}">{label}</text>'
+
+
+def _line(frame: _Frame, line: Series, colour: str) -> Iterator[str]:
+    name = html.escape(line.name)
+    points = [frame.at(x, y) for x, y in line.points]
+    if line.chance is not None:
+        (x1, y), (x2, _) = frame.at(0, line.chance), frame.at(frame.end, line.chance)
+        tip = f"<title>chance, {name}: {frame.shown(line.chance)}</title>"
+        yield f'<line class="chance {colour}" x1="{x1}" x2="{x2}" y1="{y:.1f}" y2="{y:.1f}">{tip}</line>'
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    yield f'<polyline class="line {colour}{"" if len(points) <= _DOTS else " dense"}" points="{path}"/>'
+    if len(points) > _DOTS:
+        return
+    for (x, y), (when, value) in zip(points, line.points, strict=True):
+        place = f"step {when:,.0f}" if frame.unit == "steps" else f"{when:.3g} {frame.unit}"
+        tip = f"<title>{place}: {name} {frame.shown(value)}</title>"
+        yield f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{tip}</circle>'
+
+
+def _ends(frame: _Frame, series: Sequence[Series], named: bool) -> Iterator[str]:
+    """The names of the lines or their last values, beside their ends."""
+    places = _apart([frame.at(*s.points[-1])[1] for s in series], 15)
+    for number, (line, y) in enumerate(zip(series, places, strict=True)):
+        value = line.points[-1][1]
+        text = line.name if named else frame.shown(value) if frame.percent else _brief(value, 3)
+        place = f'x="{_WIDTH - frame.right + 8}" y="{y + 4:.1f}"'
+        yield f'<text class="name {_colour(number)}" {place}>{html.escape(text)}</text>'
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tuple[float, float]]:

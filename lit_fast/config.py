@@ -34,8 +34,12 @@ class TextConfig:
     init: str = ""
     dropout: float = 0.0
     dtype: str = "bfloat16"  # of the matrix products; parameters stay float32
-    remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
-    parts: int = 1  # work through a batch's texts in parts, each twice; memory no longer depends on the batch
+    # Memory: what a layer keeps for the backward pass (everything, products or nothing), and in how many parts
+    # a device works through its texts. The first `kept_parts` keep what their layers keep, the others only
+    # their embeddings, and are worked out again; memory no longer depends on the batch.
+    keep: str = "everything"
+    parts: int = 1
+    kept_parts: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -167,6 +171,7 @@ FREE = ("evaluate", "checkpoint", "log", "dataset", "tower", "tokenizer")
 
 _CHOICES = {
     "text.variant": tuple(VARIANTS),
+    "text.keep": ("everything", "products", "nothing"),
     "text.pooling": ("last", "first", "mean", "max", "map"),
     "text.dtype": ("float32", "bfloat16"),
     "loss.name": ("sigmoid", "softmax"),
@@ -334,6 +339,8 @@ def _check_values(config: Config) -> None:
         if values[key] >= 1:
             raise UserError(f"config key {key} must be below 1, not {values[key]}")
     _check_loss(config.loss)
+    if config.text.kept_parts > config.text.parts:
+        raise UserError(f"text.kept_parts {config.text.kept_parts} is more than text.parts {config.text.parts}")
     shape = config.text.shape
     if shape.width % shape.heads:
         raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")

@@ -191,7 +191,7 @@ def open_dataset(path: str | Path) -> Dataset:
             raise UserError(f"{file} has format {value['format']}, this version reads {FORMAT}")
         if (value["block"], value["shard"]) != (BLOCK, SHARD):
             raise UserError(f"{file} has blocks of {value['block']} and shards of {value['shard']} rows")
-        return Dataset(
+        dataset = Dataset(
             path=path,
             rows=value["rows"],
             captions=value["captions"],
@@ -204,14 +204,32 @@ def open_dataset(path: str | Path) -> Dataset:
             templates=tuple(value["templates"]),
             left_out=dict(value["left_out"]),
             languages=dict(value.get("languages", {})),
-            generation=int(value.get("generation", 0)),
+            generation=value.get("generation", 0),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        _check(dataset, value["digest"])
+        return dataset
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {type(error).__name__} {error}") from None
 
 
 def _source(value: dict[str, Any]) -> Source:
     return Source(**value | {"names": tuple(value.get("names", ()))})
+
+
+def _check(dataset: Dataset, digest: str) -> None:
+    """Refuse a dataset.json that was edited by hand or damaged; `ValueError` says what is wrong."""
+    counts = [dataset.rows, dataset.captions, dataset.captionless, dataset.labelled, dataset.generation]
+    counts += [dataset.seed, *dataset.left_out.values(), *dataset.languages.values()]
+    texts = [*dataset.classnames, *dataset.templates, *dataset.left_out, *dataset.languages]
+    for source in dataset.sources:
+        counts.append(source.bytes)
+        texts += [source.path, source.kind, source.image, source.images, source.etag, *source.names]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("a count is not a whole number")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a name is not a text")
+    if len(dataset.shard_keys) != dataset.shards or dataset.digest != digest:
+        raise ValueError("rows, shard_keys and digest do not belong together")
 
 
 class DatasetWriter:

@@ -57,6 +57,7 @@ svg { width:100%; height:auto; display:block }
 svg text { font-size:13.5px; fill:var(--quiet) }
 svg .grid { stroke:var(--line) }
 svg .line { fill:none; stroke-width:2; stroke-linejoin:round }
+svg .dense { stroke-width:1.3 }
 svg .chance { stroke-width:1.5; stroke-dasharray:2 5 }
 svg .again { stroke-dasharray:6 4 }
 .s1 { --own:var(--s1) } .s2 { --own:var(--s2) } .s3 { --own:var(--s3) } .s4 { --own:var(--s4) }

@@ -91,7 +91,7 @@ class Features:
         exists = (self.path / "zarr.json").exists()
         spec: dict[str, Any] = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{self.path}/"},
+            "kvstore": {"driver": "file", "path": f"{self.path.resolve()}/"},  # it takes no path with ..
             "fill_missing_data_reads": False,
             "store_data_equal_to_fill_value": True,
             "metadata": wanted if exists else {**wanted, "shape": shape},

@@ -66,7 +66,9 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
       UserError: also if it is something else.
     """
     value = read_json(path)
-    missing = [k for k in keys if not isinstance(value, dict) or k not in value]
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it is not a JSON object")
+    missing = [k for k in keys if k not in value]
     if missing:
         raise UserError(f"{path} is damaged: {missing[0]} is missing")
     return value

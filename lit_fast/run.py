@@ -3,7 +3,8 @@
 W/config.toml                    resolved
 W/tower.json                     provenance of the tower it was trained with
 W/tokenizer.model, tokens.json   the tokenizer and its rules
-W/metrics.jsonl, tensorboard/    what happened
+W/metrics.jsonl, tensorboard/    what happened, see `lit_fast.metrics`
+W/receipt.json, report.html      what it took and what came out, written when it stops
 W/checkpoints/<step>/            see `lit_fast.checkpoint`
 """
 
@@ -60,7 +61,7 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
         embedding_width=config.embedding_width,
         projected=config.head,
         dropout=config.dropout,
-        remat=config.remat,
+        keep=config.keep,
         dtype=jnp.dtype(config.dtype),
     )
 

@@ -43,7 +43,7 @@ class TextTower(nn.Module):
     embedding_width: int = 0
     projected: bool = True
     dropout: float = 0.0
-    remat: bool = False
+    keep: str = "everything"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -65,7 +65,7 @@ class TextTower(nn.Module):
             end = ids == self.eos_id
             seen = jnp.cumsum(end, axis=1) - end == 0  # up to and including the first end-of-sentence
         mask = None if seen is None else seen[:, None, None, :]
-        encoder = Encoder(self.shape, GELU, EPSILON, self.dropout, self.remat, self.dtype)
+        encoder = Encoder(self.shape, GELU, EPSILON, self.dropout, self.keep, self.dtype)
         position = _position(ids, self.pooling, seen)
         x = encoder(x, mask, deterministic, position)
         if position is not None:

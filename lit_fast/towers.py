@@ -176,6 +176,8 @@ def local_weights(spec: str) -> Path:
         if not found:
             raise UserError(f"tower {spec}: the directory holds neither model.safetensors nor {_INDEX}")
         path = found[0]
+    if not path.is_file():
+        raise UserError(f"tower {spec}: {path} is not a regular file")
     if not path.name.endswith((".npz", ".safetensors", ".safetensors.index.json")):
         raise UserError(
             f"tower {spec}: only .npz and .safetensors weights can be read, "

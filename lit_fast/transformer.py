@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lit_fast.attention import MultiHeadDotProductAttention
 from lit_fast.variants import Shape
@@ -33,6 +34,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+KEEP = {
+    "everything": None,
+    "products": jax.checkpoint_policies.save_only_these_names("product"),
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 class MlpBlock(nn.Module):
     """Dense, non-linearity, dense."""
 
@@ -50,7 +58,8 @@ class MlpBlock(nn.Module):
             bias_init=nn.initializers.normal(stddev=1e-6),
         )
         width = x.shape[-1]
-        x = ACTIVATIONS[self.gelu](dense(self.mlp_dim * (2 if self.gelu == "swiglu" else 1))(x))
+        x = dense(self.mlp_dim * (2 if self.gelu == "swiglu" else 1))(x)
+        x = ACTIVATIONS[self.gelu](checkpoint_name(x, "product"))
         x = nn.Dropout(self.dropout)(x, deterministic)
         return dense(width)(x)
 
@@ -79,7 +88,7 @@ class EncoderBlock(nn.Module):
         if position is not None:
             x, queries = (jnp.take_along_axis(a, position[:, None, None], axis=1) for a in (x, keys))
         y = MultiHeadDotProductAttention(self.shape.heads, self.dtype)(queries, keys, mask)
-        x = x + nn.Dropout(self.dropout)(y, deterministic)
+        x = checkpoint_name(x + nn.Dropout(self.dropout)(y, deterministic), "product")
         y = MlpBlock(self.shape.mlp_dim, self.gelu, self.dropout, self.dtype)(norm()(x), deterministic)
         x = x + nn.Dropout(self.dropout)(y, deterministic)
         return x.astype(self.dtype)
@@ -90,15 +99,15 @@ class Encoder(nn.Module):
 
     x: [n, length, width] -> float32 [n, length, width], or [n, 1, width] with `position` int [n]: the
     output at one position of each sequence. mask: bool, broadcastable to [n, heads, queries, length], true
-    where a query may look. `remat` recomputes a layer in the backward pass instead of keeping its
-    activations.
+    where a query may look. `keep` says what a layer keeps for the backward pass: "everything", its matrix
+    "products" (the rest is cheap to work out again), or "nothing" but its input.
     """
 
     shape: Shape
     gelu: str = "tanh"
     epsilon: float = 1e-6
     dropout: float = 0.0
-    remat: bool = False
+    keep: str = "everything"  # a key of KEEP
     dtype: Any = jnp.float32
     final_norm: bool = True
 
@@ -125,8 +134,8 @@ class Encoder(nn.Module):
             rngs = None if given[1] is None else {"dropout": given[1]}
             return block.apply({"params": given[0]}, x, mask, deterministic, position, rngs=rngs)  # type: ignore[return-value]
 
-        if self.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        if self.keep != "everything":
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=KEEP[self.keep])
         # The last layer is not scanned where it does less than the others.
         scanned = shape.depth - (position is not None)
         part = lambda index: jax.tree.map(lambda a: a[index], (params, keys))  # noqa: E731

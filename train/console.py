@@ -48,7 +48,7 @@ def _figures(values: Mapping[str, float]) -> list[str]:
     figures = [
         f"loss {values['loss']:8.4f}",
         f"{values['pairs_per_second']:9,.0f} pairs/s",
-        f"data wait {100 * values['data_wait_share']:4.1f} %",
+        f"data wait {100 * values['data_wait_share']:5.1f} %",
     ]
     if "mfu" in values:
         figures.insert(2, f"MFU {100 * values['mfu']:4.1f} %")

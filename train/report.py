@@ -63,7 +63,7 @@ def _evaluation_charts(lines: Lines) -> str:
         own = [n for n in figures if n.rpartition("/")[0] == dataset]
         for hours in (False, True):
             series = [Series(n.rpartition("/")[2], curve(lines, n, hours=hours)) for n in own]
-            heading = f"{dataset}, against {'hours' if hours else 'steps'}"
+            heading = f"{dataset if len(own) > 1 else own[0]}, against {'hours' if hours else 'steps'}"
             panels.append(panel(heading, own[0], series, hours=hours))
     return "".join(panels)
 

@@ -55,14 +55,14 @@ def make_step(
     batch: images bfloat16 [n, width], ids integer [n * captions, length], rows int32 [n], each dealt over
     the mesh. metrics: float32 scalars.
     """
-    schedule = make_schedule(config.optimizer, config.steps)
+    schedule, text = make_schedule(config.optimizer, config.steps), config.text
     masked = (config.loss.negatives, config.loss.same_image, config.loss.same_caption) != (
         LossConfig.negatives, LossConfig.same_image, LossConfig.same_caption
     )  # fmt: skip
 
     def loss_of(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Logits]:
         trained = Trained(
-            _embed(model, params, batch["ids"], key if config.text.dropout else None, config.text.parts),
+            _embed(model, params, batch["ids"], key if text.dropout else None, text.parts, text.kept_parts),
             params["t"][0],
             params["b"][0] if "b" in params else None,
             params["img"]["head"]["kernel"] if "img" in params else None,
@@ -119,13 +119,18 @@ def make_step(
 
 
 def _embed(
-    model: TextTower, params: Params, ids: jax.Array, dropout: jax.Array | None, parts: int
+    model: TextTower,
+    params: Params,
+    ids: jax.Array,
+    dropout: jax.Array | None,
+    parts: int,
+    kept_parts: int,
 ) -> jax.Array:
     """Normalised embeddings of this device's ids [n, length], worked out in `parts` equal parts.
 
-    With several parts only the embeddings are kept, and the backward pass works each part out again. The
-    dropout of a text depends on the key and its place in the global batch, so neither the parts nor the
-    number of devices change it.
+    Of several parts all but the first `kept_parts` keep only their embeddings, and the backward pass works
+    them out again. The dropout of a text depends on the key and its place in the global batch, so neither
+    the parts nor the number of devices change it.
     """
     place = jax.lax.axis_index(AXIS) * len(ids) + jnp.arange(len(ids))
 
@@ -137,6 +142,8 @@ def _embed(
 
     if parts == 1:
         return embed(ids, place)
-    split = ids.reshape(parts, -1, ids.shape[-1]), place.reshape(parts, -1)
-    texts = jax.lax.map(jax.checkpoint(lambda part: embed(*part)), split)
+    ids, place = ids.reshape(parts, -1, ids.shape[-1]), place.reshape(parts, -1)
+    run = lambda part: embed(*part)  # noqa: E731
+    kept, again = (ids[:kept_parts], place[:kept_parts]), (ids[kept_parts:], place[kept_parts:])
+    texts = jnp.concatenate([jax.lax.map(run, kept), jax.lax.map(jax.checkpoint(run), again)])
     return texts.reshape(-1, texts.shape[-1])

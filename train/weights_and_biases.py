@@ -62,7 +62,10 @@ class WeightsAndBiases:
         """Send what is left."""
         try:
             if self._run is not None:
+                import wandb
+
                 self._run.finish()
+                wandb.teardown()  # only now everything is in W/wandb
         except Exception as error:
             _warn(error, f"what was not sent is in {self._run.dir}")
 

@@ -12,7 +12,7 @@ from embed.sources.items import MAX_CAPTION, Names, is_text
 from lit_fast.errors import UserError
 
 # Tried in this order, whatever their case.
-CAPTIONS = ("captions", "caption", "title", "text", "txt", "sentences", "raw", "alt_text")
+CAPTIONS = ("captions", "caption", "title", "text", "txt", "sentences", "raw", "alt_text", "captions/text")
 IMAGE = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image/encoded")
 PATHS = ("filepath", "file_path", "image_path", "path", "file_name", "filename", "file")
 URLS = ("url", "image_url")
@@ -137,8 +137,10 @@ def label_number(value: Any) -> tuple[int, str]:
     """A class number, -1 for none, and what is wrong with it."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # pandas writes a column with gaps as floats
         return -1, ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bytes | str):
         text = value.strip() if isinstance(value, bytes) else value.strip().encode("utf-8", "replace")
         value = int(text) if re.fullmatch(rb"[0-9]{1,9}", text) else None

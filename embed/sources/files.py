@@ -39,7 +39,11 @@ def size_and_etag(path: str) -> tuple[int, str]:
         status = os.stat(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return (0 if modes.S_ISDIR(status.st_mode) else status.st_size), ""
+    if modes.S_ISDIR(status.st_mode):
+        return 0, ""
+    if not modes.S_ISREG(status.st_mode):  # a pipe could be read only once, and not by place
+        raise UserError(f"{path} is not a regular file; write what it gives to a file first")
+    return status.st_size, ""
 
 
 def folder(path: str) -> str:

@@ -189,6 +189,8 @@ def _is_path(path: str, schema: pa.Schema, image: str) -> bool:
     else:
         outer, _, inner = image.partition(".")
         kind = schema.field(outer).type.field(inner).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
         return True
     if any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)):

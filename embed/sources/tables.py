@@ -86,8 +86,10 @@ def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
         return
     if not any(header):
         return
-    rows = csv.reader(text_lines, delimiter="\t" if "\t" in first else ",")
+    ended: list[bool] = []
+    rows = csv.reader(_until(text_lines, ended), delimiter="\t" if "\t" in first else ",")
     while True:
+        begin = rows.line_num + 2
         try:
             row = next(rows)
         except StopIteration:
@@ -95,10 +97,18 @@ def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
         except csv.Error as error:
             yield rows.line_num + 1, f"not CSV: {error}"
             continue
-        if len(row) > len(header):
+        if ended:
+            yield begin, "not CSV: a quote that is never closed; all after it is not read"
+        elif len(row) > len(header):
             yield rows.line_num + 1, f"{len(row)} fields, where the first line has {len(header)}"
         elif row:
             yield rows.line_num + 1, dict(zip(header, row, strict=False))
+
+
+def _until(lines: Iterator[str], ended: list[bool]) -> Iterator[str]:
+    """The lines; `ended` gets an entry when one more was asked for, as within an open quote."""
+    yield from lines
+    ended.append(True)
 
 
 def _json_lines(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:

@@ -47,7 +47,8 @@ def load_timm(path: Path, config: dict[str, Any], where: Path) -> Weights:
     """A ViT, DeiT, DeiT III, DINOv2, CLIP or SigLIP tower as timm's `config.json` (at `where`) describes it.
 
     The feature is timm's own (`num_classes=0`), except for CLIP, whose projection timm keeps as a classifier
-    without bias: it is applied, as everywhere else for CLIP.
+    without bias: it is applied, as everywhere else for CLIP. Of a distilled DeiT it is the class token, as in
+    transformers; timm takes the mean of it and the distillation token.
 
     Raises:
       UserError: another kind of model, or something is missing, in excess or of another shape.

@@ -95,7 +95,7 @@ TRAIN = "train {p}/c.toml --workdir {p}/new --dataset {p}/d"
         (TRAIN + " --steps many", "steps must be a whole number, not 'many'"),
         (TRAIN + " --text.variant XXL", "text.variant must be one of"),
         (TRAIN + " --optimizer.learning_rate -1", "must not be negative"),
-        (TRAIN + " --steps", "--steps needs a value"),
+        (TRAIN + " --steps", "argument --steps: expected one argument"),
         (TRAIN + " steps=3", "unexpected argument 'steps=3'"),
         (TRAIN + " --evaluate.retrieval {p}/other", "no features of the run's tower"),
         (TRAIN + " --evaluate.zero_shot {p}/none", "dataset {p}/none does not exist"),

@@ -21,11 +21,22 @@ SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=2)
 
 
 def build(
-    devices, *, batch=64, tile=16, captions=1, dropout=0.0, parts=1, steps=20, loss=None, averaged=0.0, **text
+    devices,
+    *,
+    batch=64,
+    tile=16,
+    captions=1,
+    dropout=0.0,
+    parts=1,
+    kept_parts=0,
+    steps=20,
+    loss=None,
+    averaged=0.0,
+    **text,
 ):
     config = Config(
         steps=steps,
-        text=TextConfig(dropout=dropout, parts=parts),
+        text=TextConfig(dropout=dropout, parts=parts, kept_parts=kept_parts),
         loss=LossConfig(tile=tile, precision="highest", **(loss or {})),
         stream=StreamConfig(global_batch=batch, captions_per_image=captions),
         optimizer=OptimizerConfig(
@@ -72,17 +83,18 @@ def test_one_two_and_four_devices_agree(some, captions, dropout, text):
 def test_parts_change_nothing_but_rounding():
     """The update of the whole batch, whatever the parts: embeddings are cached, the loss sees all pairs."""
     results = []
-    for parts in (1, 8):
-        step, state, mesh = build(2, parts=parts, dropout=0.3)
+    for parts, kept in ((1, 0), (8, 3)):
+        step, state, mesh = build(2, parts=parts, kept_parts=kept, dropout=0.3)
         for i in range(3):
             state, metrics = step(state, batch_of(i, 64, 1, mesh))
         results.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     np.testing.assert_allclose(results[0], results[1], rtol=2e-5)
 
 
-def test_remat_changes_nothing():
+@pytest.mark.parametrize("keep", ["products", "nothing"])
+def test_what_is_kept_changes_nothing(keep):
     plain, state, mesh = build(1)
-    remat, again, _ = build(1, remat=True)
+    remat, again, _ = build(1, keep=keep)
     batch = batch_of(0, 64, 1, mesh)
     assert float(plain(state, batch)[1]["loss"]) == float(remat(again, batch)[1]["loss"])
 

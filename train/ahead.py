@@ -1,0 +1,75 @@
+"""The training step compiled for a slice of chips that is not here."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lit_fast.config import Config
+from lit_fast.mesh import dealt, make_mesh, replicated
+from lit_fast.run import init_params
+from lit_fast.text import TextTower
+from train.optimizer import make_optimizer
+from train.step import init_state, make_step
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of one device's program."""
+
+    argument_bytes: int
+    temporary_bytes: int
+    collectives: dict[str, int]  # name -> how many stand in the program; one inside a loop counts once
+    seconds: float  # that compiling took
+    text: str
+
+
+def tpu_mesh(topology: str) -> Mesh:
+    """The mesh of a TPU slice by its description, such as "v4:2x2x1"; needs libtpu but no TPU.
+
+    A v4 chip is two cores that work as one device, which libtpu must be told.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    from jax.experimental import topologies
+
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    description = topologies.get_topology_desc(topology, platform="tpu", **options)
+    return make_mesh(list(description.devices))
+
+
+def compile_step(model: TextTower, config: Config, mesh: Mesh) -> Compiled:
+    """Compile the training step for the mesh's devices, whether they are here or not."""
+    width, batch = model.out_dim, config.stream.global_batch
+    params = jax.eval_shape(lambda: init_params(model, config, np.zeros(width)))
+    optimizer = make_optimizer(config.optimizer, config.steps, params)
+    averaged = config.optimizer.average_decay > 0
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, make_mesh(jax.devices()[:1]), averaged), params)
+    state = _placed(state, replicated(mesh))
+    texts = batch * config.stream.captions_per_image
+    arrays = {
+        "images": jax.ShapeDtypeStruct((batch, width), jnp.bfloat16),
+        "ids": jax.ShapeDtypeStruct((texts, model.max_length), jnp.uint16),
+        "rows": jax.ShapeDtypeStruct((batch,), jnp.int32),
+    }
+    began = time.monotonic()
+    compiled = make_step(model, optimizer, config, mesh).lower(state, _placed(arrays, dealt(mesh))).compile()
+    seconds = time.monotonic() - began
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in names},
+        seconds,
+        text,
+    )
+
+
+def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
