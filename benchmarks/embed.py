@@ -286,7 +286,7 @@ def main() -> None:
     if args.plain_loop:
         plain_loop(args.model, args.weights, args.photos, args.plain_loop, args.batch, args.workers)
         return
-    with tempfile.TemporaryDirectory(dir=".") as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         save_model(args.model, folder)
         print(describe("jax", "torch", "timm", "pillow"))

@@ -156,6 +156,7 @@ class Config:
     tower: str = ""  # name of the features; empty: the only ones there are
     tokenizer: str = ""  # name of the tokens; empty: the only ones there are
     steps: int = 65_000
+    examples: int = 0  # images to see; if not 0, steps = examples / stream.global_batch
     seed: int = 0
     text: TextConfig = field(default_factory=TextConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -209,6 +210,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for key, text in given:
         values[key] = _parse(key, text, known[key])
     config = _build(Config, "", values)
+    if config.examples > 0 and config.stream.global_batch > 0:
+        config = dataclasses.replace(config, steps=max(1, config.examples // config.stream.global_batch))
     _check_values(config)
     return config
 
@@ -340,7 +343,9 @@ def _check_values(config: Config) -> None:
             raise UserError(f"config key {key} must be below 1, not {values[key]}")
     _check_loss(config.loss)
     if config.text.kept_parts > config.text.parts:
-        raise UserError(f"text.kept_parts {config.text.kept_parts} is more than text.parts {config.text.parts}")
+        raise UserError(
+            f"text.kept_parts {config.text.kept_parts} is more than text.parts {config.text.parts}"
+        )
     shape = config.text.shape
     if shape.width % shape.heads:
         raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")

@@ -49,7 +49,9 @@ def compile_step(model: TextTower, config: Config, mesh: Mesh) -> Compiled:
     params = jax.eval_shape(lambda: init_params(model, config, np.zeros(width)))
     optimizer = make_optimizer(config.optimizer, config.steps, params)
     averaged = config.optimizer.average_decay > 0
-    state = jax.eval_shape(lambda p: init_state(p, optimizer, make_mesh(jax.devices()[:1]), averaged), params)
+    state: Any = jax.eval_shape(
+        lambda p: init_state(p, optimizer, make_mesh(jax.devices()[:1]), averaged), params
+    )
     state = _placed(state, replicated(mesh))
     texts = batch * config.stream.captions_per_image
     arrays = {
@@ -60,7 +62,8 @@ def compile_step(model: TextTower, config: Config, mesh: Mesh) -> Compiled:
     began = time.monotonic()
     compiled = make_step(model, optimizer, config, mesh).lower(state, _placed(arrays, dealt(mesh))).compile()
     seconds = time.monotonic() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
     names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
     return Compiled(
         memory.argument_size_in_bytes,

@@ -85,9 +85,9 @@ def is_finished(run: Path) -> bool:
 
 def _digests(run: Path) -> dict[str, str]:
     """What the run was trained on, each by the identity that decides whether it may go on."""
-    stream = read_object(run / "stream.json", "identity")
+    stream = read_object(run / "stream.json", "identity", "dataset")
     return {
-        "dataset": stream.get("dataset"),
+        "dataset": stream["dataset"],
         "stream": stream["identity"],
         "tower": read_object(run / "tower.json", "identity")["identity"],
         "tokens": read_object(run / "tokens.json", "identity")["identity"],

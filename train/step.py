@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +48,7 @@ def init_state(
 
 def make_step(
     model: TextTower, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh
-) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
+) -> jax.stages.Wrapped:
     """The jitted function (state, batch) -> (state, metrics); it takes over the state's memory.
 
     batch: images bfloat16 [n, width], ids integer [n * captions, length], rows int32 [n], each dealt over
