@@ -23,9 +23,9 @@ def index(parser: argparse.ArgumentParser) -> Run:
     COCO's captions. Rows of a table with the same image file become one row with all captions, if no more than
     some 260 000 rows lie between them; a later repeat is left out as a duplicate, as is any key seen before.
 
-    Names of columns are guessed. Captions: captions, caption, title, text, txt, sentences, raw, alt_text, captions/text.
-    Images: image, jpg, jpeg, png, webp, img, image_bytes, or paths in filepath, file_path, image_path, path,
-    file_name, filename, file. Keys: key, __key__, uid; the path of an image file. Labels: label, cls, class_id.
+    Names of columns are guessed. Captions: captions, caption, title, text, txt, sentences, raw, alt_text,
+    captions/text. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded, or paths in filepath,
+    file_path, image_path, path, file_name, filename, file. Keys: key, __key__, uid; the path of an image file. Labels: label, cls, class_id.
     """
     parser.add_argument("source", nargs="+", metavar="SOURCE", help="files, patterns or directories")
     parser.add_argument("--out", required=True, type=Path, metavar="D", help="directory of the dataset")

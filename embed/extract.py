@@ -40,7 +40,7 @@ from lit_fast.features import (
     read_error,
     with_views,
 )
-from lit_fast.files import read_json, write_json
+from lit_fast.files import read_object, write_json
 from lit_fast.preprocess import MAX_PIXELS
 from lit_fast.processes import place
 from lit_fast.progress import Progress
@@ -170,8 +170,8 @@ def _claim(features: Features) -> None:
     file = features.path / "tower.json"
     if not file.exists():
         write_json(file, features.provenance)
-    there = read_json(file)  # read back: of two that begin at the same time, one finds the other's
-    if not isinstance(there, dict) or there.get("identity") != features.identity:
+    there = read_object(file)  # read back: of two that begin at the same time, one finds the other's
+    if there.get("identity") != features.identity:
         mine = features.provenance
         without = ("identity", "first_view", "options", "versions", "name", "source")
         other = [k for k in [*mine, "views"] if k not in without and there.get(k, 1) != mine.get(k, 1)]

@@ -22,7 +22,7 @@ from embed.remote import is_remote
 from embed.sources import items
 from embed.sources.expand import expand
 from embed.sources.files import size_and_etag
-from embed.sources.items import Damage, Layout, Names, Sample
+from embed.sources.items import Damage, Layout, Names, Sample, is_text
 from embed.sources.read import class_names, read_source
 from lit_fast.dataset import (
     SHARD,
@@ -51,6 +51,8 @@ def index_dataset(
       UserError: nothing to read, no usable row, `out` holds something else, or a source has changed.
     """
     names = names or Names()
+    if not is_text(str(out)):
+        raise UserError(f"the name {str(out)!a} is not UTF-8; choose another --out")
     if names.images and not is_remote(names.images):
         names = replace(names, images=str(Path(names.images).absolute()))
     found = _described(expand(sources), names)
@@ -76,7 +78,9 @@ def _index(found: list[Source], out: Path, seed: int, names: Names, old: Dataset
     try:
         writer = _write(reading, out, seed, old)
         if writer is None:
-            raise UserError(f"the {len(found)} sources hold no usable row{left_out.why()}")
+            where = found[0].path + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+            why = f"; {reading.damages[0]}" if reading.damages else ""
+            raise UserError(f"no usable row in {where}{why}{left_out.why()}")
     except UserError:
         _remove_leftovers(out, existed, old)
         raise
@@ -127,6 +131,9 @@ def _report(dataset: Dataset, old: Dataset | None, files: int) -> None:
 
 
 def _described(paths: list[str], names: Names) -> list[Source]:
+    for path in [*paths, names.images]:
+        if not is_text(path):
+            raise UserError(f"the name {path!a} is not UTF-8; rename it")
     # Remote files are asked for one by one, hence the threads.
     with ThreadPoolExecutor(16) as pool:
         sizes = list(pool.map(size_and_etag, paths))

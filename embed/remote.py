@@ -165,6 +165,8 @@ def _final(url: str, error: BaseException) -> str:
     while causes[-1].__cause__ is not None and len(causes) < 5:
         causes.append(causes[-1].__cause__)
     names = {type(cause).__name__ for cause in causes}
+    if "ClientPayloadError" in names:  # aiohttp's word for a cut connection; its cause claims the status 400
+        return ""
     denied = isinstance(error, PermissionError) or names & {
         "NoCredentialsError",
         "PartialCredentialsError",

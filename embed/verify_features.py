@@ -42,6 +42,7 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
     """Findings on some shards of a store; memory for one block per thread."""
     part, again = f"features {features.tower}", _embed_again(features)
     manifests: list[Manifest] = []
+    grown = False
     readable: list[Manifest] = []
     for shard in shards:
         try:
@@ -53,6 +54,7 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
                 yield Finding(part, "is not there (it has no manifest)", again, shard)
             continue
         wrong = _wrong_manifest(features, manifest)
+        grown |= manifest.rows < features.shard_rows(shard)
         if wrong:
             yield Finding(part, *wrong, shard)
         else:
@@ -60,7 +62,8 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
     try:
         array = features.array()
     except UserError as error:
-        yield Finding(part, str(error), _repair(features))
+        if not grown:  # an array of fewer rows is no second finding
+            yield Finding(part, str(error), _repair(features))
         return
     progress = Progress(f"verify {features.tower}", sum(m.rows for m in manifests), "rows")
     with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))), thread_name_prefix="verify") as pool:

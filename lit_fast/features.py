@@ -143,7 +143,7 @@ class Features:
             manifest = Manifest(**value)
             if manifest.shard != shard or manifest.first != shard * SHARD:
                 raise ValueError("it is of another shard")
-            if not 0 < manifest.rows <= SHARD:
+            if type(manifest.rows) is not int or not 0 < manifest.rows <= SHARD:
                 raise ValueError(f"rows {manifest.rows}")
             return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -332,4 +332,8 @@ def open_features(dataset: Dataset, tower: str = "") -> Features:
             f"dataset {dataset.path} has no features of tower {tower!r}, only of {', '.join(have)}; {remedy}"
         )
     file = dataset.path / "features" / tower / "tower.json"
-    return Features(dataset, tower, read_object(file, "name", "source", "identity", "width"))
+    provenance = read_object(
+        file, "name", "source", "identity", "width", "dtype",
+        name=str, source=str, identity=str, width=int, views=int, dtype=str, preprocess=dict, options=dict,
+    )  # fmt: skip
+    return Features(dataset, tower, provenance)

@@ -59,8 +59,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: not JSON ({error})") from None
 
 
-def read_object(path: Path, *keys: str) -> dict[str, Any]:
-    """`read_json` of an object that has the given keys.
+def read_object(path: Path, *keys: str, **types: type) -> dict[str, Any]:
+    """`read_json` of an object that has the given keys, and those of `types`, where it has them, of that type.
 
     Raises:
       UserError: also if it is something else.
@@ -71,6 +71,9 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
     missing = [k for k in keys if k not in value]
     if missing:
         raise UserError(f"{path} is damaged: {missing[0]} is missing")
+    for name, kind in types.items():
+        if name in value and type(value[name]) is not kind:
+            raise UserError(f"{path} is damaged: {name} is {str(value[name])[:80]!r}")
     return value
 
 

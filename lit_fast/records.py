@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -27,6 +29,9 @@ class RecordWriter:
 
     With `after`, another directory, its first `count` records come first: complete files are linked, only
     the last one is written anew.
+
+    Raises:
+      UserError: a file cannot be written; from any method.
     """
 
     def __init__(self, directory: Path, *, after: Path | None = None, count: int = 0) -> None:
@@ -48,19 +53,33 @@ class RecordWriter:
         """Append one record."""
         if self._count % FILE_RECORDS == 0:
             self.close()
-            path = _file(self._directory, self._count // FILE_RECORDS)
-            self._writer = ArrayRecordWriter(str(path), "group_size:1,zstd")
-        assert self._writer is not None
-        self._writer.write(record)
+        path = _file(self._directory, self._count // FILE_RECORDS)
+        with _written(path):
+            self._writer = self._writer or ArrayRecordWriter(str(path), "group_size:1,zstd")
+            self._writer.write(record)
         self._count += 1
 
     def close(self) -> None:
         """Finish the current file and bring it to the disk."""
         if self._writer is None:
             return
-        self._writer.close()
+        path = _file(self._directory, (self._count - 1) // FILE_RECORDS)
+        with _written(path):
+            self._writer.close()
         self._writer = None
-        _sync(_file(self._directory, (self._count - 1) // FILE_RECORDS))
+        _sync(path)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """The writer's errors as one line; it speaks of a full disk as of anything else."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition(";")[0]
+        raise UserError(
+            f"{path} cannot be written: {reason}; mend that and run the same command again"
+        ) from None
 
 
 def _link(source: Path, target: Path) -> None:

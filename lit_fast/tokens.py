@@ -208,7 +208,11 @@ def open_tokens(dataset: Dataset, name: str = "") -> Tokens:
     name = name or have[0]
     if name not in have:
         raise UserError(f"dataset {dataset.path} has no tokens {name!r}, only {', '.join(have)}; {remedy}")
-    tokens = Tokens(dataset, name, read_object(dataset.path / "tokens" / name / "tokens.json", *_META))
+    file = dataset.path / "tokens" / name / "tokens.json"
+    meta = read_object(
+        file, *_META, identity=str, vocab_size=int, max_length=int, pad_id=int, shard_keys=list, truncated=int
+    )
+    tokens = Tokens(dataset, name, meta)
     if tuple(tokens.meta["shard_keys"]) != dataset.shard_keys:
         raise UserError(
             f"{tokens.path} was made from other rows than {dataset.path} has, which may have grown; make it anew "

@@ -1,6 +1,7 @@
 """Vision towers against a float64 reference and against timm, on the same weights and pixels."""
 
 import io
+import os
 
 import jax
 import jax.numpy as jnp
@@ -168,5 +169,8 @@ def test_files_that_are_no_weights_are_refused(tiny_vit, tmp_path):
     (tmp_path / "x.npz").write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match=r"not a readable \.npz"):
         load_tower(str(tmp_path / "x.npz"))
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(UserError, match="is not a regular file"):
+        load_tower(str(tmp_path / "pipe.npz"))
     with pytest.raises(UserError, match="multiple of the tower's patch size"):
         load_tower(str(tiny_vit), resolution=33)

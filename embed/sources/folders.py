@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from embed.sources.items import IMAGE_SUFFIXES, Item, Layout, LeftOut, Names, Sample
+from embed.sources.items import IMAGE_SUFFIXES, Item, Layout, LeftOut, Names, Sample, is_text
 from embed.sources.paths import file_size, inside
 from lit_fast.errors import UserError
 
@@ -17,9 +17,13 @@ def class_folders(path: str) -> tuple[str, ...]:
     """The names of the classes' folders, in the order of their numbers."""
     try:
         with os.scandir(path) as entries:
-            return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
+            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    for name in names:
+        if not is_text(name):
+            raise UserError(f"{path}: the name of the folder {name!a} is not UTF-8; rename it")
+    return tuple(names)
 
 
 def read_folder(path: str, names: Names) -> Iterator[Item]:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -27,7 +26,6 @@ from lit_fast.dataset import open_dataset
 from lit_fast.metrics import Spent, read_metrics
 from lit_fast.progress import duration
 from tests.synthetic import make_dataset
-from train.console import Console
 from train.metrics import MetricsWriter
 from train.receipt import spent_before
 from train.report import write_report
@@ -367,32 +365,3 @@ def test_what_cannot_be_compared(case, capsys, tmp_path):
     for content in ("{", "[]", '{"status": "x", "steps_done": "x", "hardware": 3}'):
         (copy / "receipt.json").write_text(content)
         assert "copy/receipt.json is damaged" in mistake(copy)
-
-
-VALUES = {"loss": 3.25, "pairs_per_second": 1234.5, "data_wait_share": 0.012}
-
-
-def test_console_lines_stand_under_each_other(capsys):
-    console = Console(65_000, 0)
-    console.log(50, VALUES)
-    console.log(65_000, {"loss": float("nan"), "pairs_per_second": 1e6, "data_wait_share": 1.0})
-    console.log(65_000, VALUES | {"mfu": 0.456})
-    console.close()
-    one, two, three = capsys.readouterr().err.splitlines()
-    assert one == "step     50/65,000  loss   3.2500      1,234 pairs/s  data wait   1.2 %       ? left"
-    assert len(one) == len(two)
-    assert "  MFU 45.6 %  data wait   1.2 %" in three
-
-
-def test_a_terminal_has_a_bar_of_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "70")
-    console = Console(10, 0)
-    for number in range(1, 11):
-        console.log(number, VALUES)
-        console.advance()
-    console.close()
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1
-    assert all(len(line.removeprefix("\x1b[K")) < 70 for line in text.strip().split("\r"))
-    assert "[########################] 10/10 steps" in text

@@ -22,6 +22,7 @@ class FileServer(ThreadingHTTPServer):
         self.root = root
         self.ranges = True  # answer range requests
         self.statuses: list[int] = []  # answers to the next GET requests instead of files
+        self.cuts = 0  # GET requests whose answers break off in the middle
         self.forbidden = False
         self.requests: Counter[str] = Counter()
 
@@ -69,6 +70,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.send_header("ETag", etag)
         self.end_headers()
+        if body and self.server.cuts:
+            self.server.cuts -= 1
+            self.close_connection = True
+            data = data[: len(data) // 2]
         if body:
             self.wfile.write(data)
 

@@ -68,6 +68,9 @@ def test_new_rows_are_added_and_old_features_kept(
         ):
             opening(open_features(dataset, "grown"))
     capsys.readouterr()
+    assert main(["verify", str(dataset.path), "--tower", "grown"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("WRONG  features grown, shard ") == out.count("WRONG  ") == 2
     for name in ("grown", "marked"):
         assert (
             main(["embed", str(dataset.path), "--tower", str(tiny_vit), "--name", name, "--batch-size", "2"])

@@ -156,7 +156,7 @@ def test_refusals_leave_nothing_behind(tars: Path, tmp_path: Path) -> None:
         (
             [str(tmp_path / "useless.tar")],
             "d",
-            r"no usable row; left out 1: 1 no caption and no label \(a in useless.tar\)",
+            r"no usable row in .*/useless.tar; left out 1: 1 no caption and no label \(a in useless.tar\)",
         ),
         ([f"{tars}/9*.tar"], "d", "matches no file"),
         ([str(tars)], "full", "holds other files .thesis.txt"),

@@ -82,7 +82,7 @@ def test_what_append_refuses(tars: Path, tmp_path: Path) -> None:
     index_dataset([f"{tars}/0.tar", f"{tars}/1.tar"], out, seed=0)
     before = tree(out)
     write_tar(tmp_path / "useless.tar", [("a.jpg", b"x")])
-    with pytest.raises(UserError, match="no usable row; left out 1"):
+    with pytest.raises(UserError, match=r"no usable row in .*; left out 1"):
         index_dataset([f"{tmp_path}/useless.tar"], out, seed=0, append=True)
     with pytest.raises(UserError, match="another seed"):
         index_dataset([str(tars)], out, seed=1, append=True)

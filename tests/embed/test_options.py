@@ -32,6 +32,16 @@ def dataset(tmp_path: Path) -> Dataset:
     return index_dataset([str(tmp_path / "0.tar")], tmp_path / "d", seed=0)
 
 
+def test_a_dataset_by_a_relative_path(
+    dataset: Dataset, tiny_vit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorStore takes no path with `..` in it."""
+    (dataset.path.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(dataset.path.parent / "elsewhere")
+    assert main(["embed", "../d", "--tower", str(tiny_vit)]) == 0
+    assert main(["verify", "../d"]) == 0
+
+
 def test_views_lie_side_by_side(dataset: Dataset, tiny_vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     embed_dataset(dataset.path, str(tiny_vit), name="one", batch_size=6)
     embed_dataset(dataset.path, str(tiny_vit), name="three", batch_size=6, views=3)

@@ -110,6 +110,22 @@ def test_parquet_with_paths(images: Path, tmp_path: Path, nested: bool) -> None:
     assert found == {p: ([f"text {i}"], [], -1, FILES[i]) for i, p in enumerate(paths)}
 
 
+def test_parquet_as_pandas_writes_it(tmp_path: Path) -> None:
+    """Categories are dictionaries; a column of numbers with a gap is one of floats."""
+    table = pa.table(
+        {
+            "image": pa.array(FILES).dictionary_encode(),
+            "text": pa.array(["a"] * 12).dictionary_encode(),
+            "label": [None, float("nan"), *(float(i) for i in range(10))],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    found = list(rows(index(tmp_path / "a.parquet", tmp_path / "d")).values())
+    assert sorted(label for _, _, label, _ in found) == [-1, -1, *range(10)]
+    assert sorted(data for _, _, _, data in found) == sorted(FILES)
+    assert all(captions == ["a"] for captions, _, _, _ in found)
+
+
 def test_a_row_group_is_read_once_by_one_of_many_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,15 +237,18 @@ def test_missing_images_later(images: Path, tmp_path: Path) -> None:
     (images / block.keys[0]).unlink()
     (images / block.keys[1]).unlink()
     os.mkfifo(images / block.keys[1])
+    (images / block.keys[2]).unlink()
+    (images / block.keys[2]).mkdir()
     fetcher = Fetcher(dataset)
     check_sources(dataset)
     with pytest.raises(ImageError, match="image file not found"):
         fetcher.bytes(0)
-    with pytest.raises(ImageError, match="not a regular file"):
-        fetcher.bytes(1)
+    for row in (1, 2):
+        with pytest.raises(ImageError, match="not a regular file"):
+            fetcher.bytes(row)
     images.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"images, the images of .* is missing; restore it"):
-        fetcher.bytes(2)
+        fetcher.bytes(3)
     with pytest.raises(UserError, match=r"images, the images of .* is missing; restore it"):
         check_sources(dataset)
 
@@ -326,6 +345,14 @@ def test_array_records_of_tfds(tmp_path: Path) -> None:
         "not a tf.train.Example (the record ends within a number)": 1,
         "no key": 1,
     }
+
+
+def test_captions_of_tfds(tmp_path: Path) -> None:
+    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    writer.write(example({"image": [FILES[0]], "captions/text": [b"one", b"two"], "captions/id": [1, 2]}))
+    writer.close()
+    [row] = rows(index(tmp_path / "a.array_record", tmp_path / "d")).values()
+    assert row == (["one", "two"], [], -1, FILES[0])
 
 
 # --- tars

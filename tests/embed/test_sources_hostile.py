@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -238,6 +239,37 @@ def test_huge_fields_nuls_and_open_quotes(tmp_path: Path) -> None:
         "3 fields, where the first line has 2": 1,
         "no caption and no label": 1,
     }
+
+
+def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
+    """What it swallows is not one long caption."""
+    (tmp_path / "x.jpg").write_bytes(b"x")
+    (tmp_path / "t.csv").write_text('filepath,title\nx.jpg,"a\nb"\nx.jpg,"c\nx.jpg,d\nx.jpg,e')
+    _, sample, left_out = items(tmp_path / "t.csv")
+    assert isinstance(sample, Sample)
+    assert sample.captions == ("a\nb",)
+    assert left_out == LeftOut("line 4", "not CSV: a quote that is never closed; all after it is not read")
+
+
+def test_sources_that_are_no_files(tmp_path: Path) -> None:
+    """Opening a pipe would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "0.tar")
+    for source in (tmp_path / "0.tar", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"{source} is not a regular file"):
+            index_dataset([str(source)], tmp_path / "d")
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """Refused before anything is written, since dataset.json could not name them."""
+    tar = tmp_path / os.fsdecode(b"\xff.tar")
+    tar.write_bytes(tar_bytes([("a.jpg", b"x"), ("a.txt", b"a")]))
+    folder = tmp_path / "classes" / os.fsdecode(b"\xfe")
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"x")
+    for source, out in ((tar, "d"), (folder.parent, "d"), (tmp_path, os.fsdecode(b"\xfd"))):
+        with pytest.raises(UserError, match="is not UTF-8; "):
+            index_dataset([str(source)], tmp_path / out)
+        assert not (tmp_path / out).exists()
 
 
 def test_an_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,9 @@ def test_transient_failures_are_tried_again(server: FileServer, tmp_path: Path) 
     dataset = index_dataset([url], tmp_path / "d", seed=0)
     assert dataset.rows == 12
     assert server.statuses == []
+    server.cuts = 3
+    assert Fetcher(dataset).bytes(0)
+    assert server.cuts == 0
     server.statuses = [503] * remote.ATTEMPTS["http"]
     with pytest.raises(UserError, match=r"00000.tar cannot be read, tried again and again: 503"):
         Fetcher(dataset).bytes(0)

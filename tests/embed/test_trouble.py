@@ -18,9 +18,11 @@ import pytest
 from embed.device import Waiting, results
 from embed.extract import embed_dataset
 from embed.images import Batch
+from embed.index import index_dataset
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
 from tests.embed.test_extract import SMALL_SHARDS, many, tree
+from tests.helpers import write_tar
 
 
 @pytest.fixture
@@ -69,6 +71,22 @@ def test_a_full_disk(small_disk: Path, dataset: Dataset, tiny_vit: Path) -> None
     assert subprocess.run(line, capture_output=True).returncode == 0
     embed_dataset(dataset.path, str(tiny_vit), name="whole")
     assert tree(small_disk / "t") == tree(small_disk / "whole")
+
+
+def test_a_full_disk_while_indexing(small_disk: Path, tmp_path: Path) -> None:
+    """array_record has errors of its own for it."""
+    members = [
+        (f"{i:04}.{kind}", os.urandom(300).hex().encode()) for i in range(2000) for kind in ("jpg", "txt")
+    ]
+    sources = [str(write_tar(tmp_path / "many.tar", members))]
+    with pytest.raises(
+        UserError, match=r"array_record cannot be written: .*No space left on device; mend that"
+    ):
+        index_dataset(sources, small_disk / "d")
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    index_dataset(sources, small_disk / "d")
+    index_dataset(sources, tmp_path / "whole")
+    assert tree(small_disk / "d") == tree(tmp_path / "whole")
 
 
 # Root may write everywhere, unless it gives that up.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,17 @@ def test_damaged_records_are_found(part, dataset, capsys) -> None:
     found = lines(capsys)
     assert found[0].startswith(f"WRONG  {part.replace('/', ' ')}, shard ")
     assert str(file) in found[0]
+
+
+def test_rows_that_could_not_be_embedded_anew_are_not_counted(dataset, capsys) -> None:
+    [file] = (dataset.path / "index").glob("*.array_record")
+    flip(file, (64 << 10) + 500)  # within the second record, since each begins a block of 64 KiB
+    capsys.readouterr()
+    assert main(["verify", str(dataset.path)]) == 1
+    out = capsys.readouterr().out
+    row = int(re.search(r"row ([\d,]+) and those after it were not embedded anew", out)[1].replace(",", ""))
+    assert row >= 1024  # the rows of the first record were
+    assert int(re.search(r"(\d+) rows embedded anew", out)[1]) < 64
 
 
 def test_records_of_other_rows_are_found(dataset, made, capsys) -> None:

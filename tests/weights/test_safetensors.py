@@ -125,6 +125,8 @@ def test_missing_files(vit, tmp_path):
     refused(vit, r"preprocessor_config\.json does not exist")
     (vit / "config.json").write_text("[" * 100_000)
     refused(vit, r"config\.json is damaged")
+    (vit / "config.json").write_text("[]")
+    refused(vit, r"config\.json is damaged: it is not a JSON object")
     (vit / "config.json").unlink()
     refused(vit, r"config\.json does not exist")
     (vit / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
