@@ -140,8 +140,8 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
     import jax
     import torch
 
-    from lit_fast.towers import load_tower
     from lit_fast.architecture import flops_per_image
+    from lit_fast.towers import load_tower
     from train.flops import peak_flops
 
     tower = load_tower(str(folder))

@@ -25,7 +25,8 @@ def index(parser: argparse.ArgumentParser) -> Run:
 
     Names of columns are guessed. Captions: captions, caption, title, text, txt, sentences, raw, alt_text,
     captions/text. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded, or paths in filepath,
-    file_path, image_path, path, file_name, filename, file. Keys: key, __key__, uid; the path of an image file. Labels: label, cls, class_id.
+    file_path, image_path, path, file_name, filename, file. Keys: key, __key__, uid; the path of an image file.
+    Labels: label, cls, class_id.
     """
     parser.add_argument("source", nargs="+", metavar="SOURCE", help="files, patterns or directories")
     parser.add_argument("--out", required=True, type=Path, metavar="D", help="directory of the dataset")

@@ -49,7 +49,7 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
             manifest = features.manifest(shard)
         except UserError as error:
             if features.manifest_path(shard).exists():
-                yield Finding(part, str(error), _repair(features), shard)
+                yield Finding(part, str(error), shard=shard)
             else:
                 yield Finding(part, "is not there (it has no manifest)", again, shard)
             continue

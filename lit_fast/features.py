@@ -137,8 +137,9 @@ class Features:
           UserError: it is missing or damaged.
         """
         path = self.manifest_path(shard)
-        value = read_json(path)
+        mend = f"mend it with: lit-fast verify {self.dataset.path} --tower {self.tower} --repair"
         try:
+            value = read_json(path)
             value["invalid"] = {int(row): str(why) for row, why in value["invalid"].items()}
             manifest = Manifest(**value)
             if manifest.shard != shard or manifest.first != shard * SHARD:
@@ -146,8 +147,10 @@ class Features:
             if type(manifest.rows) is not int or not 0 < manifest.rows <= SHARD:
                 raise ValueError(f"rows {manifest.rows}")
             return manifest
+        except UserError as error:
+            raise UserError(f"{error}; {mend}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
+            raise UserError(f"{path} is damaged: {type(error).__name__} {error}; {mend}") from None
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Declare a shard complete; call it only after its data are on the disk."""

@@ -220,7 +220,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = jax.tree.map(np.asarray, init_params(module, config, np.zeros(WIDTH)))
     manager = open_manager(path)
     for step in (3, 7):
-        save(manager, step, params, {"opt": np.zeros(1)}, {})
+        save(manager, step, {"params": params, "rest": {"opt": np.zeros(1)}}, {})
     manager.wait_until_finished()
     manager.close()
     return path

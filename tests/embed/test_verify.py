@@ -260,7 +260,7 @@ def test_damaged_records_are_found(part, dataset, capsys) -> None:
 
 def test_rows_that_could_not_be_embedded_anew_are_not_counted(dataset, capsys) -> None:
     [file] = (dataset.path / "index").glob("*.array_record")
-    flip(file, (64 << 10) + 500)  # within the second record, since each begins a block of 64 KiB
+    flip(file, file.read_bytes().index(bytes(1000)) - 1000)  # in the second record, before the padding
     capsys.readouterr()
     assert main(["verify", str(dataset.path)]) == 1
     out = capsys.readouterr().out
@@ -293,6 +293,12 @@ def test_duplicates_are_a_note(tmp_path, tiny_vit, capsys) -> None:
     [note] = lines(capsys)
     assert "2 rows have the same features as another row, as equal images do (keys" in note
     assert {"0", "19"} <= set(note.split("keys ")[1].rstrip(")").split(", "))
+
+
+def test_embed_says_how_to_mend_a_manifest(dataset, made, capsys) -> None:
+    (dataset.path / "features/tiny/manifest/00001.json").write_text("{")
+    assert main(["embed", str(dataset.path), "--tower", str(made.parent / "tiny.npz")]) == 2
+    assert f"verify {dataset.path} --tower tiny --repair" in capsys.readouterr().err
 
 
 def test_mistakes(dataset, capsys) -> None:
