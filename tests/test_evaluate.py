@@ -214,7 +214,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Config(text=TextConfig(width=32, depth=1, heads=2, dtype="float32"))
     (path / "config.toml").write_text(to_toml(config))
     (path / "tokenizer.model").write_bytes(tokenizer.model)
-    write_json(path / "tokens.json", {"max_length": 8, "identity": tokenizer.identity})
+    write_json(path / "tokens.json", {"max_length": 8, "pad_id": 1, "identity": tokenizer.identity})
     write_json(path / "tower.json", provenance("abc"))
     module = text_tower(config.text, tokenizer, WIDTH)
     params = jax.tree.map(np.asarray, init_params(module, config, np.zeros(WIDTH)))
