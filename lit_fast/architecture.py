@@ -65,7 +65,11 @@ def parameters(architecture: Architecture, size: int) -> int:
 
 
 def flops_per_image(architecture: Architecture, size: int) -> float:
-    """Operations of one image of `size` x `size` pixels: two per multiply-add of every matrix product."""
+    """Operations of one image of `size` x `size` pixels: two per multiply-add of every matrix product.
+
+    Of the whole model, as it is usually given; where one token is pooled, `ViT` spares the last layer's work
+    for the others.
+    """
     a, (width, depth, _, _) = architecture, architecture.shape
     patches = (size // a.patch) ** 2
     length = patches + a.class_token + a.registers
