@@ -84,7 +84,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
         "--views", type=_whole(1), default=1, metavar="K", help="vectors per image: itself and K - 1 crops"
     )
     parser.add_argument(
-        "--batch-size", type=_whole(1), metavar="N", help="images per device (default 64, 8 on CPU)"
+        "--batch-size", type=_whole(1), metavar="N", help="images per device (default 64, 16 on CPU)"
     )
     parser.add_argument("--workers", type=_whole(1), metavar="N", help="decoding threads (default: cores)")
     parser.add_argument(
