@@ -1,4 +1,4 @@
-"""The commands `index`, `embed` and `tokenize`: their arguments.
+"""The commands `index`, `embed`, `tokenize`, `verify` and `import-features`: their arguments.
 
 What they import is imported when they run, so that `--help` is fast.
 """
@@ -22,6 +22,10 @@ def index(parser: argparse.ArgumentParser) -> Run:
     A directory stands for the files of the one format in it, or is a folder of images per class. A .json is
     COCO's captions. Rows of a table with the same image file become one row with all captions, if no more than
     some 260 000 rows lie between them; a later repeat is left out as a duplicate, as is any key seen before.
+    noise:1024 stands for 1024 pictures of uniform random noise, for the key stream.noise of a training.
+
+    CLIP_benchmark's evaluation sets: the directory or URL/ of one, or wds:NAME, which is fetched from the
+    Hugging Face Hub: wds:imagenet1k, wds:imagenetv2, wds:vtab/cifar10, wds:mscoco_captions, ...
 
     Names of columns are guessed. Captions: captions, caption, title, text, txt, sentences, raw, alt_text,
     captions/text. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded, or paths in filepath,
@@ -176,6 +180,42 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
             max_length=args.max_length,
             pad_id=args.pad_id,
             model_type=args.model_type,
+        )
+
+    return run
+
+
+def import_features(parser: argparse.ArgumentParser) -> Run:
+    """Make a dataset of features that another program has computed.
+
+    clip-retrieval: SOURCE is the directory with img_emb/*.npy and, if there are any, metadata/*.parquet, whose
+    captions and keys are taken. sail: SOURCE is the directory with 0.pt, 1.pt, ..., the images' features; they are
+    read without unpickling.
+
+    Rows keep the order of the files. Captions may come from a table with one row per row of features, in the same
+    order. Nobody can tell from which model features are: --tower says it, and features of the same name and width
+    count as the same tower's. The same command again goes on where it was interrupted.
+    """
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="directory with the features")
+    parser.add_argument("--out", required=True, type=Path, metavar="D", help="directory of the dataset")
+    parser.add_argument("--tower", required=True, metavar="NAME", help="name of the model that made them")
+    parser.add_argument(
+        "--format", required=True, choices=("clip-retrieval", "sail"), help="how they were written"
+    )
+    parser.add_argument(
+        "--captions-table", type=Path, metavar="FILE", help="captions: .csv, .tsv, .jsonl or .parquet"
+    )
+    parser.add_argument(
+        "--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns with captions"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from embed.imported.import_features import import_features
+        from embed.sources.items import Names
+
+        names = Names(args.captions)
+        import_features(
+            args.source, args.out, args.tower, args.format, table=args.captions_table, names=names
         )
 
     return run

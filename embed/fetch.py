@@ -15,6 +15,7 @@ from urllib.parse import quote
 from embed import remote
 from embed.sources.files import size_and_etag
 from embed.sources.items import MAX_IMAGE
+from embed.sources.noise import SIDE, noise_image
 from lit_fast.dataset import BLOCK, Block, Dataset, Source, decode_block
 from lit_fast.errors import UserError
 from lit_fast.preprocess import ImageError
@@ -24,10 +25,10 @@ _CACHE_BYTES = 1 << 30  # decoded row groups; the one in use may be larger
 
 
 class Fetcher:
-    """Reads the images of a dataset."""
+    """Reads the images of a dataset; noise has `side` x `side` pixels."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Dataset, side: int = SIDE) -> None:
+        self._dataset, self._side = dataset, side
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
         self._row_groups = _RowGroups()
@@ -60,6 +61,10 @@ class Fetcher:
                     return self._opened(number, _Records).image(source, offset)
                 case "folder":
                     return _file(source, block.keys[i])
+                case "features":
+                    raise UserError(f"{self._dataset.path} was imported as features, without images")
+                case "noise":
+                    return noise_image(offset, self._side)
         except OSError as error:
             raise UserError(
                 f"{error.filename or source.path} cannot be read: {error.strerror or error}; restore it and run "
@@ -86,10 +91,15 @@ def check_sources(dataset: Dataset) -> None:
     """
     # Remote ones are asked for one by one, hence the threads.
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda source: _check(source, dataset), dataset.sources))
+        list(pool.map(lambda source: check_source(source, dataset), dataset.sources))
 
 
-def _check(source: Source, dataset: Dataset) -> None:
+def check_source(source: Source, dataset: Dataset) -> None:
+    """Raises UserError if a source of the dataset is missing or has changed, or never had images."""
+    if source.kind == "features":
+        raise UserError(
+            f"{dataset.path} was imported as features, without images; to embed them, index the images as a dataset"
+        )
     try:
         found, etag = size_and_etag(source.path)
     except UserError as error:

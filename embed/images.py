@@ -33,7 +33,7 @@ class Images:
     """The pixels of a dataset's images by row, from any thread."""
 
     def __init__(self, dataset: Dataset, preprocess: Preprocess, max_pixels: int, views: int = 1) -> None:
-        self._fetcher = Fetcher(dataset)
+        self._fetcher = Fetcher(dataset, preprocess.resize)  # noise that no resizing blurs
         self._preprocess, self._max_pixels, self._views = preprocess, max_pixels, views
 
     @property

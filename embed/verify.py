@@ -6,7 +6,7 @@ unless it is asked to mend.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from embed.findings import Finding
@@ -39,7 +39,7 @@ def verify_dataset(
     stores = [open_features(dataset, tower)] if tower else []
     findings: list[Finding] = []
 
-    def keep(found: Iterator[Finding]) -> None:
+    def keep(found: Iterable[Finding]) -> None:
         for finding in found:
             print(finding.line(), flush=True)
             findings.append(finding)
@@ -49,15 +49,8 @@ def verify_dataset(
         try:
             stores.append(open_features(dataset, name))
         except UserError as error:
-            keep(
-                iter(
-                    [
-                        Finding(
-                            f"features {name}", str(error), "restore tower.json or embed under another --name"
-                        )
-                    ]
-                )
-            )
+            remedy = "restore tower.json or embed under another --name"
+            keep([Finding(f"features {name}", str(error), remedy)])
     for features in stores:
         if repair:
             before = len(findings)

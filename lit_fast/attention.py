@@ -29,7 +29,7 @@ class MultiHeadDotProductAttention(nn.Module):
         width = queries.shape[-1]
         size = width // self.heads
         dense = partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        product = lambda name, x: checkpoint_name(dense((self.heads, size), name=name)(x), "product")  # noqa: E731
+        product = lambda name, x: checkpoint_name(dense((self.heads, size), name=name)(x), "qkv")  # noqa: E731
         q = product("query", queries).swapaxes(1, 2) * size**-0.5
         k = product("key", keys).swapaxes(1, 2)
         v = product("value", keys).swapaxes(1, 2)
@@ -40,5 +40,5 @@ class MultiHeadDotProductAttention(nn.Module):
         weights = weights.astype(self.dtype)
         total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
         y = jnp.einsum("nhqk,nhkd->nhqd", weights, v, preferred_element_type=jnp.float32) / total
-        y = checkpoint_name(y.astype(self.dtype).swapaxes(1, 2), "product")
+        y = checkpoint_name(y.astype(self.dtype).swapaxes(1, 2), "attended")
         return dense(width, axis=(-2, -1), name="out")(y)

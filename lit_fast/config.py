@@ -34,12 +34,13 @@ class TextConfig:
     init: str = ""
     dropout: float = 0.0
     dtype: str = "bfloat16"  # of the matrix products; parameters stay float32
-    # Memory: what a layer keeps for the backward pass (everything, products or nothing), and in how many parts
-    # a device works through its texts. The first `kept_parts` keep what their layers keep, the others only
-    # their embeddings, and are worked out again; memory no longer depends on the batch.
-    keep: str = "everything"
+    # Memory. A device works through its texts in equal parts. For the backward pass the layers keep "everything",
+    # their matrix "products", of these the "hidden" ones of the MLP, or their "inputs" alone; or a part keeps its
+    # "embeddings" alone. The rest is worked out again: 0, 0, 8, 22 or 33 % more work. The less is kept, the larger
+    # the batch; with "embeddings" it hardly takes memory. "auto" chooses both keys, the fastest way that the
+    # device has room for (train/memory.py).
+    keep: str = "auto"
     parts: int = 1
-    kept_parts: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -75,7 +76,7 @@ class LossConfig:
     # the factor by which the pairs become fewer.
     negatives: str = "all"
     negatives_per_positive: float = 0.0  # the paper's strongest masking: 1.6
-    tile: int = 1024  # images of one tile of pairs; memory is tile x (texts per device)
+    tile: int = 256  # images of one tile of pairs; memory is tile x (texts per device)
     # Of the similarity products: default, high or highest. At temperature 100 a cosine's error of 1e-3 is 0.1
     # in a logit. "high" is three bfloat16 passes on TPU, exact on CPU; on GPUs it may mean TF32: take "highest".
     precision: str = "high"
@@ -90,6 +91,12 @@ class StreamConfig:
     memory_gib: float = 4.0  # a dataset up to this size is held in memory and shuffled exactly
     streams: int = 64  # larger ones: virtual streams that a batch is dealt from
     window_blocks: int = 8  # blocks of 1024 rows that a stream shuffles together
+    # Corrupted data, to see how well a loss bears it (section 4.10 of the paper). Probabilities of an image
+    # becoming noise and of a text becoming random tokens, and the share of a batch whose texts change places.
+    corrupt_images: float = 0.0
+    corrupt_texts: float = 0.0
+    corrupt_alignment: float = 0.0
+    noise: str = ""  # dataset of the noise: lit-fast index noise:1024, embedded by the same tower
 
 
 @dataclass(frozen=True)
@@ -168,11 +175,11 @@ class Config:
 
 
 # What may change between the parts of one run: it does not touch the parameters, or is known by identity.
-FREE = ("evaluate", "checkpoint", "log", "dataset", "tower", "tokenizer")
+FREE = ("evaluate", "checkpoint", "log", "dataset", "tower", "tokenizer", "stream.noise")
 
 _CHOICES = {
     "text.variant": tuple(VARIANTS),
-    "text.keep": ("everything", "products", "nothing"),
+    "text.keep": ("auto", "everything", "products", "hidden", "inputs", "embeddings"),
     "text.pooling": ("last", "first", "mean", "max", "map"),
     "text.dtype": ("float32", "bfloat16"),
     "loss.name": ("sigmoid", "softmax"),
@@ -209,6 +216,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         _check_known(key, known, f"in {path}")
     for key, text in given:
         values[key] = _parse(key, text, known[key])
+    return build_config(values, f"in {path}")
+
+
+def build_config(values: dict[str, Any], where: str) -> Config:
+    """The config of values by dotted name; `where` they stand is for messages.
+
+    Raises:
+      UserError: unknown key, wrong type or value.
+    """
+    known = flatten(Config())
+    for key in values:
+        _check_known(key, known, where)
     config = _build(Config, "", values)
     if config.examples > 0 and config.stream.global_batch > 0:
         config = dataclasses.replace(config, steps=max(1, config.examples // config.stream.global_batch))
@@ -341,12 +360,20 @@ def _check_values(config: Config) -> None:
     for key in ("text.dropout", "optimizer.b1", "optimizer.b2", "optimizer.average_decay"):
         if values[key] >= 1:
             raise UserError(f"config key {key} must be below 1, not {values[key]}")
-    _check_loss(config.loss)
-    if config.text.kept_parts > config.text.parts:
+    for key in ("stream.corrupt_images", "stream.corrupt_texts", "stream.corrupt_alignment"):
+        if values[key] > 1:
+            raise UserError(f"config key {key} must be at most 1, not {values[key]}")
+    if bool(config.stream.noise) != bool(config.stream.corrupt_images):
         raise UserError(
-            f"text.kept_parts {config.text.kept_parts} is more than text.parts {config.text.parts}"
+            "stream.corrupt_images above 0 and stream.noise go together: the noise is a dataset made with lit-fast "
+            "index noise:1024 --out N, then lit-fast embed N with the tower of the run"
         )
+    _check_loss(config.loss)
     shape = config.text.shape
+    if config.text.keep == "auto" and config.text.parts > 1:
+        raise UserError(
+            'text.parts is chosen by text.keep = "auto"; leave it out, or say what is kept: text.keep = "products"'
+        )
     if shape.width % shape.heads:
         raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")
     for key in ("warmup_steps", "cooldown_steps"):

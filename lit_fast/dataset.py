@@ -40,6 +40,8 @@ class Source:
     | parquet | row group, row in it; `image` is the column, dotted where it is a field of a struct |
     | array_record | record number, 0; `image` is the feature of the tf.train.Example |
     | folder | 0, the image file's bytes when indexed (0 = unknown); the file is `images` and the row's key |
+    | noise | number of the picture, 0; there is no file |
+    | features | row in the file, 0; its features were imported, there is no image |
     """
 
     path: str  # absolute, or a URL

@@ -104,8 +104,8 @@ def _guarded(
 def _sources(dataset: Dataset, problems: list[str]) -> dict[str, Any]:
     missing, changed = [], []
     for source in dataset.sources:
-        if "://" in source.path:
-            continue  # a screen of text asks nobody
+        if "://" in source.path or source.kind == "noise":
+            continue  # a screen of text asks nobody, and noise is no file
         try:
             status = os.stat(source.path)
             if stat.S_ISREG(status.st_mode) and status.st_size != source.bytes:
@@ -146,7 +146,7 @@ def _features(dataset: Dataset, name: str, todo: list[dict[str, str]], problems:
         "identity": features.identity,
         "width": features.width,
         "dtype": tower["dtype"],
-        "preprocess": tower["preprocess"],
+        "preprocess": tower.get("preprocess"),
         "shards": dataset.shards,
         "finished": len(finished),
         "valid": rows - invalid,
@@ -277,7 +277,8 @@ def _feature_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["reasons"]:
         text += f" ({_counts(found['reasons'])})"
     pre = found["preprocess"]
-    made = f"width {found['width']}, computed in {found['dtype']}, {pre['method']} {pre['size']} px"
+    how = f"computed in {found['dtype']}, {pre['method']} {pre['size']} px" if pre else "imported"
+    made = f"width {found['width']}, {how}"
     made += f", {_size(found['bytes'])}, identity {found['identity'][:8]}"
     return [("features", text), ("", "  " + made), ("", f"  {found['source']}")]
 

@@ -61,7 +61,8 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
         embedding_width=config.embedding_width,
         projected=config.head,
         dropout=config.dropout,
-        keep=config.keep,
+        # A part that is worked out again keeps its layers' products while it is in hand.
+        keep={"embeddings": "products", "auto": "everything"}.get(config.keep, config.keep),
         dtype=jnp.dtype(config.dtype),
     )
 
@@ -128,7 +129,12 @@ def image_embeddings(
     """
     features = matching_features(dataset, tower)
     rows = np.setdiff1d(np.arange(dataset.rows), np.array(sorted(features.invalid_rows()), np.int64))
-    return rows, _normalized(features.read_all()[rows].astype(np.float32) - mean)
+    return rows, centered(features.read_all()[rows], mean)
+
+
+def centered(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Features [n, width], as they are stored, less `mean` and normalised, float32."""
+    return _normalized(features.astype(np.float32) - mean)
 
 
 def apply_image_head(params: Params, images: np.ndarray) -> np.ndarray:
@@ -156,6 +162,11 @@ def matching_features(dataset: Dataset, tower: dict[str, Any]) -> Features:
         f" but {', '.join(f.tower for f in have)}, of other weights, preprocessing or dtype" if have else ""
     )
     name = tower["name"]
+    if "imported" in tower:
+        raise UserError(
+            f"dataset {dataset.path} has no features of the run's tower {name}{named}, which were imported; bring the "
+            f"same model's: lit-fast import-features SOURCE --out D --tower {name} --format FORMAT"
+        )
     while name in stored_towers(dataset):
         name += "-2"
     raise UserError(
@@ -164,13 +175,21 @@ def matching_features(dataset: Dataset, tower: dict[str, Any]) -> Features:
     )
 
 
+def rows_without_features(dataset: Dataset, tower: dict[str, Any]) -> set[int]:
+    """The rows that `image_embeddings` leaves out; errors as for `matching_features`."""
+    return set(matching_features(dataset, tower).invalid_rows())
+
+
 def read_tower(run: Path) -> dict[str, Any]:
     """The run's `tower.json`.
 
     Raises:
       UserError: it is missing or damaged.
     """
-    return read_object(run / "tower.json", "name", "source", "identity", "width")
+    return read_object(
+        run / "tower.json", "name", "source", "identity", "width",
+        name=str, source=str, identity=str, width=int, views=int, dtype=str, preprocess=dict, options=dict,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,8 +248,12 @@ def open_run(path: Path, step: int | None = None, average: bool = False) -> Run:
             f"run {path} kept no average of its weights; train with optimizer.average_decay = 0.9999"
         )
     tower = read_tower(path)
-    tokens = read_object(path / "tokens.json", "max_length", "pad_id")
+    tokens = read_object(path / "tokens.json", "identity", "max_length", "pad_id")
     tokenizer = load_tokenizer(path / "tokenizer.model", tokens["max_length"], tokens["pad_id"])
+    if tokenizer.identity != tokens["identity"]:
+        raise UserError(
+            f"{path}/tokenizer.model is not the tokenizer that the run was trained with; restore it"
+        )
     model = text_tower(config.text, tokenizer, tower["width"])
     mesh = make_mesh(jax.local_devices())
     shapes = jax.eval_shape(lambda: init_params(model, config, np.zeros(tower["width"])))

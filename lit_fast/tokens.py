@@ -68,6 +68,12 @@ class Tokenizer:
         """What follows the end of sentence up to `max_length`."""
         return self.eos_id if self.padding is None else self.padding
 
+    def text_ids(self) -> np.ndarray:
+        """Ids int64 [n] of the pieces that stand for text: neither special nor padding."""
+        special = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)  # type: ignore[attr-defined]
+        ids = range(self.vocab_size)
+        return np.array([i for i in ids if i != self.pad_id and not any(s(i) for s in special)], np.int64)
+
     @property
     def identity(self) -> str:
         """Digest of the model file and the rules: equal identities give equal ids."""

@@ -16,7 +16,7 @@ from lit_fast.mesh import dealt, make_mesh, replicated
 from lit_fast.run import init_params
 from lit_fast.text import TextTower
 from train.optimizer import make_optimizer
-from train.step import init_state, make_step
+from train.step import State, init_state, make_step
 
 
 class Compiled(NamedTuple):
@@ -46,13 +46,8 @@ def tpu_mesh(topology: str) -> Mesh:
 def compile_step(model: TextTower, config: Config, mesh: Mesh) -> Compiled:
     """Compile the training step for the mesh's devices, whether they are here or not."""
     width, batch = model.out_dim, config.stream.global_batch
-    params = jax.eval_shape(lambda: init_params(model, config, np.zeros(width)))
-    optimizer = make_optimizer(config.optimizer, config.steps, params)
-    averaged = config.optimizer.average_decay > 0
-    state: Any = jax.eval_shape(
-        lambda p: init_state(p, optimizer, make_mesh(jax.devices()[:1]), averaged), params
-    )
-    state = _placed(state, replicated(mesh))
+    state = _placed(state_shapes(model, config), replicated(mesh))
+    optimizer = make_optimizer(config.optimizer, config.steps, state.params)
     texts = batch * config.stream.captions_per_image
     arrays = {
         "images": jax.ShapeDtypeStruct((batch, width), jnp.bfloat16),
@@ -72,6 +67,15 @@ def compile_step(model: TextTower, config: Config, mesh: Mesh) -> Compiled:
         seconds,
         text,
     )
+
+
+def state_shapes(model: TextTower, config: Config) -> State:
+    """The shapes and dtypes of everything that a step changes."""
+    params = jax.eval_shape(lambda: init_params(model, config, np.zeros(model.out_dim)))
+    optimizer = make_optimizer(config.optimizer, config.steps, params)
+    averaged = config.optimizer.average_decay > 0
+    one = make_mesh(jax.devices()[:1])
+    return jax.eval_shape(lambda p: init_state(p, optimizer, one, averaged), params)
 
 
 def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lit_fast.config import Config
-from lit_fast.dataset import BLOCK, Dataset, open_dataset
-from lit_fast.errors import UserError
-from lit_fast.evaluate import (
-    check_retrieval,
-    check_zero_shot,
-    evaluate_retrieval,
-    evaluate_zero_shot,
-    format_table,
-)
-from lit_fast.run import Params, apply_image_head, image_embeddings, matching_features
+from lit_fast.dataset import Dataset, open_dataset
+from lit_fast.evaluate import Evaluate, distinct_names, retrieval_evaluation, zero_shot_evaluation
+from lit_fast.evaluation_table import format_table, without_languages
+from lit_fast.run import Params, apply_image_head, image_embeddings, rows_without_features
 
 EmbedText = Callable[[Params, Sequence[str]], np.ndarray]
 
-_AVERAGED = " (average)"
+AVERAGED = " (average)"
 
 
 class Evaluation:
@@ -32,18 +25,16 @@ class Evaluation:
     def __init__(self, run: Config, tower: dict[str, Any]) -> None:
         self._tower, self._intervals, self._steps = tower, _intervals(run), run.steps
         config = run.evaluate
-        self._sets: list[tuple[Dataset, Any]] = []
-        for paths, check, evaluate in (
-            (config.zero_shot, check_zero_shot, evaluate_zero_shot),
-            (config.retrieval, check_retrieval, evaluate_retrieval),
+        self._sets: list[tuple[Dataset, Evaluate]] = []
+        for paths, evaluation in (
+            (config.zero_shot, zero_shot_evaluation),
+            (config.retrieval, retrieval_evaluation),
         ):
             for path in paths:
                 dataset = open_dataset(path)
-                check(dataset)
-                _check_rows(
-                    dataset, matching_features(dataset, tower).invalid_rows(), check is check_zero_shot
-                )
-                self._sets.append((dataset, evaluate))
+                invalid = partial(rows_without_features, dataset, tower)
+                self._sets.append((dataset, evaluation(dataset, invalid)))
+        self._names = distinct_names(dataset.path for dataset, _ in self._sets)
         self.results: list[dict[str, Any]] = []
 
     def prepare(self, mean: np.ndarray) -> None:
@@ -63,34 +54,27 @@ class Evaluation:
         self.results = self._run(embed_text, params)
         if average:
             averaged = self._run(embed_text, average)
-            self.results += [r | {"dataset": f"{r['dataset']}{_AVERAGED}"} for r in averaged]
+            self.results += [r | {"dataset": f"{r['dataset']}{AVERAGED}"} for r in averaged]
         return self.results
 
     def _run(self, embed_text: EmbedText, params: Params) -> list[dict[str, Any]]:
         return [
-            evaluate(dataset, rows, apply_image_head(params, images), partial(embed_text, params))
-            for dataset, evaluate, rows, images in self._ready
+            result | {"dataset": name}
+            for name, (_, evaluate, rows, images) in zip(self._names, self._ready, strict=True)
+            for result in evaluate(rows, apply_image_head(params, images), partial(embed_text, params))
         ]
 
     def figures(self) -> dict[str, float]:
-        """The last evaluation's figures by name, `<dataset>/<metric>`."""
-        names = self._names()
-        names += [f"{name}{_AVERAGED}" for name in names]
+        """The last evaluation's figures by name, `<dataset>/<metric>`; single languages of several are left out."""
         return {
-            f"{name}/{metric}": value
-            for name, result in zip(names, self.results, strict=False)
+            f"{result['dataset']}/{metric}": value
+            for result in without_languages(self.results)
             for metric, value in result["metrics"].items()
         }
 
-    def _names(self) -> list[str]:
-        """The sets' directory names; with the parent's where two sets have the same."""
-        paths = [dataset.path.resolve() for dataset, _ in self._sets]
-        count = Counter(path.name for path in set(paths))
-        return [p.name if count[p.name] == 1 else f"{p.parent.name}/{p.name}" for p in paths]
-
     def table(self) -> str:
         """The last evaluation, for the terminal."""
-        return format_table(self.results)
+        return format_table(without_languages(self.results))
 
 
 def _intervals(config: Config) -> list[float]:
@@ -102,19 +86,3 @@ def _intervals(config: Config) -> list[float]:
         given.every_share * config.steps,
     )
     return [interval for interval in intervals if interval]
-
-
-def _check_rows(dataset: Dataset, invalid: Collection[int], labelled: bool) -> None:
-    """What evaluation would find wrong hours later: labels without a class name, no row to evaluate."""
-    usable = 0
-    for b, block in enumerate(dataset.iter_blocks()):
-        if labelled and max(block.labels) >= len(dataset.classnames):
-            raise UserError(
-                f"dataset {dataset.path} has label {max(block.labels)} but only {len(dataset.classnames)} class "
-                "names (numbered from 0)"
-            )
-        wanted = [n >= 0 for n in block.labels] if labelled else [n > 0 for n in block.captions]
-        usable += sum(w and b * BLOCK + i not in invalid for i, w in enumerate(wanted))
-    if not usable:
-        what = "label" if labelled else "caption"
-        raise UserError(f"dataset {dataset.path} has no image with both a {what} and a valid feature")

@@ -1,6 +1,8 @@
 """Model FLOPs of a step and the peak of known chips, for MFU.
 
-MFU counts the operations the model needs, not what is recomputed, over the chip's dense bfloat16 peak.
+MFU counts the operations that the model needs, each once, over the chip's dense bfloat16 peak. What the program
+works out again does not count: layers in the backward pass, and similarities in the second round of the softmax
+loss and the three rounds that look for the hardest or easiest negatives.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ def peak_flops(device: jax.Device) -> float | None:
     return None
 
 
-def step_flops(model: TextTower, texts: int, images: int) -> float:
+def step_flops(model: TextTower, texts: int, images: int, image_head: bool = False) -> float:
     """Forward and backward of the text tower and the loss; embeddings are look-ups and count nothing.
 
-    Three times the forward products of the tower (attention in full), twice those of the loss, whose image
-    side needs no gradient.
+    Three times the forward products of the tower (attention in full). Of the loss the similarities of all pairs,
+    whatever pairs are left out, and the gradient of the texts; that of the image embeddings only for an image
+    head, which is itself applied once forward and once backward, as the features need no gradient.
     """
     width, depth, mlp_dim, _ = model.shape
     length = model.max_length
@@ -53,4 +56,6 @@ def step_flops(model: TextTower, texts: int, images: int) -> float:
     text += 2 * length * model.embedding_width * width
     if model.projected:
         text += 2 * width * model.out_dim
-    return 3.0 * texts * text + 2.0 * (2 * texts * images * model.out_dim)
+    pairs = 2 * texts * images * model.out_dim
+    head = 2 * images * model.out_dim**2
+    return 3.0 * texts * text + (3.0 * pairs + 2.0 * head if image_head else 2.0 * pairs)

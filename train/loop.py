@@ -9,9 +9,11 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +23,15 @@ from jax.sharding import Mesh
 
 from lit_fast.checkpoint import abstract, open_manager, restore, restore_last, save
 from lit_fast.config import CheckpointConfig, Config
-from lit_fast.dataset import open_dataset
 from lit_fast.errors import UserError
-from lit_fast.features import open_features
 from lit_fast.mesh import dealt, make_mesh, replicated
 from lit_fast.progress import duration
 from lit_fast.run import init_params, text_embedder, text_tower
-from lit_fast.tokens import open_tokens
 from train.console import Console
 from train.evaluation import Evaluation
 from train.flops import step_flops
+from train.inputs import Inputs, open_inputs
+from train.memory import fit
 from train.meter import Meter
 from train.metrics import MetricsWriter
 from train.optimizer import make_optimizer
@@ -39,9 +40,9 @@ from train.receipt import is_finished, spent_before, write_receipt
 from train.report import write_report
 from train.start import check_start, starting_params, write_start
 from train.step import Metrics, State, init_state, make_step
-from train.stream import Batch, Stream, open_stream
+from train.stream import Batch, Stream
 from train.weights_and_biases import check_wandb
-from train.workdir import check_identity, check_workdir, lock_workdir, write_workdir
+from train.workdir import lock_workdir, write_workdir
 
 
 def train(config: Config, run: Path, profile_steps: str = "") -> None:
@@ -57,36 +58,20 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     """
     began = time.monotonic()
     # --- whatever can be wrong is found before anything is written or compiled
-    if not config.dataset:
-        raise UserError("no dataset: give --dataset D, or the key dataset in the config")
     profiled = parse_steps(profile_steps, config.steps)
     check_wandb(config)
-    dataset = open_dataset(config.dataset)
-    features = open_features(dataset, config.tower)
-    tokens = open_tokens(dataset, config.tokenizer)
-    tokenizer = tokens.tokenizer()
     mesh = make_mesh()
-    batch = config.stream.global_batch
-    if batch % mesh.size:
-        raise UserError(f"stream.global_batch {batch} is not divisible by the {mesh.size} devices")
-    pairs = batch * config.stream.captions_per_image
-    if pairs % (mesh.size * config.text.parts):
-        raise UserError(
-            f"the {pairs} texts of a batch are not divisible by text.parts {config.text.parts} x {mesh.size} devices"
-        )
-    check_workdir(run, config)
-    check_identity(run, "tower", features.identity)
-    check_identity(run, "tokens", tokenizer.identity)
-    evaluation = Evaluation(config, features.provenance)
-    part = (jax.process_index(), jax.process_count())
-    stream = open_stream(features, tokens, config.stream, config.seed, part)
-    check_identity(run, "stream", stream.identity)
-    _say(f"dataset {dataset.path}: {stream.description}")
+    inputs = open_inputs(config, run, mesh)
+    features, stream, evaluation = inputs.features, inputs.stream, inputs.evaluation
+    _say(f"dataset {features.dataset.path}: {stream.description}")
 
     # --- model, optimizer, state
-    model = text_tower(config.text, tokenizer, features.width)
-    mean = features.mean(features.invalid_rows()) if config.loss.center else np.zeros(features.width)
-    evaluation.prepare(mean.astype(np.float32))
+    tower = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=features.width)
+    fitted = fit(config, tower, mesh)
+    _say(f"memory: {fitted.description}")
+    model = tower(fitted.text)
+    mean = inputs.mean(config.loss.center)
+    evaluation.prepare(mean)
     params, begun = starting_params(run, config.text.init, init_params(model, config, mean))
     if begun:
         _say(f"starting from {begun['source']}: {begun['taken']}")
@@ -97,36 +82,33 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     _say(f"text tower: {count / 1e6:.1f} M parameters on {mesh.size} x {jax.devices()[0].device_kind}")
 
     # --- the run directory
-    lock = lock_workdir(run)
-    sync_global_devices("checked")  # no process writes before all have found the directory in order
-    if jax.process_index() == 0:
-        write_workdir(run, config, features, tokens, stream)
-        if begun:
-            write_start(run, begun)
-    sync_global_devices("written")
+    lock = _begin(run, config, inputs, begun)
     checkpoints = Checkpoints(run, config.checkpoint)
     done, state = checkpoints.restore_last(state)
     check_start(run, config.text.init, done, begun)
     if done:
         _say(f"going on after step {done:,}")
-    embed_text = text_embedder(model, tokenizer, mesh)
+    first = jax.process_index() == 0
+    before = spent_before(run)
+    embed_text = text_embedder(model, inputs.tokenizer, mesh)
     if done >= config.steps:
         if not is_finished(run):  # killed after the last checkpoint
             results = evaluation.run(embed_text, state.params, state.average)
-            if jax.process_index() == 0:
-                write_receipt(run, config, done, spent_before(run), results)
+            if first:
+                write_receipt(run, config, done, before, results)
                 write_report(run)
         _report(f"{run} is complete: {done:,} steps")
         return
 
     # --- the loop
-    first = jax.process_index() == 0
-    before = spent_before(run)
     writer = MetricsWriter(run, config, done, before) if first else None
-    meter = Meter(pairs, step_flops(model, pairs, batch), mesh.size, start=done, before=before, began=began)
+    batch = config.stream.global_batch
+    pairs = batch * config.stream.captions_per_image
+    flops = step_flops(model, pairs, batch, config.loss.image_head)
+    meter = Meter(pairs, flops, mesh.size, start=done, before=before, began=began)
     done, stopping = _loop(
         config, state, done, stream, mesh,
-        step=make_step(model, optimizer, config, mesh),
+        step=make_step(model, optimizer, replace(config, text=fitted.text), mesh),
         embed_text=embed_text,
         meter=meter, writer=writer, console=Console(config.steps, done) if first else None,
         checkpoints=checkpoints, evaluation=evaluation, profile=Profile(run, profiled, done, meter.paused),
@@ -145,6 +127,18 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     else:
         _report(f"evaluate it with: lit-fast eval {run} --zero-shot E --retrieval E")
     lock.close()
+
+
+def _begin(run: Path, config: Config, inputs: Inputs, begun: dict[str, Any] | None) -> IO[str]:
+    """Lock the run directory and write down what the run is made of, once all processes have checked it."""
+    lock = lock_workdir(run)
+    sync_global_devices("checked")  # no process writes before all have found the directory in order
+    if jax.process_index() == 0:
+        write_workdir(run, config, inputs.features, inputs.tokens, inputs.stream)
+        if begun:
+            write_start(run, begun)
+    sync_global_devices("written")
+    return lock
 
 
 def _loop(

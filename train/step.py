@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lit_fast.config import Config, LossConfig
+from lit_fast.config import Config, LossConfig, TextConfig
 from lit_fast.losses.loss import pair_loss
 from lit_fast.losses.pairs import pair_up
 from lit_fast.losses.statistics import Logits, logit_metrics
@@ -61,7 +61,7 @@ def make_step(
 
     def loss_of(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Logits]:
         trained = Trained(
-            _embed(model, params, batch["ids"], key if text.dropout else None, text.parts, text.kept_parts),
+            _embed(model, params, batch["ids"], key if text.dropout else None, text),
             params["t"][0],
             params["b"][0] if "b" in params else None,
             params["img"]["head"]["kernel"] if "img" in params else None,
@@ -122,14 +122,13 @@ def _embed(
     params: Params,
     ids: jax.Array,
     dropout: jax.Array | None,
-    parts: int,
-    kept_parts: int,
+    text: TextConfig,
 ) -> jax.Array:
-    """Normalised embeddings of this device's ids [n, length], worked out in `parts` equal parts.
+    """Normalised embeddings of this device's ids [n, length], worked out in `text.parts` equal parts.
 
-    Of several parts all but the first `kept_parts` keep only their embeddings, and the backward pass works
-    them out again. The dropout of a text depends on the key and its place in the global batch, so neither
-    the parts nor the number of devices change it.
+    With `text.keep = "embeddings"` a part keeps nothing else, and the backward pass works it out again. The
+    dropout of a text depends on the key and its place in the global batch, so neither the parts nor the
+    number of devices change it.
     """
     place = jax.lax.axis_index(AXIS) * len(ids) + jnp.arange(len(ids))
 
@@ -139,10 +138,10 @@ def _embed(
         keys = jax.vmap(lambda p: jax.random.fold_in(dropout, p))(place)
         return jax.vmap(lambda i, k: embed_ids(model, params, i[None], k)[0])(ids, keys)
 
-    if parts == 1:
+    if text.keep == "embeddings":
+        embed = jax.checkpoint(embed)
+    if text.parts == 1:
         return embed(ids, place)
-    ids, place = ids.reshape(parts, -1, ids.shape[-1]), place.reshape(parts, -1)
-    run = lambda part: embed(*part)  # noqa: E731
-    kept, again = (ids[:kept_parts], place[:kept_parts]), (ids[kept_parts:], place[kept_parts:])
-    texts = jnp.concatenate([jax.lax.map(run, kept), jax.lax.map(jax.checkpoint(run), again)])
+    parts = ids.reshape(text.parts, -1, ids.shape[-1]), place.reshape(text.parts, -1)
+    texts = jax.lax.map(lambda part: embed(*part), parts)
     return texts.reshape(-1, texts.shape[-1])

@@ -23,6 +23,7 @@ from lit_fast.features import Features
 from lit_fast.permutation import permutation
 from lit_fast.tokens import Tokens
 from train.captions import Captions, read_captions
+from train.corrupt import Corruption, open_corruption
 from train.views import choose_vectors
 from train.windows import WindowSource
 
@@ -53,12 +54,13 @@ class MemorySource:
         config: StreamConfig,
         seed: int,
         part: tuple[int, int],
+        corruption: Corruption | None,
     ) -> None:
         """`features` is bfloat16 [rows, views * width]."""
         self._views = features.shape[1] // width
         self._vectors = features.reshape(-1, width)
         self._captions, self._usable = captions, usable
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._corruption = config, seed, corruption
         process, processes = part
         share = config.global_batch // processes
         self._mine = np.arange(process * share, (process + 1) * share)
@@ -75,20 +77,25 @@ class MemorySource:
             self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 2} | {epoch: order}
         return order
 
-    def __getitem__(self, step: int) -> Batch:
-        position = step * self._config.global_batch + self._mine
-        epoch, offset = np.divmod(position, len(self._usable))
-        rows = np.empty(len(position), np.int64)
-        for e in range(epoch[0], epoch[-1] + 1):
+    def _rows(self, step: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows int64 [n] at some places of the global batch, and the epoch of each."""
+        epoch, offset = np.divmod(step * self._config.global_batch + places, len(self._usable))
+        rows = np.empty(len(places), np.int64)
+        for e in np.unique(epoch).tolist():
             here = epoch == e
             rows[here] = self._order(e)[offset[here]]
-        k = self._config.captions_per_image
+        return rows, epoch
+
+    def __getitem__(self, step: int) -> Batch:
+        k, corruption = self._config.captions_per_image, self._corruption
+        rows, epoch = self._rows(step, self._mine)
         vectors = choose_vectors(rows, rows, epoch, self._views, self._seed)
-        return {
-            "images": np.take(self._vectors, vectors, axis=0, mode="clip"),
-            "ids": self._captions.choose(rows, rows, epoch, k, self._seed),
-            "rows": rows.astype(np.int32),
-        }
+        images = np.take(self._vectors, vectors, axis=0, mode="clip")
+        told, visit = self._rows(step, corruption.origins(step)[self._mine]) if corruption else (rows, epoch)
+        ids = self._captions.choose(told, told, visit, k, self._seed)
+        if corruption:
+            corruption.replace(step, int(self._mine[0]), images, ids)
+        return {"images": images, "ids": ids, "rows": rows.astype(np.int32)}
 
 
 @dataclass(frozen=True)
@@ -135,18 +142,22 @@ def open_stream(
         "1", dataset.digest, features.identity, tokens.meta["identity"], seed, config.global_batch,
         config.captions_per_image, hashlib.blake2b(unusable.tobytes(), digest_size=16).hexdigest(),
     ]  # fmt: skip
+    corruption = open_corruption(features, tokens, config, seed)
     source: Source
     if in_memory:
         usable = np.setdiff1d(np.arange(dataset.rows), unusable)
         reader = tokens.reader()
         captions = read_captions(tokens, (reader.read(b) for b in range(dataset.blocks)))
         vectors = features.read_all(features.views)
-        source = MemorySource(vectors, features.width, captions, usable, config, seed, part)
+        source = MemorySource(vectors, features.width, captions, usable, config, seed, part, corruption)
         how = "held in memory and shuffled exactly"
     else:
-        source = WindowSource(features, tokens, unusable, config, seed, part)
+        source = WindowSource(features, tokens, unusable, config, seed, part, corruption)
         identity += [config.streams, config.window_blocks]
         how = f"streamed, shuffled in windows of {source.window_rows:,} rows"
+    if corruption:
+        identity += corruption.identity
+        how += f"; corrupted: {corruption.description}"
     text = json.dumps(identity).encode()
     views = f", {features.views} views each" if features.views > 1 else ""
     skipped = f" ({len(unusable):,} without image or caption are skipped)" if len(unusable) else ""

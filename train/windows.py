@@ -23,6 +23,7 @@ from lit_fast.features import BFLOAT16, Features, read_error
 from lit_fast.permutation import permutation
 from lit_fast.tokens import Tokens
 from train.captions import Captions, read_captions
+from train.corrupt import Corruption
 from train.views import choose_vectors
 
 AHEAD = 4  # steps that the reading is ahead of the step
@@ -90,9 +91,9 @@ def plan(rows: int, config: StreamConfig) -> Geometry:
 
 
 class _Window:
-    """The rows of a few blocks, in memory or on their way there."""
+    """The rows of a few blocks, in memory or on their way there; without a buffer only their captions."""
 
-    def __init__(self, buffer: np.ndarray, pooled: bool, last: int) -> None:
+    def __init__(self, buffer: np.ndarray | None, pooled: bool, last: int) -> None:
         self.buffer, self.pooled, self.last = buffer, pooled, last  # last step that uses it
         self.users = 0
         self.reads: list[Any] = []
@@ -112,6 +113,7 @@ class WindowSource:
         config: StreamConfig,
         seed: int,
         part: tuple[int, int],
+        corruption: Corruption | None,
     ) -> None:
         self.geometry = plan(features.dataset.rows, config)
         whole = unusable[unusable < self.geometry.blocks * BLOCK] // BLOCK
@@ -127,8 +129,10 @@ class WindowSource:
             raise UserError(f"{self.geometry.streams} streams cannot be shared by {processes} processes")
         share = self.geometry.streams // processes
         self._mine = range(process * share, (process + 1) * share)
+        # Where texts change places within the batch, every process holds the captions of all streams.
+        self._told = range(self.geometry.streams) if config.corrupt_alignment else self._mine
         self._features, self._tokens, self._unusable = features, tokens, unusable
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._corruption = config, seed, corruption
         self._array, self._records = features.array(), tokens.reader()
         self._lock = threading.Lock()
         self._windows: dict[tuple[int, int, int], _Window] = {}
@@ -156,34 +160,41 @@ class WindowSource:
         with self._lock:
             self._retire(step)
             used = []
-            for stream in self._mine:
+            for stream in self._told:
                 window, start = self._window(stream, step, needed=True)
                 assert window is not None
                 window.users += 1
                 used.append((window, start))
-            for stream in self._mine:
+            for stream in self._told:
                 self._window(stream, step + AHEAD, needed=False)
         epoch, k = step // geometry.steps, self._config.captions_per_image
-        images = np.empty((len(used) * geometry.rows, self._features.width), BFLOAT16)
-        ids, rows = [], []
-        for i, (window, start) in enumerate(used):
-            self._wait(window)
+        images = np.empty((len(self._mine) * geometry.rows, self._features.width), BFLOAT16)
+        parts, rows = [], []
+        for stream, (window, start) in zip(self._told, used, strict=True):
             local = window.order[start : start + geometry.rows]
-            out = images[i * geometry.rows : (i + 1) * geometry.rows]
-            rows.append(window.rows[local])
+            here = window.rows[local]
             visit = np.full(len(local), epoch, np.int64)
-            vectors = choose_vectors(local, rows[-1], visit, self._features.views, self._seed)
-            np.take(window.buffer.reshape(-1, images.shape[1]), vectors, axis=0, out=out, mode="clip")
             assert window.captions is not None
-            ids.append(window.captions.choose(local, rows[-1], visit, k, self._seed))
+            parts.append(window.captions.choose(local, here, visit, k, self._seed))
+            if window.buffer is None:
+                continue
+            self._wait(window)
+            rows.append(here)
+            first = (stream - self._mine.start) * geometry.rows
+            out = images[first : first + geometry.rows]
+            vectors = choose_vectors(local, here, visit, self._features.views, self._seed)
+            np.take(window.buffer.reshape(-1, images.shape[1]), vectors, axis=0, out=out, mode="clip")
         with self._lock:
             for window, _ in used:
                 window.users -= 1
-        return {
-            "images": images,
-            "ids": np.concatenate(ids),
-            "rows": np.concatenate(rows).astype(np.int32),
-        }
+        ids = np.concatenate(parts)
+        if self._corruption:
+            first = self._mine.start * geometry.rows
+            if self._config.corrupt_alignment:
+                origins = self._corruption.origins(step)[first : first + len(images)]
+                ids = ids.reshape(-1, k, ids.shape[1])[origins].reshape(-1, ids.shape[1])
+            self._corruption.replace(step, first, images, ids)
+        return {"images": images, "ids": ids, "rows": np.concatenate(rows).astype(np.int32)}
 
     def _retire(self, step: int) -> None:
         """Give back the slots of windows that are behind or, after a jump, far ahead."""
@@ -208,7 +219,7 @@ class WindowSource:
         (begin, end), start = geometry.window_of(stream, inside)
         key = (stream, epoch, begin)
         if key not in self._windows:
-            if not self._free and not needed:
+            if stream in self._mine and not self._free and not needed:
                 return None, start  # no slot yet: read it later
             last = epoch * geometry.steps + end * BLOCK // geometry.rows - 1
             blocks = self._blocks(epoch)[stream :: geometry.streams][begin:end]
@@ -216,12 +227,15 @@ class WindowSource:
         return self._windows[key], start
 
     def _load(self, blocks: np.ndarray, last: int, key: tuple[int, int, int]) -> _Window:
-        pooled = bool(self._free)
-        window = _Window(self._free.pop() if pooled else np.empty(self._shape, BFLOAT16), pooled, last)
-        target = ts.array(window.buffer)
-        for i, b in enumerate(blocks * BLOCK):
-            read = target[i * BLOCK : (i + 1) * BLOCK].write(self._array[int(b) : int(b) + BLOCK])
-            window.reads.append(read)
+        if key[0] in self._mine:
+            pooled = bool(self._free)
+            buffer = self._free.pop() if pooled else np.empty(self._shape, BFLOAT16)
+            window, target = _Window(buffer, pooled, last), ts.array(buffer)
+            for i, b in enumerate(blocks * BLOCK):
+                read = target[i * BLOCK : (i + 1) * BLOCK].write(self._array[int(b) : int(b) + BLOCK])
+                window.reads.append(read)
+        else:
+            window = _Window(None, False, last)
         window.captions = read_captions(self._tokens, (self._records.read(int(b)) for b in blocks))
         window.rows = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
         order = permutation(len(window.rows), self._seed, *key)

@@ -51,7 +51,7 @@ def check_workdir(run: Path, config: Config) -> None:
         return
     old, new = flatten(load_config(run / "config.toml")), flatten(config)
     for key in new:
-        if old[key] != new[key] and key.partition(".")[0] not in FREE:
+        if old[key] != new[key] and not {key, key.partition(".")[0]} & set(FREE):
             raise UserError(
                 f"workdir {run} belongs to another config: {key} is {old[key]!r} there and {new[key]!r} now; "
                 "choose another --workdir or give that value"

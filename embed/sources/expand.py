@@ -8,7 +8,9 @@ import os
 import re
 
 from embed import remote
+from embed.sources.benchmark import PREFIX, benchmark_tars, hub_tars
 from embed.sources.items import IMAGE_SUFFIXES
+from embed.sources.noise import is_noise
 from lit_fast.errors import UserError
 
 _FORMATS = {
@@ -28,16 +30,23 @@ _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 def expand(patterns: list[str]) -> list[str]:
     """The files that SOURCE arguments mean: absolute or URLs, naturally sorted, each once.
 
-    An argument is a file, a directory (see `_in_directory`), or a pattern with `*`, `?`, `[..]`,
-    `{00000..00005}`, `{a,b}`. A directory of folders of images is one source by itself.
+    An argument is a file, a directory (see `_in_directory`), a pattern with `*`, `?`, `[..]`, `{00000..00005}`,
+    `{a,b}`, or one of CLIP_benchmark's sets: a directory or URL of its layout, or `wds:NAME`. A directory of
+    folders of images is one source by itself.
 
     Raises:
       UserError: an argument matches nothing, a member of braces is missing, or a directory is ambiguous.
     """
     files: set[str] = set()
     for pattern in patterns:
+        if is_noise(pattern) and not os.path.exists(pattern):
+            files.add(pattern)
+            continue
         if pattern.startswith("pipe:") and not os.path.exists(pattern):
             raise UserError(f"source {pattern}: commands are not run; give files or URLs")
+        if pattern.startswith(PREFIX) and not os.path.exists(pattern):
+            files.update(hub_tars(pattern))
+            continue
         for plain in [pattern] if os.path.exists(pattern) else _braces(pattern):
             if remote.is_remote(plain) and not os.path.exists(plain):
                 files.update(_remote(plain, pattern))
@@ -53,10 +62,12 @@ def natural(path: str) -> list[tuple[int, int, str]]:
 
 
 def format_of(path: str) -> str:
-    """tar, parquet, table, coco, array_record or folder: by the suffix, else by the first bytes.
+    """noise, tar, parquet, table, coco, array_record or folder: by the suffix, else by the first bytes.
 
     What is nothing known is taken for a tar, whose reader says so.
     """
+    if is_noise(path):
+        return "noise"
     if not remote.is_remote(path) and os.path.isdir(path):
         return "folder"
     name = os.path.basename(path.partition("?")[0] if remote.is_remote(path) else path).lower()
@@ -81,7 +92,7 @@ def _by_name(name: str) -> str:
 
 def _local(plain: str, pattern: str) -> list[str]:
     if os.path.isdir(plain):
-        return _in_directory(plain)
+        return benchmark_tars(plain) or _in_directory(plain)
     if os.path.exists(plain):
         return [plain]
     found = [f for f in glob.glob(plain, recursive=True) if os.path.isfile(f)]
@@ -95,6 +106,8 @@ def _local(plain: str, pattern: str) -> list[str]:
 def _remote(plain: str, pattern: str) -> list[str]:
     if not plain.endswith("/") and not (glob.has_magic(plain) and not plain.startswith("http")):
         return [plain]
+    if plain.endswith("/") and (tars := benchmark_tars(plain)):
+        return tars
     found = remote.listing(plain)
     if plain.endswith("/"):
         found = _of_one_format(plain, found)

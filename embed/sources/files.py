@@ -10,6 +10,7 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from embed import remote
+from embed.sources.noise import is_noise
 from lit_fast.errors import UserError
 
 
@@ -28,11 +29,13 @@ def open_binary(path: str) -> IO[bytes]:
 
 
 def size_and_etag(path: str) -> tuple[int, str]:
-    """Bytes and ETag ("" for local files) of a file; 0 bytes for a directory.
+    """Bytes and ETag ("" for local files) of a file; 0 bytes for a directory and for noise.
 
     Raises:
       UserError: it cannot be read.
     """
+    if is_noise(path):
+        return 0, ""
     if remote.is_remote(path):
         return remote.stat(path)
     try:
@@ -64,6 +67,8 @@ def beside(directory: str, file: str, limit: int = 16 << 20) -> str | None:
     Raises:
       UserError: it is not UTF-8, or has more than `limit` bytes.
     """
+    if not directory:  # of a source that is no file
+        return None
     path = posixpath.join(directory, file)
     if remote.is_remote(path):
         if not urlsplit(directory).netloc:

@@ -16,6 +16,10 @@ def read_source(path: str, names: Names) -> Iterator[Item]:
       UserError: it cannot be read at all, or `names` names something that it lacks.
     """
     match format_of(path):
+        case "noise":
+            from embed.sources.noise import read_noise
+
+            return read_noise(path, names)
         case "parquet":
             from embed.sources.parquet import read_parquet
 
@@ -55,18 +59,18 @@ def class_names(paths: list[str]) -> set[tuple[tuple[str, ...], tuple[str, ...]]
     return {
         (
             lines_near(home, "classnames.txt") or _own_names(path),
-            lines_near(home, "zeroshot_classification_templates.txt"),
+            tuple(filter(None, lines_near(home, "zeroshot_classification_templates.txt"))),
         )
         for home, path in first.items()
     }
 
 
 def lines_near(directory: str, name: str) -> tuple[str, ...]:
-    """The non-empty lines of a file in a directory or one level up."""
+    """The lines of a file in a directory or one level up; empty ones only between others."""
     text = beside(directory, name)
     if text is None:
         text = beside(folder(directory), name)
-    return tuple(line.strip() for line in (text or "").splitlines() if line.strip())
+    return tuple(line.strip() for line in (text or "").rstrip().splitlines())
 
 
 def _home(path: str) -> str:

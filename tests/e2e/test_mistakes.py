@@ -6,21 +6,11 @@ import shutil
 import pytest
 
 from lit_fast.cli import main
+from tests.e2e.trainings import TINY
 from tests.helpers import samples, write_tar
 from tests.synthetic import make_dataset
 
-CONFIG = """
-steps = 4
-[text]
-variant = "mu"
-dtype = "float32"
-[stream]
-global_batch = 16
-[optimizer]
-warmup_steps = 1
-[checkpoint]
-every_steps = 2
-"""
+CONFIG = f"steps = 4{TINY}every_steps = 2\n"
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +79,15 @@ TRAIN = "train {p}/c.toml --workdir {p}/new --dataset {p}/d"
         (TRAIN + " --tower B_8", "no features of tower 'B_8', only of tower"),
         (TRAIN + " --tokenizer bpe", "no tokens 'bpe', only words"),
         (TRAIN + " --stream.global_batch 18", "18 is not divisible by the 4 devices"),
-        (TRAIN + " --text.parts 3", "not divisible by text.parts 3"),
+        (TRAIN + " --text.keep products --text.parts 3", "not divisible by text.parts 3"),
         (TRAIN + " --optimizer.learning-rate 1", "did you mean optimizer.learning_rate?"),
         (TRAIN + " --warmup_steps 1", "did you mean optimizer.warmup_steps?"),
         (TRAIN + " --steps many", "steps must be a whole number, not 'many'"),
         (TRAIN + " --text.variant XXL", "text.variant must be one of"),
         (TRAIN + " --optimizer.learning_rate -1", "must not be negative"),
+        (TRAIN + " --stream.corrupt_texts 1.1", "stream.corrupt_texts must be at most 1"),
+        (TRAIN + " --stream.corrupt_images 0.5", "stream.noise go together"),
+        (TRAIN + " --stream.corrupt_images 0.5 --stream.noise {p}/none", "dataset {p}/none does not exist"),
         (TRAIN + " --steps", "argument --steps: expected one argument"),
         (TRAIN + " steps=3", "unexpected argument 'steps=3'"),
         (TRAIN + " --evaluate.retrieval {p}/other", "no features of the run's tower"),

@@ -12,22 +12,11 @@ from lit_fast.files import sha256
 from lit_fast.run import open_run
 from lit_fast.text import TextTower
 from lit_fast.variants import VARIANTS
+from tests.e2e.trainings import TINY
 from tests.synthetic import make_dataset
 from tests.test_text_weights import apart, drawn, nested
 
-CONFIG = """
-steps = 3
-[text]
-variant = "mu"
-dtype = "float32"
-[stream]
-global_batch = 16
-[optimizer]
-warmup_steps = 1
-[checkpoint]
-every_steps = 1
-keep = 3
-"""
+CONFIG = f"steps = 3{TINY}every_steps = 1\nkeep = 3\n"
 
 
 @pytest.fixture(scope="module")

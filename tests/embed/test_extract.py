@@ -25,6 +25,7 @@ from lit_fast.errors import UserError
 from lit_fast.features import Features, open_features
 from lit_fast.preprocess import decode
 from lit_fast.towers import load_tower
+from tests.embed.contents import keys, tree
 from tests.helpers import encoded, picture, samples, tiny_vit_arrays, write_tar
 
 # The commands with shards of 1024 rows, so that a small dataset has several.
@@ -62,12 +63,7 @@ def many(tmp_path: Path) -> Dataset:
 
 def bad_rows(dataset: Dataset) -> list[int]:
     """The rows of `many` without an image, in order."""
-    keys = [key for block in dataset.iter_blocks() for key in block.keys]
-    return [row for row, key in enumerate(keys) if int(key) % 700 == 0]
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+    return [row for row, key in enumerate(keys(dataset)) if int(key) % 700 == 0]
 
 
 def test_features_are_the_towers(

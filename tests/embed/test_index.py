@@ -17,18 +17,11 @@ import pytest
 import embed.index
 from embed.index import index_dataset
 from lit_fast.cli import main
-from lit_fast.dataset import Dataset, open_dataset
+from lit_fast.dataset import open_dataset
 from lit_fast.errors import UserError
 from lit_fast.permutation import permutation
+from tests.embed.contents import keys, tree
 from tests.helpers import encoded, picture, samples, write_tar
-
-
-def keys(dataset: Dataset) -> list[str]:
-    return [key for block in dataset.iter_blocks() for key in block.keys]
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture

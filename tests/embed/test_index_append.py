@@ -19,22 +19,11 @@ from embed.fetch import Fetcher
 from embed.index import index_dataset
 from embed.tokenize import tokenize_dataset
 from lit_fast.cli import main
-from lit_fast.dataset import Dataset, Row, Source, open_dataset
+from lit_fast.dataset import Row, Source, open_dataset
 from lit_fast.errors import UserError
 from lit_fast.tokens import open_tokens
+from tests.embed.contents import captions, keys, tree
 from tests.helpers import encoded, picture, samples, write_tar
-
-
-def keys(dataset: Dataset) -> list[str]:
-    return [key for block in dataset.iter_blocks() for key in block.keys]
-
-
-def captions(dataset: Dataset) -> list[list[str]]:
-    return [texts for block in dataset.iter_captions() for texts in block]
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture

@@ -151,6 +151,20 @@ def test_images_of_a_table_at_a_url(server: FileServer, files: Path, tmp_path: P
             assert fetcher.bytes(row) == encoded(picture(int(key[0])))
 
 
+def assert_equals_local(url: str, files: Path, tmp_path: Path, tower: Path) -> None:
+    """What lies at `url` gives the same rows and features as the same files on the disk."""
+    local = index_dataset([f"{files}/*.tar", f"{files}/rest.parquet"], tmp_path / "local", seed=0)
+    away = index_dataset([f"{url}/*.tar", f"{url}/rest.parquet"], tmp_path / "away", seed=0)
+    assert contents(away) == contents(local)
+    assert all(source.etag for source in away.sources)
+    for dataset in (local, away):
+        embed_dataset(dataset.path, str(tower), batch_size=8, workers=4)
+    one, two = (open_features(d).read_all().astype(np.float32) for d in (local, away))
+    np.testing.assert_array_equal(one, two)
+    with pytest.raises(UserError, match=r"nothing\.tar does not exist"):
+        index_dataset([f"{url}/nothing.tar"], tmp_path / "no", seed=0)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -181,16 +195,7 @@ def test_s3_equals_local(files: Path, s3: str, tmp_path: Path, tiny_vit: Path) -
     for file in files.iterdir():
         remote._opened("s3").put(str(file), f"pairs/a/{file.name}")
     remote._opened("s3").pipe("pairs/a/../../etc/00002.tar", (files / "00000.tar").read_bytes())
-    local = index_dataset([f"{files}/*.tar", f"{files}/rest.parquet"], tmp_path / "local", seed=0)
-    away = index_dataset([f"{s3}/a/*.tar", f"{s3}/a/rest.parquet"], tmp_path / "away", seed=0)
-    assert contents(away) == contents(local)
-    assert all(source.etag for source in away.sources)
-    for dataset in (local, away):
-        embed_dataset(dataset.path, str(tiny_vit), batch_size=8, workers=4)
-    one, two = (open_features(d).read_all().astype(np.float32) for d in (local, away))
-    np.testing.assert_array_equal(one, two)
-    with pytest.raises(UserError, match=r"nothing\.tar does not exist"):
-        index_dataset([f"{s3}/nothing.tar"], tmp_path / "no", seed=0)
+    assert_equals_local(f"{s3}/a", files, tmp_path, tiny_vit)
     with pytest.raises(UserError, match=r"b/\*.tar .* matches no file"):
         index_dataset([f"{s3}/b/*.tar"], tmp_path / "no", seed=0)
     with pytest.raises(UserError, match=r"holds \.parquet and \.tar files; name those"):
@@ -227,16 +232,7 @@ def test_gs_equals_local(files: Path, gs: str, tmp_path: Path, tiny_vit: Path) -
     for file in files.iterdir():
         url = f"{os.environ['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/pairs/o?uploadType=media&name=a/{file.name}"
         urllib.request.urlopen(urllib.request.Request(url, file.read_bytes(), method="POST")).close()
-    local = index_dataset([f"{files}/*.tar", f"{files}/rest.parquet"], tmp_path / "local", seed=0)
-    away = index_dataset([f"{gs}/a/*.tar", f"{gs}/a/rest.parquet"], tmp_path / "away", seed=0)
-    assert contents(away) == contents(local)
-    assert all(source.etag for source in away.sources)
-    for dataset in (local, away):
-        embed_dataset(dataset.path, str(tiny_vit), batch_size=8, workers=4)
-    one, two = (open_features(d).read_all().astype(np.float32) for d in (local, away))
-    np.testing.assert_array_equal(one, two)
-    with pytest.raises(UserError, match=r"nothing\.tar does not exist"):
-        index_dataset([f"{gs}/nothing.tar"], tmp_path / "no", seed=0)
+    assert_equals_local(f"{gs}/a", files, tmp_path, tiny_vit)
 
 
 def test_missing_packages_are_one_line(tmp_path: Path) -> None:

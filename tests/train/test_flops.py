@@ -5,6 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lit_fast.config import LossConfig
+from lit_fast.losses.loss import pair_loss
+from lit_fast.losses.pairs import pair_up
+from lit_fast.losses.tile import Trained
+from lit_fast.mesh import make_mesh, on_each_device
 from lit_fast.text import TextTower
 from lit_fast.variants import Shape
 from train.flops import step_flops
@@ -45,3 +50,43 @@ def test_formula_counts_every_product(options):
     params = jax.eval_shape(model.init, jax.random.key(0), ids)
     # Three times the forward products: once forward, twice backward. No images: no loss.
     assert step_flops(model, 5, 0) == 3 * products(jax.make_jaxpr(model.apply)(params, ids).jaxpr)
+
+
+@pytest.mark.parametrize("image_head", [False, True])
+@pytest.mark.parametrize(
+    ("options", "rounds"),
+    [
+        ({}, 0),
+        ({"same_image": "mask", "same_caption": "mask"}, 0),
+        ({"negatives": "random", "negatives_per_positive": 2.0}, 0),
+        ({"name": "softmax"}, 1),
+        ({"negatives": "hardest", "negatives_per_positive": 2.0}, 3),
+    ],
+)
+def test_formula_counts_the_loss_without_what_is_worked_out_again(options, rounds, image_head):
+    """The program goes round `rounds` times more and compares all pairs anew, of which the formula knows nothing."""
+    texts, images, width = 12, 6, 10
+    config = LossConfig(**options, image_head=image_head)
+
+    def loss(trained, features, rows, ids, words):
+        pairs = pair_up(config, 1, features, rows, ids, words)
+        return jax.value_and_grad(lambda t: pair_loss(config, 1, t, *pairs)[0])(trained)
+
+    trained = Trained(
+        texts=jnp.zeros((texts, width)),
+        log_scale=jnp.zeros(()),
+        bias=jnp.zeros(()),
+        head=jnp.eye(width) if image_head else None,
+    )
+    batch = (
+        jnp.zeros((images, width)),
+        jnp.zeros(images, int),
+        jnp.zeros((texts, 3), int),
+        jnp.zeros(2, "uint32"),
+    )
+    one = make_mesh(jax.devices()[:1])
+    program = jax.make_jaxpr(on_each_device(loss, one, False, True, True, True, False))(trained, *batch)
+    model = TextTower(shape=Shape(24, 3, 40, 2), vocab_size=50, max_length=7, out_dim=width)
+    formula = step_flops(model, texts, images, image_head) - step_flops(model, texts, 0)
+    again = 2 * texts * images * width + (2 * images * width**2 if image_head else 0)
+    assert products(program.jaxpr) == formula + rounds * again

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from lit_fast.errors import UserError
+from lit_fast.towers import load_tower
+
 Arrays = dict[str, np.ndarray]
 
 WIDTH, DEPTH, HEADS, HIDDEN, PATCH, GRID = 24, 2, 3, 40, 4, 4
@@ -222,3 +225,13 @@ def write_npz(
         out = {name.removeprefix("MAPHead_0/"): array for name, array in out.items()}
     np.savez(path, **{prefix + name: array for name, array in out.items()})
     return path
+
+
+def load_or_refuse(path: Path) -> None:
+    """A damaged file may still be one; if it is refused, then in one line."""
+    said = ""
+    try:
+        load_tower(str(path))
+    except UserError as error:
+        said = str(error)
+    assert "\n" not in said

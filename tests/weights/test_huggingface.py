@@ -1,12 +1,10 @@
 """Towers in transformers' layout against transformers itself, on the same weights and pixels."""
 
-import jax
-import numpy as np
 import pytest
 
 from lit_fast.towers import load_tower
 from tests.torch_packages import import_package
-from tests.weights.families import normalised, pixels, save_processor, shaken
+from tests.weights.families import assert_same_features, save_processor, shaken
 
 SMALL = {
     "hidden_size": 48,
@@ -67,22 +65,11 @@ FAMILIES = {
 
 
 def check(model, feature, directory, size, resolution=None, **options):
-    """Features of the saved model equal the model's own; returns the tower."""
-    import torch
-
+    """Features of the saved model equal the model's own."""
     model.save_pretrained(directory)
     save_processor(directory, size)
     tower = load_tower(str(directory), resolution=resolution)
-    images = pixels(3, resolution or size)
-    with torch.no_grad():
-        want = feature(model, normalised(images), **options).numpy()
-    got = np.asarray(jax.jit(tower.embed)(tower.params, images))
-    assert got.shape == want.shape == (3, tower.width)
-    assert want.std() > 0.1
-    # Two float32 computations of a few layers whose sums run in another order, outputs of about 1 to 5:
-    # measured at most 2e-5.
-    assert np.abs(got - want).max() < 1e-4
-    return tower
+    assert_same_features(tower, lambda x: feature(model, x, **options), resolution or size)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

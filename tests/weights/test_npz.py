@@ -14,7 +14,7 @@ from lit_fast.errors import UserError
 from lit_fast.towers import load_tower
 from tests.helpers import tiny_vit_arrays
 from tests.reference import torch_vit
-from tests.weights.checkpoints import HEADS, SIZE, random_weights, write_npz
+from tests.weights.checkpoints import HEADS, SIZE, load_or_refuse, random_weights, write_npz
 from tests.weights.families import pixels
 
 MAP = random_weights(head="map")
@@ -162,12 +162,7 @@ def test_damaged_bytes_are_refused_or_harmless(tiny_vit, tmp_path_factory, place
     data[at] = value
     path = tmp_path_factory.mktemp("damage") / "x.npz"
     path.write_bytes(data[:at] if cut else data)
-    said = ""
-    try:
-        load_tower(str(path))
-    except UserError as error:
-        said = str(error)
-    assert "\n" not in said
+    load_or_refuse(path)
 
 
 @pytest.mark.parametrize("resolution", [10**9, -8, 0, 33])

@@ -1,0 +1,70 @@
+"""What a run is trained on: opened and checked before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lit_fast.config import Config
+from lit_fast.dataset import open_dataset
+from lit_fast.errors import UserError
+from lit_fast.features import Features, open_features
+from lit_fast.tokens import Tokenizer, Tokens, open_tokens
+from train.evaluation import Evaluation
+from train.stream import Stream, open_stream
+from train.workdir import check_identity, check_workdir
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of one run."""
+
+    features: Features
+    tokens: Tokens
+    tokenizer: Tokenizer
+    stream: Stream
+    evaluation: Evaluation
+
+    def mean(self, center: bool) -> np.ndarray:
+        """What is subtracted from the features: their mean float32 [width], or zero."""
+        features = self.features
+        mean = features.mean(features.invalid_rows()) if center else np.zeros(features.width)
+        return mean.astype(np.float32)
+
+
+def open_inputs(config: Config, run: Path, mesh: Mesh) -> Inputs:
+    """Open the dataset, its stream and the evaluation sets.
+
+    Raises:
+      UserError: the configuration, the datasets, the devices and the run directory do not fit each other.
+    """
+    if not config.dataset:
+        raise UserError("no dataset: give --dataset D, or the key dataset in the config")
+    dataset = open_dataset(config.dataset)
+    features = open_features(dataset, config.tower)
+    tokens = open_tokens(dataset, config.tokenizer)
+    tokenizer = tokens.tokenizer()
+    _check_batch(config, mesh)
+    check_workdir(run, config)
+    check_identity(run, "tower", features.identity)
+    check_identity(run, "tokens", tokenizer.identity)
+    evaluation = Evaluation(config, features.provenance)
+    part = (jax.process_index(), jax.process_count())
+    stream = open_stream(features, tokens, config.stream, config.seed, part)
+    check_identity(run, "stream", stream.identity)
+    return Inputs(features, tokens, tokenizer, stream, evaluation)
+
+
+def _check_batch(config: Config, mesh: Mesh) -> None:
+    batch = config.stream.global_batch
+    if batch % mesh.size:
+        raise UserError(f"stream.global_batch {batch} is not divisible by the {mesh.size} devices")
+    pairs = batch * config.stream.captions_per_image
+    if pairs % (mesh.size * config.text.parts):
+        raise UserError(
+            f"the {pairs} texts of a batch are not divisible by text.parts {config.text.parts} x {mesh.size} devices"
+        )

@@ -1,0 +1,168 @@
+"""What is kept for the backward pass when `text.keep = "auto"`: the fastest way that fits the device's memory.
+
+The candidates are the values of `text.keep` in their order, by how much they work out again. What one needs
+is estimated from the shapes of what its backward pass is given; the compiler has the last word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lit_fast.config import Config, TextConfig
+from lit_fast.errors import UserError
+from lit_fast.run import embed_ids, init_params
+from lit_fast.text import TextTower
+from lit_fast.transformer import KEEP
+from train.ahead import compile_step, state_shapes
+
+Build = Callable[[TextConfig], TextTower]
+"""The text tower of a configuration."""
+
+# Tokens of a part: enough to fill a matrix unit; on a CPU, few enough for its caches.
+_TOKENS, _CPU_TOKENS = 8192, 768
+# The compiler takes a tenth more than the sum of what must be there.
+_SLACK = 1.1
+# Of a device's memory; the rest is for batches on their way and what the allocator cannot use.
+_SHARE = 0.93
+
+
+class Fit(NamedTuple):
+    """How a run uses a device's memory."""
+
+    text: TextConfig  # with `keep` and `parts` chosen
+    bytes: int  # per device; the compiler's figure where there was one, else the estimate
+    limit: int
+    compiled: bool
+
+    @property
+    def description(self) -> str:
+        """For the terminal."""
+        t = self.text
+        by = "by the compiler" if self.compiled else "estimated"
+        parts = f", {t.parts} parts" if t.parts > 1 else ""
+        return (
+            f"keeps {t.keep}{parts}; {self.bytes / 2**30:.2f} of {self.limit / 2**30:.2f} GiB a device, {by}"
+        )
+
+
+def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> Fit:
+    """Choose `text.keep` and `text.parts` where they are "auto".
+
+    Args:
+      config: of the run; its global batch is divisible by the devices.
+      build: the tower of a text configuration.
+      mesh: the devices, here or not.
+      limit: bytes of a device; None asks the first device. A CPU's is half of the machine's memory, shared
+        by all its devices, and is trusted without compiling.
+
+    Raises:
+      UserError: not even the leanest way fits.
+    """
+    device = mesh.devices.flat[0]
+    known = limit or (device.memory_stats() or {}).get("bytes_limit")
+    on_cpu = device.platform == "cpu"
+    limit = known or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // mesh.local_mesh.size
+    needs = _Needs(config, build, mesh)
+    if config.text.keep != "auto":
+        return Fit(config.text, needs.estimate(config.text), limit, False)
+    least = 0
+    for text in _candidates(config, mesh.size, on_cpu):
+        need = needs.estimate(text)
+        if need > _SHARE * limit and text.keep != "embeddings":
+            continue
+        if on_cpu and need <= _SHARE * limit:
+            return Fit(text, need, limit, False)
+        if not on_cpu:
+            need = _compiled(config, text, build, mesh)
+            if need <= _SHARE * limit:
+                return Fit(text, need, limit, True)
+        least = min(least or need, need)
+    raise UserError(
+        f"stream.global_batch {config.stream.global_batch} does not fit: it needs {least / 2**30:.1f} GiB a device, "
+        f"which has {limit / 2**30:.1f}; take a smaller batch, a smaller text tower or more devices"
+    )
+
+
+def _candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConfig]:
+    """From the fastest to the leanest."""
+    texts = config.stream.global_batch * config.stream.captions_per_image // devices
+    tokens = _CPU_TOKENS if on_cpu else _TOKENS
+    # Captions are 16 to 64 tokens; a part of 512 or 32 texts need not be exact.
+    divisors = [d for d in range(1, math.isqrt(texts) + 1) if texts % d == 0]
+    divisors = sorted({*divisors, *(texts // d for d in divisors)})
+    parts = next(d for d in divisors if texts // d * 16 <= tokens or d == texts)
+    choose = lambda keep, parts: dataclasses.replace(config.text, keep=keep, parts=parts)  # noqa: E731
+    if not on_cpu:  # whose caches prefer small parts
+        yield choose("everything", 1)
+    for keep in (*KEEP, "embeddings"):
+        yield choose(keep, parts)
+    smaller = [d for d in divisors if d > parts]
+    for d in smaller[:: max(1, len(smaller) // 4)]:
+        yield choose("embeddings", d)
+
+
+class _Needs:
+    """Bytes of a device, from shapes alone."""
+
+    def __init__(self, config: Config, build: Build, mesh: Mesh) -> None:
+        self._config, self._build = config, build
+        self._texts = config.stream.global_batch * config.stream.captions_per_image // mesh.size
+        model = build(config.text)
+        state = state_shapes(model, config)
+        params = _bytes(state.params)
+        # The gradients, the updates, and the weights in the dtype of the products.
+        self._fixed = _bytes(state) + 3 * params
+        tile = min(config.loss.tile, config.stream.global_batch // mesh.size)
+        self._fixed += 4 * tile * self._texts * 4  # logits and what is made of them
+        self._kept: dict[TextConfig, float] = {}
+
+    def estimate(self, text: TextConfig) -> int:
+        """Of one way to do it."""
+        part = self._texts // text.parts
+        everything = self._per_text(dataclasses.replace(text, keep="everything"))
+        working = part * everything / text.shape.depth
+        if text.keep == "embeddings":
+            kept = part * self._per_text(dataclasses.replace(text, keep="products"))
+        else:
+            kept = self._texts * self._per_text(text)
+        return int(self._fixed + _SLACK * (kept + working))
+
+    def _per_text(self, text: TextConfig) -> float:
+        """Bytes that the backward pass is given for one text."""
+        text = dataclasses.replace(text, parts=1)
+        if text not in self._kept:
+            model = self._build(text)
+            params = jax.eval_shape(lambda: init_params(model, self._config, np.zeros(model.out_dim)))
+
+            def given(texts: int) -> int:
+                ids = jax.ShapeDtypeStruct((texts, model.max_length), jnp.int32)
+                embed = lambda p, ids: jax.vjp(lambda p: embed_ids(model, p, ids), p)[1]  # noqa: E731
+                return _bytes(jax.eval_shape(embed, params, ids))
+
+            # Twice, to be rid of the parameters, which it is given as well.
+            self._kept[text] = (given(16) - given(8)) / 8
+        return self._kept[text]
+
+
+def _compiled(config: Config, text: TextConfig, build: Build, mesh: Mesh) -> int:
+    """Bytes of a device by the compiler; more than any device has if it gives up."""
+    try:
+        made = compile_step(build(text), dataclasses.replace(config, text=text), mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
+            raise
+        return 2**62
+    return made.argument_bytes + made.temporary_bytes
+
+
+def _bytes(tree: Any) -> int:
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
