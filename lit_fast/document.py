@@ -37,6 +37,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table class="figures">{head}<tbody>{"".join(body)}</tbody></table></div>'
 
 
+def bar(value: float, chance: float | None = None) -> str:
+    """A share from 0 to 1 as a bar; a tick marks the chance level."""
+    tick = "" if chance is None else f'<b style="left:{100 * chance:.1f}%"></b>'
+    return f'<div class="bar"><i style="width:{100 * value:.1f}%"></i>{tick}</div>'
+
+
 _STYLE = """
 :root { --ground:#fcfcfb; --text:#1a1a19; --quiet:#5f5e5a; --line:#e3e2de; --panel:#f3f2ef;
   --s1:#2a78d6; --s2:#d9541e; --s3:#4a3aa7; --s4:#15803d; --s5:#b8156f; --s6:#8a6d00; --s7:#0e7c86; --s8:#6b6a66;
@@ -78,6 +84,10 @@ table { border-collapse:collapse; font-size:.94rem }
 .figures thead th { color:var(--quiet); font-weight:400; font-size:.88rem }
 .figures tbody th { padding-top:1.1rem }
 .figures .number { text-align:right; white-space:nowrap; font-variant-numeric:tabular-nums }
+.figures .bars { width:28%; padding-right:0 }
+.bar { position:relative; height:10px; background:var(--panel); border-radius:3px }
+.bar i { position:absolute; inset:0 auto 0 0; background:var(--s1); border-radius:3px }
+.bar b { position:absolute; top:-4px; bottom:-4px; width:2px; margin-left:-1px; background:var(--text) }
 pre { background:var(--panel); padding:1rem; border-radius:6px; overflow-x:auto; font-size:.85rem }
-@media (max-width:640px) { body { font-size:16px } h1 { font-size:1.6rem } }
+@media (max-width:640px) { body { font-size:16px } h1 { font-size:1.6rem } .figures .bars { display:none } }
 """

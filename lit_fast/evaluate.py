@@ -3,114 +3,170 @@
 A result is the JSON of CLIP_benchmark, `{"dataset", "model", "pretrained", "task", "metrics", "language"}`,
 and beside it what one needs to trust its figures: how much was counted, the expected figures of a random
 order (`chance`) and 95 % intervals (`interval_95`).
+
+Whatever can be wrong with a dataset is found when its evaluation is made; the evaluation itself is a function
+of embeddings, so that training runs the same code as the command.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lit_fast.dataset import Dataset
+from lit_fast.bootstrap import bootstrap, measured
+from lit_fast.dataset import BLOCK, Dataset
 from lit_fast.errors import UserError
-from lit_fast.retrieval import chance_recalls, recalls, retrieval_ranks
-from lit_fast.zeroshot import (
-    EmbedText,
-    accuracies,
-    canonical_names,
-    canonical_templates,
-    chance_accuracies,
-    classifier,
-    label_ranks,
-)
+from lit_fast.ranks import ranks
+from lit_fast.retrieval import COLUMNS, chance_recalls, recall_table, recalls, retrieval_ranks
+from lit_fast.zeroshot import EmbedText, accuracies, accuracy_table, chance_accuracies, classifier
+from lit_fast.zeroshot_set import ZeroShotSet, zero_shot_set
 
-RESAMPLES = 1000
+AVERAGE = "average"  # in place of a language
 
-_TASKS = {"zeroshot_classification": "zero-shot", "zeroshot_retrieval": "retrieval"}
+Evaluate = Callable[[np.ndarray, np.ndarray, EmbedText], list[dict[str, Any]]]
+"""Of (rows int64 [n], rising, that have an embedding, their normalised embeddings float32 [n, D], texts to
+normalised float32 [n, D]) to results."""
+
+InvalidRows = Callable[[], Collection[int]]
 
 
-def check_zero_shot(dataset: Dataset) -> None:
-    """Raises UserError if the dataset cannot be evaluated by zero-shot classification; reads no row."""
-    remedy = "index tars with a class number per image (key.cls) and a classnames.txt beside them"
-    missing = [
-        n for n, have in (("labels", dataset.labelled), ("class names", dataset.classnames)) if not have
-    ]
-    if missing:
-        raise UserError(
-            f"dataset {dataset.path} has no {' and no '.join(missing)} for zero-shot classification; {remedy}"
-        )
-    try:
-        canonical_names(dataset.classnames)
-        canonical_templates(dataset.templates)
-    except UserError as error:
-        raise UserError(f"dataset {dataset.path}: {error} and index it anew") from None
-
-
-def check_retrieval(dataset: Dataset) -> None:
-    """Raises UserError if the dataset cannot be evaluated by retrieval; reads no row."""
-    if not dataset.captions:
-        raise UserError(f"dataset {dataset.path} has no captions for retrieval; choose a captioned one")
-
-
-def evaluate_zero_shot(
-    dataset: Dataset, rows: np.ndarray, images: np.ndarray, embed_text: EmbedText
-) -> dict[str, Any]:
+def zero_shot_evaluation(dataset: Dataset, invalid: InvalidRows = tuple, **files: Any) -> Evaluate:
     """Zero-shot classification of the rows that have a label.
 
-    Without templates of its own a dataset is evaluated with the bare class names.
+    Without templates a dataset is evaluated with the bare class names.
 
     Args:
       dataset: with labels and class names.
-      rows: int64 [n], the rows that have an embedding, rising.
-      images: their normalised embeddings, float32 [n, D].
-      embed_text: texts to normalised float32 [n, D].
+      invalid: says which rows have no embedding; asked when the rest is known to be right.
+      files: class names and so on in place of the dataset's, see `zero_shot_set`.
 
     Raises:
-      UserError: no labels or class names, no row with both label and embedding, or an embedding that is
-        not finite.
+      UserError: see `zero_shot_set`, or no row has both label and embedding. The evaluation raises it for
+        embeddings that are not finite.
     """
-    check_zero_shot(dataset)
-    all_labels = np.concatenate([np.array(block.labels, np.int64) for block in dataset.iter_blocks()])
-    labelled = all_labels[rows] >= 0
-    rows, images, labels = rows[labelled], images[labelled], all_labels[rows[labelled]]
-    _check_rows(dataset, len(rows), "a label")
-    count = len(dataset.classnames)
-    if labels.max() >= count:
-        raise UserError(
-            f"dataset {dataset.path} has label {labels.max()} but only {count} class names (numbered from 0)"
-        )
-    templates = dataset.templates or ("{c}",)
-    classes = classifier(dataset.classnames, templates, embed_text)
-    _check_finite(dataset, images, classes)
-    measure = partial(accuracies, label_ranks(images, classes, labels), labels, count)
-    counted = {"images": len(rows), "classes": count, "templates": len(templates)}
-    return _result(dataset, "zeroshot_classification", measure, chance_accuracies(count), counted)
+    asked = zero_shot_set(dataset, **files)
+    _check_rows(dataset, set(asked.row_of.tolist()), invalid, "a label")
+    return partial(_zero_shot, dataset, asked)
 
 
-def evaluate_retrieval(
-    dataset: Dataset, rows: np.ndarray, images: np.ndarray, embed_text: EmbedText
-) -> dict[str, Any]:
+def retrieval_evaluation(dataset: Dataset, invalid: InvalidRows = tuple) -> Evaluate:
     """Retrieval in both directions among the rows that have captions, with all their captions.
 
-    Arguments and errors as for `evaluate_zero_shot`, with captions for labels.
+    If the dataset knows several languages of its captions there is a result for each, whose candidates are
+    the captions in that language and the images that have one, and last the average over them, each language
+    counting the same. That is how Crossmodal-3600 is reported; CLIP_benchmark takes of each image the first
+    caption only.
+
+    Arguments and errors as for `zero_shot_evaluation`, with captions for labels.
     """
-    check_retrieval(dataset)
-    captions = [c for block in dataset.iter_captions() for c in block]
-    counts = np.array([len(captions[row]) for row in rows], np.int64)
-    rows, images, counts = rows[counts > 0], images[counts > 0], counts[counts > 0]
-    _check_rows(dataset, len(rows), "a caption")
-    texts = embed_text([text for row in rows for text in captions[row]])
-    _check_finite(dataset, images, texts)
-    owner = np.repeat(np.arange(len(rows)), counts)
-    measure = partial(recalls, *retrieval_ranks(images, texts, owner), owner)
-    counted = {"images": len(rows), "texts": len(texts)}
-    return _result(dataset, "zeroshot_retrieval", measure, chance_recalls(counts), counted)
+    if not dataset.captions:
+        raise UserError(f"dataset {dataset.path} has no captions for retrieval; choose a captioned one")
+    counts = (n for block in dataset.iter_blocks() for n in block.captions)
+    _check_rows(dataset, {row for row, n in enumerate(counts) if n}, invalid, "a caption")
+    return partial(_retrieval, dataset)
 
 
-def _check_rows(dataset: Dataset, count: int, what: str) -> None:
-    if not count:
+def _zero_shot(
+    dataset: Dataset, asked: ZeroShotSet, rows: np.ndarray, images: np.ndarray, embed_text: EmbedText
+) -> list[dict[str, Any]]:
+    pairs = np.isin(asked.row_of, rows)
+    counted, image_of = np.unique(asked.row_of[pairs], return_inverse=True)
+    class_of, count = asked.class_of[pairs], len(asked.classnames)
+    images = images[np.searchsorted(rows, counted)]
+    classes = classifier(asked.classnames, asked.templates, embed_text)
+    _check_finite(dataset, images, classes)
+    best = ranks(images, classes, image_of, class_of)
+    labels = np.full(len(images), -1) if asked.several else class_of
+    right = np.bincount(image_of) if asked.several else None
+    told = {
+        "images": len(images),
+        "classes": count,
+        "templates": len(asked.templates),
+        "template_set": asked.template_set,
+    }
+    measure, table = partial(accuracies, count), accuracy_table(best, labels)
+    figures, intervals = measured(measure, table), bootstrap(measure, table)
+    chance = chance_accuracies(count, right)
+    return [_result(dataset, "zeroshot_classification", "en", told, figures, intervals, chance)]
+
+
+def _retrieval(
+    dataset: Dataset, rows: np.ndarray, images: np.ndarray, embed_text: EmbedText
+) -> list[dict[str, Any]]:
+    captions = captions_by_language(dataset, rows)
+    told: list[dict[str, Any]] = []
+    tables, chances = [], []
+    for own in captions.values():
+        with_text, owner = np.unique([image for image, _ in own], return_inverse=True)
+        texts = embed_text([text for _, text in own])
+        _check_finite(dataset, images[with_text], texts)
+        table = np.zeros((len(images), COLUMNS), np.int64)
+        table[with_text] = recall_table(*retrieval_ranks(images[with_text], texts, owner), owner)
+        tables.append(table)
+        chances.append(chance_recalls(np.bincount(owner)))
+        told.append({"images": len(with_text), "texts": len(texts)})
+    names, table = list(captions), np.concatenate(tables, axis=1)
+    table = table[table.any(axis=1)]
+    if len(names) > 1:
+        texts_together = sum(len(own) for own in captions.values())
+        told.append({"images": len(table), "texts": texts_together, "languages": list(captions)})
+        chances.append({name: float(np.mean([c[name] for c in chances])) for name in chances[0]})
+        names.append(AVERAGE)
+    measure = partial(_recalls, names)
+    figures, intervals = measured(measure, table), bootstrap(measure, table)
+    return [
+        _result(
+            dataset,
+            "zeroshot_retrieval",
+            language,
+            counted,
+            {metric: figures[f"{language}/{metric}"] for metric in chance},
+            {metric: intervals[f"{language}/{metric}"] for metric in chance},
+            chance,
+        )
+        for language, counted, chance in zip(names, told, chances, strict=True)
+    ]
+
+
+def captions_by_language(dataset: Dataset, rows: np.ndarray) -> dict[str, list[tuple[int, str]]]:
+    """By language, every caption with the number of its image among the embedded ones.
+
+    Where no language is known all captions are "en", as CLIP_benchmark has it; where some are, the others
+    are "und", ISO 639's word for undetermined.
+    """
+    number = {row: i for i, row in enumerate(rows.tolist())}
+    unknown = "und" if dataset.languages else "en"
+    found: dict[str, list[tuple[int, str]]] = {}
+    for b, (block, lists) in enumerate(zip(dataset.iter_blocks(), dataset.iter_captions(), strict=True)):
+        for i, texts in enumerate(lists):
+            image = number.get(b * BLOCK + i)
+            if image is None:
+                continue
+            languages = (block.languages[i] if block.languages else ()) or [""] * len(texts)
+            for text, language in zip(texts, languages, strict=True):
+                found.setdefault(language or unknown, []).append((image, text))
+    return dict(sorted(found.items()))
+
+
+def _recalls(languages: Sequence[str], rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Recalls by `language/metric`; the last of several languages is the average over the others."""
+    sums = (weights @ rows.astype(np.float64)).reshape(len(weights), -1, COLUMNS)
+    each = [recalls(sums[:, i]) for i in range(sums.shape[1])]
+    if len(languages) > 1:
+        with np.errstate(invalid="ignore"):
+            each.append({name: np.nanmean([one[name] for one in each], axis=0) for name in each[0]})
+    return {
+        f"{l}/{name}": value for l, one in zip(languages, each, strict=True) for name, value in one.items()
+    }
+
+
+def _check_rows(dataset: Dataset, wanted: set[int], invalid: InvalidRows, what: str) -> None:
+    if not wanted.difference(invalid()):
         raise UserError(f"dataset {dataset.path} has no image with both {what} and a valid feature")
 
 
@@ -127,79 +183,28 @@ def _check_finite(dataset: Dataset, images: np.ndarray, texts: np.ndarray) -> No
 def _result(
     dataset: Dataset,
     task: str,
-    measure: Callable[[np.ndarray], dict[str, float]],
+    language: str,
+    counted: dict[str, Any],
+    figures: dict[str, float],
+    intervals: dict[str, list[float]],
     chance: dict[str, float],
-    counted: dict[str, int],
 ) -> dict[str, Any]:
     return {
         "dataset": dataset.name,
         "model": "",
         "pretrained": "",
         "task": task,
-        "metrics": measure(np.ones(counted["images"])),
-        "language": "en",
+        "metrics": figures,
+        "language": language,
         "rows": dataset.rows,
         **counted,
         "chance": chance,
-        "interval_95": bootstrap(measure, counted["images"]),
+        "interval_95": intervals,
     }
 
 
-def bootstrap(
-    measure: Callable[[np.ndarray], dict[str, float]], images: int, resamples: int = RESAMPLES
-) -> dict[str, list[float]]:
-    """95 % percentile intervals of figures over the choice of images.
-
-    An image is drawn together with its captions; the candidates of a retrieval stay the same. How far
-    another training of the same recipe would land is not in the interval.
-
-    Args:
-      measure: weights float [images], how often each image counts, to figures by name.
-      images: how many there are.
-      resamples: sets of `images` images drawn with replacement, from a fixed seed.
-    """
-    generator = np.random.default_rng(0)
-    drawn: list[dict[str, float]] = []
-    for _ in range(resamples):
-        picks = generator.integers(0, images, images, np.uint32)
-        drawn.append(measure(np.bincount(picks, minlength=images).astype(np.float64)))
-    return {
-        name: np.quantile([figures[name] for figures in drawn], (0.025, 0.975)).tolist() for name in drawn[0]
-    }
-
-
-def format_table(results: Sequence[dict[str, Any]]) -> str:
-    """Results as a table in percent, a line on what was counted under it."""
-    header = ("dataset", "task", "metric", "%", "95 % interval", "chance")
-    table = [header, *(line for result in results for line in _lines(result))]
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column < 3 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in table
-    ]
-    return "\n".join([*text, "", *map(_counted, results)])
-
-
-def _lines(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    for name, value in result["metrics"].items():
-        low, high = result["interval_95"][name]
-        yield (
-            result["dataset"],
-            _TASKS[result["task"]],
-            name,
-            f"{100 * value:.1f}",
-            f"{100 * low:5.1f} - {100 * high:5.1f}",
-            f"{100 * result['chance'][name]:.1f}",
-        )
-
-
-def _counted(result: dict[str, Any]) -> str:
-    names = [name for name in ("images", "texts", "classes", "templates") if name in result]
-    number = ", ".join(f"{name} {result[name]:,}" for name in names)
-    left = result["rows"] - result["images"]
-    without = "label" if "classes" in result else "caption"
-    skipped = f"; {left:,} rows without {without} or valid image were skipped" if left else ""
-    return f"{result['dataset']} {_TASKS[result['task']]}: {number}{skipped}"
+def distinct_names(paths: Iterable[Path]) -> list[str]:
+    """The directories' names; with the parent's where two of them have the same."""
+    resolved = [path.resolve() for path in paths]
+    count = Counter(path.name for path in set(resolved))
+    return [p.name if count[p.name] == 1 else f"{p.parent.name}/{p.name}" for p in resolved]

@@ -81,7 +81,7 @@ def _archive(spec: str, family: str, name: str) -> Path:
     host = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
     host = host if "://" in host else f"http://{host}"
     path = cache_directory() / "storage.googleapis.com" / place
-    _fetch(spec, f"{host.rstrip('/')}/{quote(place)}", path, sha256=digest)
+    fetch_file(spec, f"{host.rstrip('/')}/{quote(place)}", path, sha256=digest)
     return path
 
 
@@ -97,14 +97,15 @@ def _repository(spec: str, name: str, needed: tuple[str, ...], optional: tuple[s
         files = read_object(whole, "files")["files"]
         if isinstance(files, list) and all(is_whole(directory / Path(str(f)).name) for f in files):
             return directory
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     commit = revision
 
     def fetch(file: str, *, may_lack: bool = False) -> bool:
         nonlocal commit
-        url = f"{endpoint}/{repository}/resolve/{quote(commit, safe='')}/{file}"
+        url = f"{endpoint()}/{repository}/resolve/{quote(commit, safe='')}/{file}"
         limit = MAX_BYTES if file.endswith(".safetensors") else _MAX_CONFIG_BYTES
-        got = _fetch(spec, url, directory / file, headers=_token(), may_lack=may_lack, max_bytes=limit)
+        got = fetch_file(
+            spec, url, directory / file, headers=token_header(), may_lack=may_lack, max_bytes=limit
+        )
         answered = (got or {}).get("x-repo-commit", "")
         if re.fullmatch("[0-9a-f]{40}", answered):  # `main` may move between two files
             commit = answered
@@ -118,7 +119,7 @@ def _repository(spec: str, name: str, needed: tuple[str, ...], optional: tuple[s
         if not fetch(index, may_lack=True):
             raise UserError(f"{spec} has no {_WEIGHTS}; weights in other formats are not read")
         files += [index, *(p for p in _parts(directory / index) if fetch(p))]
-    write_json(whole, {"source": f"{endpoint}/{repository}", "commit": commit, "files": files})
+    write_json(whole, {"source": f"{endpoint()}/{repository}", "commit": commit, "files": files})
     return directory
 
 
@@ -134,7 +135,7 @@ def _parts(index: Path) -> list[str]:
     return sorted(names)
 
 
-def _fetch(
+def fetch_file(
     spec: str,
     url: str,
     path: Path,
@@ -166,6 +167,11 @@ def _fetch(
         raise UserError(f"{spec} cannot be downloaded: {error}; {by_hand}") from None
 
 
+def endpoint() -> str:
+    """Address of the Hugging Face Hub."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
 def offline() -> bool:
     """Whether the environment forbids requests."""
     return any(
@@ -174,7 +180,8 @@ def offline() -> bool:
     )
 
 
-def _token() -> dict[str, str]:
+def token_header() -> dict[str, str]:
+    """What a request to the Hub says of who asks."""
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
         return {}

@@ -1,115 +1,135 @@
-"""Image-text retrieval: ranks and recall, without ever holding the matrix of all similarities.
+"""Image-text retrieval: ranks in both directions and recall.
 
-The definitions are big_vision's (evaluators/proj/image_text/image_text_retrieval.py) and CLIP_benchmark's.
-What they leave to the sorting routine is fixed here: of two equal scores the candidate with the lower
-number comes first.
+The definitions are big_vision's (evaluators/proj/image_text/image_text_retrieval.py) and CLIP_benchmark's
+(metrics/zeroshot_retrieval.py), which agree. What they leave to the sorting routine is fixed here: of two
+equal scores the candidate with the lower number comes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
+from lit_fast.ranks import before, best_right, count_columns, count_rows, first_of
+
 RECALL_AT = (1, 5, 10)
+COLUMNS = 2 + 2 * len(RECALL_AT)  # of `recall_table`
 
-# Scores held at a time: 64 MiB as float32.
-_TILE = 1 << 24
-
-
-def ranks(
-    queries: np.ndarray,
-    candidates: np.ndarray,
-    right: Sequence[np.ndarray] | np.ndarray,
-    *,
-    tile: int = _TILE,
-) -> np.ndarray:
-    """The position of every query's best right candidate, 0 = first.
-
-    Scores are float32 dot products; candidates are ordered by falling score, equal ones by rising number.
-    The score of a right candidate is taken out of the tile that it is compared in, because a dot product
-    computed by itself can differ from it in the last bit. (For the same reason two identical candidates
-    can come out of a matrix product a bit apart; equal means equal as computed.)
-
-    Args:
-      queries: float32 [n, D], finite, n > 0.
-      candidates: float32 [m, D], finite, m > 0.
-      right: per query its right candidates, int [>= 1], in rising order.
-      tile: scores held at a time, in whole rows; decides the memory.
-
-    Returns:
-      int64 [n].
-    """
-    n, m = len(queries), len(candidates)
-    if len(right) != n:
-        raise ValueError(f"{n} queries but right candidates for {len(right)}")
-    out = np.empty(n, np.int64)
-    step = min(n, max(1, tile // m))
-    scores = np.empty((step, m), np.float32)  # one buffer: fresh memory costs more than the comparing
-    for lo in range(0, n, step):
-        part = queries[lo : lo + step]
-        np.matmul(part, candidates.T, out=scores[: len(part)])
-        for i, row in enumerate(scores[: len(part)], start=lo):
-            best = right[i][row[right[i]].argmax()]
-            # A lower number wins a tie against the best right candidate, a higher one loses it.
-            before = np.count_nonzero(row[:best] >= row[best])
-            out[i] = before + np.count_nonzero(row[best + 1 :] > row[best])
-    return out
+# Images and texts of a tile: 4 MiB of scores, near enough to the caches.
+_IMAGES, _TEXTS = 512, 2048
 
 
 def retrieval_ranks(
-    images: np.ndarray, texts: np.ndarray, owner: np.ndarray
+    images: np.ndarray, texts: np.ndarray, owner: np.ndarray, *, tile: tuple[int, int] = (_IMAGES, _TEXTS)
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks in both directions.
+    """Ranks in both directions from one product of images and texts, tile by tile.
+
+    The tiles along the diagonal, which hold the scores of the right pairs, are computed once before all
+    others, by the same products: a dot product computed by itself can differ in the last bit.
 
     Args:
-      images: normalised float32 [n, D].
-      texts: normalised float32 [m, D].
-      owner: int [m], the image that a text belongs to; every image has at least one text.
+      images: normalised float32 [n, D], finite.
+      texts: normalised float32 [m, D], finite.
+      owner: int [m], rising: the image that a text belongs to; every image has at least one text.
+      tile: images and texts whose scores are held at a time.
 
     Returns:
       int64 [m], the rank of a text's image among the images, and int64 [n], the rank of the best of an
-      image's texts among the texts.
+      image's texts among the texts; 0 = first.
     """
-    counts = np.bincount(owner, minlength=len(images))
-    if len(owner) != len(texts) or len(counts) != len(images) or not counts.all():
-        raise ValueError("every text needs an image and every image at least one text")
-    own_texts = np.split(np.argsort(owner, kind="stable"), np.cumsum(counts)[:-1])
-    return ranks(texts, images, owner[:, None]), ranks(images, texts, own_texts)
+    n, m = len(images), len(texts)
+    if len(owner) != m:
+        raise ValueError(f"{m} texts but owners of {len(owner)}")
+    first = first_of(owner, n)
+    rows, columns = min(n, tile[0]), min(m, tile[1])
+    buffer = np.empty(rows * columns, np.float32)
+
+    def scores(lo: int, hi: int, left: int, right: int) -> np.ndarray:
+        out = buffer[: (hi - lo) * (right - left)].reshape(hi - lo, right - left)
+        return np.matmul(images[lo:hi], texts[left:right].T, out=out)
+
+    def tiles(every: bool) -> list[tuple[int, int, int, int]]:
+        return [
+            (lo, min(lo + rows, n), left, min(left + columns, m))
+            for lo in range(0, n, rows)
+            for left in range(0, m, columns)
+            if every or (first[lo] < left + columns and first[min(lo + rows, n)] > left)
+        ]
+
+    own = np.empty(m, np.float32)
+    for lo, hi, left, right in tiles(every=False):
+        a, b = max(left, first[lo]), min(right, first[hi])  # the texts of the tile that belong to its images
+        own[a:b] = scores(lo, hi, left, right)[owner[a:b] - lo, np.arange(a, b) - left]
+    best, best_text = best_right(own, np.arange(m), first)
+
+    text_ranks, image_ranks = np.zeros(m, np.int64), np.zeros(n, np.int64)
+    for lo, hi, left, right in tiles(every=True):
+        part = scores(lo, hi, left, right)
+        a, b = max(left, first[lo]), min(right, first[hi])
+        if a < b:  # right candidates never stand before the right one
+            part[owner[a:b] - lo, np.arange(a, b) - left] = -np.inf
+        numbers, text_numbers = np.arange(lo, hi)[:, None], np.arange(left, right)
+        text_ranks[left:right] += count_columns(before(part, own[left:right], numbers, owner[left:right]))
+        image_ranks[lo:hi] += count_rows(
+            before(part, best[lo:hi, None], text_numbers, best_text[lo:hi, None])
+        )
+    return text_ranks, image_ranks
 
 
-def recalls(
-    text_ranks: np.ndarray, image_ranks: np.ndarray, owner: np.ndarray, weights: np.ndarray
-) -> dict[str, float]:
+def recall_table(text_ranks: np.ndarray, image_ranks: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """What each image contributes to the recalls, int64 [n, 8]: see `recalls`.
+
+    Columns: 1, how many texts it has, how many of them find it among the first 1, 5 and 10 images, and
+    whether it finds one of them among the first 1, 5 and 10 texts.
+
+    Args:
+      text_ranks: int [m], see `retrieval_ranks`.
+      image_ranks: int [n].
+      owner: int [m].
+    """
+    n = len(image_ranks)
+    texts = [np.bincount(owner, minlength=n)]
+    texts += [np.bincount(owner[text_ranks < k], minlength=n) for k in RECALL_AT]
+    return np.stack([np.ones(n, np.int64), *texts, *(image_ranks < k for k in RECALL_AT)], axis=1)
+
+
+def recalls(sums: np.ndarray) -> dict[str, np.ndarray]:
     """Recall at 1, 5 and 10 under CLIP_benchmark's names.
 
     `image_retrieval_recall@k` is the share of texts whose image is among the first k images,
     `text_retrieval_recall@k` the share of images with any of their texts among the first k texts.
 
     Args:
-      text_ranks: int [m], see `retrieval_ranks`.
-      image_ranks: int [n].
-      owner: int [m].
-      weights: float [n], how often an image counts together with its texts; ones for the plain figures.
+      sums: float64 [..., 8], the columns of `recall_table`, each added up over some images.
+
+    Returns:
+      Figures by name, float64 [...]; not a number where there was no image.
     """
-    text_weights = weights[owner]
-    to_image = {k: text_weights[text_ranks < k].sum() / text_weights.sum() for k in RECALL_AT}
-    to_text = {k: weights[image_ranks < k].sum() / weights.sum() for k in RECALL_AT}
-    named = {f"image_retrieval_recall@{k}": float(value) for k, value in to_image.items()}
-    return named | {f"text_retrieval_recall@{k}": float(value) for k, value in to_text.items()}
+    images, texts = sums[..., 0], sums[..., 1]
+    with np.errstate(invalid="ignore"):
+        to_image = {k: sums[..., 2 + i] / texts for i, k in enumerate(RECALL_AT)}
+        to_text = {k: sums[..., 5 + i] / images for i, k in enumerate(RECALL_AT)}
+    named = {f"image_retrieval_recall@{k}": value for k, value in to_image.items()}
+    return named | {f"text_retrieval_recall@{k}": value for k, value in to_text.items()}
 
 
 def chance_recalls(counts: np.ndarray) -> dict[str, float]:
-    """The expected `recalls` of a random order; `counts` int [n] are the texts per image.
-
-    Text to image: min(k, n) / n. Image to text, with c of m texts right: 1 - C(m - c, k) / C(m, k),
-    averaged over the images.
-    """
+    """The expected `recalls` of a random order; `counts` int [n] are the texts per image."""
     n, m = len(counts), int(counts.sum())
-    out = {f"image_retrieval_recall@{k}": min(k, n) / n for k in RECALL_AT}
-    for k in RECALL_AT:
-        drawn = np.arange(min(k, m))
-        # The probability that every draw misses; with fewer than k wrong texts one factor is 0.
-        misses = ((m - counts[:, None] - drawn) / (m - drawn)).prod(axis=1)
-        out[f"text_retrieval_recall@{k}"] = float(1 - misses.mean())
-    return out
+    named = {f"image_retrieval_recall@{k}": min(k, n) / n for k in RECALL_AT}
+    return named | {f"text_retrieval_recall@{k}": chance_of_any(counts, m, k) for k in RECALL_AT}
+
+
+def chance_of_any(right: np.ndarray, candidates: int, k: int) -> float:
+    """The chance that the first k of randomly ordered candidates hold a right one, averaged over queries.
+
+    1 - C(m - c, k) / C(m, k) for c right ones of m.
+
+    Args:
+      right: int [n], how many candidates are right.
+      candidates: how many there are.
+      k: how many are looked at.
+    """
+    drawn = np.arange(min(k, candidates))
+    # The probability that every draw misses; with fewer than k wrong ones a factor is 0.
+    misses = ((candidates - right[:, None] - drawn) / (candidates - drawn)).prod(axis=1)
+    return float(1 - misses.mean())

@@ -1,7 +1,9 @@
 """Zero-shot classification: class names and templates become a classifier.
 
 The procedure is big_vision's (evaluators/proj/image_text/discriminative_classifier.py and
-prompt_engineering.py); the files it starts from are CLIP_benchmark's.
+prompt_engineering.py); the files it starts from are CLIP_benchmark's. CLIP_benchmark and open_clip differ in
+the texts alone: they neither lower names and templates nor take their punctuation away, and use a name with
+all of its aliases.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lit_fast.errors import UserError
-from lit_fast.retrieval import ranks
+from lit_fast.retrieval import chance_of_any
 
 EmbedText = Callable[[list[str]], np.ndarray]
 """Texts to normalised float32 [n, D]."""
@@ -84,39 +86,54 @@ def classifier(classnames: Sequence[str], templates: Sequence[str], embed_text: 
     return means / (1e-8 + np.linalg.norm(means, axis=1, keepdims=True))
 
 
-def label_ranks(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The position of an image's own class, int64 [n], 0 = predicted; equal scores in order of number.
+def accuracy_table(best: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What each image contributes to the accuracies, int64 [n, 3]: see `accuracies`.
+
+    Columns: its class, whether that is the first one predicted, whether it is among the first five.
 
     Args:
-      images: normalised float32 [n, D].
-      classes: float32 [classes, D], from `classifier`.
-      labels: int [n].
+      best: int [n], the rank of an image's class among all, 0 = predicted.
+      labels: int [n], its class; -1 for all of them where images may have several.
     """
-    return ranks(images, classes, labels[:, None])
+    return np.stack([labels, best < 1, best < 5], axis=1).astype(np.int64)
 
 
-def accuracies(
-    label_rank: np.ndarray, labels: np.ndarray, classes: int, weights: np.ndarray
-) -> dict[str, float]:
+def accuracies(classes: int, rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """`acc1`, `acc5` (from five classes on) and `mean_per_class_recall`, CLIP_benchmark's names.
 
+    The mean is over the classes that have an image, as scikit-learn's `balanced_accuracy_score` takes it.
+    Where images have several labels (class -1) a prediction is right if it is one of them, which is
+    big_vision's definition of ReaL accuracy, and there is no recall per class.
+
     Args:
-      label_rank: int [n], from `label_ranks`.
-      labels: int [n], below `classes`.
-      classes: how many there are; one that has no image does not count for the mean.
-      weights: float [n], how often an image counts; ones for the plain figures.
+      classes: how many there are.
+      rows: int [g, 3], of `accuracy_table`, rising.
+      weights: float64 [r, g], how often each row counts.
+
+    Returns:
+      Figures by name, float64 [r].
     """
-    first = label_rank < 1
-    out = {"acc1": float(weights[first].sum() / weights.sum())}
+    total = weights.sum(axis=1)
+    out = {"acc1": weights @ rows[:, 1] / total}
     if classes >= 5:
-        out["acc5"] = float(weights[label_rank < 5].sum() / weights.sum())
-    seen = np.bincount(labels, weights, minlength=classes)
-    right = np.bincount(labels[first], weights[first], minlength=classes)
-    out["mean_per_class_recall"] = float(np.mean(right[seen > 0] / seen[seen > 0]))
+        out["acc5"] = weights @ rows[:, 2] / total
+    if rows[0, 0] >= 0:
+        first = np.flatnonzero(np.diff(rows[:, 0], prepend=-1))
+        seen = np.add.reduceat(weights, first, axis=1)
+        right = np.add.reduceat(weights * rows[:, 1], first, axis=1)
+        with np.errstate(invalid="ignore"):
+            out["mean_per_class_recall"] = np.nanmean(right / seen, axis=1)
     return out
 
 
-def chance_accuracies(classes: int) -> dict[str, float]:
-    """The expected `accuracies` of a random order of the classes."""
-    five = {"acc5": 5 / classes} if classes >= 5 else {}
-    return {"acc1": 1 / classes} | five | {"mean_per_class_recall": 1 / classes}
+def chance_accuracies(classes: int, labels: np.ndarray | None = None) -> dict[str, float]:
+    """The expected `accuracies` of a random order of the classes.
+
+    Args:
+      classes: how many there are.
+      labels: int [n], how many classes are right for each image; None where that is one for all.
+    """
+    shown = (1, 5) if classes >= 5 else (1,)
+    if labels is None:
+        return {f"acc{k}": k / classes for k in shown} | {"mean_per_class_recall": 1 / classes}
+    return {f"acc{k}": chance_of_any(labels, classes, k) for k in shown}

@@ -7,39 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import binom
 
 from lit_fast.cli import main
-from lit_fast.dataset import Dataset, DatasetWriter, Row
+from lit_fast.dataset import DatasetWriter, Row
 from lit_fast.errors import UserError
-from lit_fast.evaluate import (
-    bootstrap,
-    check_retrieval,
-    check_zero_shot,
-    evaluate_retrieval,
-    evaluate_zero_shot,
-    format_table,
-)
-from lit_fast.features import BFLOAT16, Features, Manifest
+from lit_fast.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
+from lit_fast.evaluation_table import format_table, without_languages
 from lit_fast.files import write_json
-
-WIDTH = 16
-COLOURS = ("red", "green", "blue")
-
-
-def make_dataset(path: Path, labels: list[int], captions: list[tuple[str, ...]], **options: Any) -> Dataset:
-    """A dataset without sources."""
-    writer = DatasetWriter(path)
-    for i, (label, texts) in enumerate(zip(labels, captions, strict=True)):
-        writer.add(Row(f"k{i}", 0, 0, 0, texts, label))
-    return writer.finish(seed=0, sources=[], **options)
-
-
-def embed_colours(texts: list[str]) -> np.ndarray:
-    """A text points along the axes of the colours in it."""
-    counts = np.array([[text.lower().split().count(c) for c in COLOURS] for text in texts], np.float32)
-    return counts / (1e-8 + np.linalg.norm(counts, axis=1, keepdims=True))
-
+from tests.evaluation_sets import (
+    WIDTH,
+    add_features,
+    coloured,
+    embed_colours,
+    make_dataset,
+    multilingual,
+    provenance,
+)
 
 # --- zero-shot
 
@@ -54,7 +37,7 @@ def test_zero_shot_counts_labelled_valid_rows(tmp_path: Path) -> None:
     )
     rows = np.array([0, 1, 2, 4, 5])  # row 3 has no embedding
     images = np.eye(3, dtype=np.float32)[[2, 0, 0, 1, 1]]  # the last is wrong: label 0, looks green
-    got = evaluate_zero_shot(data, rows, images, embed_colours)
+    [got] = zero_shot_evaluation(data, lambda: {3})(rows, images, embed_colours)
     assert got["metrics"] == {"acc1": 0.75, "mean_per_class_recall": pytest.approx(2.5 / 3)}
     assert got["chance"] == {"acc1": 1 / 3, "mean_per_class_recall": 1 / 3}
     low, high = got.pop("interval_95")["acc1"]
@@ -63,6 +46,7 @@ def test_zero_shot_counts_labelled_valid_rows(tmp_path: Path) -> None:
     assert got == {
         "dataset": "colours", "model": "", "pretrained": "", "task": "zeroshot_classification",
         "language": "en", "rows": 6, "images": 4, "classes": 3, "templates": 2,
+        "template_set": "dataset",
     }  # fmt: skip
 
 
@@ -74,9 +58,9 @@ def test_without_templates_the_bare_name_is_used(tmp_path: Path) -> None:
         seen.extend(texts)
         return embed_colours(texts)
 
-    got = evaluate_zero_shot(data, np.arange(2), np.eye(3, dtype=np.float32)[:2], embed)
+    [got] = zero_shot_evaluation(data)(np.arange(2), np.eye(3, dtype=np.float32)[:2], embed)
     assert seen == ["red", "green"]
-    assert got["templates"] == 1
+    assert (got["templates"], got["template_set"]) == (1, "class_name_only")
     assert got["metrics"]["acc1"] == 1
 
 
@@ -95,16 +79,16 @@ def test_what_zero_shot_lacks_is_named(
 ) -> None:
     data = make_dataset(tmp_path / "set", labels, [(), ()], **options)
     with pytest.raises(UserError, match=rf"dataset \S*/set\b.*{message}"):
-        check_zero_shot(data)
+        zero_shot_evaluation(data)
 
 
 def test_labels_beyond_the_names_and_no_labelled_embedding(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", [-1, 7], [(), ()], classnames=["red", "green"])
-    images = np.eye(3, dtype=np.float32)
     with pytest.raises(UserError, match="label 7 but only 2 class names"):
-        evaluate_zero_shot(data, np.arange(2), images[:2], embed_colours)
+        zero_shot_evaluation(data)
+    data = make_dataset(tmp_path / "e", [-1, 1], [(), ()], classnames=["red", "green"])
     with pytest.raises(UserError, match="no image with both a label and a valid feature"):
-        evaluate_zero_shot(data, np.array([0]), images[:1], embed_colours)
+        zero_shot_evaluation(data, lambda: {1})
 
 
 # --- retrieval
@@ -114,21 +98,58 @@ def test_retrieval_counts_captioned_valid_rows(tmp_path: Path) -> None:
     captions = [("red", "red red"), (), ("blue",), ("green", "not blue")]
     data = make_dataset(tmp_path / "d", [-1] * 4, captions)
     images = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]]
-    got = evaluate_retrieval(data, np.arange(4), images, embed_colours)
+    evaluate = retrieval_evaluation(data)
+    [got] = evaluate(np.arange(4), images, embed_colours)
+    assert got["language"] == "en"
     assert (got["rows"], got["images"], got["texts"]) == (4, 3, 5)
     assert got["metrics"]["image_retrieval_recall@1"] == 0.8  # "not blue" finds the blue image
     assert got["metrics"]["text_retrieval_recall@1"] == 1.0
     assert got["chance"]["image_retrieval_recall@1"] == pytest.approx(1 / 3)
     assert got["chance"]["text_retrieval_recall@1"] == pytest.approx((2 + 1 + 2) / 5 / 3)
     # Without row 2 its caption is gone too.
-    fewer = evaluate_retrieval(data, np.array([0, 3]), images[[0, 3]], embed_colours)
+    [fewer] = evaluate(np.array([0, 3]), images[[0, 3]], embed_colours)
     assert (fewer["images"], fewer["texts"]) == (2, 4)
 
 
 def test_a_dataset_without_captions_is_named(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "set", [0], [()], classnames=["a"])
     with pytest.raises(UserError, match=r"/set has no captions"):
-        check_retrieval(data)
+        retrieval_evaluation(data)
+    data = make_dataset(tmp_path / "other", [0, 1], [(), ("red",)])
+    with pytest.raises(UserError, match="no image with both a caption and a valid feature"):
+        retrieval_evaluation(data, lambda: {1})
+
+
+def test_each_language_by_itself_and_their_average(tmp_path: Path) -> None:
+    data = multilingual(tmp_path / "xm")
+    images = np.eye(3, dtype=np.float32)
+    german, english, _, average = results = retrieval_evaluation(data)(np.arange(3), images, embed_colours)
+    assert [r["language"] for r in results] == ["de", "en", "und", "average"]
+    assert [(r["images"], r["texts"]) for r in results] == [(2, 3), (3, 4), (1, 1), (3, 8)]
+    assert average["languages"] == ["de", "en", "und"]
+    # Candidates are those of the language: "blue" of the first image finds the third, "red" of the second the first.
+    assert german["metrics"]["image_retrieval_recall@1"] == pytest.approx(2 / 3)
+    assert english["metrics"]["image_retrieval_recall@1"] == pytest.approx(3 / 4)
+    # The two say "blue" alike, and the first one is not the third image's.
+    assert german["metrics"]["text_retrieval_recall@1"] == 1 / 2
+    assert german["metrics"]["text_retrieval_recall@5"] == 1.0
+    assert german["chance"]["image_retrieval_recall@1"] == 1 / 2
+    for name, value in average["metrics"].items():
+        assert value == pytest.approx(np.mean([r["metrics"][name] for r in results[:3]]))
+        low, high = average["interval_95"][name]
+        assert low <= value <= high
+    # A language by itself gives what the whole set gives for it.
+    writer = DatasetWriter(tmp_path / "en")
+    for i, captions in enumerate((("red",), ("green", "red"), ("blue",))):
+        writer.add(Row(f"k{i}", 0, 0, 0, captions, -1, ("en",) * len(captions)))
+    [alone] = retrieval_evaluation(writer.finish(seed=0, sources=[]))(np.arange(3), images, embed_colours)
+    assert alone["language"] == "en"
+    assert alone["metrics"] == english["metrics"]
+    assert without_languages([*results, alone]) == [average, alone]
+    lines = format_table([*results, alone]).splitlines()
+    assert lines[1].startswith("xm de ")
+    assert lines[19].startswith("xm average ")
+    assert lines[-1].startswith("en retrieval: images 3, texts 4")
 
 
 @pytest.mark.parametrize("where", ["image", "text"])
@@ -140,34 +161,28 @@ def test_not_a_number_is_never_a_hit(tmp_path: Path, where: str) -> None:
     def embed(texts: list[str]) -> np.ndarray:
         return embed_colours(texts) * np.float32(np.nan if where == "text" else 1)
 
-    for evaluate in (evaluate_zero_shot, evaluate_retrieval):
+    for evaluation in (zero_shot_evaluation, retrieval_evaluation):
         with pytest.raises(UserError, match=f"{where} embeddings are not finite"):
-            evaluate(data, np.arange(2), images, embed)
+            evaluation(data)(np.arange(2), images, embed)
 
 
-# --- intervals and table
+# --- names and table
 
 
-def test_intervals_of_a_share_are_binomial_and_repeatable() -> None:
-    hits = np.arange(500) < 150
-
-    def measure(weights: np.ndarray) -> dict[str, float]:
-        return {"share": float(weights[hits].sum() / weights.sum())}
-
-    got = bootstrap(measure, 500)
-    want = binom.ppf((0.025, 0.975), 500, 0.3) / 500
-    np.testing.assert_allclose(got["share"], want, atol=0.01)
-    assert got == bootstrap(measure, 500)
+def test_names_tell_datasets_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / "a" / "val", tmp_path / "b" / "val", tmp_path / "c", tmp_path / "a" / "val"]
+    assert distinct_names(paths) == ["a/val", "b/val", "c", "a/val"]
 
 
 def test_table() -> None:
     result = {
-        "dataset": "flowers", "task": "zeroshot_classification", "rows": 400, "images": 398, "classes": 5,
+        "dataset": "flowers", "language": "en",
+        "task": "zeroshot_classification", "rows": 400, "images": 398, "classes": 5,
         "templates": 3, "metrics": {"acc1": 0.389, "acc5": 1.0}, "chance": {"acc1": 0.2, "acc5": 1.0},
         "interval_95": {"acc1": [0.3421, 0.4363], "acc5": [1.0, 1.0]},
     }  # fmt: skip
     other = {
-        "dataset": "dev", "task": "zeroshot_retrieval", "rows": 1000, "images": 1000, "texts": 5000,
+        "dataset": "dev", "language": "en", "task": "zeroshot_retrieval", "rows": 1000, "images": 1000, "texts": 5000,
         "metrics": {"image_retrieval_recall@1": 0.17}, "chance": {"image_retrieval_recall@1": 0.001},
         "interval_95": {"image_retrieval_recall@1": [0.159, 0.181]},
     }  # fmt: skip
@@ -183,12 +198,6 @@ dev retrieval: images 1,000, texts 5,000"""
 
 
 # --- the command
-
-
-def provenance(identity: str) -> dict[str, Any]:
-    """A tower.json, as far as evaluation reads it."""
-    value = {"name": "tiny", "source": "t.npz", "identity": identity, "width": WIDTH, "gelu": "exact"}
-    return value | {"dtype": "float32", "preprocess": {"method": "pil-crop", "size": 8, "resize": 8}}
 
 
 @pytest.fixture(scope="module")
@@ -226,21 +235,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def add_features(data: Dataset, identity: str = "abc") -> None:
-    """Random features for the dataset; row 1 is invalid."""
-    write_json(data.path / "features" / "tiny" / "tower.json", provenance(identity))
-    features = Features(data, "tiny", provenance(identity))
-    values = np.random.default_rng(0).normal(size=(data.rows, WIDTH)).astype(BFLOAT16)
-    features.array(create=True)[:].write(values).result()
-    features.write_manifest(Manifest(0, 0, data.rows, data.shard_keys[0], identity, {1: "cut off"}))
-
-
-def coloured(path: Path) -> Dataset:
-    """Six rows with labels and captions."""
-    captions = [(f"a {COLOURS[i % 3]} thing", f"{COLOURS[i % 3]} one") for i in range(6)]
-    return make_dataset(path, [0, 1, 2] * 2, captions, classnames=COLOURS, templates=["a {c} thing"])
-
-
 def test_eval_prints_a_table_and_writes_json(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +258,37 @@ def test_eval_prints_a_table_and_writes_json(
     assert "no checkpoint of step 4; there are 3, 7" in capsys.readouterr().err
 
 
+def test_a_directory_gets_a_file_per_result(run: Path, tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        add_features(coloured(tmp_path / parent / "set"))
+    sets = [str(tmp_path / parent / "set") for parent in ("a", "b")]
+    out = tmp_path / "results"
+    out.mkdir()
+    assert main(["eval", str(run), "--zero-shot", *sets, "--retrieval", sets[0], "--json", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "a_set_step_7_tiny-run_en_zeroshot_classification.json",
+        "a_set_step_7_tiny-run_en_zeroshot_retrieval.json",
+        "b_set_step_7_tiny-run_en_zeroshot_classification.json",
+    ]
+    assert {json.loads(path.read_text())["dataset"] for path in out.iterdir()} == {"a/set", "b/set"}
+
+
+def test_files_in_place_of_what_the_dataset_has(run: Path, tmp_path: Path) -> None:
+    add_features(coloured(tmp_path / "set"))
+    names, templates, labels = tmp_path / "n.txt", tmp_path / "t.txt", tmp_path / "l.json"
+    names.write_text("thing\nred\nblue\n")
+    templates.write_text("{}\na {c} thing\nnot a {c}\n")
+    labels.write_text(json.dumps({f"k{i}": [0, 1, 2][i % 3 :] for i in range(6)}))
+    out = tmp_path / "out.json"
+    arguments = ["--classnames", names, "--templates", templates, "--labels", labels, "--classes", "present"]
+    assert main(["eval", *map(str, [run, "--zero-shot", tmp_path / "set", *arguments, "--json", out])]) == 0
+    result = json.loads(out.read_text())
+    assert (result["templates"], result["template_set"], result["classes"]) == (3, "t.txt", 3)
+    assert result["metrics"].keys() == {"acc1"}  # no class of its own, no recall per class
+    # Rows 0 to 5 but for the invalid row 1 have 3, 1, 3, 2 and 1 of three classes.
+    assert result["chance"]["acc1"] == pytest.approx((3 + 1 + 3 + 2 + 1) / 5 / 3)
+
+
 def test_mistakes_are_found_before_the_weights_are_loaded(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +308,10 @@ def test_mistakes_are_found_before_the_weights_are_loaded(
         (["--zero-shot", good.path, "--retrieval", uncaptioned.path], "/uncaptioned has no captions"),
         (["--zero-shot", good.path, bare.path], "/bare has no features of the run's tower tiny"),
         (["--retrieval", good.path, other.path], "/other has no features of the run's tower tiny"),
-        (["--retrieval", good.path, "--json", tmp_path], "is a directory"),
+        (["--retrieval", good.path, "--labels", "real"], "--labels and --classes are for --zero-shot E"),
+        (["--zero-shot", good.path, "--labels", "unreal"], "none of the known labels: real"),
+        (["--zero-shot", good.path, "--classnames", file], "/file is empty"),
+        (["--zero-shot", good.path, "--templates", tmp_path], "cannot be read: Is a directory"),
         (["--retrieval", good.path, "--json", file / "out.json"], "is not a writable directory"),
     ):
         assert main(["eval", str(run), *map(str, arguments)]) == 2

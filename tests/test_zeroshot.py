@@ -1,19 +1,24 @@
 """Names and templates to a classifier, and its accuracies."""
 
+from functools import partial
+from math import comb
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lit_fast.bootstrap import measured
 from lit_fast.errors import UserError
+from lit_fast.ranks import ranks
 from lit_fast.zeroshot import (
     accuracies,
+    accuracy_table,
     canonical_names,
     canonical_templates,
     canonicalize,
     chance_accuracies,
     classifier,
-    label_ranks,
 )
 
 
@@ -85,6 +90,11 @@ def test_classifier_is_the_normalised_mean_of_normalised_prompts(monkeypatch: py
     np.testing.assert_array_equal(again, got)
 
 
+def figures(best: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+    """The accuracies of all images."""
+    return measured(partial(accuracies, classes), accuracy_table(best, labels))
+
+
 @given(st.integers(0, 10_000), st.integers(1, 12))
 @settings(max_examples=50, deadline=None)
 def test_accuracies_equal_a_full_sort_with_ties(seed: int, classes: int) -> None:
@@ -93,7 +103,7 @@ def test_accuracies_equal_a_full_sort_with_ties(seed: int, classes: int) -> None
     images = rng.integers(-1, 2, (n, 3)).astype(np.float32)
     vectors = rng.integers(-1, 2, (classes, 3)).astype(np.float32)
     labels = rng.integers(0, classes, n)
-    got = accuracies(label_ranks(images, vectors, labels), labels, classes, np.ones(n))
+    got = figures(ranks(images, vectors, np.arange(n), labels), labels, classes)
 
     order = np.argsort(-(images.astype(np.float64) @ vectors.T), axis=1, kind="stable")
     assert got["acc1"] == pytest.approx(np.mean(order[:, 0] == labels))
@@ -104,19 +114,38 @@ def test_accuracies_equal_a_full_sort_with_ties(seed: int, classes: int) -> None
     assert got["mean_per_class_recall"] == pytest.approx(np.mean(recall))
 
 
-def test_equal_scores_go_to_the_lower_class() -> None:
-    got = label_ranks(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32), np.array([0, 1, 2]))
-    assert got.tolist() == [0, 1, 2]
+@given(st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_any_of_several_labels_is_right(seed: int) -> None:
+    """ReaL accuracy as big_vision has it: the prediction is among the image's labels."""
+    rng = np.random.default_rng(seed)
+    n, classes = 30, 9
+    images, vectors = (rng.normal(size=(k, 4)).astype(np.float32) for k in (n, classes))
+    lists = [rng.permutation(classes)[: rng.integers(1, 4)] for _ in range(n)]
+    image_of = np.repeat(np.arange(n), [len(found) for found in lists])
+    best = ranks(images, vectors, image_of, np.concatenate(lists))
+    got = figures(best, np.full(n, -1), classes)
+    order = np.argsort(-(images.astype(np.float64) @ vectors.T), axis=1)
+    want = {k: np.mean([np.isin(o[:k], l).any() for o, l in zip(order, lists, strict=True)]) for k in (1, 5)}
+    assert got == {"acc1": pytest.approx(want[1]), "acc5": pytest.approx(want[5])}
 
 
 def test_uneven_classes_and_weights() -> None:
-    rank, labels = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 2])
-    got = accuracies(rank, labels, 3, np.ones(4))
+    best, labels = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 2])
+    got = figures(best, labels, 3)
     assert got == {"acc1": 0.75, "mean_per_class_recall": 0.5}  # class 1 has no image and does not count
-    twice = accuracies(rank, labels, 3, np.array([1.0, 0.0, 0.0, 3.0]))
-    assert twice == {"acc1": 0.25, "mean_per_class_recall": 0.5}
+    rows = np.array([[0, 1, 1], [2, 0, 1]])
+    drawn = accuracies(3, rows, np.array([[3.0, 1.0], [1.0, 3.0], [4.0, 0.0]]))
+    assert drawn["acc1"].tolist() == [0.75, 0.25, 1.0]
+    assert drawn["mean_per_class_recall"].tolist() == [0.5, 0.5, 1.0]
 
 
 def test_chance() -> None:
     assert chance_accuracies(10) == {"acc1": 0.1, "acc5": 0.5, "mean_per_class_recall": 0.1}
     assert "acc5" not in chance_accuracies(4)
+    # One and three right ones of ten: the first is right with 0.1 and 0.3.
+    several = chance_accuracies(10, np.array([1, 3]))
+    assert several == {
+        "acc1": pytest.approx(0.2),
+        "acc5": pytest.approx((0.5 + 1 - comb(7, 5) / comb(10, 5)) / 2),
+    }

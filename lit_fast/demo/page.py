@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lit_fast.charts import Series, chart
-from lit_fast.document import document, section
+from lit_fast.document import bar, document, section
 from lit_fast.metrics import curve
 from lit_fast.progress import duration
 
@@ -117,14 +117,10 @@ def _figures(results: Sequence[dict[str, Any]]) -> str:
         for name in known:
             value, chance = result["metrics"][name], result["chance"][name]
             low, high = result["interval_95"][name]
-            bar = (
-                f'<div class="bar"><i style="width:{100 * value:.1f}%"></i>'
-                f'<b style="left:{100 * chance:.1f}%"></b></div>'
-            )
             rows.append(
                 f'<tr><td>{html.escape(METRICS[name][0])}</td><td class="number"><strong>{_percent(value)}'
                 f'</strong></td><td class="number range">{_percent(low)} to {_percent(high)}</td>'
-                f'<td class="number">{_percent(chance)}</td><td class="bars">{bar}</td></tr>'
+                f'<td class="number">{_percent(chance)}</td><td class="bars">{bar(value, chance)}</td></tr>'
             )
     return (
         '<div class="scroll"><table class="figures"><thead><tr><th>figure</th><th class="number">reached</th>'
@@ -195,10 +191,6 @@ def _confusion(confusion: Confusion) -> str:
 
 
 _STYLE = """
-.figures .bars { width:28%; padding-right:0 }
-.bar { position:relative; height:10px; background:var(--panel); border-radius:3px }
-.bar i { position:absolute; inset:0 auto 0 0; background:var(--s1); border-radius:3px }
-.bar b { position:absolute; top:-4px; bottom:-4px; width:2px; margin-left:-1px; background:var(--text) }
 .names td:first-child { white-space:nowrap }
 .gallery { list-style:none; margin:0; padding:0; display:grid; gap:1.2rem 2rem;
   grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr)) }
@@ -207,5 +199,5 @@ _STYLE = """
 img { width:72px; height:72px; border-radius:4px; border:3px solid transparent; display:block }
 img.right { border-color:var(--good) }
 .late { margin-left:.6rem; text-align:center } .place { color:var(--quiet); font-size:.8rem }
-@media (max-width:640px) { .figures .bars,.figures .range { display:none } img { width:56px; height:56px } }
+@media (max-width:640px) { .figures .range { display:none } img { width:56px; height:56px } }
 """

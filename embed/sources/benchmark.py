@@ -1,0 +1,106 @@
+"""Finds the tars of an evaluation set in CLIP_benchmark's layout: a directory, a URL or a name on the Hub.
+
+    classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt
+    test/nshards.txt            how many tars there are
+    test/0.tar, test/1.tar, ...
+
+The split is `test`, as CLIP_benchmark takes it. The layout is its `build_wds_dataset`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import quote
+
+from embed import remote
+from embed.sources.files import beside
+from lit_fast.download import MAX_BYTES, is_whole
+from lit_fast.errors import UserError
+from lit_fast.files import read_object, write_json
+from lit_fast.hub import cache_directory, endpoint, fetch_file, token_header
+from lit_fast.known_evaluations import known_evaluations
+
+PREFIX = "wds:"
+_MAX_SHARDS = 100_000
+_MAX_TEXT = 16 << 20  # bytes
+_TEXTS = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
+_COUNT = "test/nshards.txt"
+
+
+def benchmark_tars(directory: str) -> list[str]:
+    """The tars of a directory or URL in this layout; [] if it has another.
+
+    Raises:
+      UserError: a local tar is missing.
+    """
+    directory = directory.rstrip("/")
+    text = beside(f"{directory}/test", "nshards.txt", limit=1000)
+    if text is None:
+        return []
+    tars = [f"{directory}/{name}" for name in _tars(f"{directory}/{_COUNT}", text)]
+    missing = [tar for tar in tars if not remote.is_remote(tar) and not os.path.isfile(tar)]
+    if missing:
+        raise UserError(f"{missing[0]} is missing: {directory}/{_COUNT} says that there are {len(tars)} tars")
+    return tars
+
+
+def hub_tars(spec: str) -> list[str]:
+    """The tars of `wds:NAME`, the repository clip-benchmark/wds_NAME of the Hugging Face Hub, in the cache.
+
+    What is in the cache is used without asking the server again; the rules are those of `lit_fast.hub`.
+
+    Raises:
+      UserError: no such set, it cannot be downloaded, or it is not what it is known to be.
+    """
+    name = spec.removeprefix(PREFIX)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII):
+        raise UserError(f"source {spec} is not of the form wds:NAME{_known()}")
+    repository = f"datasets/clip-benchmark/wds_{name.replace('/', '-')}"
+    directory = cache_directory() / "huggingface" / repository / "main"
+    whole = directory / "files.json"
+    files = read_object(whole, files=list).get("files", []) if whole.exists() else []
+    if not (files and all(isinstance(file, str) and is_whole(directory / file) for file in files)):
+        commit = "main"
+
+        def fetch(file: str, *, may_lack: bool = False, max_bytes: int = _MAX_TEXT) -> bool:
+            nonlocal commit
+            url = f"{endpoint()}/{repository}/resolve/{commit}/{quote(file)}"
+            got = fetch_file(
+                spec, url, directory / file, headers=token_header(), may_lack=may_lack, max_bytes=max_bytes
+            )
+            answered = (got or {}).get("x-repo-commit", "")
+            if re.fullmatch("[0-9a-f]{40}", answered):  # `main` may move between two files
+                commit = answered
+            return got is not None
+
+        try:
+            fetch(_COUNT)
+        except UserError as error:
+            raise UserError(f"{error}{'' if name in known_evaluations() else _known()}") from None
+        tars = _tars(str(directory / _COUNT), (directory / _COUNT).read_text("utf-8", "replace"))
+        files = [_COUNT, *(text for text in _TEXTS if fetch(text, may_lack=True))]
+        files += [tar for tar in tars if fetch(tar, max_bytes=MAX_BYTES)]
+        write_json(whole, {"source": f"{endpoint()}/{repository}", "commit": commit, "files": files})
+    _check_classes(spec, name, str(directory))
+    return benchmark_tars(str(directory))
+
+
+def _tars(file: str, text: str) -> list[str]:
+    if not (re.fullmatch(r"\s*\d{1,6}\s*", text, re.ASCII) and 0 < int(text) <= _MAX_SHARDS):
+        raise UserError(f"{file} says {text.strip()[:40]!r}, which is no number of tars")
+    return [f"test/{number}.tar" for number in range(int(text))]
+
+
+def _check_classes(spec: str, name: str, directory: str) -> None:
+    expected = known_evaluations().get(name, {}).get("classes")
+    if expected is None:
+        return
+    have = len((beside(directory, _TEXTS[0]) or "").rstrip().splitlines())
+    if have != expected:
+        raise UserError(f"{spec} has {have} class names in {directory}/{_TEXTS[0]}, not {expected}")
+
+
+def _known() -> str:
+    sets = [key for key, row in known_evaluations().items() if row["task"] != "labels"]
+    return f"; known names: {', '.join(sets)}"
