@@ -22,7 +22,22 @@ Run = Callable[[argparse.Namespace], None]
 Command = Callable[[argparse.ArgumentParser], Run]
 
 # The order of the work, which is the order of the help.
-_ORDER = ("index", "embed", "tokenize", "train", "eval", "compare", "info", "verify", "towers", "demo")
+_ORDER = (
+    "index",
+    "embed",
+    "import-features",
+    "tokenize",
+    "train",
+    "eval",
+    "export",
+    "classify",
+    "search",
+    "compare",
+    "info",
+    "verify",
+    "towers",
+    "demo",
+)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -213,9 +213,7 @@ def decode(
       JPEGs of more than 100 scans and PNGs with more than 1 MB of compressed text are refused.
     * Of an animation the first frame is taken. The EXIF rotation is ignored, as timm and torchvision do
       (transformers' `load_image` turns the picture).
-    * Grey, palette and CMYK become RGB by PIL's `convert("RGB")`, as everywhere: CMYK JPEGs are taken as
-      inverted, as Adobe writes them, and colour profiles are ignored. Transparency: see `Preprocess.alpha`.
-    * 16-bit grey is scaled to 8 bits (value / 257, rounded), where PIL's conversion would clip. Of 16-bit
+    * Other modes become RGB by `rgb`; CMYK JPEGs are taken as inverted, as Adobe writes them, and of 16-bit
       colour the high byte is taken, as PIL does.
     * With `at_least` libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 if its short side keeps that many pixels.
 
@@ -233,17 +231,10 @@ def decode(
             full = image.size
             draft = None if at_least is None else image.draft(None, (at_least, at_least))  # type: ignore[arg-type]
             image.load()
-            if image.mode.startswith("I"):
-                grey = np.asarray(image).astype(np.uint32).clip(0, 65_535)
-                return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-            if alpha == "white" and ("A" in image.getbands() or image.info.get("transparency") is not None):
-                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-            image.info.pop("transparency", None)  # would print a warning; the colours are the same
-            rgb = image.convert("RGB")
-            if draft and rgb.size != full:
-                rgb.info[_FULL] = full, draft[1]
-            return rgb
+            result = rgb(image, alpha)
+            if draft and result.size != full:
+                result.info[_FULL] = full, draft[1]
+            return result
     except (ImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
@@ -252,6 +243,23 @@ def decode(
         # No address of an object may stay in the reason: it is stored, and must be the same each time.
         reason = re.sub(r"\s*<.*?>", "", " ".join(str(error).split()))[:100]
         raise ImageError(f"damaged image: {reason or type(error).__name__}") from None
+
+
+def rgb(image: Image.Image, alpha: str = "drop") -> Image.Image:
+    """A PIL image of any mode in RGB.
+
+    * Grey, palette and CMYK by PIL's `convert("RGB")`, as everywhere; colour profiles are ignored.
+      Transparency: see `Preprocess.alpha`.
+    * 16-bit grey is scaled to 8 bits (value / 257, rounded), where PIL's conversion would clip.
+    """
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.uint32).clip(0, 65_535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if alpha == "white" and ("A" in image.getbands() or image.info.get("transparency") is not None):
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    image.info.pop("transparency", None)  # would print a warning; the colours are the same
+    return image.convert("RGB")
 
 
 def _check_pixels(width: int, height: int, limit: int) -> None:

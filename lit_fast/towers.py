@@ -30,6 +30,7 @@ from lit_fast.errors import UserError
 from lit_fast.files import read_object, sha256
 from lit_fast.hub import resolve
 from lit_fast.preprocess import Preprocess
+from lit_fast.variants import Shape
 from lit_fast.vit import ViT
 from lit_fast.weights.huggingface import load_huggingface
 from lit_fast.weights.npz import load_npz
@@ -42,6 +43,7 @@ GELUS = ("exact", "tanh", "quick")
 # A resolution beyond these would ask for more memory than any machine has.
 _MAX_RESOLUTION = 4096
 _MAX_GRID = 256
+_MAX_SIZE = 1 << 20
 _INDEX = "model.safetensors.index.json"
 
 # The tower's own preprocessing, at its own or another resolution.
@@ -113,6 +115,39 @@ class Tower:
             **recipe,
             "versions": {"lit_fast": lit_fast.__version__, "jax": jax.__version__},
         }
+
+
+def described(told: dict[str, Any]) -> tuple[Architecture, Preprocess]:
+    """The inverse of `Tower.provenance`, from the content of `tower.json`.
+
+    Raises:
+      KeyError, TypeError, ValueError: something is missing or makes no sense.
+    """
+    width, pool, gelu = told["width"], told["pool"], told["gelu"]
+    if told["architecture"] != "vit" or pool not in POOLS or gelu not in (*GELUS, "swiglu"):
+        raise ValueError(f"architecture {told['architecture']!r}, pool {pool!r}, gelu {gelu!r}")
+    shape = Shape(told.get("encoder_width", width), told["depth"], told["mlp_dim"], told["heads"])
+    architecture = Architecture(
+        shape=shape,
+        patch=told["patch"],
+        pool=pool,
+        gelu=gelu,
+        epsilon=told["layer_norm_epsilon"],
+        class_token=told.get("class_token", pool == "tok"),
+        registers=told.get("registers", 0),
+        pre_norm=told.get("pre_norm", False),
+        norm_after_pool=told.get("norm_after_pool", False),
+        projection=width if pool == "projection" else 0,
+    )
+    preprocess = Preprocess.from_dict(told["preprocess"])
+    sizes = (width, *shape, architecture.patch, architecture.registers + 1)
+    if not all(type(n) is int and 0 < n <= _MAX_SIZE for n in sizes) or shape.width % shape.heads:
+        raise ValueError(f"sizes {sizes}")
+    if not 0 < preprocess.size // architecture.patch <= _MAX_GRID:
+        raise ValueError(f"{preprocess.size} pixels in patches of {architecture.patch}")
+    if type(architecture.epsilon) is not float:
+        raise TypeError(f"layer_norm_epsilon {architecture.epsilon!r}")
+    return architecture, preprocess
 
 
 def load_tower(

@@ -22,6 +22,14 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained_run(tiny_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with its dataset `d` beside it; see `tests.trained`."""
+    from tests.trained import train_run
+
+    return train_run(tmp_path_factory.mktemp("trained"), tiny_vit)
+
+
+@pytest.fixture(scope="session")
 def realdata() -> Path:
     """The directory of real photos, captions and weights; skips where there is none."""
     beside = Path(__file__).parents[2] / "shared" / "realdata"

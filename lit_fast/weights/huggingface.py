@@ -16,7 +16,7 @@ from lit_fast.weights.parameters import Params, Weights, architecture_of, square
 from lit_fast.weights.safetensors_file import open_safetensors
 from lit_fast.weights.torch_layout import BlockNames, attention, blocks, dense, embedding, mlp, norm, packed
 
-_VIT = BlockNames(
+VIT_BLOCKS = BlockNames(
     "encoder.layer.",
     ("layernorm_before", "layernorm_after"),
     (
@@ -27,7 +27,7 @@ _VIT = BlockNames(
     ),
     (("intermediate.dense", "output.dense"),),
 )
-_DINOV2 = _VIT._replace(
+DINOV2_BLOCKS = VIT_BLOCKS._replace(
     norms=("norm1", "norm2"),
     mlps=(("mlp.fc1", "mlp.fc2"), ("mlp.weights_in", "mlp.weights_out")),
     scales=(("layer_scale1.lambda1", "layer_scale2.lambda1"),),
@@ -46,6 +46,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "tanh",
     "quick_gelu": "quick",
 }
+ACTIVATION_NAMES = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
 
 class _Family(NamedTuple):
@@ -59,11 +60,11 @@ class _Family(NamedTuple):
 
 
 _FAMILIES = {
-    "vit": _Family(("vit.", ""), _VIT, "gelu", 1e-12),
-    "deit": _Family(("deit.", ""), _VIT, "gelu", 1e-12),
-    "dinov2": _Family(("dinov2.", ""), _DINOV2, "gelu", 1e-6),
+    "vit": _Family(("vit.", ""), VIT_BLOCKS, "gelu", 1e-12),
+    "deit": _Family(("deit.", ""), VIT_BLOCKS, "gelu", 1e-12),
+    "dinov2": _Family(("dinov2.", ""), DINOV2_BLOCKS, "gelu", 1e-6),
     "dinov2_with_registers": _Family(
-        ("dinov2_with_registers.", ""), _DINOV2, "gelu", 1e-6, "bicubic-antialias"
+        ("dinov2_with_registers.", ""), DINOV2_BLOCKS, "gelu", 1e-6, "bicubic-antialias"
     ),
     "clip_vision_model": _Family(("vision_model.", ""), CLIP_BLOCKS, "quick_gelu", 1e-5),
     "siglip_vision_model": _Family(("vision_model.", ""), CLIP_BLOCKS, "gelu_pytorch_tanh", 1e-6),

@@ -19,7 +19,7 @@ from lit_fast.weights.parameters import Params, Weights, architecture_of, square
 from lit_fast.weights.safetensors_file import open_safetensors
 from lit_fast.weights.torch_layout import BlockNames, attention, blocks, dense, embedding, mlp, norm, packed
 
-_BLOCKS = BlockNames(
+BLOCKS = BlockNames(
     "blocks.",
     ("norm1", "norm2"),
     ("attn.qkv", "attn.qkv", "attn.qkv", "attn.proj"),
@@ -79,7 +79,7 @@ def load_timm(path: Path, config: dict[str, Any], where: Path) -> Weights:
         heads = arguments.get("num_heads", heads_of(name, width))
         if type(heads) is not int or not 0 < heads <= 256:
             raise UserError(f"{where}: num_heads is {heads!r}")
-        params["Transformer"] = {"encoderblock": blocks(file, _BLOCKS, width, heads)}
+        params["Transformer"] = {"encoderblock": blocks(file, BLOCKS, width, heads)}
         if "fc_norm.weight" in file.shapes:
             params["pooled_norm"] = norm(file, "fc_norm", width)
         else:

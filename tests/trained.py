@@ -1,0 +1,80 @@
+"""A small run trained by the commands on real pictures, and models of random weights, for tests that use them."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import sentencepiece
+
+from lit_fast.cli import main
+from lit_fast.config import Config, LossConfig, TextConfig
+from lit_fast.model import Model
+from lit_fast.run import init_params, text_tower
+from lit_fast.tokens import Tokenizer
+from lit_fast.towers import Tower
+from tests.helpers import samples, write_tar
+
+CONFIG = """
+steps = 4
+[text]
+variant = "mu"
+[loss]
+center = true
+image_head = true
+[stream]
+global_batch = 16
+[optimizer]
+warmup_steps = 1
+average_decay = 0.5
+[checkpoint]
+every_steps = 2
+"""
+
+
+def train_run(place: Path, tower: Path) -> Path:
+    """A run of four steps with image head, centring and average; its dataset `place/d` has 24 pictures."""
+    write_tar(place / "pairs.tar", samples(24))
+    (place / "c.toml").write_text(CONFIG)
+    data, run = place / "d", place / "run"
+    command("index", place / "pairs.tar", "--out", data)
+    command("embed", data, "--tower", tower)
+    command("tokenize", data, "--train-vocab", 284, "--name", "words", "--max-length", 12)
+    command("train", place / "c.toml", "--workdir", run, "--dataset", data, "--evaluate.retrieval", data)
+    return run
+
+
+def command(*arguments: object) -> None:
+    """`lit-fast` with these arguments, which has to succeed."""
+    assert main([str(a) for a in arguments]) == 0
+
+
+def random_model(tower: Tower, text: TextConfig, loss: LossConfig = LossConfig(), **about: Any) -> Model:  # noqa: B008
+    """A model in whose text tower, mean and image head every parameter matters."""
+    module = text_tower(text, words(), tower.width)
+    mean = jax.ShapeDtypeStruct((tower.width,), np.float32)
+    config = Config(text=text, loss=loss)
+    shapes = jax.eval_shape(lambda mean: init_params(module, config, mean), mean)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+    if not loss.center:
+        params["mean"] = np.zeros(tower.width, np.float32)
+    fields = {"tower_json": tower.provenance("float32"), "tokenizer": words(), "params": params}
+    fields |= {"config": text, "loss": loss, "receipt": None, "open_tower": lambda: tower}
+    return Model(**({"name": "random", "step": 7, "average": False} | fields | about))
+
+
+@cache
+def words() -> Tokenizer:
+    """A tokenizer of 300 pieces and 8 tokens."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red thing", "a green one", "blue things", "not a thing"] * 5),
+        model_writer=model, vocab_size=300, byte_fallback=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return Tokenizer(model.getvalue(), 8)

@@ -1,0 +1,70 @@
+"""The subcommand `export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lit_fast.cli import Run
+from lit_fast.errors import UserError
+
+# What --format takes, and the module that writes it.
+FORMATS = {
+    "lit_fast": "train.export.lit_fast_folder",
+    "big_vision": "train.export.big_vision",
+    "open_clip": "train.export.open_clip",
+    "transformers": "train.export.transformers",
+    "onnx": "train.export.onnx",
+}
+# The options that only one format takes; its functions take them by these names.
+_ONNX = ("vision", "classes", "templates")
+
+
+def export(parser: argparse.ArgumentParser) -> Run:
+    """Export a trained model: both towers, the tokenizer and a model card.
+
+    lit_fast: a folder that `lit_fast.load` reads. big_vision: an .npz. open_clip and transformers: a folder that
+    these packages load. onnx: graphs. What a format cannot express is said before anything is written.
+    """
+    parser.add_argument("run", type=Path, metavar="W", help="directory of a run, or of an exported model")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new directory")
+    parser.add_argument("--format", choices=FORMATS, default="lit_fast", help="default: lit_fast")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
+    parser.add_argument("--average", action="store_true", help="the average of the weights, if one was kept")
+    parser.add_argument("--tower", metavar="FILE", help="the vision tower's weights, where they have moved")
+    parser.add_argument("--vision", action="store_true", help="onnx: the vision tower too")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="onnx: a zero-shot head of these names")
+    parser.add_argument("--templates", type=Path, metavar="FILE", help="onnx: prompts for --classes")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub, as private")
+    parser.add_argument("--public", action="store_true", help="with --push: for all to see")
+
+    def run(args: argparse.Namespace) -> None:
+        from lit_fast.compiled import keep_compiled
+        from lit_fast.model import load
+        from train.export.folder import check_folder, write_folder
+        from train.export.push import check_push, push
+
+        # --- whatever can be wrong is found before the weights are loaded
+        options = _options(args)
+        check_folder(args.out)
+        if args.push:
+            check_push(args.push)
+        elif args.public:
+            raise UserError("--public is for --push OWNER/NAME; without it nothing is uploaded")
+
+        # --- write, and upload if asked to
+        keep_compiled()
+        model = load(args.run, step=args.step, average=args.average, tower=args.tower)
+        write_folder(FORMATS[args.format], model, args.out, options)
+        if args.push:
+            push(args.out, args.push, args.public)
+
+    return run
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in _ONNX if getattr(args, name)}
+    if given and args.format != "onnx":
+        raise UserError(f"--{next(iter(given))} is for --format onnx")
+    return given

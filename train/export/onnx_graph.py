@@ -1,0 +1,83 @@
+"""An ONNX graph that is built operator by operator; a value is known by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, checker, helper, numpy_helper
+
+import lit_fast
+
+# The first operator set with LayerNormalization, and the file format of its time: onnxruntime 1.12 reads it.
+OPSET = 17
+IR_VERSION = 8
+
+# Protocol buffers end at 2 GiB; the room is for what is not weights.
+LARGEST_FILE = (1 << 31) - (1 << 24)
+
+
+class Graph:
+    """Operators in the order in which they were added, and the weights they read."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: list[onnx.TensorProto] = []
+
+    def add(self, operator: str, *inputs: str | np.ndarray | np.generic, **attributes: Any) -> str:
+        """Add an operator, whose inputs are values or constants; returns the name of its output."""
+        names = [
+            x if isinstance(x, str) else self.weight(f"constant_{len(self._weights)}", x) for x in inputs
+        ]
+        output = f"{operator}_{len(self._nodes)}"
+        self._nodes.append(helper.make_node(operator, names, [output], name=output, **attributes))
+        return output
+
+    def weight(self, name: str, array: Any) -> str:
+        """Add an array that is stored with the graph; returns its name."""
+        self._weights.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
+        return name
+
+    def save(
+        self,
+        path: Path,
+        given: tuple[str, type, Sequence[int]],
+        output: str,
+        width: int,
+        metadata: Mapping[str, str],
+        largest_file: int = LARGEST_FILE,
+    ) -> None:
+        """Write the graph and check the file.
+
+        Args:
+          path: the file; of a graph too large for one the weights go to `<path>.data` beside it.
+          given: the input's name, dtype and shape after the batch, which is left open.
+          output: the value that is called "embeddings", float32 [batch, width].
+          width: of the output.
+          metadata: kept in the file by name.
+          largest_file: bytes of weights up to which they are stored in the file itself.
+        """
+        name, dtype, shape = given
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        nodes = [*self._nodes, helper.make_node("Identity", [output], ["embeddings"], name="embeddings")]
+        graph = helper.make_graph(
+            nodes,
+            path.stem,
+            [helper.make_tensor_value_info(name, kind, ["batch", *shape])],
+            [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", width])],
+            self._weights,
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="lit_fast",
+            producer_version=lit_fast.__version__,
+        )
+        helper.set_model_props(model, dict(metadata))
+        external = sum(len(weight.raw_data) for weight in self._weights) > largest_file
+        onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data")
+        checker.check_model(str(path), full_check=True)

@@ -1,0 +1,83 @@
+"""How other code bases are told to make a tower's input, and what of it they cannot do.
+
+open_clip resizes PIL images with torchvision, transformers with PIL or as tensors; all of them antialias.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_fast.errors import UserError
+from lit_fast.preprocess import INTERPOLATIONS, Preprocess
+
+_ANTIALIASED = (
+    "Images that are not {size} x {size} pixels are resized with antialiasing, which lit_fast's tf-squash (that of "
+    "big_vision) does not do: their embeddings differ somewhat."
+)
+_TRANSPARENT = "Transparent images are laid on another background than the tower was trained with."
+_TENSORS = (
+    'Without backend="pil" transformers resizes with torchvision where that is installed; a few pixels then differ by '
+    "a grey level."
+)
+_CORNER = "Where a centre crop cannot be even, it may lie one pixel beside lit_fast's."
+
+
+def check_open_clip(preprocess: Preprocess) -> None:
+    """Raises UserError where open_clip's preprocessing would show the tower another part of the image."""
+    p = preprocess
+    if p.resize != p.size:
+        raise UserError(
+            f"the tower's preprocessing resizes to {p.resize} pixels and cuts out {p.size}, which open_clip cannot; "
+            "export with --format transformers, or embed with --preprocess pil-squash or tf-squash"
+        )
+    if p.interpolation not in ("bilinear", "bicubic"):
+        raise UserError(
+            f"the tower's preprocessing resizes with {p.interpolation}, open_clip only with bilinear or bicubic; "
+            "export with --format transformers"
+        )
+
+
+def open_clip_preprocess(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
+    """open_clip's `preprocess_cfg`, and what differs in words."""
+    p = preprocess
+    config = {
+        "size": p.size,
+        "mode": "RGB",
+        "mean": list(p.mean),
+        "std": list(p.std),
+        "interpolation": p.interpolation,
+        "resize_mode": "squash" if "squash" in p.method else "shortest",
+    }
+    return config, _differences(p, p.method == "hf-crop", alpha="drop")
+
+
+def image_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
+    """transformers' `preprocessor_config.json`, and what differs in words."""
+    p = preprocess
+    square = {"height": p.resize, "width": p.resize}
+    config = {
+        "image_processor_type": "CLIPImageProcessor",  # has all the steps, and does the ones that are named
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": square if "squash" in p.method else {"shortest_edge": p.resize},
+        "resample": int(INTERPOLATIONS[p.interpolation]),
+        "do_center_crop": True,
+        "crop_size": {"height": p.size, "width": p.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(p.mean),
+        "image_std": list(p.std),
+    }
+    corner = p.method == "pil-crop" or (p.resize - p.size) % 2 == 1
+    return config, [_TENSORS, *_differences(p, corner, alpha="white")]
+
+
+def _differences(p: Preprocess, corner: bool, alpha: str) -> list[str]:
+    """`corner`: crops may differ; `alpha`: what the code base does with transparency."""
+    found = {
+        _ANTIALIASED.format(size=p.size): p.method == "tf-squash",
+        _CORNER: corner,
+        _TRANSPARENT: p.alpha != alpha,
+    }
+    return [note for note, applies in found.items() if applies]
