@@ -1,4 +1,4 @@
-"""Runs a tower on the devices of this process and measures what they wait for."""
+"""Keeps the devices of this process busy and measures what they wait for."""
 
 from __future__ import annotations
 
@@ -10,46 +10,17 @@ from contextlib import suppress
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from embed.images import Batch
 from lit_fast.errors import UserError
-from lit_fast.mesh import AXIS, dealt, make_mesh, replicated
-from lit_fast.towers import Tower
 
 # Batches on the device or on their way: enough that it computes while the journal is brought to the disk.
 _AHEAD = 4
 
 
-def default_batch_size() -> int:
-    """Images per device. On a CPU large batches are slow: 98 images/s by 16 and 32, 36 by 64 (ViT-Ti/16)."""
-    return 16 if jax.default_backend() == "cpu" else 64
-
-
 def default_dtype() -> str:
     """The precision of the matrix products that the devices are made for."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def compile_tower(tower: Tower, dtype: str) -> Callable[[np.ndarray], jax.Array]:
-    """The tower over all local devices: uint8 `[n, size, size, 3]` to float32 `[n, width]`.
-
-    `n` is a multiple of the number of devices. Each runs the same program on its own images, so that a
-    vector depends on the images per device and not on the number of devices.
-    """
-    mesh = make_mesh(jax.local_devices())
-    params = jax.device_put(tower.params, replicated(mesh))
-    embed = jax.jit(
-        jax.shard_map(
-            lambda p, x: tower.embed(p, x, jax.numpy.dtype(dtype)),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
-            out_specs=PartitionSpec(AXIS),
-            check_vma=False,
-        )
-    )
-    split = dealt(mesh)
-    return lambda images: embed(params, jax.device_put(images, split))
 
 
 class Waiting:

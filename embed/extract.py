@@ -15,20 +15,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import tensorstore as ts
 
-from embed.device import Waiting, compile_tower, default_batch_size, default_dtype, results
+from embed.device import Waiting, default_dtype, results
 from embed.fetch import check_sources
 from embed.images import Batch, Images, read_ahead
 from embed.journal import Journal
 from embed.signals import held_back
 from lit_fast.dataset import BLOCK, SHARD, Dataset, open_dataset
+from lit_fast.embedding import compile_tower, default_batch_size, open_tower
 from lit_fast.errors import UserError
 from lit_fast.features import (
     BFLOAT16,
@@ -44,7 +44,7 @@ from lit_fast.files import read_object, write_json
 from lit_fast.preprocess import MAX_PIXELS
 from lit_fast.processes import place
 from lit_fast.progress import Progress
-from lit_fast.towers import Tower, load_tower
+from lit_fast.towers import Tower
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def embed_dataset(
         provenance = with_views(tower.provenance(dtype), views) | {"options": options}
         job = Job(
             dataset,
-            Features(dataset, _checked_name(name or tower.name), provenance),
+            Features(dataset, checked_name(name or tower.name), provenance),
             tower,
             shards=list(range(share[0], dataset.shards, share[1])),
             batch_size=batch_size or default_batch_size(),
@@ -141,25 +141,8 @@ def embed_dataset(
             raise UserError("out of memory; lower --batch-size, --workers or --max-pixels") from None
 
 
-def open_tower(spec: str, options: dict[str, Any]) -> Tower:
-    """The tower of a specification and of the options of the command that change it.
-
-    Those are `preprocess`, `resolution`, `gelu`, `pool` and `reduced_decode`; others are not its.
-
-    Raises:
-      UserError: as `load_tower`.
-    """
-    own = ("preprocess", "resolution", "gelu", "pool")
-    tower = load_tower(spec, **{name: value for name, value in options.items() if name in own})
-    if not options.get("reduced_decode"):
-        return tower
-    try:
-        return replace(tower, preprocess=replace(tower.preprocess, reduced=True))
-    except ValueError as error:
-        raise UserError(f"tower {spec}: {error}") from None
-
-
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """A name that can be that of a feature directory; raises UserError for another."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", name):
         raise UserError(f"{name!r} cannot be a directory's name; choose --name of letters, digits and ._=+-")
     return name

@@ -66,7 +66,7 @@ def index_dataset(
             return old
         check_sources(old)
     else:
-        _check_out(out)
+        check_out(out)
     return _index(found, out, seed, names, old)
 
 
@@ -82,7 +82,7 @@ def _index(found: list[Source], out: Path, seed: int, names: Names, old: Dataset
             why = f"; {reading.damages[0]}" if reading.damages else ""
             raise UserError(f"no usable row in {where}{why}{left_out.why()}")
     except UserError:
-        _remove_leftovers(out, existed, old)
+        remove_leftovers(out, existed, old)
         raise
     for line in reading.damages:
         print(f"warning: {line}", file=sys.stderr)
@@ -281,7 +281,8 @@ def _order(rows: list[Row], reading: Reading, seed: int, number: int) -> Iterato
             yield from (inside[i] for i in permutation(len(inside), seed, 2, number, run).tolist())
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Refuse a place for a new dataset that holds anything but what a killed indexing has left."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -293,7 +294,7 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _remove_leftovers(out: Path, existed: bool, old: Dataset | None) -> None:
+def remove_leftovers(out: Path, existed: bool, old: Dataset | None) -> None:
     """A refusal leaves nothing behind, not even what a killed indexing had left."""
     if old is not None:
         remove_other_generations(old)

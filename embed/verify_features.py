@@ -17,12 +17,12 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from embed.device import compile_tower, default_batch_size
-from embed.extract import embed_dataset, journal_path, open_tower
+from embed.extract import embed_dataset, journal_path
 from embed.fetch import check_sources
 from embed.findings import Finding, some
 from embed.images import Images
 from lit_fast.dataset import BLOCK, SHARD, decode_block
+from lit_fast.embedding import compile_tower, default_batch_size, open_tower
 from lit_fast.errors import UserError
 from lit_fast.features import Features, Manifest, embed_command, first_line, first_view, tower_options
 from lit_fast.preprocess import MAX_PIXELS
@@ -40,7 +40,7 @@ _COSINE = {"float32": 0.9999, "bfloat16": 0.99}
 
 def verify_features(features: Features, shards: Iterable[int], sample: int) -> Iterator[Finding]:
     """Findings on some shards of a store; memory for one block per thread."""
-    part, again = f"features {features.tower}", _embed_again(features)
+    part, again = f"features {features.tower}", _again(features)
     manifests: list[Manifest] = []
     grown = False
     readable: list[Manifest] = []
@@ -86,6 +86,8 @@ def repair_features(features: Features, bad: Sequence[Finding], sample: int) -> 
     Raises:
       UserError: the tower's weights or the images are not there, or make other vectors than the store's.
     """
+    if "imported" in features.provenance:
+        raise UserError(f"{features.path} was imported, which cannot be repeated here; {_repair(features)}")
     check_sources(features.dataset)
     tower = _load(features)
     if isinstance(tower, Finding):
@@ -126,7 +128,7 @@ def _wrong_manifest(features: Features, manifest: Manifest) -> tuple[str, str] |
         return f"{path} names another tower than tower.json", _repair(features)
     if manifest.rows < rows:
         what = f"has {manifest.rows:,} of {rows:,} rows, the dataset has grown"
-        return what, _embed_again(features)
+        return what, _again(features)
     if manifest.keys != keys or manifest.rows != rows:
         return f"{path} is of other rows than the dataset has", _repair(features)
     outside = [r for r in manifest.invalid if not manifest.first <= r < manifest.first + rows]
@@ -136,10 +138,12 @@ def _wrong_manifest(features: Features, manifest: Manifest) -> tuple[str, str] |
 
 
 def _repair(features: Features) -> str:
+    if "imported" in features.provenance:
+        return f"delete {features.path} and {_again(features)}"
     return f"mend it with: lit-fast verify {features.dataset.path} --tower {features.tower} --repair"
 
 
-def _embed_again(features: Features) -> str:
+def _again(features: Features) -> str:
     return f"finish it with: {embed_command(features.dataset, features.provenance, features.tower)}"
 
 
@@ -257,6 +261,9 @@ def _keys(features: Features, rows: list[int]) -> list[str]:
 def _load(features: Features) -> Tower | Finding:
     """The tower as tower.json says, or why it cannot be had."""
     part, told = f"features {features.tower}", features.provenance
+    if "imported" in told:
+        what = "no row was embedded anew: the features were imported, from a model that is not at hand"
+        return Finding(part, what, wrong=False)
     try:
         tower = open_tower(told["source"], tower_options(told))
     except UserError as error:

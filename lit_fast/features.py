@@ -3,6 +3,7 @@
     D/features/<tower>/tower.json            provenance: how to make the same vectors again
     D/features/<tower>/zarr.json, c/...      zarr3, shards of 65 536 rows, blocks of 1024, crc32c
     D/features/<tower>/manifest/00000.json   one per finished shard, written last
+    D/features/<tower>/few_shot/             figures, see `lit_fast.few_shot`
 
 A shard exists when its manifest exists. Features are the tower's pooled output, not normalised. Where a
 tower saw several views (crops) of an image, their vectors lie side by side; view 0 is the image as the
@@ -255,15 +256,27 @@ def features_digest(features: np.ndarray) -> str:
 
 
 def embed_command(dataset: Dataset, tower: dict[str, Any], name: str) -> str:
-    """The command that embeds a dataset with a tower: every option that is part of the identity."""
+    """The command that embeds a dataset with a tower: every option that is part of the identity.
+
+    Of imported features, the one that imported them.
+    """
+    if "imported" in tower:
+        told = {name: tower["imported"].get(name, "") for name in ("format", "captions_table", "captions")}
+        options = {"out": dataset.path, "tower": tower["name"]} | told
+        return _command("import-features", tower["source"], options)
     options = {"tower": tower["source"], "name": name} | tower_options(tower)
     options |= {"dtype": tower["dtype"]}
     if tower.get("views", 1) > 1:
         options["views"] = tower["views"]
+    return _command("embed", str(dataset.path), options)
+
+
+def _command(name: str, argument: str, options: dict[str, Any]) -> str:
     words: list[str] = []
     for option, value in options.items():
-        words += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return shlex.join(["lit-fast", "embed", str(dataset.path), *words])
+        if value != "":
+            words += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(["lit-fast", name, argument, *words])
 
 
 def tower_options(tower: dict[str, Any]) -> dict[str, Any]:
@@ -338,5 +351,6 @@ def open_features(dataset: Dataset, tower: str = "") -> Features:
     provenance = read_object(
         file, "name", "source", "identity", "width", "dtype",
         name=str, source=str, identity=str, width=int, views=int, dtype=str, preprocess=dict, options=dict,
+        imported=dict,
     )  # fmt: skip
     return Features(dataset, tower, provenance)

@@ -38,9 +38,8 @@ def read_table(path: str, names: Names) -> Iterator[Item]:
 
 
 def _rows(path: str, names: Names, directory: str, text: IO[str]) -> Iterator[Item]:
-    json_lines = name(path).lower().endswith((".jsonl", ".ndjson"))
     fields: Fields | None = None
-    for number, values in _json_lines(text) if json_lines else _csv_rows(text):
+    for number, values in numbered_rows(path, text):
         if isinstance(values, str):
             yield LeftOut(f"line {number}", values)
             continue
@@ -59,6 +58,12 @@ def _rows(path: str, names: Names, directory: str, text: IO[str]) -> Iterator[It
         yield Damage(f"{path} has no rows")
 
 
+def numbered_rows(path: str, text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Line number and the fields by name, or what is wrong with the line."""
+    json_lines = name(path).lower().endswith((".jsonl", ".ndjson"))
+    return _json_lines(text) if json_lines else _csv_rows(text)
+
+
 def path_fields(names: Names, columns: Iterable[str], where: str) -> Fields:
     """The columns of a table whose images are files: their path is the key."""
     if names.key:
@@ -74,7 +79,6 @@ def path_fields(names: Names, columns: Iterable[str], where: str) -> Fields:
 
 
 def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Line number and the fields by name, or what is wrong with the line."""
     csv.field_size_limit(MAX_CAPTION)
     first = text.readline(MAX_LINE)
     text_lines = _lines(text)

@@ -1,0 +1,1 @@
+"""Features that others have computed, made into a dataset."""
