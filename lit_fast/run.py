@@ -71,7 +71,7 @@ def init_params(model: TextTower, config: Config, mean: np.ndarray) -> Params:
     """Fresh parameters with big_vision's names; `mean` is zero where images are not centred."""
     ids = jnp.zeros((1, model.max_length), jnp.int32)
     params: Params = {
-        "txt": model.init(jax.random.key(config.seed), ids)["params"],
+        "txt": jax.jit(model.init)(jax.random.key(config.seed), ids)["params"],
         "t": jnp.log(jnp.full((1,), config.loss.temperature_init, jnp.float32)),
         "mean": jnp.asarray(mean, jnp.float32),
     }

@@ -94,8 +94,8 @@ def test_a_tower_or_tokenizer_that_is_not_the_run_s(trained_run, tmp_path, capsy
     assert "other.npz is not the vision tower" in capsys.readouterr().err
     text = "a few other words to make a vocabulary of its own from\n" * 50
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()), model_prefix=str(run / "tokenizer"), vocab_size=25, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        sentence_iterator=iter(text.splitlines()), model_prefix=str(run / "tokenizer"), vocab_size=25,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     assert command("search", data, "words", "--model", run, "--page", page) == 2
     assert "tokenizer.model is not the tokenizer that the run was trained with" in capsys.readouterr().err
