@@ -14,28 +14,8 @@ from lit_fast.model import Model
 from lit_fast.zeroshot import canonical_names, canonical_templates, classifier
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-_MOST_BYTES = 16 << 20  # of a file of labels or templates
 _SHOWN = 5  # labels of an image in the table
 _BATCH = 64
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a small UTF-8 file that are not empty.
-
-    Raises:
-      UserError: it cannot be read, or holds none.
-    """
-    try:
-        if path.is_file() and path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{path} is larger than 16 MiB; give one label or template a line")
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    if not any(lines):
-        raise UserError(f"{path} is empty; write one label or template a line")
-    return [line for line in lines if line]
 
 
 def check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:

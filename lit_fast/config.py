@@ -43,6 +43,14 @@ class TextConfig:
     parts: int = 1
 
     @property
+    def layers_keep(self) -> str:
+        """What `lit_fast.transformer.Encoder` is told to keep.
+
+        A part that is worked out again keeps its layers' products while it is in hand.
+        """
+        return {"embeddings": "products", "auto": "everything"}.get(self.keep, self.keep)
+
+    @property
     def shape(self) -> Shape:
         """Variant with the overrides applied."""
         base = VARIANTS[self.variant]

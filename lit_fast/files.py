@@ -10,6 +10,8 @@ from typing import Any
 
 from lit_fast.errors import UserError
 
+_MOST_LINES = 16 << 20  # bytes
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` so that a reader, or a machine that lost power, sees all of it or none.
@@ -75,6 +77,30 @@ def read_object(path: Path, *keys: str, **types: type) -> dict[str, Any]:
         if name in value and type(value[name]) is not kind:
             raise UserError(f"{path} is damaged: {name} is {str(value[name])[:80]!r}")
     return value
+
+
+def read_lines(path: Path) -> tuple[str, ...]:
+    """The lines of a UTF-8 file, stripped; the empty ones at its end do not count.
+
+    Raises:
+      UserError: it cannot be read, is larger than 16 MiB, or has an empty line, which would shift the others.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MOST_LINES + 1)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    if len(data) > _MOST_LINES:
+        raise UserError(f"{path} is larger than 16 MiB; give one name or template a line")
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    if not lines:
+        raise UserError(f"{path} is empty; give one name or template a line")
+    if not all(lines):
+        raise UserError(f"{path} is empty in line {lines.index('') + 1}; each line stands for one")
+    return tuple(lines)
 
 
 def sha256(path: Path) -> str:

@@ -32,17 +32,18 @@ def classify(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all scores to a file")
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.classify import as_json, check_labels, expand_images, format_scores, meaning, read_lines
+        from lit_fast.classify import as_json, check_labels, expand_images, format_scores, meaning
         from lit_fast.classify import classify as scores_of
         from lit_fast.compiled import keep_compiled
+        from lit_fast.files import read_lines
         from lit_fast.model import load
 
         check_output(args.json)
         if args.labels_file:
-            labels = read_lines(args.labels_file)
+            labels = list(read_lines(args.labels_file))
         else:
             labels = [label.strip() for label in args.labels.split(",") if label.strip()]
-        templates = read_lines(args.templates) if args.templates else ["{c}"]
+        templates = list(read_lines(args.templates)) if args.templates else ["{c}"]
         check_labels(labels, templates)
         images = expand_images(args.images)
         keep_compiled()

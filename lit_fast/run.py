@@ -61,8 +61,7 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
         embedding_width=config.embedding_width,
         projected=config.head,
         dropout=config.dropout,
-        # A part that is worked out again keeps its layers' products while it is in hand.
-        keep={"embeddings": "products", "auto": "everything"}.get(config.keep, config.keep),
+        keep=config.layers_keep,
         dtype=jnp.dtype(config.dtype),
     )
 

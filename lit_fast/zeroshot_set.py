@@ -20,7 +20,7 @@ import numpy as np
 
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
-from lit_fast.files import read_json
+from lit_fast.files import read_json, read_lines
 from lit_fast.zeroshot import canonical_names, canonical_templates
 
 BARE_NAMES = "class_name_only"  # big_vision's word for no template at all
@@ -64,7 +64,7 @@ def zero_shot_set(
     Raises:
       UserError: something is missing, or does not fit the rest.
     """
-    names = _lines(classnames) if classnames else dataset.classnames
+    names = read_lines(classnames) if classnames else dataset.classnames
     lacking = [n for n, have in (("labels", labels or dataset.labelled), ("class names", names)) if not have]
     if lacking:
         raise UserError(
@@ -76,7 +76,7 @@ def zero_shot_set(
             f"{classnames} has {len(names)} class names, but {dataset.path} has {len(dataset.classnames)} classes; "
             f"give a name for each, in their order"
         )
-    prompts = (_lines(templates) if templates else dataset.templates) or ("{c}",)
+    prompts = (read_lines(templates) if templates else dataset.templates) or ("{c}",)
     _check_texts(dataset, classnames, canonical_names, names)
     _check_texts(dataset, templates, canonical_templates, prompts)
     row_of, class_of = _labels_of(dataset, labels)
@@ -90,22 +90,6 @@ def zero_shot_set(
         names = tuple(names[number] for number in found)
     where = templates.name if templates else "dataset" if dataset.templates else BARE_NAMES
     return ZeroShotSet(tuple(names), tuple(prompts), where, row_of, class_of, labels is not None)
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    """The lines of a text file; empty ones only at its end, since the others are counted."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    lines = [line.strip() for line in text.rstrip().splitlines()]
-    if not lines:
-        raise UserError(f"{path} is empty")
-    if not all(lines):
-        raise UserError(f"{path} is empty in line {lines.index('') + 1}; each line stands for one")
-    return tuple(lines)
 
 
 def _check_texts(dataset: Dataset, file: Path | None, check: Any, texts: Sequence[str]) -> None:

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from lit_fast.classify import as_json, check_labels, classify, expand_images, format_scores, read_lines
+from lit_fast.classify import as_json, check_labels, classify, expand_images, format_scores
 from lit_fast.config import LossConfig, TextConfig
 from lit_fast.errors import UserError
+from lit_fast.files import read_lines
 from lit_fast.towers import load_tower
 from tests.helpers import encoded, picture
 from tests.trained import random_model
@@ -73,9 +74,9 @@ def test_labels_that_cannot_be_used(labels, templates, message):
 
 def test_files_of_labels(tmp_path):
     file = tmp_path / "labels.txt"
-    file.write_text("\ufeffa cat\n\n  a dog \n", "utf-8")
-    assert read_lines(file) == ["a cat", "a dog"]
-    for data, message in ((b"\n \n", "is empty"), (b"\xff\xfe", "not UTF-8")):
+    file.write_text("\ufeffa cat\n  a dog \n\n", "utf-8")
+    assert read_lines(file) == ("a cat", "a dog")
+    for data, message in ((b"\n \n", "is empty"), (b"\xff\xfe", "not UTF-8"), (b"a\n\nb", "in line 2")):
         file.write_bytes(data)
         with pytest.raises(UserError, match=message):
             read_lines(file)

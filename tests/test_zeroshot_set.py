@@ -82,7 +82,7 @@ def test_labels_by_key_need_none_of_the_datasets(tmp_path: Path) -> None:
         ("a\nb\n\nc\nd\n", r"names\.txt is empty in line 3"),
         ("", r"names\.txt is empty"),
         ("a\nb\n??\nd\ne", r"names\.txt: class name '\?\?' \(number 2\)"),
-        (b"\xff\xfe", r"names\.txt cannot be read as UTF-8"),
+        (b"\xff\xfe", r"names\.txt is not UTF-8"),
     ],
 )
 def test_class_names_that_do_not_fit(tmp_path: Path, names: str | bytes, message: str) -> None:

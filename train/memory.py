@@ -22,7 +22,7 @@ from lit_fast.errors import UserError
 from lit_fast.run import embed_ids, init_params
 from lit_fast.text import TextTower
 from lit_fast.transformer import KEEP
-from train.ahead import compile_step, state_shapes
+from train.ahead import Compiled, compile_step, state_shapes
 
 Build = Callable[[TextConfig], TextTower]
 """The text tower of a configuration."""
@@ -39,9 +39,9 @@ class Fit(NamedTuple):
     """How a run uses a device's memory."""
 
     text: TextConfig  # with `keep` and `parts` chosen
-    bytes: int  # per device; the compiler's figure where there was one, else the estimate
+    bytes: int  # per device; the compiler's figure if it was asked, else the estimate
     limit: int
-    compiled: bool
+    compiled: Compiled | None = None
 
     @property
     def description(self) -> str:
@@ -73,18 +73,18 @@ def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> F
     limit = known or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // mesh.local_mesh.size
     needs = _Needs(config, build, mesh)
     if config.text.keep != "auto":
-        return Fit(config.text, needs.estimate(config.text), limit, False)
+        return Fit(config.text, needs.estimate(config.text), limit)
     least = 0
     for text in _candidates(config, mesh.size, on_cpu):
         need = needs.estimate(text)
         if need > _SHARE * limit and text.keep != "embeddings":
             continue
         if on_cpu and need <= _SHARE * limit:
-            return Fit(text, need, limit, False)
-        if not on_cpu:
-            need = _compiled(config, text, build, mesh)
+            return Fit(text, need, limit)
+        if not on_cpu and (made := _compiled(config, text, build, mesh)):
+            need = made.argument_bytes + made.temporary_bytes
             if need <= _SHARE * limit:
-                return Fit(text, need, limit, True)
+                return Fit(text, need, limit, made)
         least = min(least or need, need)
     raise UserError(
         f"stream.global_batch {config.stream.global_batch} does not fit: it needs {least / 2**30:.1f} GiB a device, "
@@ -153,15 +153,14 @@ class _Needs:
         return self._kept[text]
 
 
-def _compiled(config: Config, text: TextConfig, build: Build, mesh: Mesh) -> int:
-    """Bytes of a device by the compiler; more than any device has if it gives up."""
+def _compiled(config: Config, text: TextConfig, build: Build, mesh: Mesh) -> Compiled | None:
+    """None if the compiler finds that it does not fit."""
     try:
-        made = compile_step(build(text), dataclasses.replace(config, text=text), mesh)
+        return compile_step(build(text), dataclasses.replace(config, text=text), mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise
-        return 2**62
-    return made.argument_bytes + made.temporary_bytes
+        return None
 
 
 def _bytes(tree: Any) -> int:

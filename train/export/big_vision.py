@@ -64,7 +64,9 @@ def write(model: Model, folder: Path) -> None:
     """Write the files into an empty folder."""
     np.savez(folder / WEIGHTS, allow_pickle=False, **arrays(model))
     (folder / "tokenizer.model").write_bytes(model.tokenizer.model)
-    (folder / "README.md").write_text(model_card(model, _use(model), _notes(model)), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(model, _use(model), _notes(model), library="big_vision"), encoding="utf-8"
+    )
 
 
 def arrays(model: Model) -> dict[str, np.ndarray]:

@@ -20,12 +20,13 @@ decisions about people. Figures are of the sets named here and do not carry over
 """
 
 
-def model_card(model: Model, use: str, notes: Sequence[str] = ()) -> str:
+def model_card(model: Model, use: str, notes: Sequence[str] = (), library: str = "lit_fast") -> str:
     """A `README.md` with the front matter of the Hugging Face Hub.
 
     Args:
       use: Markdown that says how the files are used.
       notes: sentences about what this format does differently.
+      library: that loads the files.
 
     Raises:
       UserError: the run's receipt is damaged.
@@ -38,7 +39,7 @@ def model_card(model: Model, use: str, notes: Sequence[str] = ()) -> str:
             "its figures"
         ) from None
     sections = [
-        f"{_front_matter(model)}# {model.name}\n",
+        f"{_front_matter(model, library)}# {model.name}\n",
         _what(model),
         f"## Use\n\n{use}",
         *([f"## Differences\n\n{_list(notes)}"] if notes else []),
@@ -58,10 +59,10 @@ def licence(model: Model) -> str:
     return ""
 
 
-def _front_matter(model: Model) -> str:
+def _front_matter(model: Model, library: str) -> str:
     """YAML; JSON's strings and lists are YAML's."""
     entries: dict[str, Any] = {
-        "library_name": "lit_fast",
+        "library_name": library,
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["siglit", "clip", "image-text-retrieval", "contrastive"],
     }
@@ -77,7 +78,7 @@ def _front_matter(model: Model) -> str:
 def _what(model: Model) -> str:
     told, shape = model.tower_json, model.config.shape
     known = licence(model)
-    rights = f"{known} (of the tower; it is part of these files)" if known else "not known"
+    rights = f"{known} (of the vision tower)" if known else "not known"
     return (
         "Images and texts as vectors of one space: a frozen public vision tower, and a text tower trained for it "
         f"with the {model.loss.name} loss (SigLiT, https://arxiv.org/abs/2303.15343, section 4.4).\n\n"

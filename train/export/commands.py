@@ -18,7 +18,7 @@ FORMATS = {
     "onnx": "train.export.onnx",
 }
 # The options that only one format takes; its functions take them by these names.
-_ONNX = ("vision", "classes", "templates")
+_OPTIONS = {"onnx": ("vision", "classes", "templates"), "open_clip": ("nearest_pixels",)}
 
 
 def export(parser: argparse.ArgumentParser) -> Run:
@@ -36,6 +36,11 @@ def export(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--vision", action="store_true", help="onnx: the vision tower too")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="onnx: a zero-shot head of these names")
     parser.add_argument("--templates", type=Path, metavar="FILE", help="onnx: prompts for --classes")
+    parser.add_argument(
+        "--nearest-pixels",
+        action="store_true",
+        help="open_clip: where it cannot make the very pixels that the tower was trained with, the nearest it can",
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub, as private")
     parser.add_argument("--public", action="store_true", help="with --push: for all to see")
 
@@ -64,7 +69,16 @@ def export(parser: argparse.ArgumentParser) -> Run:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, name) for name in _ONNX if getattr(args, name)}
-    if given and args.format != "onnx":
-        raise UserError(f"--{next(iter(given))} is for --format onnx")
+    """Those of the format.
+
+    Raises:
+      UserError: one of another format was given.
+    """
+    given: dict[str, Any] = {}
+    for owner, names in _OPTIONS.items():
+        for name in names:
+            if getattr(args, name) and args.format != owner:
+                raise UserError(f"--{name.replace('_', '-')} is for --format {owner}")
+            if getattr(args, name):
+                given[name] = getattr(args, name)
     return given

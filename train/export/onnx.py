@@ -24,8 +24,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lit_fast.classify import read_lines
 from lit_fast.errors import UserError
+from lit_fast.files import read_lines
 from lit_fast.model import Model
 from lit_fast.normalize import normalize
 from lit_fast.run import Params, embed_ids, text_tower
@@ -96,7 +96,7 @@ def write(
     if names:
         np.save(folder / "zero_shot.npy", classifier(names, prompts, model.embed_text), allow_pickle=False)
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    card = model_card(model, use(model, vision, bool(names)), _NOTES)
+    card = model_card(model, use(model, vision, bool(names)), _NOTES, library="onnx")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -171,8 +171,8 @@ def _prompts(classes: Path | None, templates: Path | None) -> tuple[list[str], l
     """Class names and templates, checked."""
     if classes is None:
         return [], []
-    names = read_lines(classes)
-    prompts = ["{c}"] if templates is None else read_lines(templates)
+    names = list(read_lines(classes))
+    prompts = ["{c}"] if templates is None else list(read_lines(templates))
     for path, check_lines, lines in (
         (classes, canonical_names, names),
         (templates, canonical_templates, prompts),

@@ -69,15 +69,20 @@ _CLEANED = (
 _RANGE = "The text tower has one more layer, which pools, and needs float32 or bfloat16: float16 overflows (--no_amp)."
 
 
-def check(model: Model) -> None:
-    """Raises UserError naming what open_clip cannot express; nothing has been written then."""
+def check(model: Model, *, nearest_pixels: bool = False) -> None:
+    """Raises UserError naming what open_clip cannot express; nothing has been written then.
+
+    Args:
+      nearest_pixels: preprocessing may differ; the card will say so.
+    """
     pooling = model.config.pooling
     if pooling in ("max", "map"):
         raise UserError(
             f"open_clip has no text tower of text.pooling {pooling!r}; export with --format lit_fast or onnx"
         )
     check_tokenizer(model.tokenizer)
-    check_open_clip(model.tower.preprocess)
+    if not nearest_pixels:
+        check_open_clip(model.tower.preprocess)
     tower = model.tower
     if not _native(tower.architecture) and timm_name(tower.architecture, tower.preprocess.size) is None:
         a = tower.architecture
@@ -87,7 +92,7 @@ def check(model: Model) -> None:
         )
 
 
-def write(model: Model, folder: Path) -> None:
+def write(model: Model, folder: Path, *, nearest_pixels: bool = False) -> None:
     """Write open_clip_config.json, open_clip_model.safetensors, the tokenizer's files and a card."""
     preprocess, notes = open_clip_preprocess(model.tower.preprocess)
     text_config, text = _text(model)
@@ -109,7 +114,7 @@ def write(model: Model, folder: Path) -> None:
     write_tokenizer(model.tokenizer, folder, masked=model.config.mask_padding)
     notes += [_CLEANED] + ([] if _text_is_native(model) else [_RANGE])
     use = _USE.format(name=model.name, width=model.width)
-    (folder / "README.md").write_text(model_card(model, use, notes), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model, use, notes, library="open_clip"), encoding="utf-8")
 
 
 def _text_is_native(model: Model) -> bool:

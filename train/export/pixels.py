@@ -14,6 +14,11 @@ _ANTIALIASED = (
     "Images that are not {size} x {size} pixels are resized with antialiasing, which lit_fast's tf-squash (that of "
     "big_vision) does not do: their embeddings differ somewhat."
 )
+_ZOOMED = (
+    "The tower was trained on the centre {size} pixels of an image resized to {resize}. open_clip can only resize to "
+    "{size}, so the model sees more of each image here: embeddings and figures differ somewhat from those of the run. "
+    "Pixels prepared as {resize}, cut to {size}, give the run's own."
+)
 _TRANSPARENT = "Transparent images are laid on another background than the tower was trained with."
 _TENSORS = (
     'Without backend="pil" transformers resizes with torchvision where that is installed; a few pixels then differ by '
@@ -28,12 +33,13 @@ def check_open_clip(preprocess: Preprocess) -> None:
     if p.resize != p.size:
         raise UserError(
             f"the tower's preprocessing resizes to {p.resize} pixels and cuts out {p.size}, which open_clip cannot; "
-            "export with --format transformers, or embed with --preprocess pil-squash or tf-squash"
+            "export with --format transformers, embed with --preprocess pil-squash or tf-squash, or let the pictures "
+            "differ: --nearest-pixels"
         )
     if p.interpolation not in ("bilinear", "bicubic"):
         raise UserError(
             f"the tower's preprocessing resizes with {p.interpolation}, open_clip only with bilinear or bicubic; "
-            "export with --format transformers"
+            "export with --format transformers, or let the pictures differ: --nearest-pixels"
         )
 
 
@@ -45,10 +51,11 @@ def open_clip_preprocess(preprocess: Preprocess) -> tuple[dict[str, Any], list[s
         "mode": "RGB",
         "mean": list(p.mean),
         "std": list(p.std),
-        "interpolation": p.interpolation,
+        "interpolation": "bicubic" if p.interpolation not in ("bilinear", "bicubic") else p.interpolation,
         "resize_mode": "squash" if "squash" in p.method else "shortest",
     }
-    return config, _differences(p, p.method == "hf-crop", alpha="drop")
+    zoomed = [_ZOOMED.format(size=p.size, resize=p.resize)] if p.resize != p.size else []
+    return config, zoomed + _differences(p, p.method == "hf-crop", alpha="drop")
 
 
 def image_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:

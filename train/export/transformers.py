@@ -106,7 +106,7 @@ def write(model: Model, folder: Path) -> None:
             "The text tower has one more layer, which pools, and needs float32 or bfloat16: float16 overflows."
         )
     use = _USE.format(name=model.name, width=model.width, bias=bias, length=model.tokenizer.max_length)
-    (folder / "README.md").write_text(model_card(model, use, notes), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model, use, notes, library="transformers"), encoding="utf-8")
 
 
 def _is_siglip(model: Model) -> bool:
