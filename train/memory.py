@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from lit_fast.config import Config, TextConfig
 from lit_fast.errors import UserError
-from lit_fast.run import embed_ids, init_params
+from lit_fast.run import embed_ids
 from lit_fast.text import TextTower
 from lit_fast.transformer import KEEP
 from train.ahead import Compiled, compile_step, state_shapes
@@ -74,21 +73,19 @@ def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> F
     needs = _Needs(config, build, mesh)
     if config.text.keep != "auto":
         return Fit(config.text, needs.estimate(config.text), limit)
-    least = 0
+    room, least = _SHARE * limit, math.inf
     for text in _candidates(config, mesh.size, on_cpu):
-        need = needs.estimate(text)
-        if need > _SHARE * limit and text.keep != "embeddings":
-            continue
-        if on_cpu and need <= _SHARE * limit:
-            return Fit(text, need, limit)
-        if not on_cpu and (made := _compiled(config, text, build, mesh)):
-            need = made.argument_bytes + made.temporary_bytes
-            if need <= _SHARE * limit:
-                return Fit(text, need, limit, made)
-        least = min(least or need, need)
+        need, made = needs.estimate(text), None
+        # The leanest are tried even if the estimate is against it.
+        if not on_cpu and (need <= room or text.keep == "embeddings"):
+            made = _compiled(config, text, build, mesh)
+            need = made.argument_bytes + made.temporary_bytes if made else 2 * limit
+        if need <= room:
+            return Fit(text, int(need), limit, made)
+        least = min(least, need)
     raise UserError(
-        f"stream.global_batch {config.stream.global_batch} does not fit: it needs {least / 2**30:.1f} GiB a device, "
-        f"which has {limit / 2**30:.1f}; take a smaller batch, a smaller text tower or more devices"
+        f"stream.global_batch {config.stream.global_batch} does not fit: it needs {least / 2**30:.3g} GiB a device, of "
+        f"{room / 2**30:.3g} that a run may take; choose a smaller batch, a smaller text tower or more devices"
     )
 
 
@@ -118,7 +115,7 @@ class _Needs:
         self._texts = config.stream.global_batch * config.stream.captions_per_image // mesh.size
         model = build(config.text)
         state = state_shapes(model, config)
-        params = _bytes(state.params)
+        self._params, params = state.params, _bytes(state.params)
         # The gradients, the updates, and the weights in the dtype of the products.
         self._fixed = _bytes(state) + 3 * params
         tile = min(config.loss.tile, config.stream.global_batch // mesh.size)
@@ -141,12 +138,11 @@ class _Needs:
         text = dataclasses.replace(text, parts=1)
         if text not in self._kept:
             model = self._build(text)
-            params = jax.eval_shape(lambda: init_params(model, self._config, np.zeros(model.out_dim)))
 
             def given(texts: int) -> int:
                 ids = jax.ShapeDtypeStruct((texts, model.max_length), jnp.int32)
                 embed = lambda p, ids: jax.vjp(lambda p: embed_ids(model, p, ids), p)[1]  # noqa: E731
-                return _bytes(jax.eval_shape(embed, params, ids))
+                return _bytes(jax.eval_shape(embed, self._params, ids))
 
             # Twice, to be rid of the parameters, which it is given as well.
             self._kept[text] = (given(16) - given(8)) / 8
