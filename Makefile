@@ -29,9 +29,13 @@ parity: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[parity]'
 	$(BIN)/python -m pytest -k 'timm or transformers or huggingface or torch'
 
+# The tables of benchmarks/README.md, but for those that take hours (learning) or libtpu (memory).
 bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[bench]'
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.embed
+	$(BIN)/python -m benchmarks.evaluate
+	$(BIN)/python -m benchmarks.search
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
