@@ -11,8 +11,10 @@ import inspect
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
+from types import FrameType
 from typing import NoReturn
 
 import lit_fast
@@ -54,39 +56,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     143 after SIGTERM (both leave work that the same command goes on with).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if _importing(frame):
+            later = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            later.daemon = True
+            later.start()
+            return
+        came.append(number)
+        # Nothing between here and there swallows a SystemExit.
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, stop)
         _dispatch(argv)
         sys.stdout.flush()
-    except UserError as error:
-        print(f"lit-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (
-        OSError
-    ) as error:  # a full disk, a missing permission: the file and the reason are all there is to say
-        if isinstance(error, BrokenPipeError):  # `lit-fast info D | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"lit-fast: error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nlit-fast: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except _Terminated:
-        print("lit-fast: terminated; the same command goes on from here", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+    except BaseException as error:
+        if came:
+            how = "\nlit-fast: interrupted" if came[0] == signal.SIGINT else "lit-fast: terminated"
+            print(f"{how}; the same command goes on from here", file=sys.stderr)
+            return 128 + came[0]
+        return _status(error)
     return 0
 
 
-class _Terminated(SystemExit):
-    """SIGTERM came; nothing between here and `main` swallows a SystemExit."""
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported; extension modules do not bear being cut short there."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
-    raise _Terminated(128 + signum)
+def _status(error: BaseException) -> int:
+    """Says what went wrong, if it is not a defect, which is raised again."""
+    if isinstance(error, UserError):
+        print(f"lit-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if isinstance(error, BrokenPipeError):  # `lit-fast info D | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if isinstance(error, OSError):  # a full disk, a missing permission: the file and the reason say it all
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"lit-fast: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0
+    raise error
 
 
 def _dispatch(argv: list[str]) -> None:
