@@ -165,13 +165,21 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _write_results(out: Path | None, results: list[dict[str, Any]]) -> None:
-    """CLIP_benchmark keeps one object in a file, under this name, and cannot read a list."""
+    """CLIP_benchmark keeps one object in a file, under this name, and cannot read a list.
+
+    What the evaluation was given in place of the dataset's own stands in the name too, so that one with other labels
+    or templates does not take its place.
+    """
+    from lit_fast.evaluate import NAMED
+    from lit_fast.zeroshot_set import OWN_TEMPLATES
+
     if out is None or not out.is_dir():
         write_json_output(out, results[0] if len(results) == 1 else results)
         return
+    said = ("dataset", "pretrained", "model", "language", "task", "train_dataset", *NAMED)
     for result in results:
-        said = ("dataset", "pretrained", "model", "language", "task", "train_dataset")
-        parts = (str(result[part]) for part in said if result.get(part))
+        usual = "template_set" if result.get("template_set") in OWN_TEMPLATES else ""
+        parts = (str(result[part]) for part in said if part != usual and result.get(part))
         write_json_output(out / ("_".join(parts).replace("/", "_").replace(" ", "_") + ".json"), result)
 
 

@@ -47,6 +47,7 @@ class Record:
     status: str  # "finished", "stopped", or "unfinished": at work or killed
     steps: tuple[int, int]  # done, wanted
     devices: str
+    memory: dict[str, Any]  # as in the receipt; empty if that does not say
     config: dict[str, Any]
     spent: Spent
     speed: dict[str, float]
@@ -74,7 +75,7 @@ def read_record(path: Path) -> Record:
     lines = read_metrics(path / "metrics.jsonl")
     done = max((line["step"] for line in lines), default=0)
     file = path / "receipt.json"
-    receipt = read_object(file, "status", "steps_done", "hardware") if file.is_file() else {}
+    receipt = read_object(file, "status", "steps_done", "hardware", memory=dict) if file.is_file() else {}
     try:
         current = bool(receipt) and receipt["steps_done"] >= done
         hardware = receipt.get("hardware", {})
@@ -88,6 +89,7 @@ def read_record(path: Path) -> Record:
         status=str(receipt["status"]) if current else "unfinished",
         steps=(receipt["steps_done"] if current else done, wanted),
         devices=devices,
+        memory=receipt.get("memory", {}),
         config=config,
         spent=spent([*lines, receipt]),
         speed=speed(lines),
@@ -126,6 +128,7 @@ def as_json(records: Sequence[Record]) -> dict[str, Any]:
                 "steps_done": r.steps[0],
                 "steps": r.steps[1],
                 "devices": r.devices if r.devices != _NONE else None,
+                "memory": r.memory or None,
                 "elapsed_seconds": r.spent.seconds,
                 "chip_hours": r.spent.chip_hours,
                 **r.speed,
@@ -149,6 +152,8 @@ def table_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
         row("status", lambda r: r.status),
         row("steps", lambda r: f"{r.steps[0]:,} of {r.steps[1]:,}"),
         row("devices", lambda r: r.devices),
+        row("text.keep, in use", lambda r: str(r.memory.get("keep", _NONE))),
+        row("text.parts, in use", lambda r: str(r.memory.get("parts", _NONE))),
     ]
     for key in differing(records):
         rows.append(row(key, lambda r, key=key: str(r.config.get(key, _NONE))))  # type: ignore[misc]

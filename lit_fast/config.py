@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from lit_fast.config_checks import check_values
 from lit_fast.errors import UserError
 from lit_fast.variants import VARIANTS, Shape
 
@@ -36,7 +36,7 @@ class TextConfig:
     dtype: str = "bfloat16"  # of the matrix products; parameters stay float32
     # Memory. A device works through its texts in equal parts. For the backward pass the layers keep "everything",
     # their matrix "products", of these the "hidden" ones of the MLP, or their "inputs" alone; or a part keeps its
-    # "embeddings" alone. The rest is worked out again: 0, 0, 8, 22 or 33 % more work. The less is kept, the larger
+    # "embeddings" alone. The rest is worked out again: 0, 0, 9, 22 or 33 % more work. The less is kept, the larger
     # the batch; with "embeddings" it hardly takes memory. "auto" chooses both keys, the fastest way that the
     # device has room for (train/memory.py).
     keep: str = "auto"
@@ -185,29 +185,14 @@ class Config:
 # What may change between the parts of one run: it does not touch the parameters, or is known by identity.
 FREE = ("evaluate", "checkpoint", "log", "dataset", "tower", "tokenizer", "stream.noise")
 
-_CHOICES = {
-    "text.variant": tuple(VARIANTS),
-    "text.keep": ("auto", "everything", "products", "hidden", "inputs", "embeddings"),
-    "text.pooling": ("last", "first", "mean", "max", "map"),
-    "text.dtype": ("float32", "bfloat16"),
-    "loss.name": ("sigmoid", "softmax"),
-    "loss.same_image": ("positive", "mask"),
-    "loss.same_caption": ("negative", "mask"),
-    "loss.negatives": ("all", "random", "hardest", "easiest"),
-    "loss.precision": ("default", "high", "highest"),
-    "optimizer.name": ("lion", "adam", "adafactor"),
-    "optimizer.schedule": ("cosine", "linear", "rsqrt"),
-    "optimizer.momentum_dtype": ("float32", "bfloat16"),
-    "optimizer.weight_decay_convention": ("paper", "optax"),
+# Keys of earlier versions, and what to do instead.
+REMOVED = {
+    "text.kept_parts": "text.keep says what is kept, and by itself chooses what the device has room for",
 }
-_AT_LEAST_ONE = (
-    "steps", "text.parts", "loss.tile", "stream.global_batch", "stream.captions_per_image", "stream.streams",
-    "stream.window_blocks", "optimizer.timescale", "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
-)  # fmt: skip
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file and apply `--section.key value` overrides.
+def load_config(path: Path, overrides: Sequence[str] = (), ignored: Collection[str] = ()) -> Config:
+    """Read a TOML file and apply `--section.key value` overrides; `ignored` keys may stand in it.
 
     Raises:
       UserError: unreadable file, unknown key (the nearest known one is named), wrong type or value.
@@ -220,6 +205,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"config {path} does not exist") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from None
+    values = {key: value for key, value in values.items() if key not in ignored}
     for key in values:
         _check_known(key, known, f"in {path}")
     for key, text in given:
@@ -239,7 +225,7 @@ def build_config(values: dict[str, Any], where: str) -> Config:
     config = _build(Config, "", values)
     if config.examples > 0 and config.stream.global_batch > 0:
         config = dataclasses.replace(config, steps=max(1, config.examples // config.stream.global_batch))
-    _check_values(config)
+    check_values(config, flatten(config))
     return config
 
 
@@ -298,6 +284,8 @@ def _pairs(arguments: Sequence[str], known: dict[str, Any]) -> list[tuple[str, s
 def _check_known(key: str, known: dict[str, Any], where: str) -> None:
     if key in known:
         return
+    if key in REMOVED:
+        raise UserError(f"config key {key} {where} is no more; leave it out: {REMOVED[key]}")
     # The last part alone often tells what was meant: "learning_rate" for "optimizer.learning_rate".
     near = difflib.get_close_matches(key, known, 1, 0.5)
     near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]] or near
@@ -347,68 +335,3 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         return tuple(value)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     raise UserError(f"config key {key} must be {names.get(hint, 'a list of strings')}, not {value!r}")
-
-
-def _check_values(config: Config) -> None:
-    values = flatten(config)
-    for key, choices in _CHOICES.items():
-        if values[key] not in choices:
-            raise UserError(f"config key {key} must be one of {', '.join(choices)}, not {values[key]!r}")
-    for key in _AT_LEAST_ONE:
-        if values[key] < 1:
-            raise UserError(f"config key {key} must be at least 1, not {values[key]}")
-    for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"config key {key} must be a finite number, not {value}")
-        if isinstance(value, int | float) and value < 0 and key != "loss.bias_init":
-            raise UserError(f"config key {key} must not be negative, not {value}")
-    for key, bound in {"steps": 2**31, "seed": 2**32 - 1, "stream.global_batch": 2**31}.items():
-        if values[key] >= bound:
-            raise UserError(f"config key {key} must be below {bound}, not {values[key]}")
-    for key in ("text.dropout", "optimizer.b1", "optimizer.b2", "optimizer.average_decay"):
-        if values[key] >= 1:
-            raise UserError(f"config key {key} must be below 1, not {values[key]}")
-    for key in ("stream.corrupt_images", "stream.corrupt_texts", "stream.corrupt_alignment"):
-        if values[key] > 1:
-            raise UserError(f"config key {key} must be at most 1, not {values[key]}")
-    if bool(config.stream.noise) != bool(config.stream.corrupt_images):
-        raise UserError(
-            "stream.corrupt_images above 0 and stream.noise go together: the noise is a dataset made with lit-fast "
-            "index noise:1024 --out N, then lit-fast embed N with the tower of the run"
-        )
-    _check_loss(config.loss)
-    shape = config.text.shape
-    if config.text.keep == "auto" and config.text.parts > 1:
-        raise UserError(
-            'text.parts is chosen by text.keep = "auto"; leave it out, or say what is kept: text.keep = "products"'
-        )
-    if shape.width % shape.heads:
-        raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")
-    for key in ("warmup_steps", "cooldown_steps"):
-        if getattr(config.optimizer, key) >= config.steps > 1:
-            raise UserError(
-                f"optimizer.{key} {getattr(config.optimizer, key)} must be below steps {config.steps}"
-            )
-
-
-def _check_loss(loss: LossConfig) -> None:
-    if loss.temperature_init <= 0:
-        raise UserError("config key loss.temperature_init must be positive")
-    if 0 < loss.temperature_max < loss.temperature_init:
-        raise UserError(
-            f"loss.temperature_init {loss.temperature_init} is above loss.temperature_max {loss.temperature_max}"
-        )
-    if loss.bias_init != LossConfig.bias_init and (loss.name == "softmax" or not loss.bias):
-        reason = 'loss.name = "softmax"' if loss.name == "softmax" else "loss.bias = false"
-        raise UserError(f"with {reason} there is no bias; leave out loss.bias_init")
-    if loss.negatives == "all":
-        if loss.negatives_per_positive:
-            raise UserError(
-                'loss.negatives_per_positive needs loss.negatives = "random", "hardest" or "easiest"'
-            )
-    elif loss.name == "softmax":
-        raise UserError(f'loss.negatives = "{loss.negatives}" is for the sigmoid loss, not for softmax')
-    elif not loss.negatives_per_positive:
-        raise UserError(
-            f'loss.negatives = "{loss.negatives}" needs loss.negatives_per_positive above 0, such as 1.6'
-        )

@@ -27,6 +27,7 @@ from lit_fast.zeroshot import EmbedText, accuracies, accuracy_table, chance_accu
 from lit_fast.zeroshot_set import ZeroShotSet, zero_shot_set
 
 AVERAGE = "average"  # in place of a language
+NAMED = ("template_set", "class_names", "labels", "candidates")  # of a zero-shot result, see `ZeroShotSet`
 
 Evaluate = Callable[[np.ndarray, np.ndarray, EmbedText], list[dict[str, Any]]]
 """Of (rows int64 [n], rising, that have an embedding, their normalised embeddings float32 [n, D], texts to
@@ -88,6 +89,7 @@ def _zero_shot(
         "classes": count,
         "templates": len(asked.templates),
         "template_set": asked.template_set,
+        **asked.given,
     }
     measure, table = partial(accuracies, count), accuracy_table(best, labels)
     figures, intervals = measured(measure, table), bootstrap(measure, table)

@@ -15,7 +15,7 @@ import numpy as np
 
 from lit_fast.dataset import Dataset
 from lit_fast.document import bar, document, section, table
-from lit_fast.evaluate import captions_by_language
+from lit_fast.evaluate import NAMED, captions_by_language
 from lit_fast.gallery import STYLE, Picture, cards, strip, thumbnail
 from lit_fast.pictures import ReadPicture, picture_reader
 from lit_fast.zeroshot import EmbedText, classifier
@@ -179,7 +179,8 @@ def retrieval_sections(
 
 def _queries(pools: Sequence[_Pool], most: int, size: Callable[[_Pool], int]) -> Iterator[tuple[_Pool, int]]:
     """Queries drawn from each pool in turn, `most` in all if there are so many."""
-    drawn = [np.random.default_rng(0).permutation(size(pool))[:most].tolist() for pool in pools]
+    generator = np.random.default_rng(0)  # one for all: languages of the same images draw different ones
+    drawn = [generator.permutation(size(pool))[:most].tolist() for pool in pools]
     turns = ((pool, i) for turn in zip_longest(*drawn) for pool, i in zip(pools, turn, strict=True))
     return islice(((pool, i) for pool, i in turns if i is not None), most)
 
@@ -226,7 +227,7 @@ def figures_section(title: str, results: Sequence[dict[str, Any]]) -> str:
             chance = result["chance"][name]
             cells = [
                 _percent(value),
-                " to ".join(map(_percent, result["interval_95"][name])),
+                "{:.1f} to {:.1f} %".format(*(100 * end for end in result["interval_95"][name])),
                 _percent(chance),
             ]
             if seeded:
@@ -237,12 +238,14 @@ def figures_section(title: str, results: Sequence[dict[str, Any]]) -> str:
     headings = ["reached", *(["draws"] if seeded else []), "95 % interval", "chance"]
     head = "".join(f'<th class="number">{heading}</th>' for heading in headings)
     counted = ("images", "texts", "classes", "templates", "train_images")
-    told = ", ".join(f"{results[-1][k]:,} {k.replace('_', ' ')}" for k in counted if k in results[-1])
+    told = [f"{results[-1][k]:,} {k.replace('_', ' ')}" for k in counted if k in results[-1]]
+    told += [f"{k.replace('_', ' ')} {results[-1][k]}" for k in NAMED if k in results[-1]]
+    over = " and over the draws of those learnt from" if seeded else ""
     return section(
         title,
         f'<div class="scroll"><table class="figures"><thead><tr><th>figure</th>{head}<th class="bars"></th></tr>'
         f"</thead><tbody>{''.join(rows)}</tbody></table></div>",
-        f"{told}. {_FIGURES_NOTE}{' and over the draws of those learnt from' if seeded else ''}, not over trainings.",
+        f"{', '.join(told)}. {_FIGURES_NOTE}{over}, not over trainings.",
     )
 
 
@@ -343,4 +346,6 @@ _STYLE = """
 .described { display:flex; gap:1rem } .described figure img { width:128px }
 .described ul { list-style:none; margin:0; padding:0 } .described .own { color:var(--good); font-weight:600 }
 .described .note { font-variant-numeric:tabular-nums }
+@media (max-width:480px) { .described figure { width:96px } }
+@media (max-width:640px) { .figures { font-size:.84rem } .figures th,.figures td { padding-right:.5rem } }
 """

@@ -81,5 +81,5 @@ figure img,.absent {{ border:3px solid transparent; border-radius:5px; display:b
 .wrong img,.wrong .absent {{ border-color:var(--bad) }}
 figcaption {{ font-size:.8rem; line-height:1.35; color:var(--quiet); margin-top:.2rem; overflow-wrap:anywhere;
   white-space:pre-line }}
-@media (max-width:640px) {{ figure {{ width:96px }} .absent {{ width:96px }} }}
+@media (max-width:480px) {{ figure {{ width:calc((100% - 1.2rem) / 3) }} .absent {{ width:100% }} }}
 """

@@ -17,7 +17,7 @@ from typing import Any
 from lit_fast.dataset import Dataset, open_dataset
 from lit_fast.errors import UserError
 from lit_fast.features import embed_command, open_features, stored_towers
-from lit_fast.files import read_json
+from lit_fast.files import read_json, read_object
 from lit_fast.metrics import evaluations, read_metrics
 from lit_fast.tokens import open_tokens, stored_tokenizers
 
@@ -198,6 +198,8 @@ def _run(path: Path) -> dict[str, Any]:
     tokenizer = _guarded(file, problems, _selected, file, "identity", "vocab_size", "max_length")
     if not Path(dataset).exists():
         problems.append(f"dataset {dataset} does not exist here; going on needs it")
+    file = path / "receipt.json"
+    memory = _guarded(file, problems, _memory, file) if file.is_file() else None
     lines = read_metrics(path / "metrics.jsonl")
     checkpoints = sorted(int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit())
     finished = bool(checkpoints) and checkpoints[-1] >= steps
@@ -216,11 +218,20 @@ def _run(path: Path) -> dict[str, Any]:
         "dataset": dataset,
         "tower": tower,
         "tokenizer": tokenizer,
+        "memory": memory,
         "metrics": next((line for line in reversed(lines) if isinstance(line.get("loss"), float)), None),
         "evaluations": evaluations(lines),
         "todo": todo,
         "problems": problems,
     }
+
+
+def _memory(receipt: Path) -> dict[str, Any]:
+    memory = read_object(receipt, memory=dict).get("memory")
+    if memory is None:  # of an earlier version
+        return {}
+    numbers = {key: int(memory[key]) for key in ("parts", "bytes", "limit_bytes")}
+    return {"keep": str(memory["keep"]), "bytes_by": str(memory["bytes_by"])} | numbers
 
 
 def _selected(path: Path, *keys: str) -> dict[str, Any]:
@@ -297,6 +308,9 @@ def _run_lines(value: dict[str, Any]) -> list[tuple[str, str]]:
     if tokenizer:
         text = f"{tokenizer['vocab_size']:,} pieces, at most {tokenizer['max_length']} tokens"
         lines.append(("tokenizer", f"{text}, identity {tokenizer['identity'][:8]}"))
+    if memory := value["memory"]:
+        text = f"keeps {memory['keep']}, parts {memory['parts']}; {_size(memory['bytes'])} a device of "
+        lines.append(("memory", f"{text}{_size(memory['limit_bytes'])}, by {memory['bytes_by']}"))
     if metrics:
         figures = {
             k: f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float | int) and k != "step"

@@ -6,12 +6,15 @@ What they import is imported when they run, so that `--help` is fast.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from lit_fast.cli import Run
 from lit_fast.errors import UserError
 from lit_fast.outputs import check_output, write_json_output, write_output
+
+_MODEL = "LIT_FAST_MODEL"
 
 
 def classify(parser: argparse.ArgumentParser) -> Run:
@@ -38,6 +41,7 @@ def classify(parser: argparse.ArgumentParser) -> Run:
         from lit_fast.files import read_lines
         from lit_fast.model import load
 
+        _check_model(args)
         check_output(args.json)
         if args.labels_file:
             labels = list(read_lines(args.labels_file))
@@ -82,6 +86,7 @@ def search(parser: argparse.ArgumentParser) -> Run:
         if options := [word for word in args.unknown if word.startswith("-")]:
             parser.error(f"unrecognized arguments: {' '.join(options)}")
         args.queries += args.unknown
+        _check_model(args)
         if not args.queries and not args.image:
             raise UserError("nothing to search for; give a text, or an image with --image FILE")
         if not all(query.strip() for query in args.queries):
@@ -138,8 +143,19 @@ def _search(args: argparse.Namespace) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, type=Path, metavar="W", help="a run, or a folder of lit-fast export"
+        "--model",
+        type=Path,
+        default=os.environ.get(_MODEL) or None,
+        metavar="W",
+        help=f"a run, or a folder of lit-fast export (default: ${_MODEL})",
     )
     parser.add_argument(
         "--tower", metavar="NAME|PATH", help="weights of the vision tower, where they have moved"
     )
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    if args.model is None:
+        raise UserError(
+            f"no model; add --model W with a run or a folder of lit-fast export, or set {_MODEL} to it"
+        )

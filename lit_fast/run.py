@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lit_fast.checkpoint import restore_params
-from lit_fast.config import Config, TextConfig, load_config
+from lit_fast.config import REMOVED, Config, TextConfig, load_config
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
 from lit_fast.features import Features, embed_command, first_view, open_features, stored_towers
@@ -234,6 +234,17 @@ def check_run(path: Path) -> None:
             raise UserError(f"{path} is not a run ({name} is missing); make it with: lit-fast train")
 
 
+def read_config(run: Path) -> Config:
+    """The resolved configuration of a run, also of an earlier version.
+
+    The keys that are no more were about memory and change nothing but rounding.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    return load_config(run / "config.toml", ignored=REMOVED)
+
+
 def open_run(path: Path, step: int | None = None, average: bool = False) -> Run:
     """Open a run at a step, by default its last checkpoint, with its weights or their average.
 
@@ -241,7 +252,7 @@ def open_run(path: Path, step: int | None = None, average: bool = False) -> Run:
       UserError: not a run, no such checkpoint, or no average was kept.
     """
     check_run(path)
-    config = load_config(path / "config.toml")
+    config = read_config(path)
     if average and not config.optimizer.average_decay:
         raise UserError(
             f"run {path} kept no average of its weights; train with optimizer.average_decay = 0.9999"

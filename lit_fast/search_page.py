@@ -89,10 +89,10 @@ def search_page(title: str, note: str, answers: Sequence[Answer], read: ReadPict
         if answer.kind == "image":
             pictures.append(Picture(thumbnail(Path(answer.query).read_bytes()), "the query", "right"))
         for i, hit in enumerate(answer.hits[:_MOST_SHOWN]):
-            figures = f"{i + 1}. cosine {hit.cosine:.4f}"
+            lines = [f"{i + 1}. cosine {hit.cosine:.3f}", hit.key, _first(hit)]
             if answer.probabilities:
-                figures += f", {100 * answer.probabilities[i]:.3g} %"
-            text = "\n".join(line for line in (figures, hit.key, _first(hit)) if line)
+                lines.insert(1, f"probability {100 * answer.probabilities[i]:.2g}\N{NO-BREAK SPACE}%")
+            text = "\n".join(line for line in lines if line)
             pictures.append(Picture(thumbnail(read(hit.row)), text))
         more = len(answer.hits) - _MOST_SHOWN
         rest = f"The first {_MOST_SHOWN} of {len(answer.hits):,}." if more > 0 else ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lit_fast.files import read_json, read_lines
 from lit_fast.zeroshot import canonical_names, canonical_templates
 
 BARE_NAMES = "class_name_only"  # big_vision's word for no template at all
+OWN_TEMPLATES = ("dataset", BARE_NAMES)
 _AGREEMENT = 0.5  # of ReaL's labels and ImageNet's own it is 0.9, of shuffled ones 0.001
 
 
@@ -38,6 +39,8 @@ class ZeroShotSet:
       row_of: int64 [p], rising; with `class_of` the pairs of a row and a right class.
       class_of: int64 [p].
       several: whether a row may have several right classes.
+      given: what is not the dataset's own, by its key in a result: "class_names" and "labels" from a file, by
+        its name without suffix, and "candidates" if not all classes are.
     """
 
     classnames: tuple[str, ...]
@@ -46,6 +49,7 @@ class ZeroShotSet:
     row_of: np.ndarray
     class_of: np.ndarray
     several: bool = False
+    given: dict[str, str] = field(default_factory=dict)
 
 
 def zero_shot_set(
@@ -89,7 +93,9 @@ def zero_shot_set(
         found, class_of = np.unique(class_of, return_inverse=True)
         names = tuple(names[number] for number in found)
     where = templates.name if templates else "dataset" if dataset.templates else BARE_NAMES
-    return ZeroShotSet(tuple(names), tuple(prompts), where, row_of, class_of, labels is not None)
+    given = {what: file.stem for what, file in (("class_names", classnames), ("labels", labels)) if file}
+    given |= {"candidates": "present"} if present else {}
+    return ZeroShotSet(tuple(names), tuple(prompts), where, row_of, class_of, labels is not None, given)
 
 
 def _check_texts(dataset: Dataset, file: Path | None, check: Any, texts: Sequence[str]) -> None:

@@ -178,7 +178,8 @@ def test_table() -> None:
     result = {
         "dataset": "flowers", "language": "en",
         "task": "zeroshot_classification", "rows": 400, "images": 398, "classes": 5,
-        "templates": 3, "metrics": {"acc1": 0.389, "acc5": 1.0}, "chance": {"acc1": 0.2, "acc5": 1.0},
+        "templates": 3, "template_set": "t.txt", "labels": "real",
+        "metrics": {"acc1": 0.389, "acc5": 1.0}, "chance": {"acc1": 0.2, "acc5": 1.0},
         "interval_95": {"acc1": [0.3421, 0.4363], "acc5": [1.0, 1.0]},
     }  # fmt: skip
     other = {
@@ -192,7 +193,8 @@ flowers  zero-shot  acc1                       38.9   34.2 -  43.6    20.0
 flowers  zero-shot  acc5                      100.0  100.0 - 100.0   100.0
 dev      retrieval  image_retrieval_recall@1   17.0   15.9 -  18.1     0.1
 
-flowers zero-shot: images 398, classes 5, templates 3; 2 rows without label or valid image were skipped
+flowers zero-shot: images 398, classes 5, templates 3, template set t.txt, labels real; \
+2 rows without label or valid image were skipped
 dev retrieval: images 1,000, texts 5,000"""
     assert format_table([result, other]) == want
 
@@ -271,6 +273,17 @@ def test_a_directory_gets_a_file_per_result(run: Path, tmp_path: Path) -> None:
         "b_set_step_7_tiny-run_en_zeroshot_classification.json",
     ]
     assert {json.loads(path.read_text())["dataset"] for path in out.iterdir()} == {"a/set", "b/set"}
+
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    templates, labels = tmp_path / "t.txt", tmp_path / "other.json"
+    templates.write_text("{}\n")
+    labels.write_text(json.dumps({f"k{i}": [i % 3, 0] for i in range(6)}))
+    given = ["--templates", templates, "--labels", labels, "--classes", "present", "--json", out]
+    assert main(["eval", *map(str, [run, "--zero-shot", *sets, *given])]) == 0
+    assert {path.name for path in out.iterdir()} - before.keys() == {
+        f"{parent}_set_step_7_tiny-run_en_zeroshot_classification_t.txt_other_present.json" for parent in "ab"
+    }
+    assert all((out / name).read_bytes() == data for name, data in before.items())
 
 
 def test_files_in_place_of_what_the_dataset_has(run: Path, tmp_path: Path) -> None:

@@ -197,8 +197,11 @@ def test_an_unfinished_run(tmp_path: Path) -> None:
     command = f"lit-fast train {run}/config.toml --workdir {run}"
     assert value["todo"] == [{"what": "steps after 30", "command": command}]
     assert value["problems"] == []
-    text = format_info(value)
+    memory = {"keep": "hidden", "parts": 4, "bytes": 2.1e9, "limit_bytes": 8e9, "bytes_by": "compiler"}
+    write_json(run / "receipt.json", {"memory": memory})
+    text = format_info(gather(run))
     for part in (
+        "keeps hidden, parts 4; 2.1 GB a device of 8.0 GB, by compiler",
         "40 of 100, not finished",
         "20, 30",
         "at step 30: loss 3.25",

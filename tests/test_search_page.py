@@ -55,7 +55,7 @@ def test_the_page_shows_pictures_and_escapes_every_text(tmp_path):
     with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as shown:
         assert shown.size == (48, 40)
     assert page.count("no picture") == 2
-    assert "1. cosine 0.5000, 75 %" in page
+    assert "1. cosine 0.500\nprobability 75\N{NO-BREAK SPACE}%\na/7\nfirst" in page
 
 
 def test_a_page_stays_small():

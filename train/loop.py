@@ -95,7 +95,7 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
         if not is_finished(run):  # killed after the last checkpoint
             results = evaluation.run(embed_text, state.params, state.average)
             if first:
-                write_receipt(run, config, done, before, results)
+                write_receipt(run, config, fitted, done, before, results)
                 write_report(run)
         _report(f"{run} is complete: {done:,} steps")
         return
@@ -116,7 +116,7 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
 
     # --- the end
     if first:
-        write_receipt(run, config, done, meter.spent(), evaluation.results)
+        write_receipt(run, config, fitted, done, meter.spent(), evaluation.results)
         write_report(run)
     if done < config.steps:
         _say(f"stopped after step {done:,} and saved; the same command goes on from there")

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from lit_fast.config import Config, TextConfig
@@ -43,6 +45,13 @@ class Fit(NamedTuple):
     compiled: Compiled | None = None
 
     @property
+    def record(self) -> dict[str, Any]:
+        """For the receipt; bytes are of one device."""
+        how = "compiler" if self.compiled else "estimate"
+        chosen = {"keep": self.text.keep, "parts": self.text.parts}
+        return chosen | {"bytes": self.bytes, "limit_bytes": self.limit, "bytes_by": how}
+
+    @property
     def description(self) -> str:
         """For the terminal."""
         t = self.text
@@ -60,16 +69,14 @@ def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> F
       config: of the run; its global batch is divisible by the devices.
       build: the tower of a text configuration.
       mesh: the devices, here or not.
-      limit: bytes of a device; None asks the first device. A CPU's is half of the machine's memory, shared
-        by all its devices, and is trusted without compiling.
+      limit: bytes of a device; None asks the devices. A CPU's is half of the machine's memory, shared by all
+        its devices. On a CPU the estimate is trusted without compiling.
 
     Raises:
       UserError: not even the leanest way fits.
     """
-    device = mesh.devices.flat[0]
-    known = limit or (device.memory_stats() or {}).get("bytes_limit")
-    on_cpu = device.platform == "cpu"
-    limit = known or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // mesh.local_mesh.size
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    limit = limit or _device_memory(mesh)
     needs = _Needs(config, build, mesh)
     if config.text.keep != "auto":
         return Fit(config.text, needs.estimate(config.text), limit)
@@ -87,6 +94,14 @@ def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> F
         f"stream.global_batch {config.stream.global_batch} does not fit: it needs {least / 2**30:.3g} GiB a device, of "
         f"{room / 2**30:.3g} that a run may take; choose a smaller batch, a smaller text tower or more devices"
     )
+
+
+def _device_memory(mesh: Mesh) -> int:
+    """Bytes of the smallest device of any process: all must choose alike, as they run one program."""
+    # A process may ask its own devices only.
+    own = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    own = own or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // len(mesh.local_devices)
+    return int(process_allgather(np.int32(own >> 20)).min()) << 20  # JAX has no wider integers
 
 
 def _candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConfig]:

@@ -16,11 +16,14 @@ import lit_fast
 from lit_fast.config import Config, flatten
 from lit_fast.files import read_json, read_object, write_json
 from lit_fast.metrics import Spent, best, evaluations, read_metrics, speed, spent
+from train.memory import Fit
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def write_receipt(run: Path, config: Config, done: int, taken: Spent, results: list[dict[str, Any]]) -> None:
+def write_receipt(
+    run: Path, config: Config, memory: Fit, done: int, taken: Spent, results: list[dict[str, Any]]
+) -> None:
     """Write `receipt.json`, of a finished run or one that was stopped after `done` steps.
 
     Everything else is read from the directory, so the metrics must have been written before. Times are seconds
@@ -29,6 +32,7 @@ def write_receipt(run: Path, config: Config, done: int, taken: Spent, results: l
     evaluation and saving.
 
     Args:
+      memory: how this part of the run used it.
       results: of the last evaluation, with chance levels and intervals; none if there was none.
     """
     lines = read_metrics(run / "metrics.jsonl")
@@ -41,6 +45,7 @@ def write_receipt(run: Path, config: Config, done: int, taken: Spent, results: l
         "elapsed_seconds": taken.seconds,
         "chip_hours": taken.chip_hours,
         **speed(lines),
+        "memory": memory.record,
         **_peak_memory(),
         "evaluation": {
             "final": tried[-1] if tried else None,

@@ -87,6 +87,13 @@ def _receipt_rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
         ("time, all parts of the run", duration(receipt["elapsed_seconds"])),
         ("chip-hours", f"{receipt['chip_hours']:,.2f}"),
     ]
+    memory = receipt["memory"]
+    room = f"{memory['bytes'] / 2**30:.2f} of {memory['limit_bytes'] / 2**30:.2f}, by {memory['bytes_by']}"
+    rows += [
+        ("text.keep, in use", memory["keep"]),
+        ("text.parts, in use", str(memory["parts"])),
+        ("needed memory of a device, GiB", room),
+    ]
     for name, label, scale, form in (
         ("pairs_per_second", "pairs per second", 1, ",.0f"),
         ("seconds_per_step", "seconds per step", 1, ".4g"),

@@ -9,10 +9,11 @@ from typing import IO
 
 import jax
 
-from lit_fast.config import FREE, Config, flatten, load_config, to_toml
+from lit_fast.config import FREE, Config, flatten, to_toml
 from lit_fast.errors import UserError
 from lit_fast.features import Features
 from lit_fast.files import read_json, write_atomic, write_json
+from lit_fast.run import read_config
 from lit_fast.tokens import Tokens
 from train.stream import Stream
 
@@ -49,7 +50,7 @@ def check_workdir(run: Path, config: Config) -> None:
         if run.is_dir() and any(not p.name.startswith(".") for p in run.iterdir()):
             raise UserError(f"workdir {run} is not empty and is not a run; choose another --workdir")
         return
-    old, new = flatten(load_config(run / "config.toml")), flatten(config)
+    old, new = flatten(read_config(run)), flatten(config)
     for key in new:
         if old[key] != new[key] and not {key, key.partition(".")[0]} & set(FREE):
             raise UserError(

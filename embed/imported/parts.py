@@ -58,7 +58,7 @@ def find_parts(source: Path, format: str) -> list[Part]:
     else:
         metadata = {}
         paths = dict(enumerate(sorted(source.glob("*.pt"), key=lambda path: natural(path.name))))
-        looked_for = "*.pt"
+        looked_for = "*.pt; SAIL's encode.py writes them to tensor_data/image_embedding/MODEL/DATA"
     if not paths:
         raise UserError(f"{source} has no {looked_for}")
     parts = []

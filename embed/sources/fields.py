@@ -14,7 +14,17 @@ from lit_fast.errors import UserError
 # Tried in this order, whatever their case.
 CAPTIONS = ("captions", "caption", "title", "text", "txt", "sentences", "raw", "alt_text", "captions/text")
 IMAGE = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image/encoded")
-PATHS = ("filepath", "file_path", "image_path", "path", "file_name", "filename", "file")
+PATHS = (
+    "filepath",
+    "file_path",
+    "image_path",
+    "path",
+    "file_name",
+    "filename",
+    "file",
+    "image path",
+    "image/key",
+)
 URLS = ("url", "image_url")
 KEY = ("key", "__key__", "uid")
 LABEL = ("label", "cls", "class_id")
@@ -120,7 +130,10 @@ def texts(values: Mapping[str, Any], fields: Fields) -> tuple[tuple[str, ...], t
 def strings(value: Any) -> list[str | None]:
     """The texts in a value, None for one that is not UTF-8; what is no text is passed over."""
     found: list[str | None] = []
-    for part in value if isinstance(value, list) else [value]:
+    parts = value if isinstance(value, list) else [value]
+    if isinstance(value, dict) and isinstance(value.get("caption"), list):  # Crossmodal-3600's
+        parts = value["caption"]
+    for part in parts:
         if isinstance(part, dict):
             part = next((part[n] for n in ("raw", "caption", "text") if isinstance(part.get(n), str)), None)
         if isinstance(part, str):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
@@ -46,6 +47,8 @@ def _rows(path: str, names: Names, directory: str, text: IO[str]) -> Iterator[It
         if fields is None:
             fields = path_fields(names, values, path)
         inner, problem = inside(directory, values.get(fields.image))
+        if fields.image == "image/key" and not os.path.splitext(inner)[1]:
+            inner += ".jpg"  # Crossmodal-3600 leaves it away
         size = 0
         if not problem:
             size, problem = file_size(directory, inner)

@@ -62,7 +62,7 @@ def test_search_finds_what_evaluation_ranks_first(model, trained_run, tmp_path, 
     assert page.read_text().count("data:image/jpeg") == 3 * 6 + 1
 
 
-def test_classify_goes_on_after_a_broken_image(model, tmp_path, capsys):
+def test_classify_goes_on_after_a_broken_image(model, tmp_path, capsys, monkeypatch):
     for i in range(2):
         (tmp_path / f"{i}.jpg").write_bytes(encoded(picture(i)))
     (tmp_path / "broken.jpg").write_bytes(encoded(picture(3))[:500])
@@ -80,7 +80,12 @@ def test_classify_goes_on_after_a_broken_image(model, tmp_path, capsys):
 
     status = command("classify", tmp_path / "0.jpg", "--model", model, "--labels", "a dog, a cat,a house")
     assert status == 0
-    assert f"{100 * scores[str(tmp_path / '0.jpg')]['scores']['a cat']:.3g} %" in capsys.readouterr().out
+    one = capsys.readouterr().out
+    assert f"{100 * scores[str(tmp_path / '0.jpg')]['scores']['a cat']:.3g} %" in one
+
+    monkeypatch.setenv("LIT_FAST_MODEL", str(model))
+    assert command("classify", tmp_path / "0.jpg", "--labels", "a dog, a cat,a house") == 0
+    assert capsys.readouterr().out == one
 
 
 def test_a_tower_or_tokenizer_that_is_not_the_run_s(trained_run, tmp_path, capsys):
@@ -112,15 +117,16 @@ def test_a_tower_or_tokenizer_that_is_not_the_run_s(trained_run, tmp_path, capsy
         ("search {w} dog --model {w}", "is not a dataset"),
         ("search {d} --image {t}/absent.jpg --model {w} --page {t}/p.html", "there is no such file"),
         ("search {d} dog --model {w} --page {t}", "is a directory"),
-        ("search {d} dog", "required: --model"),
+        ("search {d} dog", "no model; add --model W"),
         ("classify {t}/absent.jpg --model {w} --labels a,b", "there is no such file"),
         ("classify {t} --model {w} --labels a,b", "has no image files"),
         ("classify x.jpg --model {w} --labels a", "at least two labels"),
         ("classify x.jpg --model {w} --labels a,b --tower {t}/no.npz", "no.npz"),
-        ("classify x.jpg --labels a,b", "required: --model"),
+        ("classify x.jpg --labels a,b", "no model; add --model W"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, trained_run, tmp_path, capsys):
+def test_mistakes_are_one_line(arguments, message, trained_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("LIT_FAST_MODEL", raising=False)
     line = arguments.format(d=trained_run.parent / "d", w=trained_run, t=tmp_path)
     assert command(*line.split()) == 2
     errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("lit-fast: error")]

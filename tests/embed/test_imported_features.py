@@ -348,7 +348,7 @@ def test_folders_of_torch_files(tmp_path, capsys):
     options = ["--captions-table", table, "--captions", "raw_caption"]
     assert imports(source, tmp_path / "d", *options, format="sail") == 0
     names, texts, features, _ = stored(tmp_path / "d")
-    assert names[5] == "1/1"
+    assert names[5] == "5.jpg"
     assert texts == [[f"caption {r}"] for r in range(44)]
     want = torch.cat(parts).float().numpy().astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(features, want)

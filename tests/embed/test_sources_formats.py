@@ -198,6 +198,25 @@ def test_json_lines_with_captions_in_two_languages(images: Path, tmp_path: Path)
     assert main([*command, "--captions", "en=en"]) == 2  # the same sources with other options
 
 
+def test_captions_of_crossmodal_3600(images: Path, tmp_path: Path) -> None:
+    """As its captions.jsonl has them: photos without a suffix, an object per language."""
+    lines = [
+        json.dumps(
+            {"image/key": f"{i}", "image/locale": "de"}
+            | {
+                l: {"caption": [f"{l} {i}", f"{l} {i} too"], "caption/tokenized": ["x"]}
+                for l in ("de", "quz")
+            }
+        )
+        for i in range(12)
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    names = (("de", "de"), ("quz", "quz"))
+    found = rows(index(tmp_path / "captions.jsonl", tmp_path / "d", captions=names, images=str(images)))
+    captions = ["de 4", "de 4 too", "quz 4", "quz 4 too"]
+    assert found["4.jpg"] == (captions, ["de", "de", "quz", "quz"], -1, FILES[4])
+
+
 def test_paths_stay_inside(images: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(FILES[0])
     (images / "empty.jpg").write_bytes(b"")
