@@ -102,7 +102,7 @@ def read_exported(path: Path) -> Exported:
             f"{path / TOKENIZER} is not the tokenizer that the model was trained with; restore it"
         )
     tower = read_tower(path)
-    mean = jax.ShapeDtypeStruct((_size(path / TOWER, tower, "width"),), jnp.float32)
+    mean = jax.ShapeDtypeStruct((_size(path / TOWER, tower, "width", least=1),), jnp.float32)
     module = text_tower(config.text, tokenizer, tower["width"])
     want = jax.eval_shape(lambda mean: init_params(module, config, mean), mean)
     params = _weights(path / WEIGHTS, want, "", lambda name: not is_vision(name))
@@ -145,9 +145,7 @@ def read_vision_tower(path: Path, told: dict[str, Any]) -> Tower:
         resampled=told.get("positions"),
     )
     if tower.provenance(told["dtype"])["identity"] != first_view(told):
-        raise UserError(
-            f"{path / TOWER} is damaged: it does not describe the tower of identity {first_view(told)}"
-        )
+        raise UserError(f"{path / TOWER} is damaged: it describes another tower than its identity is of")
     return tower
 
 
@@ -170,6 +168,9 @@ def _weights(path: Path, want: Any, prefix: str, mine: Callable[[str], bool]) ->
 
 def _config(where: Path, told: dict[str, Any]) -> Config:
     """What a run's config would say of the text tower and the loss."""
+    for part, keys in (("text", TEXT_KEYS), ("loss", LOSS_KEYS)):
+        if missing := [key for key in keys if key not in told[part]]:  # a default would be another model
+            raise UserError(f"{where} is damaged: {part}.{missing[0]} is missing")
     for key, value in told["text"].items():
         if type(value) is int:
             _size(where, told["text"], key)
@@ -179,8 +180,8 @@ def _config(where: Path, told: dict[str, Any]) -> Config:
     return config
 
 
-def _size(where: Path, value: dict[str, Any], key: str) -> int:
+def _size(where: Path, value: dict[str, Any], key: str, least: int = 0) -> int:
     size = value.get(key)
-    if type(size) is not int or not 0 <= size <= _LARGEST:
+    if type(size) is not int or not least <= size <= _LARGEST:
         raise UserError(f"{where} is damaged: {key} is {str(size)[:40]!r}")
     return size

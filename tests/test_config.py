@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lit_fast.config import Config, EvalConfig, LossConfig, OptimizerConfig, load_config, to_toml
 from lit_fast.errors import UserError
+from lit_fast.run import read_config
 from lit_fast.variants import VARIANTS
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -51,6 +52,13 @@ def test_toml_round_trip(tmp_path_factory, dataset, learning_rate, seed, center,
     assert load_config(path) == config
 
 
+def test_a_run_of_an_earlier_version_can_be_read(tmp_path):
+    (tmp_path / "config.toml").write_text(
+        to_toml(Config(steps=9000)).replace("parts =", "kept_parts = 0\nparts =")
+    )
+    assert read_config(tmp_path) == Config(steps=9000)
+
+
 def test_widths_of_a_variant(tmp_path):
     assert load(tmp_path, '[text]\nvariant = "L"\ndepth = 12').text.shape == VARIANTS["L"]._replace(depth=12)
     assert load(tmp_path, "[text]\nwidth = 256").text.shape == (256, 12, 1024, 4)
@@ -83,6 +91,13 @@ def test_widths_of_a_variant(tmp_path):
         ("[optimizer]\nlearning_rate = inf", "must be a finite number"),
         ("[text]\ndropout = 1.0", "below 1"),
         ("[text]\nheads = 7", "not a multiple of text.heads"),
+        ("[text]\nkeep = 'all'", "must be one of auto, everything, products, hidden, inputs, embeddings"),
+        ("[text]\nparts = 4", 'text.parts is chosen by text.keep = "auto"; leave it out'),
+        ("[text]\nkept_parts = 4", "is no more; leave it out: text.keep"),
+        ("[stream]\ncorrupt_texts = 1.1", "stream.corrupt_texts must be at most 1"),
+        ("[stream]\ncorrupt_alignment = -0.1", "stream.corrupt_alignment must not be negative"),
+        ("[stream]\ncorrupt_images = 0.1", "stream.corrupt_images above 0 and stream.noise go together"),
+        ("[stream]\nnoise = 'n'", "stream.corrupt_images above 0 and stream.noise go together"),
         ("[text]\npooling = 'cls'", "must be one of last, first, mean, max, map"),
         ("[text]\nembedding_width = -1", "must not be negative"),
         ("steps = 100\n[optimizer]\nwarmup_steps = 100", "must be below steps"),

@@ -17,6 +17,7 @@ from lit_fast.model import Model
 from lit_fast.run import init_params, text_tower
 from lit_fast.tokens import Tokenizer
 from lit_fast.towers import Tower
+from tests import reference
 from tests.helpers import samples, write_tar
 
 CONFIG = """
@@ -66,6 +67,17 @@ def random_model(tower: Tower, text: TextConfig, loss: LossConfig = LossConfig()
     fields = {"tower_json": tower.provenance("float32"), "tokenizer": words(), "params": params}
     fields |= {"config": text, "loss": loss, "receipt": None, "open_tower": lambda: tower}
     return Model(**({"name": "random", "step": 7, "average": False} | fields | about))
+
+
+def reference_texts(model: Model, texts: list[str]) -> np.ndarray:
+    """The model's embeddings of texts in float64, by tests/reference.py."""
+    ids, seen = model.tokenizer(texts), None
+    if model.config.mask_padding:
+        lengths = np.array([len(kept) for kept in model.tokenizer.encode(texts)[0]])
+        seen = np.arange(ids.shape[1]) < lengths[:, None]
+    exact = jax.tree.map(np.float64, model.params["txt"])
+    raw = reference.text_tower(ids, exact, model.config.pooling, seen)
+    return raw / np.linalg.norm(raw, axis=1, keepdims=True)
 
 
 @cache

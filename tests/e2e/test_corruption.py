@@ -8,7 +8,7 @@ import pytest
 
 from lit_fast.cli import main
 from lit_fast.run import open_run
-from tests.e2e.trainings import TINY, metrics
+from tests.e2e.trainings import TINY
 from tests.helpers import samples, write_tar
 
 CONFIG = f"steps = 4{TINY}every_steps = 2\n[log]\nevery_steps = 1\n"
@@ -42,8 +42,6 @@ def test_train_and_go_on_with_noise_that_was_moved(place, tiny_vit, capsys):
     assert train(place, "w", *noise) == 0
     said = capsys.readouterr().err
     assert "corrupted: 0.5 of the images, 0.25 of the texts, 0.5 of the alignment" in said
-    assert train(place, "clean") == 0
-    assert metrics(place / "w")[1] != metrics(place / "clean")[1]
 
     whole = open_run(place / "w").params
     shutil.rmtree(place / "w/checkpoints/4")

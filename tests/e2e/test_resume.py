@@ -40,6 +40,7 @@ def case(tmp_path_factory):
     path = tmp_path_factory.mktemp("resume")
     make_dataset(path / "d", 500, captions=3, invalid=(17,))
     (path / "config.toml").write_text(CONFIG)
+    finish(start(path, "one"))
     return path
 
 
@@ -80,7 +81,7 @@ def test_killed_at_random_moments(case):
         if process.returncode == 0:
             break
         kills += 1
-        if kills == 4:
+        if kills == 3:
             break
     assert kills >= 1
     finish(start(case, "killed", devices=4))
@@ -88,7 +89,6 @@ def test_killed_at_random_moments(case):
 
 
 def test_sigterm_saves_and_goes_on(case):
-    finish(start(case, "straight"))
     process = start(case, "stopped", "--checkpoint.every_steps", "1000")
     log = case / "stopped" / "metrics.jsonl"
     while not (log.exists() and '"step": 20' in log.read_text()):  # in the midst of the steps
@@ -103,41 +103,30 @@ def test_sigterm_saves_and_goes_on(case):
         assert len(steps) == 1
         assert f"after step {steps[0]}" in said
     finish(start(case, "stopped"))
-    assert_same_bits(case, "straight", "stopped")
-    assert "is complete: 120 steps" in finish(start(case, "stopped"))[0]
+    assert_same_bits(case, "one", "stopped")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--loss.negatives=hardest", "--loss.negatives_per_positive=2", "--loss.same_caption=mask"],
-        ["--loss.name=softmax", "--loss.same_image=mask", "--stream.corrupt_texts=0.3"],
-    ],
-    ids=["hardest negatives", "softmax"],
-)
-def test_every_kind_of_loss_with_an_image_head_and_an_average_goes_on(case, options):
-    name = options[0].partition("=")[2]
-    options = [*options, "--steps=40", "--loss.image_head=true", "--optimizer.average_decay=0.9"]
-    finish(start(case, f"{name}-whole", *options, devices=2))
-    kill_after(start(case, f"{name}-killed", *options, devices=2), case / f"{name}-killed/checkpoints/20")
-    assert "going on after step" in finish(start(case, f"{name}-killed", *options, devices=2))[0]
+def test_whatever_is_drawn_or_kept_beside_the_weights_goes_on(case):
+    """Random negatives, corrupted texts, an image head, an average."""
+    options = ["--loss.negatives=random", "--loss.negatives_per_positive=2", "--stream.corrupt_texts=0.3"]
+    options += ["--steps=40", "--loss.image_head=true", "--optimizer.average_decay=0.9"]
+    finish(start(case, "all-whole", *options, devices=2))
+    kill_after(start(case, "all-killed", *options, devices=2), case / "all-killed/checkpoints/20")
+    assert "going on after step" in finish(start(case, "all-killed", *options, devices=2))[0]
     for average in (False, True):
-        assert_same_bits(case, f"{name}-whole", f"{name}-killed", 40, average)
+        assert_same_bits(case, "all-whole", "all-killed", 40, average)
 
 
 def test_devices_do_not_change_the_data_and_hardly_the_loss(case):
-    finish(start(case, "one"))
-    finish(start(case, "two", devices=2))
-    one, two = metrics(case / "one"), metrics(case / "two")
-    assert one.keys() == two.keys()
-    # Lion moves by the sign of a mean: where that is within rounding of zero a weight goes the other way by
-    # 2e-3, which the loss (about 10 -> 5) hardly feels.
-    np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=2e-3)
-    assert one[1] == pytest.approx(two[1], rel=1e-6)
-    # On from two devices to four: the checkpoint and the stream fit any number of devices.
+    """On from two devices to four: the checkpoint and the stream fit any number of devices."""
     kill_after(start(case, "moved", devices=2), case / "moved/checkpoints/20")
     assert "going on after step" in finish(start(case, "moved", devices=4))[0]
-    np.testing.assert_allclose(list(metrics(case / "moved").values()), list(one.values()), rtol=2e-3)
+    one, moved = metrics(case / "one"), metrics(case / "moved")
+    assert one.keys() == moved.keys()
+    # Lion moves by the sign of a mean: where that is within rounding of zero a weight goes the other way by
+    # 2e-3, which the loss (about 10 -> 5) hardly feels.
+    np.testing.assert_allclose(list(one.values()), list(moved.values()), rtol=2e-3)
+    assert one[1] == pytest.approx(moved[1], rel=1e-6)
 
 
 def test_a_run_that_goes_non_finite_keeps_the_last_good_checkpoint(case):

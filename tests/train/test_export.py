@@ -160,7 +160,7 @@ def test_a_damaged_receipt_is_one_line(trained_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     (run / "receipt.json").write_text('{"hardware": 3}')
-    refused(["export", run, "--out", tmp_path / "out"], "receipt.json of run is damaged", capsys)
+    refused(["export", run, "--out", tmp_path / "out"], "the model's receipt.json is damaged", capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
@@ -206,7 +206,12 @@ def test_what_is_there_stays(trained_run, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "empty").iterdir()) == FILES
 
 
-def test_a_full_disk_leaves_nothing(trained_run, tmp_path):
+@pytest.mark.parametrize("name", ["lit_fast_folder", "big_vision", "open_clip", "transformers", "onnx"])
+def test_a_full_disk_leaves_nothing(trained_run, tmp_path, name):
+    if name == "onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+    options = {"nearest_pixels": True} if name == "open_clip" else {}
     model = lit_fast.load(trained_run)
     _ = model.tower
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -214,7 +219,7 @@ def test_a_full_disk_leaves_nothing(trained_run, tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
         with pytest.raises(UserError, match=r"--out \S+ cannot be written: .*[Ff]ile too large"):
-            write_folder("train.export.lit_fast_folder", model, tmp_path / "out", {})
+            write_folder(f"train.export.{name}", model, tmp_path / "out", options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -256,14 +261,18 @@ def one_line(folder):
         ("config.json", "text", {"width": 10**18}, "width is '1000000000000000000'"),
         ("config.json", "text", {"depth": 1 << 20}, "does not belong to the files beside it"),
         ("config.json", "text", {"wdith": 3}, "did you mean text.width"),
+        ("config.json", "text", {"pooling": None}, "text.pooling is missing"),
+        ("config.json", "loss", {"image_head": None}, "loss.image_head is missing"),
         ("config.json", "tokenizer", {"max_length": 10**9, "pad_id": 1}, "max_length is '1000000000'"),
         ("config.json", "tokenizer", {"max_length": 13, "pad_id": 1}, "tokenizer.model is not the tokenizer"),
         ("config.json", "loss", {"name": "softmax"}, "b has shape (1,), expected no such array"),
         ("tower.json", "width", 10**9, "width is '1000000000'"),
+        ("tower.json", "width", 0, "width is '0'"),
+        ("tower.json", "identity", "a\nb", "describes another tower"),
         ("tower.json", "depth", 3, "model.safetensors does not belong"),
         ("tower.json", "heads", 5, "damaged: ValueError sizes"),
-        ("tower.json", "gelu", "tanh", "does not describe the tower of identity"),
-        ("tower.json", "preprocess", {"method": "pil-crop"}, "damaged: KeyError"),
+        ("tower.json", "gelu", "tanh", "describes another tower"),
+        ("tower.json", "preprocess", {"mean": None}, "damaged: KeyError"),
         ("tower.json", "dtype", "object", "damaged: ValueError dtype"),
         ("tower.json", "options", {"max_pixels": "all"}, "max_pixels is not a number"),
     ],
@@ -271,6 +280,8 @@ def one_line(folder):
 def test_a_lying_file_is_one_line(exported, tmp_path, file, key, value, message):
     folder = damaged(exported, tmp_path / "x")
     told = json.loads((folder / file).read_text())
+    if isinstance(value, dict):  # None: without it
+        value = {name: v for name, v in (told[key] | value).items() if v is not None}
     (folder / file).write_text(json.dumps(told | {key: value}))
     assert message in one_line(folder)
 

@@ -145,7 +145,7 @@ def test_a_vision_tower_that_it_does_not_have_is_refused(tmp_path, case):
         else write_huggingface(tmp_path / case, HUGGINGFACE[case][0], case, **HUGGINGFACE[case][4])
     )
     with pytest.raises(
-        UserError, match=f"big_vision cannot express random: .*{CASES[case]}.*--format lit_fast"
+        UserError, match=f"big_vision cannot express this model: .*{CASES[case]}.*--format lit_fast"
     ):
         check(random_model(load_tower(str(source)), TEXT))
 
@@ -166,6 +166,13 @@ def test_the_readme_says_how_to_load_it(tiny_vit, tmp_path):
         "image=dict(width=32, depth=2, mlp_dim=128, patch_size=(8, 8), pool_type='tok', num_heads=2)",
         f"text=dict(width=32, depth=2, mlp_dim=128, vocab_size={model.tokenizer.vocab_size}, pool_type='last', num",
         "out_dim=(32, 32)", "exact one", 'tokenize(max_len=8, eos="sticky", pad_value=1',
-        "--preprocess pil-crop --gelu exact --resolution 32", "computes in float32 what was trained in bfloat16",
+        "--preprocess pil-crop --gelu exact --resolution 32", "computes this text tower in bfloat16",
+        f"bias_init={float(model.params['b'][0])},",
     ):  # fmt: skip
         assert part in text
+
+
+def test_without_a_bias_the_readme_does_not_ask_for_one(tiny_vit, tmp_path):
+    """big_vision's `load` takes any value of `bias_init`, also None, to mean that the file has a bias."""
+    exported(random_model(load_tower(str(tiny_vit)), TEXT, LossConfig(name="softmax")), tmp_path / "out")
+    assert "bias_init" not in (tmp_path / "out/README.md").read_text()

@@ -178,7 +178,7 @@ def exported(tokenizer, tiny_vit, tmp_path_factory):
             {},
         )
         if loss == "sigmoid":
-            (folder / "names").write_text("Red_cat\n\n  dog, hound \nbird\n")
+            (folder / "names").write_text("Red_cat\n  dog, hound \nbird\n")
             (folder / "templates").write_text("a photo of a {c}.\nthe {}\n")
             options = {"vision": True, "classes": folder / "names", "templates": folder / "templates"}
         check(model, **options)
@@ -275,7 +275,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(
         with pytest.raises(UserError, match=message):
             check(model, **options)
     broken = replace(model, params=model.params | {"mean": np.full(32, np.nan, np.float32)})
-    with pytest.raises(UserError, match="flowers has weights that are not finite"):
+    with pytest.raises(UserError, match="the model has weights that are not finite"):
         check(broken)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r'onnxruntime; install it with: pip install "lit-fast\[onnx\]"'):

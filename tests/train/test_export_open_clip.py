@@ -3,6 +3,7 @@
 import io
 import tarfile
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -19,9 +20,10 @@ from lit_fast.variants import VARIANTS
 from lit_fast.vit import ViT
 from lit_fast.zeroshot import canonical_names, canonical_templates, classifier
 from tests.helpers import picture
+from tests.reference import torch_vit
 from tests.torch_packages import import_package
-from tests.trained import random_model
-from tests.weights.checkpoints import write_huggingface, write_timm
+from tests.trained import random_model, reference_texts
+from tests.weights.checkpoints import HEADS, write_huggingface, write_timm
 from tests.weights.test_families import HUGGINGFACE, TIMM
 from train.export import open_clip as target
 
@@ -60,15 +62,15 @@ def squashed(tower):
     )
 
 
-@pytest.fixture
-def towers(tmp_path):
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
     """The tower of a family from transformers by its name."""
 
+    @cache
     def load(case):
         weights, _, _, _, config = HUGGINGFACE[case]
-        return squashed(
-            load_tower(str(write_huggingface(tmp_path / "tower", weights, case.split()[0], **config)))
-        )
+        folder = write_huggingface(tmp_path_factory.mktemp("tower"), weights, case.split()[0], **config)
+        return squashed(load_tower(str(folder)))
 
     return load
 
@@ -94,63 +96,77 @@ def export(model, folder):
     return folder
 
 
-def compare(model, folder):
-    """What open_clip makes of the folder, compared with the model; returns its model."""
+def loaded_by_open_clip(folder):
+    """Model, preprocessing and tokenizer."""
     open_clip = import_package("open_clip")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    return model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+def compare_images(model, theirs, case=""):
+    """Pixels, and embeddings of an image; returns its pixels for open_clip, and our embedding.
+
+    case: the tower's, where it is one of HUGGINGFACE as it stands; without it the tower itself computes.
+    """
     import torch
 
-    loaded, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    loaded.eval()
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    images, ids = [picture(0)], tokenizer(TEXTS)
-    want_ids = model.tokenizer(TEXTS)
-    if model.config.mask_padding:
-        want_ids = replace(model.tokenizer, padding=None)(TEXTS)
-    np.testing.assert_array_equal(ids, want_ids)
-    pixels = np.stack([model.tower.preprocess.apply(image) for image in images])
-    inputs = torch.stack([preprocess(image) for image in images])
-    p = model.tower.preprocess
+    image, p = picture(0), model.tower.preprocess
+    pixels, inputs = p.apply(image)[None], theirs[1](image)[None]
     np.testing.assert_allclose(inputs.permute(0, 2, 3, 1), (pixels / 255 - p.mean) / p.std, rtol=0, atol=2e-6)
+    if case:  # in float64
+        weights, gelu, epsilon, pool, _ = HUGGINGFACE[case]
+        features = torch_vit(pixels / 127.5 - 1, weights, HEADS, gelu, epsilon, pool)
+    else:
+        features = np.asarray(jax.jit(model.tower.embed)(model.tower.params, pixels))
+    want = model.embed_features(features)
     with torch.no_grad():
-        got_images = loaded.encode_image(inputs, normalize=True)
-        got_texts = loaded.encode_text(ids, normalize=True)
-        got_logits = loaded.get_logits(inputs, ids)[0]
-    features = np.asarray(model.tower.embed(model.tower.params, pixels))
-    want_images, want_texts = model.embed_features(features), model.embed_text(TEXTS)
+        got = theirs[0].encode_image(inputs, normalize=True)
     # Unit vectors of 24 or more float32 components; measured at most 2e-6.
-    np.testing.assert_allclose(got_images, want_images, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(got_texts, want_texts, rtol=0, atol=1e-5)
-    logits = np.exp(model.params["t"]) * want_images @ want_texts.T + model.params.get("b", 0)
-    np.testing.assert_allclose(got_logits, logits, rtol=0, atol=1e-4)  # a temperature of about 1
-    return loaded
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    return inputs, want
+
+
+def compare_texts(model, theirs):
+    """Ids, and embeddings of texts; returns the ids, and our embeddings."""
+    import torch
+
+    ids = theirs[2](TEXTS)
+    padding = None if model.config.mask_padding else model.tokenizer.padding  # hidden, so it may be another
+    np.testing.assert_array_equal(ids, replace(model.tokenizer, padding=padding)(TEXTS))
+    want = reference_texts(model, TEXTS)
+    with torch.no_grad():
+        got = theirs[0].encode_text(ids, normalize=True)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # as of images
+    return ids, want
 
 
 @pytest.mark.parametrize("case", VISION)
 def test_its_own_vision_transformer(case, towers, tmp_path):
     model = random_model(towers(case), MASKED, FULL)
-    compare(model, export(model, tmp_path / "out"))
+    compare_images(model, loaded_by_open_clip(export(model, tmp_path / "out")), case)
 
 
 def test_the_mean_of_patches(tmp_path):
     weights, _, _, _, config = HUGGINGFACE["vit"]
     tower = load_tower(str(write_huggingface(tmp_path / "tower", weights, "vit", **config)), pool="gap")
     model = random_model(squashed(tower), MU, FULL)
-    compare(model, export(model, tmp_path / "out"))
+    compare_images(model, loaded_by_open_clip(export(model, tmp_path / "out")))
 
 
 def test_a_projected_class_token(tmp_path):
     weights, _, _, _, _ = HUGGINGFACE["clip_vision_model"]
     path = write_huggingface(tmp_path / "tower", weights, "clip_vision_model", hidden_act="gelu")
     model = random_model(squashed(load_tower(str(path))), MU, FULL)
-    compare(model, export(model, tmp_path / "out"))
+    compare_images(model, loaded_by_open_clip(export(model, tmp_path / "out")))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_tower_that_timm_has_a_name_for(name, tmp_path):
     size = int(name.rpartition("_")[2]) if name[-1].isdigit() and "dinov2" not in name else 518
     model = random_model(random_tower(BY_NAME[name], size), MU, FULL)
-    loaded = compare(model, export(model, tmp_path / "out"))
-    assert type(loaded.visual).__name__ == "TimmModel"
+    theirs = loaded_by_open_clip(export(model, tmp_path / "out"))
+    compare_images(model, theirs)
+    assert type(theirs[0].visual).__name__ == "TimmModel"
 
 
 @pytest.mark.parametrize("case", TEXT)
@@ -158,14 +174,30 @@ def test_every_text_tower(case, towers, tmp_path):
     tower = towers("vit")
     fields = TEXT[case] | ({"width": tower.width} if case == "no head" else {})
     model = random_model(tower, replace(MU, **fields), LossConfig(center=True))
-    loaded = compare(model, export(model, tmp_path / "out"))
+    theirs = loaded_by_open_clip(export(model, tmp_path / "out"))
+    compare_texts(model, theirs)
     more = case in ("mean", "odd sizes") or "masked" in case
-    assert len(loaded.text.transformer.resblocks) == 2 + more
+    assert len(theirs[0].text.transformer.resblocks) == 2 + more
+
+
+def test_logits(towers, tmp_path):
+    import_package("open_clip")
+    import torch
+
+    model = random_model(towers("vit"), MU, FULL)
+    theirs = loaded_by_open_clip(export(model, tmp_path / "out"))
+    (pixels, images), (ids, texts) = compare_images(model, theirs, "vit"), compare_texts(model, theirs)
+    with torch.no_grad():
+        got = theirs[0].get_logits(pixels, ids)[0]
+    want = np.exp(model.params["t"]) * images @ texts.T + model.params["b"]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)  # a temperature of about 1
 
 
 def test_without_a_bias(towers, tmp_path):
     model = random_model(towers("vit"), MU, LossConfig(name="softmax"))
-    assert compare(model, export(model, tmp_path / "out")).logit_bias is None
+    folder = export(model, tmp_path / "out")
+    assert loaded_by_open_clip(folder)[0].logit_bias is None
+    assert "softmax over the texts" in (folder / "README.md").read_text()
 
 
 def test_clip_benchmark_classifies_real_photos_as_we_do(realdata, tmp_path):
@@ -226,6 +258,19 @@ def test_what_open_clip_does_not_have(text, preprocess, message, towers):
     assert "\n" not in str(error.value)
     if preprocess:  # pixels may differ, if one wants that
         target.check(random_model(tower, MU), nearest_pixels=True)
+
+
+def test_what_differs_is_in_the_card(towers, tmp_path):
+    tower = towers("vit")
+    own = replace(tower.preprocess, method="pil-crop", resize=40, interpolation="lanczos", reduced=True)
+    model = random_model(replace(tower, preprocess=own), replace(MU, dtype="bfloat16"))
+    target.write(model, tmp_path, nearest_pixels=True)
+    card = (tmp_path / "README.md").read_text()
+    for part in (
+        "resized to 40", "resized with bicubic, for training it was lanczos", "JPEGs are decoded whole here",
+        "stores features and computes this text tower in bfloat16",
+    ):  # fmt: skip
+        assert part in card
 
 
 @pytest.mark.parametrize("name", ["vit_giant_patch14_dinov2", "vit_base_patch16_siglip_224"])

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from lit_fast.errors import UserError
 from lit_fast.preprocess import Preprocess
 from lit_fast.towers import load_tower
 from tests.helpers import picture
+from tests.reference import torch_vit
 from tests.torch_packages import import_package
-from tests.trained import command, random_model
-from tests.weights.checkpoints import write_huggingface, write_timm
+from tests.trained import command, random_model, reference_texts
+from tests.weights.checkpoints import HEADS, write_huggingface, write_timm
 from tests.weights.test_families import HUGGINGFACE, TIMM
 from train.export import transformers as target
 
@@ -49,13 +51,15 @@ TEXT = {
 }
 
 
-@pytest.fixture
-def towers(tmp_path):
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
     """The tower of a family from transformers by its name."""
 
+    @cache
     def load(case):
         weights, _, _, _, config = HUGGINGFACE[case]
-        return load_tower(str(write_huggingface(tmp_path / "tower", weights, case.split()[0], **config)))
+        folder = write_huggingface(tmp_path_factory.mktemp("tower"), weights, case.split()[0], **config)
+        return load_tower(str(folder))
 
     return load
 
@@ -67,17 +71,41 @@ def export(model, folder):
     return folder
 
 
-def compare(model, folder, name="VisionTextDualEncoderModel"):
-    """What transformers makes of the folder, compared with the model; returns its model."""
+def loaded_by_transformers(folder, name="VisionTextDualEncoderModel"):
+    """Model and processor."""
     transformers = import_package("transformers")
+    model, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == name
+    assert not any(report.values()), report
+    return model, transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+
+
+def normalised(features):
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def compare_images(model, theirs, case):
+    """Embeddings of images; returns the inputs of transformers, and those of the tower of HUGGINGFACE in float64."""
     import torch
 
-    loaded, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
-    assert type(loaded).__name__ == name
-    assert not any(report.values()), report
-    processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
-    images = [picture(i, model.tower.preprocess.size, model.tower.preprocess.size) for i in range(3)]
-    inputs = processor(text=TEXTS, images=images, padding="max_length", truncation=True, return_tensors="pt")
+    p = model.tower.preprocess
+    images = [picture(i, p.size, p.size) for i in range(3)]
+    pixels = np.stack([p.apply(image) for image in images])
+    weights, gelu, epsilon, pool, _ = HUGGINGFACE[case]
+    want = model.embed_features(torch_vit(pixels / 127.5 - 1, weights, HEADS, gelu, epsilon, pool))
+    inputs = theirs[1].image_processor(images, return_tensors="pt")
+    with torch.no_grad():
+        got = theirs[0].get_image_features(**inputs).pooler_output
+    # Unit vectors of 32 or more float32 components; measured at most 2e-6.
+    np.testing.assert_allclose(normalised(got), want, rtol=0, atol=1e-5)
+    return inputs, want
+
+
+def compare_texts(model, theirs):
+    """Ids, mask and embeddings of texts; returns the inputs of transformers, and our embeddings."""
+    import torch
+
+    inputs = theirs[1](text=TEXTS, padding="max_length", truncation=True, return_tensors="pt")
     ids = inputs["input_ids"].numpy()
     if model.config.mask_padding:  # what is hidden may be another id
         seen = inputs["attention_mask"].numpy() == 1
@@ -86,30 +114,37 @@ def compare(model, folder, name="VisionTextDualEncoderModel"):
     else:
         np.testing.assert_array_equal(ids, model.tokenizer(TEXTS))
         assert "attention_mask" not in inputs
+    want = reference_texts(model, TEXTS)
     with torch.no_grad():
-        got = loaded(**inputs)
-        apart = loaded.get_text_features(
-            **{k: v for k, v in inputs.items() if k != "pixel_values"}
-        ).pooler_output
-    pixels = np.stack([model.tower.preprocess.apply(image) for image in images])
-    features = np.asarray(model.tower.embed(model.tower.params, pixels))
-    want_images, want_texts = model.embed_features(features), model.embed_text(TEXTS)
-    # Unit vectors of 32 or more float32 components; measured at most 2e-6.
-    np.testing.assert_allclose(got.image_embeds, want_images, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(got.text_embeds, want_texts, rtol=0, atol=1e-5)
-    apart = apart / apart.norm(dim=-1, keepdim=True)
-    np.testing.assert_allclose(apart, want_texts, rtol=0, atol=1e-5)
-    bias = model.params["b"] if name == "SiglipModel" and "b" in model.params else 0
-    logits = np.exp(model.params["t"]) * want_images @ want_texts.T + bias
+        got = theirs[0].get_text_features(**inputs).pooler_output
+    np.testing.assert_allclose(normalised(got), want, rtol=0, atol=1e-5)  # as of images
+    return inputs, want
+
+
+def compare_all(model, theirs, case, bias=0):
+    """Both towers, apart and together, and the logits."""
+    import torch
+
+    (pixels, images), (ids, texts) = compare_images(model, theirs, case), compare_texts(model, theirs)
+    with torch.no_grad():
+        got = theirs[0](**pixels, **ids)
+    np.testing.assert_allclose(got.image_embeds, images, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got.text_embeds, texts, rtol=0, atol=1e-5)
+    logits = np.exp(model.params["t"]) * images @ texts.T + bias
     np.testing.assert_allclose(got.logits_per_image, logits, rtol=0, atol=1e-4)  # a temperature of about 1
-    return loaded
 
 
 @pytest.mark.parametrize("case", VISION)
 def test_every_family_of_towers(case, towers, tmp_path):
     model = random_model(towers(case), replace(MU, pooling="mean", mask_padding=True), FULL)
-    loaded = compare(model, export(model, tmp_path / "out"))
-    assert type(loaded.vision_model).__name__ == VISION[case]
+    theirs = loaded_by_transformers(export(model, tmp_path / "out"))
+    assert type(theirs[0].vision_model).__name__ == VISION[case]
+    compare_images(model, theirs, case)
+
+
+def test_both_towers_and_their_logits(towers, tmp_path):
+    model = random_model(towers("vit"), replace(MU, pooling="mean", mask_padding=True), FULL)
+    compare_all(model, loaded_by_transformers(export(model, tmp_path / "out")), "vit")
 
 
 @pytest.mark.parametrize("case", TEXT)
@@ -117,7 +152,7 @@ def test_every_text_tower(case, towers, tmp_path):
     tower = towers("vit")
     fields = TEXT[case] | ({"width": tower.width} if case == "no head" else {})
     model = random_model(tower, replace(MU, **fields), CENTERED)
-    compare(model, export(model, tmp_path / "out"))
+    compare_texts(model, loaded_by_transformers(export(model, tmp_path / "out")))
 
 
 def test_a_siglip_stays_one(towers, tmp_path):
@@ -125,12 +160,14 @@ def test_a_siglip_stays_one(towers, tmp_path):
     tower = towers("siglip_vision_model")
     model = random_model(tower, MU, LossConfig())
     folder = export(model, tmp_path / "out")
-    compare(model, folder, "SiglipModel")
+    theirs = loaded_by_transformers(folder, "SiglipModel")
+    compare_all(model, theirs, "siglip_vision_model", bias=model.params["b"])
     again = load_tower(str(folder))
     np.testing.assert_array_equal(again.params["pos_embedding"], tower.params["pos_embedding"])
     assert again.architecture == tower.architecture
     centered = random_model(tower, MU, replace(CENTERED, name="softmax"))
-    compare(centered, export(centered, tmp_path / "centered"), "SiglipModel")
+    theirs = loaded_by_transformers(export(centered, tmp_path / "centered"), "SiglipModel")
+    compare_all(centered, theirs, "siglip_vision_model")
 
 
 def test_the_result_does_not_depend_on_the_padding(towers, tmp_path):
@@ -143,7 +180,7 @@ def test_the_result_does_not_depend_on_the_padding(towers, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         got = loaded.get_text_features(**tokenizer(["x"], return_tensors="pt")).pooler_output[0]
-    np.testing.assert_allclose(got / got.norm(), model.embed_text(["x"])[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got / got.norm(), reference_texts(model, ["x"])[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from lit_fast.errors import UserError
+from tests.trained import command
 from train.export.push import check_push, push
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -129,16 +130,26 @@ def test_nothing_becomes_public_unasked(server, folder):
     assert len(server.files) == 4
 
 
+def test_the_command_writes_the_address_into_what_it_uploads(server, trained_run, tmp_path):
+    """open_clip asks the repository named in the files for the tokenizer."""
+    name, out = "someone/some-model", tmp_path / "out"
+    command("export", trained_run, "--out", out, "--format", "open_clip", "--nearest-pixels", "--push", name)
+    assert server.private == {name: True}
+    config = json.loads(server.files[name, "open_clip_config.json"])
+    assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == name
+    assert f'get_tokenizer("hf-hub:{name}")' in server.files[name, "README.md"].decode()
+
+
 def test_a_refusal_is_one_line(server, folder):
     server.status = 403
     with pytest.raises(
-        UserError, match=r"was not uploaded: .*403.*; upload it with: hf upload a/b \S+model$"
+        UserError, match=r"was not uploaded: .*403.*; upload it with: hf upload a/b \S+model --private$"
     ) as error:
         push(folder, "a/b", public=False)
     assert "\n" not in str(error.value)
     server.close()
     with pytest.raises(UserError, match=r"was not uploaded: .*; upload it with: hf upload a/b \S+model$"):
-        push(folder, "a/b", public=False)
+        push(folder, "a/b", public=True)
 
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "../b", "a/", "-/", "a b/c", "a/b\n"])

@@ -21,7 +21,7 @@ from lit_fast.config import TextConfig
 from lit_fast.errors import UserError
 from lit_fast.model import Model
 from lit_fast.text import EPSILON
-from train.export.card import model_card
+from train.export.card import model_card, rounding
 
 WEIGHTS = "model.npz"
 
@@ -36,11 +36,11 @@ config = ml_collections.ConfigDict(dict(
     image_model="vit", text_model="proj.image_text.text_transformer",
     image={image},
     text={text},
-    out_dim={out_dim}, temperature_init=10.0, bias_init={bias},
+    out_dim={out_dim}, temperature_init=10.0{bias},
 ))
 params = two_towers.load(None, "./model.npz", config)
 model = two_towers.Model(**config)
-images, texts, extra = model.apply({{"params": params}}, pixels, ids)  # extra["t"], extra["b"]
+images, texts, extra = model.apply({{"params": params}}, pixels, ids)  # {extra}
 ```
 
 `pixels`: float32 [n, {size}, {size}, 3], made by `{method}` (lit_fast/preprocess.py), less {mean}, divided by {std}.
@@ -56,7 +56,7 @@ def check(model: Model) -> None:
     wrong = [*_text_reasons(model.config), *_vision_reasons(model.tower.architecture)]
     if wrong:
         raise UserError(
-            f"big_vision cannot express {model.name}: {'; '.join(wrong)}; --format lit_fast and onnx can"
+            f"big_vision cannot express this model: {'; '.join(wrong)}; --format lit_fast and onnx can"
         )
 
 
@@ -119,7 +119,7 @@ def _vision_reasons(a: Architecture) -> list[str]:
 
 def _notes(model: Model) -> list[str]:
     """What is not the same after the export."""
-    notes = []
+    notes = [rounding(model)]
     if model.tower.architecture.gelu == "exact":
         notes.append(
             "big_vision computes GELU by its tanh approximation, these features were made with the exact one (they "
@@ -129,8 +129,6 @@ def _notes(model: Model) -> list[str]:
         notes.append(
             "the token table and its projection are multiplied out, which is exact up to float32 rounding"
         )
-    if model.tower_json["dtype"] == "bfloat16" or model.config.dtype == "bfloat16":
-        notes.append("big_vision computes in float32 what was trained in bfloat16")
     return notes
 
 
@@ -143,11 +141,14 @@ def _use(model: Model) -> str:
         tower["num_heads"] = tower.pop("heads")
     options = f"--preprocess {how.method} --gelu {a.gelu} --resolution {size}"
     pad = model.tokenizer.pad_id
+    # big_vision looks for a bias in the file wherever the configuration has this key, whatever its value.
+    bias = f", bias_init={float(model.params['b'][0])}" if "b" in model.params else ""
     return _USE.format(
         image=f"dict({', '.join(f'{k}={v!r}' for k, v in image.items())})",
         text=f"dict({', '.join(f'{k}={v!r}' for k, v in text.items())})",
         out_dim=(model.width if _image_head(model) else None, model.width if model.config.head else None),
-        bias=float(model.params["b"][0]) if "b" in model.params else None,
+        bias=bias,
+        extra='extra["t"], extra["b"]' if bias else 'extra["t"]',
         size=size,
         method=how.method,
         mean=how.mean,

@@ -33,10 +33,10 @@ def model_card(model: Model, use: str, notes: Sequence[str] = (), library: str =
     """
     try:
         made, figures = _made(model), _figures(model)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"receipt.json of {model.name} is damaged: {type(error).__name__} {error}; delete it to export without "
-            "its figures"
+            f"the model's receipt.json is damaged: {type(error).__name__} {error}; delete it to export without its "
+            "figures"
         ) from None
     sections = [
         f"{_front_matter(model, library)}# {model.name}\n",
@@ -57,6 +57,24 @@ def licence(model: Model) -> str:
         if told["source"] == tower.name or (tower.sha256 and tower.sha256 == told.get("sha256")):
             return tower.licence
     return ""
+
+
+def probability(model: Model) -> str:
+    """What makes probabilities of logits [images, texts], in words; see `Model.probabilities`."""
+    return "softmax over the texts" if model.loss.name == "softmax" else "sigmoid"
+
+
+def rounding(model: Model) -> str:
+    """A note for formats that compute in float32, in which figures of the run were not."""
+    told = ["stores features"]
+    if model.tower_json["dtype"] == "bfloat16":
+        told.insert(0, "computes this vision tower")
+    if model.config.dtype == "bfloat16":
+        told.append("computes this text tower")
+    return (
+        f"All is computed in float32 here. lit_fast {' and '.join(told)} in bfloat16, whose numbers have about three "
+        "digits: embeddings differ by so much, and a figure by a picture or two."
+    )
 
 
 def _front_matter(model: Model, library: str) -> str:
@@ -89,7 +107,7 @@ def _what(model: Model) -> str:
                 f"licence of the vision tower: {rights}",
                 f"text tower: width {shape.width}, depth {shape.depth}, {shape.heads} heads, pooling "
                 f"{model.config.pooling}, {model.tokenizer.vocab_size:,} pieces, {model.tokenizer.max_length} tokens",
-                f"weights: step {model.step:,}{', average' if model.average else ''}",
+                f"weights: {'moving average up to ' if model.average else ''}step {model.step:,}",
             ]
         )
     )

@@ -45,6 +45,8 @@ def export(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--public", action="store_true", help="with --push: for all to see")
 
     def run(args: argparse.Namespace) -> None:
+        from dataclasses import replace
+
         from lit_fast.compiled import keep_compiled
         from lit_fast.model import load
         from train.export.folder import check_folder, write_folder
@@ -61,6 +63,7 @@ def export(parser: argparse.ArgumentParser) -> Run:
         # --- write, and upload if asked to
         keep_compiled()
         model = load(args.run, step=args.step, average=args.average, tower=args.tower)
+        model = replace(model, name=args.push or args.out.resolve().name)  # by which others will load it
         write_folder(FORMATS[args.format], model, args.out, options)
         if args.push:
             push(args.out, args.push, args.public)

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lit_fast.errors import UserError
 from lit_fast.model import Model
 
@@ -47,13 +49,14 @@ def write_folder(module: str, model: Model, out: Path, options: dict[str, Any]) 
             _to_disk(path)
         os.rename(temporary, place)
         _to_disk(place.parent)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:  # the second is the package's only name for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out} cannot be written: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     names = ", ".join(sorted(file.name for file in place.iterdir()))
-    print(f"exported {model.name}, step {model.step}, to {out}: {size / 1e6:,.1f} MB in {names}")
+    print(f"exported step {model.step} to {out}: {size / 1e6:,.1f} MB in {names}")
 
 
 def _umask() -> int:

@@ -5,7 +5,9 @@ step is said in three: a normaliser (lower-casing, Unicode, white space), the mo
 pieces), and a template that appends end-of-sentence, which truncation leaves in its place.
 
 Ids are equal for every text that holds no lone surrogate and, where the model normalises Unicode, no
-unusual sequence of combining marks, on which the library's reading of sentencepiece's table differs.
+unusual sequence of combining marks, on which the library's reading of sentencepiece's table differs. A unigram
+model may cut a run such as "......." elsewhere: between cuts of the same score the rounding of sums decides,
+which sentencepiece does in float32 and the library in float64.
 """
 
 from __future__ import annotations

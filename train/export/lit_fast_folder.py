@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lit_fast.exported import (
@@ -50,12 +49,9 @@ def write(model: Model, folder: Path) -> None:
     """Write the files of `lit_fast.exported` into an empty folder."""
     vision = {f"img/{name}": array for name, array in flatten_dict(model.tower.params, sep="/").items()}
     arrays = flatten_dict(model.params, sep="/") | vision
-    try:  # the library writes a transposed array's memory as it lies, which is another array
-        save_file(
-            {n: np.ascontiguousarray(a) for n, a in arrays.items()}, folder / WEIGHTS, {"format": FORMAT}
-        )
-    except SafetensorError as error:  # its only name for a full disk
-        raise OSError(f"{WEIGHTS}: {error}") from None
+    # The library writes a transposed array's memory as it lies, which is another array.
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(arrays, folder / WEIGHTS, {"format": FORMAT})
     (folder / TOKENIZER).write_bytes(model.tokenizer.model)
     (folder / CONFIG).write_bytes(json_bytes(_config(model)))
     (folder / TOWER).write_bytes(json_bytes(_without_paths(model.tower_json)))

@@ -31,17 +31,15 @@ from lit_fast.normalize import normalize
 from lit_fast.run import Params, embed_ids, text_tower
 from lit_fast.text import TextTower
 from lit_fast.zeroshot import canonical_names, canonical_templates, classifier
-from train.export.card import model_card
+from train.export.card import model_card, rounding
 from train.export.onnx_use import use
 
 # Largest distance between unit vectors. Float32 sums in another order: 4e-7 after one layer, 1e-6 after twelve
 # (ViT-Ti/16); a GELU of the other kind: 1e-4 after one, 2e-3 after twelve.
 TOLERANCE = 3e-5
 
-_NOTES = (
-    "Operator set 17, which onnxruntime has run since 1.12; the batch is free, the length of the ids is not.",
-    "The graphs compute in float32; lit_fast stores features, and may compute texts, in bfloat16, which changes an "
-    "element by up to 0.4 % of it.",
+_OPERATORS = (
+    "Operator set 17, which onnxruntime has run since 1.12; the batch is free, the length of the ids is not."
 )
 
 
@@ -70,7 +68,7 @@ def check(
     if templates is not None and classes is None:
         raise UserError(f"--templates {templates} is of no use without --classes FILE")
     _prompts(classes, templates)
-    _check_finite(model.name, model.params)
+    _check_finite("the model", model.params)
     if vision:
         _check_finite(model.tower.name, model.tower.params)
 
@@ -96,7 +94,7 @@ def write(
     if names:
         np.save(folder / "zero_shot.npy", classifier(names, prompts, model.embed_text), allow_pickle=False)
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    card = model_card(model, use(model, vision, bool(names)), _NOTES, library="onnx")
+    card = model_card(model, use(model, vision, bool(names)), (_OPERATORS, rounding(model)), library="onnx")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

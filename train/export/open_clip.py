@@ -32,7 +32,7 @@ from lit_fast.towers import Tower
 from lit_fast.weights.parameters import Params
 from lit_fast.weights.timm import BLOCKS as TIMM_BLOCKS
 from lit_fast.weights.torch_layout import BlockNames
-from train.export.card import model_card
+from train.export.card import model_card, probability, rounding
 from train.export.hf_tokenizer import check_tokenizer, write_tokenizer
 from train.export.image_side import centered_norm
 from train.export.pixels import check_open_clip, open_clip_preprocess
@@ -52,19 +52,26 @@ _USE = """\
 
 ```python
 import open_clip
+import torch
 
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{name}")  # this folder
-tokenizer = open_clip.get_tokenizer("local-dir:{name}")
-images = model.encode_image(preprocess(image)[None], normalize=True)  # [1, {width}]
-texts = model.encode_text(tokenizer(["a dog", "a flower"]), normalize=True)  # [2, {width}]
+model, _, preprocess = open_clip.create_model_and_transforms("{address}"){here}
+model.eval()
+tokenizer = open_clip.get_tokenizer("{address}")
+with torch.no_grad():
+    images = model.encode_image(preprocess(image)[None], normalize=True)  # of a PIL image, [1, {width}]
+    texts = model.encode_text(tokenizer(["a dog", "a flower"]), normalize=True)  # [2, {width}]
+    logits = model.logit_scale.exp() * images @ texts.T{bias}  # [1, 2]; probabilities are their {probability}
 ```
 
-CLIP_benchmark evaluates it with `--model local-dir:{name} --pretrained ""`. It takes class names and templates as they
+CLIP_benchmark evaluates it with `--model {address} --pretrained ""`. It takes class names and templates as they
 are written; `lit-fast eval` puts them in lower case and without punctuation first, as big_vision does.
 """
+_TO_THE_HUB = """
+For the Hub export it with `--push OWNER/NAME`: open_clip looks for the tokenizer in the repository that the files name.
+"""
 _CLEANED = (
-    "open_clip's tokenizer repairs text first (ftfy: mojibake, curly quotes, HTML entities), which lit_fast does not: "
-    "such texts may get other ids."
+    "open_clip's tokenizer repairs text first (ftfy: mojibake, curly quotes, HTML entities; white space), which "
+    "lit_fast does not: such texts may get other ids."
 )
 _RANGE = "The text tower has one more layer, which pools, and needs float32 or bfloat16: float16 overflows (--no_amp)."
 
@@ -112,9 +119,20 @@ def write(model: Model, folder: Path, *, nearest_pixels: bool = False) -> None:
     write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
     save_file(contiguous(tensors), folder / "open_clip_model.safetensors", {"format": "pt"})
     write_tokenizer(model.tokenizer, folder, masked=model.config.mask_padding)
-    notes += [_CLEANED] + ([] if _text_is_native(model) else [_RANGE])
-    use = _USE.format(name=model.name, width=model.width)
-    (folder / "README.md").write_text(model_card(model, use, notes, library="open_clip"), encoding="utf-8")
+    notes += [rounding(model), _CLEANED] + ([] if _text_is_native(model) else [_RANGE])
+    card = model_card(model, _use(model), notes, library="open_clip")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _use(model: Model) -> str:
+    pushed = "/" in model.name  # OWNER/NAME
+    return _USE.format(
+        address=f"{'hf-hub' if pushed else 'local-dir'}:{model.name}",
+        here="" if pushed else "  # this folder",
+        width=model.width,
+        bias=" + model.logit_bias" if "b" in model.params else "",
+        probability=probability(model),
+    ) + ("" if pushed else _TO_THE_HUB)
 
 
 def _text_is_native(model: Model) -> bool:
@@ -132,7 +150,7 @@ def _text(model: Model) -> tuple[dict[str, Any], Tensors]:
     config = {
         "context_length": tokenizer.max_length,
         "vocab_size": len(table),
-        "hf_tokenizer_name": model.name,  # any name: the tokenizer lies in the same folder
+        "hf_tokenizer_name": model.name,  # the repository on the Hub; of a folder, any name will do
         "width": width,
         "heads": model.config.shape.heads,
         "layers": len(txt["Encoder_0"]["encoderblock"]["LayerNorm_0"]["scale"]),

@@ -10,6 +10,8 @@ from typing import Any
 from lit_fast.errors import UserError
 from lit_fast.preprocess import INTERPOLATIONS, Preprocess
 
+_OPEN_CLIP_FILTERS = ("bilinear", "bicubic")
+
 _ANTIALIASED = (
     "Images that are not {size} x {size} pixels are resized with antialiasing, which lit_fast's tf-squash (that of "
     "big_vision) does not do: their embeddings differ somewhat."
@@ -18,6 +20,13 @@ _ZOOMED = (
     "The tower was trained on the centre {size} pixels of an image resized to {resize}. open_clip can only resize to "
     "{size}, so the model sees more of each image here: embeddings and figures differ somewhat from those of the run. "
     "Pixels prepared as {resize}, cut to {size}, give the run's own."
+)
+_FILTERED = (
+    "Images are resized with {interpolation}, for training it was {own}: their embeddings differ somewhat."
+)
+_DECODED = (
+    "Large JPEGs are decoded whole here, for training they were at a fraction of their size: their embeddings differ "
+    "slightly."
 )
 _TRANSPARENT = "Transparent images are laid on another background than the tower was trained with."
 _TENSORS = (
@@ -36,7 +45,7 @@ def check_open_clip(preprocess: Preprocess) -> None:
             "export with --format transformers, embed with --preprocess pil-squash or tf-squash, or let the pictures "
             "differ: --nearest-pixels"
         )
-    if p.interpolation not in ("bilinear", "bicubic"):
+    if p.interpolation not in _OPEN_CLIP_FILTERS:
         raise UserError(
             f"the tower's preprocessing resizes with {p.interpolation}, open_clip only with bilinear or bicubic; "
             "export with --format transformers, or let the pictures differ: --nearest-pixels"
@@ -51,11 +60,13 @@ def open_clip_preprocess(preprocess: Preprocess) -> tuple[dict[str, Any], list[s
         "mode": "RGB",
         "mean": list(p.mean),
         "std": list(p.std),
-        "interpolation": "bicubic" if p.interpolation not in ("bilinear", "bicubic") else p.interpolation,
+        "interpolation": p.interpolation if p.interpolation in _OPEN_CLIP_FILTERS else "bicubic",
         "resize_mode": "squash" if "squash" in p.method else "shortest",
     }
-    zoomed = [_ZOOMED.format(size=p.size, resize=p.resize)] if p.resize != p.size else []
-    return config, zoomed + _differences(p, p.method == "hf-crop", alpha="drop")
+    notes = [_ZOOMED.format(size=p.size, resize=p.resize)] if p.resize != p.size else []
+    if p.interpolation != config["interpolation"]:
+        notes.append(_FILTERED.format(interpolation=config["interpolation"], own=p.interpolation))
+    return config, notes + _differences(p, p.method == "hf-crop", alpha="drop")
 
 
 def image_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
@@ -85,6 +96,7 @@ def _differences(p: Preprocess, corner: bool, alpha: str) -> list[str]:
     found = {
         _ANTIALIASED.format(size=p.size): p.method == "tf-squash",
         _CORNER: corner,
+        _DECODED: p.reduced,
         _TRANSPARENT: p.alpha != alpha,
     }
     return [note for note, applies in found.items() if applies]

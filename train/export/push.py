@@ -29,6 +29,8 @@ def push(folder: Path, name: str, public: bool) -> None:
     """Upload a folder to the repository `name`, which is made if need be.
 
     Args:
+      folder: whole, as `write_folder` leaves it.
+      name: OWNER/NAME.
       public: without it the repository is private, and one that is not is refused.
 
     Raises:
@@ -46,7 +48,8 @@ def push(folder: Path, name: str, public: bool) -> None:
         raise UserError(f"{folder} is written but was not uploaded: {error}") from None
     except Exception as error:  # of the package, of its HTTP client and of its uploader
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        again = f"hf upload {name} {folder}{'' if public else ' --private'}"
         raise UserError(
-            f"{folder} is written but was not uploaded: {reason}; upload it with: hf upload {name} {folder}"
+            f"{folder} is written but was not uploaded: {reason}; upload it with: {again}"
         ) from None
     print(f"uploaded to {address}")

@@ -32,7 +32,7 @@ from lit_fast.towers import Tower
 from lit_fast.weights.huggingface import ACTIVATION_NAMES, CLIP_BLOCKS, DINOV2_BLOCKS, VIT_BLOCKS
 from lit_fast.weights.parameters import Params
 from lit_fast.weights.torch_layout import BlockNames
-from train.export.card import model_card
+from train.export.card import model_card, probability, rounding
 from train.export.hf_tokenizer import check_tokenizer, write_tokenizer
 from train.export.image_side import centered_map_head, centered_norm
 from train.export.pixels import image_processor
@@ -56,7 +56,7 @@ _USE = """\
 import torch
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained("{name}")  # this folder
+model = AutoModel.from_pretrained("{name}")
 processor = AutoProcessor.from_pretrained("{name}", backend="pil")
 inputs = processor(
     text=["a dog", "a flower"], images=[image], padding="max_length", truncation=True, return_tensors="pt"
@@ -64,12 +64,11 @@ inputs = processor(
 with torch.no_grad():
     outputs = model(**inputs)
 outputs.image_embeds, outputs.text_embeds  # [n, {width}], of unit length
-outputs.logits_per_image  # [images, texts]{bias}
+logits = outputs.logits_per_image{bias}  # [images, texts]; probabilities are their {probability}
 ```
 
 Texts must be padded to {length} tokens and cut there, as in these lines.
 """
-_BIAS = "; sigmoid of these {bias:+.6g} is the model's probability"
 
 
 def check(model: Model) -> None:
@@ -99,13 +98,22 @@ def write(model: Model, folder: Path) -> None:
     write_json(folder / "processor_config.json", {"processor_class": name})
     bias = ""
     if "b" in model.params and not siglip:
-        bias = _BIAS.format(bias=float(model.params["b"][0]))
-        notes.append("VisionTextDualEncoderModel has no bias: its logits lack the model's, as said above.")
+        bias = f" {model.params['b'][0]:+.6g}"
+        notes.append(
+            "VisionTextDualEncoderModel has no bias: its logits lack the model's, which is added above."
+        )
     if not siglip:
         notes.append(
             "The text tower has one more layer, which pools, and needs float32 or bfloat16: float16 overflows."
         )
-    use = _USE.format(name=model.name, width=model.width, bias=bias, length=model.tokenizer.max_length)
+    use = _USE.format(
+        name=model.name,
+        width=model.width,
+        bias=bias,
+        probability=probability(model),
+        length=model.tokenizer.max_length,
+    )
+    notes.append(rounding(model))
     (folder / "README.md").write_text(model_card(model, use, notes, library="transformers"), encoding="utf-8")
 
 
