@@ -30,12 +30,12 @@ from open_clip_train import zero_shot as open_clip_zero_shot
 from open_clip_train.train import get_clip_metrics
 
 from benchmarks.machine import describe
-from lit_fast.bootstrap import bootstrap, measured
 from lit_fast.dataset import Dataset, DatasetWriter, Row, open_dataset
-from lit_fast.evaluate import retrieval_evaluation, zero_shot_evaluation
-from lit_fast.ranks import ranks
-from lit_fast.retrieval import recall_table, recalls, retrieval_ranks
-from lit_fast.zeroshot import accuracies, accuracy_table
+from lit_fast.evaluation.bootstrap import bootstrap, measured
+from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
+from lit_fast.evaluation.ranks import ranks
+from lit_fast.evaluation.retrieval import recall_table, recalls, retrieval_ranks
+from lit_fast.evaluation.zeroshot import accuracies, accuracy_table
 
 # Both make numbers of arrays of one element by `float`, which numpy 2.4 refuses.
 for module in (open_clip_zero_shot, zeroshot_classification):

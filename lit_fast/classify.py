@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from lit_fast.errors import UserError
+from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates, classifier
 from lit_fast.model import Model
-from lit_fast.zeroshot import canonical_names, canonical_templates, classifier
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _SHOWN = 5  # labels of an image in the table

@@ -18,7 +18,7 @@ from lit_fast.outputs import check_output, write_json_output, write_output
 
 if TYPE_CHECKING:
     from lit_fast.dataset import Dataset
-    from lit_fast.evaluate import Evaluate
+    from lit_fast.evaluation.evaluate import Evaluate
 
 
 def evaluate(parser: argparse.ArgumentParser) -> Run:
@@ -88,8 +88,10 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from lit_fast.dataset import open_dataset
-    from lit_fast.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
-    from lit_fast.evaluation_page import (
+    from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
+    from lit_fast.evaluation.few_shot import check_few_shot, evaluate_few_shot
+    from lit_fast.evaluation.known_sets import resolve_labels
+    from lit_fast.evaluation.page import (
         PICTURES,
         evaluation_page,
         few_shot_section,
@@ -97,9 +99,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         retrieval_sections,
         zero_shot_sections,
     )
-    from lit_fast.evaluation_table import format_table
-    from lit_fast.few_shot import check_few_shot, evaluate_few_shot
-    from lit_fast.known_evaluations import resolve_labels
+    from lit_fast.evaluation.table import format_table
     from lit_fast.run import check_run, open_run, read_tower, rows_without_features
 
     # --- whatever can be wrong is found before the weights are loaded
@@ -170,8 +170,8 @@ def _write_results(out: Path | None, results: list[dict[str, Any]]) -> None:
     What the evaluation was given in place of the dataset's own stands in the name too, so that one with other labels
     or templates does not take its place.
     """
-    from lit_fast.evaluate import NAMED
-    from lit_fast.zeroshot_set import OWN_TEMPLATES
+    from lit_fast.evaluation.evaluate import NAMED
+    from lit_fast.evaluation.zeroshot_set import OWN_TEMPLATES
 
     if out is None or not out.is_dir():
         write_json_output(out, results[0] if len(results) == 1 else results)

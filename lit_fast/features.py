@@ -3,7 +3,7 @@
     D/features/<tower>/tower.json            provenance: how to make the same vectors again
     D/features/<tower>/zarr.json, c/...      zarr3, shards of 65 536 rows, blocks of 1024, crc32c
     D/features/<tower>/manifest/00000.json   one per finished shard, written last
-    D/features/<tower>/few_shot/             figures, see `lit_fast.few_shot`
+    D/features/<tower>/few_shot/             figures, see `lit_fast.evaluation.few_shot`
 
 A shard exists when its manifest exists. Features are the tower's pooled output, not normalised. Where a
 tower saw several views (crops) of an image, their vectors lie side by side; view 0 is the image as the

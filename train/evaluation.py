@@ -10,8 +10,8 @@ import numpy as np
 
 from lit_fast.config import Config
 from lit_fast.dataset import Dataset, open_dataset
-from lit_fast.evaluate import Evaluate, distinct_names, retrieval_evaluation, zero_shot_evaluation
-from lit_fast.evaluation_table import format_table, without_languages
+from lit_fast.evaluation.evaluate import Evaluate, distinct_names, retrieval_evaluation, zero_shot_evaluation
+from lit_fast.evaluation.table import format_table, without_languages
 from lit_fast.run import Params, apply_image_head, image_embeddings, rows_without_features
 
 EmbedText = Callable[[Params, Sequence[str]], np.ndarray]

@@ -17,9 +17,9 @@ from embed import remote
 from embed.sources.files import beside
 from lit_fast.download import MAX_BYTES, is_whole
 from lit_fast.errors import UserError
+from lit_fast.evaluation.known_sets import known_evaluations
 from lit_fast.files import read_object, write_json
 from lit_fast.hub import cache_directory, endpoint, fetch_file, token_header
-from lit_fast.known_evaluations import known_evaluations
 
 PREFIX = "wds:"
 _MAX_SHARDS = 100_000

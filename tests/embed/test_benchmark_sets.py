@@ -10,12 +10,12 @@ import pytest
 from embed import remote
 from embed.index import index_dataset
 from embed.sources.expand import expand
-from lit_fast import known_evaluations
 from lit_fast.cli import main
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
+from lit_fast.evaluation import known_sets
+from lit_fast.evaluation.known_sets import resolve_labels
 from lit_fast.hub import cache_directory
-from lit_fast.known_evaluations import resolve_labels
 from tests.embed.servers import FileServer, file_server
 from tests.helpers import encoded, picture, write_tar
 from tests.web import Answer, Server, one_server, own_cache, servers  # noqa: F401
@@ -153,8 +153,8 @@ def test_real_labels_come_through_the_cache(
 ) -> None:
     table = tmp_path / "known.toml"
     table.write_text(f'[real]\ntask = "labels"\nurl = "{server.url}/real.json"\n')
-    monkeypatch.setattr(known_evaluations, "_TABLE", table)
-    known_evaluations.known_evaluations.cache_clear()
+    monkeypatch.setattr(known_sets, "_TABLE", table)
+    known_sets.known_evaluations.cache_clear()
     server.answers["/real.json"] = Answer(b"[[1], [], [2, 3]]")
     try:
         path = resolve_labels("real")
@@ -162,7 +162,7 @@ def test_real_labels_come_through_the_cache(
         assert resolve_labels("real") == path
         assert len(server.requests) == 1
     finally:
-        known_evaluations.known_evaluations.cache_clear()
+        known_sets.known_evaluations.cache_clear()
     own = tmp_path / "own.json"
     own.write_text("{}")
     assert resolve_labels(str(own)) == own

@@ -8,7 +8,7 @@ import pytest
 
 from lit_fast.config import Config, EvalConfig
 from lit_fast.errors import UserError
-from tests.evaluation_sets import (
+from tests.evaluation.sets import (
     COLOURS,
     WIDTH,
     add_features,

@@ -12,12 +12,12 @@ import pytest
 
 from lit_fast.config import LossConfig, TextConfig
 from lit_fast.errors import UserError
+from lit_fast.evaluation.zeroshot import classifier
 from lit_fast.model import Model
 from lit_fast.text import TextTower
 from lit_fast.tokens import Tokenizer
 from lit_fast.towers import load_tower
 from lit_fast.variants import Shape
-from lit_fast.zeroshot import classifier
 from tests.helpers import encoded, picture, tiny_vit_arrays
 from tests.reference import augreg_vit, text_tower, torch_vit
 from tests.weights.checkpoints import HEADS, SIZE, write_timm

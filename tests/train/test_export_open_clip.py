@@ -14,11 +14,11 @@ from lit_fast.architecture import Architecture
 from lit_fast.cli import main
 from lit_fast.config import LossConfig, TextConfig
 from lit_fast.errors import UserError
+from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates, classifier
 from lit_fast.preprocess import Preprocess
 from lit_fast.towers import Tower, load_tower
 from lit_fast.variants import VARIANTS
 from lit_fast.vit import ViT
-from lit_fast.zeroshot import canonical_names, canonical_templates, classifier
 from tests.helpers import picture
 from tests.reference import torch_vit
 from tests.torch_packages import import_package

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lit_fast.errors import UserError
-from lit_fast.evaluation_table import format_table
+from lit_fast.evaluation.table import format_table
 from lit_fast.known_towers import known_towers
 from lit_fast.model import Model
 from train.evaluation import AVERAGED

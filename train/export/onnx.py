@@ -3,7 +3,7 @@
     text.onnx             ids int64 [batch, length] -> embeddings float32 [batch, width], normalised
     vision.onnx           images uint8 [batch, size, size, 3] -> embeddings float32 [batch, width], normalised
     tokenizer.model       sentencepiece; what else makes a caption into ids stands in text.onnx's metadata
-    zero_shot.npy         float32 [classes, width], see `lit_fast.zeroshot.classifier`
+    zero_shot.npy         float32 [classes, width], see `lit_fast.evaluation.zeroshot.classifier`
     classes.txt           its class names, one a line
     README.md             the model card, with Python that uses them
 
@@ -25,12 +25,12 @@ import jax
 import numpy as np
 
 from lit_fast.errors import UserError
+from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates, classifier
 from lit_fast.files import read_lines
 from lit_fast.model import Model
 from lit_fast.normalize import normalize
 from lit_fast.run import Params, embed_ids, text_tower
 from lit_fast.text import TextTower
-from lit_fast.zeroshot import canonical_names, canonical_templates, classifier
 from train.export.card import model_card, rounding
 from train.export.onnx_use import use
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.bootstrap import bootstrap
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
+from lit_fast.evaluation.bootstrap import bootstrap
 from lit_fast.features import Features, read_error
 from lit_fast.files import read_json, write_json
 from lit_fast.run import matching_features
@@ -78,7 +78,7 @@ def evaluate_few_shot(train: Dataset, test: Dataset, tower: dict[str, Any]) -> d
       tower: `tower.json` of the run.
 
     Returns:
-      A result as of `lit_fast.evaluate`, with `seeds`: metric -> a figure per seed.
+      A result as of `lit_fast.evaluation.evaluate`, with `seeds`: metric -> a figure per seed.
 
     Raises:
       UserError: see `check_few_shot`; also images of less than two classes, labels beyond the class names or

@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_fast.ranks import count_columns, count_rows, ranks
-from lit_fast.retrieval import chance_of_any, chance_recalls, recall_table, recalls, retrieval_ranks
+from lit_fast.evaluation.ranks import count_columns, count_rows, ranks
+from lit_fast.evaluation.retrieval import (
+    chance_of_any,
+    chance_recalls,
+    recall_table,
+    recalls,
+    retrieval_ranks,
+)
 
 
 def sorted_ranks(scores: np.ndarray, right: list[list[int]]) -> list[int]:

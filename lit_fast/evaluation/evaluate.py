@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.bootstrap import bootstrap, measured
 from lit_fast.dataset import BLOCK, Dataset
 from lit_fast.errors import UserError
-from lit_fast.ranks import ranks
-from lit_fast.retrieval import COLUMNS, chance_recalls, recall_table, recalls, retrieval_ranks
-from lit_fast.zeroshot import EmbedText, accuracies, accuracy_table, chance_accuracies, classifier
-from lit_fast.zeroshot_set import ZeroShotSet, zero_shot_set
+from lit_fast.evaluation.bootstrap import bootstrap, measured
+from lit_fast.evaluation.ranks import ranks
+from lit_fast.evaluation.retrieval import COLUMNS, chance_recalls, recall_table, recalls, retrieval_ranks
+from lit_fast.evaluation.zeroshot import EmbedText, accuracies, accuracy_table, chance_accuracies, classifier
+from lit_fast.evaluation.zeroshot_set import ZeroShotSet, zero_shot_set
 
 AVERAGE = "average"  # in place of a language
 NAMED = ("template_set", "class_names", "labels", "candidates")  # of a zero-shot result, see `ZeroShotSet`

@@ -8,7 +8,7 @@ import pytest
 
 from lit_fast.dataset import Dataset, DatasetWriter, Row
 from lit_fast.errors import UserError
-from lit_fast.zeroshot_set import zero_shot_set
+from lit_fast.evaluation.zeroshot_set import zero_shot_set
 
 NAMES = ("tench", "goldfish", "shark", "ray", "cock")
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_fast.bootstrap import measured
 from lit_fast.errors import UserError
-from lit_fast.ranks import ranks
-from lit_fast.zeroshot import (
+from lit_fast.evaluation.bootstrap import measured
+from lit_fast.evaluation.ranks import ranks
+from lit_fast.evaluation.zeroshot import (
     accuracies,
     accuracy_table,
     canonical_names,
@@ -83,7 +83,7 @@ def test_classifier_is_the_normalised_mean_of_normalised_prompts(monkeypatch: py
     got = classifier(names, templates, embed_letters)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    monkeypatch.setattr("lit_fast.zeroshot._TEXTS", 6)  # two classes at a time
+    monkeypatch.setattr("lit_fast.evaluation.zeroshot._TEXTS", 6)  # two classes at a time
     calls = []
     again = classifier(names, templates, lambda texts: calls.append(len(texts)) or embed_letters(texts))
     assert calls == [6, 6]

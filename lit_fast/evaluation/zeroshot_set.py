@@ -20,8 +20,8 @@ import numpy as np
 
 from lit_fast.dataset import Dataset
 from lit_fast.errors import UserError
+from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates
 from lit_fast.files import read_json, read_lines
-from lit_fast.zeroshot import canonical_names, canonical_templates
 
 BARE_NAMES = "class_name_only"  # big_vision's word for no template at all
 OWN_TEMPLATES = ("dataset", BARE_NAMES)

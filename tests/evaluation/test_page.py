@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lit_fast import evaluation_page as page_module
 from lit_fast.cli import main
 from lit_fast.dataset import Dataset, DatasetWriter, Row, open_dataset
-from lit_fast.evaluate import retrieval_evaluation, zero_shot_evaluation
-from lit_fast.evaluation_page import (
+from lit_fast.evaluation import page as page_module
+from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
+from lit_fast.evaluation.page import (
     PICTURES,
     evaluation_page,
     few_shot_section,

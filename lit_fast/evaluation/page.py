@@ -15,11 +15,11 @@ import numpy as np
 
 from lit_fast.dataset import Dataset
 from lit_fast.document import bar, document, section, table
-from lit_fast.evaluate import NAMED, captions_by_language
+from lit_fast.evaluation.evaluate import NAMED, captions_by_language
+from lit_fast.evaluation.zeroshot import EmbedText, classifier
+from lit_fast.evaluation.zeroshot_set import zero_shot_set
 from lit_fast.gallery import STYLE, Picture, cards, strip, thumbnail
 from lit_fast.pictures import ReadPicture, picture_reader
-from lit_fast.zeroshot import EmbedText, classifier
-from lit_fast.zeroshot_set import zero_shot_set
 
 PICTURES = 180  # of a page, with thumbnails of at most 11 kB there: two megabytes
 FOUND = 5  # pictures or captions shown per query

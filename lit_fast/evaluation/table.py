@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lit_fast.evaluate import AVERAGE, NAMED
+from lit_fast.evaluation.evaluate import AVERAGE, NAMED
 
 _TASKS = {
     "zeroshot_classification": "zero-shot",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lit_fast.errors import UserError
-from lit_fast.retrieval import chance_of_any
+from lit_fast.evaluation.retrieval import chance_of_any
 
 EmbedText = Callable[[list[str]], np.ndarray]
 """Texts to normalised float32 [n, D]."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from lit_fast.bootstrap import bootstrap, measured
+from lit_fast.evaluation.bootstrap import bootstrap, measured
 
 
 def share(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -36,7 +36,7 @@ def test_a_ratio_as_if_every_image_were_drawn(monkeypatch: pytest.MonkeyPatch) -
     want = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
     # The ratio's standard deviation is about 0.017; of its percentiles from 4000 draws 0.0007 is the error.
     np.testing.assert_allclose(bootstrap(ratio, table, 4000)["ratio"], want, atol=0.003)
-    monkeypatch.setattr("lit_fast.bootstrap._COUNTS", 1000)  # a few resamples at a time
+    monkeypatch.setattr("lit_fast.evaluation.bootstrap._COUNTS", 1000)  # a few resamples at a time
     np.testing.assert_allclose(bootstrap(ratio, table, 4000)["ratio"], want, atol=0.003)
 
 

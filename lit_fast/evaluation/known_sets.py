@@ -1,4 +1,4 @@
-"""The evaluation sets and labels that have a name here, from `known_evaluations.toml`."""
+"""The evaluation sets and labels that have a name here, from `known_sets.toml`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from lit_fast.errors import UserError
 from lit_fast.hub import cache_directory, fetch_file
 
-_TABLE = Path(__file__).with_name("known_evaluations.toml")
+_TABLE = Path(__file__).with_name("known_sets.toml")
 _MAX_BYTES = 100_000_000
 
 

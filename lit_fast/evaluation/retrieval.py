@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lit_fast.ranks import before, best_right, count_columns, count_rows, first_of
+from lit_fast.evaluation.ranks import before, best_right, count_columns, count_rows, first_of
 
 RECALL_AT = (1, 5, 10)
 COLUMNS = 2 + 2 * len(RECALL_AT)  # of `recall_table`

@@ -11,10 +11,10 @@ import pytest
 from lit_fast.cli import main
 from lit_fast.dataset import DatasetWriter, Row
 from lit_fast.errors import UserError
-from lit_fast.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
-from lit_fast.evaluation_table import format_table, without_languages
+from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
+from lit_fast.evaluation.table import format_table, without_languages
 from lit_fast.files import write_json
-from tests.evaluation_sets import (
+from tests.evaluation.sets import (
     WIDTH,
     add_features,
     coloured,

@@ -1,0 +1,1 @@
+"""Zero-shot classification, retrieval and few-shot evaluation of embeddings, with their tables and page."""
