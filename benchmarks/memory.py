@@ -161,8 +161,7 @@ def plot(steps: list[Step], losses: dict[str, dict[int, int | None]], out: Path)
     for name, found in losses.items():
         points = [(batch, size / GIB) for batch, size in found.items() if size]
         axes.plot(*zip(*points, strict=True), marker="o", label=f"loss alone, {name}")
-    axes.axhline(HBM, color="grey", linestyle=":")
-    axes.text(axes.get_xlim()[0], HBM * 1.15, " a v4 chip", color="grey", fontsize="small")
+    axes.axhline(HBM, color="grey", linestyle=":", label="a v4 chip")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set(xlabel="batch on four chips", ylabel="GiB a chip")
