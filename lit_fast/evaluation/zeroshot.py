@@ -47,7 +47,7 @@ def canonical_names(classnames: Sequence[str]) -> list[str]:
         if not name:
             raise UserError(
                 f"class name {classnames[number]!r} (number {number}) has neither letters nor digits before "
-                "its first comma; rename it in classnames.txt"
+                "its first comma; give it another name"
             )
     return names
 
@@ -61,8 +61,7 @@ def canonical_templates(templates: Sequence[str]) -> list[str]:
     for template in templates:
         if "{c}" not in template and "{}" not in template:
             raise UserError(
-                f"prompt template {template!r} has no place for the class name; write {{c}} there in "
-                "zeroshot_classification_templates.txt"
+                f"prompt template {template!r} has no place for the class name; write {{c}} there"
             )
     return [canonicalize(template.replace("{c}", "{}"), keep="{}") for template in templates]
 

@@ -102,9 +102,8 @@ def _check_texts(dataset: Dataset, file: Path | None, check: Any, texts: Sequenc
     try:
         check(texts)
     except UserError as error:
-        raise UserError(
-            f"{file}: {error}" if file else f"dataset {dataset.path}: {error} and index it anew"
-        ) from None
+        where = file or f"classnames.txt or templates of dataset {dataset.path}"
+        raise UserError(f"{where}: {error}{'' if file else ' and index it anew'}") from None
 
 
 def _labels_of(dataset: Dataset, file: Path | None) -> tuple[np.ndarray, np.ndarray]:
