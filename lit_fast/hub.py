@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import quote
@@ -85,6 +85,40 @@ def _archive(spec: str, family: str, name: str) -> Path:
     return path
 
 
+class Commit:
+    """One commit of a repository of the Hugging Face Hub: the one that its first file came from."""
+
+    def __init__(self, spec: str, repository: str, revision: str, directory: Path) -> None:
+        self._spec, self._repository, self._commit = spec, repository, revision
+        self._directory = directory
+
+    def fetch(self, file: str, *, max_bytes: int, may_lack: bool = False) -> bool:
+        """Whether the repository has the file, which is in the directory then.
+
+        Raises:
+          UserError: see `fetch_file`.
+        """
+        url = f"{endpoint()}/{self._repository}/resolve/{quote(self._commit, safe='')}/{quote(file)}"
+        got = fetch_file(
+            self._spec,
+            url,
+            self._directory / file,
+            headers=token_header(),
+            may_lack=may_lack,
+            max_bytes=max_bytes,
+        )
+        answered = (got or {}).get("x-repo-commit", "")
+        if re.fullmatch("[0-9a-f]{40}", answered):  # `main` may move between two files
+            self._commit = answered
+        return got is not None
+
+    def write(self, path: Path, files: Sequence[str]) -> None:
+        """Note that all files are there, after the last one."""
+        write_json(
+            path, {"source": f"{endpoint()}/{self._repository}", "commit": self._commit, "files": files}
+        )
+
+
 def _repository(spec: str, name: str, needed: tuple[str, ...], optional: tuple[str, ...]) -> Path:
     """A repository of the Hugging Face Hub: its configuration and weights, of one commit."""
     match = re.fullmatch(rf"({_WORD}/{_WORD})(?:@({_WORD}(?:/{_WORD})*))?", name)
@@ -97,19 +131,11 @@ def _repository(spec: str, name: str, needed: tuple[str, ...], optional: tuple[s
         files = read_object(whole, "files")["files"]
         if isinstance(files, list) and all(is_whole(directory / Path(str(f)).name) for f in files):
             return directory
-    commit = revision
+    commit = Commit(spec, repository, revision, directory)
 
     def fetch(file: str, *, may_lack: bool = False) -> bool:
-        nonlocal commit
-        url = f"{endpoint()}/{repository}/resolve/{quote(commit, safe='')}/{file}"
         limit = MAX_BYTES if file.endswith(".safetensors") else _MAX_CONFIG_BYTES
-        got = fetch_file(
-            spec, url, directory / file, headers=token_header(), may_lack=may_lack, max_bytes=limit
-        )
-        answered = (got or {}).get("x-repo-commit", "")
-        if re.fullmatch("[0-9a-f]{40}", answered):  # `main` may move between two files
-            commit = answered
-        return got is not None
+        return commit.fetch(file, may_lack=may_lack, max_bytes=limit)
 
     files = [f for f in needed if fetch(f)] + [f for f in optional if fetch(f, may_lack=True)]
     if fetch(_WEIGHTS, may_lack=True):
@@ -119,7 +145,7 @@ def _repository(spec: str, name: str, needed: tuple[str, ...], optional: tuple[s
         if not fetch(index, may_lack=True):
             raise UserError(f"{spec} has no {_WEIGHTS}; weights in other formats are not read")
         files += [index, *(p for p in _parts(directory / index) if fetch(p))]
-    write_json(whole, {"source": f"{endpoint()}/{repository}", "commit": commit, "files": files})
+    commit.write(whole, files)
     return directory
 
 

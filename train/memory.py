@@ -86,13 +86,14 @@ def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> F
         # The leanest are tried even if the estimate is against it.
         if not on_cpu and (need <= room or text.keep == "embeddings"):
             made = _compiled(config, text, build, mesh)
-            need = made.argument_bytes + made.temporary_bytes if made else 2 * limit
+            # What the compiler refuses needs more than the device has; how much more it may not say.
+            need = made.argument_bytes + made.temporary_bytes if made else max(need, limit)
         if need <= room:
             return Fit(text, int(need), limit, made)
         least = min(least, need)
     raise UserError(
-        f"stream.global_batch {config.stream.global_batch} does not fit: it needs {least / 2**30:.3g} GiB a device, of "
-        f"{room / 2**30:.3g} that a run may take; choose a smaller batch, a smaller text tower or more devices"
+        f"stream.global_batch {config.stream.global_batch} does not fit: it needs at least {least / 2**30:.3g} GiB a "
+        f"device, of {room / 2**30:.3g} that a run may take; choose a smaller batch, a smaller tower or more devices"
     )
 
 

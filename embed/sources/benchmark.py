@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import os
 import re
-from urllib.parse import quote
 
 from embed import remote
 from embed.sources.files import beside
 from lit_fast.download import MAX_BYTES, is_whole
 from lit_fast.errors import UserError
 from lit_fast.evaluation.known_sets import known_evaluations
-from lit_fast.files import read_object, write_json
-from lit_fast.hub import cache_directory, endpoint, fetch_file, token_header
+from lit_fast.files import read_object
+from lit_fast.hub import Commit, cache_directory
 
 PREFIX = "wds:"
 _MAX_SHARDS = 100_000
@@ -61,27 +60,15 @@ def hub_tars(spec: str) -> list[str]:
     whole = directory / "files.json"
     files = read_object(whole, files=list).get("files", []) if whole.exists() else []
     if not (files and all(isinstance(file, str) and is_whole(directory / file) for file in files)):
-        commit = "main"
-
-        def fetch(file: str, *, may_lack: bool = False, max_bytes: int = _MAX_TEXT) -> bool:
-            nonlocal commit
-            url = f"{endpoint()}/{repository}/resolve/{commit}/{quote(file)}"
-            got = fetch_file(
-                spec, url, directory / file, headers=token_header(), may_lack=may_lack, max_bytes=max_bytes
-            )
-            answered = (got or {}).get("x-repo-commit", "")
-            if re.fullmatch("[0-9a-f]{40}", answered):  # `main` may move between two files
-                commit = answered
-            return got is not None
-
+        commit = Commit(spec, repository, "main", directory)
         try:
-            fetch(_COUNT)
+            commit.fetch(_COUNT, max_bytes=_MAX_TEXT)
         except UserError as error:
             raise UserError(f"{error}{'' if name in known_evaluations() else _known()}") from None
         tars = _tars(str(directory / _COUNT), (directory / _COUNT).read_text("utf-8", "replace"))
-        files = [_COUNT, *(text for text in _TEXTS if fetch(text, may_lack=True))]
-        files += [tar for tar in tars if fetch(tar, max_bytes=MAX_BYTES)]
-        write_json(whole, {"source": f"{endpoint()}/{repository}", "commit": commit, "files": files})
+        files = [_COUNT, *(text for text in _TEXTS if commit.fetch(text, may_lack=True, max_bytes=_MAX_TEXT))]
+        files += [tar for tar in tars if commit.fetch(tar, max_bytes=MAX_BYTES)]
+        commit.write(whole, files)
     _check_classes(spec, name, str(directory))
     return benchmark_tars(str(directory))
 

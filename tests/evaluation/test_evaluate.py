@@ -1,6 +1,5 @@
 """Evaluation of datasets and the command `eval`."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -206,22 +205,15 @@ dev retrieval: images 1,000, texts 5,000"""
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of an untrained tower of one layer, with its checkpoints 3 and 7."""
     import jax
-    import sentencepiece
 
     from lit_fast.checkpoint import open_manager, save
     from lit_fast.config import Config, TextConfig, to_toml
     from lit_fast.run import init_params, text_tower
-    from lit_fast.tokens import Tokenizer
+    from tests.trained import words
 
     path = tmp_path_factory.mktemp("runs") / "tiny-run"
     path.mkdir()
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red thing", "a green one", "blue things", "not a thing"] * 5),
-        model_writer=model, vocab_size=300, byte_fallback=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    tokenizer = Tokenizer(model.getvalue(), 8)
+    tokenizer = words()
     config = Config(text=TextConfig(width=32, depth=1, heads=2, dtype="float32"))
     (path / "config.toml").write_text(to_toml(config))
     (path / "tokenizer.model").write_bytes(tokenizer.model)

@@ -15,11 +15,11 @@ from lit_fast.errors import UserError
 from lit_fast.evaluation.zeroshot import classifier
 from lit_fast.model import Model
 from lit_fast.text import TextTower
-from lit_fast.tokens import Tokenizer
 from lit_fast.towers import load_tower
 from lit_fast.variants import Shape
 from tests.helpers import encoded, picture, tiny_vit_arrays
 from tests.reference import augreg_vit, text_tower, torch_vit
+from tests.trained import words
 from tests.weights.checkpoints import HEADS, SIZE, write_timm
 from tests.weights.families import pixels
 from tests.weights.test_families import TIMM
@@ -133,16 +133,8 @@ def test_large_weights_lie_beside_the_graph(tiny_vit, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    import sentencepiece
-
-    prefix = tmp_path_factory.mktemp("spm") / "m"
-    texts = ["a small red cat", "the big dog runs", "two birds in a tree", "a dog and a cat"] * 5
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(prefix), vocab_size=60, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
-    return Tokenizer(prefix.with_suffix(".model").read_bytes(), LENGTH, 0)
+def tokenizer():
+    return replace(words(), max_length=LENGTH, padding=0)
 
 
 def make_model(tokenizer, tiny_vit, loss, **more):

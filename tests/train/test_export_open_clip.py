@@ -63,16 +63,9 @@ def squashed(tower):
 
 
 @pytest.fixture(scope="module")
-def towers(tmp_path_factory):
-    """The tower of a family from transformers by its name."""
-
-    @cache
-    def load(case):
-        weights, _, _, _, config = HUGGINGFACE[case]
-        folder = write_huggingface(tmp_path_factory.mktemp("tower"), weights, case.split()[0], **config)
-        return squashed(load_tower(str(folder)))
-
-    return load
+def towers(towers):
+    """Squashed."""
+    return cache(lambda case: squashed(towers(case)))
 
 
 def random_tower(a, size):

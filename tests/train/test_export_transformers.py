@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from tests.helpers import picture
 from tests.reference import torch_vit
 from tests.torch_packages import import_package
 from tests.trained import command, random_model, reference_texts
-from tests.weights.checkpoints import HEADS, write_huggingface, write_timm
+from tests.weights.checkpoints import HEADS, write_timm
 from tests.weights.test_families import HUGGINGFACE, TIMM
 from train.export import transformers as target
 
@@ -49,19 +48,6 @@ TEXT = {
     "deep, mean, masked": {"width": 256, "heads": 4, "depth": 12, "pooling": "mean", "mask_padding": True},
     "odd sizes": {"width": 36, "heads": 3, "mlp_dim": 50, "pooling": "mean", "mask_padding": True},
 }
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory):
-    """The tower of a family from transformers by its name."""
-
-    @cache
-    def load(case):
-        weights, _, _, _, config = HUGGINGFACE[case]
-        folder = write_huggingface(tmp_path_factory.mktemp("tower"), weights, case.split()[0], **config)
-        return load_tower(str(folder))
-
-    return load
 
 
 def export(model, folder):

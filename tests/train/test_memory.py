@@ -42,7 +42,7 @@ def test_the_more_room_the_more_is_kept():
 
 def test_what_does_not_fit_is_said_in_one_line():
     with pytest.raises(
-        UserError, match=r"global_batch 512 does not fit: it needs 0\.\d+ GiB a device"
+        UserError, match=r"global_batch 512 does not fit: it needs at least 0\.\d+ GiB a device"
     ) as caught:
         choose(MIB // 4)
     assert "\n" not in str(caught.value)
