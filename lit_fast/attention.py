@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lit_fast.dense import Dense
+
 
 class MultiHeadDotProductAttention(nn.Module):
     """Every query looks at every key that the mask lets it see.
@@ -28,7 +30,7 @@ class MultiHeadDotProductAttention(nn.Module):
     def __call__(self, queries: jax.Array, keys: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         width = queries.shape[-1]
         size = width // self.heads
-        dense = partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        dense = partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
         product = lambda name, x: checkpoint_name(dense((self.heads, size), name=name)(x), "qkv")  # noqa: E731
         q = product("query", queries).swapaxes(1, 2) * size**-0.5
         k = product("key", keys).swapaxes(1, 2)
@@ -41,4 +43,4 @@ class MultiHeadDotProductAttention(nn.Module):
         total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
         y = jnp.einsum("nhqk,nhkd->nhqd", weights, v, preferred_element_type=jnp.float32) / total
         y = checkpoint_name(y.astype(self.dtype).swapaxes(1, 2), "attended")
-        return dense(width, axis=(-2, -1), name="out")(y)
+        return dense((width,), contracted=2, name="out")(y)

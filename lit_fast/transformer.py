@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lit_fast.attention import MultiHeadDotProductAttention
+from lit_fast.dense import Dense
 from lit_fast.variants import Shape
 
 
@@ -31,10 +32,15 @@ def gelu(x: jax.Array) -> jax.Array:
     return (half + half * jax.lax.erf(x.astype(jnp.float32) * 0.5**0.5)).astype(x.dtype)
 
 
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh approximation, in float32."""
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
 # "quick" is OpenAI CLIP's approximation.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "exact": gelu,
-    "tanh": partial(nn.gelu, approximate=True),
+    "tanh": gelu_tanh,
     "quick": lambda x: x * nn.sigmoid(1.702 * x),
     "swiglu": swiglu,
 }
@@ -60,24 +66,24 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         dense = partial(
-            nn.Dense,
+            Dense,
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             bias_init=nn.initializers.normal(stddev=1e-6),
         )
         width = x.shape[-1]
-        x = dense(self.mlp_dim * (2 if self.gelu == "swiglu" else 1))(x)
+        x = dense((self.mlp_dim * (2 if self.gelu == "swiglu" else 1),), name="Dense_0")(x)
         x = ACTIVATIONS[self.gelu](checkpoint_name(x, "hidden"))
         x = nn.Dropout(self.dropout)(x, deterministic)
-        return dense(width)(x)
+        return dense((width,), name="Dense_1")(x)
 
 
 class EncoderBlock(nn.Module):
-    """`x + MHA(LN(x))`, then `x + MLP(LN(x))`, for all positions or for one of each sequence.
+    """`x + MHA(LN(x))`, then `x + MLP(LN(x))`, for all positions or for some of each sequence.
 
-    x: [n, length, width] -> [n, length, width], or [n, 1, width] with `position` int [n]: the last layer
-    is needed at the pooled position only, so there its queries and MLP are worked out for one position
-    instead of all.
+    x: [n, length, width] -> [n, length, width], or [n, k, width] with `position` int [n, k]: the last layer
+    is needed at the pooled positions only, so there its queries and MLP are worked out for these instead of
+    all.
     """
 
     shape: Shape
@@ -94,7 +100,9 @@ class EncoderBlock(nn.Module):
         norm = partial(nn.LayerNorm, epsilon=self.epsilon, use_fast_variance=False)
         keys = queries = norm()(x)
         if position is not None:
-            x, queries = (jnp.take_along_axis(a, position[:, None, None], axis=1) for a in (x, keys))
+            x, queries = (jnp.take_along_axis(a, position[:, :, None], axis=1) for a in (x, keys))
+            if mask is not None and mask.shape[2] > 1:
+                mask = jnp.take_along_axis(mask, position[:, None, :, None], axis=2)
         y = MultiHeadDotProductAttention(self.shape.heads, self.dtype)(queries, keys, mask)
         x = checkpoint_name(x + nn.Dropout(self.dropout)(y, deterministic), "residual")
         y = MlpBlock(self.shape.mlp_dim, self.gelu, self.dropout, self.dtype)(norm()(x), deterministic)
@@ -105,8 +113,8 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """`depth` blocks and, if `final_norm`, a LayerNorm.
 
-    x: [n, length, width] -> float32 [n, length, width], or [n, 1, width] with `position` int [n]: the
-    output at one position of each sequence. mask: bool, broadcastable to [n, heads, queries, length], true
+    x: [n, length, width] -> float32 [n, length, width], or [n, k, width] with `position` int [n, k]: the
+    output at some positions of each sequence. mask: bool, broadcastable to [n, heads, queries, length], true
     where a query may look. `keep` says what the layers keep for the backward pass: "everything" or what a
     key of `KEEP` says.
     """
