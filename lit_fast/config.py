@@ -41,6 +41,15 @@ class TextConfig:
     # device has room for (train/memory.py).
     keep: str = "auto"
     parts: int = 1
+    # Captions that share a row of the encoder, side by side, none seeing the others: fewer, larger products. With
+    # mask_padding they lie there by their true lengths, so that hardly any padding is worked on; the loss is the same.
+    pack: int = 1
+    row_tokens: int = 0  # of a row by true lengths; 0: what the captions of the dataset need
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several captions by their true lengths."""
+        return self.pack > 1 and self.mask_padding
 
     @property
     def layers_keep(self) -> str:
@@ -84,7 +93,7 @@ class LossConfig:
     # the factor by which the pairs become fewer.
     negatives: str = "all"
     negatives_per_positive: float = 0.0  # the paper's strongest masking: 1.6
-    tile: int = 256  # images of one tile of pairs; memory is tile x (texts per device)
+    tile: int = 512  # images of one tile of pairs, by twice as many texts; memory is that of a few tiles
     # Of the similarity products: default, high or highest. At temperature 100 a cosine's error of 1e-3 is 0.1
     # in a logit. "high" is three bfloat16 passes on TPU, exact on CPU; on GPUs it may mean TF32: take "highest".
     precision: str = "high"
@@ -164,6 +173,16 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What `lit-fast plan` assumes of data that are not here; a dataset's own figures take their place."""
+
+    tower: str = "augreg/B_8"  # a name of `lit-fast towers`, or a plain ViT of 224 pixels such as "g/14"
+    vocab_size: int = 32_000
+    max_length: int = 16  # tokens
+    rows: int = 0  # of the dataset; 0: not known
+
+
+@dataclass(frozen=True)
 class Config:
     """A run. Every field can be overridden on the command line: `--optimizer.learning_rate 3e-4`."""
 
@@ -180,10 +199,12 @@ class Config:
     evaluate: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 # What may change between the parts of one run: it does not touch the parameters, or is known by identity.
-FREE = ("evaluate", "checkpoint", "log", "dataset", "tower", "tokenizer", "stream.noise")
+FREE = ("evaluate", "checkpoint", "log", "plan", "dataset", "tower", "tokenizer", "stream.noise",
+        "text.row_tokens")
 
 # Keys of earlier versions, and what to do instead.
 REMOVED = {

@@ -27,8 +27,9 @@ _CHOICES = {
     "optimizer.weight_decay_convention": ("paper", "optax"),
 }
 _AT_LEAST_ONE = (
-    "steps", "text.parts", "loss.tile", "stream.global_batch", "stream.captions_per_image", "stream.streams",
+    "steps", "text.parts", "text.pack", "loss.tile", "stream.global_batch", "stream.captions_per_image", "stream.streams",
     "stream.window_blocks", "optimizer.timescale", "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
+    "plan.vocab_size",
 )  # fmt: skip
 
 
@@ -52,6 +53,8 @@ def check_values(config: Config, values: dict[str, Any]) -> None:
     for key, bound in {"steps": 2**31, "seed": 2**32 - 1, "stream.global_batch": 2**31}.items():
         if values[key] >= bound:
             raise UserError(f"config key {key} must be below {bound}, not {values[key]}")
+    if values["plan.max_length"] < 2:
+        raise UserError(f"config key plan.max_length must be at least 2, not {values['plan.max_length']}")
     for key in ("text.dropout", "optimizer.b1", "optimizer.b2", "optimizer.average_decay"):
         if values[key] >= 1:
             raise UserError(f"config key {key} must be below 1, not {values[key]}")
@@ -69,6 +72,10 @@ def check_values(config: Config, values: dict[str, Any]) -> None:
         raise UserError(
             'text.parts is chosen by text.keep = "auto"; leave it out, or say what is kept: text.keep = "products"'
         )
+    if config.text.pack > 1 and config.text.dropout and not config.text.mask_padding:
+        raise UserError("text.pack with text.dropout needs text.mask_padding = true")
+    if config.text.row_tokens and not config.text.packed:
+        raise UserError("text.row_tokens needs text.pack above 1 and text.mask_padding = true")
     if shape.width % shape.heads:
         raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")
     for key in ("warmup_steps", "cooldown_steps"):

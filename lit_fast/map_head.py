@@ -14,10 +14,10 @@ from lit_fast.variants import Shape
 
 
 class MAPHead(nn.Module):
-    """A learned query looks at all tokens (big_vision, models/vit.py).
+    """A learned query looks at all tokens (big_vision, models/vit.py), or at several parts of them.
 
-    x: [n, length, width] -> [n, width]; mask: bool, broadcastable to [n, heads, 1, length], true where the
-    query may look.
+    x: [n, length, width] -> [n, k, width]; mask: bool, broadcastable to [n, heads, k, length], true where the
+    query may look; without one, k is 1.
     """
 
     shape: Shape
@@ -30,7 +30,8 @@ class MAPHead(nn.Module):
         width, _, mlp_dim, heads = self.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width), jnp.float32)
         x = x.astype(self.dtype)
-        probe = jnp.tile(probe.astype(self.dtype), (x.shape[0], 1, 1))
+        queries = 1 if mask is None else mask.shape[2]
+        probe = jnp.tile(probe.astype(self.dtype), (x.shape[0], queries, 1))
         x = MultiHeadDotProductAttention(heads, self.dtype)(probe, x, mask)
         y = nn.LayerNorm(epsilon=self.epsilon, use_fast_variance=False)(x)
-        return (x + MlpBlock(mlp_dim, self.gelu, 0.0, self.dtype)(y, True))[:, 0]
+        return x + MlpBlock(mlp_dim, self.gelu, 0.0, self.dtype)(y, True)

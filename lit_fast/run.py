@@ -62,6 +62,7 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
         projected=config.head,
         dropout=config.dropout,
         keep=config.layers_keep,
+        pack=config.pack,
         dtype=jnp.dtype(config.dtype),
     )
 
@@ -82,12 +83,19 @@ def init_params(model: TextTower, config: Config, mean: np.ndarray) -> Params:
 
 
 def embed_ids(
-    model: TextTower, params: Params, ids: jax.Array, dropout: jax.Array | None = None
+    model: TextTower,
+    params: Params,
+    ids: jax.Array,
+    lengths: jax.Array | None = None,
+    dropout: jax.Array | None = None,
 ) -> jax.Array:
-    """Normalised embeddings float32 [n, width] of ids integer [n, length]; `dropout` is a key, None: none."""
+    """Normalised embeddings float32 [n, width] of ids integer [n, length]; `dropout` is a key, None: none.
+
+    With `lengths` [n, k] a row holds k captions side by side, and there are n k embeddings.
+    """
     rngs = None if dropout is None else {"dropout": dropout}
     texts = model.apply(
-        {"params": params["txt"]}, ids.astype(jnp.int32), deterministic=dropout is None, rngs=rngs
+        {"params": params["txt"]}, ids.astype(jnp.int32), lengths, deterministic=dropout is None, rngs=rngs
     )
     return normalize(jnp.asarray(texts))
 

@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lit_fast.dense import Dense
 from lit_fast.map_head import MAPHead
+from lit_fast.rows import Rows, one_each, side_by_side
 from lit_fast.transformer import Encoder
 from lit_fast.variants import Shape
 
@@ -19,13 +21,18 @@ EPSILON = 1e-6  # of every LayerNorm
 class TextTower(nn.Module):
     """Token embedding, learned positions, encoder, pooling, head (big_vision, text_transformer.py).
 
-    ids: int [n, length] -> float32 [n, out_dim], not normalised. `pooling` takes the "last"
+    ids: int [n, max_length] -> float32 [n, out_dim], not normalised. `pooling` takes the "last"
     position or the "first", the "mean" or the "max" over all, or is a "map" head.
 
     `eos_id` as a number hides what follows the first end-of-sentence from attention and pooling; "last"
     is then the end-of-sentence itself, and the result does not depend on the length of the padding. None
     is the paper's rule: padding is ordinary tokens and is attended to, and the last position is whatever
     the caption is padded with.
+
+    With `lengths` int [n, k] a row of ids int [n, tokens] holds k captions without padding, side by side,
+    and the result is float32 [n k, out_dim]: what each of them gets alone when padding is hidden. `pack` > 1
+    lays that many captions side by side with their padding, where it is not hidden and n is a multiple: the
+    result is the same, from larger products.
 
     `embedding_width` K > 0 makes the table vocabulary x K, followed by a K x width projection without bias
     (paper, section 4.3). Rows of norm about 1 as in the plain table, times a projection of variance
@@ -44,47 +51,57 @@ class TextTower(nn.Module):
     projected: bool = True
     dropout: float = 0.0
     keep: str = "everything"
+    pack: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: jax.Array, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self, ids: jax.Array, lengths: jax.Array | None = None, deterministic: bool = True
+    ) -> jax.Array:
+        if lengths is None and self.pack > 1 and self.eos_id is None and len(ids) % self.pack == 0:
+            ids = ids.reshape(-1, self.pack * self.max_length)
+            lengths = jnp.full((len(ids), self.pack), self.max_length)
+        if lengths is None:
+            rows = one_each(ids, self.eos_id)
+        else:
+            rows = side_by_side(lengths, ids.shape[1])
+        x = self._embedded(ids)
+        init = nn.initializers.normal(stddev=self.shape.width**-0.5)
+        table = self.param("pos_embedding", init, (1, self.max_length, self.shape.width), jnp.float32)
+        if rows.position is None:
+            x = x + table
+        else:  # a product, as its gradient is one as well, and exact
+            choice = jax.nn.one_hot(rows.position, self.max_length)
+            x = x + jnp.einsum("ntl,lw->ntw", choice, table[0], precision="highest")
+        x = nn.Dropout(self.dropout)(x, deterministic)
+        encoder = Encoder(self.shape, GELU, EPSILON, self.dropout, self.keep, self.dtype)
+        position = {"first": rows.first, "last": rows.last}.get(self.pooling)
+        x = encoder(x, rows.mask, deterministic, position)
+        if position is None:
+            x = self._pooled(x, rows)
+        x = x.astype(jnp.float32).reshape(-1, self.shape.width)
+        return Dense((self.out_dim,), name="head")(x) if self.projected else x
+
+    def _embedded(self, ids: jax.Array) -> jax.Array:
+        """[n, tokens, width]."""
         width = self.shape.width
         init = nn.initializers.normal(stddev=width**-0.5)
-        if self.embedding_width:
-            rows = nn.initializers.normal(stddev=self.embedding_width**-0.5)
-            x = nn.Embed(self.vocab_size, self.embedding_width, embedding_init=rows)(ids)
-            x = nn.Dense(
-                width, use_bias=False, kernel_init=init, dtype=self.dtype, name="embedding_projection"
-            )(x)
-        else:
-            x = nn.Embed(self.vocab_size, width, embedding_init=init)(ids)
-        x = x + self.param("pos_embedding", init, (1, self.max_length, width), jnp.float32)
-        x = nn.Dropout(self.dropout)(x, deterministic)
-        seen = None
-        if self.eos_id is not None:
-            end = ids == self.eos_id
-            seen = jnp.cumsum(end, axis=1) - end == 0  # up to and including the first end-of-sentence
-        mask = None if seen is None else seen[:, None, None, :]
-        encoder = Encoder(self.shape, GELU, EPSILON, self.dropout, self.keep, self.dtype)
-        position = _position(ids, self.pooling, seen)
-        x = encoder(x, mask, deterministic, position)
-        if position is not None:
-            x = x[:, 0]
-        elif self.pooling == "map":
-            x = MAPHead(self.shape, GELU, EPSILON, self.dtype)(x, mask)
-        elif self.pooling == "max":
-            x = x.max(axis=1, where=None if seen is None else seen[:, :, None], initial=-jnp.inf)
-        else:
-            weight = jnp.ones(ids.shape, x.dtype) if seen is None else seen.astype(x.dtype)
-            x = jnp.einsum("nlw,nl->nw", x, weight / weight.sum(axis=1, keepdims=True))
-        x = x.astype(jnp.float32)
-        return nn.Dense(self.out_dim, name="head")(x) if self.projected else x
+        if not self.embedding_width:
+            return nn.Embed(self.vocab_size, width, embedding_init=init)(ids)
+        rows = nn.initializers.normal(stddev=self.embedding_width**-0.5)
+        x = nn.Embed(self.vocab_size, self.embedding_width, embedding_init=rows)(ids)
+        name = "embedding_projection"
+        return Dense((width,), use_bias=False, kernel_init=init, dtype=self.dtype, name=name)(x)
 
-
-def _position(ids: jax.Array, pooling: str, seen: jax.Array | None) -> jax.Array | None:
-    """int [n]: the one position that is pooled, None if all are."""
-    if pooling == "first":
-        return jnp.zeros(len(ids), jnp.int32)
-    if pooling == "last":
-        return (jnp.full(len(ids), ids.shape[1]) if seen is None else seen.sum(axis=1)) - 1
-    return None
+    def _pooled(self, x: jax.Array, rows: Rows) -> jax.Array:
+        """[n, tokens, width] -> [n, k, width]."""
+        if self.pooling == "map":
+            mask = None if rows.member is None else rows.member[:, None]
+            return MAPHead(self.shape, GELU, EPSILON, self.dtype)(x, mask)
+        if rows.member is None:
+            return (x.max if self.pooling == "max" else x.mean)(axis=1, keepdims=True)
+        if self.pooling == "mean":
+            weight = rows.member.astype(x.dtype)
+            return jnp.einsum("ntw,nkt->nkw", x, weight / weight.sum(axis=2, keepdims=True))
+        largest = lambda one: x.max(axis=1, where=one[:, :, None], initial=-jnp.inf)  # noqa: E731
+        return jnp.stack([largest(rows.member[:, k]) for k in range(rows.member.shape[1])], axis=1)

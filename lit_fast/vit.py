@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lit_fast.architecture import Architecture
+from lit_fast.dense import Dense
 from lit_fast.map_head import MAPHead
 from lit_fast.transformer import Encoder
 
@@ -57,11 +58,11 @@ class ViT(nn.Module):
             final_norm=not a.norm_after_pool,
             name="Transformer",
         )
-        x = encoder(x) if a.pool in ("gap", "map") else encoder(x, position=jnp.zeros(n, jnp.int32))
+        x = encoder(x) if a.pool in ("gap", "map") else encoder(x, position=jnp.zeros((n, 1), jnp.int32))
         if a.pool == "gap":
             x = x[:, -h * w :].mean(axis=1)
         elif a.pool == "map":
-            x = MAPHead(a.shape, a.gelu, a.epsilon, self.dtype)(x[:, -h * w :])
+            x = MAPHead(a.shape, a.gelu, a.epsilon, self.dtype)(x[:, -h * w :])[:, 0]
         else:
             x = x[:, 0]
         if a.norm_after_pool:
@@ -69,5 +70,5 @@ class ViT(nn.Module):
                 epsilon=a.epsilon, use_fast_variance=False, dtype=jnp.float32, name="pooled_norm"
             )(x)
         if a.pool == "projection":
-            x = nn.Dense(a.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
+            x = Dense((a.projection,), use_bias=False, dtype=self.dtype, name="projection")(x)
         return x.astype(jnp.float32)

@@ -15,6 +15,7 @@ from lit_fast.errors import UserError
 from lit_fast.features import Features, open_features
 from lit_fast.tokens import Tokenizer, Tokens, open_tokens
 from train.evaluation import Evaluation
+from train.packing import Packing, open_packing
 from train.stream import Stream, open_stream
 from train.workdir import check_identity, check_workdir
 
@@ -27,6 +28,7 @@ class Inputs:
     tokens: Tokens
     tokenizer: Tokenizer
     stream: Stream
+    packing: Packing | None
     evaluation: Evaluation
 
     def mean(self, center: bool) -> np.ndarray:
@@ -48,7 +50,7 @@ def open_inputs(config: Config, run: Path, mesh: Mesh) -> Inputs:
     features = open_features(dataset, config.tower)
     tokens = open_tokens(dataset, config.tokenizer)
     tokenizer = tokens.tokenizer()
-    _check_batch(config, mesh)
+    check_batch(config, mesh.size)
     check_workdir(run, config)
     check_identity(run, "tower", features.identity)
     check_identity(run, "tokens", tokenizer.identity)
@@ -56,15 +58,19 @@ def open_inputs(config: Config, run: Path, mesh: Mesh) -> Inputs:
     part = (jax.process_index(), jax.process_count())
     stream = open_stream(features, tokens, config.stream, config.seed, part)
     check_identity(run, "stream", stream.identity)
-    return Inputs(features, tokens, tokenizer, stream, evaluation)
+    packing = open_packing(config, tokens, tokenizer.eos_id, mesh) if config.text.packed else None
+    return Inputs(features, tokens, tokenizer, stream, packing, evaluation)
 
 
-def _check_batch(config: Config, mesh: Mesh) -> None:
+def check_batch(config: Config, devices: int) -> None:
+    """Raises UserError where a batch does not divide into equal parts of the devices."""
     batch = config.stream.global_batch
-    if batch % mesh.size:
-        raise UserError(f"stream.global_batch {batch} is not divisible by the {mesh.size} devices")
+    if batch % devices:
+        raise UserError(f"stream.global_batch {batch} is not divisible by the {devices} devices")
     pairs = batch * config.stream.captions_per_image
-    if pairs % (mesh.size * config.text.parts):
+    text = config.text
+    if pairs % (devices * text.parts * text.pack):
+        pack = f" x text.pack {text.pack}" if text.pack > 1 else ""
         raise UserError(
-            f"the {pairs} texts of a batch are not divisible by text.parts {config.text.parts} x {mesh.size} devices"
+            f"the {pairs} texts of a batch are not divisible by text.parts {text.parts}{pack} x {devices} devices"
         )

@@ -40,7 +40,7 @@ from train.receipt import is_finished, spent_before, write_receipt
 from train.report import write_report
 from train.start import check_start, starting_params, write_start
 from train.step import Metrics, State, init_state, make_step
-from train.stream import Batch, Stream
+from train.stream import Batch
 from train.weights_and_biases import check_wandb
 from train.workdir import lock_workdir, write_workdir
 
@@ -64,10 +64,14 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     inputs = open_inputs(config, run, mesh)
     features, stream, evaluation = inputs.features, inputs.stream, inputs.evaluation
     _say(f"dataset {features.dataset.path}: {stream.description}")
+    packing, text = inputs.packing, config.text
+    if packing:
+        _say(packing.description)
+        text = replace(text, row_tokens=packing.row_tokens)
 
     # --- model, optimizer, state
     tower = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=features.width)
-    fitted = fit(config, tower, mesh)
+    fitted = fit(replace(config, text=text), tower, mesh)
     _say(f"memory: {fitted.description}")
     model = tower(fitted.text)
     mean = inputs.mean(config.loss.center)
@@ -104,10 +108,10 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     writer = MetricsWriter(run, config, done, before) if first else None
     batch = config.stream.global_batch
     pairs = batch * config.stream.captions_per_image
-    flops = step_flops(model, pairs, batch, config.loss.image_head)
+    flops = step_flops(model, pairs, batch, config.loss.image_head, packing.tokens if packing else None)
     meter = Meter(pairs, flops, mesh.size, start=done, before=before, began=began)
     done, stopping = _loop(
-        config, state, done, stream, mesh,
+        config, state, done, stream.iterate(done, packing or (lambda batch: batch)), mesh,
         step=make_step(model, optimizer, replace(config, text=fitted.text), mesh),
         embed_text=embed_text,
         meter=meter, writer=writer, console=Console(config.steps, done) if first else None,
@@ -145,7 +149,7 @@ def _loop(
     config: Config,
     state: State,
     done: int,
-    stream: Stream,
+    batches: Iterator[Batch],
     mesh: Mesh,
     *,
     step: Any,
@@ -159,7 +163,6 @@ def _loop(
 ) -> tuple[int, int]:
     """The number of completed steps, and the signal that stopped it, 0 for none."""
     stop = _Stop(mesh)
-    batches = stream.iterate(done)
     with meter.paused:
         batch = _to_devices(next(batches), mesh)
     unread: tuple[int, Metrics] | None = None  # fetched a step late, so that the devices never idle for it

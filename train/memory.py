@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
@@ -23,7 +22,7 @@ from lit_fast.errors import UserError
 from lit_fast.run import embed_ids
 from lit_fast.text import TextTower
 from lit_fast.transformer import KEEP
-from train.ahead import Compiled, compile_step, state_shapes
+from train.ahead import Compiled, batch_shapes, compile_step, state_shapes
 
 Build = Callable[[TextConfig], TextTower]
 """The text tower of a configuration."""
@@ -33,7 +32,7 @@ _TOKENS, _CPU_TOKENS = 8192, 768
 # The compiler takes a tenth more than the sum of what must be there.
 _SLACK = 1.1
 # Of a device's memory; the rest is for batches on their way and what the allocator cannot use.
-_SHARE = 0.93
+SHARE = 0.93
 
 
 class Fit(NamedTuple):
@@ -76,16 +75,16 @@ def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> F
       UserError: not even the leanest way fits.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    limit = limit or _device_memory(mesh)
-    needs = _Needs(config, build, mesh)
+    limit = limit or device_memory(mesh)
+    needs = Needs(config, build, mesh.size)
     if config.text.keep != "auto":
         return Fit(config.text, needs.estimate(config.text), limit)
-    room, least = _SHARE * limit, math.inf
-    for text in _candidates(config, mesh.size, on_cpu):
+    room, least = SHARE * limit, math.inf
+    for text in candidates(config, mesh.size, on_cpu):
         need, made = needs.estimate(text), None
         # The leanest are tried even if the estimate is against it.
         if not on_cpu and (need <= room or text.keep == "embeddings"):
-            made = _compiled(config, text, build, mesh)
+            made = try_compile(config, text, build, mesh)
             # What the compiler refuses needs more than the device has; how much more it may not say.
             need = made.argument_bytes + made.temporary_bytes if made else max(need, limit)
         if need <= room:
@@ -97,7 +96,7 @@ def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> F
     )
 
 
-def _device_memory(mesh: Mesh) -> int:
+def device_memory(mesh: Mesh) -> int:
     """Bytes of the smallest device of any process: all must choose alike, as they run one program."""
     # A process may ask its own devices only.
     own = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
@@ -105,14 +104,15 @@ def _device_memory(mesh: Mesh) -> int:
     return int(process_allgather(np.int32(own >> 20)).min()) << 20  # JAX has no wider integers
 
 
-def _candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConfig]:
-    """From the fastest to the leanest."""
+def candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConfig]:
+    """Ways to use the memory, from the fastest to the leanest."""
     texts = config.stream.global_batch * config.stream.captions_per_image // devices
     tokens = _CPU_TOKENS if on_cpu else _TOKENS
     # Captions are 16 to 64 tokens; a part of 512 or 32 texts need not be exact.
-    divisors = [d for d in range(1, math.isqrt(texts) + 1) if texts % d == 0]
-    divisors = sorted({*divisors, *(texts // d for d in divisors)})
-    parts = next(d for d in divisors if texts // d * 16 <= tokens or d == texts)
+    rows = texts // config.text.pack
+    divisors = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
+    divisors = sorted({*divisors, *(rows // d for d in divisors)})
+    parts = next(d for d in divisors if texts // d * 16 <= tokens or d == rows)
     choose = lambda keep, parts: dataclasses.replace(config.text, keep=keep, parts=parts)  # noqa: E731
     if not on_cpu:  # whose caches prefer small parts
         yield choose("everything", 1)
@@ -123,50 +123,78 @@ def _candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConf
         yield choose("embeddings", d)
 
 
-class _Needs:
+class Needs:
     """Bytes of a device, from shapes alone."""
 
-    def __init__(self, config: Config, build: Build, mesh: Mesh) -> None:
+    def __init__(self, config: Config, build: Build, devices: int) -> None:
         self._config, self._build = config, build
-        self._texts = config.stream.global_batch * config.stream.captions_per_image // mesh.size
+        batch = config.stream.global_batch
+        self._images = batch // devices
+        self._texts = batch * config.stream.captions_per_image // devices
         model = build(config.text)
-        state = state_shapes(model, config)
-        self._params, params = state.params, _bytes(state.params)
-        # The gradients, the updates, and the weights in the dtype of the products.
-        self._fixed = _bytes(state) + 3 * params
-        tile = min(config.loss.tile, config.stream.global_batch // mesh.size)
-        self._fixed += 4 * tile * self._texts * 4  # logits and what is made of them
-        self._kept: dict[TextConfig, float] = {}
+        self._width = model.out_dim
+        self._state = state_shapes(model, config)
+        self._arrays = batch_shapes(model, config)
+        self._devices = devices
+        self._per_text: dict[TextConfig, float] = {}
+
+    @property
+    def parameters(self) -> int:
+        """In the dtype that they are stored in; an average of them counts as well."""
+        return tree_bytes((self._state.params, self._state.average))
+
+    @property
+    def optimizer(self) -> int:
+        """Its state."""
+        return tree_bytes(self._state.opt)
+
+    @property
+    def gradients(self) -> int:
+        """Of all parameters."""
+        return tree_bytes(self._state.params)
+
+    @property
+    def batch(self) -> int:
+        """A device's part of one batch as it arrives."""
+        return tree_bytes(self._arrays) // self._devices
+
+    def kept(self, text: TextConfig) -> int:
+        """What the backward pass is given."""
+        if text.keep == "embeddings":  # of one part, while it is worked out again
+            return int(self._texts // text.parts * self._given(dataclasses.replace(text, keep="products")))
+        return int(self._texts * self._given(text))
 
     def estimate(self, text: TextConfig) -> int:
-        """Of one way to do it."""
-        part = self._texts // text.parts
-        everything = self._per_text(dataclasses.replace(text, keep="everything"))
-        working = part * everything / text.shape.depth
-        if text.keep == "embeddings":
-            kept = part * self._per_text(dataclasses.replace(text, keep="products"))
-        else:
-            kept = self._texts * self._per_text(text)
-        return int(self._fixed + _SLACK * (kept + working))
+        """All of it."""
+        working = self._texts // text.parts * self._given(dataclasses.replace(text, keep="everything"))
+        tile = min(self._config.loss.tile, self._images)
+        logits = 4 * tile * self._texts * 4  # and what is made of them
+        # Embeddings in float32, of images here and on their way, of texts and their gradients.
+        vectors = 8 * self._width * (self._images + self._texts)
+        # The gradients, the updates, and the weights in the dtype of the products.
+        fixed = tree_bytes(self._state) + self.batch + 3 * self.gradients + logits + vectors
+        return int(fixed + _SLACK * (self.kept(text) + working / text.shape.depth))
 
-    def _per_text(self, text: TextConfig) -> float:
+    def _given(self, text: TextConfig) -> float:
         """Bytes that the backward pass is given for one text."""
         text = dataclasses.replace(text, parts=1)
-        if text not in self._kept:
+        if text not in self._per_text:
             model = self._build(text)
 
-            def given(texts: int) -> int:
-                ids = jax.ShapeDtypeStruct((texts, model.max_length), jnp.int32)
-                embed = lambda p, ids: jax.vjp(lambda p: embed_ids(model, p, ids), p)[1]  # noqa: E731
-                return _bytes(jax.eval_shape(embed, self._params, ids))
+            def given(rows: int) -> int:
+                arrays = {k: self._arrays[k] for k in ("ids", "lengths") if k in self._arrays}
+                shapes = {k: jax.ShapeDtypeStruct((rows, a.shape[1]), a.dtype) for k, a in arrays.items()}
+                embed = lambda p, a: jax.vjp(lambda p: embed_ids(model, p, **a), p)[1]  # noqa: E731
+                return tree_bytes(jax.eval_shape(embed, self._state.params, shapes))
 
             # Twice, to be rid of the parameters, which it is given as well.
-            self._kept[text] = (given(16) - given(8)) / 8
-        return self._kept[text]
+            rows, texts = 8 * text.pack, 8 * text.pack ** (1 + text.packed)
+            self._per_text[text] = (given(2 * rows) - given(rows)) / texts
+        return self._per_text[text]
 
 
-def _compiled(config: Config, text: TextConfig, build: Build, mesh: Mesh) -> Compiled | None:
-    """None if the compiler finds that it does not fit."""
+def try_compile(config: Config, text: TextConfig, build: Build, mesh: Mesh) -> Compiled | None:
+    """The step with this way to keep; None if the compiler finds that it does not fit."""
     try:
         return compile_step(build(text), dataclasses.replace(config, text=text), mesh)
     except jax.errors.JaxRuntimeError as error:
@@ -175,5 +203,6 @@ def _compiled(config: Config, text: TextConfig, build: Build, mesh: Mesh) -> Com
         return None
 
 
-def _bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
+    """Of all arrays of a tree, or of their shapes."""
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))

@@ -7,7 +7,7 @@ import time
 import jax
 
 from lit_fast.metrics import Spent
-from train.flops import peak_flops
+from train.chips import peak_flops
 
 
 class Span:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from lit_fast.losses.statistics import Logits, logit_metrics
 from lit_fast.losses.tile import Trained
 from lit_fast.mesh import AXIS, dealt, on_each_device, replicated
 from lit_fast.normalize import normalize
+from lit_fast.rows import unpacked
 from lit_fast.run import Params, embed_ids
 from lit_fast.text import TextTower
 from train.optimizer import make_schedule
@@ -52,7 +54,7 @@ def make_step(
     """The jitted function (state, batch) -> (state, metrics); it takes over the state's memory.
 
     batch: images bfloat16 [n, width], ids integer [n * captions, length], rows int32 [n], each dealt over
-    the mesh. metrics: float32 scalars.
+    the mesh; packed captions as `train.packing` lays them. metrics: float32 scalars.
     """
     schedule, text = make_schedule(config.optimizer, config.steps), config.text
     masked = (config.loss.negatives, config.loss.same_image, config.loss.same_caption) != (
@@ -61,7 +63,7 @@ def make_step(
 
     def loss_of(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Logits]:
         trained = Trained(
-            _embed(model, params, batch["ids"], key if text.dropout else None, text),
+            _embed(model, params, batch, key if text.dropout else None, text),
             params["t"][0],
             params["b"][0] if "b" in params else None,
             params["img"]["head"]["kernel"] if "img" in params else None,
@@ -69,7 +71,9 @@ def make_step(
         features = normalize(batch["images"].astype(jnp.float32) - params["mean"])
         # No place in the batch has this number, so dropout and the choice of negatives share no key.
         words = jax.random.bits(jax.random.fold_in(key, 2**32 - 1), (2,))
-        pairs = pair_up(config.loss, mesh.size, features, batch["rows"], batch["ids"], words)
+        captions = config.stream.captions_per_image
+        ids = partial(_captions, batch, model.max_length)
+        pairs = pair_up(config.loss, mesh.size, features, batch["rows"], captions, ids, words)
         return pair_loss(config.loss, mesh.size, trained, *pairs)
 
     def gradients(
@@ -117,31 +121,47 @@ def make_step(
     return jax.jit(step, in_shardings=(whole, part), out_shardings=(whole, whole), donate_argnums=0)
 
 
+def _captions(batch: dict[str, jax.Array], length: int) -> jax.Array:
+    """This device's captions in their order, integer [n * captions, length]."""
+    if "lengths" not in batch:
+        return batch["ids"]
+    return unpacked(batch["ids"], batch["lengths"], batch["slots"], length)
+
+
 def _embed(
     model: TextTower,
     params: Params,
-    ids: jax.Array,
+    batch: dict[str, jax.Array],
     dropout: jax.Array | None,
     text: TextConfig,
 ) -> jax.Array:
-    """Normalised embeddings of this device's ids [n, length], worked out in `text.parts` equal parts.
+    """Normalised embeddings of this device's captions in their order, worked out in `text.parts` equal parts.
 
     With `text.keep = "embeddings"` a part keeps nothing else, and the backward pass works it out again. The
-    dropout of a text depends on the key and its place in the global batch, so neither the parts nor the
-    number of devices change it.
+    dropout of a row depends on the key and its place in the global batch, so neither the parts nor, where a row
+    is one caption, the number of devices change it.
     """
+    ids, lengths = batch["ids"], batch.get("lengths")
     place = jax.lax.axis_index(AXIS) * len(ids) + jnp.arange(len(ids))
 
-    def embed(ids: jax.Array, place: jax.Array) -> jax.Array:
+    def embed(ids: jax.Array, lengths: jax.Array | None, place: jax.Array) -> jax.Array:
         if dropout is None:
-            return embed_ids(model, params, ids)
-        keys = jax.vmap(lambda p: jax.random.fold_in(dropout, p))(place)
-        return jax.vmap(lambda i, k: embed_ids(model, params, i[None], k)[0])(ids, keys)
+            return embed_ids(model, params, ids, lengths)
+
+        def one(ids: jax.Array, lengths: jax.Array | None, place: jax.Array) -> jax.Array:
+            ids, lengths = jax.tree.map(lambda a: a[None], (ids, lengths))
+            return embed_ids(model, params, ids, lengths, jax.random.fold_in(dropout, place))
+
+        texts = jax.vmap(one)(ids, lengths, place)
+        return texts.reshape(-1, texts.shape[-1])
 
     if text.keep == "embeddings":
         embed = jax.checkpoint(embed)
-    if text.parts == 1:
-        return embed(ids, place)
-    parts = ids.reshape(text.parts, -1, ids.shape[-1]), place.reshape(text.parts, -1)
-    texts = jax.lax.map(lambda part: embed(*part), parts)
-    return texts.reshape(-1, texts.shape[-1])
+    rows = ids, lengths, place
+    if text.parts > 1:
+        parts = jax.tree.map(lambda a: a.reshape(text.parts, -1, *a.shape[1:]), rows)
+        texts = jax.lax.map(lambda part: embed(*part), parts)
+        texts = texts.reshape(-1, texts.shape[-1])
+    else:
+        texts = embed(*rows)
+    return texts if lengths is None else texts[batch["slots"]]

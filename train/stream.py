@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -106,10 +106,10 @@ class Stream:
     identity: str  # of everything that decides the batches; the devices do not
     description: str
 
-    def iterate(self, step: int) -> Iterator[Batch]:
-        """Batches from `step` on, produced ahead by two threads."""
+    def iterate(self, step: int, prepare: Callable[[Batch], Batch] = lambda batch: batch) -> Iterator[Batch]:
+        """Batches from `step` on, produced and prepared ahead by two threads."""
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        iterator = iter(grain.MapDataset.source(self.source).to_iter_dataset(options))
+        iterator = iter(grain.MapDataset.source(self.source).map(prepare).to_iter_dataset(options))
         iterator.set_state({"next_index": step})
         return iterator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,7 +33,13 @@ class Texts(NamedTuple):
 
 
 def pair_up(
-    config: LossConfig, devices: int, features: jax.Array, rows: jax.Array, ids: jax.Array, words: jax.Array
+    config: LossConfig,
+    devices: int,
+    features: jax.Array,
+    rows: jax.Array,
+    captions: int,
+    ids: Callable[[], jax.Array],
+    words: jax.Array,
 ) -> tuple[Images, Texts]:
     """The images and texts of this device; to be called inside `jax.shard_map` over the mesh axis.
 
@@ -41,18 +48,18 @@ def pair_up(
       devices: on the mesh axis.
       features: float32 or bfloat16 [n, width], normalised.
       rows: int32 [n].
-      ids: integer [n * captions, length], the captions of an image side by side.
+      captions: of an image.
+      ids: gives integer [n * captions, length], the captions of an image side by side, if they are needed.
       words: uint32 [2], random, the same on all devices.
     """
-    n, m = len(rows), len(ids)
-    captions = m // n
+    n, m = len(rows), len(rows) * captions
     images, texts = Images(features, rows), Texts(jnp.repeat(rows, captions))
     device = lax.axis_index(AXIS)
     places = device * n + jnp.arange(n)
     if config.same_image == "mask":
         images, texts = images._replace(places=places), texts._replace(places=jnp.repeat(places, captions))
     if config.same_caption == "mask":
-        hashes = hash_ids(ids)
+        hashes = hash_ids(ids())
         images = images._replace(captions=hashes.reshape(n, captions, 2))
         texts = texts._replace(captions=hashes)
     if config.negatives == "random" and _share(config, n * devices) < 1:
@@ -77,9 +84,9 @@ def sort_out(
       images: in the global batch.
       tile: of the visiting images.
       texts: at home.
-      real: bool [tile], False for filling.
+      real: bool, broadcastable to [tile, m], False for filling.
     """
-    used = real[:, None]
+    used = real
     positive = used & (tile.rows[:, None] == texts.rows[None, :])
     if tile.places is not None and texts.places is not None:
         own = positive & (tile.places[:, None] == texts.places[None, :])

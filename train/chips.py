@@ -1,0 +1,94 @@
+"""What the vendors' data sheets say of the chips that a run may use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One device as JAX sees it."""
+
+    name: str  # as in --topology
+    kind: str  # part of JAX's device_kind
+    flops: float  # dense bfloat16 products, FLOP/s
+    memory: float  # bytes that a program can have
+    bandwidth: float  # of its memory, bytes/s
+    interconnect: float  # out of the chip, all links together, bytes/s
+    clock: float = 0.0  # of the TensorCore, Hz; 0: the compiler estimates no cycles
+
+
+# Peak, bandwidths: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. The memory is what the compiler says is available
+# when it refuses a program. v4's clock stands in "TPU v4" (Jouppi et al., 2023, table 4), where its peak is that of
+# its matrix units at every tick; the other clocks follow from their peaks in the same way.
+TPUS = (
+    Chip("v4", "TPU v4", 275e12, 30.75 * GIB, 1.228e12, 300e9, 1.05e9),
+    Chip("v5e", "TPU v5 lite", 197e12, 15.75 * GIB, 0.819e12, 200e9, 1.5e9),
+    Chip("v5p", "TPU v5", 459e12, 95.74 * GIB, 2.765e12, 600e9, 1.75e9),
+    Chip("v6e", "TPU v6 lite", 918e12, 31.25 * GIB, 1.64e12, 448e9, 1.75e9),
+)
+# JAX takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+_JAX_SHARE = 0.75
+# The data sheets at nvidia.com/data-center (SXM where there are several), NVLink in one direction, else PCIe; the
+# memory is what nvidia-smi shows.
+GPUS = tuple(
+    Chip(name, kind, tera * 1e12, gib * GIB * _JAX_SHARE, bandwidth * 1e12, interconnect * 1e9)
+    for name, kind, tera, gib, bandwidth, interconnect in (
+        ("b200", "B200", 2250, 178.4, 8.0, 900),
+        ("h200", "H200", 989, 140.4, 4.8, 450),
+        ("h100", "H100", 989, 79.6, 3.35, 450),
+        ("a100", "A100", 312, 80.0, 2.039, 300),
+        ("l40s", "L40S", 362, 45.0, 0.864, 32),
+        ("l40", "L40", 181, 45.0, 0.864, 32),
+        ("l4", "L4", 121, 22.5, 0.3, 32),
+        ("rtx4090", "RTX 4090", 165, 24.0, 1.008, 32),
+    )
+)
+# Other names of JAX's for the same.
+_KINDS = {"TPU v5e": "TPU v5 lite", "TPU v6e": "TPU v6 lite"}
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip of JAX's `device_kind`, None where it is not known."""
+    kind = _KINDS.get(kind, kind)
+    # "TPU v5" is the beginning of "TPU v5 lite", and "L4" of "L40S".
+    fitting = [chip for chip in (*TPUS, *GPUS) if chip.kind in kind]
+    return max(fitting, key=lambda chip: len(chip.kind), default=None)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bfloat16 FLOP/s of a device, None where the chip is not known."""
+    chip = chip_of(device.device_kind)
+    return chip.flops if chip else None
+
+
+def this_processor(devices: int, memory: float) -> Chip:
+    """This machine's CPU, measured: the best of a few float32 products and copies, shared by its devices.
+
+    Args:
+      memory: bytes of one device.
+    """
+    size = 1536
+    matrix = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    flops = 2 * size**3 / _fastest(lambda: product(matrix).block_until_ready())
+    source = np.ones(2**24, np.float32)  # more than any cache holds
+    target = np.empty_like(source)
+    bandwidth = 2 * source.nbytes / _fastest(lambda: np.copyto(target, source))
+    return Chip("cpu", "cpu", flops / devices, memory, bandwidth / devices, bandwidth / devices)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(4):  # the first compiles
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
