@@ -28,7 +28,7 @@ Build = Callable[[TextConfig], TextTower]
 """The text tower of a configuration."""
 
 # Tokens of a part: enough to fill a matrix unit; on a CPU, few enough for its caches.
-_TOKENS, _CPU_TOKENS = 8192, 768
+_TOKENS, _CPU_TOKENS = 8192, 2048
 # The compiler takes a tenth more than the sum of what must be there.
 _SLACK = 1.1
 # Of a device's memory; the rest is for batches on their way and what the allocator cannot use.
@@ -117,7 +117,8 @@ def candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConfi
     if not on_cpu:  # whose caches prefer small parts
         yield choose("everything", 1)
     for keep in (*KEEP, "embeddings"):
-        yield choose(keep, parts)
+        if not (on_cpu and keep == "products"):  # a CPU works queries, keys and values out sooner than it reads them
+            yield choose(keep, parts)
     smaller = [d for d in divisors if d > parts]
     for d in smaller[:: max(1, len(smaller) // 4)]:
         yield choose("embeddings", d)
@@ -168,7 +169,7 @@ class Needs:
         """All of it."""
         working = self._texts // text.parts * self._given(dataclasses.replace(text, keep="everything"))
         tile = min(self._config.loss.tile, self._images)
-        logits = 4 * tile * self._texts * 4  # and what is made of them
+        logits = 4 * tile * min(2 * tile, self._texts) * 4  # of a tile of pairs, and what is made of them
         # Embeddings in float32, of images here and on their way, of texts and their gradients.
         vectors = 8 * self._width * (self._images + self._texts)
         # The gradients, the updates, and the weights in the dtype of the products.

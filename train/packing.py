@@ -113,16 +113,21 @@ class Packing:
 
 def open_packing(config: Config, tokens: Tokens, eos_id: int, mesh: Mesh) -> Packing:
     """For a run on these tokens, whose rows are as long as a sample of the captions needs."""
-    blocks, reader = tokens.dataset.blocks, tokens.reader()
-    sample = np.linspace(0, blocks - 1, min(blocks, _SAMPLE)).astype(int)
-    lengths = np.concatenate(
-        [true_lengths(tokens.decode(reader.read(int(b)))[1], eos_id) for b in np.unique(sample)]
-    )
+    lengths = sampled_lengths(tokens, eos_id)
     text, stream = config.text, config.stream
     texts = stream.global_batch * stream.captions_per_image // mesh.size
     row_tokens = text.row_tokens or foreseen_row_tokens(lengths, text.pack, texts)
     own, alone = len(mesh.local_devices), len(mesh.local_devices) == mesh.size
     return Packing(text.pack, row_tokens, eos_id, float(lengths.mean()), own, alone)
+
+
+def sampled_lengths(tokens: Tokens, eos_id: int) -> np.ndarray:
+    """True lengths int64 [m] of the captions of blocks here and there."""
+    blocks, reader = tokens.dataset.blocks, tokens.reader()
+    sample = np.linspace(0, blocks - 1, min(blocks, _SAMPLE)).astype(int)
+    return np.concatenate(
+        [true_lengths(tokens.decode(reader.read(int(b)))[1], eos_id) for b in np.unique(sample)]
+    )
 
 
 def foreseen_row_tokens(lengths: np.ndarray, pack: int, texts: int) -> int:

@@ -31,12 +31,12 @@ def choose(limit, config=CONFIG, devices=2):
 
 
 def test_the_more_room_the_more_is_kept():
-    order = ["products", "hidden", "inputs", "embeddings"]
-    found = [choose(mib * MIB) for mib in (7, 9, 10, 16, 25, 60)]
+    order = ["hidden", "inputs", "embeddings"]  # on a CPU
+    found = [choose(mib * MIB) for mib in (7, 9, 12, 16, 18, 25, 60)]
     assert all(f.bytes <= f.limit for f in found)
     kept = [order.index(f.text.keep) for f in found]
     assert kept == sorted(kept, reverse=True)
-    assert set(kept) == {0, 1, 2, 3}, "each has a limit at which it is chosen"
+    assert set(kept) == {0, 1, 2}, "each has a limit at which it is chosen"
     assert all(256 % f.text.parts == 0 for f in found)
 
 
