@@ -179,6 +179,7 @@ class PlanConfig:
     tower: str = "augreg/B_8"  # a name of `lit-fast towers`, or a plain ViT of 224 pixels such as "g/14"
     vocab_size: int = 32_000
     max_length: int = 16  # tokens
+    caption_tokens: float = 0.0  # true length on average, which text.pack may go by; 0: max_length
     rows: int = 0  # of the dataset; 0: not known
 
 

@@ -1,10 +1,10 @@
-"""Dense layers whose products take bfloat16 and add up in float32, on every kind of processor.
+"""Dense layers, which XLA's CPU backend is given in another form than TPUs and GPUs.
 
-TPUs and GPUs do so by themselves. XLA's CPU backend does it for `a b` and `a b^T` if float32 is asked for; anything
-else it works out in float32, at a sixth of the speed where the processor has bfloat16 matrix units (AMX). The third
-product of training, `a^T b` for the gradient of the kernel, is therefore given to it as `(I a^T) b`: a product with
-the identity turns the smaller of the two over, exactly. A sum over all rows is a product with ones there, as XLA's
-own takes several passes.
+That backend multiplies bfloat16 and adds up in float32, as the others do by themselves, in `a b` and `a b^T` only and
+if float32 is asked for; anything else it works out in float32, at a sixth of the speed where the processor has bfloat16
+matrix units (AMX). The third product of training, `a^T b` for the gradient of the kernel, is therefore given to it as
+`(I a^T) b`: a product with the identity turns the smaller of the two over, exactly. A sum over all rows is a product
+with ones there, as XLA's own takes several passes. TPUs are given the axes as they are: flattened heads would be copied.
 """
 
 from __future__ import annotations
@@ -37,67 +37,66 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        rows, k = x.shape[: -self.contracted], x.shape[-self.contracted :]
-        flat = prod(k), prod(self.features)
+        k = x.shape[-self.contracted :]
 
         def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return self.kernel_init(key, flat, jnp.float32).reshape(shape)
+            return self.kernel_init(key, (prod(k), prod(self.features)), jnp.float32).reshape(shape)
 
-        kernel = self.param("kernel", init, (*k, *self.features)).reshape(flat)
-        x = x.reshape(-1, flat[0]).astype(self.dtype)
-        if self.use_bias:
-            y = _affine(x, kernel, self.param("bias", self.bias_init, self.features, jnp.float32).ravel())
-        else:
-            y = _linear(x, kernel)
-        return y.reshape(*rows, *self.features)
+        kernel = self.param("kernel", init, (*k, *self.features))
+        bias = self.param("bias", self.bias_init, self.features, jnp.float32) if self.use_bias else None
+        return _affine(self.contracted, x.astype(self.dtype), kernel, bias)
 
 
-@jax.custom_vjp
-def _linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[m, k] and float32 [k, n] -> [m, n] in the dtype of x; the gradient of the kernel stays float32."""
-    return _dot("mk,kn->mn", x, kernel.astype(x.dtype)).astype(x.dtype)
+Bias = jax.Array | None
 
 
-def _linear_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _linear(x, kernel), (x, kernel)
-
-
-def _linear_backward(kept: tuple[jax.Array, jax.Array], y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
-    by_x = _dot("mn,kn->mk", y, kernel.astype(y.dtype)).astype(x.dtype)
-    plain = partial(_dot, "mk,mn->kn")
-    if x.dtype != jnp.bfloat16:
-        return by_x, plain(x, y)
-    return by_x, lax.platform_dependent(x, y, cpu=_turned_product, default=plain)
-
-
-_linear.defvjp(_linear_forward, _linear_backward)
-
-
-@jax.custom_vjp
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """`_linear` and a float32 bias [n]."""
-    return (_dot("mk,kn->mn", x, kernel.astype(x.dtype)) + bias).astype(x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _affine(contracted: int, x: jax.Array, kernel: jax.Array, bias: Bias) -> jax.Array:
+    """[..., *k], float32 [*k, *n] and float32 [*n] -> [..., *n] in the dtype of x."""
+    forms = {"cpu": _flat, "default": _plain}
+    return lax.platform_dependent(x, kernel, bias, **{k: partial(f, contracted) for k, f in forms.items()})
 
 
 def _affine_forward(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _affine(x, kernel, bias), (x, kernel)
+    contracted: int, x: jax.Array, kernel: jax.Array, bias: Bias
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Bias]]:
+    return _affine(contracted, x, kernel, bias), (x, kernel, bias)
 
 
 def _affine_backward(
-    kept: tuple[jax.Array, jax.Array], y: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    by_bias = lax.platform_dependent(
-        y,
-        cpu=lambda y: _dot("m,mn->n", jnp.ones(len(y), y.dtype), y),
-        default=partial(jnp.sum, axis=0, dtype=jnp.float32),
-    )
-    return *_linear_backward(kept, y), by_bias
+    contracted: int, kept: tuple[jax.Array, jax.Array, Bias], y: jax.Array
+) -> tuple[jax.Array, jax.Array, Bias]:
+    plain = lambda y, *kept: jax.vjp(partial(_plain, contracted), *kept)[1](y)  # noqa: E731
+    return lax.platform_dependent(y, *kept, cpu=partial(_flat_gradients, contracted), default=plain)
 
 
 _affine.defvjp(_affine_forward, _affine_backward)
+
+
+def _plain(contracted: int, x: jax.Array, kernel: jax.Array, bias: Bias) -> jax.Array:
+    last = tuple(range(x.ndim - contracted, x.ndim))
+    y = lax.dot_general(x, kernel.astype(x.dtype), ((last, tuple(range(contracted))), ((), ())))
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _flat(contracted: int, x: jax.Array, kernel: jax.Array, bias: Bias) -> jax.Array:
+    """`_plain` for the CPU backend."""
+    k, n = kernel.shape[:contracted], kernel.shape[contracted:]
+    y = _dot("mk,kn->mn", x.reshape(-1, prod(k)), kernel.reshape(prod(k), prod(n)).astype(x.dtype))
+    y = y if bias is None else y + bias.ravel()
+    return y.astype(x.dtype).reshape(*x.shape[: x.ndim - contracted], *n)
+
+
+def _flat_gradients(
+    contracted: int, y: jax.Array, x: jax.Array, kernel: jax.Array, bias: Bias
+) -> tuple[jax.Array, jax.Array, Bias]:
+    """Of `_flat`, by the gradient of its result; those of kernel and bias are never rounded to bfloat16."""
+    inner = prod(kernel.shape[:contracted])
+    shape, x, y = x.shape, x.reshape(-1, inner), y.reshape(-1, kernel.size // inner)
+    by_x = _dot("mn,kn->mk", y, kernel.reshape(inner, -1).astype(y.dtype)).astype(x.dtype)
+    by_kernel = _turned_product(x, y) if x.dtype == jnp.bfloat16 else _dot("mk,mn->kn", x, y)
+    by_bias = None if bias is None else _dot("m,mn->n", jnp.ones(len(y), y.dtype), y).reshape(bias.shape)
+    return by_x.reshape(shape), by_kernel.reshape(kernel.shape), by_bias
 
 
 def _turned_product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -65,9 +65,9 @@ def trained_of(config, texts, head, log_scale, bias):
 
 
 def on_devices(config, devices, gather=True):
-    """The jitted (texts, rest, features, rows, len(ids) // len(rows), lambda: ids, words) -> (loss, gradients, figures of the logits, pairs)."""
+    """The jitted (texts, rest, features, rows, ids, words) -> (loss, gradients, figures of the logits, pairs)."""
 
-    def compute(texts, rest, features, rows, len(ids) // len(rows), lambda: ids, words):
+    def compute(texts, rest, features, rows, ids, words):
         images, known = pair_up(config, devices, features, rows, len(ids) // len(rows), lambda: ids, words)
 
         def share(trained):

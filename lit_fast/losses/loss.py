@@ -8,9 +8,10 @@ import jax
 
 from lit_fast.config import LossConfig
 from lit_fast.losses.pairs import Images, Texts
-from lit_fast.losses.sigmoid import Sums, sigmoid_sums
+from lit_fast.losses.sigmoid import sigmoid_sums
 from lit_fast.losses.softmax import softmax_sums
 from lit_fast.losses.statistics import Logits
+from lit_fast.losses.sums import Sums
 from lit_fast.losses.tile import Trained
 
 

@@ -9,7 +9,8 @@ from jax import lax
 from lit_fast.config import LossConfig
 from lit_fast.losses.pairs import Images, Texts, sort_out
 from lit_fast.losses.ring import go_round
-from lit_fast.losses.tile import Trained, compare
+from lit_fast.losses.tile import Trained, cosines, embed
+from lit_fast.losses.tiling import cut_texts, meet_texts
 from lit_fast.mesh import AXIS
 
 _CUTS = 64
@@ -31,16 +32,24 @@ def threshold(config: LossConfig, devices: int, trained: Trained, images: Images
     """
     count = len(images.rows) * devices
     wanted = config.negatives_per_positive * len(texts.rows) * devices
+    home, real_texts = cut_texts(config.tile, (trained.texts, texts))
 
     def narrow(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
         edges = jnp.linspace(low, high, _CUTS + 2)
 
-        def visit(above: jax.Array, tile: Images, _: None, real: jax.Array) -> tuple[jax.Array, None]:
-            rank = hardness(config, compare(config.precision, trained, tile.features).cosine)
-            positive, used = sort_out(config, count, tile, texts, real)
-            rank = jnp.where(used & ~positive, rank, -jnp.inf)
-            # One fused comparison and reduction; float32 over the tiles, as int32 ends at 2^31 pairs.
-            return above + jnp.sum(rank[..., None] >= edges[1:-1], axis=(0, 1), dtype=jnp.int32), None
+        def visit(above: jax.Array, block: Images, _: None, real: jax.Array) -> tuple[jax.Array, None]:
+            images = embed(config.precision, trained.head, block.features).images
+
+            def meet(
+                above: jax.Array, _: None, met: tuple[jax.Array, Texts], real_texts: jax.Array
+            ) -> tuple[jax.Array, None]:
+                rank = hardness(config, cosines(config.precision, images, met[0]))
+                positive, used = sort_out(config, count, block, met[1], real[:, None] & real_texts)
+                rank = jnp.where(used & ~positive, rank, -jnp.inf)
+                # One fused comparison and reduction; float32 over the tiles, as int32 ends at 2^31 pairs.
+                return above + jnp.sum(rank[..., None] >= edges[1:-1], axis=(0, 1), dtype=jnp.int32), None
+
+            return meet_texts(meet, above, None, home, real_texts)
 
         above, _ = go_round(devices, config.tile, visit, jnp.zeros(_CUTS, jnp.float32), images)
         place = jnp.sum(lax.psum(above, AXIS) >= wanted)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from lit_fast.losses.tiling import cut, join
 from lit_fast.mesh import AXIS
 
 Visit = Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
@@ -25,7 +25,7 @@ def go_round(devices: int, tile: int, visit: Visit, home: Any, block: Any, lugga
 
     Args:
       devices: on the mesh axis.
-      tile: images at a time; it decides the memory, not the result.
+      tile: images at a time, at most; it decides the memory, not the result.
       visit: (home, tile of the block, tile of the luggage, real bool [tile]) -> (home, luggage); what is not
         real is the filling of a block's last tile.
       home: stays here, any tree.
@@ -33,12 +33,7 @@ def go_round(devices: int, tile: int, visit: Visit, home: Any, block: Any, lugga
       luggage: likewise, but changed by every visit; it comes home in the end, which is one hop more.
     """
     n = len(jax.tree.leaves(block)[0])
-    tile = min(tile, n)
-    fill = -n % tile
-    real = (jnp.arange(n + fill) < n).reshape(-1, tile)
-
-    def cut(a: jax.Array) -> jax.Array:
-        return jnp.pad(a, [(0, fill)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, tile, *a.shape[1:])
+    (block, luggage), real = cut(tile, (block, luggage))
 
     def send(tree: Any) -> Any:
         right = [(i, (i + 1) % devices) for i in range(devices)]
@@ -56,6 +51,5 @@ def go_round(devices: int, tile: int, visit: Visit, home: Any, block: Any, lugga
 
     # The block's last hop brings it home for nothing; a last turn without it would have to be compiled apart,
     # which takes as long again.
-    state = (home, jax.tree.map(cut, block), jax.tree.map(cut, luggage))
-    (home, _, luggage), _ = lax.scan(turn, state, None, length=devices)
-    return home, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], luggage)
+    (home, _, luggage), _ = lax.scan(turn, (home, block, luggage), None, length=devices)
+    return home, join(n, luggage)

@@ -7,12 +7,9 @@ import jax.numpy as jnp
 
 from lit_fast.config import LossConfig
 from lit_fast.losses.negatives import hardness, threshold
-from lit_fast.losses.pairs import Images, Texts, sort_out
-from lit_fast.losses.ring import go_round
-from lit_fast.losses.statistics import Logits, add_logits, no_logits
-from lit_fast.losses.tile import Trained, add, compare, gradients
-
-Sums = tuple[jax.Array, Trained, Logits]
+from lit_fast.losses.pairs import Images, Texts
+from lit_fast.losses.sums import Judged, Pairs, Sums, pair_sums
+from lit_fast.losses.tile import Trained
 
 
 def sigmoid_sums(config: LossConfig, devices: int, trained: Trained, images: Images, texts: Texts) -> Sums:
@@ -28,23 +25,19 @@ def sigmoid_sums(config: LossConfig, devices: int, trained: Trained, images: Ima
     selecting = config.negatives in ("hardest", "easiest")
     least = threshold(config, devices, trained, images, texts) if selecting else None
 
-    def visit(sums: Sums, block: Images, _: None, real: jax.Array) -> tuple[Sums, None]:
-        loss, grads, logits = sums
-        tile = compare(config.precision, trained, block.features)
-        positive, used = sort_out(config, count, block, texts, real)
+    def formula(pairs: Pairs, _: None, __: None) -> Judged:
+        used = pairs.used
         if least is not None:
-            used = used & (positive | (hardness(config, tile.cosine) >= least))
-        logit = scale * tile.cosine + bias
-        label = jnp.where(positive, 1.0, -1.0)
-        margin = label * logit
-        slope = jnp.where(used, -label * jax.nn.sigmoid(-margin), 0.0)  # d loss / d logit
-        return (
-            loss + jnp.sum(jnp.where(used, jax.nn.softplus(-margin), 0.0)),
-            add(grads, gradients(config.precision, trained, tile, scale, slope)),
-            add_logits(logits, logit, positive, used),
-        ), None
+            used = used & (pairs.positive | (hardness(config, pairs.cosine) >= least))
+        logit = scale * pairs.cosine + bias
+        wrong = jnp.where(pairs.positive, -logit, logit)
+        # softplus(wrong) and its derivative sigmoid(wrong), from one exponential that cannot overflow.
+        small = jnp.exp(-jnp.abs(wrong))
+        softplus = jnp.maximum(wrong, 0.0) + jnp.log1p(small)
+        sigmoid = jnp.where(wrong >= 0, 1.0, small) / (1 + small)
+        slope = jnp.where(used, jnp.where(pairs.positive, -sigmoid, sigmoid), 0.0)
+        return Judged(jnp.sum(jnp.where(used, softplus, 0.0)), slope, logit, used)
 
-    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (trained.log_scale, trained))
-    (loss, grads, logits), _ = go_round(devices, config.tile, visit, (*zero, no_logits()), images)
+    loss, grads, logits = pair_sums(config, devices, trained, images, texts, formula)
     loss, grads = jax.tree.map(lambda a: a / count, (loss, grads))
     return loss, grads, logits

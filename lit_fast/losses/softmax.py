@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from lit_fast.config import LossConfig
 from lit_fast.losses.pairs import Images, Texts, sort_out
 from lit_fast.losses.ring import go_round
-from lit_fast.losses.sigmoid import Sums
-from lit_fast.losses.statistics import add_logits, no_logits
-from lit_fast.losses.tile import Trained, add, compare, gradients
+from lit_fast.losses.sums import Judged, Pairs, Sums, pair_sums
+from lit_fast.losses.tile import Trained, cosines, embed
+from lit_fast.losses.tiling import cut_texts, join, meet_texts
 
 
 class _Seen(NamedTuple):
@@ -37,47 +37,45 @@ def softmax_sums(config: LossConfig, devices: int, trained: Trained, images: Ima
     scale = jnp.exp(trained.log_scale)
     here, text_count = len(images.rows), len(texts.rows) * devices
     count = here * devices
+    home, real_texts = cut_texts(config.tile, (trained.texts, texts))
 
-    def look(home: _Seen, block: Images, visitor: _Seen, real: jax.Array) -> tuple[_Seen, _Seen]:
-        positive, used = sort_out(config, count, block, texts, real)
-        logit = jnp.where(used, scale * compare(config.precision, trained, block.features).cosine, -jnp.inf)
-        return _see(home, logit, positive, 0), _see(visitor, logit, positive, 1)
+    def look(seen: _Seen, block: Images, visitor: _Seen, real: jax.Array) -> tuple[_Seen, _Seen]:
+        embedded = embed(config.precision, trained.head, block.features).images
+
+        def meet(
+            visitor: _Seen, seen: _Seen, met: tuple[jax.Array, Texts], real_texts: jax.Array
+        ) -> tuple[_Seen, _Seen]:
+            positive, used = sort_out(config, count, block, met[1], real[:, None] & real_texts)
+            logit = jnp.where(used, scale * cosines(config.precision, embedded, met[0]), -jnp.inf)
+            return _see(visitor, logit, positive, 1), _see(seen, logit, positive, 0)
+
+        visitor, seen = meet_texts(meet, visitor, seen, home, real_texts)
+        return seen, visitor
 
     text_seen, image_seen = go_round(
-        devices, config.tile, look, _nothing(len(texts.rows)), images, _nothing(here)
+        devices, config.tile, look, _nothing(real_texts.shape), images, _nothing((here,))
     )
-    text_normaliser = _normaliser(text_seen)
-    text_share = 0.5 / text_count / text_seen.positives
-    image_share = 0.5 / count / image_seen.positives
+    text_seen = join(len(texts.rows), text_seen)
+    of_images = _normaliser(image_seen), 0.5 / count / image_seen.positives
+    of_texts = _normaliser(text_seen), 0.5 / text_count / text_seen.positives
 
-    def visit(
-        sums: Sums, visitor: tuple[Images, jax.Array, jax.Array], _: None, real: jax.Array
-    ) -> tuple[Sums, None]:
-        loss, grads, logits = sums
-        block, normaliser, share = visitor
-        tile = compare(config.precision, trained, block.features)
-        positive, used = sort_out(config, count, block, texts, real)
-        logit = scale * tile.cosine
+    def formula(
+        pairs: Pairs, of_images: tuple[jax.Array, jax.Array], of_texts: tuple[jax.Array, jax.Array]
+    ) -> Judged:
+        (normaliser, share), (text_normaliser, text_share) = of_images, of_texts
+        logit = scale * pairs.cosine
         of_image = logit - normaliser[:, None]  # logarithm of the image's probability of the text
         of_text = logit - text_normaliser
-        wrong = jnp.where(positive, share[:, None] * of_image + text_share * of_text, 0.0)
-        target = jnp.where(positive, share[:, None] + text_share, 0.0)
+        wrong = jnp.where(pairs.positive, share[:, None] * of_image + text_share * of_text, 0.0)
+        target = jnp.where(pairs.positive, share[:, None] + text_share, 0.0)
         slope = 0.5 / count * jnp.exp(of_image) + 0.5 / text_count * jnp.exp(of_text) - target
-        slope = jnp.where(used, slope, 0.0)
-        return (
-            loss - jnp.sum(wrong),
-            add(grads, gradients(config.precision, trained, tile, scale, slope)),
-            add_logits(logits, logit, positive, used),
-        ), None
+        return Judged(-jnp.sum(wrong), jnp.where(pairs.used, slope, 0.0), logit, pairs.used)
 
-    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (trained.log_scale, trained))
-    visitors = (images, _normaliser(image_seen), image_share)
-    sums, _ = go_round(devices, config.tile, visit, (*zero, no_logits()), visitors)
-    return sums
+    return pair_sums(config, devices, trained, images, texts, formula, of_images, of_texts)
 
 
-def _nothing(n: int) -> _Seen:
-    return _Seen(jnp.full(n, -jnp.inf), jnp.zeros(n), jnp.zeros(n))
+def _nothing(shape: tuple[int, ...]) -> _Seen:
+    return _Seen(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape))
 
 
 def _see(seen: _Seen, logit: jax.Array, positive: jax.Array, axis: int) -> _Seen:

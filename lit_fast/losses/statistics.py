@@ -35,8 +35,8 @@ def add_logits(seen: Logits, logit: jax.Array, positive: jax.Array, used: jax.Ar
         return jnp.max(jnp.where(kind, x, -jnp.inf))
 
     return Logits(
-        seen.positives + jnp.sum(p, dtype=jnp.float32),
-        seen.negatives + jnp.sum(q, dtype=jnp.float32),
+        seen.positives + jnp.sum(p, dtype=jnp.int32),
+        seen.negatives + jnp.sum(q, dtype=jnp.int32),
         seen.positive_sum + jnp.sum(jnp.where(p, logit, 0.0)),
         seen.negative_sum + jnp.sum(jnp.where(q, logit, 0.0)),
         jnp.maximum(seen.positive_max, most(logit, p)),

@@ -21,25 +21,24 @@ class Trained(NamedTuple):
     head: jax.Array | None = None  # float32 [width, width], of the images
 
 
-class Tile(NamedTuple):
-    """One tile of images against the texts of this device."""
+class Embedded(NamedTuple):
+    """One tile of images."""
 
     images: jax.Array  # float32 [tile, width], normalised
-    cosine: jax.Array  # float32 [tile, m]
     pull_back: Callable | None  # from a gradient of `images` to that of the head
 
 
-def compare(precision: str, trained: Trained, features: jax.Array) -> Tile:
-    """The tile of normalised features [tile, width].
+def embed(precision: str, head: jax.Array | None, features: jax.Array) -> Embedded:
+    """The tile of normalised features float32 or bfloat16 [tile, width].
 
     The head is applied where the features arrive. Its gradient is linear in that of the image embeddings,
     so each device adds up its own part, and neither embeddings nor their gradients travel.
     """
-    features = features.astype(trained.texts.dtype)
-    pull_back = None
-    if trained.head is not None:
-        features, pull_back = jax.vjp(lambda w: apply_head(features, w, precision), trained.head)
-    return Tile(features, _dot(precision)("nd,md->nm", features, trained.texts), pull_back)
+    features = features.astype(jnp.float32)
+    if head is None:
+        return Embedded(features, None)
+    images, pull_back = jax.vjp(lambda w: apply_head(features, w, precision), head)
+    return Embedded(images, pull_back)
 
 
 def apply_head(features: jax.Array, head: jax.Array, precision: str) -> jax.Array:
@@ -50,23 +49,19 @@ def apply_head(features: jax.Array, head: jax.Array, precision: str) -> jax.Arra
     return jnp.where(known, normalize(linear), 0.0)
 
 
-def gradients(precision: str, trained: Trained, tile: Tile, scale: jax.Array, slope: jax.Array) -> Trained:
-    """The part of one tile; `slope` float32 [tile, m] is the derivative of the loss by each logit."""
-    dot = _dot(precision)
-    head = None
-    if tile.pull_back is not None:
-        (head,) = tile.pull_back(scale * dot("nm,md->nd", slope, trained.texts))
-    return Trained(
-        texts=scale * dot("nm,nd->md", slope, tile.images),
-        log_scale=jnp.sum(slope * (scale * tile.cosine)),
-        bias=None if trained.bias is None else jnp.sum(slope),
-        head=head,
-    )
+def cosines(precision: str, images: jax.Array, texts: jax.Array) -> jax.Array:
+    """float32 [n, m] of normalised images [n, width] and texts [m, width]."""
+    return _dot(precision)("nd,md->nm", images, texts)
 
 
-def add(a: Trained, b: Trained) -> Trained:
-    """The sum of two gradients."""
-    return jax.tree.map(jnp.add, a, b)
+def by_texts(precision: str, slope: jax.Array, images: jax.Array) -> jax.Array:
+    """The gradient float32 [m, width] by the texts, from that by the cosines, `slope` float32 [n, m]."""
+    return _dot(precision)("nm,nd->md", slope, images)
+
+
+def by_images(precision: str, slope: jax.Array, texts: jax.Array) -> jax.Array:
+    """The gradient float32 [n, width] by the images, likewise."""
+    return _dot(precision)("nm,md->nd", slope, texts)
 
 
 def _dot(precision: str) -> Callable:
