@@ -142,7 +142,7 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
 
     from lit_fast.architecture import flops_per_image
     from lit_fast.towers import load_tower
-    from train.flops import peak_flops
+    from train.chips import peak_flops
 
     tower = load_tower(str(folder))
     gpu = jax.default_backend() == "gpu"

@@ -1,35 +1,33 @@
 """Zero-shot classification and retrieval beside open_clip's and CLIP_benchmark's own code, on the same embeddings.
 
-    python -m benchmarks.evaluate [--images 50000] [--classes 1000] [--width 768] [--repeats 3]
+    python -m benchmarks.evaluate [--images 50000] [--classes 1000] [--width 768] [--repeats 3] [--no-growth]
 
 The towers are left out: everything starts from embeddings, random ones whose images lie near their classes and
-texts. Retrieval has a tenth of the images, five texts each. Needs torch, open_clip_torch and clip_benchmark; they
-are given batches of 1024 for classification and, in retrieval, CLIP_benchmark's default of 64, because its memory
-grows with the batch. open_clip's retrieval is for one text per image, so it has a table of its own.
+texts. Retrieval has a tenth of the images, five texts each. The last tables and benchmarks/evaluate.svg show how
+time and memory grow with images, classes and texts. Memory is what the process held beyond the embeddings; a call
+of more than two seconds is not repeated. Needs torch, open_clip_torch and clip_benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
-os.environ["TQDM_DISABLE"] = "1"
 
 import numpy as np
-import torch
-from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
-from open_clip_train import zero_shot as open_clip_zero_shot
-from open_clip_train.train import get_clip_metrics
 
-from benchmarks.machine import describe
+from benchmarks.evaluate_rivals import (
+    RECALLS,
+    Evaluation,
+    Figures,
+    clip_benchmark_accuracies,
+    clip_benchmark_recalls,
+    open_clip_accuracies,
+    open_clip_recalls,
+)
+from benchmarks.machine import Cost, describe, measure
 from lit_fast.dataset import Dataset, DatasetWriter, Row, open_dataset
 from lit_fast.evaluation.bootstrap import bootstrap, measured
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
@@ -37,27 +35,37 @@ from lit_fast.evaluation.ranks import ranks
 from lit_fast.evaluation.retrieval import recall_table, recalls, retrieval_ranks
 from lit_fast.evaluation.zeroshot import accuracies, accuracy_table
 
-# Both make numbers of arrays of one element by `float`, which numpy 2.4 refuses.
-for module in (open_clip_zero_shot, zeroshot_classification):
-    module.float = lambda value: float(np.asarray(value).item())
-
-TEXTS, BATCH, RETRIEVAL_BATCH = 5, 1024, 64
-RECALL_AT = [1, 5, 10]
+TEXTS = 5
 NOISE = 8.0  # the length of what is added to unit vectors: figures well between chance and one
+ENOUGH = 2.0  # seconds
 
-Figures = dict[str, float]
+GROWING_IMAGES = (5_000, 50_000, 500_000)  # with 1000 classes
+GROWING_CLASSES = (100, 1_000, 10_000)  # with 50 000 images
+GROWING_PAIRS = (1_000, 10_000, 100_000)  # images with one text each
+MOST_PAIRS = 10_000  # for the others: both hold matrices of all scores
+
+OURS, OPEN_CLIP, CLIP_BENCHMARK = "ours, figures", "open_clip", "CLIP_benchmark"
+Cases = dict[str, Evaluation]
 
 
 # --- what is measured on
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x
+
+
+def random_units(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
+    return unit(rng.standard_normal((count, width), np.float32))
 
 
 def near(rng: np.random.Generator, x: np.ndarray, distance: float) -> np.ndarray:
     """Unit vectors around those of x."""
-    return unit(x + distance * unit(rng.standard_normal(x.shape, np.float32)))
+    out = random_units(rng, *x.shape)
+    out *= distance
+    out += x
+    return unit(out)
 
 
 def make_dataset(path: Path, rows: int, classes: int = 0, texts: int = 0) -> Dataset:
@@ -75,77 +83,67 @@ def number(text: str) -> int:
     return int(text.split()[1])
 
 
-class Identity:
-    """A model whose inputs are embeddings, as CLIP_benchmark calls one."""
-
-    def encode_image(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    encode_text = encode_image
+# --- ours
 
 
-class Batches:
-    """A loader of (images, labels or lists of texts)."""
-
-    def __init__(self, images: torch.Tensor, others: Sequence[Any], batch: int, classes: int = 0) -> None:
-        self.images, self.others, self.batch = images, others, batch
-        self.dataset = SimpleNamespace(classes=range(classes))
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, Any]]:
-        for lo in range(0, len(self.images), self.batch):
-            yield self.images[lo : lo + self.batch], self.others[lo : lo + self.batch]
+def our_table(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return accuracy_table(ranks(images, classes, np.arange(len(labels)), labels), labels)
 
 
-# --- measuring
+def our_accuracies(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> Figures:
+    return measured(partial(accuracies, len(classes)), our_table(images, classes, labels))
 
 
-def measure(function: Callable[[], Figures], repeats: int) -> tuple[list[float], Figures]:
-    """Seconds of every call after one for warming up, rising, and the figures."""
-    figures = function()
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - began)
-    return sorted(seconds), figures
+def our_recalls(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> Figures:
+    table = recall_table(*retrieval_ranks(images, texts, owner), owner)
+    return {name: float(value[0]) for name, value in recalls(table.sum(axis=0, keepdims=True)).items()}
 
 
-def print_table(
-    title: str, cases: dict[str, Callable[[], Figures]], names: Sequence[str], repeats: int
-) -> None:
-    """Seconds and figures; and what the figures of all that have them differ by."""
+# --- the tables
+
+
+def print_table(title: str, cases: Cases, names: Sequence[str], repeats: int) -> None:
+    """Costs and figures; and what the figures of all that have them differ by."""
     header = " | ".join(name.replace("_retrieval_recall", " R").replace("_", " ") for name in names)
-    print(f"\n{title}\n\n| | seconds, median of {repeats} | lowest - highest | {header} |")
-    print(f"|---|---|---|{'---|' * len(names)}")
-    found: dict[str, list[float]] = {name: [] for name in names}
+    print(f"\n{title}\n\n| | seconds, median | lowest - highest | repeats | memory, MiB | {header} |")
+    print(f"|---|---|---|---|---|{'---|' * len(names)}")
+    found = []
     for case, function in cases.items():
-        seconds, figures = measure(function, repeats)
+        cost, figures = measure_figures(function, repeats)
         cells = [f"{100 * figures[name]:.3f}" if name in figures else "" for name in names]
-        spread = f"{seconds[0]:.3f} - {seconds[-1]:.3f}"
-        print(f"| {case} | {statistics.median(seconds):.3f} | {spread} | {' | '.join(cells)} |", flush=True)
-        for name in found.keys() & figures.keys():
-            found[name].append(figures[name])
-    worst = max(max(values) - min(values) for values in found.values())
+        print(
+            f"| {case} | {cost.median:.3f} | {cost.spread} | {cost.repeats} | {cost.memory / 2**20:,.0f} "
+            f"| {' | '.join(cells)} |",
+            flush=True,
+        )
+        found.append(figures)
+    print_difference([found])
+
+
+def print_difference(groups: Sequence[Sequence[Figures]]) -> None:
+    """What the figures of any group differ by, each among those of the group that have it."""
+    worst = 0.0
+    for found in groups:
+        for name in {name for figures in found for name in figures}:
+            values = [figures[name] for figures in found if name in figures]
+            worst = max(worst, max(values) - min(values))
     # Figures are ratios of whole numbers: what float64 and float32 division differ by is no difference.
     print("\nAll figures are equal." if worst < 1e-7 else f"\nFigures differ by up to {100 * worst:.4f} %.")
 
 
-# --- the tables
+def measure_figures(function: Callable[[], Figures], repeats: int) -> tuple[Cost, Figures]:
+    figures: Figures = {}
+    cost = measure(lambda: figures.update(function()), repeats, enough=ENOUGH)
+    return cost, figures
 
 
 def classification(path: Path, rows: int, count: int, width: int, repeats: int) -> None:
     rng = np.random.default_rng(1)
     dataset = make_dataset(path, rows, classes=count)
     labels = np.array([label for block in dataset.iter_blocks() for label in block.labels])
-    classes = unit(rng.standard_normal((count, width), np.float32))
+    classes = random_units(rng, count, width)
     images = near(rng, classes[labels], NOISE)
-
-    figures = partial(accuracies, count)
-
-    def table() -> np.ndarray:
-        return accuracy_table(ranks(images, classes, np.arange(rows), labels), labels)
-
-    made = table()
+    made = our_table(images, classes, labels)
 
     def ours_whole() -> Figures:
         evaluate = zero_shot_evaluation(dataset)
@@ -153,32 +151,15 @@ def classification(path: Path, rows: int, count: int, width: int, repeats: int) 
         return evaluate(np.arange(rows), images, embed_text)[0]["metrics"]
 
     def intervals() -> Figures:
-        bootstrap(figures, made)
+        bootstrap(partial(accuracies, count), made)
         return {}
 
-    their_images, their_labels = torch.from_numpy(images), torch.from_numpy(labels)
-    their_classes = torch.from_numpy(classes).T.contiguous()
-    file = path / "classes.pt"
-    torch.save(their_classes, file)
-
-    def open_clip() -> Figures:
-        loader = Batches(their_images, their_labels, BATCH)
-        args = SimpleNamespace(device="cpu", precision="fp32", batch_size=BATCH)
-        acc1, acc5 = open_clip_zero_shot.run(lambda image: (image,), their_classes, loader, args)
-        return {"acc1": acc1, "acc5": acc5}
-
-    def clip_benchmark() -> Figures:
-        loader = Batches(their_images, their_labels, BATCH, count)
-        return zeroshot_classification.evaluate(
-            Identity(), loader, None, None, None, "cpu", amp=False, load_clfs=[str(file)]
-        )
-
-    cases = {
-        "ours, figures": lambda: measured(figures, table()),
+    cases: Cases = {
+        OURS: partial(our_accuracies, images, classes, labels),
         "ours, their 95 % intervals": intervals,
         "ours, `lit-fast eval` without the towers": ours_whole,
-        "open_clip": open_clip,
-        "CLIP_benchmark": clip_benchmark,
+        OPEN_CLIP: open_clip_accuracies(images, classes, labels),
+        CLIP_BENCHMARK: clip_benchmark_accuracies(images, classes, labels, path / "classes.pt"),
     }
     title = f"Zero-shot: {rows:,} images, {count:,} classes, width {width}"
     print_table(title, cases, ["acc1", "acc5", "mean_per_class_recall"], repeats)
@@ -189,61 +170,128 @@ def retrieval(path: Path, rows: int, width: int, repeats: int) -> None:
     dataset = make_dataset(path, rows, texts=TEXTS)
     numbers = [[number(t) for t in captions] for block in dataset.iter_captions() for captions in block]
     order, owner = np.concatenate(numbers), np.repeat(np.arange(rows), TEXTS)
-    images = unit(rng.standard_normal((rows, width), np.float32))
+    images = random_units(rng, rows, width)
     texts = np.empty((len(order), width), np.float32)  # by number
     texts[order] = near(rng, images[owner], NOISE)
 
-    def ours() -> Figures:
+    def ours_whole() -> Figures:
         evaluate = retrieval_evaluation(dataset)
         embed_text = lambda given: texts[[number(t) for t in given]]  # noqa: E731
         return evaluate(np.arange(rows), images, embed_text)[0]["metrics"]
 
-    def ours_figures() -> Figures:
-        table = recall_table(*retrieval_ranks(images, texts[order], owner), owner)
-        return {name: float(value[0]) for name, value in recalls(table.sum(axis=0, keepdims=True)).items()}
-
-    def clip_benchmark() -> Figures:
-        their_texts = torch.from_numpy(texts)
-        loader = Batches(torch.from_numpy(images), numbers, RETRIEVAL_BATCH)
-        tokenizer = lambda given: their_texts[given]  # noqa: E731
-        return zeroshot_retrieval.evaluate(
-            Identity(), loader, tokenizer, "cpu", amp=False, recall_k_list=RECALL_AT
-        )
-
-    names = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in RECALL_AT]
-    cases = {
-        "ours, figures": ours_figures,
-        "ours, `lit-fast eval` without the towers": ours,
-        "CLIP_benchmark": clip_benchmark,
+    cases: Cases = {
+        OURS: partial(our_recalls, images, texts[order], owner),
+        "ours, `lit-fast eval` without the towers": ours_whole,
+        CLIP_BENCHMARK: clip_benchmark_recalls(images, texts, numbers),
     }
-    print_table(f"Retrieval: {rows:,} images, {len(texts):,} texts, width {width}", cases, names, repeats)
+    print_table(f"Retrieval: {rows:,} images, {len(texts):,} texts, width {width}", cases, RECALLS, repeats)
 
-    first = texts[[captions[0] for captions in numbers]]
-    text_names, image_names = names[:3], names[3:]
 
-    def ours_single() -> Figures:
-        found = retrieval_ranks(images, first, np.arange(rows))
-        return {
-            name: float((rank < k).mean())
-            for rank, group in zip(found, (text_names, image_names), strict=True)
-            for name, k in zip(group, RECALL_AT, strict=True)
-        }
+# --- growth
 
-    def open_clip() -> Figures:
-        got = get_clip_metrics(torch.from_numpy(images), torch.from_numpy(first), 100.0)
-        ways = (("text_to_image", text_names), ("image_to_text", image_names))
-        return {
-            name: float(got[f"{way}_R@{k}"])
-            for way, group in ways
-            for name, k in zip(group, RECALL_AT, strict=True)
-        }
 
-    print_table(
-        f"Retrieval: {rows:,} images, one text each",
-        {"ours": ours_single, "open_clip": open_clip},
-        names,
+def labelled(folder: Path, count: int, classes_count: int, width: int) -> Cases:
+    rng = np.random.default_rng(3)
+    labels = rng.permutation(np.arange(count) % classes_count)
+    classes = random_units(rng, classes_count, width)
+    images = near(rng, classes[labels], NOISE)
+    return {
+        OURS: partial(our_accuracies, images, classes, labels),
+        OPEN_CLIP: open_clip_accuracies(images, classes, labels),
+        CLIP_BENCHMARK: clip_benchmark_accuracies(images, classes, labels, folder / "classes.pt"),
+    }
+
+
+def paired(count: int, width: int) -> Cases:
+    """Retrieval with one text per image, which is all that open_clip knows."""
+    rng = np.random.default_rng(4)
+    images = random_units(rng, count, width)
+    texts = near(rng, images, NOISE)
+    numbers = np.arange(count)
+    cases: Cases = {OURS: partial(our_recalls, images, texts, numbers)}
+    if count <= MOST_PAIRS:
+        cases[OPEN_CLIP] = open_clip_recalls(images, texts)
+        cases[CLIP_BENCHMARK] = clip_benchmark_recalls(images, texts, numbers[:, None].tolist())
+    return cases
+
+
+def grow(
+    title: str, what: str, sizes: Iterable[int], make: Callable[[int], Cases], repeats: int
+) -> dict[str, dict[int, Cost]]:
+    """Print and return the costs of every case over the size."""
+    names = (OURS, OPEN_CLIP, CLIP_BENCHMARK)
+    print(f"\n{title}\n\n| {what} | {' | '.join(f'{n}: seconds | MiB' for n in names)} |")
+    print(f"|---|{'---|---|' * len(names)}")
+    costs: dict[str, dict[int, Cost]] = {name: {} for name in names}
+    groups = []
+    for size in sizes:
+        cells: list[str] = []
+        found: list[Figures] = []
+        cases = make(size)
+        for name in names:
+            if name not in cases:
+                cells.append("not run | ")
+                continue
+            cost, figures = measure_figures(cases[name], repeats)
+            costs[name][size] = cost
+            found.append(figures)
+            cells.append(f"{cost.median:.3f} ({cost.spread}) | {cost.memory / 2**20:,.0f}")
+        print(f"| {size:,} | {' | '.join(cells)} |", flush=True)
+        groups.append(found)
+    print_difference(groups)
+    return costs
+
+
+def plot(panels: dict[str, dict[str, dict[int, Cost]]], out: Path) -> None:
+    """Seconds above and memory below, over each of the sizes, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8.4, 4.6), layout="constrained")
+    grid = figure.subplots(2, len(panels), sharex="col", sharey="row")
+    for column, (label, costs) in enumerate(panels.items()):
+        seconds, memory = grid[:, column]
+        for name, found in costs.items():
+            seconds.plot(list(found), [c.median for c in found.values()], marker="o", label=name)
+            memory.plot(list(found), [max(1, c.memory / 2**20) for c in found.values()], marker="o")
+        for axes in (seconds, memory):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3)
+        memory.set_xlabel(label)
+    grid[0, 0].set_ylabel("seconds")
+    grid[1, 0].set_ylabel("MiB beyond the embeddings")
+    grid[0, 0].legend(fontsize="small")
+    figure.savefig(out, metadata={"Date": None})
+
+
+def growth(folder: Path, width: int, repeats: int) -> None:
+    images = grow(
+        f"Zero-shot over the images, 1,000 classes, width {width}",
+        "images",
+        GROWING_IMAGES,
+        lambda size: labelled(folder, size, 1_000, width),
         repeats,
     )
+    classes = grow(
+        f"Zero-shot over the classes, 50,000 images, width {width}",
+        "classes",
+        GROWING_CLASSES,
+        lambda size: labelled(folder, 50_000, size, width),
+        repeats,
+    )
+    both = grow(
+        f"Retrieval over the images, one text each, width {width}",
+        "images",
+        GROWING_PAIRS,
+        lambda size: paired(size, width),
+        repeats,
+    )
+    panels = {
+        "images of 1,000 classes": images,
+        "classes of 50,000 images": classes,
+        "images with a text each": both,
+    }
+    plot(panels, Path(__file__).with_name("evaluate.svg"))
 
 
 def main() -> None:
@@ -252,11 +300,15 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-growth", action="store_true", help="only the first two tables")
     args = parser.parse_args()
     print(describe("numpy", "torch", "open_clip_torch", "clip_benchmark"))
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        classification(Path(folder) / "labelled", args.images, args.classes, args.width, args.repeats)
-        retrieval(Path(folder) / "captioned", max(20, args.images // 10), args.width, args.repeats)
+    with tempfile.TemporaryDirectory(dir=".") as temporary:
+        folder = Path(temporary)
+        classification(folder / "labelled", args.images, args.classes, args.width, args.repeats)
+        retrieval(folder / "captioned", max(20, args.images // 10), args.width, args.repeats)
+        if not args.no_growth:
+            growth(folder, args.width, args.repeats)
 
 
 if __name__ == "__main__":

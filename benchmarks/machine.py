@@ -1,11 +1,26 @@
-"""What a table was measured on."""
+"""What the benchmarks have in common: what they ran on, what a function costs, and cases in processes of their own.
+
+`describe` names machine and versions, `measure` gives seconds with their spread and memory, `peak_memory` and
+`forget_peak_memory` are for measuring memory alone, and `run_alone` runs a case in a new process, where no other
+case's memory, threads or compiled programs count.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import json
+import math
 import os
 import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
 def describe(*packages: str) -> str:
@@ -20,3 +35,109 @@ def describe(*packages: str) -> str:
     cores = len(os.sched_getaffinity(0))
     versions = ", ".join(f"{p} {version(p)}" for p in packages)
     return f"{model}, {cores} cores, Python {platform.python_version()}, {versions}"
+
+
+class Cost(NamedTuple):
+    """Of several calls of the same function."""
+
+    median: float  # seconds
+    lowest: float
+    highest: float
+    repeats: int
+    memory: int  # bytes that the process held at most during the calls, beyond what it held before them
+
+    @property
+    def spread(self) -> str:
+        return f"{self.lowest:.3f} - {self.highest:.3f}"
+
+
+def measure(
+    function: Callable[[], Any],
+    repeats: int,
+    *,
+    before: Callable[[], Any] | None = None,
+    enough: float = math.inf,
+) -> Cost:
+    """Time and memory of a function.
+
+    Args:
+      function: called once for warming up, then `repeats` times.
+      repeats: how often.
+      before: runs ahead of each call, untimed.
+      enough: seconds; a first call that takes longer is the only one, and counts.
+    """
+    seconds: list[float] = []
+    held = 0
+    for call in range(1 + repeats):
+        if before:
+            before()
+        if call < 2:
+            forget_peak_memory()
+            held = resident_memory()
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+        if seconds[0] > enough:
+            break
+    timed = seconds[1:] or seconds
+    memory = max(0, peak_memory() - held)
+    return Cost(statistics.median(timed), min(timed), max(timed), len(timed), memory)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held resident since it began, or since `forget_peak_memory`."""
+    return _status("VmHWM")
+
+
+def resident_memory() -> int:
+    """The bytes that this process holds resident now."""
+    return _status("VmRSS")
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew with what the process holds now (Linux, proc(5) on clear_refs).
+
+    What was freed goes back to the system first, or it would hide what is taken next.
+    """
+    with suppress(AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def run_alone(
+    module: str, case: dict[str, Any], *, timeout: float = 600, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run `python -m MODULE --case JSON` in a process of its own, and read the JSON that is its last line.
+
+    Args:
+      module: as "benchmarks.loss"; given `--case` it runs that one case and prints its result as one JSON object.
+      case: what the module is told.
+      timeout: seconds after which the case counts as failed.
+      environment: what is set beside this process's own, such as XLA_FLAGS.
+
+    Returns:
+      The result; {"failed": REASON} if there is none, the reason in one line.
+    """
+    command = [sys.executable, "-m", module, "--case", json.dumps(case)]
+    try:
+        done = subprocess.run(
+            command,
+            env=os.environ | (environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"more than {timeout:.0f} s"}
+    if done.returncode < 0:
+        return {"failed": "killed, most likely for its memory" if done.returncode == -9 else "crashed"}
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
+    if done.returncode:
+        return {"failed": lines[-1][:200]}
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result

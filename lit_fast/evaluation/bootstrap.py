@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -10,6 +12,9 @@ RESAMPLES = 1000
 
 # Counts held at a time: 32 MiB as float64.
 _COUNTS = 1 << 22
+
+# Resamples that a thread draws at a time, from a seed of their own: the same whatever the number of threads.
+_DRAWS = 25
 
 Measure = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 """Of (rows [g, k], rising, weights float64 [r, g], how often each row counts) to figures, float64 [r]."""
@@ -37,12 +42,20 @@ def bootstrap(measure: Measure, table: np.ndarray, resamples: int = RESAMPLES) -
       resamples: how many.
     """
     rows, sizes = _groups(table)
-    generator = np.random.default_rng(0)
-    step = max(1, _COUNTS // len(rows))
+    shares = sizes / len(table)
+    held = max(1, _COUNTS // len(rows))
+    draws = min(_DRAWS, held)
+    step = held // draws * draws
+
+    def counts(first: int) -> np.ndarray:
+        generator = np.random.default_rng((0, first))
+        return generator.multinomial(len(table), shares, size=min(draws, resamples - first))
+
     drawn = []
-    for lo in range(0, resamples, step):
-        counts = generator.multinomial(len(table), sizes / len(table), size=min(step, resamples - lo))
-        drawn.append(measure(rows, counts.astype(np.float64)))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="bootstrap") as pool:
+        for lo in range(0, resamples, step):
+            parts = pool.map(counts, range(lo, min(lo + step, resamples), draws))
+            drawn.append(measure(rows, np.concatenate(list(parts), dtype=np.float64)))
     return {
         name: np.nanquantile(np.concatenate([part[name] for part in drawn]), (0.025, 0.975)).tolist()
         for name in drawn[0]

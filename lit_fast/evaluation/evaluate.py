@@ -78,7 +78,8 @@ def _zero_shot(
     pairs = np.isin(asked.row_of, rows)
     counted, image_of = np.unique(asked.row_of[pairs], return_inverse=True)
     class_of, count = asked.class_of[pairs], len(asked.classnames)
-    images = images[np.searchsorted(rows, counted)]
+    if len(counted) < len(rows):  # else they are the same, and a copy would be as large as all embeddings
+        images = images[np.searchsorted(rows, counted)]
     classes = classifier(asked.classnames, asked.templates, embed_text)
     _check_finite(dataset, images, classes)
     best = ranks(images, classes, image_of, class_of)

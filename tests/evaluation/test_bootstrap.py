@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import binom
 
 from lit_fast.evaluation.bootstrap import bootstrap, measured
@@ -38,6 +40,37 @@ def test_a_ratio_as_if_every_image_were_drawn(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(bootstrap(ratio, table, 4000)["ratio"], want, atol=0.003)
     monkeypatch.setattr("lit_fast.evaluation.bootstrap._COUNTS", 1000)  # a few resamples at a time
     np.testing.assert_allclose(bootstrap(ratio, table, 4000)["ratio"], want, atol=0.003)
+
+
+def resampled(table: np.ndarray, resamples: int, cores: int) -> np.ndarray:
+    """How often each distinct row counts in each resample, by so many threads."""
+    seen: list[np.ndarray] = []
+
+    def look(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+        seen.append(weights)
+        return {"total": weights.sum(axis=1)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+        bootstrap(look, table, resamples)
+    return np.concatenate(seen)
+
+
+@given(st.integers(0, 1000), st.integers(1, 300), st.integers(1, 70), st.integers(2, 16))
+@settings(max_examples=30, deadline=None)
+def test_a_resample_has_as_many_images_and_is_the_same_for_any_number_of_threads(
+    seed: int, images: int, resamples: int, cores: int
+) -> None:
+    table = np.random.default_rng(seed).integers(0, 3, (images, 2))
+    got = resampled(table, resamples, cores)
+    assert got.shape == (resamples, len(np.unique(table, axis=0)))
+    assert (got.sum(axis=1) == images).all()
+    np.testing.assert_array_equal(got, resampled(table, resamples, 1))
+
+
+def test_what_threads_draw_differs() -> None:
+    got = resampled(np.arange(100)[:, None], 100, 2)
+    assert len(np.unique(got, axis=0)) == 100  # the same seed twice would draw the same resamples again
 
 
 def test_what_is_alike_has_no_width_and_nothing_is_no_figure() -> None:

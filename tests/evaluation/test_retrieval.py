@@ -50,10 +50,10 @@ def retrieval_sets(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 TILES = st.tuples(st.integers(1, 12), st.integers(1, 50))
 
 
-@given(retrieval_sets(), TILES)
+@given(retrieval_sets(), TILES, st.integers(1, 60))
 @settings(max_examples=300, deadline=None)
 def test_ranks_equal_a_full_sort_with_ties(
-    drawn: tuple[np.ndarray, np.ndarray, np.ndarray], tile: tuple[int, int]
+    drawn: tuple[np.ndarray, np.ndarray, np.ndarray], tile: tuple[int, int], compared: int
 ) -> None:
     images, texts, owner = drawn
     scores = images.astype(np.float64) @ texts.astype(np.float64).T
@@ -62,9 +62,12 @@ def test_ranks_equal_a_full_sort_with_ties(
     assert text_ranks.tolist() == sorted_ranks(scores.T, [[i] for i in owner.tolist()])
     assert image_ranks.tolist() == sorted_ranks(scores, own)
     # One direction by itself, in whole rows.
-    one = ranks(images, texts, owner, np.arange(len(owner)), tile=tile[0] * tile[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_fast.evaluation.ranks._COMPARED", compared)
+        one = ranks(images, texts, owner, np.arange(len(owner)), tile=tile[0] * tile[1])
+        other = ranks(texts, images, np.arange(len(owner)), owner, tile=tile[1])
     assert one.tolist() == image_ranks.tolist()
-    assert ranks(texts, images, np.arange(len(owner)), owner, tile=tile[1]).tolist() == text_ranks.tolist()
+    assert other.tolist() == text_ranks.tolist()
 
 
 @given(st.integers(0, 10_000), TILES)

@@ -1,0 +1,239 @@
+"""The training step beside its rivals: pairs a second and peak memory, on the same weights, batches and optimizer.
+
+    python -m benchmarks.step [--quick]
+
+Ours is the step of `lit-fast train`. big_vision's formulation (one batch x batch matrix, every layer keeps everything)
+is written again in Flax, open_clip's text tower and loss are its own, given features, and the torch loop is
+`torch.nn.TransformerEncoder`. Adam with clipping everywhere. Each case runs in a process of its own; memory is the
+whole process's, its libraries too, or on a GPU what was allocated there. Steps are timed one by one, after one that is
+not counted. All start from the same weights: where losses or parameters differ, the exit status says so.
+
+On a GPU the tower is that of the one-day recipe and the batches grow further. Needs torch and open_clip_torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe, run_alone
+from benchmarks.step_case import MEMORY, REPEATS, SECONDS, Case
+
+GIB = 2**30
+ONE_DAY: dict[str, Any] = {"width": 1024, "depth": 12, "heads": 16}  # configs/siglit_b8_one_day.toml
+TIMEOUT = 600
+
+Result = dict[str, Any]
+Found = list[tuple[Case, Result]]
+
+HEADER = """
+| step | products | batch | pairs/s | s a step, median of {repeats} | lowest - highest | peak, GiB | losses 1, 2 | |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def platform() -> str:
+    """What JAX computes on, asked in another process: this one must not hold a GPU."""
+    code = "import jax; print(jax.default_backend())"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()[-1]
+
+
+def forms(cpu: bool, quick: bool) -> list[Case]:
+    """Every rival in every form that might be its fastest."""
+    cases = [Case("ours"), Case("big_vision", "float32"), Case("open_clip"), Case("torch loop")]
+    if quick:
+        return cases
+    cases += [
+        Case("ours", pack=8),
+        Case("ours", "float32"),
+        Case("big_vision"),
+        Case("big_vision", form="scan"),
+    ]
+    for rival in ("open_clip", "torch loop"):
+        cases += [Case(rival, "float32"), Case(rival, form="compile")]
+        if cpu:
+            cases.append(Case(rival, form="math attention"))
+    return sorted(cases, key=lambda case: [c.rival for c in cases].index(case.rival))
+
+
+def run_case(case: Case, cpu: bool) -> Result:
+    environment = {"JAX_PLATFORMS": "cpu"} if cpu else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if case.devices > 1:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={case.devices}"
+    return run_alone("benchmarks.step_case", case.as_dict(), timeout=TIMEOUT, environment=environment)
+
+
+def show(case: Case, result: Result) -> None:
+    label = case.name if case.devices == 1 else f"{case.name}, {case.devices} devices"
+    start = f"| {label} | {case.dtype} | {case.batch:,} |"
+    if "failed" in result:
+        print(f"{start} {result['failed']} | | | | | |", flush=True)
+        return
+    once = "; one step" if result["repeats"] == 1 else ""
+    print(
+        f"{start} {case.batch / result['median']:,.0f} | {result['median']:.3f} "
+        f"| {result['lowest']:.3f} - {result['highest']:.3f} | {result['memory'] / GIB:.2f} "
+        f"| {', '.join(f'{loss:.4f}' for loss in result['losses'])} | {result['note']}{once} |",
+        flush=True,
+    )
+
+
+def table(title: str, cases: Iterable[Case], cpu: bool) -> Found:
+    print(f"\n{title}\n{HEADER.format(repeats=REPEATS)}")
+    found = []
+    for case in cases:
+        result = run_case(case, cpu)
+        show(case, result)
+        found.append((case, result))
+    return found
+
+
+def fastest(found: Found) -> list[Case]:
+    """Of each rival the form with the most pairs a second."""
+    best: dict[str, tuple[float, Case]] = {}
+    for case, result in found:
+        if "median" in result and result["median"] < best.get(case.rival, (float("inf"), case))[0]:
+            best[case.rival] = result["median"], case
+    return [case for _, case in best.values()]
+
+
+def series(starts: list[Case], batches: list[int], known: Found, cpu: bool) -> Found:
+    """Each of the cases over the batches, until it takes too long or too much memory."""
+    print(f"\nOver the batch, each in its fastest form\n{HEADER.format(repeats=REPEATS)}")
+    found: Found = []
+    for start in starts:
+        before: tuple[Case, Result] | None = None
+        for batch in batches:
+            case = replace(start, batch=batch)
+            result = next((r for c, r in known if c == case), None) or expected(case, before, cpu)
+            result = result or run_case(case, cpu)
+            show(case, result)
+            found.append((case, result))
+            if "failed" in result:
+                break
+            before = case, result
+    return found
+
+
+def expected(case: Case, before: tuple[Case, Result] | None, cpu: bool) -> Result | None:
+    """Why a larger batch need not be tried, by the one before it: time and memory grow at least with the batch."""
+    if before is None:
+        return None
+    growth = case.batch / before[0].batch
+    seconds = growth * before[1]["median"]
+    if seconds > SECONDS:
+        return {"failed": f"not run: about {seconds:.0f} s a step"}
+    memory = growth * max(0, before[1]["memory"] - GIB)
+    if cpu and memory > MEMORY:
+        return {"failed": f"not run: about {memory / GIB:.0f} GiB"}
+    return None
+
+
+def by_compiler(batches: list[int], cpu: bool) -> list[tuple[Case, Result]]:
+    print("\nMemory by XLA, arguments and temporaries; nothing is run\n")
+    print("| step | products | batch | GiB | |\n|---|---|---|---|---|")
+    found = []
+    for rival in (Case("ours"), Case("big_vision"), Case("big_vision", form="scan")):
+        for batch in batches:
+            case = replace(rival, batch=batch, compile_only=True)
+            result = run_case(case, cpu)
+            shown = result.get("failed") or f"{result['memory'] / GIB:,.2f}"
+            print(
+                f"| {case.name} | {case.dtype} | {batch:,} | {shown} | {result.get('note', '')} |", flush=True
+            )
+            found.append((case, result))
+    return found
+
+
+def differing(found: Found) -> list[str]:
+    """Cases whose parameters or losses are not those of the first case with the same inputs."""
+    wrong: list[str] = []
+    first: dict[tuple, tuple[list[float], int]] = {}
+    for case, result in found:
+        if "losses" not in result:
+            continue
+        key = (case.width, case.length, case.masked, case.batch)
+        losses, parameters = first.setdefault(key, (result["losses"], result["parameters"]))
+        # In bfloat16 a cosine is wrong by up to 4e-3, hence a logit at temperature 10 by 4e-2, of about 10.
+        for a, b in zip(losses, result["losses"], strict=False):
+            if abs(a - b) > 4e-3 * abs(a):
+                wrong.append(f"{case.name} {case.dtype} at batch {case.batch}: loss {b:.4f}, not {a:.4f}")
+        if abs(result["parameters"] / parameters - 1) > 0.01:
+            wrong.append(f"{case.name}: {result['parameters']:,} parameters, not {parameters:,}")
+    return wrong
+
+
+def plot(found: Found, compiled: Found, out: Path) -> None:
+    """Pairs a second and memory over the batch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 3.4), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    for rival in dict.fromkeys(case.rival for case, _ in found):
+        points = [(c, r) for c, r in found if c.rival == rival and "median" in r]
+        label = f"{points[0][0].name}, {points[0][0].dtype}" if points else rival
+        batches = [c.batch for c, _ in points]
+        speed.plot(batches, [c.batch / r["median"] for c, r in points], "o-", label=label)
+        (line,) = memory.plot(batches, [r["memory"] / GIB for _, r in points], "o-", label=label)
+        predicted = [
+            (c.batch, r["memory"] / GIB)
+            for c, r in compiled
+            if c.rival == rival and c.form != "scan" and "memory" in r
+        ]
+        if predicted:
+            memory.plot(*zip(*predicted, strict=True), "x:", color=line.get_color(), label=f"{rival}, by XLA")
+    for axes, name in ((speed, "pairs a second"), (memory, "peak memory, GiB")):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="batch", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    speed.set_ylim(bottom=0)
+    memory.set_yscale("log")
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one form of each and two small batches")
+    args = parser.parse_args()
+    cpu = platform() == "cpu"
+    print(describe("jax", "flax", "optax", "torch", "open_clip_torch"))
+    size: dict[str, Any] = {} if cpu else ONE_DAY
+    batch = (128 if args.quick else 512) if cpu else 4096
+    cases = [replace(case, batch=batch, **size) for case in forms(cpu, args.quick)]
+    width, depth = cases[0].width, cases[0].depth
+    found = table(f"Width {width}, {depth} layers, 16 tokens, padding attended to", cases, cpu)
+    best = fastest(found)
+    batches = (
+        [64, 128] if args.quick else [128, 512, 2048, 8192] if cpu else [1024, 4096, 8192, 32_768, 131_072]
+    )
+    over = series(best, batches, found, cpu)
+    compiled: Found = []
+    if not args.quick:
+        # big_vision cannot hide padding. Packed by their true lengths, captions leave hardly any to work on.
+        hidden = [replace(case, masked=True, pack=1) for case in best if case.rival != "big_vision"]
+        hidden = [replace(hidden[0], pack=pack) for pack in (1, 4, 8)] + hidden[1:]
+        found += table("16 tokens, padding hidden", hidden, cpu)
+        longer = [replace(case, length=64, batch=batch // 4) for case in hidden]
+        found += table("64 tokens, padding hidden", longer, cpu)
+    if cpu and not args.quick:
+        large = [replace(case, batch=32, **ONE_DAY) for case in best]
+        found += table("The one-day tower: width 1024, 12 layers, 16 tokens", large, cpu)
+        ours = next(case for case in best if case.rival == "ours")
+        devices = [replace(ours, devices=n) for n in (2, 4)]
+        found += table("On several simulated devices of the same cores", devices, cpu)
+        compiled = by_compiler([512, 8192, 65_536, 1_048_576], cpu)
+    if not args.quick:
+        plot(over, compiled, Path(__file__).with_name("step.svg"))
+    if wrong := differing(found + over):
+        sys.exit("different work: " + "; ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
