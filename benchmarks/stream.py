@@ -1,151 +1,310 @@
-"""Rows per second of the input stream alone: in memory, through windows warm and cold, beside two rivals.
+"""Rows per second of the input stream alone, beside what the machine can do and what others do.
 
-    python -m benchmarks.stream [--rows 400000]
+    python -m benchmarks.stream [--rows 1000000] [--growth 10000 100000 1000000 10000000 100000000]
 
-768-wide bfloat16 features with one caption of 16 tokens a row, batches of 32 768. Rivals on the same
-features: grain with one element per row (memory-mapped), which is what its documentation shows, and a bare
-`numpy.take` of random rows, which is the bound of any shuffle in memory.
+768-wide bfloat16 features with one caption of 16 tokens a row, batches of 32 768. Every line is a process of its
+own; its batches are counted after eight others. Cold: the files were dropped from the page cache before. Up to the
+rule, lines only move bytes (no shuffle, no captions, and but for TensorStore no checksums); after it, random rows.
+The second table shows how cost grows with the dataset: the larger ones are 64 wide, and their shards are hard
+links to one file. A plot of both is benchmarks/stream.svg. About five minutes and 2 GB of disk under --folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grain
-import ml_dtypes
 import numpy as np
+import tensorstore as ts
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, peak_memory, run_alone
+from benchmarks.stream_store import LENGTH, forget, make_linked_store, make_store
 from lit_fast.config import StreamConfig
-from lit_fast.dataset import DatasetWriter, Row, open_dataset
-from lit_fast.features import Features, Manifest, open_features
-from lit_fast.files import write_json
-from lit_fast.records import RecordWriter
-from lit_fast.tokens import encode_record, open_tokens
-from train.stream import open_stream
+from lit_fast.dataset import BLOCK, SHARD, open_dataset
+from lit_fast.features import BFLOAT16, open_features
+from lit_fast.tokens import open_tokens
+from train.stream import Stream, open_stream
 
-WIDTH, LENGTH, BATCH, VOCAB = 768, 16, 32_768, 32_000
+WIDTH, BATCH = 768, 32_768
+NARROW = 64  # of the datasets that are linked
+LINKED = 10_000_000  # rows from which on a dataset is linked
+AHEAD, BATCHES, REPEATS = 8, 24, 3
+MEMORY_GIB = 0.5  # of the second table: datasets of a million rows and more are streamed
+CHUNK = BLOCK * WIDTH * 2 + 4  # bytes of a block with its checksum
 
-
-def make_store(path: Path, rows: int) -> None:
-    """A dataset of random features and tokens; no picture is needed to read it."""
-    rng = np.random.default_rng(0)
-    writer = DatasetWriter(path)
-    for r in range(rows):
-        writer.add(Row(f"{r:09d}", 0, 0, 0, ("caption",)))
-    dataset = writer.finish(seed=0, sources=[])
-    tower = {"name": "random", "source": "none", "identity": "random", "width": WIDTH}
-    features = Features(dataset, "random", tower)
-    write_json(features.path / "tower.json", tower)
-    array = features.array(create=True)
-    for shard in range(dataset.shards):
-        lo, hi = shard * 65_536, min((shard + 1) * 65_536, rows)
-        values = rng.standard_normal((hi - lo, WIDTH), np.float32).astype(ml_dtypes.bfloat16)
-        array[lo:hi].write(values).result()
-        features.write_manifest(Manifest(shard, lo, hi - lo, dataset.shard_keys[shard], "random", {}))
-    records = RecordWriter(path / "tokens" / "random")
-    for lo in range(0, rows, 1024):
-        ids = rng.integers(2, VOCAB, (min(1024, rows - lo), 1, LENGTH))
-        records.write(encode_record(ids.tolist(), VOCAB))
-    records.close()
-    meta = {"identity": "random", "vocab_size": VOCAB, "max_length": LENGTH, "pad_id": 1, "eos_id": 1}
-    write_json(path / "tokens/random/tokens.json", meta | {"shard_keys": list(dataset.shard_keys)})
+Result = dict[str, Any]
 
 
-def forget(path: Path) -> None:
-    """Drop a tree's files from the page cache."""
-    for file in path.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
-def measure(batches: Iterator, steps: int) -> tuple[float, float]:
-    """(rows per second, CPU microseconds per row) over `steps` batches after two for warming up."""
-    for _ in range(2):
-        next(batches)
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        next(batches)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return steps * BATCH / wall, 1e6 * cpu / (steps * BATCH)
-
-
-def our_stream(path: Path, memory_gib: float, window_blocks: int = 8) -> Iterator:
+def open_ours(path: Path, memory_gib: float, window_blocks: int = 8) -> Stream:
     dataset = open_dataset(path)
     config = StreamConfig(global_batch=BATCH, memory_gib=memory_gib, window_blocks=window_blocks)
-    stream = open_stream(open_features(dataset), open_tokens(dataset), config, 0)
-    return stream.iterate(0)
+    return open_stream(open_features(dataset), open_tokens(dataset), config, 0)
 
 
-class _Rows(grain.sources.RandomAccessDataSource):
-    """One element per row, from a memory map."""
+def ours_in_memory(path: Path) -> Iterator:
+    return open_ours(path, 1000.0).iterate(0)
 
-    def __init__(self, features: np.ndarray, ids: np.ndarray) -> None:
-        self.features, self.ids = features, ids
+
+def ours_windows(path: Path, blocks: int) -> Iterator:
+    return open_ours(path, 0.0, blocks).iterate(0)
+
+
+def copy(path: Path) -> Iterator:
+    """The bytes of a batch, from one place in memory to another."""
+    source, target = np.zeros((BATCH, WIDTH), np.uint16), np.zeros((BATCH, WIDTH), np.uint16)
+    while True:
+        np.copyto(target, source)
+        yield target
+
+
+def take(path: Path) -> Iterator:
+    """Random rows in memory: the bound of any shuffle."""
+    features = np.load(path / "features.npy")
+    rng = np.random.default_rng(0)
+    while True:
+        yield np.take(features, rng.integers(0, len(features), BATCH), axis=0, mode="clip")
+
+
+def preadv(path: Path, threads: int) -> Iterator:
+    """The blocks of a batch, in random order, without a look at them."""
+    features = open_features(open_dataset(path))
+    files = [os.open(features.shard_path(s), os.O_RDONLY) for s in range(features.dataset.rows // SHARD)]
+    order = np.random.default_rng(0).permutation(len(files) * SHARD // BLOCK)
+    buffers = np.zeros((BATCH // BLOCK, CHUNK), np.uint8)
+
+    def read(place: int, block: int) -> None:
+        file, inside = divmod(block, SHARD // BLOCK)
+        if os.preadv(files[file], [buffers[place]], inside * CHUNK) != CHUNK:
+            raise RuntimeError("a block was not read whole")
+
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            blocks, order = order[: len(buffers)], np.roll(order, -len(buffers))
+            list(pool.map(read, range(len(buffers)), blocks.tolist()))
+            yield buffers
+
+
+def tensorstore(path: Path) -> Iterator:
+    """The same blocks by TensorStore's futures."""
+    array = open_features(open_dataset(path)).array()
+    order = np.random.default_rng(0).permutation(array.shape[0] // BLOCK)
+    buffer = np.zeros((BATCH, WIDTH), BFLOAT16)
+    target = ts.array(buffer)
+    while True:
+        blocks, order = order[: BATCH // BLOCK], np.roll(order, -(BATCH // BLOCK))
+        reads = [
+            target[i * BLOCK : (i + 1) * BLOCK].write(array[b * BLOCK : (b + 1) * BLOCK])
+            for i, b in enumerate(blocks.tolist())
+        ]
+        for read in reads:
+            read.result()
+        yield buffer
+
+
+class _Rows:
+    """One element per row, from a memory map, as grain and PyTorch want it."""
+
+    def __init__(self, path: Path) -> None:
+        self.features = np.load(path / "features.npy", mmap_mode="r")
+        self.ids = np.zeros((len(self.features), LENGTH), np.int16)
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        return {"images": self.features[row], "ids": self.ids[row]}
+        return {"images": np.array(self.features[row]), "ids": self.ids[row]}
 
 
-def row_by_row(memory: Path, rows: int) -> Iterator:
-    features = np.memmap(memory, np.uint16, "r", shape=(rows, WIDTH))
-    source = _Rows(features, np.zeros((rows, LENGTH), np.uint16))
-    return iter(grain.MapDataset.source(source).seed(0).shuffle().repeat().batch(BATCH).to_iter_dataset(
-        grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    ))  # fmt: skip
+def grain_rows(path: Path) -> Iterator:
+    """As grain's documentation shows it."""
+    rows: Any = _Rows(path)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    pipeline = grain.MapDataset.source(rows).seed(0).shuffle().repeat().batch(BATCH)
+    return iter(pipeline.to_iter_dataset(options))
 
 
-def bare_take(memory: Path, rows: int) -> Iterator:
-    features = np.fromfile(memory, np.uint16).reshape(rows, WIDTH)
-    rng = np.random.default_rng(0)
+def torch_rows(path: Path, workers: int) -> Iterator:
+    """As PyTorch's documentation shows it."""
+    from torch.utils.data import DataLoader
+
+    rows: Any = _Rows(path)
     while True:
-        yield np.take(features, rng.integers(0, rows, BATCH), axis=0, mode="clip")
+        yield from DataLoader(rows, BATCH, shuffle=True, num_workers=workers, drop_last=True)
+
+
+# What a line says -> what makes its batches, how many are counted, and whether there is a cold one as well.
+CASES: dict[str, tuple[Callable[[Path], Iterator], int, bool]] = {
+    "memory copy": (copy, BATCHES, False),
+    "preadv, 1 thread": (lambda path: preadv(path, 1), BATCHES, True),
+    "preadv, 8 threads": (lambda path: preadv(path, 8), BATCHES, True),
+    "TensorStore, whole blocks": (tensorstore, BATCHES, True),
+    "numpy.take in memory": (take, BATCHES, False),
+    "ours, in memory": (ours_in_memory, BATCHES, False),
+    "ours, windows of 2 blocks": (lambda path: ours_windows(path, 2), BATCHES, True),
+    "ours, windows of 4 blocks": (lambda path: ours_windows(path, 4), BATCHES, True),
+    "ours, windows of 8 blocks": (lambda path: ours_windows(path, 8), BATCHES, True),
+    "torch DataLoader, .npy, 0 workers": (lambda path: torch_rows(path, 0), 1, False),
+    "torch DataLoader, .npy, 2 workers": (lambda path: torch_rows(path, 2), 4, False),
+    "grain row by row, .npy": (grain_rows, 1, False),
+}
+BYTES_ONLY = 4  # the first lines
+
+
+def run_case(case: dict[str, Any]) -> Result:
+    """One line of a table, in this process."""
+    path = Path(case["path"])
+    return grow(path) if "line" not in case else speed(path, case["line"], case["cold"])
+
+
+def speed(path: Path, line: str, cold: bool) -> Result:
+    """Rows a second and processor microseconds a row, threads and children included."""
+    make, count, _ = CASES[line]
+    rates, costs = [], []
+    for _ in range(REPEATS):
+        if cold:
+            forget(path)
+        batches, before = make(path), spent()
+        for _ in range(AHEAD if count == BATCHES else 1):
+            next(batches)
+        began, before = time.perf_counter(), spent()
+        for _ in range(count):
+            next(batches)
+        rates.append(count * BATCH / (time.perf_counter() - began))
+        costs.append(1e6 * (spent() - before) / (count * BATCH))
+        del batches
+    return {"rates": sorted(rates), "cost": statistics.median(costs)}
+
+
+def spent() -> float:
+    """Processor seconds of this process and of children that have ended."""
+    return sum(os.times()[:4])
+
+
+def grow(path: Path) -> Result:
+    """What a dataset costs to open and to begin with."""
+    began = time.perf_counter()
+    stream = open_ours(path, MEMORY_GIB)
+    opened = time.perf_counter()
+    batches = stream.iterate(0)
+    next(batches)
+    first = time.perf_counter()
+    for _ in range(AHEAD):
+        next(batches)
+    after = time.perf_counter()
+    for _ in range(BATCHES):
+        next(batches)
+    rate = BATCHES * BATCH / (time.perf_counter() - after)
+    how = "memory" if "in memory" in stream.description else "windows"
+    return {
+        "open": opened - began,
+        "first": first - opened,
+        "rate": rate,
+        "memory": peak_memory(),
+        "how": how,
+    }
+
+
+def speed_table(path: Path) -> dict[str, Result]:
+    print(f"| batches of {BATCH:,} | rows/s, median of {REPEATS} | lowest - highest | CPU µs/row |")
+    print("|---|---|---|---|")
+    results = {}
+    for number, (line, (_, _, disk)) in enumerate(CASES.items()):
+        if number == BYTES_ONLY:
+            print("|  |  |  |  |")
+        for cold in (False, True) if disk else (False,):
+            name = f"{line}, {'cold' if cold else 'warm'}" if disk else line
+            result = run_alone("benchmarks.stream", {"path": str(path), "line": line, "cold": cold})
+            if "failed" in result:
+                print(f"| {name} | {result['failed']} | | |", flush=True)
+                continue
+            results[name] = result
+            rates = result["rates"]
+            middle, spread = statistics.median(rates), f"{rates[0]:,.0f} - {rates[-1]:,.0f}"
+            print(f"| {name} | {middle:,.0f} | {spread} | {result['cost']:.2f} |", flush=True)
+    return results
+
+
+def growth_table(folder: Path, sizes: list[int]) -> dict[int, Result]:
+    print("\n| rows | width | read by | opened, s | first batch, s | rows/s | memory, MiB |")
+    print("|---|---|---|---|---|---|---|")
+    results = {}
+    for rows in sizes:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            path, linked = Path(place) / "d", rows >= LINKED
+            width = NARROW if linked else WIDTH
+            (make_linked_store if linked else make_store)(path, rows, width)
+            runs = [run_alone("benchmarks.stream", {"path": str(path)}) for _ in range(REPEATS)]
+        if failed := [run["failed"] for run in runs if "failed" in run]:
+            print(f"| {rows:,} | {width} | {failed[0]} | | | | |", flush=True)
+            continue
+        found = {
+            name: statistics.median(run[name] for run in runs) for name in ("open", "first", "rate", "memory")
+        }
+        results[rows] = found
+        print(
+            f"| {rows:,} | {width} | {runs[0]['how']} | {found['open']:.3f} | {found['first']:.2f} "
+            f"| {found['rate']:,.0f} | {found['memory'] / 2**20:,.0f} |",
+            flush=True,
+        )
+    return results
+
+
+def plot(speeds: dict[str, Result], growth: dict[int, Result], out: Path) -> None:
+    """Rows a second of every line; seconds over the rows of the dataset."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 4.2), layout="constrained")
+    bars, lines = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = list(reversed(speeds))
+    middles = [statistics.median(speeds[name]["rates"]) for name in names]
+    colours = ["tab:blue" if name.startswith("ours") else "grey" for name in names]
+    bars.barh(names, middles, color=colours)
+    bars.set_xscale("log")
+    bars.set(xlabel="rows a second")
+    bars.tick_params("y", labelsize="small")
+    for name, label in (("open", "opened"), ("first", "first batch")):
+        lines.plot(list(growth), [found[name] for found in growth.values()], "o-", label=label)
+    lines.set_xscale("log")
+    lines.set_yscale("log")
+    lines.set(xlabel="rows of the dataset", ylabel="seconds")
+    lines.legend(fontsize="small")
+    for axes in (bars, lines):
+        axes.grid(alpha=0.3)
+    figure.savefig(out, metadata={"Date": None})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=400_000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--growth", type=int, nargs="*", default=[10**n for n in range(4, 9)])
+    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk that is measured")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        path, flat = Path(folder) / "d", Path(folder) / "features.bin"
-        make_store(path, args.rows)
-        open_features(open_dataset(path)).read_all().view(np.uint16).tofile(flat)
-        # Four blocks a window: the windows of the 64 streams are then smaller than the dataset.
-        cases = [
-            ("ours, in memory", lambda: our_stream(path, 100.0), 24, False),
-            ("ours, windows, warm", lambda: our_stream(path, 0.0, 4), 24, False),
-            ("ours, windows, cold", lambda: our_stream(path, 0.0, 4), 9, True),
-            ("numpy.take in memory", lambda: bare_take(flat, args.rows), 24, False),
-            ("grain row by row, memory map", lambda: row_by_row(flat, args.rows), 1, False),
-        ]
-        print(describe("jax", "numpy", "tensorstore", "grain", "array-record"))
-        print(f"{args.rows:,} rows of {WIDTH} bfloat16 and {LENGTH} tokens, batch {BATCH:,}\n")
-        print(f"| input | rows/s, median of {args.repeats} | lowest - highest | CPU µs/row |")
-        print("|---|---|---|---|")
-        for name, make, steps, cold in cases:
-            results = []
-            for _ in range(args.repeats):
-                if cold:
-                    forget(path)
-                results.append(measure(make(), steps))
-            rates = sorted(r for r, _ in results)
-            cpu = statistics.median(c for _, c in results)
-            print(
-                f"| {name} | {statistics.median(rates):,.0f} | {rates[0]:,.0f} - {rates[-1]:,.0f} | {cpu:.2f} |"
-            )
+    if args.case:
+        print(json.dumps(run_case(json.loads(args.case))))
+        return
+    if args.rows <= 64 * 8 * BLOCK:
+        sys.exit(f"--rows {args.rows} fit the windows; give more than {64 * 8 * BLOCK}")
+    print(describe("jax", "numpy", "tensorstore", "grain", "array-record", "torch"))
+    print(f"{args.rows:,} rows of {WIDTH} bfloat16 and {LENGTH} tokens\n", flush=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        path = Path(folder) / "d"
+        make_store(path, args.rows, WIDTH)
+        np.save(path / "features.npy", open_features(open_dataset(path)).read_all().view(np.int16))
+        speeds = speed_table(path)
+    growth = growth_table(args.folder, args.growth)
+    if speeds and growth:
+        plot(speeds, growth, Path(__file__).with_name("stream.svg"))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ _ORDER = (
     "embed",
     "import-features",
     "tokenize",
+    "plan",
     "train",
     "eval",
     "export",

@@ -2,24 +2,25 @@
 
 The blocks of an epoch are permuted and dealt to virtual streams. A stream shuffles the rows of a few
 blocks, its window, and every batch takes the same number of rows from each stream. The first windows of
-the streams have different lengths, so that streams never all reload at once. Blocks are read by futures
-straight into a fixed pool of windows; batches are gathered from there into fresh arrays, which JAX may
-keep without copying.
+the streams have different lengths, so that within an epoch streams never all reload at once. Threads read
+the blocks straight into a fixed pool of windows, and make their captions and order; batches are gathered
+from there into fresh arrays, which JAX may keep without copying.
 """
 
 from __future__ import annotations
 
+import math
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
+from lit_fast.blocks import read_block
 from lit_fast.config import StreamConfig
 from lit_fast.dataset import BLOCK
 from lit_fast.errors import UserError
-from lit_fast.features import BFLOAT16, Features, read_error
+from lit_fast.features import BFLOAT16, Features
 from lit_fast.permutation import permutation
 from lit_fast.tokens import Tokens
 from train.captions import Captions, read_captions
@@ -27,7 +28,8 @@ from train.corrupt import Corruption
 from train.views import choose_vectors
 
 AHEAD = 4  # steps that the reading is ahead of the step
-SPARE = 0.5  # share of the windows for which there is a second slot
+BEHIND = 1  # steps that two threads may ask out of turn
+READERS = 8  # blocks read at once, which a disk needs
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,25 @@ def plan(rows: int, config: StreamConfig) -> Geometry:
     )
 
 
+@dataclass(frozen=True)
+class _Table:
+    """What a window's rows are called, what they say and in which order they come."""
+
+    captions: Captions
+    rows: np.ndarray  # int64 [rows], dataset row of each local row
+    order: np.ndarray  # int64 [rows], shuffled local rows
+
+
+@dataclass
 class _Window:
     """The rows of a few blocks, in memory or on their way there; without a buffer only their captions."""
 
-    def __init__(self, buffer: np.ndarray | None, pooled: bool, last: int) -> None:
-        self.buffer, self.pooled, self.last = buffer, pooled, last  # last step that uses it
-        self.users = 0
-        self.reads: list[Any] = []
-        self.captions: Captions | None = None
-        self.rows = np.empty(0, np.int64)  # dataset row of each local row
-        self.order = np.empty(0, np.int64)  # shuffled local rows
+    buffer: np.ndarray | None
+    pooled: bool
+    last: int  # last step that uses it
+    table: Future[_Table]
+    reads: list[Future[None]]
+    users: int = 0
 
 
 class WindowSource:
@@ -133,11 +144,15 @@ class WindowSource:
         self._told = range(self.geometry.streams) if config.corrupt_alignment else self._mine
         self._features, self._tokens, self._unusable = features, tokens, unusable
         self._config, self._seed, self._corruption = config, seed, corruption
-        self._array, self._records = features.array(), tokens.reader()
+        features.array()  # refuses an array of another shape or layout
+        self._records = tokens.reader()
+        self._readers = ThreadPoolExecutor(READERS, "stream")
         self._lock = threading.Lock()
         self._windows: dict[tuple[int, int, int], _Window] = {}
         self._orders: dict[int, np.ndarray] = {}
-        slots = int(len(self._mine) * (1 + SPARE))
+        # Second slots for the windows that are read ahead or not yet given back: at most one each.
+        turn_over = (AHEAD + BEHIND + 1) * self.geometry.rows / (self.geometry.window * BLOCK)
+        slots = math.ceil(share * (1 + min(1.0, turn_over)))
         # One allocation: bounded, reused, and given back as a whole.
         pool = np.empty((slots, *self._shape), BFLOAT16)
         self._free = list(pool)
@@ -171,14 +186,15 @@ class WindowSource:
         images = np.empty((len(self._mine) * geometry.rows, self._features.width), BFLOAT16)
         parts, rows = [], []
         for stream, (window, start) in zip(self._told, used, strict=True):
-            local = window.order[start : start + geometry.rows]
-            here = window.rows[local]
+            table = window.table.result()
+            local = table.order[start : start + geometry.rows]
+            here = table.rows[local]
             visit = np.full(len(local), epoch, np.int64)
-            assert window.captions is not None
-            parts.append(window.captions.choose(local, here, visit, k, self._seed))
+            parts.append(table.captions.choose(local, here, visit, k, self._seed))
             if window.buffer is None:
                 continue
-            self._wait(window)
+            for read in window.reads:
+                read.result()
             rows.append(here)
             first = (stream - self._mine.start) * geometry.rows
             out = images[first : first + geometry.rows]
@@ -196,13 +212,14 @@ class WindowSource:
             self._corruption.replace(step, first, images, ids)
         return {"images": images, "ids": ids, "rows": np.concatenate(rows).astype(np.int32)}
 
-    def _retire(self, step: int) -> None:
+    def _retire(self, step: int, behind: int = BEHIND) -> None:
         """Give back the slots of windows that are behind or, after a jump, far ahead."""
         horizon = step + AHEAD + 2 * self.geometry.window * BLOCK // self.geometry.rows
         for key, window in list(self._windows.items()):
-            if not window.users and not step - AHEAD <= window.last <= horizon:
+            if not window.users and not step - behind <= window.last <= horizon:
                 for read in window.reads:
-                    read.exception()  # wait: a read in flight must not write into a reused slot
+                    if not read.cancel():
+                        read.exception()  # wait: a read in flight must not write into a reused slot
                 del self._windows[key]
                 if window.pooled:
                     self._free.append(window.buffer)
@@ -219,40 +236,36 @@ class WindowSource:
         (begin, end), start = geometry.window_of(stream, inside)
         key = (stream, epoch, begin)
         if key not in self._windows:
-            if stream in self._mine and not self._free and not needed:
-                return None, start  # no slot yet: read it later
+            if stream in self._mine and not self._free:
+                if not needed:
+                    return None, start  # no slot yet: read it later
+                self._retire(step, behind=0)  # where an epoch begins, all streams take a new window
             last = epoch * geometry.steps + end * BLOCK // geometry.rows - 1
             blocks = self._blocks(epoch)[stream :: geometry.streams][begin:end]
             self._windows[key] = self._load(blocks, last, key)
         return self._windows[key], start
 
     def _load(self, blocks: np.ndarray, last: int, key: tuple[int, int, int]) -> _Window:
-        if key[0] in self._mine:
-            pooled = bool(self._free)
-            buffer = self._free.pop() if pooled else np.empty(self._shape, BFLOAT16)
-            window, target = _Window(buffer, pooled, last), ts.array(buffer)
-            for i, b in enumerate(blocks * BLOCK):
-                read = target[i * BLOCK : (i + 1) * BLOCK].write(self._array[int(b) : int(b) + BLOCK])
-                window.reads.append(read)
-        else:
-            window = _Window(None, False, last)
-        window.captions = read_captions(self._tokens, (self._records.read(int(b)) for b in blocks))
-        window.rows = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
-        order = permutation(len(window.rows), self._seed, *key)
+        submit = self._readers.submit
+        table = submit(self._table, blocks, key)
+        if key[0] not in self._mine:
+            return _Window(None, False, last, table, [])
+        pooled = bool(self._free)
+        buffer = self._free.pop() if pooled else np.empty(self._shape, BFLOAT16)
+        parts = buffer.reshape(-1, BLOCK, buffer.shape[1])[: len(blocks)]
+        reads = [submit(read_block, self._features, int(b), p) for b, p in zip(blocks, parts, strict=True)]
+        return _Window(buffer, pooled, last, table, reads)
+
+    def _table(self, blocks: np.ndarray, key: tuple[int, int, int]) -> _Table:
+        captions = read_captions(self._tokens, (self._records.read(int(b)) for b in blocks))
+        rows = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+        order = permutation(len(rows), self._seed, *key)
         if len(self._unusable):
-            place = np.searchsorted(self._unusable, window.rows)
-            bad = self._unusable[np.minimum(place, len(self._unusable) - 1)] == window.rows
+            place = np.searchsorted(self._unusable, rows)
+            bad = self._unusable[np.minimum(place, len(self._unusable) - 1)] == rows
             order = order[~bad[order]]
             if not len(order):
                 raise UserError(f"blocks {blocks.tolist()} of {self._features.path} hold no usable row")
             # Other rows of the window stand in for those that cannot be used.
-            order = np.resize(order, len(window.rows))
-        window.order = order
-        return window
-
-    def _wait(self, window: _Window) -> None:
-        try:
-            for read in window.reads:
-                read.result()
-        except ValueError as error:
-            raise read_error(self._features.path, error) from None
+            order = np.resize(order, len(rows))
+        return _Table(captions, rows, order)

@@ -52,6 +52,7 @@ def mistake(capsys, place, command):
 
 
 TRAIN = "train {p}/c.toml --workdir {p}/new --dataset {p}/d"
+PLAN = "plan {p}/c.toml --topology "
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,29 @@ TRAIN = "train {p}/c.toml --workdir {p}/new --dataset {p}/d"
         ("eval {p}/d --retrieval {p}/d", "is not a run"),
         ("eval {p}/run --retrieval {p}/none", "dataset {p}/none does not exist"),
         ("eval {p}/run --retrieval {p}/d --step 3", "no checkpoint of step 3; there are 2, 4"),
+        ("plan {p}/none.toml --topology cpu", "config {p}/none.toml does not exist"),
+        ("plan {p}/c.toml", "required: --topology"),
+        (PLAN + "v9:2x2", "no such chip is known; write v4:2x2x1, v5e:2x2"),
+        (PLAN + "tpu", "no such chip is known"),
+        (PLAN + "v4:3x1", "slices of v4 are 2x2x1, 2x2x2, 2x2x4, 2x4x4, and rising multiples of 4"),
+        (PLAN + "v4:0x0x0", "slices of v4 are 2x2x1"),
+        (PLAN + "v4:4x4x9999", "up to 4,096 chips"),
+        (PLAN + "v5p", "slices of v5p are 2x2x1"),
+        (PLAN + "v6e:2x2x1", "slices of v6e are 1x1, 2x2, 2x4"),
+        (PLAN + "gpu:h300", "no such GPU is known; gpu: is followed by one of b200, h200"),
+        (PLAN + "gpu", "no such GPU is known"),
+        (PLAN + "gpu:h100:0", "'0' is no number of GPUs; write gpu:h100:8"),
+        (PLAN + "gpu:h100:3", "16 is not divisible by the 3 devices"),
+        (PLAN + "gpu:h100 --text.keep inputs --text.parts 3", "not divisible by text.parts 3"),
+        (PLAN + "gpu:h100 --mfu 33", "--mfu 33.0 must be above 0 and at most 1"),
+        (PLAN + "gpu:h100 --price nan", "--price nan must be a price"),
+        (PLAN + "gpu:h100 --json {p}", "--json {p} is a directory"),
+        (PLAN + "gpu:h100 --topolgy v4:2x2x1", "unknown config key 'topolgy'"),
+        (PLAN + "gpu:h100 --plan.tower augreg/B_9", "no tower 'augreg/B_9' is known; did you mean augreg/B_"),
+        (PLAN + "gpu:h100 --plan.tower B/15", "no tower 'B/15' is known"),
+        (PLAN + "gpu:h100 --plan.max_length 1", "plan.max_length must be at least 2"),
+        (PLAN + "gpu:h100 --dataset {p}/none", "dataset {p}/none does not exist"),
+        (PLAN + "gpu:l4 --stream.global_batch 1000000000", "does not fit: it is estimated to need"),
         ("demo --out {p}/0.tar", "0.tar"),
     ],
 )
@@ -114,6 +138,16 @@ def test_one_line_status_two_nothing_written(capsys, place, command, message):
         tower = place / "other/features/tower/tower.json"
         tower.write_text(tower.read_text().replace('"identity": "', '"identity": "x'))
     assert message.format(p=place) in mistake(capsys, place, command)
+
+
+def test_the_tpus_compiler_is_asked_for_where_it_is_missing(capsys, place, monkeypatch):
+    """Whatever is installed here: JAX says so in this way when it is not."""
+
+    def missing(*_, **__):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology. See https://...")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
+    assert "pip install 'lit-fast[tpu]'" in mistake(capsys, place, PLAN + "v4:2x2x1")
 
 
 def test_damaged_files_are_named(capsys, place, tmp_path):

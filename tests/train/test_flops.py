@@ -68,7 +68,7 @@ def test_formula_counts_the_loss_without_what_is_worked_out_again(options, round
     texts, images, width = 12, 6, 10
     config = LossConfig(**options, image_head=image_head)
 
-    def loss(trained, features, rows, len(ids) // len(rows), lambda: ids, words):
+    def loss(trained, features, rows, ids, words):
         pairs = pair_up(config, 1, features, rows, len(ids) // len(rows), lambda: ids, words)
         return jax.value_and_grad(lambda t: pair_loss(config, 1, t, *pairs)[0])(trained)
 
