@@ -27,9 +27,9 @@ _CHOICES = {
     "optimizer.weight_decay_convention": ("paper", "optax"),
 }
 _AT_LEAST_ONE = (
-    "steps", "text.parts", "text.pack", "loss.tile", "stream.global_batch", "stream.captions_per_image", "stream.streams",
-    "stream.window_blocks", "optimizer.timescale", "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
-    "plan.vocab_size",
+    "steps", "text.parts", "text.pack", "loss.tile", "stream.global_batch", "stream.captions_per_image",
+    "stream.streams", "stream.window_blocks", "optimizer.timescale", "checkpoint.every_steps", "checkpoint.keep",
+    "log.every_steps", "plan.vocab_size",
 )  # fmt: skip
 
 

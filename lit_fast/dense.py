@@ -4,7 +4,7 @@ That backend multiplies bfloat16 and adds up in float32, as the others do by the
 if float32 is asked for; anything else it works out in float32, at a sixth of the speed where the processor has bfloat16
 matrix units (AMX). The third product of training, `a^T b` for the gradient of the kernel, is therefore given to it as
 `(I a^T) b`: a product with the identity turns the smaller of the two over, exactly. A sum over all rows is a product
-with ones there, as XLA's own takes several passes. TPUs are given the axes as they are: flattened heads would be copied.
+with ones there, as XLA's own takes several passes. TPUs get the axes as they are: flattened heads would be copied.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def _affine_forward(
 def _affine_backward(
     contracted: int, kept: tuple[jax.Array, jax.Array, Bias], y: jax.Array
 ) -> tuple[jax.Array, jax.Array, Bias]:
-    plain = lambda y, *kept: jax.vjp(partial(_plain, contracted), *kept)[1](y)  # noqa: E731
-    return lax.platform_dependent(y, *kept, cpu=partial(_flat_gradients, contracted), default=plain)
+    forms = {"cpu": _flat_gradients, "default": _plain_gradients}
+    return lax.platform_dependent(y, *kept, **{k: partial(f, contracted) for k, f in forms.items()})
 
 
 _affine.defvjp(_affine_forward, _affine_backward)
@@ -77,6 +77,16 @@ def _plain(contracted: int, x: jax.Array, kernel: jax.Array, bias: Bias) -> jax.
     last = tuple(range(x.ndim - contracted, x.ndim))
     y = lax.dot_general(x, kernel.astype(x.dtype), ((last, tuple(range(contracted))), ((), ())))
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _plain_gradients(
+    contracted: int, y: jax.Array, x: jax.Array, kernel: jax.Array, bias: Bias
+) -> tuple[jax.Array, jax.Array, Bias]:
+    """Of `_plain`, by the gradient of its result."""
+    (by_x,) = jax.linear_transpose(lambda x: _plain(contracted, x, kernel, None), x)(y)
+    (by_kernel,) = jax.linear_transpose(lambda kernel: _plain(contracted, x, kernel, None), kernel)(y)
+    rows = tuple(range(x.ndim - contracted))
+    return by_x, by_kernel, None if bias is None else y.sum(axis=rows, dtype=jnp.float32)
 
 
 def _flat(contracted: int, x: jax.Array, kernel: jax.Array, bias: Bias) -> jax.Array:
@@ -90,7 +100,7 @@ def _flat(contracted: int, x: jax.Array, kernel: jax.Array, bias: Bias) -> jax.A
 def _flat_gradients(
     contracted: int, y: jax.Array, x: jax.Array, kernel: jax.Array, bias: Bias
 ) -> tuple[jax.Array, jax.Array, Bias]:
-    """Of `_flat`, by the gradient of its result; those of kernel and bias are never rounded to bfloat16."""
+    """Of `_flat`, likewise; those of kernel and bias are never rounded to bfloat16."""
     inner = prod(kernel.shape[:contracted])
     shape, x, y = x.shape, x.reshape(-1, inner), y.reshape(-1, kernel.size // inner)
     by_x = _dot("mn,kn->mk", y, kernel.reshape(inner, -1).astype(y.dtype)).astype(x.dtype)

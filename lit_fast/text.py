@@ -61,10 +61,7 @@ class TextTower(nn.Module):
         if lengths is None and self.pack > 1 and self.eos_id is None and len(ids) % self.pack == 0:
             ids = ids.reshape(-1, self.pack * self.max_length)
             lengths = jnp.full((len(ids), self.pack), self.max_length)
-        if lengths is None:
-            rows = one_each(ids, self.eos_id)
-        else:
-            rows = side_by_side(lengths, ids.shape[1])
+        rows = one_each(ids, self.eos_id) if lengths is None else side_by_side(lengths, ids.shape[1])
         x = self._embedded(ids)
         init = nn.initializers.normal(stddev=self.shape.width**-0.5)
         table = self.param("pos_embedding", init, (1, self.max_length, self.shape.width), jnp.float32)

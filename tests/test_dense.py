@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lit_fast import dense
 from lit_fast.dense import Dense
 
 # What bfloat16 keeps of a number.
@@ -52,6 +53,26 @@ def test_products_equal_float64(dtype, m, k, n, use_bias):
             assert kind == jnp.float32
             bound = 1e-6
         np.testing.assert_allclose(got, want, atol=bound * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("contracted", "kernel"), [(1, (6, 2, 5)), (2, (3, 2, 5))])
+def test_both_forms_are_one_function(dtype, contracted, kernel):
+    """What TPUs and GPUs are given equals what CPUs are given, but for roundings to bfloat16."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    x, y = draw(4, 7, *kernel[:contracted]).astype(dtype), draw(4, 7, *kernel[contracted:]).astype(dtype)
+    params = draw(*kernel), draw(*kernel[contracted:])
+    epsilon = 4 * EPSILON if dtype == jnp.bfloat16 else 1e-6
+    forms = [(dense._plain, dense._plain_gradients), (dense._flat, dense._flat_gradients)]
+    plain, flat = (
+        jax.tree.leaves((form(contracted, x, *params), gradients(contracted, y, x, *params)))
+        for form, gradients in forms
+    )
+    for a, b in zip(plain, flat, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, atol=epsilon * np.abs(b).max())
 
 
 @pytest.mark.parametrize(("features", "contracted"), [((12,), 1), ((3, 4), 1), ((12,), 2)])
