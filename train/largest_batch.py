@@ -11,7 +11,7 @@ from train.memory import candidates
 from train.target import Target
 from train.ways import Planner, Say, Way, described, overrides
 
-_FIRST = 128  # rows of a device
+_FIRST = 2048  # rows of a device, which are several parts already
 _BOUND = 2**30
 
 

@@ -9,7 +9,6 @@ from there into fresh arrays, which JAX may keep without copying.
 
 from __future__ import annotations
 
-import math
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -106,7 +105,6 @@ class _Window:
     """The rows of a few blocks, in memory or on their way there; without a buffer only their captions."""
 
     buffer: np.ndarray | None
-    pooled: bool
     last: int  # last step that uses it
     table: Future[_Table]
     reads: list[Future[None]]
@@ -150,12 +148,9 @@ class WindowSource:
         self._lock = threading.Lock()
         self._windows: dict[tuple[int, int, int], _Window] = {}
         self._orders: dict[int, np.ndarray] = {}
-        # Second slots for the windows that are read ahead or not yet given back: at most one each.
-        turn_over = (AHEAD + BEHIND + 1) * self.geometry.rows / (self.geometry.window * BLOCK)
-        slots = math.ceil(share * (1 + min(1.0, turn_over)))
-        # One allocation: bounded, reused, and given back as a whole.
-        pool = np.empty((slots, *self._shape), BFLOAT16)
-        self._free = list(pool)
+        # Two slots for each stream's window, because where an epoch begins all take a new one. One allocation:
+        # bounded, reused, given back as a whole, and no memory until it is touched.
+        self._free = list(np.empty((2 * share, *self._shape), BFLOAT16))
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -221,7 +216,7 @@ class WindowSource:
                     if not read.cancel():
                         read.exception()  # wait: a read in flight must not write into a reused slot
                 del self._windows[key]
-                if window.pooled:
+                if window.buffer is not None:
                     self._free.append(window.buffer)
 
     def _blocks(self, epoch: int) -> np.ndarray:
@@ -239,7 +234,7 @@ class WindowSource:
             if stream in self._mine and not self._free:
                 if not needed:
                     return None, start  # no slot yet: read it later
-                self._retire(step, behind=0)  # where an epoch begins, all streams take a new window
+                self._retire(step, behind=0)
             last = epoch * geometry.steps + end * BLOCK // geometry.rows - 1
             blocks = self._blocks(epoch)[stream :: geometry.streams][begin:end]
             self._windows[key] = self._load(blocks, last, key)
@@ -249,12 +244,12 @@ class WindowSource:
         submit = self._readers.submit
         table = submit(self._table, blocks, key)
         if key[0] not in self._mine:
-            return _Window(None, False, last, table, [])
-        pooled = bool(self._free)
-        buffer = self._free.pop() if pooled else np.empty(self._shape, BFLOAT16)
+            return _Window(None, last, table, [])
+        # Steps that come far out of turn may need a slot more.
+        buffer = self._free.pop() if self._free else np.empty(self._shape, BFLOAT16)
         parts = buffer.reshape(-1, BLOCK, buffer.shape[1])[: len(blocks)]
         reads = [submit(read_block, self._features, int(b), p) for b, p in zip(blocks, parts, strict=True)]
-        return _Window(buffer, pooled, last, table, reads)
+        return _Window(buffer, last, table, reads)
 
     def _table(self, blocks: np.ndarray, key: tuple[int, int, int]) -> _Table:
         captions = read_captions(self._tokens, (self._records.read(int(b)) for b in blocks))

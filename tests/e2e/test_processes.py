@@ -72,9 +72,11 @@ def test_processes_train_as_one_does(case):
 def test_processes_share_the_windows_of_a_dataset_that_is_not_held_in_memory(case):
     make_dataset(case / "large", 4 * BLOCK)
     options = ["--dataset=large", "--stream.memory_gib=0", "--stream.streams=2", "--stream.window_blocks=1"]
+    options += ["--text.dropout=0", "--text.mask_padding=true"]
     (said,) = finish(start(case, "windows", *options))
     assert "shuffled in windows of 2,048 rows" in said
-    finish(*start_processes(case, "windows-of2", 2, *options))
+    first, _ = finish(*start_processes(case, "windows-of2", 2, *options, "--text.pack=4"))
+    assert "4 captions of " in first  # side by side, as another way to work out the same
     assert_same_course(case, "windows", "windows-of2")
 
 

@@ -107,9 +107,10 @@ def test_sigterm_saves_and_goes_on(case):
 
 
 def test_whatever_is_drawn_or_kept_beside_the_weights_goes_on(case):
-    """Random negatives, corrupted texts, an image head, an average."""
+    """Random negatives, corrupted texts, an image head, an average, captions side by side with dropout."""
     options = ["--loss.negatives=random", "--loss.negatives_per_positive=2", "--stream.corrupt_texts=0.3"]
     options += ["--steps=40", "--loss.image_head=true", "--optimizer.average_decay=0.9"]
+    options += ["--text.mask_padding=true", "--text.pack=2", "--text.dropout=0.1"]
     finish(start(case, "all-whole", *options, devices=2))
     kill_after(start(case, "all-killed", *options, devices=2), case / "all-killed/checkpoints/20")
     assert "going on after step" in finish(start(case, "all-killed", *options, devices=2))[0]
