@@ -22,6 +22,7 @@ from lit_fast.errors import UserError
 from lit_fast.features import Features
 from lit_fast.permutation import permutation
 from lit_fast.tokens import Tokens
+from train.batch_memory import BatchMemory
 from train.captions import Captions, read_captions
 from train.corrupt import Corruption, open_corruption
 from train.views import choose_vectors
@@ -64,6 +65,7 @@ class MemorySource:
         process, processes = part
         share = config.global_batch // processes
         self._mine = np.arange(process * share, (process + 1) * share)
+        self._memory = BatchMemory((share, width))
         self._epochs: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -90,7 +92,7 @@ class MemorySource:
         k, corruption = self._config.captions_per_image, self._corruption
         rows, epoch = self._rows(step, self._mine)
         vectors = choose_vectors(rows, rows, epoch, self._views, self._seed)
-        images = np.take(self._vectors, vectors, axis=0, mode="clip")
+        images = np.take(self._vectors, vectors, axis=0, out=self._memory.empty(), mode="clip")
         told, visit = self._rows(step, corruption.origins(step)[self._mine]) if corruption else (rows, epoch)
         ids = self._captions.choose(told, told, visit, k, self._seed)
         if corruption:

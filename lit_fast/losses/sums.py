@@ -105,7 +105,7 @@ def pair_sums(
         Trained(
             text_gradient,
             # The sum of slope x scale x cosine over the pairs, without another look at them.
-            jnp.vdot(text_gradient, trained.texts, precision="highest"),
+            jnp.sum(text_gradient * trained.texts),
             None if trained.bias is None else slopes,
             head,
         ),

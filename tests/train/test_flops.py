@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from lit_fast.config import LossConfig, TextConfig
@@ -12,22 +11,7 @@ from lit_fast.losses.tile import Trained
 from lit_fast.mesh import make_mesh, on_each_device
 from lit_fast.text import TextTower
 from lit_fast.variants import Shape
-from train.flops import step_flops
-
-
-def products(jaxpr):
-    """Operations of all matrix products, two per multiply-add; a scan's body counts as often as it runs."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * int(np.prod([shape[i] for i in contracted]))
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += equation.params.get("length", 1) * products(inner)
-    return total
+from train.flops import program_flops, step_flops
 
 
 @pytest.mark.parametrize(
@@ -49,7 +33,7 @@ def test_formula_counts_every_product(options):
     ids = jax.ShapeDtypeStruct((5, 7), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)
     # Three times the forward products: once forward, twice backward. No images: no loss.
-    assert step_flops(model, 5, 0) == 3 * products(jax.make_jaxpr(model.apply)(params, ids).jaxpr)
+    assert step_flops(model, 5, 0) == 3 * program_flops(jax.make_jaxpr(model.apply)(params, ids).jaxpr)
 
 
 @pytest.mark.parametrize("image_head", [False, True])
@@ -89,7 +73,7 @@ def test_formula_counts_the_loss_without_what_is_worked_out_again(options, round
     model = TextTower(shape=Shape(24, 3, 40, 2), vocab_size=50, max_length=7, out_dim=width)
     formula = step_flops(model, texts, images, image_head) - step_flops(model, texts, 0)
     again = 2 * texts * images * width + (2 * images * width**2 if image_head else 0)
-    assert products(program.jaxpr) == formula + rounds * again
+    assert program_flops(program.jaxpr) == formula + rounds * again
 
 
 @pytest.mark.parametrize(
@@ -104,6 +88,6 @@ def test_what_is_worked_out_again(keep, share):
     params = jax.eval_shape(model.init, jax.random.key(0), ids)
     embed = jax.checkpoint(model.apply) if keep == "embeddings" else model.apply
     gradient = jax.make_jaxpr(jax.grad(lambda params, ids: embed(params, ids).sum()))
-    again = products(gradient(params, ids).jaxpr) / step_flops(model, 2, 0) - 1
+    again = program_flops(gradient(params, ids).jaxpr) / step_flops(model, 2, 0) - 1
     # To a whole per cent, with the scores of "products", which are not kept.
     assert abs(again - share) < 0.006
