@@ -204,8 +204,17 @@ class Config:
 
 
 # What may change between the parts of one run: it does not touch the parameters, or is known by identity.
-FREE = ("evaluate", "checkpoint", "log", "plan", "dataset", "tower", "tokenizer", "stream.noise",
-        "text.row_tokens")
+FREE = (
+    "evaluate",
+    "checkpoint",
+    "log",
+    "plan",
+    "dataset",
+    "tower",
+    "tokenizer",
+    "stream.noise",
+    "text.row_tokens",
+)
 
 # Keys of earlier versions, and what to do instead.
 REMOVED = {

@@ -117,7 +117,8 @@ def candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConfi
     if not on_cpu:  # whose caches prefer small parts
         yield choose("everything", 1)
     for keep in (*KEEP, "embeddings"):
-        if not (on_cpu and keep == "products"):  # a CPU works queries, keys and values out sooner than it reads them
+        # A CPU works queries, keys and values out sooner than it reads them.
+        if not (on_cpu and keep == "products"):
             yield choose(keep, parts)
     smaller = [d for d in divisors if d > parts]
     for d in smaller[:: max(1, len(smaller) // 4)]:

@@ -155,7 +155,14 @@ def test_the_step_is_the_same(devices, options):
             optimizer=OptimizerConfig(name="adam", warmup_steps=1, clip_norm=0),
         )
         tower = TextTower(
-            SHAPE, VOCAB, LENGTH, WIDTH, pooling=options["pooling"], eos_id=EOS, keep=text.layers_keep, pack=pack
+            SHAPE,
+            VOCAB,
+            LENGTH,
+            WIDTH,
+            pooling=options["pooling"],
+            eos_id=EOS,
+            keep=text.layers_keep,
+            pack=pack,
         )
         params = init_params(tower, config, np.zeros(WIDTH, np.float32))
         optimizer = make_optimizer(config.optimizer, config.steps, params)
