@@ -4,7 +4,7 @@ The blocks of an epoch are permuted and dealt to virtual streams. A stream shuff
 blocks, its window, and every batch takes the same number of rows from each stream. The first windows of
 the streams have different lengths, so that within an epoch streams never all reload at once. Threads read
 the blocks straight into a fixed pool of windows, and make their captions and order; batches are gathered
-from there into fresh arrays, which JAX may keep without copying.
+from there into arrays that JAX may keep without copying.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from lit_fast.errors import UserError
 from lit_fast.features import BFLOAT16, Features
 from lit_fast.permutation import permutation
 from lit_fast.tokens import Tokens
-from train.captions import Captions, read_captions
+from train.batch_memory import BatchMemory
+from train.captions import read_captions
 from train.corrupt import Corruption
 from train.views import choose_vectors
 
@@ -93,16 +94,16 @@ def plan(rows: int, config: StreamConfig) -> Geometry:
 
 @dataclass(frozen=True)
 class _Table:
-    """What a window's rows are called, what they say and in which order they come."""
+    """The rows of a window in the order in which its epoch takes them."""
 
-    captions: Captions
-    rows: np.ndarray  # int64 [rows], dataset row of each local row
-    order: np.ndarray  # int64 [rows], shuffled local rows
+    rows: np.ndarray  # int64 [rows], of the dataset
+    vectors: np.ndarray  # int64 [rows], positions in the buffer as [rows * views, width]
+    ids: np.ndarray  # integer [rows * captions per image, length]
 
 
 @dataclass
 class _Window:
-    """The rows of a few blocks, in memory or on their way there; without a buffer only their captions."""
+    """The rows of a few blocks, in memory or on their way there; without a buffer only what they say."""
 
     buffer: np.ndarray | None
     last: int  # last step that uses it
@@ -148,6 +149,7 @@ class WindowSource:
         self._lock = threading.Lock()
         self._windows: dict[tuple[int, int, int], _Window] = {}
         self._orders: dict[int, np.ndarray] = {}
+        self._memory = BatchMemory((share * self.geometry.rows, features.width))
         # Two slots for each stream's window, because where an epoch begins all take a new one. One allocation:
         # bounded, reused, given back as a whole, and no memory until it is touched.
         self._free = list(np.empty((2 * share, *self._shape), BFLOAT16))
@@ -177,28 +179,23 @@ class WindowSource:
                 used.append((window, start))
             for stream in self._told:
                 self._window(stream, step + AHEAD, needed=False)
-        epoch, k = step // geometry.steps, self._config.captions_per_image
-        images = np.empty((len(self._mine) * geometry.rows, self._features.width), BFLOAT16)
-        parts, rows = [], []
+        images = self._memory.empty()
+        k, texts, rows = self._config.captions_per_image, [], []
         for stream, (window, start) in zip(self._told, used, strict=True):
-            table = window.table.result()
-            local = table.order[start : start + geometry.rows]
-            here = table.rows[local]
-            visit = np.full(len(local), epoch, np.int64)
-            parts.append(table.captions.choose(local, here, visit, k, self._seed))
+            table, stop = window.table.result(), start + geometry.rows
+            texts.append(table.ids[start * k : stop * k])
             if window.buffer is None:
                 continue
+            rows.append(table.rows[start:stop])
             for read in window.reads:
                 read.result()
-            rows.append(here)
             first = (stream - self._mine.start) * geometry.rows
-            out = images[first : first + geometry.rows]
-            vectors = choose_vectors(local, here, visit, self._features.views, self._seed)
+            vectors, out = table.vectors[start:stop], images[first : first + geometry.rows]
             np.take(window.buffer.reshape(-1, images.shape[1]), vectors, axis=0, out=out, mode="clip")
         with self._lock:
             for window, _ in used:
                 window.users -= 1
-        ids = np.concatenate(parts)
+        ids = np.concatenate(texts)
         if self._corruption:
             first = self._mine.start * geometry.rows
             if self._config.corrupt_alignment:
@@ -252,7 +249,6 @@ class WindowSource:
         return _Window(buffer, last, table, reads)
 
     def _table(self, blocks: np.ndarray, key: tuple[int, int, int]) -> _Table:
-        captions = read_captions(self._tokens, (self._records.read(int(b)) for b in blocks))
         rows = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
         order = permutation(len(rows), self._seed, *key)
         if len(self._unusable):
@@ -263,4 +259,10 @@ class WindowSource:
                 raise UserError(f"blocks {blocks.tolist()} of {self._features.path} hold no usable row")
             # Other rows of the window stand in for those that cannot be used.
             order = np.resize(order, len(rows))
-        return _Table(captions, rows, order)
+        rows, visit = rows[order], np.full(len(rows), key[1], np.int64)
+        captions = read_captions(self._tokens, (self._records.read(int(b)) for b in blocks))
+        return _Table(
+            rows,
+            choose_vectors(order, rows, visit, self._features.views, self._seed),
+            captions.choose(order, rows, visit, self._config.captions_per_image, self._seed),
+        )
