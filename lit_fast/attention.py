@@ -25,12 +25,15 @@ class MultiHeadDotProductAttention(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
+    mapped: bool = False  # as of `Dense`
 
     @nn.compact
     def __call__(self, queries: jax.Array, keys: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         width = queries.shape[-1]
         size = width // self.heads
-        dense = partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        dense = partial(
+            Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), mapped=self.mapped
+        )
         product = lambda name, x: checkpoint_name(dense((self.heads, size), name=name)(x), "qkv")  # noqa: E731
         q = product("query", queries).swapaxes(1, 2) * size**-0.5
         k = product("key", keys).swapaxes(1, 2)

@@ -34,6 +34,9 @@ class Dense(nn.Module):
     use_bias: bool = True
     kernel_init: Any = nn.initializers.lecun_normal()
     bias_init: Any = nn.initializers.zeros
+    # To be called under vmap: JAX's own gradient of a kernel is summed over the axis at once, ours would be made
+    # for each element first.
+    mapped: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -44,7 +47,8 @@ class Dense(nn.Module):
 
         kernel = self.param("kernel", init, (*k, *self.features))
         bias = self.param("bias", self.bias_init, self.features, jnp.float32) if self.use_bias else None
-        return _affine(self.contracted, x.astype(self.dtype), kernel, bias)
+        affine = _plain if self.mapped else _affine
+        return affine(self.contracted, x.astype(self.dtype), kernel, bias)
 
 
 Bias = jax.Array | None

@@ -24,6 +24,7 @@ class MAPHead(nn.Module):
     gelu: str
     epsilon: float
     dtype: Any
+    dropout: float = 0.0  # of the tower; the head has none itself
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -32,6 +33,6 @@ class MAPHead(nn.Module):
         x = x.astype(self.dtype)
         queries = 1 if mask is None else mask.shape[2]
         probe = jnp.tile(probe.astype(self.dtype), (x.shape[0], queries, 1))
-        x = MultiHeadDotProductAttention(heads, self.dtype)(probe, x, mask)
+        x = MultiHeadDotProductAttention(heads, self.dtype, self.dropout > 0)(probe, x, mask)
         y = nn.LayerNorm(epsilon=self.epsilon, use_fast_variance=False)(x)
-        return x + MlpBlock(mlp_dim, self.gelu, 0.0, self.dtype)(y, True)
+        return x + MlpBlock(mlp_dim, self.gelu, self.dropout, self.dtype)(y, True)

@@ -77,7 +77,7 @@ class TextTower(nn.Module):
         if position is None:
             x = self._pooled(x, rows)
         x = x.astype(jnp.float32).reshape(-1, self.shape.width)
-        return Dense((self.out_dim,), name="head")(x) if self.projected else x
+        return Dense((self.out_dim,), mapped=self.dropout > 0, name="head")(x) if self.projected else x
 
     def _embedded(self, ids: jax.Array) -> jax.Array:
         """[n, tokens, width]."""
@@ -88,13 +88,15 @@ class TextTower(nn.Module):
         rows = nn.initializers.normal(stddev=self.embedding_width**-0.5)
         x = nn.Embed(self.vocab_size, self.embedding_width, embedding_init=rows)(ids)
         name = "embedding_projection"
-        return Dense((width,), use_bias=False, kernel_init=init, dtype=self.dtype, name=name)(x)
+        return Dense(
+            (width,), use_bias=False, kernel_init=init, dtype=self.dtype, mapped=self.dropout > 0, name=name
+        )(x)
 
     def _pooled(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[n, tokens, width] -> [n, k, width]."""
         if self.pooling == "map":
             mask = None if rows.member is None else rows.member[:, None]
-            return MAPHead(self.shape, GELU, EPSILON, self.dtype)(x, mask)
+            return MAPHead(self.shape, GELU, EPSILON, self.dtype, self.dropout)(x, mask)
         if rows.member is None:
             return (x.max if self.pooling == "max" else x.mean)(axis=1, keepdims=True)
         if self.pooling == "mean":

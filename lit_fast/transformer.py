@@ -68,6 +68,7 @@ class MlpBlock(nn.Module):
         dense = partial(
             Dense,
             dtype=self.dtype,
+            mapped=self.dropout > 0,
             kernel_init=nn.initializers.xavier_uniform(),
             bias_init=nn.initializers.normal(stddev=1e-6),
         )
@@ -103,7 +104,7 @@ class EncoderBlock(nn.Module):
             x, queries = (jnp.take_along_axis(a, position[:, :, None], axis=1) for a in (x, keys))
             if mask is not None and mask.shape[2] > 1:
                 mask = jnp.take_along_axis(mask, position[:, None, :, None], axis=2)
-        y = MultiHeadDotProductAttention(self.shape.heads, self.dtype)(queries, keys, mask)
+        y = MultiHeadDotProductAttention(self.shape.heads, self.dtype, self.dropout > 0)(queries, keys, mask)
         x = checkpoint_name(x + nn.Dropout(self.dropout)(y, deterministic), "residual")
         y = MlpBlock(self.shape.mlp_dim, self.gelu, self.dropout, self.dtype)(norm()(x), deterministic)
         x = x + nn.Dropout(self.dropout)(y, deterministic)

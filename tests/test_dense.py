@@ -75,6 +75,18 @@ def test_both_forms_are_one_function(dtype, contracted, kernel):
         np.testing.assert_allclose(a, b, atol=epsilon * np.abs(b).max())
 
 
+def test_under_vmap_no_kernel_has_a_gradient_for_each_element():
+    layer = Dense((7,), mapped=True)
+    params = layer.init(jax.random.key(0), jnp.ones((5, 3)))
+    x = jnp.ones((11, 5, 3))
+    loss = lambda params, x: jax.vmap(lambda x: layer.apply(params, x))(x).sum()  # noqa: E731
+    gradient = jax.make_jaxpr(jax.grad(loss))(params, x)
+    assert "11,3,7" not in str(gradient)
+    other = layer.clone(mapped=False)
+    want = jax.grad(lambda params, x: jax.vmap(lambda x: other.apply(params, x))(x).sum())(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), jax.grad(loss)(params, x), want)
+
+
 @pytest.mark.parametrize(("features", "contracted"), [((12,), 1), ((3, 4), 1), ((12,), 2)])
 def test_parameters_are_those_of_flax(features, contracted):
     x = jnp.ones((5, 6, 8))
