@@ -28,7 +28,7 @@ Build = Callable[[TextConfig], TextTower]
 """The text tower of a configuration."""
 
 # Tokens of a part: enough to fill a matrix unit; on a CPU, few enough for its caches.
-_TOKENS, _CPU_TOKENS = 8192, 2048
+_TOKENS, _CPU_TOKENS = 8192, {"float32": 768, "bfloat16": 2048}
 # The compiler takes a tenth more than the sum of what must be there.
 _SLACK = 1.1
 # Of a device's memory; the rest is for batches on their way and what the allocator cannot use.
@@ -107,7 +107,7 @@ def device_memory(mesh: Mesh) -> int:
 def candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConfig]:
     """Ways to use the memory, from the fastest to the leanest."""
     texts = config.stream.global_batch * config.stream.captions_per_image // devices
-    tokens = _CPU_TOKENS if on_cpu else _TOKENS
+    tokens = _CPU_TOKENS[config.text.dtype] if on_cpu else _TOKENS
     # Captions are 16 to 64 tokens; a part of 512 or 32 texts need not be exact.
     rows = texts // config.text.pack
     divisors = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
