@@ -55,7 +55,7 @@ def plan(tmp_path, capsys):
 
 def test_on_this_machine(plan):
     found = plan("--topology", "cpu", "--price", "2", "--mfu", "0.4")
-    assert (found.by, found.devices, found.way["keep"]) == ("compiler", jax.device_count(), "products")
+    assert (found.by, found.devices, found.way["keep"]) == ("compiler", jax.device_count(), "hidden")
     memory = found.memory
     kinds = ("parameters", "optimizer", "batch", "kept", "temporaries")
     assert sum(memory[kind] for kind in kinds) == memory["total"] <= memory["room"]
@@ -67,8 +67,8 @@ def test_on_this_machine(plan):
     assert memory["batch"] == 256 // found.devices * (192 * 2 + 8 * 2 + 4)
     # All gradients are summed once, and the loss's sums with them.
     assert 0 <= found.collectives["all-reduce"]["bytes"] - 4 * (count - 192) < 1024
-    # What is compiled does the model's products and no more than the scores again.
-    assert 0 <= found.flops["recompute"] < 0.05
+    # What is compiled does the model's products, and queries, keys and values again.
+    assert 0 <= found.flops["recompute"] < 0.13
     stated, paper = found.times["stated"], found.times["paper"]
     assert stated["mfu"] == pytest.approx(0.4)
     assert paper["mfu"] == pytest.approx(0.33)
