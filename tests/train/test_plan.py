@@ -83,7 +83,7 @@ def test_on_this_machine(plan):
 
 
 def test_gpus_that_are_not_here_are_estimated(plan):
-    found = plan("--topology", "gpu:h100:8", config=ONE_DAY)
+    found = plan("--topology", "gpu:h100:8", "--text.pack", "1", config=ONE_DAY)
     assert found.by == "estimate"
     assert "ESTIMATE" in found.page
     assert len(found.page.splitlines()) <= 45
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_said_with_what_would(plan):
     again = plan("--topology", "gpu:l4", "--no-search", *options, config=ONE_DAY)
     assert again.memory["fits"]
     assert (
-        found.overrides == f"--text.keep {again.way['keep']} --text.parts {again.way['parts']} --text.pack 1"
+        found.overrides == f"--text.keep {again.way['keep']} --text.parts {again.way['parts']} --text.pack 8"
     )
 
 
