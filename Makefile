@@ -32,8 +32,11 @@ parity: $(VENV)/installed
 # The tables of benchmarks/README.md, but for those that take hours (learning) or libtpu (memory).
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[bench]'
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.embed
+	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.evaluate
 	$(BIN)/python -m benchmarks.search
 

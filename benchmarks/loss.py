@@ -2,13 +2,15 @@
 
     python -m benchmarks.loss [--batches 512 2048 ...] [--repeats 5] [--open-clip-loss FILE]
 
-Gradients are by texts, temperature and bias (Inf-CLIP: texts and temperature), as a frozen image tower needs them;
-images and texts are float32, width 768. Each case runs in a process of its own. Memory is what that process held
-at most beyond its inputs, on a GPU what the allocator gave out beyond them; a JAX program also has the temporaries
-that the compiler reserves for it, which is all there is to say of batches that would take too long. A call of more
-than three seconds is not repeated. open_clip's `chunk_size` came after its release 3.3; FILE is a newer
-src/open_clip/loss.py. Inf-CLIP is Triton, needs CUDA, and has a softmax loss alone. Losses and gradients are
-compared with ours, and the exit status says whether they agree.
+Gradients are by texts, temperature and bias (Inf-CLIP: texts and temperature), as a frozen image tower needs
+them; images and texts are float32, width 768. "No labels" is the sum of softplus over all pairs less the
+logits of the positive ones, which is less to compute than a matrix of labels. Each case runs in a process of
+its own. Memory is what that process held at most beyond its inputs, on a GPU what the allocator gave out
+beyond them; a JAX program also has the temporaries that the compiler reserves for it, which is all there is
+to say of batches that would take too long. A call of more than three seconds is not repeated. open_clip's
+`chunk_size` came after its release 3.3; FILE is a newer src/open_clip/loss.py. Inf-CLIP is Triton, needs
+CUDA, and has a softmax loss alone. Losses and gradients are compared with ours, and the exit status says
+whether they agree.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import numpy as np
 from benchmarks.machine import Cost, describe, measure, run_alone
 
 WIDTH, CHUNK, TEMPERATURE, BIAS = 768, 512, 10.0, -10.0
-OURS, MATRIX, OPEN_CLIP, CHUNKED = "ours", "one matrix, JAX", "open_clip", f"open_clip, chunks of {CHUNK}"
+OURS, MATRIX, FEWER = "ours", "one matrix, JAX", "one matrix, JAX, no labels"
+OPEN_CLIP, CHUNKED = "open_clip", f"open_clip, chunks of {CHUNK}"
 SOFTMAX, INF_CLIP = "ours, softmax", "Inf-CLIP, softmax"
 DEVICES, DEVICES_BATCH = (1, 2, 4), 8192
 COMPILED = (65_536, 262_144, 1_048_576)
@@ -87,11 +90,14 @@ def jax_case(form: str, batch: int, devices: int, repeats: int) -> Result:
         texts, log_scale, bias, _ = trained
         logits = jnp.exp(log_scale) * jnp.einsum("nd,md->nm", texts, everything, precision="high") + bias
         own = lax.axis_index(AXIS) * len(texts) + jnp.arange(len(texts))
+        if form == FEWER:  # softplus(-x) is softplus(x) - x
+            positive = jnp.take_along_axis(logits, own[:, None], axis=1)
+            return (jnp.sum(jax.nn.softplus(logits)) - jnp.sum(positive)) / batch
         label = jnp.where(own[:, None] == jnp.arange(batch), 1.0, -1.0)
         return -jnp.sum(jax.nn.log_sigmoid(label * logits)) / batch
 
     def compute(trained: Trained, images: jax.Array) -> tuple[jax.Array, Trained]:
-        loss, gradients = jax.value_and_grad(matrix if form == MATRIX else ours)(trained, images)
+        loss, gradients = jax.value_and_grad(ours if form in (OURS, SOFTMAX) else matrix)(trained, images)
         texts, *others = gradients
         return lax.psum(loss, AXIS), Trained(texts, *lax.psum(others, AXIS))
 
@@ -180,7 +186,7 @@ def siglip_loss(file: str | None) -> Callable[..., Any]:
 
 def run_case(case: dict[str, Any]) -> Result:
     form, batch, repeats = case["form"], case["batch"], case["repeats"]
-    if form in (OURS, MATRIX, SOFTMAX):
+    if form in (OURS, MATRIX, FEWER, SOFTMAX):
         return jax_case(form, batch, case["devices"], repeats)
     return torch_case(form, batch, repeats, case["open_clip_loss"])
 
@@ -333,7 +339,7 @@ def main() -> None:
         print(json.dumps(run_case(json.loads(args.case))))
         return
     print(describe("jax", "torch", "open_clip_torch"))
-    sigmoid = [OURS, MATRIX, OPEN_CLIP, CHUNKED]
+    sigmoid = [OURS, MATRIX, FEWER, OPEN_CLIP, CHUNKED]
     found = over_batches(sigmoid, args.batches, args.repeats, args.open_clip_loss)
     found |= over_batches([SOFTMAX, INF_CLIP], args.batches[:3], args.repeats, None)
     over_devices(args.repeats)

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.machine import describe
-from benchmarks.stream import forget
+from benchmarks.stream_store import forget
 from lit_fast.dataset import SHARD, DatasetWriter, Row
 from lit_fast.features import Features, Manifest
 from lit_fast.files import write_json

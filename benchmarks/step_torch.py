@@ -24,8 +24,6 @@ def open_clip(case: Case) -> Rival:
     from open_clip.loss import SigLipLoss
     from open_clip.transformer import LayerNorm, TextTransformer
 
-    from train.export.torch_tensors import dense, norm
-
     tower = TextTransformer(
         context_length=case.length,
         vocab_size=VOCAB,
@@ -42,15 +40,9 @@ def open_clip(case: Case) -> Rival:
         act_layer=partial(torch.nn.GELU, approximate="tanh"),
         norm_layer=partial(LayerNorm, eps=1e-6),
     )
-    weights = make_weights(case)
-    encoder = weights["Encoder_0"]
-    tensors = {
-        "token_embedding.weight": weights["Embed_0"]["embedding"],
-        "positional_embedding": weights["pos_embedding"][0],
-    }
-    block = encoder["encoderblock"]
-    tensors |= _blocks("transformer.resblocks.", ("ln_1", "ln_2"), "attn", ("mlp.c_fc", "mlp.c_proj"), block)
-    tensors |= norm("ln_final", encoder["encoder_norm"]) | dense("text_projection", weights["head"])
+    block = ("transformer.resblocks.", ("ln_1", "ln_2"), "attn", ("mlp.c_fc", "mlp.c_proj"))
+    outside = ("token_embedding.weight", "positional_embedding", "ln_final", "text_projection")
+    tensors = _tensors(make_weights(case), outside, *block)
     return _rival(case, tower, tensors, SigLipLoss())
 
 
@@ -58,8 +50,6 @@ def torch_loop(case: Case) -> Rival:
     """`torch.nn.TransformerEncoder` and the loss in one line."""
     import torch
     from torch import nn
-
-    from train.export.torch_tensors import dense, norm
 
     class Tower(nn.Module):
         def __init__(self) -> None:
@@ -93,28 +83,35 @@ def torch_loop(case: Case) -> Rival:
         label = 2 * torch.eye(len(logits), device=logits.device) - 1
         return -nn.functional.logsigmoid(label * logits).sum() / len(logits)
 
-    weights = make_weights(case)
-    encoder = weights["Encoder_0"]
-    tensors = {
-        "embedding.weight": weights["Embed_0"]["embedding"],
-        "positions": weights["pos_embedding"][0],
-    }
-    block = encoder["encoderblock"]
-    tensors |= _blocks("encoder.layers.", ("norm1", "norm2"), "self_attn", ("linear1", "linear2"), block)
-    tensors |= norm("encoder.norm", encoder["encoder_norm"]) | dense("head", weights["head"])
+    block = ("encoder.layers.", ("norm1", "norm2"), "self_attn", ("linear1", "linear2"))
+    outside = ("embedding.weight", "positions", "encoder.norm", "head")
+    tensors = _tensors(make_weights(case), outside, *block)
     return _rival(case, Tower(), tensors, loss)
 
 
-def _blocks(
-    layers: str, norms: tuple[str, str], attention: str, mlp: tuple[str, str], stacked: Weights
+def _tensors(
+    weights: Weights,
+    outside: tuple[str, str, str, str],
+    layers: str,
+    norms: tuple[str, str],
+    attention: str,
+    mlp: tuple[str, str],
 ) -> dict[str, Any]:
-    """The weights of all layers, whose attention is `torch.nn.MultiheadAttention`, by their names."""
+    """The weights by a tower's names, whose attention is `torch.nn.MultiheadAttention`."""
     from lit_fast.weights.torch_layout import BlockNames
-    from train.export.torch_tensors import blocks
+    from train.export.torch_tensors import blocks, dense, norm
 
-    whole = f"{attention}.in_proj"
+    table, positions, last, head = outside
+    encoder, whole = weights["Encoder_0"], f"{attention}.in_proj"
     names = BlockNames(layers, norms, (whole, whole, whole, f"{attention}.out_proj"), (mlp,))
-    return {name.replace("in_proj.", "in_proj_"): tensor for name, tensor in blocks(names, stacked).items()}
+    stacked = blocks(names, encoder["encoderblock"])
+    return {
+        table: weights["Embed_0"]["embedding"],
+        positions: weights["pos_embedding"][0],
+        **{name.replace("in_proj.", "in_proj_"): tensor for name, tensor in stacked.items()},
+        **norm(last, encoder["encoder_norm"]),
+        **dense(head, weights["head"]),
+    }
 
 
 def _rival(case: Case, tower: Any, tensors: dict[str, Any], loss: Callable) -> Rival:
