@@ -36,7 +36,9 @@ def read_block(features: Features, block: int, out: np.ndarray) -> None:
     try:
         _read(path, block % (SHARD // BLOCK), out.reshape(-1).view(np.uint8))
     except (OSError, ValueError) as error:
-        raise read_error(features.path, error) from None
+        first = block * BLOCK
+        rows = f"rows {first} to {min(first + BLOCK, features.dataset.rows) - 1}"
+        raise read_error(features.path, ValueError(f"{rows}: {error}")) from None
 
 
 def _read(path: Path, number: int, out: np.ndarray) -> None:

@@ -33,10 +33,11 @@ class Data(NamedTuple):
     rows: int  # 0: not known
     tower: str
     width: int  # of the features
-    image_flops: float | None  # of the tower, forward, for one image; None: all rows have their features
+    image_flops: float | None  # of the tower, forward, for one image; None: the features are there
     vocabulary: Vocabulary
     lengths: np.ndarray  # of a sample of the captions, tokens
     description: str
+    views: int = 1  # vectors of a row
 
 
 def known_data(config: Config) -> Data:
@@ -48,6 +49,7 @@ def known_data(config: Config) -> Data:
     assumed = config.plan
     vocabulary = Vocabulary(assumed.vocab_size, assumed.max_length)
     flops: float | None
+    views = 1
     if not config.dataset:
         width, flops = _tower(assumed.tower)
         where = f"assumed: features of {assumed.tower}"
@@ -56,7 +58,8 @@ def known_data(config: Config) -> Data:
     tower, where = assumed.tower, f"dataset {dataset.path}"
     if stored_towers(dataset):
         features = open_features(dataset, config.tower)
-        tower, width, flops = features.tower, features.width, None
+        tower, width, flops, views = features.tower, features.width, None, features.views
+        where += f", {len(features.finished())} of {dataset.shards} shards embedded by {tower}"
     else:
         width, flops = _tower(tower)
         where += f"; assumed: features of {tower}"
@@ -66,7 +69,7 @@ def known_data(config: Config) -> Data:
         tokenizer = tokens.tokenizer()
         vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.max_length, tokenizer.eos_id)
         lengths = sampled_lengths(tokens, tokenizer.eos_id)
-    return Data(dataset.rows, tower, width, flops, vocabulary, lengths, where)
+    return Data(dataset.rows, tower, width, flops, vocabulary, lengths, where, views)
 
 
 def _lengths(config: Config) -> np.ndarray:
@@ -82,8 +85,8 @@ def _tower(name: str) -> tuple[int, float]:
     for tower in known_towers():
         if tower.name == name:
             return tower.architecture.width, flops_per_image(tower.architecture, tower.resolution)
-    plain = re.fullmatch(r"([\w-]+)/(\d{1,3})", name)
-    if plain and plain[1] in VARIANTS and 224 % max(int(plain[2]), 1) == 0:
+    plain = re.fullmatch(r"([\w-]+)/([1-9]\d{0,2})", name)
+    if plain and plain[1] in VARIANTS and 224 % int(plain[2]) == 0:
         architecture = Architecture(VARIANTS[plain[1]], int(plain[2]), "tok", "tanh")
         return architecture.width, flops_per_image(architecture, 224)
     near = difflib.get_close_matches(name, [tower.name for tower in known_towers()], 1, 0.5)

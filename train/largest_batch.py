@@ -11,12 +11,12 @@ from train.memory import candidates
 from train.target import Target
 from train.ways import Planner, Say, Way, described, overrides
 
-_FIRST = 2048  # rows of a device, which are several parts already
+_FIRST = 2048  # rows of captions of a device, which are several parts already
 _BOUND = 2**30
 
 
 def largest_batch(config: Config, target: Target, say: Say) -> dict[str, Any]:
-    """The largest power of two times the devices that fits when a part keeps its embeddings alone.
+    """The largest that fits when a part keeps its embeddings alone: a power of two, devices and captions of a row.
 
     What a step needs is nearly linear in its batch, so two estimates say where to begin; where there is a compiler,
     it has the last word.
@@ -24,7 +24,8 @@ def largest_batch(config: Config, target: Target, say: Say) -> dict[str, Any]:
     Raises:
       UserError: not even a small batch fits.
     """
-    smallest = target.devices * _FIRST
+    unit = target.devices * config.text.pack
+    smallest = unit * _FIRST
     low, high = (_planner(config, target, batch, say) for batch in (smallest, 2 * smallest))
     base = _estimate(low)
     slope = _estimate(high) - base
@@ -42,7 +43,7 @@ def largest_batch(config: Config, target: Target, say: Say) -> dict[str, Any]:
             tried[batch] = planner.measure(text)
         return tried[batch]
 
-    while not at(batch).fits and batch > target.devices:
+    while not at(batch).fits and batch > unit:
         batch //= 2
     while 2 * batch < _BOUND and 2 * batch not in tried and at(2 * batch).fits:
         batch *= 2

@@ -14,9 +14,11 @@ from jax.sharding import Mesh
 from lit_fast.config import Config
 from lit_fast.errors import UserError
 from lit_fast.tokens import Tokens
+from train.captions import read_captions
 
 _STEP = 8  # tokens that row lengths are a multiple of
 _SAMPLE = 64  # blocks of 1024 rows; rows lie in random order
+_CAPTIONS = 4  # of each of their rows
 _DEVIATIONS = 5  # of a batch's mean length, that rows have room for
 
 
@@ -122,12 +124,12 @@ def open_packing(config: Config, tokens: Tokens, eos_id: int, mesh: Mesh) -> Pac
 
 
 def sampled_lengths(tokens: Tokens, eos_id: int) -> np.ndarray:
-    """True lengths int64 [m] of the captions of blocks here and there."""
+    """True lengths int64 [m] of captions from blocks here and there: as many of every row, as batches take them."""
     blocks, reader = tokens.dataset.blocks, tokens.reader()
     sample = np.linspace(0, blocks - 1, min(blocks, _SAMPLE)).astype(int)
-    return np.concatenate(
-        [true_lengths(tokens.decode(reader.read(int(b)))[1], eos_id) for b in np.unique(sample)]
-    )
+    captions = read_captions(tokens, (reader.read(int(b)) for b in np.unique(sample)))
+    rows = np.flatnonzero(np.diff(captions.starts))
+    return true_lengths(captions.choose(rows, rows, np.zeros_like(rows), _CAPTIONS, 0), eos_id)
 
 
 def foreseen_row_tokens(lengths: np.ndarray, pack: int, texts: int) -> int:
@@ -138,8 +140,10 @@ def foreseen_row_tokens(lengths: np.ndarray, pack: int, texts: int) -> int:
       pack: captions in a row.
       texts: of a device in one step.
     """
-    # A batch whose lengths are spread just as the sample's, and the chance that it has longer ones on average.
+    # A batch whose lengths are spread just as the sample's, with its longest, and the chance that it has longer
+    # ones on average.
     spread = np.quantile(lengths, (np.arange(texts) + 0.5) / texts, method="inverted_cdf").astype(np.int64)
+    spread[-1] = lengths.max()
     need = spread[deal(spread, pack)].sum(axis=1).max()
     return _rounded(need + _DEVIATIONS * pack * lengths.std() / texts**0.5)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from lit_fast.config import Config
+from lit_fast.errors import UserError
+from lit_fast.tokens import id_dtype
 from train.flops import step_flops
 from train.hlo import largest_buffers
 from train.largest_batch import largest_batch
@@ -34,7 +36,15 @@ def make_plan(
       UserError: the configuration makes no sense on these devices, or does not fit in any way.
     """
     planner = Planner(config, target, mfu, say)
-    chosen = planner.chosen()
+    try:
+        chosen = planner.chosen()
+    except UserError as error:
+        if not largest:
+            raise
+        fits = largest_batch(config, target, say)
+        raise UserError(
+            f"{error}; the largest that fits: --stream.global_batch {fits['global_batch']} {fits['overrides']}"
+        ) from None
     ways = [chosen]
     if searched and target.platform != "cpu":  # whose compiler estimates nothing
         ways = search(planner, chosen)
@@ -45,7 +55,7 @@ def make_plan(
     texts = batch * config.stream.captions_per_image
     tokens = float(data.lengths.mean()) if config.text.packed else None
     flops = step_flops(model, texts, batch, config.loss.image_head, tokens) / target.devices
-    floors = _floors(planner, chosen, flops)
+    floors = _floors(planner, chosen)
     stated = {"floor": max(floors.values())}
     if chosen.cycle_seconds is not None:
         stated["compiler"] = chosen.cycle_seconds
@@ -97,18 +107,19 @@ def make_plan(
     return plan
 
 
-def _floors(planner: Planner, way: Way, flops: float) -> dict[str, float]:
-    """Seconds below which a step cannot be, by what limits it.
+def _floors(planner: Planner, way: Way) -> dict[str, float]:
+    """Seconds below which a step cannot be in this way, by what limits it.
 
     What must move: parameters and optimizer state are read and written, gradients and what is kept written and
-    read, the batch read. Of n devices in a ring each sends 2 (n - 1) / n of what is summed.
+    read, the batch read. Of n devices in a ring each sends 2 (n - 1) / n of what is summed, and what it gathers n - 1
+    times.
     """
     needs, chip, n = planner.needs(way.text), planner.target.chip, planner.target.devices
     moved = 2 * (needs.parameters + needs.optimizer + needs.gradients + needs.kept(way.text)) + needs.batch
-    share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
+    share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}
     sent = sum(share.get(name, (n - 1) / n) * c.bytes for name, c in way.collectives.items())
     return {
-        "compute": flops / chip.flops,
+        "compute": way.flops / chip.flops,
         "memory bandwidth": moved / chip.bandwidth,
         "interconnect": sent / chip.interconnect,
     }
@@ -131,11 +142,12 @@ def _store(planner: Planner) -> dict[str, Any]:
     data, target = planner.data, planner.target
     rows = data.rows or 1_000_000
     peak = target.chip.flops * target.devices * planner.mfu
+    ids = data.vocabulary.max_length * id_dtype(data.vocabulary.vocab_size).itemsize
     return {
         "rows": rows,
         "known": bool(data.rows),
-        "bytes": rows * data.width * 2,
-        "row_bytes": data.width * 2 + data.vocabulary.max_length * 2,
+        "bytes": rows * data.views * data.width * 2,
+        "row_bytes": data.width * 2 + planner.config.stream.captions_per_image * ids,
         "embedding_seconds": rows * data.image_flops / peak if data.image_flops else None,
         "passes": planner.config.steps * planner.config.stream.global_batch / data.rows
         if data.rows

@@ -37,8 +37,7 @@ def _head(plan: dict[str, Any]) -> list[str]:
     )
     measured = "measured here" if chip["name"] == "cpu" else "data sheet"
     return [
-        f"{plan['topology']}: {plan['devices']} x {chip['kind']}, {_si(chip['flops'])}FLOP/s and "
-        f"{_size(plan['memory']['limit'])} each ({measured}); {by}",
+        f"{plan['topology']}: {plan['devices']} x {chip['kind']}, {_si(chip['flops'])}FLOP/s each ({measured}); {by}",
         f"{plan['steps']:,} steps of {plan['global_batch']:,} images, {plan['texts']:,} texts; keeps "
         f"{plan['way']['description']}",
         f"{data['description']}, {data['width']} wide; {data['vocab_size']:,} pieces, {data['max_length']} tokens",
@@ -49,16 +48,23 @@ def _verdict(plan: dict[str, Any]) -> list[str]:
     memory = plan["memory"]
     spare = memory["room"] - memory["total"]
     if memory["fits"]:
-        return [
+        found = (
             f"FITS: {_size(memory['total'])} of {_size(memory['limit'])} a device; "
             f"{_size(spare)} to spare of the {_size(memory['room'])} that a run may take"
+        )
+    elif plan["compiler_refuses"]:
+        found = f"DOES NOT FIT: the compiler refuses; a device has {_size(memory['limit'])}"
+    else:
+        found = (
+            f"DOES NOT FIT: {_size(memory['total'])} a device, {_size(-spare)} more than the "
+            f"{_size(memory['room'])} that a run may take of {_size(memory['limit'])}"
+        )
+    if plan["topology"].startswith("gpu:") and plan["by"] == "estimate":
+        return [
+            found,
+            "(three quarters of the GPU's memory: JAX takes more only with XLA_PYTHON_CLIENT_MEM_FRACTION)",
         ]
-    if plan["compiler_refuses"]:
-        return [f"DOES NOT FIT: the compiler refuses; a device has {_size(memory['limit'])}"]
-    return [
-        f"DOES NOT FIT: {_size(memory['total'])} a device, {_size(-spare)} more than the "
-        f"{_size(memory['room'])} that a run may take of {_size(memory['limit'])}"
-    ]
+    return [found]
 
 
 def _memory(plan: dict[str, Any]) -> list[str]:
@@ -87,6 +93,8 @@ def _work(plan: dict[str, Any]) -> list[str]:
     for name, found in plan["collectives"].items():
         lines.append(f"  {name:28}{_si(found['bytes']) + 'B':>10}  in {found['calls']:,}")
     for name, seconds in plan["floors"].items():
+        if not seconds:  # one device sends nothing
+            continue
         mark = "  <- what limits it" if name == plan["limit"] else ""
         lines.append(f"  {'floor by ' + name:28}{_seconds(seconds):>10}{mark}")
     return lines
@@ -97,7 +105,7 @@ def _times(plan: dict[str, Any]) -> list[str]:
         "floor": f"floor, by {_LIMITS[plan['limit']]}",
         "compiler": "compiler's estimate (no measurement)",
         "paper": "at 33 % MFU, the paper's",
-        "stated": f"at {plan['mfu']:.0%} MFU, assumed",
+        "stated": f"at {_percent(plan['mfu'])} MFU, assumed",
     }
     price = bool(plan["price"])
     lines = [
@@ -106,39 +114,46 @@ def _times(plan: dict[str, Any]) -> list[str]:
         + f"{'images/s to stream':>20}"
     ]
     for name, found in plan["times"].items():
+        under = "  below the floor" if found["seconds"] < plan["times"]["floor"]["seconds"] else ""
         cost = f"{found['price']:>10,.{0 if found['price'] >= 100 else 2}f}" if price else ""
         lines.append(
             f"  {names[name]:36}{_seconds(found['seconds']):>10}{found['mfu']:>8.0%}{_hours(found['hours']):>12}"
-            f"{cost}{found['rows_per_second']:>20,.0f}"
+            f"{cost}{found['rows_per_second']:>20,.0f}{under}"
         )
     return lines
 
 
 def _data(plan: dict[str, Any]) -> list[str]:
     store, data = plan["store"], plan["data"]
-    rows = f"{store['rows']:,} rows" if store["known"] else "a million rows (plan.rows is not known)"
-    lines = [f"features of {rows}: {_si(store['bytes'])}B; a streamed row is {store['row_bytes']:,} bytes"]
-    if store["passes"] is not None:
-        lines[0] += f", and the run sees each {store['passes']:,.1f} times"
+    rows = f"{store['rows']:,} rows" if store["known"] else "a million rows (--plan.rows N says how many)"
+    share, stated = _percent(plan["mfu"]), plan["times"]["stated"]["rows_per_second"]
+    passes = f"; the run sees each {store['passes']:,.1f} times" if store["passes"] else ""
+    lines = [
+        f"features of {rows}: {_si(store['bytes'])}B{passes}",
+        f"a streamed row is {store['row_bytes']:,} bytes: {_si(stated * store['row_bytes'])}B/s at {share} MFU",
+    ]
     if store["embedding_seconds"] is not None:
         lines.append(
-            f"embedding them with {data['tower']}: {duration(store['embedding_seconds'])} at {plan['mfu']:.0%} of the "
-            "peak (arithmetic; decoding the images may be slower)"
+            f"embedding them with {data['tower']}: {duration(store['embedding_seconds'])} at {share} of the peak "
+            "(arithmetic; decoding the images may be slower)"
         )
-    else:
-        lines.append(f"they are embedded already, by {data['tower']}")
     return lines
 
 
 def _ways(plan: dict[str, Any]) -> list[str]:
-    lines = [f"{'ways to use the memory':38}{'memory':>12}{'a step':>10}{'recompute':>12}"]
+    lines = [f"{'ways to use the memory':42}{'memory':>12}{'a step':>10}{'recompute':>12}"]
     for way in plan["ways"]:
         state = "" if way["fits"] else "  does not fit"
         again = way["executed_flops"] / plan["flops"]["model"] - 1
         lines.append(
-            f"  {way['description']:36}{_size(way['bytes']):>12}{_seconds(way['seconds']):>10}{again:>+12.1%}{state}"
+            f"  {way['description']:40}{_size(way['bytes']):>12}{_seconds(way['seconds']):>10}{again:>+12.1%}{state}"
         )
-    return lines
+    by = (
+        "the compiler's estimate"
+        if "compiler" in plan["times"]
+        else f"all it executes at {_percent(plan['mfu'])} of the peak"
+    )
+    return [*lines, f"  (a step: {by})"]
 
 
 def _advice(plan: dict[str, Any]) -> list[str]:
@@ -146,7 +161,10 @@ def _advice(plan: dict[str, Any]) -> list[str]:
     if plan["overrides"]:
         lines.append(f"recommended: {plan['overrides']}")
     elif plan["best"]:
-        lines.append("recommended: the config as it is" + (", the best of these" if plan["searched"] else ""))
+        lines.append(
+            "recommended: the config as it is"
+            + (", the best of these" if plan["searched"] else "; no other way was tried")
+        )
     else:
         lines.append(
             'recommended: text.keep = "auto", a smaller stream.global_batch or more devices; none of these ways fits'
@@ -170,6 +188,10 @@ def _si(value: float) -> str:
         value /= 1000
         units.pop(0)
     return f"{value:.3g} {units[0]}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _seconds(value: float) -> str:

@@ -113,6 +113,10 @@ class Planner:
             return Way(text, need, fits, self.traced(text), None, self.collectives(), None)
         need = made.argument_bytes + made.temporary_bytes
         program = totals(made.text)
+        if program.unknown_loops:
+            self.say(
+                f"{program.unknown_loops} loops of unknown length count once: operations and times are too low"
+            )
         # A GPU's compiler hides products in calls of libraries.
         flops = self.traced(text) if self.target.platform == "gpu" else program.flops
         clock = self.target.chip.clock

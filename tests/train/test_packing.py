@@ -1,5 +1,7 @@
 """Captions side by side: nothing is lost, hardly any padding is left, and the step does what it does without."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,9 +16,10 @@ from lit_fast.mesh import dealt, make_mesh
 from lit_fast.rows import unpacked
 from lit_fast.run import init_params
 from lit_fast.text import TextTower
+from lit_fast.tokens import decode_record, encode_record
 from lit_fast.variants import Shape
 from train.optimizer import make_optimizer
-from train.packing import Packing, deal, foreseen_row_tokens, true_lengths
+from train.packing import Packing, deal, foreseen_row_tokens, sampled_lengths, true_lengths
 from train.step import init_state, make_step
 
 EOS, LENGTH, WIDTH, VOCAB = 1, 12, 24, 50
@@ -82,6 +85,23 @@ def test_four_fifths_of_the_padding_is_gone(longest, mean):
         assert lengths[deal(lengths, 16)].sum(axis=1).max() <= row_tokens
         padding = longest - lengths.mean()
         assert longest - row_tokens / 16 > 0.8 * padding
+
+
+def test_one_long_caption_has_room():
+    lengths = np.full(4096, 8)
+    lengths[17] = 64
+    assert foreseen_row_tokens(lengths, 4, 256) >= 64 + 3 * 8
+
+
+def test_rows_of_many_captions_count_no_more_than_others():
+    """A batch takes as many of every row."""
+    record = encode_record([[[5] * 7 + [EOS]], [], [[5, EOS]] * 3] * 300, VOCAB)
+    tokens = SimpleNamespace(
+        dataset=SimpleNamespace(blocks=1),
+        reader=lambda: SimpleNamespace(read=lambda block: record),
+        decode=lambda record: decode_record(record, VOCAB, LENGTH, EOS),
+    )
+    assert sampled_lengths(tokens, EOS).mean() == (8 + 2) / 2
 
 
 def test_a_long_batch_gets_longer_rows_and_of_several_processes_an_error():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from lit_fast.config import load_config
 from tests.synthetic import make_dataset
 from train.ahead import tpu_mesh
 from train.chips import GPUS, TPUS, chip_of, peak_flops
-from train.hlo import totals
+from train.hlo import Collective, totals
+from train.plan import _floors
+from train.plan_report import _times
 from train.target import open_target
 
 ONE_DAY = Path(__file__).parents[2] / "configs/siglit_b8_one_day.toml"
@@ -99,7 +102,8 @@ def test_gpus_that_are_not_here_are_estimated(plan):
         {"products": 0, "hidden": 0.09, "inputs": 0.22, "embeddings": 0.33}, abs=0.006
     )
     assert found.limit == "compute"
-    assert found.floors["compute"] == pytest.approx(model / 8 / 989e12)
+    assert found.floors["compute"] == pytest.approx(found.flops["executed"] / 989e12)
+    assert found.store["row_bytes"] == 768 * 2 + 16 * 2
 
 
 def test_one_gpu_sends_nothing_and_its_share_of_products_is_all(plan):
@@ -143,6 +147,58 @@ def test_a_dataset_that_is_only_indexed_lends_its_rows(plan, tmp_path):
     found = plan("--topology", "gpu:l4", "--dataset", str(tmp_path / "d"))
     assert (found.store["rows"], found.data["width"], found.data["vocab_size"]) == (70, 192, 500)
     assert found.store["embedding_seconds"] > 0
+
+
+def test_rows_of_many_pieces_and_captions(plan):
+    options = ("--plan.vocab_size", "70000", "--stream.captions_per_image", "3")
+    found = plan("--topology", "gpu:l4", "--no-search", *options)
+    assert found.store["row_bytes"] == 192 * 2 + 3 * 8 * 4
+
+
+def test_times_that_cannot_be_are_marked():
+    def time(seconds):
+        return {"seconds": seconds, "mfu": 1 / seconds, "hours": 1.0, "price": None, "rows_per_second": 1.0}
+
+    times = {"floor": time(2.0), "paper": time(3.0), "stated": time(1.0)}
+    lines = _times({"limit": "memory bandwidth", "mfu": 1.0, "price": 0.0, "times": times})
+    assert ["below the floor" in line for line in lines] == [False, False, False, True]
+    assert "at 100 % MFU" in lines[-1]
+
+
+def test_what_is_gathered_is_sent_to_every_other_device():
+    needs = SimpleNamespace(parameters=0, optimizer=0, gradients=0, batch=0, kept=lambda text: 0)
+    planner = SimpleNamespace(needs=lambda text: needs, target=SimpleNamespace(chip=TPUS[0], devices=4))
+    bytes_sent = {"all-gather": 3, "reduce-scatter": 0.75, "all-reduce": 1.5, "collective-permute": 1}
+    for name, share in bytes_sent.items():
+        way = SimpleNamespace(text=None, flops=0, collectives={name: Collective(1, 300e9)})
+        assert _floors(planner, way)["interconnect"] == pytest.approx(share)
+
+
+@pytest.mark.usefixtures("plan")
+def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_path, capsys):
+    options = (
+        "--topology",
+        "gpu:l4",
+        "--text.pack",
+        "3",
+        "--stream.global_batch",
+        "1572864000",
+        "--largest-batch",
+    )
+    assert main(["plan", str(tmp_path / "c.toml"), *options]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    batch = int(re.search(r"the largest that fits: --stream.global_batch (\d+) --text.keep", said)[1])
+    assert batch % 3 == 0
+    assert 10_000 < batch < 1_572_864_000
+
+
+@pytest.mark.parametrize("tower", ["B/0", "nope", "B/17"])
+@pytest.mark.usefixtures("plan")
+def test_towers_that_do_not_exist(tmp_path, capsys, tower):
+    config = tmp_path / "c.toml"
+    assert main(["plan", str(config), "--topology", "gpu:l4", "--plan.tower", tower]) == 2
+    assert "plan.tower" in capsys.readouterr().err
 
 
 def test_captions_by_their_true_lengths_need_fewer_products(plan):
