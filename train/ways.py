@@ -26,7 +26,7 @@ from train.packing import foreseen_row_tokens
 from train.step import make_step
 from train.target import Target
 
-COMPILES = 6  # of a search at most; each takes half a minute to a minute on two cores
+COMPILES = 6  # of a search at most; each takes about a minute on two cores
 _ROW_TOKENS = 128  # of a matrix unit
 Say = Callable[[str], None]
 
@@ -61,7 +61,9 @@ class Planner:
         self._traced: dict[TextConfig, float] = {}
 
     def laid_out(self, text: TextConfig, pack: int) -> TextConfig:
-        """With so many captions in a row, and rows as long as they need."""
+        """With so many captions in a row, and rows as long as is given or as they need."""
+        if pack == text.pack and text.row_tokens:
+            return text
         text = dataclasses.replace(text, pack=pack, row_tokens=0)
         if not text.packed:
             return text
@@ -82,7 +84,7 @@ class Planner:
             return self.measure(text)
         if mesh is not None:
             if self.target.platform != "cpu":
-                self.say(f"compiling for {self.target.topology}: half a minute to a minute on two cores")
+                self.say(f"compiling for {self.target.topology}: about a minute on two cores")
             found = fit(self.config, self.build, mesh, int(chip.memory))
             self.compiles += 1
             return self.way(found.text, found.compiled) if found.compiled else self.measure(found.text)

@@ -217,6 +217,8 @@ def test_captions_by_their_true_lengths_need_fewer_products(plan):
     assert packed.flops["model"] < 0.55 * padded.flops["model"]
     assert packed.way["executed_flops"] < 0.8 * padded.way["executed_flops"]
     assert packed.memory["kept"] < padded.memory["kept"]
+    given = plan(*masked, "--text.pack", "8", "--text.row_tokens", "64")  # as full as without
+    assert given.memory["kept"] > packed.memory["kept"]
 
 
 def test_the_largest_batch_fits_and_twice_as_much_does_not(plan):
