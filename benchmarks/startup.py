@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from benchmarks.machine import describe, run_alone
@@ -96,7 +97,8 @@ def main() -> None:
         if not dataset:
             from tests.synthetic import make_dataset
 
-            dataset = make_dataset(folder / "small", 6000, width=192, captions=5, max_length=24).path
+            with redirect_stdout(sys.stderr):
+                dataset = make_dataset(folder / "small", 6000, width=192, captions=5, max_length=24).path
         make_linked_store(large, args.rows, 64)
         first_step(dataset, folder)  # compiles
         print(f"\n| from the command to | s, median of {args.repeats} | lowest - highest | goal |")
