@@ -99,13 +99,13 @@ def pair_sums(
     (loss, slopes, text_gradient, head, logits), _ = go_round(
         devices, config.tile, visit, sums, (images, of_images)
     )
-    text_gradient = scale * join(len(trained.texts), text_gradient)
+    text_gradient = join(len(trained.texts), text_gradient)
     return (
         loss,
         Trained(
-            text_gradient,
+            scale * text_gradient,
             # The sum of slope x scale x cosine over the pairs, without another look at them.
-            jnp.sum(text_gradient * trained.texts),
+            scale * jnp.sum(text_gradient * trained.texts),
             None if trained.bias is None else slopes,
             head,
         ),
