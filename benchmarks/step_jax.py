@@ -31,6 +31,8 @@ from train.optimizer import make_optimizer
 from train.packing import Packing, foreseen_row_tokens, true_lengths
 from train.step import init_state, make_step
 
+ROOM = 32 * 2**30  # bytes that a step is fitted to when it is not run
+
 
 def _config(case: Case, ids: np.ndarray) -> Config:
     """Of a run on captions like these, with room for what they need if they are packed."""
@@ -60,10 +62,10 @@ def _tower(case: Case, text: TextConfig) -> TextTower:
     return text_tower(text, tokenizer, FEATURES)
 
 
-def _fitted(case: Case, ids: np.ndarray) -> tuple[Config, str]:
-    """With what `text.keep = "auto"` chooses, and that in words."""
+def _fitted(case: Case, ids: np.ndarray, memory: int | None = None) -> tuple[Config, str]:
+    """With what `text.keep = "auto"` chooses for so much memory, by default the device's, and that in words."""
     config = _config(case, ids)
-    text = fit(config, partial(_tower, case), make_mesh()).text
+    text = fit(config, partial(_tower, case), make_mesh(), memory).text
     return replace(config, text=text), f"keeps {text.keep}, {text.parts:,} parts"
 
 
@@ -252,7 +254,7 @@ def big_vision(case: Case) -> Rival:
 def memory_by_compiler(case: Case) -> dict[str, Any]:
     """Bytes of arguments and temporaries, of ours or of big_vision's; nothing is run."""
     if case.rival == "ours":
-        config, note = _fitted(case, make_batch(case)[1])
+        config, note = _fitted(case, make_batch(case)[1], ROOM)
         made = compile_step(_tower(case, config.text), config, make_mesh())
         return {"memory": made.argument_bytes + made.temporary_bytes, "note": note}
     optimizer, jitted = _big_vision_step(case)

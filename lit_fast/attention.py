@@ -8,9 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lit_fast.dense import Dense
+from lit_fast.kept import kept
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -34,7 +34,7 @@ class MultiHeadDotProductAttention(nn.Module):
         dense = partial(
             Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), mapped=self.mapped
         )
-        product = lambda name, x: checkpoint_name(dense((self.heads, size), name=name)(x), "qkv")  # noqa: E731
+        product = lambda name, x: kept(dense((self.heads, size), name=name)(x), "qkv")  # noqa: E731
         q = product("query", queries).swapaxes(1, 2) * size**-0.5
         k = product("key", keys).swapaxes(1, 2)
         v = product("value", keys).swapaxes(1, 2)
@@ -45,5 +45,5 @@ class MultiHeadDotProductAttention(nn.Module):
         weights = weights.astype(self.dtype)
         total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
         y = jnp.einsum("nhqk,nhkd->nhqd", weights, v, preferred_element_type=jnp.float32) / total
-        y = checkpoint_name(y.astype(self.dtype).swapaxes(1, 2), "attended")
+        y = kept(y.astype(self.dtype).swapaxes(1, 2), "attended")
         return dense((width,), contracted=2, name="out")(y)

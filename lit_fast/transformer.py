@@ -13,10 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lit_fast.attention import MultiHeadDotProductAttention
 from lit_fast.dense import Dense
+from lit_fast.kept import kept
 from lit_fast.variants import Shape
 
 
@@ -46,12 +46,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-# What a layer keeps for the backward pass beside its input, by name. "hidden" does without queries, keys and
+# What a layer keeps for the backward pass, by name. "hidden" does without queries, keys and
 # values, a quarter of a layer's work for two fifths of the memory; what attention makes of them costs little.
 KEEP: dict[str, tuple[str, ...]] = {
-    "products": ("qkv", "attended", "residual", "hidden"),
-    "hidden": ("residual", "hidden"),
-    "inputs": (),
+    "products": ("input", "qkv", "attended", "residual", "hidden"),
+    "hidden": ("input", "residual", "hidden"),
+    "inputs": ("input",),
 }
 
 
@@ -74,7 +74,7 @@ class MlpBlock(nn.Module):
         )
         width = x.shape[-1]
         x = dense((self.mlp_dim * (2 if self.gelu == "swiglu" else 1),), name="Dense_0")(x)
-        x = ACTIVATIONS[self.gelu](checkpoint_name(x, "hidden"))
+        x = ACTIVATIONS[self.gelu](kept(x, "hidden"))
         x = nn.Dropout(self.dropout)(x, deterministic)
         return dense((width,), name="Dense_1")(x)
 
@@ -97,6 +97,7 @@ class EncoderBlock(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array | None, deterministic: bool, position: jax.Array | None = None
     ) -> jax.Array:
+        x = kept(x, "input")
         # Two-pass variance: the reference implementations' features are met to 1e-5 only with it.
         norm = partial(nn.LayerNorm, epsilon=self.epsilon, use_fast_variance=False)
         keys = queries = norm()(x)
@@ -105,7 +106,7 @@ class EncoderBlock(nn.Module):
             if mask is not None and mask.shape[2] > 1:
                 mask = jnp.take_along_axis(mask, position[:, None, :, None], axis=2)
         y = MultiHeadDotProductAttention(self.shape.heads, self.dtype, self.dropout > 0)(queries, keys, mask)
-        x = checkpoint_name(x + nn.Dropout(self.dropout)(y, deterministic), "residual")
+        x = kept(x + nn.Dropout(self.dropout)(y, deterministic), "residual")
         y = MlpBlock(self.shape.mlp_dim, self.gelu, self.dropout, self.dtype)(norm()(x), deterministic)
         x = x + nn.Dropout(self.dropout)(y, deterministic)
         return x.astype(self.dtype)
