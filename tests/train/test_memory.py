@@ -66,3 +66,12 @@ def test_the_estimate_is_near_the_compilers(keep):
     made = compile_step(build(config.text), config, mesh)
     # It decides what is compiled first, and on a CPU what is done; which buffers share memory it cannot know.
     assert 0.5 < estimate / (made.argument_bytes + made.temporary_bytes) < 2
+
+
+def test_bfloat16_takes_two_bytes():
+    """What is kept is most of this step, and XLA's CPU backend would convert all of it to float32 as well."""
+    mesh = make_mesh(jax.devices()[:2])
+    text = replace(CONFIG.text, keep="hidden", parts=8, depth=9, dtype="bfloat16")
+    config = replace(CONFIG, text=text, stream=StreamConfig(global_batch=4096))
+    made = compile_step(build(text), config, mesh)
+    assert made.argument_bytes + made.temporary_bytes < 1.1 * choose(1024 * MIB, config).bytes
