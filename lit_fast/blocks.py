@@ -1,8 +1,8 @@
 """Whole blocks of a feature store, read from the shard files straight into memory.
 
-TensorStore reads any part of any array; it allocates and copies every block once more on the way, and its
-crc32c costs several times what google-crc32c's does. The stream reads whole blocks and nothing else, so it
-reads them here: all of it takes less processor time than TensorStore for the bytes (`benchmarks/README.md`).
+TensorStore reads any part of any array, and allocates and copies every block once more on the way. The stream
+reads whole blocks and nothing else, so it reads them here: all of it takes less processor time than TensorStore
+for the bytes alone (`benchmarks/README.md`).
 
 A shard file is its blocks, each of `1024 * views * width` little-endian bfloat16 and their crc32c, in any
 order, and then the index: offset and length of every block as uint64, and the crc32c of the index (zarr

@@ -1,7 +1,7 @@
 """Dense layers, which XLA's CPU backend is given in another form than TPUs and GPUs.
 
 That backend multiplies bfloat16 and adds up in float32, as the others do by themselves, in `a b` and `a b^T` only and
-if float32 is asked for; anything else it works out in float32, several times slower where the processor has bfloat16
+if float32 is asked for; anything else it works out in float32, which is slower where the processor has bfloat16
 matrix units (AMX). The third product of training, `a^T b` for the gradient of the kernel, is therefore given to it as
 `(I a^T) b`: a product with the identity turns the smaller of the two over, exactly. A sum over all rows is a product
 with ones there, as XLA's own takes several passes. TPUs get the axes as they are: flattened heads would be copied.

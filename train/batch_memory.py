@@ -1,7 +1,7 @@
 """Memory for batches, taken again once nothing refers to the batch that was in it.
 
 A freed batch of tens of megabytes goes back to the system, which clears every page before it gives it out
-again. That takes the processor longer than gathering the rows.
+again.
 """
 
 from __future__ import annotations

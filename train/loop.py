@@ -25,13 +25,14 @@ from lit_fast.checkpoint import abstract, open_manager, restore, restore_last, s
 from lit_fast.config import CheckpointConfig, Config
 from lit_fast.errors import UserError
 from lit_fast.mesh import dealt, make_mesh, replicated
+from lit_fast.metrics import Spent
 from lit_fast.progress import duration
 from lit_fast.run import init_params, text_embedder, text_tower
 from train.console import Console
 from train.evaluation import Evaluation
 from train.flops import step_flops
 from train.inputs import Inputs, open_inputs
-from train.memory import fit
+from train.memory import Fit, fit
 from train.meter import Meter
 from train.metrics import MetricsWriter
 from train.optimizer import make_optimizer
@@ -98,9 +99,7 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     if done >= config.steps:
         if not is_finished(run):  # killed after the last checkpoint
             results = evaluation.run(embed_text, state.params, state.average)
-            if first:
-                write_receipt(run, config, fitted, done, before, results)
-                write_report(run)
+            _conclude(run, config, fitted, done, before, results)
         _report(f"{run} is complete: {done:,} steps")
         return
 
@@ -119,9 +118,7 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     )  # fmt: skip
 
     # --- the end
-    if first:
-        write_receipt(run, config, fitted, done, meter.spent(), evaluation.results)
-        write_report(run)
+    _conclude(run, config, fitted, done, meter.spent(), evaluation.results)
     if done < config.steps:
         _say(f"stopped after step {done:,} and saved; the same command goes on from there")
         raise SystemExit(128 + stopping)
@@ -143,6 +140,15 @@ def _begin(run: Path, config: Config, inputs: Inputs, begun: dict[str, Any] | No
             write_start(run, begun)
     sync_global_devices("written")
     return lock
+
+
+def _conclude(
+    run: Path, config: Config, fitted: Fit, done: int, taken: Spent, results: list[dict[str, Any]]
+) -> None:
+    """Write down what the run was and found."""
+    if jax.process_index() == 0:
+        write_receipt(run, config, fitted, done, taken, results)
+        write_report(run)
 
 
 def _loop(

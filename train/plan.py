@@ -36,15 +36,7 @@ def make_plan(
       UserError: the configuration makes no sense on these devices, or does not fit in any way.
     """
     planner = Planner(config, target, mfu, say)
-    try:
-        chosen = planner.chosen()
-    except UserError as error:
-        if not largest:
-            raise
-        fits = largest_batch(config, target, say)
-        raise UserError(
-            f"{error}; the largest that fits: --stream.global_batch {fits['global_batch']} {fits['overrides']}"
-        ) from None
+    chosen = _chosen(planner, config if largest else None)
     ways = [chosen]
     if searched and target.platform != "cpu":  # whose compiler estimates nothing
         ways = search(planner, chosen)
@@ -105,6 +97,19 @@ def make_plan(
     if largest:
         plan["largest_batch"] = largest_batch(config, target, say)
     return plan
+
+
+def _chosen(planner: Planner, config: Config | None) -> Way:
+    """The config's own way; where it does not fit, the error says the largest batch of `config` that does."""
+    try:
+        return planner.chosen()
+    except UserError as error:
+        if config is None:
+            raise
+        fits = largest_batch(config, planner.target, planner.say)
+        raise UserError(
+            f"{error}; the largest that fits: --stream.global_batch {fits['global_batch']} {fits['overrides']}"
+        ) from None
 
 
 def _floors(planner: Planner, way: Way) -> dict[str, float]:
