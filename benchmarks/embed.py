@@ -100,7 +100,8 @@ def spread(function: Callable[[], object], repetitions: int) -> tuple[float, flo
 
 def decoders(size: int) -> dict[str, Callable[[bytes], np.ndarray]]:
     """From the bytes of a file to `[size, size, 3]`: short side to size / 0.9, centre crop."""
-    from lit_fast.preprocess import Preprocess, decode
+    from lit_fast.data.images.decode import decode
+    from lit_fast.towers.preprocess import Preprocess
 
     exact = Preprocess("pil-crop", size, int(size / 0.9))
     reduced = Preprocess("pil-crop", size, int(size / 0.9), reduced=True)
@@ -140,9 +141,9 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
     import jax
     import torch
 
-    from lit_fast.architecture import flops_per_image
-    from lit_fast.towers import load_tower
-    from train.chips import peak_flops
+    from lit_fast.models.architecture import flops_per_image
+    from lit_fast.towers.tower import load_tower
+    from lit_fast.train.cost.hardware import peak_flops
 
     tower = load_tower(str(folder))
     gpu = jax.default_backend() == "gpu"

@@ -73,10 +73,10 @@ def jax_case(form: str, batch: int, devices: int, repeats: int) -> Result:
     from jax.sharding import PartitionSpec
 
     from lit_fast.config import LossConfig
-    from lit_fast.losses.loss import pair_loss
+    from lit_fast.losses.accumulate import Trained
+    from lit_fast.losses.contrastive import pair_loss
     from lit_fast.losses.pairs import Images, Texts
-    from lit_fast.losses.tile import Trained
-    from lit_fast.mesh import AXIS, dealt, make_mesh, replicated
+    from lit_fast.runtime import AXIS, dealt, make_mesh, replicated
 
     mesh = make_mesh(jax.devices()[:devices])
     config = LossConfig(name="softmax" if form == SOFTMAX else "sigmoid")

@@ -28,14 +28,15 @@ from jax import lax
 from jax.sharding import Mesh
 
 from benchmarks.machine import describe
-from lit_fast.config import Config, LossConfig, TextConfig, load_config
-from lit_fast.losses.loss import pair_loss
+from lit_fast.config import Config, LossConfig, TextConfig
+from lit_fast.config_io import load_config
+from lit_fast.losses.accumulate import Trained
+from lit_fast.losses.contrastive import pair_loss
 from lit_fast.losses.pairs import Images, Texts
-from lit_fast.losses.tile import Trained
-from lit_fast.mesh import AXIS, dealt, replicated
-from lit_fast.text import TextTower
-from train.ahead import Compiled, compile_step, tpu_mesh
-from train.memory import fit
+from lit_fast.models.text_tower import TextTower
+from lit_fast.runtime import AXIS, dealt, replicated
+from lit_fast.train.cost.aot import Compiled, compile_step, tpu_mesh
+from lit_fast.train.cost.memory import fit
 
 CONFIG = Path(__file__).parents[1] / "configs" / "siglit_b8_one_day.toml"
 TOPOLOGY, HBM = "v4:2x2x1", 30.75  # GiB that a program may use on a chip

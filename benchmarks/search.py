@@ -23,10 +23,10 @@ import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.stream_store import forget
-from lit_fast.dataset import SHARD, DatasetWriter, Row
-from lit_fast.features import Features, Manifest
-from lit_fast.files import write_json
-from lit_fast.search import search
+from lit_fast.data.dataset import SHARD, DatasetWriter, Row
+from lit_fast.data.features import Features, Manifest
+from lit_fast.inference.search import search
+from lit_fast.storage.files import write_json
 
 WIDTH, TOP = 768, 20
 

@@ -26,7 +26,7 @@ from benchmarks.stream_store import make_linked_store
 CONFIG = Path(__file__).parents[1] / "configs" / "flickr8k_cpu.toml"
 COMMAND = [
     sys.executable, "-c",
-    "import sys; sys.modules['torch'] = None; from lit_fast.cli import main; sys.exit(main())",
+    "import sys; sys.modules['torch'] = None; from lit_fast.cli.main import main; sys.exit(main())",
 ]  # fmt: skip
 
 
@@ -69,10 +69,10 @@ def open_large(dataset: Path) -> float:
 
 def run_case(case: dict[str, str]) -> dict[str, float]:
     from lit_fast.config import StreamConfig
-    from lit_fast.dataset import open_dataset
-    from lit_fast.features import open_features
-    from lit_fast.tokens import open_tokens
-    from train.stream import open_stream
+    from lit_fast.data.dataset import open_dataset
+    from lit_fast.data.features import open_features
+    from lit_fast.data.tokens import open_tokens
+    from lit_fast.train.input_pipeline.stream import open_stream
 
     began = time.perf_counter()
     dataset = open_dataset(case["dataset"])

@@ -1,4 +1,4 @@
-"""The steps in JAX: ours as `train.loop` makes it, and big_vision's, written again from its source.
+"""The steps in JAX: ours as `lit_fast.train.loop` makes it, and big_vision's, written again from its source.
 
 big_vision: trainers/proj/image_text/siglip.py, models/proj/image_text/text_transformer.py, models/vit.py. Its image
 tower is left out, its optimizer is optax's AdamW with clipping, and its sharding constraints, which do nothing on one
@@ -21,15 +21,15 @@ import optax
 from benchmarks import step_case
 from benchmarks.step_case import FEATURES, VOCAB, Case, Rival, Weights, make_batch, make_weights
 from lit_fast.config import Config, LossConfig, OptimizerConfig, StreamConfig, TextConfig
-from lit_fast.mesh import dealt, make_mesh
-from lit_fast.normalize import normalize
-from lit_fast.run import text_tower
-from lit_fast.text import TextTower
-from train.ahead import compile_step
-from train.memory import fit
-from train.optimizer import make_optimizer
-from train.packing import Packing, foreseen_row_tokens, true_lengths
-from train.step import init_state, make_step
+from lit_fast.models.text_tower import TextTower
+from lit_fast.models.two_towers import text_tower
+from lit_fast.runtime import dealt, make_mesh
+from lit_fast.train.cost.aot import compile_step
+from lit_fast.train.cost.memory import fit
+from lit_fast.train.input_pipeline.packing import Packing, foreseen_row_tokens, true_lengths
+from lit_fast.train.optimizer import make_optimizer
+from lit_fast.train.step import init_state, make_step
+from lit_fast.utils.normalize import normalize
 
 ROOM = 32 * 2**30  # bytes that a step is fitted to when it is not run
 

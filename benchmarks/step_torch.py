@@ -98,8 +98,8 @@ def _tensors(
     mlp: tuple[str, str],
 ) -> dict[str, Any]:
     """The weights by a tower's names, whose attention is `torch.nn.MultiheadAttention`."""
-    from lit_fast.weights.torch_layout import BlockNames
-    from train.export.torch_tensors import blocks, dense, norm
+    from lit_fast.weights.from_torch import BlockNames
+    from lit_fast.weights.to_torch import blocks, dense, norm
 
     table, positions, last, head = outside
     encoder, whole = weights["Encoder_0"], f"{attention}.in_proj"

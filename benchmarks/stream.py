@@ -32,10 +32,10 @@ import tensorstore as ts
 from benchmarks.machine import describe, peak_memory, run_alone
 from benchmarks.stream_store import LENGTH, forget, make_linked_store, make_store
 from lit_fast.config import StreamConfig
-from lit_fast.dataset import BLOCK, SHARD, open_dataset
-from lit_fast.features import BFLOAT16, open_features
-from lit_fast.tokens import open_tokens
-from train.stream import Stream, open_stream
+from lit_fast.data.dataset import BLOCK, SHARD, open_dataset
+from lit_fast.data.features import BFLOAT16, open_features
+from lit_fast.data.tokens import open_tokens
+from lit_fast.train.input_pipeline.stream import Stream, open_stream
 
 WIDTH, BATCH = 768, 32_768
 NARROW = 64  # of the datasets that are linked

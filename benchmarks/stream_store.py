@@ -9,11 +9,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from lit_fast.dataset import BLOCK, SHARD, Dataset, DatasetWriter, Row, open_dataset
-from lit_fast.features import Features, Manifest
-from lit_fast.files import write_json
-from lit_fast.records import FILE_RECORDS, RecordWriter
-from lit_fast.tokens import encode_record
+from lit_fast.data.dataset import BLOCK, SHARD, Dataset, DatasetWriter, Row, open_dataset
+from lit_fast.data.features import Features, Manifest
+from lit_fast.data.records import FILE_RECORDS, RecordWriter
+from lit_fast.data.tokens import encode_record
+from lit_fast.storage.files import write_json
 
 LENGTH, VOCAB = 16, 32_000
 _CAPTIONS = 64  # different records of captions, which repeat

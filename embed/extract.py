@@ -22,15 +22,8 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from embed.device import Waiting, default_dtype, results
-from embed.fetch import check_sources
-from embed.images import Batch, Images, read_ahead
-from embed.journal import Journal
-from embed.signals import held_back
-from lit_fast.dataset import BLOCK, SHARD, Dataset, open_dataset
-from lit_fast.embedding import compile_tower, default_batch_size, open_tower
-from lit_fast.errors import UserError
-from lit_fast.features import (
+from lit_fast.data.dataset import BLOCK, SHARD, Dataset, open_dataset
+from lit_fast.data.features import (
     BFLOAT16,
     Features,
     Manifest,
@@ -40,11 +33,17 @@ from lit_fast.features import (
     read_error,
     with_views,
 )
-from lit_fast.files import read_object, write_json
-from lit_fast.preprocess import MAX_PIXELS
-from lit_fast.processes import place
-from lit_fast.progress import Progress
-from lit_fast.towers import Tower
+from lit_fast.data.images.decode import MAX_PIXELS
+from lit_fast.data.images.reader import check_sources
+from lit_fast.embed.journal import Journal
+from lit_fast.embed.pipeline import Batch, Images, Waiting, default_dtype, read_ahead, results
+from lit_fast.errors import UserError
+from lit_fast.runtime import place
+from lit_fast.storage.files import read_object, write_json
+from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
+from lit_fast.towers.tower import Tower
+from lit_fast.utils.progress import Progress
+from lit_fast.utils.signals import held_back
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embed.fetch import check_sources
-from embed.keys import KeySet
-from embed.left_out import LeftOut, damaged
-from embed.remote import is_remote
-from embed.sources import items
-from embed.sources.expand import expand
-from embed.sources.files import size_and_etag
-from embed.sources.items import Damage, Layout, Names, Sample, is_text
-from embed.sources.read import class_names, read_source
-from lit_fast.dataset import (
+from lit_fast.data.dataset import (
     SHARD,
     Dataset,
     DatasetWriter,
@@ -33,9 +24,17 @@ from lit_fast.dataset import (
     open_dataset,
     remove_other_generations,
 )
+from lit_fast.data.images.reader import check_sources, size_and_etag
+from lit_fast.embed.key_set import KeySet
+from lit_fast.embed.skipped import LeftOut, damaged
+from lit_fast.embed.sources import items
+from lit_fast.embed.sources.expand import expand
+from lit_fast.embed.sources.items import Damage, Layout, Names, Sample, is_text
+from lit_fast.embed.sources.read import class_names, read_source
 from lit_fast.errors import UserError
-from lit_fast.permutation import permutation
-from lit_fast.progress import Progress
+from lit_fast.storage.remote import is_remote
+from lit_fast.utils.permutation import permutation
+from lit_fast.utils.progress import Progress
 
 GROUP_ROWS = 4 * SHARD  # a group of sources closes when it has this many rows
 

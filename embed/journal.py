@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from lit_fast.data.features import BFLOAT16
 from lit_fast.errors import UserError
-from lit_fast.features import BFLOAT16
 
 _HEADER = struct.Struct("<4sIIIII")
 _MAGIC = b"LFJ1"

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import sentencepiece
 
-from lit_fast.dataset import Dataset, open_dataset
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.records import RecordWriter
+from lit_fast.data.tokenizer import Tokenizer, load_tokenizer, lower
+from lit_fast.data.tokens import encode_record
 from lit_fast.errors import UserError
-from lit_fast.files import read_json, sha256, write_atomic, write_json
-from lit_fast.progress import Progress
-from lit_fast.records import RecordWriter
-from lit_fast.tokens import Tokenizer, encode_record, load_tokenizer, lower
+from lit_fast.storage.files import read_json, sha256, write_atomic, write_json
+from lit_fast.utils.progress import Progress
 
 
 def tokenize_dataset(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lit_fast.model import Model
+    from lit_fast.inference.model import Model
 
 __version__ = "0.1.0"
 
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 def load(
     path: str | Path, *, step: int | None = None, average: bool = False, tower: str | None = None
 ) -> Model:
-    """A trained model from a run or an exported folder, see `lit_fast.model.load`."""
-    from lit_fast import model  # a light import keeps `lit-fast --help` fast
+    """A trained model from a run or an exported folder, see `lit_fast.inference.model.load`."""
+    from lit_fast.inference import model  # a light import keeps `lit-fast --help` fast
 
     return model.load(path, step=step, average=average, tower=tower)

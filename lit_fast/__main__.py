@@ -1,5 +1,7 @@
 """`python -m lit_fast` is the command `lit-fast`."""
 
-from lit_fast.cli import main
+from __future__ import annotations
+
+from lit_fast.cli.main import main
 
 raise SystemExit(main())

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import tomllib
-from collections.abc import Collection, Sequence
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from lit_fast.config_checks import check_values
 from lit_fast.errors import UserError
-from lit_fast.variants import VARIANTS, Shape
+from lit_fast.models.sizes import VARIANTS, Shape
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """The text tower; vocabulary and length come from the tokens, the output width from the features."""
 
-    variant: str = "B"  # letter of lit_fast.variants.VARIANTS
+    variant: str = "B"  # letter of lit_fast.models.sizes.VARIANTS
     width: int = 0  # 0: as the variant says; likewise below
     depth: int = 0
     mlp_dim: int = 0
@@ -38,7 +33,7 @@ class TextConfig:
     # their matrix "products", of these the "hidden" ones of the MLP, or their "inputs" alone; or a part keeps its
     # "embeddings" alone. The rest is worked out again: 0, 0, 9, 22 or 33 % more work. The less is kept, the larger
     # the batch; with "embeddings" it hardly takes memory. "auto" chooses both keys, the fastest way that the
-    # device has room for (train/memory.py).
+    # device has room for (train/cost/memory.py).
     keep: str = "auto"
     parts: int = 1
     # Captions that share a row of the encoder, side by side, none seeing the others: fewer, larger products. With
@@ -53,7 +48,7 @@ class TextConfig:
 
     @property
     def layers_keep(self) -> str:
-        """What `lit_fast.transformer.Encoder` is told to keep.
+        """What `lit_fast.models.transformer.Encoder` is told to keep.
 
         A part that is worked out again keeps its layers' products while it is in hand.
         """
@@ -216,49 +211,6 @@ FREE = (
     "text.row_tokens",
 )
 
-# Keys of earlier versions, and what to do instead.
-REMOVED = {
-    "text.kept_parts": "text.keep says what is kept, and by itself chooses what the device has room for",
-}
-
-
-def load_config(path: Path, overrides: Sequence[str] = (), ignored: Collection[str] = ()) -> Config:
-    """Read a TOML file and apply `--section.key value` overrides; `ignored` keys may stand in it.
-
-    Raises:
-      UserError: unreadable file, unknown key (the nearest known one is named), wrong type or value.
-    """
-    known = flatten(Config())
-    given = _pairs(overrides, known)
-    try:
-        values = flatten_toml(tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"config {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"config {path} cannot be read: {error}") from None
-    values = {key: value for key, value in values.items() if key not in ignored}
-    for key in values:
-        _check_known(key, known, f"in {path}")
-    for key, text in given:
-        values[key] = _parse(key, text, known[key])
-    return build_config(values, f"in {path}")
-
-
-def build_config(values: dict[str, Any], where: str) -> Config:
-    """The config of values by dotted name; `where` they stand is for messages.
-
-    Raises:
-      UserError: unknown key, wrong type or value.
-    """
-    known = flatten(Config())
-    for key in values:
-        _check_known(key, known, where)
-    config = _build(Config, "", values)
-    if config.examples > 0 and config.stream.global_batch > 0:
-        config = dataclasses.replace(config, steps=max(1, config.examples // config.stream.global_batch))
-    check_values(config, flatten(config))
-    return config
-
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """All fields by dotted name."""
@@ -272,97 +224,101 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def flatten_toml(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """All values of a parsed TOML file by dotted name, whether they are keys of a config or not."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            out |= flatten_toml(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
+# Which values of a configuration make sense, and which only together.
 
 
-def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML, every field in it."""
-    sections: dict[str, list[str]] = {}
-    for key, value in flatten(config).items():
-        section, _, name = key.rpartition(".")
-        # JSON's strings, numbers, booleans and lists of them are TOML's, once DEL is escaped as well.
-        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        sections.setdefault(section, []).append(f"{name} = {text}")
-    parts = [(f"[{section}]\n" if section else "") + "\n".join(lines) for section, lines in sections.items()]
-    return "\n\n".join(parts) + "\n"
+_CHOICES = {
+    "text.variant": tuple(VARIANTS),
+    "text.keep": ("auto", "everything", "products", "hidden", "inputs", "embeddings"),
+    "text.pooling": ("last", "first", "mean", "max", "map"),
+    "text.dtype": ("float32", "bfloat16"),
+    "loss.name": ("sigmoid", "softmax"),
+    "loss.same_image": ("positive", "mask"),
+    "loss.same_caption": ("negative", "mask"),
+    "loss.negatives": ("all", "random", "hardest", "easiest"),
+    "loss.precision": ("default", "high", "highest"),
+    "optimizer.name": ("lion", "adam", "adafactor"),
+    "optimizer.schedule": ("cosine", "linear", "rsqrt"),
+    "optimizer.momentum_dtype": ("float32", "bfloat16"),
+    "optimizer.weight_decay_convention": ("paper", "optax"),
+}
+_AT_LEAST_ONE = (
+    "steps", "text.parts", "text.pack", "loss.tile", "stream.global_batch", "stream.captions_per_image",
+    "stream.streams", "stream.window_blocks", "optimizer.timescale", "checkpoint.every_steps", "checkpoint.keep",
+    "log.every_steps", "plan.vocab_size",
+)  # fmt: skip
 
 
-def _pairs(arguments: Sequence[str], known: dict[str, Any]) -> list[tuple[str, str]]:
-    pairs = []
-    rest = list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            raise UserError(f"unexpected argument {flag!r}; overrides are written --section.key value")
-        key, equals, text = flag[2:].partition("=")
-        _check_known(key, known, "on the command line")
-        if not equals:
-            if not rest:
-                raise UserError(f"{flag} needs a value")
-            text = rest.pop(0)
-        pairs.append((key, text))
-    return pairs
+def check_values(config: Config, values: dict[str, Any]) -> None:
+    """Refuse what makes no sense; `values` are those of `config` by dotted name.
+
+    Raises:
+      UserError: in one line, with the key.
+    """
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f"config key {key} must be one of {', '.join(choices)}, not {values[key]!r}")
+    for key in _AT_LEAST_ONE:
+        if values[key] < 1:
+            raise UserError(f"config key {key} must be at least 1, not {values[key]}")
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config key {key} must be a finite number, not {value}")
+        if isinstance(value, int | float) and value < 0 and key != "loss.bias_init":
+            raise UserError(f"config key {key} must not be negative, not {value}")
+    for key, bound in {"steps": 2**31, "seed": 2**32 - 1, "stream.global_batch": 2**31}.items():
+        if values[key] >= bound:
+            raise UserError(f"config key {key} must be below {bound}, not {values[key]}")
+    if values["plan.max_length"] < 2:
+        raise UserError(f"config key plan.max_length must be at least 2, not {values['plan.max_length']}")
+    for key in ("text.dropout", "optimizer.b1", "optimizer.b2", "optimizer.average_decay"):
+        if values[key] >= 1:
+            raise UserError(f"config key {key} must be below 1, not {values[key]}")
+    for key in ("stream.corrupt_images", "stream.corrupt_texts", "stream.corrupt_alignment"):
+        if values[key] > 1:
+            raise UserError(f"config key {key} must be at most 1, not {values[key]}")
+    if bool(config.stream.noise) != bool(config.stream.corrupt_images):
+        raise UserError(
+            "stream.corrupt_images above 0 and stream.noise go together: the noise is a dataset made with lit-fast "
+            "index noise:1024 --out N, then lit-fast embed N with the tower of the run"
+        )
+    _check_loss(config.loss)
+    shape = config.text.shape
+    if config.text.keep == "auto" and config.text.parts > 1:
+        raise UserError(
+            'text.parts is chosen by text.keep = "auto"; leave it out, or say what is kept: text.keep = "products"'
+        )
+    if config.text.pack > 1 and config.text.dropout and not config.text.mask_padding:
+        raise UserError("text.pack with text.dropout needs text.mask_padding = true")
+    if config.text.row_tokens and not config.text.packed:
+        raise UserError("text.row_tokens needs text.pack above 1 and text.mask_padding = true")
+    if shape.width % shape.heads:
+        raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")
+    for key in ("warmup_steps", "cooldown_steps"):
+        if getattr(config.optimizer, key) >= config.steps > 1:
+            raise UserError(
+                f"optimizer.{key} {getattr(config.optimizer, key)} must be below steps {config.steps}"
+            )
 
 
-def _check_known(key: str, known: dict[str, Any], where: str) -> None:
-    if key in known:
-        return
-    if key in REMOVED:
-        raise UserError(f"config key {key} {where} is no more; leave it out: {REMOVED[key]}")
-    # The last part alone often tells what was meant: "learning_rate" for "optimizer.learning_rate".
-    near = difflib.get_close_matches(key, known, 1, 0.5)
-    near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]] or near
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"unknown config key {key!r} {where}{hint}")
-
-
-def _parse(key: str, text: str, default: Any) -> Any:
-    """A command-line value in the type of the field's default; lists are separated by commas."""
-    if isinstance(default, str):
-        return text
-    if isinstance(default, tuple):
-        return [part for part in text.split(",") if part]
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"{key} must be true or false, not {text!r}")
-        return text.lower() == "true"
-    try:
-        return int(text.replace("_", "")) if isinstance(default, int) else float(text)
-    except (ValueError, OverflowError):
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise UserError(f"{key} must be {kind}, not {text!r}") from None
-
-
-def _build(cls: type, prefix: str, values: dict[str, Any]) -> Any:
-    hints = get_type_hints(cls)
-    out: dict[str, Any] = {}
-    for f in dataclasses.fields(cls):
-        key, hint = prefix + f.name, hints[f.name]
-        if dataclasses.is_dataclass(hint):
-            out[f.name] = _build(hint, key + ".", values)  # type: ignore[arg-type]
-        elif key in values:
-            out[f.name] = _typed(key, values[key], hint)
-    return cls(**out)
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (int, bool, str) and type(value) is hint:
-        return value
-    if (
-        isinstance(value, list)
-        and all(isinstance(v, str) for v in value)
-        and hint not in (int, float, bool, str)
-    ):
-        return tuple(value)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    raise UserError(f"config key {key} must be {names.get(hint, 'a list of strings')}, not {value!r}")
+def _check_loss(loss: LossConfig) -> None:
+    if loss.temperature_init <= 0:
+        raise UserError("config key loss.temperature_init must be positive")
+    if 0 < loss.temperature_max < loss.temperature_init:
+        raise UserError(
+            f"loss.temperature_init {loss.temperature_init} is above loss.temperature_max {loss.temperature_max}"
+        )
+    if loss.bias_init != type(loss).bias_init and (loss.name == "softmax" or not loss.bias):
+        reason = 'loss.name = "softmax"' if loss.name == "softmax" else "loss.bias = false"
+        raise UserError(f"with {reason} there is no bias; leave out loss.bias_init")
+    if loss.negatives == "all":
+        if loss.negatives_per_positive:
+            raise UserError(
+                'loss.negatives_per_positive needs loss.negatives = "random", "hardest" or "easiest"'
+            )
+    elif loss.name == "softmax":
+        raise UserError(f'loss.negatives = "{loss.negatives}" is for the sigmoid loss, not for softmax')
+    elif not loss.negatives_per_positive:
+        raise UserError(
+            f'loss.negatives = "{loss.negatives}" needs loss.negatives_per_positive above 0, such as 1.6'
+        )

@@ -1,5 +1,7 @@
 """The one exception that is shown to a user as a single line."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A mistake the user can mend: the message names the thing and the remedy, in one line.

@@ -8,10 +8,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from embed.tokenize import tokenize_dataset
-from lit_fast.dataset import SHARD, Dataset, DatasetWriter, Row, Source, open_dataset
-from lit_fast.features import Features, Manifest
-from lit_fast.files import write_json
+from lit_fast.data.dataset import SHARD, Dataset, DatasetWriter, Row, Source, open_dataset
+from lit_fast.data.features import Features, Manifest
+from lit_fast.embed.tokenize import tokenize_dataset
+from lit_fast.storage.files import write_json
 
 WORDS = "red green blue small large round square happy sad dog cat bird tree house river".split()  # noqa: SIM905
 

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_fast.config import Config, EvalConfig, LossConfig, OptimizerConfig, load_config, to_toml
+from lit_fast.config import Config, EvalConfig, LossConfig, OptimizerConfig
+from lit_fast.config_io import load_config, to_toml
 from lit_fast.errors import UserError
-from lit_fast.run import read_config
-from lit_fast.variants import VARIANTS
+from lit_fast.models.sizes import VARIANTS
+from lit_fast.runs.run import read_config
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import sentencepiece
 
-from lit_fast.cli import main
+from lit_fast.cli.main import main
 from lit_fast.config import Config, LossConfig, TextConfig
-from lit_fast.model import Model
-from lit_fast.run import init_params, text_tower
-from lit_fast.tokens import Tokenizer
-from lit_fast.towers import Tower
+from lit_fast.data.tokenizer import Tokenizer
+from lit_fast.inference.model import Model
+from lit_fast.models.two_towers import init_params, text_tower
+from lit_fast.towers.tower import Tower
 from tests import reference
 from tests.helpers import samples, write_tar
 

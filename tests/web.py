@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lit_fast import download
+from lit_fast.storage import download
 
 BODY = np.random.default_rng(0).bytes(300_000)
 

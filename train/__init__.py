@@ -1,1 +1,3 @@
 """Stage 2: train the text tower on stored features."""
+
+from __future__ import annotations

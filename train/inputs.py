@@ -10,14 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lit_fast.config import Config
-from lit_fast.dataset import open_dataset
+from lit_fast.data.dataset import open_dataset
+from lit_fast.data.features import Features, open_features
+from lit_fast.data.tokenizer import Tokenizer
+from lit_fast.data.tokens import Tokens, open_tokens
 from lit_fast.errors import UserError
-from lit_fast.features import Features, open_features
-from lit_fast.tokens import Tokenizer, Tokens, open_tokens
-from train.evaluation import Evaluation
-from train.packing import Packing, open_packing
-from train.stream import Stream, open_stream
-from train.workdir import check_identity, check_workdir
+from lit_fast.train.evaluator import Evaluation
+from lit_fast.train.input_pipeline.packing import Packing, open_packing
+from lit_fast.train.input_pipeline.stream import Stream, open_stream
+from lit_fast.train.workdir import check_identity, check_workdir
 
 
 @dataclass(frozen=True)

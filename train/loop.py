@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,29 +20,27 @@ import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
-from lit_fast.checkpoint import abstract, open_manager, restore, restore_last, save
-from lit_fast.config import CheckpointConfig, Config
-from lit_fast.errors import UserError
-from lit_fast.mesh import dealt, make_mesh, replicated
-from lit_fast.metrics import Spent
-from lit_fast.progress import duration
-from lit_fast.run import init_params, text_embedder, text_tower
-from train.console import Console
-from train.evaluation import Evaluation
-from train.flops import step_flops
-from train.inputs import Inputs, open_inputs
-from train.memory import Fit, fit
-from train.meter import Meter
-from train.metrics import MetricsWriter
-from train.optimizer import make_optimizer
-from train.profile import Profile, parse_steps
-from train.receipt import is_finished, spent_before, write_receipt
-from train.report import write_report
-from train.start import check_start, starting_params, write_start
-from train.step import Metrics, State, init_state, make_step
-from train.stream import Batch
-from train.weights_and_biases import check_wandb
-from train.workdir import lock_workdir, write_workdir
+from lit_fast.config import Config
+from lit_fast.models.two_towers import init_params, text_embedder, text_tower
+from lit_fast.runs.metrics import Spent
+from lit_fast.runtime import dealt, make_mesh, replicated
+from lit_fast.train.checkpoints import Checkpoints
+from lit_fast.train.cost.flops import step_flops
+from lit_fast.train.cost.memory import Fit, fit
+from lit_fast.train.evaluator import Evaluation
+from lit_fast.train.input_pipeline.stream import Batch
+from lit_fast.train.inputs import Inputs, open_inputs
+from lit_fast.train.optimizer import make_optimizer
+from lit_fast.train.step import Metrics, State, init_state, make_step
+from lit_fast.train.tracking.console import Console, _report, _say
+from lit_fast.train.tracking.metrics_writer import MetricsWriter
+from lit_fast.train.tracking.profiler import Profile, parse_steps
+from lit_fast.train.tracking.receipt import is_finished, spent_before, write_receipt
+from lit_fast.train.tracking.report import write_report
+from lit_fast.train.tracking.throughput import Meter
+from lit_fast.train.tracking.wandb import check_wandb
+from lit_fast.train.workdir import check_start, lock_workdir, starting_params, write_start, write_workdir
+from lit_fast.utils.progress import duration
 
 
 def train(config: Config, run: Path, profile_steps: str = "") -> None:
@@ -237,68 +234,6 @@ def _log(
     return math.isfinite(values["loss"])
 
 
-class Checkpoints:
-    """The checkpoints of one run."""
-
-    def __init__(self, run: Path, config: CheckpointConfig) -> None:
-        self._run, self._best = run, config.best
-        self._manager = open_manager(
-            run, keep=config.keep, keep_every=config.keep_every, best=bool(config.best)
-        )
-
-    def save(self, number: int, state: State, figures: dict[str, float]) -> None:
-        """Begin to save; the writing goes on in the background. `figures` are an evaluation's, if any."""
-        if number in self._manager.all_steps():  # a run that was stopped right after it had saved
-            return
-        with self._disk():
-            save(self._manager, number, _trees(state), {"figures": figures}, figures.get(self._best))
-
-    def restore_last(self, state: State) -> tuple[int, State]:
-        """The number of completed steps and the state after them, in the layout of `state`."""
-
-        def read(number: int) -> tuple[int, State]:
-            trees, _ = restore(self._manager, number, abstract(_trees(state)))
-            return number, State(trees["params"], average=trees.get("average", {}), **trees["rest"])
-
-        warn = lambda line: _say(f"warning: {line}")  # noqa: E731
-        return restore_last(self._manager, read, warn) or (0, state)
-
-    def check(self, state: State) -> None:
-        """Raises UserError if a step was not finite; such a state is never saved."""
-        bad = int(state.bad_step)
-        if bad >= 0:
-            with self._disk():
-                self._manager.wait_until_finished()
-            last = self._manager.latest_step()
-            raise UserError(
-                f"loss or gradient became non-finite at step {bad + 1}; {self._run} has "
-                + (f"step {last} as its last good checkpoint" if last else "no checkpoint yet")
-                + "; try a lower optimizer.learning_rate in another --workdir"
-            )
-
-    def close(self) -> None:
-        """Wait until everything is on the disk."""
-        with self._disk():
-            self._manager.wait_until_finished()
-            self._manager.close()
-
-    @contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError) as error:  # Orbax passes on what TensorStore says
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(
-                f"{self._manager.directory} cannot be written: {reason}; mend that and run the same command again"
-            ) from None
-
-
-def _trees(state: State) -> dict[str, Any]:
-    """The state as a checkpoint holds it."""
-    rest = {"opt": state.opt, "step": state.step, "bad_step": state.bad_step}
-    return {"params": state.params, "rest": rest} | ({"average": state.average} if state.average else {})
-
-
 class _Stop:
     """Remembers that SIGTERM or Ctrl-C came; the step in hand is finished and saved first."""
 
@@ -331,13 +266,3 @@ class _Stop:
 def _to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     sharding = dealt(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _report(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text)

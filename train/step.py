@@ -12,16 +12,15 @@ import optax
 from jax.sharding import Mesh
 
 from lit_fast.config import Config, LossConfig, TextConfig
-from lit_fast.losses.loss import pair_loss
+from lit_fast.losses.accumulate import Trained
+from lit_fast.losses.contrastive import pair_loss
+from lit_fast.losses.logit_stats import Logits, logit_metrics
 from lit_fast.losses.pairs import pair_up
-from lit_fast.losses.statistics import Logits, logit_metrics
-from lit_fast.losses.tile import Trained
-from lit_fast.mesh import AXIS, dealt, on_each_device, replicated
-from lit_fast.normalize import normalize
-from lit_fast.rows import unpacked
-from lit_fast.run import Params, embed_ids
-from lit_fast.text import TextTower
-from train.optimizer import make_schedule
+from lit_fast.models.text_tower import TextTower, unpacked
+from lit_fast.models.two_towers import Params, embed_ids
+from lit_fast.runtime import AXIS, dealt, on_each_device, replicated
+from lit_fast.train.optimizer import make_schedule
+from lit_fast.utils.normalize import normalize
 
 Metrics = dict[str, jax.Array]
 
@@ -54,7 +53,7 @@ def make_step(
     """The jitted function (state, batch) -> (state, metrics); it takes over the state's memory.
 
     batch: images bfloat16 [n, width], ids integer [n * captions, length], rows int32 [n], each dealt over
-    the mesh; packed captions as `train.packing` lays them. metrics: float32 scalars.
+    the mesh; packed captions as `lit_fast.train.input_pipeline.packing` lays them. metrics: float32 scalars.
     """
     schedule, text = make_schedule(config.optimizer, config.steps), config.text
     masked = (config.loss.negatives, config.loss.same_image, config.loss.same_caption) != (

@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 import re
 
-from embed import remote
-from embed.sources.files import beside
-from lit_fast.download import MAX_BYTES, is_whole
 from lit_fast.errors import UserError
 from lit_fast.evaluation.known_sets import known_evaluations
-from lit_fast.files import read_object
-from lit_fast.hub import Commit, cache_directory
+from lit_fast.storage import remote
+from lit_fast.storage.download import MAX_BYTES, is_whole
+from lit_fast.storage.files import read_object
+from lit_fast.storage.hub import Commit, cache_directory
+from lit_fast.storage.read import beside
 
 PREFIX = "wds:"
 _MAX_SHARDS = 100_000
@@ -47,7 +47,7 @@ def benchmark_tars(directory: str) -> list[str]:
 def hub_tars(spec: str) -> list[str]:
     """The tars of `wds:NAME`, the repository clip-benchmark/wds_NAME of the Hugging Face Hub, in the cache.
 
-    What is in the cache is used without asking the server again; the rules are those of `lit_fast.hub`.
+    What is in the cache is used without asking the server again; the rules are those of `lit_fast.storage.hub`.
 
     Raises:
       UserError: no such set, it cannot be downloaded, or it is not what it is known to be.

@@ -9,11 +9,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from embed.sources.fields import Fields, require, texts
-from embed.sources.files import open_binary, size_and_etag
-from embed.sources.items import Damage, Item, Layout, LeftOut, Names, Sample
-from embed.sources.paths import file_size, image_directory, inside
+from lit_fast.data.images.reader import size_and_etag
+from lit_fast.embed.sources.fields import Fields, require, texts
+from lit_fast.embed.sources.items import Damage, Item, Layout, LeftOut, Names, Sample
+from lit_fast.embed.sources.paths import file_size, image_directory, inside
 from lit_fast.errors import UserError
+from lit_fast.storage.read import open_binary
 
 MAX_JSON = 2 << 30  # bytes; all captions of COCO are 0.1 GB
 

@@ -7,11 +7,11 @@ import itertools
 import os
 import re
 
-from embed import remote
-from embed.sources.benchmark import PREFIX, benchmark_tars, hub_tars
-from embed.sources.items import IMAGE_SUFFIXES
-from embed.sources.noise import is_noise
+from lit_fast.data.images.noise import is_noise
+from lit_fast.embed.sources.benchmark import PREFIX, benchmark_tars, hub_tars
+from lit_fast.embed.sources.items import IMAGE_SUFFIXES
 from lit_fast.errors import UserError
+from lit_fast.storage import remote
 
 _FORMATS = {
     ".tar": "tar",

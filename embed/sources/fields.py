@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from embed.sources.items import MAX_CAPTION, Names, is_text
+from lit_fast.embed.sources.items import MAX_CAPTION, Names, is_text
 from lit_fast.errors import UserError
 
 # Tried in this order, whatever their case.

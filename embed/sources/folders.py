@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from embed.sources.items import IMAGE_SUFFIXES, Item, Layout, LeftOut, Names, Sample, is_text
-from embed.sources.paths import file_size, inside
+from lit_fast.embed.sources.items import IMAGE_SUFFIXES, Item, Layout, LeftOut, Names, Sample, is_text
+from lit_fast.embed.sources.paths import file_size, inside
 from lit_fast.errors import UserError
 
 

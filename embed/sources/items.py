@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_CAPTION = 1 << 20  # bytes
-MAX_IMAGE = 256 << 20  # bytes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
@@ -32,7 +31,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the images of a source are found: the fields of `lit_fast.dataset.Source` with these names."""
+    """How the images of a source are found: the fields of `lit_fast.data.dataset.Source` with these names."""
 
     kind: str
     image: str = ""
@@ -41,7 +40,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row as a source has it; fields as in `lit_fast.dataset.Row`."""
+    """A row as a source has it; fields as in `lit_fast.data.dataset.Row`."""
 
     key: str
     offset: int

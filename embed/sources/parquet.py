@@ -13,18 +13,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embed.sources.fields import Fields, choose, key_text, texts
-from embed.sources.files import folder, name, open_binary
-from embed.sources.items import Damage, Item, Layout, LeftOut, Names, Sample
-from embed.sources.paths import file_size, image_directory, inside
-from embed.sources.tables import path_fields
+from lit_fast.data.images.parquet import ERRORS, check_row_group
+from lit_fast.embed.sources.fields import Fields, choose, key_text, texts
+from lit_fast.embed.sources.items import Damage, Item, Layout, LeftOut, Names, Sample
+from lit_fast.embed.sources.paths import file_size, image_directory, inside
+from lit_fast.embed.sources.tables import path_fields
 from lit_fast.errors import UserError
+from lit_fast.storage.read import folder, name, open_binary
 
-MAX_ROW_GROUP = 4 << 30  # decoded bytes, as the file says; a row group is read as a whole
 _ROWS = 1024  # decoded at a time
-
-# What pyarrow raises for damaged files.
-ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
 
 
 def read_parquet(path: str, names: Names) -> Iterator[Item]:
@@ -72,22 +69,6 @@ def class_names(path: str) -> tuple[str, ...]:
             return tuple(map(str, found[0])) if len(found) == 1 else ()
         except (*ERRORS, TypeError, AttributeError, RecursionError):
             return ()
-
-
-def check_row_group(path: str, parquet: pq.ParquetFile, group: int) -> None:
-    """Refuse row groups that no memory holds.
-
-    The sizes of single columns are not asked for: in a damaged file pyarrow ends the process over them.
-
-    Raises:
-      UserError: a row group has more than 4 GiB.
-    """
-    size = parquet.metadata.row_group(group).total_byte_size
-    if size > MAX_ROW_GROUP:
-        raise UserError(
-            f"{path} has {size} bytes in row group {group}, which is read as a whole; write it anew with smaller "
-            f"row groups"
-        )
 
 
 def _row_group(

@@ -10,10 +10,11 @@ import os
 import posixpath
 import stat as modes
 
-from embed import remote
-from embed.sources.files import folder
-from embed.sources.items import MAX_IMAGE, is_text
+from lit_fast.data.images.decode import MAX_IMAGE
+from lit_fast.embed.sources.items import is_text
 from lit_fast.errors import UserError
+from lit_fast.storage import remote
+from lit_fast.storage.read import folder
 
 
 def image_directory(images: str, table: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from embed.sources.expand import format_of
-from embed.sources.files import beside, folder
-from embed.sources.items import Item, Names
+from lit_fast.embed.sources.expand import format_of
+from lit_fast.embed.sources.items import Item, Names
+from lit_fast.storage.read import beside, folder
 
 
 def read_source(path: str, names: Names) -> Iterator[Item]:
@@ -17,31 +17,31 @@ def read_source(path: str, names: Names) -> Iterator[Item]:
     """
     match format_of(path):
         case "noise":
-            from embed.sources.noise import read_noise
+            from lit_fast.embed.sources.noise import read_noise
 
             return read_noise(path, names)
         case "parquet":
-            from embed.sources.parquet import read_parquet
+            from lit_fast.embed.sources.parquet import read_parquet
 
             return read_parquet(path, names)
         case "table":
-            from embed.sources.tables import read_table
+            from lit_fast.embed.sources.tables import read_table
 
             return read_table(path, names)
         case "coco":
-            from embed.sources.coco import read_coco
+            from lit_fast.embed.sources.coco import read_coco
 
             return read_coco(path, names)
         case "folder":
-            from embed.sources.folders import read_folder
+            from lit_fast.embed.sources.folders import read_folder
 
             return read_folder(path, names)
         case "array_record":
-            from embed.sources.records import read_records
+            from lit_fast.embed.sources.records import read_records
 
             return read_records(path, names)
         case _:
-            from embed.sources.tars import read_tar
+            from lit_fast.embed.sources.tars import read_tar
 
             lines = lines_near(_home(path), "dataset_type.txt") == ("retrieval",)
             return read_tar(path, names, lines=lines)
@@ -80,15 +80,15 @@ def _home(path: str) -> str:
 def _own_names(path: str) -> tuple[str, ...]:
     match format_of(path):
         case "parquet":
-            from embed.sources import parquet
+            from lit_fast.embed.sources import parquet
 
             return parquet.class_names(path)
         case "folder":
-            from embed.sources.folders import class_folders
+            from lit_fast.embed.sources.folders import class_folders
 
             return class_folders(path)
         case "array_record":
-            from embed.sources import records
+            from lit_fast.embed.sources import records
 
             return records.class_names(path)
         case _:

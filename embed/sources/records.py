@@ -9,30 +9,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from array_record.python.array_record_module import ArrayRecordReader
-
-from embed import remote
-from embed.sources.examples import ExampleError, parse_example
-from embed.sources.fields import LABEL, Fields, choose, guess, key_text, texts
-from embed.sources.files import beside, folder, name
-from embed.sources.items import Damage, Item, Layout, LeftOut, Names, Sample
-from lit_fast.errors import UserError
+from lit_fast.data.images.tf_examples import ERRORS, ExampleError, open_records, parse_example
+from lit_fast.embed.sources.fields import LABEL, Fields, choose, guess, key_text, texts
+from lit_fast.embed.sources.items import Damage, Item, Layout, LeftOut, Names, Sample
+from lit_fast.storage.read import beside, folder, name
 
 _RECORDS = 64  # read at a time
-
-ERRORS = (ValueError, RuntimeError, IndexError, OverflowError, MemoryError)
-
-
-def open_records(path: str) -> ArrayRecordReader:
-    """A reader for records in any order.
-
-    Raises:
-      UserError: the file is remote.
-      ValueError, RuntimeError: it is no array_record file.
-    """
-    if remote.is_remote(path):
-        raise UserError(f"{path}: array_record files are read from a local disk only; copy it first")
-    return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
 
 
 def read_records(path: str, names: Names) -> Iterator[Item]:

@@ -13,11 +13,11 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from embed.sources.fields import IMAGE, PATHS, Fields, choose, texts
-from embed.sources.files import name, open_binary
-from embed.sources.items import MAX_CAPTION, Damage, Item, Layout, LeftOut, Names, Sample
-from embed.sources.paths import file_size, image_directory, inside
+from lit_fast.embed.sources.fields import IMAGE, PATHS, Fields, choose, texts
+from lit_fast.embed.sources.items import MAX_CAPTION, Damage, Item, Layout, LeftOut, Names, Sample
+from lit_fast.embed.sources.paths import file_size, image_directory, inside
 from lit_fast.errors import UserError
+from lit_fast.storage.read import name, open_binary
 
 MAX_LINE = 16 << 20  # characters
 

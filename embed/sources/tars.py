@@ -14,20 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from embed.sources.fields import Fields, choose, key_text, texts
-from embed.sources.files import open_binary
-from embed.sources.items import (
-    IMAGE_SUFFIXES,
-    MAX_IMAGE,
-    Damage,
-    Item,
-    Layout,
-    LeftOut,
-    Names,
-    Sample,
-    is_text,
-)
+from lit_fast.data.images.decode import MAX_IMAGE
+from lit_fast.embed.sources.fields import Fields, choose, key_text, texts
+from lit_fast.embed.sources.items import IMAGE_SUFFIXES, Damage, Item, Layout, LeftOut, Names, Sample, is_text
 from lit_fast.errors import UserError
+from lit_fast.storage.read import open_binary
 
 TEXTS = (".txt", ".json", ".cls")
 MAX_TEXT = 1 << 20

@@ -124,8 +124,8 @@ def _write_scenes(scenes: Path) -> None:
 def _write_page(out: Path, page: Path, commands: list[str], began: float | None) -> None:
     from lit_fast.demo.page import build_page
     from lit_fast.demo.results import confusion, gallery
-    from lit_fast.files import read_json, write_atomic
-    from lit_fast.run import open_run
+    from lit_fast.runs.run import open_run
+    from lit_fast.storage.files import read_json, write_atomic
 
     run = open_run(out / "run")
     right, wrong = gallery(run, out / "retrieval")

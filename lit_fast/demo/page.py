@@ -7,10 +7,10 @@ import html
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lit_fast.charts import Series, chart
-from lit_fast.document import bar, document, section
-from lit_fast.metrics import curve
-from lit_fast.progress import duration
+from lit_fast.report.charts import Series, chart
+from lit_fast.report.html import bar, document, section
+from lit_fast.runs.metrics import curve
+from lit_fast.utils.progress import duration
 
 # Metric -> (what it is in words, whether the curves show it).
 METRICS = {

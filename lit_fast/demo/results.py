@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_fast.dataset import Dataset, open_dataset
+from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.demo.page import Confusion, Query
 from lit_fast.evaluation.zeroshot import classifier
-from lit_fast.run import Run
+from lit_fast.runs.run import Run
 
 SHOWN = 8  # queries of each kind
 FOUND = 5  # pictures per query

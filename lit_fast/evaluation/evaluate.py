@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.dataset import BLOCK, Dataset
+from lit_fast.data.dataset import BLOCK, Dataset
 from lit_fast.errors import UserError
 from lit_fast.evaluation.bootstrap import bootstrap, measured
 from lit_fast.evaluation.ranks import ranks

@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.dataset import Dataset
+from lit_fast.data.dataset import Dataset
+from lit_fast.data.features import Features, matching_features, read_error
 from lit_fast.errors import UserError
 from lit_fast.evaluation.bootstrap import bootstrap
-from lit_fast.features import Features, read_error
-from lit_fast.files import read_json, write_json
-from lit_fast.run import matching_features
+from lit_fast.storage.files import read_json, write_json
 
 SHOTS = (1, 5, 10, 25)
 SEEDS = (0, 1, 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_fast.errors import UserError
-from lit_fast.hub import cache_directory, fetch_file
+from lit_fast.storage.hub import cache_directory, fetch_file
 
 _TABLE = Path(__file__).with_name("known_sets.toml")
 _MAX_BYTES = 100_000_000

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lit_fast.config import LossConfig
+from lit_fast.losses.accumulate import Trained, cosines, embed
 from lit_fast.losses.pairs import Images, Texts, sort_out
-from lit_fast.losses.ring import go_round
-from lit_fast.losses.tile import Trained, cosines, embed
-from lit_fast.losses.tiling import cut_texts, meet_texts
-from lit_fast.mesh import AXIS
+from lit_fast.losses.ring import cut_texts, go_round, meet_texts
+from lit_fast.runtime import AXIS
 
 _CUTS = 64
 _PASSES = 3

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lit_fast.config import LossConfig
-from lit_fast.mesh import AXIS
+from lit_fast.runtime import AXIS
 
 
 class Images(NamedTuple):

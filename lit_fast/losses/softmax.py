@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from lit_fast.config import LossConfig
+from lit_fast.losses.accumulate import Judged, Pairs, Sums, Trained, cosines, embed, pair_sums
 from lit_fast.losses.pairs import Images, Texts, sort_out
-from lit_fast.losses.ring import go_round
-from lit_fast.losses.sums import Judged, Pairs, Sums, pair_sums
-from lit_fast.losses.tile import Trained, cosines, embed
-from lit_fast.losses.tiling import cut_texts, join, meet_texts
+from lit_fast.losses.ring import cut_texts, go_round, join, meet_texts
 
 
 class _Seen(NamedTuple):

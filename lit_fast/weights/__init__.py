@@ -1,1 +1,3 @@
-"""Weights of public vision transformers, in every naming, as parameters of `lit_fast.vit.ViT`."""
+"""Weights of public vision transformers, in every naming, as parameters of `lit_fast.models.vit.ViT`."""
+
+from __future__ import annotations

@@ -17,10 +17,10 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-from lit_fast.architecture import Architecture
 from lit_fast.errors import UserError
-from lit_fast.weights.file import WeightsFile
+from lit_fast.models.architecture import Architecture
 from lit_fast.weights.parameters import Params, Weights, architecture_of, nested, square_grid
+from lit_fast.weights.reader import WeightsFile
 
 _PREFIXES = ("", "params/", "opt/target/", "img/", "params/img/", "opt/target/img/")
 # What may lie beside the tower: its classifier, the other tower, the optimizer.

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_fast.architecture import Architecture
 from lit_fast.errors import UserError
-from lit_fast.variants import Shape
+from lit_fast.models.architecture import Architecture
+from lit_fast.models.sizes import Shape
 
 Params = dict[str, Any]
 

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from lit_fast.errors import UserError
-from lit_fast.weights.file import WeightsFile
+from lit_fast.weights.from_torch import BlockNames, attention, blocks, dense, embedding, mlp, norm, packed
 from lit_fast.weights.parameters import Params, Weights, architecture_of, square_grid
-from lit_fast.weights.safetensors_file import open_safetensors
-from lit_fast.weights.torch_layout import BlockNames, attention, blocks, dense, embedding, mlp, norm, packed
+from lit_fast.weights.reader import WeightsFile, open_safetensors
 
 BLOCKS = BlockNames(
     "blocks.",

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import lit_fast.demo as demo
-from embed.index import index_dataset
-from lit_fast.config import load_config
-from lit_fast.demo import pretrain
+from benchmarks import demo_tower as pretrain
+from lit_fast.config_io import load_config
 from lit_fast.demo.results import confusion, gallery
 from lit_fast.demo.scenes import NOVEL, PAIRS
 from lit_fast.demo.tars import write_captioned, write_classification
+from lit_fast.embed.index import index_dataset
 from lit_fast.errors import UserError
-from lit_fast.towers import load_tower
+from lit_fast.towers.tower import load_tower
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lit_fast.demo.page import Confusion, Query, Series, build_page, chart, curves
+from lit_fast.demo.page import Confusion, Query, build_page, curves
+from lit_fast.report.charts import Series, chart
 
 VOID = {"meta", "img"}
 

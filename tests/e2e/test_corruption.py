@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from lit_fast.cli import main
-from lit_fast.run import open_run
+from lit_fast.cli.main import main
+from lit_fast.runs.run import open_run
 from tests.e2e.trainings import TINY
 from tests.helpers import samples, write_tar
 

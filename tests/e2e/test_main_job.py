@@ -7,9 +7,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from lit_fast.cli import main
-from lit_fast.dataset import open_dataset
-from lit_fast.features import open_features
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import open_dataset
+from lit_fast.data.features import open_features
 from tests.helpers import samples, write_tar
 
 CONFIG = """

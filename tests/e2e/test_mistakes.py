@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from lit_fast.cli import main
+from lit_fast.cli.main import main
 from tests.e2e.trainings import TINY
 from tests.helpers import samples, write_tar
 from tests.synthetic import make_dataset

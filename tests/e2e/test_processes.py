@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from lit_fast.dataset import BLOCK
+from lit_fast.data.dataset import BLOCK
 from tests.e2e.trainings import finish, metrics, start
 from tests.synthetic import make_dataset
 

@@ -20,15 +20,15 @@ from typing import Any
 import jax
 import pytest
 
-from lit_fast.cli import main
-from lit_fast.config import load_config
-from lit_fast.dataset import open_dataset
-from lit_fast.metrics import Spent, read_metrics
-from lit_fast.progress import duration
+from lit_fast.cli.main import main
+from lit_fast.config_io import load_config
+from lit_fast.data.dataset import open_dataset
+from lit_fast.runs.metrics import Spent, read_metrics
+from lit_fast.train.tracking.metrics_writer import MetricsWriter
+from lit_fast.train.tracking.receipt import spent_before
+from lit_fast.train.tracking.report import write_report
+from lit_fast.utils.progress import duration
 from tests.synthetic import make_dataset
-from train.metrics import MetricsWriter
-from train.receipt import spent_before
-from train.report import write_report
 
 CONFIG = """
 [text]

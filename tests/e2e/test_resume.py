@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lit_fast.run import open_run
+from lit_fast.runs.run import open_run
 from tests.e2e.trainings import finish, metrics, start
 from tests.synthetic import make_dataset
 

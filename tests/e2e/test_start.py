@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from lit_fast.cli import main
-from lit_fast.files import sha256
-from lit_fast.run import open_run
-from lit_fast.text import TextTower
-from lit_fast.variants import VARIANTS
+from lit_fast.cli.main import main
+from lit_fast.models.sizes import VARIANTS
+from lit_fast.models.text_tower import TextTower
+from lit_fast.runs.run import open_run
+from lit_fast.storage.files import sha256
 from tests.e2e.trainings import TINY
 from tests.synthetic import make_dataset
-from tests.test_text_weights import apart, drawn, nested
+from tests.weights.test_text import apart, drawn, nested
 
 CONFIG = f"steps = 3{TINY}every_steps = 1\nkeep = 3\n"
 

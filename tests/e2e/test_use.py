@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from lit_fast.cli import main
-from lit_fast.dataset import open_dataset
-from lit_fast.run import open_run
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import open_dataset
+from lit_fast.runs.run import open_run
 from tests.helpers import encoded, picture, tiny_vit_arrays
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lit_fast.metrics import read_metrics
+from lit_fast.runs.metrics import read_metrics
 
 # The first keys of [checkpoint] may follow, and `steps` comes before.
 TINY = """

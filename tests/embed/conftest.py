@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-import embed.extract
-import embed.verify
-import embed.verify_features
-import lit_fast.dataset
-import lit_fast.features
+import lit_fast.data.dataset
+import lit_fast.data.features
+import lit_fast.embed.extract
+import lit_fast.embed.verify.dataset
+import lit_fast.embed.verify.features
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of 1024 rows, so that a small dataset has several."""
-    for module in (lit_fast.dataset, lit_fast.features, embed.extract, embed.verify, embed.verify_features):
+    for module in (
+        lit_fast.data.dataset,
+        lit_fast.data.features,
+        lit_fast.embed.extract,
+        lit_fast.embed.verify.dataset,
+        lit_fast.embed.verify.features,
+    ):
         monkeypatch.setattr(module, "SHARD", 1024)

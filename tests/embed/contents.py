@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_fast.dataset import Dataset
+from lit_fast.data.dataset import Dataset
 
 
 def keys(dataset: Dataset) -> list[str]:

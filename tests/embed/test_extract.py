@@ -16,23 +16,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embed.extract import embed_dataset
-from embed.index import index_dataset
-from embed.journal import Journal
-from lit_fast.cli import main
-from lit_fast.dataset import Dataset, open_dataset
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.features import Features, open_features
+from lit_fast.data.images.decode import decode
+from lit_fast.embed.extract import embed_dataset
+from lit_fast.embed.index import index_dataset
+from lit_fast.embed.journal import Journal
 from lit_fast.errors import UserError
-from lit_fast.features import Features, open_features
-from lit_fast.preprocess import decode
-from lit_fast.towers import load_tower
+from lit_fast.towers.tower import load_tower
 from tests.embed.contents import keys, tree
 from tests.helpers import encoded, picture, samples, tiny_vit_arrays, write_tar
 
 # The commands with shards of 1024 rows, so that a small dataset has several.
 SMALL_SHARDS = (
-    "import sys, lit_fast.dataset as d\n"
+    "import sys, lit_fast.data.dataset as d\n"
     "d.SHARD = 1024\n"
-    "from lit_fast.cli import main\n"
+    "from lit_fast.cli.main import main\n"
     "sys.exit(main(sys.argv[1:]))\n"
 )
 
@@ -305,7 +305,7 @@ def test_full_disk_is_one_line_and_the_work_goes_on(dataset: Dataset, tiny_vit: 
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)\n"
-        "from lit_fast.cli import main\n"
+        "from lit_fast.cli.main import main\n"
         "sys.exit(main(sys.argv[2:]))\n"
     )
     command = ["embed", str(dataset.path), "--tower", str(tiny_vit)]

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embed.extract import embed_dataset
-from embed.index import index_dataset
-from lit_fast.cli import main
-from lit_fast.dataset import Dataset, open_dataset
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest, open_features
+from lit_fast.embed.extract import embed_dataset
+from lit_fast.embed.index import index_dataset
 from lit_fast.errors import UserError
-from lit_fast.features import BFLOAT16, Features, Manifest, features_digest, open_features
-from lit_fast.files import read_json
-from lit_fast.towers import load_tower
+from lit_fast.storage.files import read_json
+from lit_fast.towers.tower import load_tower
 from tests.embed.test_extract import progress_of, start, tree
 from tests.helpers import encoded, picture, write_tar
 
@@ -41,7 +41,7 @@ def grow(tmp_path: Path) -> Dataset:
 @pytest.fixture
 def dataset(tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """1500 rows, one and a half small shards."""
-    monkeypatch.setattr("embed.index.SHARD", 1024)
+    monkeypatch.setattr("lit_fast.embed.index.SHARD", 1024)
     return index_dataset([str(part(tmp_path / "0.tar", 0, 1500))], tmp_path / "d", seed=0)
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import embed.index
-from embed.index import index_dataset
-from lit_fast.cli import main
-from lit_fast.dataset import open_dataset
+import lit_fast.embed.index
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import open_dataset
+from lit_fast.embed.index import index_dataset
 from lit_fast.errors import UserError
-from lit_fast.permutation import permutation
+from lit_fast.utils.permutation import permutation
 from tests.embed.contents import keys, tree
 from tests.helpers import encoded, picture, samples, write_tar
 
@@ -66,7 +66,7 @@ def test_order_depends_on_the_seed_and_not_on_the_arguments(tars: Path, tmp_path
 
 
 def test_groups_keep_files_together(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed.index, "GROUP_ROWS", 15)
+    monkeypatch.setattr(lit_fast.embed.index, "GROUP_ROWS", 15)
     dataset = index_dataset([str(tars)], tmp_path / "d", seed=0)
     files = [int(key) // 10 for key in keys(dataset)]
     assert len(set(files[:20])) == len(set(files[20:])) == 2
@@ -163,7 +163,7 @@ def test_refusals_leave_nothing_behind(tars: Path, tmp_path: Path) -> None:
 
 def test_killed_indexing_leaves_no_dataset_and_can_be_redone(tars: Path, tmp_path: Path) -> None:
     script = (
-        "import sys, time, embed.index as e\n"
+        "import sys, time, lit_fast.embed.index as e\n"
         "e.GROUP_ROWS = 10\n"
         "read = e.read_source\n"
         "def slow(*a, **k):\n    time.sleep(0.2); return read(*a, **k)\n"

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-import lit_fast.dataset
-import lit_fast.records
-from embed.fetch import Fetcher
-from embed.index import index_dataset
-from embed.tokenize import tokenize_dataset
-from lit_fast.cli import main
-from lit_fast.dataset import Row, Source, open_dataset
+import lit_fast.data.dataset
+import lit_fast.data.records
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import Row, Source, open_dataset
+from lit_fast.data.images.reader import Fetcher
+from lit_fast.data.tokens import open_tokens
+from lit_fast.embed.index import index_dataset
+from lit_fast.embed.tokenize import tokenize_dataset
 from lit_fast.errors import UserError
-from lit_fast.tokens import open_tokens
 from tests.embed.contents import captions, keys, tree
 from tests.helpers import encoded, picture, samples, write_tar
 
@@ -96,8 +96,8 @@ def test_a_grown_dataset_equals_one_written_at_once(
     first: int, second: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks, digests and counts, for all places of the border in block, record file and shard."""
-    monkeypatch.setattr(lit_fast.dataset, "SHARD", 2048)
-    monkeypatch.setattr(lit_fast.records, "FILE_RECORDS", 2)
+    monkeypatch.setattr(lit_fast.data.dataset, "SHARD", 2048)
+    monkeypatch.setattr(lit_fast.data.records, "FILE_RECORDS", 2)
     sources = [Source("/nowhere.tar", 1)]
     rows = [
         Row(f"k{i}", 0, i, 1, ("a", f"b{i}")[: i % 3], i % 2 - 1, ("en", "")[: i % 3] if i % 5 else ())
@@ -106,7 +106,7 @@ def test_a_grown_dataset_equals_one_written_at_once(
     for path, parts in (("one", [rows]), ("two", [rows[:first], rows[first:]])):
         grow = None
         for part in parts:
-            writer = lit_fast.dataset.DatasetWriter(tmp_path / path, grow=grow)
+            writer = lit_fast.data.dataset.DatasetWriter(tmp_path / path, grow=grow)
             for row in part:
                 writer.add(row)
             grow = writer.finish(seed=0, sources=sources)
@@ -124,10 +124,10 @@ def test_killed_at_any_step_of_the_end(tars: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "start", tmp_path / "whole")
     whole = index_dataset([str(tars)], tmp_path / "whole", seed=0, append=True)
     script = (
-        "import os, sys, signal, embed.index, lit_fast.dataset as d\n"
+        "import os, sys, signal, lit_fast.embed.index, lit_fast.data.dataset as d\n"
         "def die(*a): os.kill(os.getpid(), signal.SIGKILL)\n"
         "setattr(d, sys.argv[1], die)\n"
-        "from lit_fast.cli import main\n"
+        "from lit_fast.cli.main import main\n"
         "main(sys.argv[2:])\n"
     )
     for number, (step, rows) in enumerate(
@@ -150,12 +150,12 @@ def test_killed_while_writing(tars: Path, tmp_path: Path) -> None:
     index_dataset([f"{tars}/0.tar"], out, seed=0)
     before = tree(out)
     script = (
-        "import sys, time, embed.index as e\n"
+        "import sys, time, lit_fast.embed.index as e\n"
         "e.GROUP_ROWS = 10\n"
         "read = e.read_source\n"
         "def slow(*a, **k):\n    time.sleep(0.3); return read(*a, **k)\n"
         "e.read_source = slow\n"
-        "from lit_fast.cli import main\n"
+        "from lit_fast.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     command = ["index", str(tars), "--out", str(out), "--append"]

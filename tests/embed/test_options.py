@@ -9,15 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from embed.extract import embed_dataset
-from embed.index import index_dataset
-from lit_fast.cli import main
-from lit_fast.dataset import Dataset
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import Dataset
+from lit_fast.data.features import embed_command, matching_features, open_features, with_views
+from lit_fast.data.images.decode import decode
+from lit_fast.embed.extract import embed_dataset
+from lit_fast.embed.index import index_dataset
 from lit_fast.errors import UserError
-from lit_fast.features import embed_command, open_features, with_views
-from lit_fast.preprocess import decode
-from lit_fast.run import image_embeddings, matching_features
-from lit_fast.towers import load_tower
+from lit_fast.runs.run import image_embeddings
+from lit_fast.towers.tower import load_tower
 from tests.helpers import encoded, picture, write_tar
 
 

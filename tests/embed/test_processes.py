@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from embed.extract import embed_dataset
-from lit_fast.features import open_features
+from lit_fast.data.features import open_features
+from lit_fast.embed.extract import embed_dataset
 from tests.embed.test_extract import SMALL_SHARDS, many, progress_of, tree
 
 
@@ -91,7 +91,7 @@ def test_an_unfinished_share_of_somebody_at_work_is_not_mentioned(
     assert b"into" in out
 
 
-PLACE = "from lit_fast.processes import join, place; import jax, sys\n"
+PLACE = "from lit_fast.runtime import join, place; import jax, sys\n"
 
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:

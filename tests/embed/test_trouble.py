@@ -15,11 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from embed.device import Waiting, results
-from embed.extract import embed_dataset
-from embed.images import Batch
-from embed.index import index_dataset
-from lit_fast.dataset import Dataset
+from lit_fast.data.dataset import Dataset
+from lit_fast.embed.extract import embed_dataset
+from lit_fast.embed.index import index_dataset
+from lit_fast.embed.pipeline import Batch, Waiting, results
 from lit_fast.errors import UserError
 from tests.embed.test_extract import SMALL_SHARDS, many, tree
 from tests.helpers import write_tar

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.dataset import Dataset, DatasetWriter, Row
-from lit_fast.features import BFLOAT16, Features, Manifest
-from lit_fast.files import write_json
+from lit_fast.data.dataset import Dataset, DatasetWriter, Row
+from lit_fast.data.features import BFLOAT16, Features, Manifest
+from lit_fast.storage.files import write_json
 
 WIDTH = 16
 COLOURS = ("red", "green", "blue")

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lit_fast.cli import main
-from lit_fast.dataset import DatasetWriter, Row
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import DatasetWriter, Row
 from lit_fast.errors import UserError
 from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.table import format_table, without_languages
-from lit_fast.files import write_json
+from lit_fast.storage.files import write_json
 from tests.evaluation.sets import (
     WIDTH,
     add_features,
@@ -206,9 +206,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of an untrained tower of one layer, with its checkpoints 3 and 7."""
     import jax
 
-    from lit_fast.checkpoint import open_manager, save
-    from lit_fast.config import Config, TextConfig, to_toml
-    from lit_fast.run import init_params, text_tower
+    from lit_fast.config import Config, TextConfig
+    from lit_fast.config_io import to_toml
+    from lit_fast.models.two_towers import init_params, text_tower
+    from lit_fast.runs.checkpoint import open_manager, save
     from tests.trained import words
 
     path = tmp_path_factory.mktemp("runs") / "tiny-run"
@@ -300,7 +301,7 @@ def test_mistakes_are_found_before_the_weights_are_loaded(
     def never(*_: Any) -> None:
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("lit_fast.run.open_run", never)
+    monkeypatch.setattr("lit_fast.runs.run.open_run", never)
     good, other, bare = (coloured(tmp_path / name) for name in ("good", "other", "bare"))
     add_features(good)
     add_features(other, identity="def")

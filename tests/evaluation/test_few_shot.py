@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from lit_fast.cli import main
-from lit_fast.dataset import Dataset, DatasetWriter, Row, open_dataset
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import Dataset, DatasetWriter, Row, open_dataset
+from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest, open_features, with_views
 from lit_fast.errors import UserError
 from lit_fast.evaluation import few_shot
 from lit_fast.evaluation.few_shot import (
@@ -28,8 +29,7 @@ from lit_fast.evaluation.few_shot import (
     first,
     intervals,
 )
-from lit_fast.features import BFLOAT16, Features, Manifest, features_digest, open_features, with_views
-from lit_fast.files import write_json
+from lit_fast.storage.files import write_json
 from tests.helpers import write_tar
 
 WIDTH = 12

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lit_fast.dataset import Dataset, DatasetWriter, Row
+from lit_fast.data.dataset import Dataset, DatasetWriter, Row
 from lit_fast.evaluation.bootstrap import measured
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.ranks import ranks
 from lit_fast.evaluation.zeroshot import accuracies, accuracy_table
-from lit_fast.files import json_bytes
+from lit_fast.storage.files import json_bytes
 from tests.torch_packages import import_package
 
 WIDTH = 24

@@ -8,7 +8,7 @@ import pytest
 
 from lit_fast.config import OptimizerConfig
 from lit_fast.errors import UserError
-from train.optimizer import make_optimizer, make_schedule
+from lit_fast.train.optimizer import make_optimizer, make_schedule
 
 STEPS, WARMUP = 50, 5
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from lit_fast.config import Config, LossConfig, OptimizerConfig, StreamConfig, TextConfig
-from lit_fast.mesh import dealt, make_mesh, replicated
-from lit_fast.run import embed_ids, init_params
-from lit_fast.text import TextTower
-from lit_fast.variants import Shape
-from train.optimizer import make_optimizer
-from train.step import init_state, make_step
+from lit_fast.models.sizes import Shape
+from lit_fast.models.text_tower import TextTower
+from lit_fast.models.two_towers import embed_ids, init_params
+from lit_fast.runtime import dealt, make_mesh, replicated
+from lit_fast.train.optimizer import make_optimizer
+from lit_fast.train.step import init_state, make_step
 
 WIDTH, LENGTH, VOCAB = 24, 8, 100
 SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=2)

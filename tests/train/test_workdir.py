@@ -6,11 +6,12 @@ import sys
 import pytest
 
 from lit_fast.errors import UserError
-from train.workdir import lock_workdir
+from lit_fast.train.workdir import lock_workdir
 
 
 def test_one_training_at_a_time(tmp_path):
-    code = f"from pathlib import Path; from train.workdir import lock_workdir; lock_workdir(Path({str(tmp_path)!r}))"
+    code = "from pathlib import Path; from lit_fast.train.workdir import lock_workdir; "
+    code += f"lock_workdir(Path({str(tmp_path)!r}))"
     with lock_workdir(tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "another process is training there" in other.stderr

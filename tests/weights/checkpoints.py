@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lit_fast.errors import UserError
-from lit_fast.towers import load_tower
+from lit_fast.towers.tower import load_tower
 
 Arrays = dict[str, np.ndarray]
 

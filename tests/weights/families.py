@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lit_fast.towers import Tower
+from lit_fast.towers.tower import Tower
 
 # What the processors of the families write; the pixels themselves are given to the models directly.
 PROCESSOR = {

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lit_fast.errors import UserError
-from lit_fast.towers import load_tower
+from lit_fast.towers.tower import load_tower
 from tests.reference import torch_vit
 from tests.weights.checkpoints import HEADS, SIZE, WIDTH, random_weights, write_huggingface, write_timm
 from tests.weights.families import pixels

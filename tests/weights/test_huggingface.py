@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_fast.towers import load_tower
+from lit_fast.towers.tower import load_tower
 from tests.torch_packages import import_package
 from tests.weights.families import assert_same_features, save_processor, shaken
 

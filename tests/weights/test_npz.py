@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_fast.errors import UserError
-from lit_fast.towers import load_tower
+from lit_fast.towers.tower import load_tower
 from tests.helpers import tiny_vit_arrays
 from tests.reference import torch_vit
 from tests.weights.checkpoints import HEADS, SIZE, load_or_refuse, random_weights, write_npz

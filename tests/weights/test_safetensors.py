@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lit_fast.errors import UserError
-from lit_fast.towers import load_tower
+from lit_fast.towers.tower import load_tower
 from tests.weights.checkpoints import WIDTH, load_or_refuse, random_weights, write_huggingface, write_timm
 
 VIT = random_weights(tokens={"cls_token": 1}, positions=1)

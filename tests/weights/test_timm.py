@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lit_fast.towers import load_tower
+from lit_fast.towers.tower import load_tower
 from lit_fast.weights.timm import epsilon_of, gelu_of, heads_of, supported
 from tests.torch_packages import import_package
 from tests.weights.families import assert_same_features, shaken

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lit_fast.architecture import Architecture
 from lit_fast.config import TextConfig
 from lit_fast.errors import UserError
-from lit_fast.model import Model
-from lit_fast.text import EPSILON
-from train.export.card import model_card, rounding
+from lit_fast.inference.model import Model
+from lit_fast.models.architecture import Architecture
+from lit_fast.models.text_tower import EPSILON
+from lit_fast.train.export.card import model_card, rounding
 
 WEIGHTS = "model.npz"
 
@@ -43,7 +43,7 @@ model = two_towers.Model(**config)
 images, texts, extra = model.apply({{"params": params}}, pixels, ids)  # {extra}
 ```
 
-`pixels`: float32 [n, {size}, {size}, 3], made by `{method}` (lit_fast/preprocess.py), less {mean}, divided by {std}.
+`pixels`: float32 [n, {size}, {size}, 3], made by `{method}` (`lit_fast.towers`), less {mean}, divided by {std}.
 `ids`: int32 [m, {length}]: `tokenize(max_len={length}, eos="sticky", pad_value={pad}, model="tokenizer.model")`.
 
 Back into lit_fast: `lit-fast embed D --tower model.npz {options}`, and

@@ -8,9 +8,9 @@ from typing import Any
 
 from lit_fast.errors import UserError
 from lit_fast.evaluation.table import format_table
-from lit_fast.known_towers import known_towers
-from lit_fast.model import Model
-from train.evaluation import AVERAGED
+from lit_fast.inference.model import Model
+from lit_fast.train.evaluator import AVERAGED
+from lit_fast.weights.registry import known_towers
 
 _LIMITS = """\
 The model says how well an image and a text go together, and no more than its training pairs could teach it: it has

@@ -16,9 +16,9 @@ import base64
 from pathlib import Path
 from typing import Any
 
+from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
-from lit_fast.files import write_json
-from lit_fast.tokens import Tokenizer
+from lit_fast.storage.files import write_json
 
 _SPACE = "\u2581"
 # Types of pieces and models in sentencepiece_model.proto.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lit_fast.towers import Tower
+from lit_fast.towers.tower import Tower
 from lit_fast.weights.parameters import Params
 
 

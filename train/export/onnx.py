@@ -20,19 +20,108 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from lit_fast.errors import UserError
 from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates, classifier
-from lit_fast.files import read_lines
-from lit_fast.model import Model
-from lit_fast.normalize import normalize
-from lit_fast.run import Params, embed_ids, text_tower
-from lit_fast.text import TextTower
-from train.export.card import model_card, rounding
-from train.export.onnx_use import use
+from lit_fast.inference.model import Model
+from lit_fast.models.text_tower import TextTower
+from lit_fast.models.two_towers import Params, embed_ids, text_tower
+from lit_fast.storage.files import read_lines
+from lit_fast.train.export.card import model_card, rounding
+from lit_fast.utils.normalize import normalize
+
+if TYPE_CHECKING:
+    from lit_fast.inference.model import Model
+
+
+# How the files of an ONNX export are used: the part of its model card whose Python runs as it stands.
+
+
+_TEXT = """\
+Embeddings are float32 of unit length; the dot product of an image's and a text's is their cosine.
+
+```python
+import numpy as np
+import onnxruntime
+import sentencepiece
+
+pieces = sentencepiece.SentencePieceProcessor(model_file="tokenizer.model")
+
+def tokenize(caption):  # ASCII letters in lower case; cut, ended and padded
+    ids = pieces.encode(caption.encode().lower().decode())[:{cut}] + [{eos}]
+    return ids + [{pad}] * ({length} - len(ids))
+
+text_tower = onnxruntime.InferenceSession("text.onnx")
+(texts,) = text_tower.run(None, {{"ids": np.array([tokenize("a dog"), tokenize("a flower")])}})
+```
+"""
+
+_VISION = """
+An image becomes uint8 pixels as {method} of lit_fast does it; mean and standard deviation are in the graph.
+
+```python
+from lit_fast.data.images.decode import decode
+from lit_fast.towers.preprocess import Preprocess
+
+preprocess = Preprocess.from_dict({preprocess})
+image = decode(open("image.jpg", "rb").read(), at_least=preprocess.at_least, alpha=preprocess.alpha)
+pixels = preprocess.apply(image)
+(images,) = onnxruntime.InferenceSession("vision.onnx").run(None, {{"images": pixels[None]}})
+```
+"""
+
+_NO_VISION = """
+`images`, float32 [n, {width}], are made by `lit_fast.load(...).embed_image`, or by the graph that
+`lit-fast export --format onnx --vision` writes.
+"""
+
+_SIGMOID = """
+The probability that an image and a text belong together, each pair by itself:
+
+```python
+probabilities = 1 / (1 + np.exp(-({temperature:.9g} * images @ texts.T {bias:+.9g})))
+```
+"""
+
+_SOFTMAX = """
+The probability of each text among those given:
+
+```python
+logits = {temperature:.9g} * images @ texts.T
+weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+probabilities = weights / weights.sum(axis=1, keepdims=True)
+```
+"""
+
+_ZERO_SHOT = """
+`zero_shot.npy` holds an embedding of every class of `classes.txt`:
+
+```python
+classes, names = np.load("zero_shot.npy"), open("classes.txt", encoding="utf-8").read().splitlines()
+print([names[i] for i in (images @ classes.T).argmax(axis=1)])
+```
+"""
+
+
+def use(model: Model, vision: bool, zero_shot: bool) -> str:
+    """Markdown, for an export with or without vision tower and zero-shot head."""
+    tokenizer, params = model.tokenizer, model.params
+    length = tokenizer.max_length
+    text = _TEXT.format(cut=length - 1, length=length, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+    if vision:
+        how = model.tower.preprocess
+        text += _VISION.format(method=how.method, preprocess=how.to_dict())
+    else:
+        text += _NO_VISION.format(width=model.width)
+    bias = float(params["b"][0]) if "b" in params else 0.0
+    score = _SOFTMAX if model.loss.name == "softmax" else _SIGMOID
+    text += score.format(temperature=math.exp(float(params["t"][0])), bias=bias)
+    return text + (_ZERO_SHOT if zero_shot else "")
+
 
 # Largest distance between unit vectors. Float32 sums in another order: 4e-7 after one layer, 1e-6 after twelve
 # (ViT-Ti/16); a GELU of the other kind: 1e-4 after one, 2e-3 after twelve.
@@ -99,8 +188,8 @@ def write(
 
 
 def _write_text(model: Model, path: Path) -> None:
-    from train.export.onnx_graph import Graph
-    from train.export.onnx_towers import text_embeddings
+    from lit_fast.train.export.onnx_graph import Graph
+    from lit_fast.train.export.onnx_towers import text_embeddings
 
     tower = text_tower(dataclasses.replace(model.config, dtype="float32"), model.tokenizer, model.width)
     graph = Graph()
@@ -117,8 +206,8 @@ def _write_text(model: Model, path: Path) -> None:
 
 
 def _write_vision(model: Model, path: Path) -> None:
-    from train.export.onnx_graph import Graph
-    from train.export.onnx_towers import image_embeddings
+    from lit_fast.train.export.onnx_graph import Graph
+    from lit_fast.train.export.onnx_towers import image_embeddings
 
     tower, size = model.tower, model.tower.preprocess.size
     graph = Graph()

@@ -1,4 +1,4 @@
-"""The two towers as ONNX graphs, operator by operator as `lit_fast.text` and `lit_fast.vit` compute them.
+"""The two towers as ONNX graphs, operator by operator as `lit_fast.models` computes them.
 
 Everything is float32. Functions take the graph, the name of their input value and their parameters, and
 return the name of their output value; `name` is where the parameters stand, and what the file calls them.
@@ -12,21 +12,21 @@ from collections.abc import Callable
 import numpy as np
 from onnx import TensorProto
 
-from lit_fast import text
-from lit_fast.architecture import Architecture
-from lit_fast.normalize import EPSILON
-from lit_fast.run import Params
-from lit_fast.text import TextTower
-from lit_fast.towers import Tower
-from lit_fast.variants import Shape
-from train.export.onnx_graph import Graph
+from lit_fast.models import text_tower as text
+from lit_fast.models.architecture import Architecture
+from lit_fast.models.sizes import Shape
+from lit_fast.models.text_tower import TextTower
+from lit_fast.models.two_towers import Params
+from lit_fast.towers.tower import Tower
+from lit_fast.train.export.onnx_graph import Graph
+from lit_fast.utils.normalize import EPSILON
 
 Take = Callable[[str], str]
 """[batch, length, width] -> [batch, 1, width]: the position that is pooled."""
 
 
 def text_embeddings(graph: Graph, ids: str, tower: TextTower, params: Params) -> str:
-    """int64 [batch, length] -> normalised float32 [batch, width] (`lit_fast.run.embed_ids`)."""
+    """int64 [batch, length] -> normalised float32 [batch, width] (`lit_fast.models.two_towers.embed_ids`)."""
     p = params["txt"]
     x = graph.add("Gather", graph.weight("txt/Embed_0/embedding", p["Embed_0"]["embedding"]), ids)
     if tower.embedding_width:
@@ -117,7 +117,7 @@ def _encoder(
     mask: str | None = None,
     take: Take | None = None,
 ) -> str:
-    """`lit_fast.transformer.Encoder`, its stacked layers one by one."""
+    """`lit_fast.models.transformer.Encoder`, its stacked layers one by one."""
     for layer in range(shape.depth):
         one, inside = _layer(p["encoderblock"], layer), f"{name}/encoderblock_{layer}"
         keys = queries = _norm(graph, x, one["LayerNorm_0"], f"{inside}/LayerNorm_0", epsilon)
@@ -140,7 +140,7 @@ def _layer(p: Params, index: int) -> Params:
 def _attention(
     graph: Graph, queries: str, keys: str, p: Params, name: str, heads: int, mask: str | None
 ) -> str:
-    """`lit_fast.attention.MultiHeadDotProductAttention`."""
+    """`lit_fast.models.transformer.MultiHeadDotProductAttention`."""
 
     def project(part: str, x: str, perm: list[int]) -> str:
         x = _dense(graph, x, p[part], f"{name}/{part}")
@@ -180,7 +180,7 @@ def _map_head(
     epsilon: float,
     mask: str | None = None,
 ) -> str:
-    """`lit_fast.map_head.MAPHead`; one learned query serves all of the batch."""
+    """`lit_fast.models.transformer.MAPHead`; one learned query serves all of the batch."""
     probe = graph.weight(f"{name}/probe", p["probe"])
     attention = "MultiHeadDotProductAttention_0"
     x = _attention(graph, probe, x, p[attention], f"{name}/{attention}", shape.heads, mask)
@@ -201,7 +201,7 @@ def _norm(graph: Graph, x: str, p: Params, name: str, epsilon: float) -> str:
 
 
 def _normalize(graph: Graph, x: str) -> str:
-    """`lit_fast.normalize.normalize`."""
+    """`lit_fast.utils.normalize.normalize`."""
     norm = graph.add("ReduceL2", x, axes=[-1], keepdims=1)
     return graph.add("Div", x, graph.add("Add", norm, np.float32(EPSILON)))
 

@@ -2,7 +2,7 @@
 
     text tower                          in open_clip
     pooling "last", "first"             its TextTransformer, as it is
-    "mean"; any with a masked padding   the same with one more layer, see `train.export.pooling_layer`
+    "mean"; any with a masked padding   the same with one more layer, see `lit_fast.train.export.pooling_layer`
     vision tower
     ViT, DeiT, DINOv2, CLIP             its VisionTransformer, as it is
     SigLIP, registers, quick GELU       timm's ViT of the same shape, where timm has a name for it
@@ -23,22 +23,22 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from lit_fast.architecture import Architecture
 from lit_fast.errors import UserError
-from lit_fast.files import write_json
-from lit_fast.model import Model
-from lit_fast.text import EPSILON
-from lit_fast.towers import Tower
+from lit_fast.inference.model import Model
+from lit_fast.models.architecture import Architecture
+from lit_fast.models.text_tower import EPSILON
+from lit_fast.storage.files import write_json
+from lit_fast.towers.tower import Tower
+from lit_fast.train.export.card import model_card, probability, rounding
+from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
+from lit_fast.train.export.image_side import centered_norm
+from lit_fast.train.export.pixels import check_open_clip, open_clip_preprocess
+from lit_fast.train.export.pooling_layer import plain, with_pooling_layer
+from lit_fast.train.export.timm_names import timm_name
+from lit_fast.weights.from_torch import BlockNames
 from lit_fast.weights.parameters import Params
 from lit_fast.weights.timm import BLOCKS as TIMM_BLOCKS
-from lit_fast.weights.torch_layout import BlockNames
-from train.export.card import model_card, probability, rounding
-from train.export.hf_tokenizer import check_tokenizer, write_tokenizer
-from train.export.image_side import centered_norm
-from train.export.pixels import check_open_clip, open_clip_preprocess
-from train.export.pooling_layer import plain, with_pooling_layer
-from train.export.timm_names import timm_name
-from train.export.torch_tensors import Tensors, attention, blocks, contiguous, dense, mlp, norm, patches
+from lit_fast.weights.to_torch import Tensors, attention, blocks, contiguous, dense, mlp, norm, patches
 
 _BLOCKS = BlockNames(
     "transformer.resblocks.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lit_fast.errors import UserError
-from lit_fast.preprocess import INTERPOLATIONS, Preprocess
+from lit_fast.towers.preprocess import INTERPOLATIONS, Preprocess
 
 _OPEN_CLIP_FILTERS = ("bilinear", "bicubic")
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_fast.text import EPSILON
+from lit_fast.models.text_tower import EPSILON
 from lit_fast.weights.parameters import Params
 
 GAIN = 2.0**40
@@ -59,7 +59,7 @@ def with_pooling_layer(txt: Params, pooling: str, end: int | None) -> PooledTowe
     """A tower whose output at any position is the pooled one, but for a positive factor.
 
     Args:
-      txt: a text tower without MAP head, see `lit_fast.text`.
+      txt: a text tower without MAP head, see `lit_fast.models.text_tower`.
       pooling: "mean", "first" or "last".
       end: id of end-of-sentence where padding is masked, by the caller's code base: "last" is its position.
         None: nothing is masked, and all texts have the same length.

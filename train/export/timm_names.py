@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from lit_fast.architecture import Architecture
-from lit_fast.variants import VARIANTS
+from lit_fast.models.architecture import Architecture
+from lit_fast.models.sizes import VARIANTS
 from lit_fast.weights.timm import epsilon_of, gelu_of
 
 # By the letter of the variant. A name says the patch and, if it is not 518 pixels, the size.

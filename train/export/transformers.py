@@ -9,7 +9,7 @@
     SigLIP                                        SiglipVisionModel
                             "last", "first", "mean", masked or not
                                                   MegatronBertModel: pre-LN, bidirectional, learned positions; its
-                                                  pooling is ours by `train.export.pooling_layer`
+                                                  pooling is ours by `lit_fast.train.export.pooling_layer`
 
 Names and formulas are those of transformers' model files. Centring, which they do not know, becomes a part of
 the last bias on the image's side.
@@ -23,21 +23,21 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from lit_fast.architecture import Architecture
 from lit_fast.errors import UserError
-from lit_fast.files import write_json
-from lit_fast.model import Model
-from lit_fast.text import EPSILON
-from lit_fast.towers import Tower
+from lit_fast.inference.model import Model
+from lit_fast.models.architecture import Architecture
+from lit_fast.models.text_tower import EPSILON
+from lit_fast.storage.files import write_json
+from lit_fast.towers.tower import Tower
+from lit_fast.train.export.card import model_card, probability, rounding
+from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
+from lit_fast.train.export.image_side import centered_map_head, centered_norm
+from lit_fast.train.export.pixels import image_processor
+from lit_fast.train.export.pooling_layer import plain, with_pooling_layer
+from lit_fast.weights.from_torch import BlockNames
 from lit_fast.weights.huggingface import ACTIVATION_NAMES, CLIP_BLOCKS, DINOV2_BLOCKS, VIT_BLOCKS
 from lit_fast.weights.parameters import Params
-from lit_fast.weights.torch_layout import BlockNames
-from train.export.card import model_card, probability, rounding
-from train.export.hf_tokenizer import check_tokenizer, write_tokenizer
-from train.export.image_side import centered_map_head, centered_norm
-from train.export.pixels import image_processor
-from train.export.pooling_layer import plain, with_pooling_layer
-from train.export.torch_tensors import Tensors, attention, blocks, contiguous, dense, mlp, norm, patches
+from lit_fast.weights.to_torch import Tensors, attention, blocks, contiguous, dense, mlp, norm, patches
 
 _MEGATRON = BlockNames(
     "encoder.layer.",

@@ -1,1 +1,0 @@
-"""Features that others have computed, made into a dataset."""

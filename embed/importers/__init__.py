@@ -1,0 +1,3 @@
+"""Features that others have computed, made into a dataset."""
+
+from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The command `lit-fast`: argument parsing and printing."""

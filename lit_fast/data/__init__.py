@@ -1,0 +1,1 @@
+"""Datasets on disk: rows, features, tokens, images."""

@@ -1,0 +1,1 @@
+"""Images of a dataset: the bytes of one row, decoded to RGB."""

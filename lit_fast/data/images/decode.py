@@ -1,0 +1,87 @@
+"""Decode an image file to RGB, within limits of size."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+MAX_IMAGE = 256 << 20  # bytes
+
+MAX_PIXELS = 64_000_000
+
+# Each scan of a progressive JPEG passes over all pixels, however few bytes it has. Encoders write about ten.
+_MAX_SCANS = 100
+_FULL: Any = ("full size",)  # key in `Image.info`; no file can set it, since those of files are strings
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used; the message is a short reason without the file's name."""
+
+
+def decode(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None, alpha: str = "drop"
+) -> Image.Image:
+    """Decode an image file into an RGB image.
+
+    * The format is sniffed from the content: JPEG, PNG, WebP, GIF or BMP, nothing else, whatever the file's
+      name.
+    * The size in the header must be at most `max_pixels`; this is checked before anything is decoded.
+      JPEGs of more than 100 scans and PNGs with more than 1 MB of compressed text are refused.
+    * Of an animation the first frame is taken. The EXIF rotation is ignored, as timm and torchvision do
+      (transformers' `load_image` turns the picture).
+    * Other modes become RGB by `rgb`; CMYK JPEGs are taken as inverted, as Adobe writes them, and of 16-bit
+      colour the high byte is taken, as PIL does.
+    * With `at_least` libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 if its short side keeps that many pixels.
+
+    Raises:
+      ImageError: the file is not such an image, is too large, truncated or damaged.
+    """
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise ImageError(f"JPEG with more than {_MAX_SCANS} scans")
+    if data[8:16] == b"WEBPVP8X":  # PIL makes the canvas when it opens the file
+        width, height = (1 + int.from_bytes(data[i : i + 3], "little") for i in (24, 27))
+        _check_pixels(width, height, max_pixels)
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as image:
+            _check_pixels(*image.size, max_pixels)
+            full = image.size
+            draft = None if at_least is None else image.draft(None, (at_least, at_least))  # type: ignore[arg-type]
+            image.load()
+            result = rgb(image, alpha)
+            if draft and result.size != full:
+                result.info[_FULL] = full, draft[1]
+            return result
+    except (ImageError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError:
+        raise ImageError("not a JPEG, PNG, WebP, GIF or BMP image") from None
+    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, IndexError, ...
+        # No address of an object may stay in the reason: it is stored, and must be the same each time.
+        reason = re.sub(r"\s*<.*?>", "", " ".join(str(error).split()))[:100]
+        raise ImageError(f"damaged image: {reason or type(error).__name__}") from None
+
+
+def rgb(image: Image.Image, alpha: str = "drop") -> Image.Image:
+    """A PIL image of any mode in RGB.
+
+    * Grey, palette and CMYK by PIL's `convert("RGB")`, as everywhere; colour profiles are ignored.
+      Transparency: see `Preprocess.alpha`.
+    * 16-bit grey is scaled to 8 bits (value / 257, rounded), where PIL's conversion would clip.
+    """
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.uint32).clip(0, 65_535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if alpha == "white" and ("A" in image.getbands() or image.info.get("transparency") is not None):
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    image.info.pop("transparency", None)  # would print a warning; the colours are the same
+    return image.convert("RGB")
+
+
+def _check_pixels(width: int, height: int, limit: int) -> None:
+    if width * height > limit:
+        raise ImageError(f"{width} x {height} pixels are more than the limit of {limit}")

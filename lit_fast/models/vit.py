@@ -1,0 +1,73 @@
+"""The vision transformer that embeds images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lit_fast.models.architecture import Architecture
+from lit_fast.models.dense import Dense
+from lit_fast.models.transformer import Encoder, MAPHead
+
+
+class ViT(nn.Module):
+    """A ViT without classifier: the pooled vector.
+
+    images: float [n, size, size, 3], already normalised -> float32 [n, architecture.width]. The
+    positional embedding covers the patches only and is added before class and register tokens are put in
+    front; these carry their own positions, if any (big_vision, models/vit.py).
+    """
+
+    architecture: Architecture
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        a, width = self.architecture, self.architecture.shape.width
+        x = nn.Conv(
+            width,
+            (a.patch, a.patch),
+            strides=(a.patch, a.patch),
+            padding="VALID",
+            dtype=self.dtype,
+            name="embedding",
+        )(images.astype(self.dtype))
+        n, h, w, _ = x.shape
+        x = x.reshape(n, h * w, width)
+        init = nn.initializers.normal(stddev=width**-0.5)
+        x = x + self.param("pos_embedding", init, (1, h * w, width), jnp.float32).astype(self.dtype)
+        front = []
+        if a.class_token:
+            front.append(self.param("cls", nn.initializers.zeros, (1, 1, width), jnp.float32))
+        if a.registers:
+            front.append(self.param("registers", init, (1, a.registers, width), jnp.float32))
+        if front:
+            tokens = jnp.concatenate(front, axis=1).astype(self.dtype)
+            x = jnp.concatenate([jnp.tile(tokens, (n, 1, 1)), x], axis=1)
+        if a.pre_norm:
+            x = nn.LayerNorm(epsilon=a.epsilon, use_fast_variance=False, name="pre_norm")(x)
+        encoder = Encoder(
+            a.shape,
+            a.gelu,
+            a.epsilon,
+            dtype=self.dtype,
+            final_norm=not a.norm_after_pool,
+            name="Transformer",
+        )
+        x = encoder(x) if a.pool in ("gap", "map") else encoder(x, position=jnp.zeros((n, 1), jnp.int32))
+        if a.pool == "gap":
+            x = x[:, -h * w :].mean(axis=1)
+        elif a.pool == "map":
+            x = MAPHead(a.shape, a.gelu, a.epsilon, self.dtype)(x[:, -h * w :])[:, 0]
+        else:
+            x = x[:, 0]
+        if a.norm_after_pool:
+            x = nn.LayerNorm(
+                epsilon=a.epsilon, use_fast_variance=False, dtype=jnp.float32, name="pooled_norm"
+            )(x)
+        if a.pool == "projection":
+            x = Dense((a.projection,), use_bias=False, dtype=self.dtype, name="projection")(x)
+        return x.astype(jnp.float32)

@@ -1,0 +1,1 @@
+"""A frozen vision tower: weights, model, preprocessing and pooling."""

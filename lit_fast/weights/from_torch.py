@@ -1,0 +1,153 @@
+"""From PyTorch's layout of a transformer's weights to big_vision's: transposed kernels, heads apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lit_fast.errors import UserError
+from lit_fast.weights.parameters import Params, nested
+from lit_fast.weights.reader import WeightsFile
+
+
+class BlockNames(NamedTuple):
+    """What one code base calls the parts of a block; `fc1` and `fc2` may have alternatives."""
+
+    block: str  # before the number
+    norms: tuple[str, str]
+    attention: tuple[str, str, str, str]  # query, key, value, out
+    mlps: tuple[tuple[str, str], ...]
+    scales: tuple[tuple[str, str], ...] = ()  # LayerScale, absent in some families
+
+
+def embedding(file: WeightsFile, name: str, bias: bool) -> Params:
+    """Patch embedding [width, 3, patch, patch] as a convolution kernel [patch, patch, 3, width].
+
+    Raises:
+      UserError: it is missing or not that of square patches of RGB images.
+    """
+    kernel = file.take(f"{name}.weight", None, 3, None, None).transpose(2, 3, 1, 0)
+    if kernel.shape[0] != kernel.shape[1]:
+        raise UserError(
+            f"{file.path}: patches of {kernel.shape[0]} x {kernel.shape[1]} pixels are not square"
+        )
+    width = kernel.shape[-1]
+    return {
+        "kernel": np.ascontiguousarray(kernel),
+        "bias": file.take(f"{name}.bias", width) if bias else np.zeros(width, np.float32),
+    }
+
+
+def norm(file: WeightsFile, name: str, width: int) -> Params:
+    """A LayerNorm."""
+    return {"scale": file.take(f"{name}.weight", width), "bias": file.take(f"{name}.bias", width)}
+
+
+def dense(file: WeightsFile, name: str, inputs: int | None, outputs: int | None) -> Params:
+    """A dense layer [outputs, inputs] with bias."""
+    kernel = file.take(f"{name}.weight", outputs, inputs).T
+    return {"kernel": kernel, "bias": file.take(f"{name}.bias", kernel.shape[1])}
+
+
+def mlp(file: WeightsFile, fc1: str, fc2: str, width: int) -> Params:
+    """Two dense layers."""
+    return {"Dense_0": dense(file, fc1, width, None), "Dense_1": dense(file, fc2, None, width)}
+
+
+def attention(query_key_value: Sequence[Params], out: Params, heads: int) -> Params:
+    """Four dense layers [width, width] as big_vision's multi-head attention."""
+    width = len(out["bias"])
+    query, key, value = query_key_value
+
+    def split(layer: Params) -> Params:
+        return {
+            "kernel": layer["kernel"].reshape(width, heads, width // heads),
+            "bias": layer["bias"].reshape(heads, width // heads),
+        }
+
+    return {
+        "query": split(query),
+        "key": split(key),
+        "value": split(value),
+        "out": {"kernel": out["kernel"].reshape(heads, width // heads, width), "bias": out["bias"]},
+    }
+
+
+def packed(file: WeightsFile, weight: str, bias: str, parts: int, width: int) -> list[Params]:
+    """Dense layers [width, width] that share one matrix [parts * width, width]; without bias, zeros."""
+    kernels = np.split(file.take(weight, parts * width, width), parts)
+    if bias in file.shapes:
+        biases = np.split(file.take(bias, parts * width), parts)
+    else:
+        biases = [np.zeros(width, np.float32)] * parts
+    return [{"kernel": k.T, "bias": b} for k, b in zip(kernels, biases, strict=True)]
+
+
+def scaled(layer: Params, gamma: np.ndarray) -> Params:
+    """A dense layer with the LayerScale behind it folded in; rounded once, from the exact product."""
+    return {k: (layer[k].astype(np.float64) * gamma).astype(np.float32) for k in ("kernel", "bias")}
+
+
+def blocks(file: WeightsFile, names: BlockNames, width: int, heads: int, qkv_bias: bool = True) -> Params:
+    """All blocks, stacked on a leading axis, with LayerScale folded into the layers before it.
+
+    Raises:
+      UserError: a block or a part of one is missing or has another shape than that of the first.
+    """
+    number = re.compile(re.escape(names.block) + r"(\d{1,4})\.")
+    found = {int(m[1]) for m in map(number.match, file.shapes) if m}
+    if not found:
+        raise UserError(f"{file.path} does not hold the blocks of a ViT: {names.block}0 is missing")
+    if len(found) != max(found) + 1:
+        missing = min(set(range(max(found))) - found)
+        raise UserError(f"{file.path}: {names.block}{missing} is missing")
+    if heads < 1 or width % heads:
+        raise UserError(f"{file.path}: a width of {width} cannot be split into {heads} heads")
+    layers = [_block(file, names, f"{names.block}{i}.", width, heads, qkv_bias) for i in range(len(found))]
+    return _stacked(layers, file)
+
+
+def _block(
+    file: WeightsFile, names: BlockNames, prefix: str, width: int, heads: int, qkv_bias: bool
+) -> Params:
+    query, key, value, out = (prefix + part for part in names.attention)
+    last = dense(file, out, width, width)
+    if query == key:  # one matrix for the three
+        three = packed(file, f"{query}.weight", f"{query}.bias" if qkv_bias else "", 3, width)
+    elif qkv_bias:
+        three = [dense(file, part, width, width) for part in (query, key, value)]
+    else:
+        zero = np.zeros(width, np.float32)
+        three = [
+            {"kernel": file.take(f"{part}.weight", width, width).T, "bias": zero}
+            for part in (query, key, value)
+        ]
+    choices = [(prefix + a, prefix + b) for a, b in names.mlps]
+    fc1, fc2 = next((pair for pair in choices if f"{pair[0]}.weight" in file.shapes), choices[0])
+    two = mlp(file, fc1, fc2, width)
+    for pair in names.scales:
+        if prefix + pair[0] in file.shapes:
+            last = scaled(last, file.take(prefix + pair[0], width))
+            two["Dense_1"] = scaled(two["Dense_1"], file.take(prefix + pair[1], width))
+    return {
+        "LayerNorm_0": norm(file, prefix + names.norms[0], width),
+        "MultiHeadDotProductAttention_0": attention(three, last, heads),
+        "LayerNorm_1": norm(file, prefix + names.norms[1], width),
+        "MlpBlock_0": two,
+    }
+
+
+def _stacked(layers: list[Params], file: WeightsFile) -> Params:
+    def leaves(tree: Any, name: str = "") -> dict[str, np.ndarray]:
+        if not isinstance(tree, dict):
+            return {name: tree}
+        return {n: a for k, v in tree.items() for n, a in leaves(v, f"{name}/{k}".lstrip("/")).items()}
+
+    flat = [leaves(layer) for layer in layers]
+    for name in flat[0]:
+        if len({layer[name].shape for layer in flat}) > 1:
+            raise UserError(f"{file.path}: {name} has not the same shape in every block")
+    return nested(((name, np.stack([layer[name] for layer in flat])) for name in flat[0]), file.path)

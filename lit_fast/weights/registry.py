@@ -1,0 +1,102 @@
+"""The public towers that have a name here, from `known_towers.toml`."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lit_fast.models.architecture import Architecture, flops_per_image, parameters
+from lit_fast.models.sizes import VARIANTS, Shape
+
+_TABLE = Path(__file__).with_name("known_towers.toml")
+
+
+@dataclass(frozen=True)
+class KnownTower:
+    """A public tower and what is known of it before it is downloaded.
+
+    Attributes:
+      name: what `--tower` takes.
+      family: the models it belongs to.
+      licence: of the weights.
+      source: bucket and path at Google Cloud Storage, or the repository of the Hugging Face Hub.
+      resolution: height and width of its images, pixels.
+      architecture: what the table's figures are computed from.
+      sha256: of the weights, "" if unknown.
+    """
+
+    name: str
+    family: str
+    licence: str
+    source: str
+    resolution: int
+    architecture: Architecture
+    sha256: str = ""
+
+    @property
+    def address(self) -> str:
+        """`source` as users write it."""
+        return f"{'hf.co/' if self.name.startswith(('hf:', 'timm:')) else 'gs://'}{self.source}"
+
+
+@cache
+def known_towers() -> tuple[KnownTower, ...]:
+    """All of them, in the order of the file."""
+    table = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
+    return tuple(_tower(family | row) for family in table["family"] for row in family["towers"])
+
+
+def _tower(row: dict[str, Any]) -> KnownTower:
+    name = row["name"]
+    architecture = Architecture(
+        shape=Shape(*row["shape"]) if "shape" in row else VARIANTS[row["variant"]],
+        patch=row["patch"],
+        pool=row["pool"],
+        gelu=row.get("gelu", "exact"),
+        class_token=row.get("class_token", True),
+        registers=row.get("registers", 0),
+        pre_norm=row.get("pre_norm", False),
+        projection=row.get("projection", 0),
+    )
+    return KnownTower(
+        name=name,
+        family=row["family"],
+        licence=row["licence"],
+        source=row.get("source") or name.removeprefix("hf:").replace("timm:", "timm/"),
+        resolution=row["resolution"],
+        architecture=architecture,
+        sha256=row.get("sha256", ""),
+    )
+
+
+def format_towers(towers: Sequence[KnownTower]) -> str:
+    """A table with a line per tower: what it makes, what it costs, whose it is.
+
+    Parameters are those without head; GFLOPs count two operations per multiply-add.
+    """
+    head = ("name", "width", "pixels", "pooling", "parameters", "GFLOPs", "licence", "source")
+    rows = [head] + [
+        (
+            t.name,
+            str(t.architecture.width),
+            str(t.resolution),
+            t.architecture.pool,
+            f"{parameters(t.architecture, t.resolution) / 1e6:.1f} M",
+            f"{flops_per_image(t.architecture, t.resolution) / 1e9:.1f}",
+            t.licence,
+            t.address,
+        )
+        for t in towers
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    left = ("name", "pooling", "licence", "source")
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if n in left else c.rjust(w) for c, w, n in zip(row, widths, head, strict=True)
+        ).rstrip()
+        for row in rows
+    )

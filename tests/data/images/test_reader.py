@@ -1,0 +1,52 @@
+"""Pictures for pages: those of the sources as they were indexed, or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import Dataset, DatasetWriter, Row, Source, open_dataset
+from lit_fast.data.images.reader import picture_reader
+from tests.helpers import samples, write_tar
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """Two tars of three rows."""
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", samples(3, 3 * number))
+    paths = [str(tmp_path / f"{number}.tar") for number in range(2)]
+    assert main(["index", *paths, "--out", str(tmp_path / "d")]) == 0
+    return open_dataset(tmp_path / "d")
+
+
+def test_the_image_files_of_the_rows(dataset: Dataset) -> None:
+    files = {name.removesuffix(".jpg"): data for name, data in samples(6) if name.endswith(".jpg")}
+    read = picture_reader(dataset)
+    keys = [key for block in dataset.iter_blocks() for key in block.keys]
+    assert [read(row) for row in range(6)] == [files[key] for key in keys]
+
+
+@pytest.mark.parametrize("what", ["gone", "longer", "folder"])
+def test_of_a_changed_source_there_is_no_picture(dataset: Dataset, what: str) -> None:
+    changed = Path(dataset.sources[1].path)
+    if what == "longer":  # whatever lies at the places of the images now
+        changed.write_bytes(bytes(1024) + changed.read_bytes())
+    else:
+        changed.unlink()
+    if what == "folder":
+        changed.mkdir()
+    read = picture_reader(dataset)
+    found = [read(row) is not None for row in range(6)]
+    sources = [source for block in dataset.iter_blocks() for source in block.sources]
+    assert found == [source == 0 for source in sources]
+
+
+def test_rows_without_a_source_or_of_an_unknown_one_have_no_picture(tmp_path: Path) -> None:
+    for name, sources in (("none", []), ("unknown", [Source(str(tmp_path / "file"), 3, "later")])):
+        (tmp_path / "file").write_bytes(b"abc")
+        writer = DatasetWriter(tmp_path / name)
+        writer.add(Row("k", 0, 0, 3, ("a caption",)))
+        assert picture_reader(writer.finish(seed=0, sources=sources))(0) is None

@@ -1,0 +1,257 @@
+"""Sources at http://, s3:// and gs://, from real servers on localhost."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lit_fast.cli.main import main
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.features import open_features
+from lit_fast.data.images.reader import Fetcher, check_sources
+from lit_fast.embed.extract import embed_dataset
+from lit_fast.embed.index import index_dataset
+from lit_fast.errors import UserError
+from lit_fast.storage import remote
+from tests.embed.sources.servers import FileServer, file_server
+from tests.helpers import encoded, picture, samples, write_tar
+
+pytest.importorskip("aiohttp")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Two tars and a parquet file with the same kind of rows."""
+    root = tmp_path / "files"
+    write_tar(root / "00000.tar", samples(12))
+    write_tar(root / "00001.tar", samples(12, first=12))
+    images = [{"bytes": encoded(picture(i)), "path": f"{i}.jpg"} for i in range(24, 40)]
+    table = pa.table({"image": images, "caption": [f"picture {i}" for i in range(24, 40)]})
+    pq.write_table(table, root / "rest.parquet", row_group_size=5)
+    return root
+
+
+@pytest.fixture
+def server(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    remote._with_ranges.clear()
+    with file_server(files) as server:
+        yield server
+
+
+def contents(dataset: Dataset) -> dict[tuple[str, ...], bytes]:
+    """Captions -> image file of every row, through the fetcher."""
+    fetcher = Fetcher(dataset)
+    rows = [captions for block in dataset.iter_captions() for captions in block]
+    return {tuple(captions): fetcher.bytes(row) for row, captions in enumerate(rows)}
+
+
+def test_http_equals_local(files: Path, server: FileServer, tmp_path: Path, tiny_vit: Path) -> None:
+    """Rows, images and features, with tars and parquet, from URLs in braces."""
+    names = ["{00000..00001}.tar", "rest.parquet"]
+    local = index_dataset([f"{files}/{n}" for n in names], tmp_path / "local", seed=0)
+    away = index_dataset([f"{server.url}/{n}" for n in names], tmp_path / "away", seed=0)
+    assert away.rows == 40
+    assert contents(away) == contents(local)
+    assert all(source.etag for source in away.sources)
+    for dataset in (local, away):
+        embed_dataset(dataset.path, str(tiny_vit), batch_size=8, workers=4)
+    one, two = (open_features(d).read_all().astype(np.float32) for d in (local, away))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_transient_failures_are_tried_again(server: FileServer, tmp_path: Path) -> None:
+    url = f"{server.url}/00000.tar"
+    remote.stat(url)
+    server.statuses = [503, 500, 429]
+    dataset = index_dataset([url], tmp_path / "d", seed=0)
+    assert dataset.rows == 12
+    assert server.statuses == []
+    server.cuts = 3
+    assert Fetcher(dataset).bytes(0)
+    assert server.cuts == 0
+    server.statuses = [503] * remote.ATTEMPTS["http"]
+    with pytest.raises(UserError, match=r"00000.tar cannot be read, tried again and again: 503"):
+        Fetcher(dataset).bytes(0)
+
+
+def test_http_refusals_are_one_line(
+    server: FileServer, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(name: str, url: str = server.url) -> str:
+        assert main(["index", f"{url}/{name}", "--out", str(tmp_path / "d")]) == 2
+        assert not (tmp_path / "d").exists()
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        return error
+
+    assert "no.tar does not exist" in refused("no.tar")
+    assert "http has no listings; name the files" in refused("data/")
+    assert "tried again and again" in refused(
+        "x.tar", "http://127.0.0.1:9"
+    )  # nobody listens to the discard port
+    server.ranges = False
+    assert "does not answer range requests; download it first" in refused("00000.tar")
+    server.forbidden = True
+    assert "may not be read (403" in refused("00000.tar")
+
+
+def test_a_changed_or_missing_object_is_noticed(server: FileServer, files: Path, tmp_path: Path) -> None:
+    dataset = index_dataset([f"{server.url}/00000.tar"], tmp_path / "d", seed=0)
+    check_sources(dataset)
+    data = (files / "00000.tar").read_bytes()
+    (files / "00000.tar").write_bytes(data[:-1] + b"x")  # as long as before
+    with pytest.raises(UserError, match="its ETag changed"):
+        check_sources(dataset)
+    (files / "00000.tar").write_bytes(data[:1000])
+    with pytest.raises(UserError, match="has 1000 bytes, but had"):
+        check_sources(dataset)
+    [block] = dataset.iter_blocks()
+    last = int(np.argmax(block.offsets))
+    with pytest.raises(UserError, match=r"00000\.tar"):
+        Fetcher(dataset).bytes(last)
+    (files / "00000.tar").unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        check_sources(dataset)
+
+
+def test_images_of_a_table_at_a_url(server: FileServer, files: Path, tmp_path: Path) -> None:
+    """Each image is a file of its own; a missing one is found out when it is embedded."""
+    (files / "images").mkdir()
+    for i in range(3):
+        (files / "images" / f"{i} ä.jpg").write_bytes(encoded(picture(i)))
+    lines = "".join(f"{i} ä.jpg\tpicture {i}\n" for i in range(4)) + "../00000.tar\tout\n"
+    (files / "t.tsv").write_text("filepath\ttitle\n" + lines)
+    assert (
+        main(
+            ["index", f"{server.url}/t.tsv", "--images", f"{server.url}/images", "--out", str(tmp_path / "d")]
+        )
+        == 0
+    )
+    dataset = open_dataset(tmp_path / "d")
+    assert dataset.left_out == {f"path outside {server.url}/images": 1}
+    [block] = dataset.iter_blocks()
+    fetcher = Fetcher(dataset)
+    for row, key in enumerate(block.keys):
+        if key == "3 ä.jpg":
+            with pytest.raises(ValueError, match="image file not found"):
+                fetcher.bytes(row)
+        else:
+            assert fetcher.bytes(row) == encoded(picture(int(key[0])))
+
+
+def assert_equals_local(url: str, files: Path, tmp_path: Path, tower: Path) -> None:
+    """What lies at `url` gives the same rows and features as the same files on the disk."""
+    local = index_dataset([f"{files}/*.tar", f"{files}/rest.parquet"], tmp_path / "local", seed=0)
+    away = index_dataset([f"{url}/*.tar", f"{url}/rest.parquet"], tmp_path / "away", seed=0)
+    assert contents(away) == contents(local)
+    assert all(source.etag for source in away.sources)
+    for dataset in (local, away):
+        embed_dataset(dataset.path, str(tower), batch_size=8, workers=4)
+    one, two = (open_features(d).read_all().astype(np.float32) for d in (local, away))
+    np.testing.assert_array_equal(one, two)
+    with pytest.raises(UserError, match=r"nothing\.tar does not exist"):
+        index_dataset([f"{url}/nothing.tar"], tmp_path / "no", seed=0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of an S3 server with an empty bucket `pairs`."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setattr(remote, "PAUSE", 0.01)
+        remote._opened("s3").mkdir("pairs")
+        yield "s3://pairs"
+    server.stop()
+
+
+def test_s3_equals_local(files: Path, s3: str, tmp_path: Path, tiny_vit: Path) -> None:
+    for file in files.iterdir():
+        remote._opened("s3").put(str(file), f"pairs/a/{file.name}")
+    remote._opened("s3").pipe("pairs/a/../../etc/00002.tar", (files / "00000.tar").read_bytes())
+    assert_equals_local(f"{s3}/a", files, tmp_path, tiny_vit)
+    with pytest.raises(UserError, match=r"b/\*.tar .* matches no file"):
+        index_dataset([f"{s3}/b/*.tar"], tmp_path / "no", seed=0)
+    with pytest.raises(UserError, match=r"holds \.parquet and \.tar files; name those"):
+        index_dataset([f"{s3}/a/"], tmp_path / "no", seed=0)
+
+
+def test_an_object_named_like_a_path_escape_is_just_a_name(files: Path, s3: str, tmp_path: Path) -> None:
+    remote._opened("s3").pipe("pairs/e/../../up.tar", (files / "00000.tar").read_bytes())
+    before = sorted(os.listdir(tmp_path))
+    try:
+        dataset = index_dataset([f"{s3}/e/../../up.tar"], tmp_path / "d", seed=0)
+    except UserError:
+        dataset = None
+    assert dataset is None or dataset.rows == 12
+    assert sorted({*os.listdir(tmp_path)} - {"d"}) == before
+
+
+@pytest.fixture(scope="module")
+def gs() -> Iterator[str]:
+    """The address of a GCS server with an empty bucket `pairs`."""
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    port = free_port()
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="pairs")
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        patch.setattr(remote, "PAUSE", 0.01)
+        yield "gs://pairs"
+    server.stop()
+
+
+def test_gs_equals_local(files: Path, gs: str, tmp_path: Path, tiny_vit: Path) -> None:
+    for file in files.iterdir():
+        url = f"{os.environ['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/pairs/o?uploadType=media&name=a/{file.name}"
+        urllib.request.urlopen(urllib.request.Request(url, file.read_bytes(), method="POST")).close()
+    assert_equals_local(f"{gs}/a", files, tmp_path, tiny_vit)
+
+
+def test_missing_packages_are_one_line(tmp_path: Path) -> None:
+    script = "import sys; sys.modules['s3fs'] = None; from lit_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = ["index", "s3://x/y.tar", "--out", str(tmp_path / "d")]
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("reading it takes more packages: pip install 'lit-fast[remote]'\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_images_come_by_range_from_many_threads(server: FileServer, files: Path, tmp_path: Path) -> None:
+    dataset = index_dataset([f"{server.url}/00000.tar", f"{server.url}/rest.parquet"], tmp_path / "d", seed=0)
+    want, fetcher = contents(dataset), Fetcher(dataset)
+    rows = [tuple(c) for block in dataset.iter_captions() for c in block]
+    server.requests.clear()
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(fetcher.bytes, [*range(dataset.rows)] * 2))
+    assert got == [want[captions] for captions in rows] * 2
+    # One request per image and time from the tar; each of the four row groups is read once, in one request
+    # for the footer and one for the column (8 MiB are read ahead).
+    assert server.requests["GET"] <= 2 * 12 + 4 * 2

@@ -1,0 +1,87 @@
+"""Labels for images: scores against the definition, and every image that cannot be read is named."""
+
+import numpy as np
+import pytest
+
+from lit_fast.config import LossConfig, TextConfig
+from lit_fast.errors import UserError
+from lit_fast.inference.classify import as_json, check_labels, classify, expand_images, format_scores
+from lit_fast.storage.files import read_lines
+from lit_fast.towers.tower import load_tower
+from tests.helpers import encoded, picture
+from tests.trained import random_model
+
+SMALL = TextConfig(width=32, depth=1, heads=2, dtype="float32")
+LABELS = ["a red thing", "Green_ones!", "blue"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pictures")
+    for i in range(3):
+        (place / f"{i}.jpg").write_bytes(encoded(picture(i)))
+    (place / "1b.PNG").write_bytes(b"broken")
+    (place / "notes.txt").write_text("no image")
+    return place
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_scores_are_those_of_the_mean_over_the_templates(name, tiny_vit, pictures):
+    model = random_model(load_tower(str(tiny_vit)), SMALL, LossConfig(name=name))
+    files = expand_images([pictures])
+    assert [f.name for f in files] == ["0.jpg", "1.jpg", "1b.PNG", "2.jpg"]
+    scores, problems = classify(model, files, LABELS, ["{c}", "a photo of {c}."])
+    assert list(problems) == [2]
+    assert "1b.PNG cannot be embedded" in problems[2]
+    assert np.isnan(scores[2]).all()
+
+    names = ["a red thing", "green ones", "blue"]
+    texts = [model.embed_text([n, f"a photo of {n}"]).astype(np.float64).mean(axis=0) for n in names]
+    classes = np.stack([t / np.linalg.norm(t) for t in texts])
+    images = model.embed_image([files[0], files[1], files[3]]).astype(np.float64)
+    logits = np.exp(model.params["t"][0].astype(np.float64)) * (images @ classes.T)
+    if name == "sigmoid":
+        want = 1 / (1 + np.exp(-(logits + model.params["b"][0])))
+    else:
+        want = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    # float32 sums of 32 products, multiplied by the temperature.
+    np.testing.assert_allclose(scores[[0, 1, 3]], want, rtol=1e-4)
+
+    table = format_scores(files, LABELS, scores).splitlines()
+    assert len(table) == 3
+    best = LABELS[int(want[0].argmax())]
+    assert table[0].split("0.jpg", 1)[1].strip().startswith(best)
+    value = as_json(model, files, LABELS, scores, problems)
+    assert value["score"] == {"sigmoid": "probability", "softmax": "share"}[name]
+    assert "error" in value["images"][2]
+    assert list(value["images"][0]["scores"]) == LABELS
+
+
+@pytest.mark.parametrize(
+    ("labels", "templates", "message"),
+    [
+        (["a cat"], ["{c}"], "at least two labels"),
+        (["a cat", "!?"], ["{c}"], "neither letters nor digits"),
+        (["a cat", "A  Cat."], ["{c}"], "2 labels mean 'a cat'"),
+        (["a", "b"], ["a photo"], "no place for the class name"),
+    ],
+)
+def test_labels_that_cannot_be_used(labels, templates, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_labels(labels, templates)
+    assert ".txt" not in str(caught.value)
+
+
+def test_files_of_labels(tmp_path):
+    file = tmp_path / "labels.txt"
+    file.write_text("\ufeffa cat\n  a dog \n\n", "utf-8")
+    assert read_lines(file) == ("a cat", "a dog")
+    for data, message in ((b"\n \n", "is empty"), (b"\xff\xfe", "not UTF-8"), (b"a\n\nb", "in line 2")):
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            read_lines(file)
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_lines(path)
+    with pytest.raises(UserError, match="has no image files"):
+        expand_images([tmp_path])

@@ -1,0 +1,138 @@
+"""Thumbnails are small, bare and safe to make; strips take nothing for markup."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lit_fast.report.gallery import MOST_BYTES, SIDE, STYLE, Picture, cards, strip, thumbnail
+from lit_fast.report.html import document
+from tests.helpers import encoded, picture
+
+PREFIX = "data:image/jpeg;base64,"
+
+
+def opened(source: str | None) -> Image.Image:
+    assert source is not None
+    assert source.startswith(PREFIX)
+    return Image.open(io.BytesIO(base64.b64decode(source.removeprefix(PREFIX), validate=True)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(["JPEG", "PNG", "WEBP"]))
+def test_a_thumbnail_keeps_the_shape_and_fits(width: int, height: int, format: str) -> None:
+    small = opened(thumbnail(encoded(picture(0, width, height), format)))
+    assert (small.format, small.mode) == ("JPEG", "RGB")
+    if max(width, height) <= SIDE:
+        assert small.size == (width, height)
+        return
+    assert max(small.size) == SIDE
+    # Within a pixel, and never less than one.
+    want = max(1.0, SIDE * min(width, height) / max(width, height))
+    assert abs(min(small.size) - want) <= 1
+
+
+def test_a_thumbnail_shows_the_picture() -> None:
+    image = picture(3, 400, 300)
+    small = np.asarray(opened(thumbnail(encoded(image, "PNG"))), np.float64)
+    want = np.asarray(image.resize((SIDE, 96), Image.Resampling.BICUBIC), np.float64)
+    # JPEG of quality 80 moves smooth pictures by about a grey level; colours are stored at half the size.
+    assert np.abs(small - want).mean() < 3
+
+
+def test_noise_is_no_larger_than_anything_else() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    source = thumbnail(encoded(Image.fromarray(noise), "PNG"))
+    assert source is not None
+    assert len(base64.b64decode(source.removeprefix(PREFIX))) <= MOST_BYTES
+
+
+def test_nothing_but_pixels_is_taken_over() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "GEHEIM"  # ImageDescription
+    file = encoded(picture(0), "JPEG", exif=exif, comment="GEHEIM", icc_profile=b"GEHEIM" * 20)
+    assert file.count(b"GEHEIM") > 2
+    source = thumbnail(file + b"GEHEIM<script>")
+    assert source is not None
+    data = base64.b64decode(source.removeprefix(PREFIX))
+    assert b"GEHEIM" not in data
+    assert b"Exif" not in data
+    assert b"ICC_PROFILE" not in data
+
+
+def test_transparency_is_white() -> None:
+    small = opened(thumbnail(encoded(Image.new("RGBA", (20, 20), (255, 0, 0, 0)), "PNG")))
+    assert np.asarray(small).min() >= 250
+
+
+def bomb() -> bytes:
+    """A PNG that says it has 60 000 x 60 000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [None, b"", b"<svg onload='alert(1)'/>", encoded(picture(0))[:200], bomb(), encoded(picture(0), "TIFF")],
+    ids=["none", "empty", "svg", "truncated", "bomb", "tiff"],
+)
+def test_what_cannot_be_shown_is_none(data: bytes | None) -> None:
+    assert thumbnail(data) is None
+
+
+class Texts(HTMLParser):
+    """The texts and attributes of a page, with every element closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_characters="\r\x00", codec="utf-8"), min_size=1))
+def test_texts_stay_texts(text: str) -> None:
+    hostile = text + "<script>'\"&amp;</p></ul>"
+    body = cards([(hostile, strip([Picture(PREFIX, hostile, "right"), Picture(None, hostile)]))])
+    page = Texts(document("t", [body], STYLE))
+    assert "script" not in page.tags
+    joined = "".join(page.texts)
+    assert joined.count(hostile) == 3
+    assert ("alt", hostile) in page.attributes
+    assert {value for name, value in page.attributes if name == "src"} == {PREFIX}
+
+
+def test_a_missing_picture_leaves_a_box_and_no_entry_a_word() -> None:
+    assert "no picture" in strip([Picture(None)])
+    assert "<img" not in strip([Picture(None)])
+    assert "There is none" in cards([])

@@ -1,0 +1,110 @@
+"""Checkpoints: what is kept, and that damage is noticed."""
+
+import random
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lit_fast.runs.checkpoint import Damaged, abstract, digest, open_manager, restore, restore_last, save
+from lit_fast.storage.files import read_json
+
+
+def trees(value):
+    rng = np.random.default_rng(value)
+    params = {"kernel": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32), "bias": jnp.full((3,), value)}
+    rest = {"momentum": jnp.asarray(rng.normal(size=(64, 32)), jnp.bfloat16), "step": jnp.int32(value)}
+    return params, rest
+
+
+def write(path, steps, **options):
+    manager = open_manager(path, **options)
+    for step in steps:
+        save(manager, step, both(step), {"note": step}, score=-abs(step - 3.0))
+    manager.wait_until_finished()
+    return manager
+
+
+def both(value):
+    return dict(zip(("params", "rest"), trees(value), strict=True))
+
+
+def read(manager, step):
+    return restore(manager, step, abstract(both(0)))
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    manager = write(tmp_path, [5], keep=2)
+    found, meta = read(manager, 5)
+    jax.tree.map(np.testing.assert_array_equal, found, both(5))
+    assert meta["note"] == 5
+
+
+def test_last_every_and_best_are_kept(tmp_path):
+    manager = write(tmp_path, range(1, 11), keep=2, keep_every=4, best=True)
+    assert sorted(manager.all_steps()) == [3, 4, 8, 9, 10]  # 3 has the highest score
+
+
+def test_every_single_bit_counts():
+    params, _ = trees(1)
+    flat = np.asarray(params["kernel"])
+    before = digest(params)
+    rng = random.Random(0)
+    for _ in range(50):
+        changed = flat.copy()
+        changed.view(np.uint32).reshape(-1)[rng.randrange(flat.size)] ^= np.uint32(1 << rng.randrange(32))
+        assert digest(params | {"kernel": jnp.asarray(changed)}) != before
+    swapped = flat.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert digest(params | {"kernel": jnp.asarray(swapped)}) != before
+
+
+@pytest.mark.parametrize("item", ["params", "rest"])
+def test_a_flipped_bit_is_noticed_and_the_one_before_taken(tmp_path, item):
+    manager = write(tmp_path, [1, 2], keep=3)
+    manager.close()
+    file = max((tmp_path / "checkpoints/2" / item).rglob("d/*"), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+    manager, warnings = open_manager(tmp_path, keep=3), []
+    with pytest.raises(Damaged, match="checkpoints/2"):
+        read(manager, 2)
+    found, meta = restore_last(manager, lambda step: read(manager, step), warnings.append)
+    assert meta["note"] == 1
+    np.testing.assert_array_equal(found["params"]["kernel"], trees(1)[0]["kernel"])
+    assert "going on from the one before" in warnings[0]
+    assert list(manager.all_steps()) == [1]
+    assert len(list((tmp_path / "damaged").iterdir())) == 1  # it is not thrown away
+    save(manager, 2, both(2), {"note": 2})  # and its step can be done again
+    manager.wait_until_finished()
+    assert read(manager, 2)[1]["note"] == 2
+
+
+def test_half_written_checkpoints_are_removed(tmp_path):
+    write(tmp_path, [1], keep=2).close()
+    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    (half / "params").mkdir(parents=True)
+    manager = open_manager(tmp_path, keep=2)
+    assert list(manager.all_steps()) == [1]
+    deadline = time.monotonic() + 20
+    while half.exists() and time.monotonic() < deadline:  # they are removed in the background
+        time.sleep(0.05)
+    assert not half.exists()
+    manager.close()
+
+
+def test_nothing_there_is_nothing(tmp_path):
+    assert restore_last(open_manager(tmp_path, keep=2), lambda step: step, print) is None
+
+
+def test_meta_without_digests_is_damage(tmp_path):
+    manager = write(tmp_path, [1], keep=2)
+    (file,) = (tmp_path / "checkpoints/1/meta").rglob("metadata")
+    value = read_json(file)
+    file.write_text('{"note": 1}')
+    assert "digests" in value
+    with pytest.raises(Damaged, match="not what was written"):
+        read(manager, 1)

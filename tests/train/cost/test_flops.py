@@ -1,0 +1,93 @@
+"""The formula for a step's FLOPs against the products in the traced program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lit_fast.config import LossConfig, TextConfig
+from lit_fast.losses.accumulate import Trained
+from lit_fast.losses.contrastive import pair_loss
+from lit_fast.losses.pairs import pair_up
+from lit_fast.models.sizes import Shape
+from lit_fast.models.text_tower import TextTower
+from lit_fast.runtime import make_mesh, on_each_device
+from lit_fast.train.cost.flops import program_flops, step_flops
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pooling": "first"},
+        {"pooling": "max"},
+        {"pooling": "map"},
+        {"embedding_width": 6},
+        {"projected": False, "out_dim": 24},
+        {"eos_id": 1},
+    ],
+)
+def test_formula_counts_every_product(options):
+    model = TextTower(
+        **{"shape": Shape(24, 3, 40, 2), "vocab_size": 50, "max_length": 7, "out_dim": 10} | options
+    )
+    ids = jax.ShapeDtypeStruct((5, 7), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)
+    # Three times the forward products: once forward, twice backward. No images: no loss.
+    assert step_flops(model, 5, 0) == 3 * program_flops(jax.make_jaxpr(model.apply)(params, ids).jaxpr)
+
+
+@pytest.mark.parametrize("image_head", [False, True])
+@pytest.mark.parametrize(
+    ("options", "rounds"),
+    [
+        ({}, 0),
+        ({"same_image": "mask", "same_caption": "mask"}, 0),
+        ({"negatives": "random", "negatives_per_positive": 2.0}, 0),
+        ({"name": "softmax"}, 1),
+        ({"negatives": "hardest", "negatives_per_positive": 2.0}, 3),
+    ],
+)
+def test_formula_counts_the_loss_without_what_is_worked_out_again(options, rounds, image_head):
+    """The program goes round `rounds` times more and compares all pairs anew, of which the formula knows nothing."""
+    texts, images, width = 12, 6, 10
+    config = LossConfig(**options, image_head=image_head)
+
+    def loss(trained, features, rows, ids, words):
+        pairs = pair_up(config, 1, features, rows, len(ids) // len(rows), lambda: ids, words)
+        return jax.value_and_grad(lambda t: pair_loss(config, 1, t, *pairs)[0])(trained)
+
+    trained = Trained(
+        texts=jnp.zeros((texts, width)),
+        log_scale=jnp.zeros(()),
+        bias=jnp.zeros(()),
+        head=jnp.eye(width) if image_head else None,
+    )
+    batch = (
+        jnp.zeros((images, width)),
+        jnp.zeros(images, int),
+        jnp.zeros((texts, 3), int),
+        jnp.zeros(2, "uint32"),
+    )
+    one = make_mesh(jax.devices()[:1])
+    program = jax.make_jaxpr(on_each_device(loss, one, False, True, True, True, False))(trained, *batch)
+    model = TextTower(shape=Shape(24, 3, 40, 2), vocab_size=50, max_length=7, out_dim=width)
+    formula = step_flops(model, texts, images, image_head) - step_flops(model, texts, 0)
+    again = 2 * texts * images * width + (2 * images * width**2 if image_head else 0)
+    assert program_flops(program.jaxpr) == formula + rounds * again
+
+
+@pytest.mark.parametrize(
+    ("keep", "share"),
+    [("everything", 0.0), ("products", 0.0), ("hidden", 0.09), ("inputs", 0.22), ("embeddings", 0.33)],
+)
+def test_what_is_worked_out_again(keep, share):
+    """The shares that `lit_fast.config.TextConfig` names, of the L tower on 16 tokens."""
+    text = TextConfig(variant="L", depth=12, keep=keep)
+    model = TextTower(text.shape, 32_000, 16, 768, keep=text.layers_keep)
+    ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)
+    embed = jax.checkpoint(model.apply) if keep == "embeddings" else model.apply
+    gradient = jax.make_jaxpr(jax.grad(lambda params, ids: embed(params, ids).sum()))
+    again = program_flops(gradient(params, ids).jaxpr) / step_flops(model, 2, 0) - 1
+    # To a whole per cent, with the scores of "products", which are not kept.
+    assert abs(again - share) < 0.006

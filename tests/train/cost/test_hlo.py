@@ -1,0 +1,155 @@
+"""What is read from a compiled program, against counts made otherwise."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+
+from lit_fast.runtime import AXIS, make_mesh
+from lit_fast.train.cost.hlo import Collective, largest_buffers, totals
+
+# As the TPU's compiler writes it: no number of rounds beside a loop, products as convolutions, a batch of them as a
+# window that moves on by its own size over a dilated input, and its estimate of the cycles beside each kernel.
+TPU = """
+HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%kernel (x: bf16[8,4], y: bf16[4,6]) -> bf16[8,6] {
+  %x = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
+  %y = bf16[4,6]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %convolution.1 = bf16[8,6]{1,0:T(8,128)(2,1)} convolution(%x, %y), dim_labels=bf_io->bf
+}
+
+%body (state: (s32[], bf16[8,4], bf16[4,6])) -> (s32[], bf16[8,4], bf16[4,6]) {
+  %state = (s32[]{:T(128)}, bf16[8,4]{1,0}, /*index=2*/bf16[4,6]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x.1 = bf16[8,4]{1,0} get-tuple-element(%state), index=1
+  %y.1 = bf16[4,6]{1,0} get-tuple-element(%state), index=2
+  %fusion.1 = bf16[8,6]{1,0} fusion(%x.1, %y.1), kind=kOutput, calls=%kernel, backend_config={"estimated_cycles":"100"}
+  %send = (bf16[8,4]{1,0}, bf16[8,4]{1,0:S(3)}, u32[]{:S(2)}) collective-permute-start(%x.1), channel_id=1
+  %sent = bf16[8,4]{1,0:S(3)} collective-permute-done(%send)
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one), backend_config={"estimated_cycles":"7"}
+  ROOT %new = (s32[], bf16[8,4], bf16[4,6]) tuple(%next, %sent, %y.1)
+}
+
+%condition (state.1: (s32[], bf16[8,4], bf16[4,6])) -> pred[] {
+  %state.1 = (s32[], bf16[8,4], bf16[4,6]) parameter(0)
+  %bound = s32[]{:T(128)} constant(5)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (p: (s32[], bf16[8,4], bf16[4,6]), q: f32[32,16,10], r: f32[32,16,10]) -> f32[32,16,16] {
+  %p = (s32[], bf16[8,4], bf16[4,6]) parameter(0)
+  %q = f32[32,16,10]{2,1,0:T(8,128)} parameter(1)
+  %r = f32[32,16,10]{2,1,0:T(8,128)} parameter(2)
+  %loop = (s32[], bf16[8,4], bf16[4,6]) while(%p), condition=%condition, body=%body
+  %sums = (f32[32,16,10]{2,1,0}, f32[32,16,10]{2,1,0:S(3)}) all-reduce(%q, %r), to_apply=%add
+  ROOT %scores = f32[32,16,16]{2,1,0:T(8,128)} convolution(%q, %r), window={size=32 stride=31 lhs_dilate=32}, dim_labels=0bf_0oi->0bf, metadata={op_name="jit(step)/dot_general"}, backend_config={"estimated_cycles":"1000"}
+}
+"""  # noqa: E501
+
+
+def test_a_program_of_the_tpus_compiler():
+    found = totals(TPU)
+    # Two operations per multiply-add; the loop goes round five times.
+    assert found.flops == 5 * 2 * 8 * 4 * 6 + 32 * 2 * 16 * 16 * 10
+    assert found.cycles == 5 * (100 + 7) + 1000
+    assert found.collectives == {
+        "collective-permute": Collective(5, 5 * 8 * 4 * 2),
+        "all-reduce": Collective(1, 2 * 32 * 16 * 10 * 4),
+    }
+    assert found.unknown_loops == 0
+    assert largest_buffers(TPU)[0] == {
+        "shape": "f32[32,16,16]",
+        "bytes": 32 * 16 * 16 * 4,
+        "operation": "jit(step)/dot_general",
+    }
+
+
+def test_a_loop_whose_end_cannot_be_read_counts_once_and_is_said():
+    found = totals(TPU.replace("constant(5)", "add(%i.1, %i.1)"))
+    assert found.unknown_loops == 1
+    assert found.cycles == 107 + 1000
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(2, 40), st.integers(2, 40), st.integers(2, 40))
+def test_products_in_loops_as_this_machine_compiles_them(rounds, inner, m, k, n):
+    # From two on: a product over an axis of one is a multiplication to XLA.
+    def work(x, y):
+        def around(carry, _):
+            def again(_, carry):
+                return jnp.tanh(carry @ y @ y.T)
+
+            return jax.lax.fori_loop(0, inner, again, carry), None
+
+        return jax.lax.scan(around, x, None, length=rounds)[0]
+
+    x, y = jax.ShapeDtypeStruct((m, k), jnp.float32), jax.ShapeDtypeStruct((k, n), jnp.float32)
+    text = jax.jit(work).lower(x, y).compile().as_text()
+    assert totals(text).flops == rounds * inner * 4 * m * k * n
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.integers(1, 2),
+    st.integers(4, 9),
+    st.integers(1, 3),
+)
+def test_convolutions_as_xla_counts_them(stride, dilation, padding, window_dilation, size, window):
+    convolve = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(stride, 1),
+        padding=((padding, padding + 1), (0, padding)),
+        lhs_dilation=(dilation, 1),
+        rhs_dilation=(window_dilation, window_dilation),
+    )
+    x, y = (
+        jax.ShapeDtypeStruct((2, 3, size, 5), jnp.float32),
+        jax.ShapeDtypeStruct((4, 3, window, 2), jnp.float32),
+    )
+    lowered = jax.jit(convolve).lower(x, y)
+    text = lowered.compiler_ir("hlo").as_hlo_text()
+    assert totals(text).flops == lowered.cost_analysis().get("flops", 0)  # absent: all is padding
+
+
+def test_collectives_of_four_devices():
+    mesh = make_mesh(jax.devices()[:4])
+
+    def work(x):
+        def turn(x, _):
+            x = jax.lax.ppermute(x, AXIS, [(i, (i + 1) % 4) for i in range(4)])
+            return jnp.sin(x), jax.lax.psum(x.sum(), AXIS)
+
+        x, sums = jax.lax.scan(turn, x, None, length=6)
+        return x, sums, jax.lax.all_gather(x, AXIS)
+
+    spec = PartitionSpec(AXIS)
+    mapped = jax.shard_map(
+        work, mesh=mesh, in_specs=spec, out_specs=(spec, PartitionSpec(), spec), check_vma=False
+    )
+    text = jax.jit(mapped).lower(jax.ShapeDtypeStruct((8, 16), jnp.float32)).compile().as_text()
+    found = totals(text).collectives
+    assert found["collective-permute"] == Collective(6, 6 * 2 * 16 * 4)
+    assert found["all-reduce"] == Collective(6, 6 * 4)
+    assert found["all-gather"] == Collective(1, 2 * 16 * 4)
+
+
+@pytest.mark.parametrize("text", ["", "HloModule empty", "no program at all {"])
+def test_what_is_no_program(text):
+    with pytest.raises(ValueError, match="ENTRY"):
+        totals(text)

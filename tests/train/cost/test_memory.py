@@ -1,0 +1,77 @@
+"""What `text.keep = "auto"` chooses, by shapes alone and against the compiler."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lit_fast.config import Config, OptimizerConfig, StreamConfig, TextConfig
+from lit_fast.errors import UserError
+from lit_fast.models.text_tower import TextTower
+from lit_fast.runtime import make_mesh
+from lit_fast.train.cost.aot import compile_step
+from lit_fast.train.cost.memory import fit
+
+MIB = 2**20
+CONFIG = Config(
+    steps=10,
+    text=TextConfig(width=64, depth=3, heads=2, dtype="float32"),
+    stream=StreamConfig(global_batch=512),
+    optimizer=OptimizerConfig(name="adam", warmup_steps=1),
+)
+
+
+def build(text):
+    return TextTower(text.shape, 100, 8, 16, keep=text.layers_keep, dtype=jnp.dtype(text.dtype))
+
+
+def choose(limit, config=CONFIG, devices=2):
+    return fit(config, build, make_mesh(jax.devices()[:devices]), limit)
+
+
+def test_the_more_room_the_more_is_kept():
+    order = ["hidden", "inputs", "embeddings"]  # on a CPU
+    found = [choose(mib * MIB) for mib in (7, 9, 12, 16, 18, 25, 60)]
+    assert all(f.bytes <= f.limit for f in found)
+    kept = [order.index(f.text.keep) for f in found]
+    assert kept == sorted(kept, reverse=True)
+    assert set(kept) == {0, 1, 2}, "each has a limit at which it is chosen"
+    assert all(256 % f.text.parts == 0 for f in found)
+
+
+def test_what_does_not_fit_is_said_in_one_line():
+    with pytest.raises(
+        UserError, match=r"global_batch 512 does not fit: it needs at least 0\.\d+ GiB a device"
+    ) as caught:
+        choose(MIB // 4)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_said_by_hand_stays():
+    text = replace(CONFIG.text, keep="inputs", parts=4)
+    assert choose(MIB, replace(CONFIG, text=text)).text == text
+
+
+def test_a_batch_whose_texts_no_part_divides():
+    found = choose(1024 * MIB, replace(CONFIG, stream=StreamConfig(global_batch=2 * 251)))
+    assert 251 % found.text.parts == 0
+
+
+@pytest.mark.parametrize("keep", ["products", "embeddings"])
+def test_the_estimate_is_near_the_compilers(keep):
+    mesh = make_mesh(jax.devices()[:2])
+    config = replace(CONFIG, text=replace(CONFIG.text, keep=keep, parts=8))
+    estimate = fit(config, build, mesh, 1024 * MIB).bytes
+    made = compile_step(build(config.text), config, mesh)
+    # It decides what is compiled first, and on a CPU what is done; which buffers share memory it cannot know.
+    assert 0.5 < estimate / (made.argument_bytes + made.temporary_bytes) < 2
+
+
+def test_bfloat16_takes_two_bytes():
+    """What is kept is most of this step, and XLA's CPU backend would convert all of it to float32 as well."""
+    mesh = make_mesh(jax.devices()[:2])
+    text = replace(CONFIG.text, keep="hidden", parts=8, depth=9, dtype="bfloat16")
+    config = replace(CONFIG, text=text, stream=StreamConfig(global_batch=4096))
+    made = compile_step(build(text), config, mesh)
+    assert made.argument_bytes + made.temporary_bytes < 1.1 * choose(1024 * MIB, config).bytes

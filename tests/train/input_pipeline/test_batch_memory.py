@@ -1,0 +1,100 @@
+"""Memory of batches is given out again, and never while anything can still see it."""
+
+import gc
+import threading
+
+import jax
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_fast.data.features import BFLOAT16
+from lit_fast.train.input_pipeline.batch_memory import KEEP, BatchMemory
+
+SHAPE = (256, 64)
+
+
+def place(array):
+    return array.ctypes.data
+
+
+def test_memory_is_given_out_again():
+    memory = BatchMemory(SHAPE)
+    first = memory.empty()
+    assert first.shape == SHAPE
+    assert first.dtype == BFLOAT16
+    assert first.flags.writeable
+    where = place(first)
+    second = memory.empty()
+    assert place(second) != where
+    del first
+    assert place(memory.empty()) == where
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["take", "slice", "view", "drop"]), st.integers(0, 9)), max_size=60)
+)
+def test_what_is_held_is_never_given_out(actions):
+    """However an array is held: itself, or as a part or another view of it."""
+    memory, held = BatchMemory(SHAPE), []
+    for number, (action, which) in enumerate(actions):
+        if action == "take" or not held:
+            array = memory.empty()
+            array.view(np.uint16)[:] = number
+            held.append((array, number))
+        elif action == "drop":
+            del held[which % len(held)]
+        else:
+            array, told = held.pop(which % len(held))
+            array = array[len(array) // 2 :] if action == "slice" else array.view(np.uint16)[:, ::2]
+            held.append((array, told))
+        for array, told in held:
+            assert (array.view(np.uint16) == told).all()
+
+
+def test_what_jax_uses_is_never_given_out():
+    """JAX refers to an aligned array without copying it on CPU, and copies others later."""
+    memory = BatchMemory(SHAPE)
+    on_device = []
+    for number in range(40):
+        batch = memory.empty()
+        batch[:] = number
+        # Rows of 128 bytes: some of these begin at a multiple of 64, which is what JAX needs, or none does.
+        offset = -place(batch) % 64 // 2
+        aligned = batch.reshape(-1)[offset : offset + 4096]
+        on_device += [jax.device_put(batch), jax.device_put(aligned)]
+        del batch, aligned
+        if number % 3 == 2:
+            del on_device[:2]
+            gc.collect()
+    numbers = [float(array.ravel()[0]) for array in on_device]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == 39
+    for array, number in zip(on_device, numbers, strict=True):
+        assert (np.asarray(array).astype(float) == number).all()
+
+
+def test_few_free_blocks_are_kept():
+    memory = BatchMemory(SHAPE)
+    held = [memory.empty() for _ in range(3 * KEEP)]
+    held.clear()
+    assert len(memory._free) == KEEP
+
+
+def test_threads_never_share_a_block():
+    memory, wrong = BatchMemory((64, 64)), []
+
+    def work(number):
+        for _ in range(300):
+            array = memory.empty().view(np.uint16)
+            array[:] = number
+            if (array != number).any():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

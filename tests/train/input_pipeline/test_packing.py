@@ -1,0 +1,206 @@
+"""Captions side by side: nothing is lost, hardly any padding is left, and the step does what it does without."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_fast.config import Config, LossConfig, OptimizerConfig, StreamConfig, TextConfig
+from lit_fast.data.tokens import decode_record, encode_record
+from lit_fast.errors import UserError
+from lit_fast.models.sizes import Shape
+from lit_fast.models.text_tower import TextTower, unpacked
+from lit_fast.models.two_towers import init_params
+from lit_fast.runtime import dealt, make_mesh
+from lit_fast.train.input_pipeline.packing import (
+    Packing,
+    deal,
+    foreseen_row_tokens,
+    sampled_lengths,
+    true_lengths,
+)
+from lit_fast.train.optimizer import make_optimizer
+from lit_fast.train.step import init_state, make_step
+
+EOS, LENGTH, WIDTH, VOCAB = 1, 12, 24, 50
+# Half of the compiler's work is machine code that runs fast, which one step does not need.
+QUICK = {"xla_backend_optimization_level": 0}
+SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=4)
+
+
+def captions(seed, n, padding=EOS):
+    """Ids [n, LENGTH] of captions of all lengths, some of them cut."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(2, VOCAB, (n, LENGTH)).astype(np.uint16)
+    lengths = rng.integers(1, LENGTH + 2, n)  # one more: cut, without an end
+    ids[np.arange(LENGTH) == lengths[:, None] - 1] = EOS
+    ids[np.arange(LENGTH) >= lengths[:, None]] = padding
+    return ids
+
+
+def packing(pack, devices=1, row_tokens=8, alone=True):
+    return Packing(pack, row_tokens, EOS, 0.0, devices, alone)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 6), st.sampled_from([1, 2, 4]))
+@settings(deadline=None, max_examples=60)
+def test_every_caption_is_in_its_slot(seed, pack, rows, devices):
+    ids = captions(seed, pack * rows * devices, padding=0)
+    batch = packing(pack, devices)({"ids": ids, "rows": None})
+    lengths = true_lengths(ids, EOS)
+    assert batch["lengths"].sum(axis=1).max() <= batch["ids"].shape[1]
+    sizes, slots = batch["lengths"].astype(int), batch["slots"].reshape(devices, -1)
+    for text in range(len(ids)):
+        device, place = divmod(text, pack * rows)
+        row, column = divmod(int(slots[device, place]), pack)
+        row += device * rows
+        assert sizes[row, column] == lengths[text]
+        begin = sizes[row, :column].sum()
+        found = batch["ids"][row, begin : begin + lengths[text]]
+        np.testing.assert_array_equal(found, ids[text, : lengths[text]])
+    assert len(set(zip(np.arange(len(ids)) // (pack * rows), batch["slots"], strict=True))) == len(ids)
+
+
+def test_captions_can_be_taken_out_again():
+    ids = captions(0, 12)
+    batch = packing(3)({"ids": ids})
+    found = unpacked(*(jnp.asarray(batch[k]) for k in ("ids", "lengths", "slots")), LENGTH)
+    inside = np.arange(LENGTH) < true_lengths(ids, EOS)[:, None]
+    np.testing.assert_array_equal(found, np.where(inside, ids.astype(int), -1))
+
+
+def test_true_lengths():
+    ids = np.array([[5, 1, 1], [1, 1, 1], [5, 6, 7], [5, 6, 1], [5, 1, 0]])
+    np.testing.assert_array_equal(true_lengths(ids, EOS), [2, 1, 3, 3, 2])
+
+
+@pytest.mark.parametrize(("longest", "mean"), [(16, 12.5), (64, 16.6)])
+def test_four_fifths_of_the_padding_is_gone(longest, mean):
+    """With the shares of padding of web alt-texts, in rows that are foreseen from other captions."""
+    rng = np.random.default_rng(0)
+    draw = lambda: np.clip(rng.gamma(4, mean / 4, 8192).round().astype(int), 2, longest)  # noqa: E731
+    row_tokens = foreseen_row_tokens(draw(), 16, 8192)
+    for _ in range(20):
+        lengths = draw()
+        assert lengths[deal(lengths, 16)].sum(axis=1).max() <= row_tokens
+        padding = longest - lengths.mean()
+        assert longest - row_tokens / 16 > 0.8 * padding
+
+
+def test_one_long_caption_has_room():
+    lengths = np.full(4096, 8)
+    lengths[17] = 64
+    assert foreseen_row_tokens(lengths, 4, 256) >= 64 + 3 * 8
+
+
+def test_rows_of_many_captions_count_no_more_than_others():
+    """A batch takes as many of every row."""
+    record = encode_record([[[5] * 7 + [EOS]], [], [[5, EOS]] * 3] * 300, VOCAB)
+    tokens = SimpleNamespace(
+        dataset=SimpleNamespace(blocks=1),
+        reader=lambda: SimpleNamespace(read=lambda block: record),
+        decode=lambda record: decode_record(record, VOCAB, LENGTH, EOS),
+    )
+    assert sampled_lengths(tokens, EOS).mean() == (8 + 2) / 2
+
+
+def test_a_long_batch_gets_longer_rows_and_of_several_processes_an_error():
+    ids = np.full((8, LENGTH), 5, np.uint16)
+    batch = packing(4, row_tokens=40)({"ids": ids})
+    assert batch["ids"].shape == (2, 48)
+    np.testing.assert_array_equal(batch["lengths"], LENGTH)
+    with pytest.raises(UserError, match=r"rows of 48 tokens, more than the 40 .* --text.row_tokens 56"):
+        packing(4, row_tokens=40, alone=False)({"ids": ids})
+
+
+def shaken(tower):
+    """Parameters in which every one matters."""
+    rng = np.random.default_rng(0)
+    params = jax.jit(tower.init)(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))["params"]
+    return jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), params)
+
+
+@pytest.mark.parametrize("pooling", ["last", "first", "mean", "max", "map"])
+def test_a_caption_is_embedded_as_if_alone(pooling):
+    ids = captions(0, 12)
+    alone = TextTower(SHAPE, VOCAB, LENGTH, WIDTH, pooling=pooling, eos_id=EOS)
+    params = shaken(alone)
+    want = jax.jit(alone.apply)({"params": params}, ids.astype(int))
+    batch = packing(3, row_tokens=40)({"ids": ids})  # and some filling
+    got = jax.jit(alone.apply)({"params": params}, batch["ids"].astype(int), batch["lengths"])[batch["slots"]]
+    # Outputs of about 1, two float32 layers.
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "map"])
+def test_with_padding_seen_whole_captions_share_a_row(pooling):
+    ids = captions(0, 12).astype(int)
+    alone = TextTower(SHAPE, VOCAB, LENGTH, WIDTH, pooling=pooling)
+    params = shaken(alone)
+    together = jax.jit(alone.clone(pack=4).apply).lower({"params": params}, ids)
+    assert f"tensor<3x4x{4 * LENGTH}x{4 * LENGTH}xf32>" in together.as_text()  # scores of three rows
+    want = jax.jit(alone.apply)({"params": params}, ids)
+    np.testing.assert_allclose(together.compile()({"params": params}, ids), want, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [
+        (1, {"pooling": "last", "keep": "hidden"}),
+        (2, {"pooling": "mean", "parts": 2, "keep": "embeddings", "same_caption": "mask", "captions": 2}),
+    ],
+)
+def test_the_step_is_the_same(devices, options):
+    """Loss, gradients and update of the packed batch are those of the padded one."""
+    rng = np.random.default_rng(1)
+    n, k = 16, options.get("captions", 1)
+    ids = captions(2, n * k)
+    ids[5] = ids[2]  # equal captions, for same_caption
+    batch = {
+        "images": rng.normal(size=(n, WIDTH)).astype(ml_dtypes.bfloat16),
+        "ids": ids,
+        "rows": np.arange(n, dtype=np.int32),
+    }
+    mesh = make_mesh(jax.devices()[:devices])
+    results = []
+    for pack in (1, 4):
+        text = TextConfig(
+            mask_padding=True, pack=pack, keep=options.get("keep", "inputs"), parts=options.get("parts", 1)
+        )
+        config = Config(
+            steps=10,
+            text=text,
+            loss=LossConfig(precision="highest", same_caption=options.get("same_caption", "negative")),
+            stream=StreamConfig(global_batch=n, captions_per_image=k),
+            optimizer=OptimizerConfig(name="adam", warmup_steps=1, clip_norm=0),
+        )
+        tower = TextTower(
+            SHAPE,
+            VOCAB,
+            LENGTH,
+            WIDTH,
+            pooling=options["pooling"],
+            eos_id=EOS,
+            keep=text.layers_keep,
+            pack=pack,
+        )
+        params = init_params(tower, config, np.zeros(WIDTH, np.float32))
+        optimizer = make_optimizer(config.optimizer, config.steps, params)
+        state = init_state(params, optimizer, mesh)
+        given = batch if pack == 1 else packing(pack, devices)(batch)
+        given = {key: jax.device_put(a, dealt(mesh)) for key, a in given.items()}
+        step = make_step(tower, optimizer, config, mesh).lower(state, given).compile(QUICK)
+        state, metrics = step(state, given)
+        momentum = jax.tree.leaves(jax.device_get(state.opt))
+        results.append((float(metrics["loss"]), [np.asarray(a) for a in momentum]))
+    (loss, plain), (packed_loss, packed) = results
+    np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
+    # Moments of the gradients: sums in another order, in float32. Those of the keys' biases are nothing else.
+    largest = max(np.abs(a).max() for a in plain)
+    for a, b in zip(packed, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6 * largest)

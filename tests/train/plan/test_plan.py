@@ -1,0 +1,305 @@
+"""`lit-fast plan`: figures that must agree with each other, with the training and with the compiler."""
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from lit_fast.cli.main import main
+from lit_fast.config_io import load_config
+from lit_fast.train.cost.aot import tpu_mesh
+from lit_fast.train.cost.hardware import GPUS, TPUS, chip_of, peak_flops
+from lit_fast.train.cost.hlo import Collective, totals
+from lit_fast.train.plan.plan import _floors
+from lit_fast.train.plan.report import _times
+from lit_fast.train.plan.target import open_target
+from tests.synthetic import make_dataset
+
+ONE_DAY = Path(__file__).parents[3] / "configs/siglit_b8_one_day.toml"
+SMALL = """
+steps = 1000
+[text]
+width = 64
+depth = 3
+heads = 2
+dtype = "float32"
+[stream]
+global_batch = 256
+[optimizer]
+name = "adam"
+warmup_steps = 1
+[plan]
+tower = "Ti/16"
+vocab_size = 500
+max_length = 8
+rows = 4000
+"""
+
+
+@pytest.fixture
+def plan(tmp_path, capsys):
+    """Run the command on the small config; what it found, and its page."""
+    (tmp_path / "c.toml").write_text(SMALL)
+
+    def run(*options, config=tmp_path / "c.toml"):
+        capsys.readouterr()
+        assert main(["plan", str(config), "--json", str(tmp_path / "out.json"), *options]) == 0
+        return SimpleNamespace(
+            **json.loads((tmp_path / "out.json").read_text()), page=capsys.readouterr().out
+        )
+
+    return run
+
+
+def test_on_this_machine(plan):
+    found = plan("--topology", "cpu", "--price", "2", "--mfu", "0.4")
+    assert (found.by, found.devices, found.way["keep"]) == ("compiler", jax.device_count(), "hidden")
+    memory = found.memory
+    kinds = ("parameters", "optimizer", "batch", "kept", "temporaries")
+    assert sum(memory[kind] for kind in kinds) == memory["total"] <= memory["room"]
+    # 3 layers of 12 w^2 + 13 w, the last norm, two tables, the head with its bias, t and b; twice that for Adam.
+    w = 64
+    count = 3 * (12 * w**2 + 13 * w) + 2 * w + (500 + 8) * w + (w + 1) * 192 + 2 + 192
+    assert memory["parameters"] == 4 * count
+    assert 8 * (count - 192) <= memory["optimizer"] <= 8 * count + 64  # the mean is a parameter that has none
+    assert memory["batch"] == 256 // found.devices * (192 * 2 + 8 * 2 + 4)
+    # All gradients are summed once, and the loss's sums with them.
+    assert 0 <= found.collectives["all-reduce"]["bytes"] - 4 * (count - 192) < 1024
+    # What is compiled does the model's products, and queries, keys and values again.
+    assert 0 <= found.flops["recompute"] < 0.13
+    stated, paper = found.times["stated"], found.times["paper"]
+    assert stated["mfu"] == pytest.approx(0.4)
+    assert paper["mfu"] == pytest.approx(0.33)
+    assert stated["seconds"] == pytest.approx(found.flops["model"] / found.chip["flops"] / 0.4)
+    assert stated["hours"] == pytest.approx(1000 * stated["seconds"] / 3600)
+    assert stated["price"] == pytest.approx(2 * found.devices * stated["hours"])
+    assert stated["rows_per_second"] == pytest.approx(256 / stated["seconds"])
+    assert found.store["bytes"] == 4000 * 192 * 2
+    assert found.store["passes"] == 1000 * 256 / 4000
+    assert "FITS" in found.page
+    assert "recommended: the config as it is" in found.page
+
+
+def test_gpus_that_are_not_here_are_estimated(plan):
+    found = plan("--topology", "gpu:h100:8", "--text.pack", "1", config=ONE_DAY)
+    assert found.by == "estimate"
+    assert "ESTIMATE" in found.page
+    assert len(found.page.splitlines()) <= 45
+    # By hand: 32 768 texts of 16 tokens through 11 whole layers and one for a single position, and the loss.
+    w, tokens = 1024, 16
+    layer = tokens * 24 * w**2 + 4 * tokens**2 * w
+    last = 20 * w**2 + 4 * tokens * w**2 + 4 * tokens * w
+    model = 32_768 * (3 * (11 * layer + last + 2 * w * 768) + 2 * 2 * 32_768 * 768)
+    assert found.flops["model"] * 8 == pytest.approx(model)
+    # The shares of work that is done again, as the config's comment says.
+    again = {way["keep"]: way["executed_flops"] / found.flops["model"] - 1 for way in found.ways}
+    assert again == pytest.approx(
+        {"products": 0, "hidden": 0.09, "inputs": 0.22, "embeddings": 0.33}, abs=0.006
+    )
+    assert found.limit == "compute"
+    assert found.floors["compute"] == pytest.approx(found.flops["executed"] / 989e12)
+    assert found.store["row_bytes"] == 768 * 2 + 16 * 2
+
+
+def test_one_gpu_sends_nothing_and_its_share_of_products_is_all(plan):
+    one, eight = (plan("--topology", f"gpu:h100:{n}", "--no-search") for n in (1, 8))
+    assert one.collectives == {}
+    assert one.floors["interconnect"] == 0
+    assert one.flops["model"] == pytest.approx(8 * eight.flops["model"])
+    assert len(one.ways) == 1
+
+
+def test_what_does_not_fit_is_said_with_what_would(plan):
+    found = plan("--topology", "gpu:l4", "--text.keep", "products", config=ONE_DAY)
+    assert not found.memory["fits"]
+    assert found.memory["total"] > found.memory["room"]
+    assert "DOES NOT FIT" in found.page
+    # What is recommended does fit, as the config's own choice.
+    options = found.overrides.split()
+    again = plan("--topology", "gpu:l4", "--no-search", *options, config=ONE_DAY)
+    assert again.memory["fits"]
+    assert (
+        found.overrides == f"--text.keep {again.way['keep']} --text.parts {again.way['parts']} --text.pack 8"
+    )
+
+
+def test_the_datasets_own_figures_take_the_place_of_what_is_assumed(plan, tmp_path):
+    make_dataset(tmp_path / "d", 70)
+    found = plan("--topology", "gpu:l4", "--dataset", str(tmp_path / "d"))
+    tokens = json.loads((tmp_path / "d/tokens/words/tokens.json").read_text())
+    assert (found.store["rows"], found.data["width"], found.data["tower"]) == (70, 16, "tower")
+    assert found.data["vocab_size"] == tokens["vocab_size"]
+    assert found.data["max_length"] == tokens["max_length"]
+    assert found.store["embedding_seconds"] is None
+
+
+def test_a_dataset_that_is_only_indexed_lends_its_rows(plan, tmp_path):
+    import shutil
+
+    make_dataset(tmp_path / "d", 70)
+    shutil.rmtree(tmp_path / "d/tokens")
+    shutil.rmtree(tmp_path / "d/features")
+    found = plan("--topology", "gpu:l4", "--dataset", str(tmp_path / "d"))
+    assert (found.store["rows"], found.data["width"], found.data["vocab_size"]) == (70, 192, 500)
+    assert found.store["embedding_seconds"] > 0
+
+
+def test_rows_of_many_pieces_and_captions(plan):
+    options = ("--plan.vocab_size", "70000", "--stream.captions_per_image", "3")
+    found = plan("--topology", "gpu:l4", "--no-search", *options)
+    assert found.store["row_bytes"] == 192 * 2 + 3 * 8 * 4
+
+
+def test_times_that_cannot_be_are_marked():
+    def time(seconds):
+        return {"seconds": seconds, "mfu": 1 / seconds, "hours": 1.0, "price": None, "rows_per_second": 1.0}
+
+    times = {"floor": time(2.0), "paper": time(3.0), "stated": time(1.0)}
+    lines = _times({"limit": "memory bandwidth", "mfu": 1.0, "price": 0.0, "times": times})
+    assert ["below the floor" in line for line in lines] == [False, False, False, True]
+    assert "at 100 % MFU" in lines[-1]
+
+
+def test_what_is_gathered_is_sent_to_every_other_device():
+    needs = SimpleNamespace(parameters=0, optimizer=0, gradients=0, batch=0, kept=lambda text: 0)
+    planner = SimpleNamespace(needs=lambda text: needs, target=SimpleNamespace(chip=TPUS[0], devices=4))
+    bytes_sent = {"all-gather": 3, "reduce-scatter": 0.75, "all-reduce": 1.5, "collective-permute": 1}
+    for name, share in bytes_sent.items():
+        way = SimpleNamespace(text=None, flops=0, collectives={name: Collective(1, 300e9)})
+        assert _floors(planner, way)["interconnect"] == pytest.approx(share)
+
+
+@pytest.mark.usefixtures("plan")
+def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_path, capsys):
+    options = (
+        "--topology",
+        "gpu:l4",
+        "--text.pack",
+        "3",
+        "--stream.global_batch",
+        "1572864000",
+        "--largest-batch",
+    )
+    assert main(["plan", str(tmp_path / "c.toml"), *options]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    batch = int(re.search(r"the largest that fits: --stream.global_batch (\d+) --text.keep", said)[1])
+    assert batch % 3 == 0
+    assert 10_000 < batch < 1_572_864_000
+
+
+@pytest.mark.parametrize("tower", ["B/0", "nope", "B/17"])
+@pytest.mark.usefixtures("plan")
+def test_towers_that_do_not_exist(tmp_path, capsys, tower):
+    config = tmp_path / "c.toml"
+    assert main(["plan", str(config), "--topology", "gpu:l4", "--plan.tower", tower]) == 2
+    assert "plan.tower" in capsys.readouterr().err
+
+
+def test_captions_by_their_true_lengths_need_fewer_products(plan):
+    masked = (
+        "--topology",
+        "gpu:l4",
+        "--no-search",
+        "--text.mask_padding",
+        "true",
+        "--plan.caption_tokens",
+        "4",
+    )
+    padded, packed = plan(*masked), plan(*masked, "--text.pack", "8")
+    assert packed.way["pack"] == 8
+    # Half of the eight positions are padding, which is not worked on; rows are hardly longer than captions need.
+    assert packed.flops["model"] < 0.55 * padded.flops["model"]
+    assert packed.way["executed_flops"] < 0.8 * padded.way["executed_flops"]
+    assert packed.memory["kept"] < padded.memory["kept"]
+    given = plan(*masked, "--text.pack", "8", "--text.row_tokens", "64")  # as full as without
+    assert given.memory["kept"] > packed.memory["kept"]
+
+
+def test_the_largest_batch_fits_and_twice_as_much_does_not(plan):
+    found = plan("--topology", "gpu:l4", "--no-search", "--largest-batch", config=ONE_DAY)
+    batch, options = found.largest_batch["global_batch"], found.largest_batch["overrides"].split()
+
+    def at(batch):
+        return plan(
+            "--topology",
+            "gpu:l4",
+            "--no-search",
+            "--stream.global_batch",
+            str(batch),
+            *options,
+            config=ONE_DAY,
+        )
+
+    fits, twice = at(batch), at(2 * batch)
+    assert fits.memory["fits"]
+    assert fits.memory["total"] == found.largest_batch["bytes"]
+    assert not twice.memory["fits"]
+
+
+def test_every_chip_is_found_by_jaxs_name_for_it():
+    for chip in (*TPUS, *GPUS):
+        assert chip_of(chip.kind) == chip
+    names = {
+        "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA L40S": "l40s",
+        "NVIDIA L40": "l40", "NVIDIA L4": "l4", "NVIDIA GeForce RTX 4090": "rtx4090",
+    }  # fmt: skip
+    assert {kind: chip_of(kind).name for kind in names} == names
+    assert chip_of("cpu") is None
+    assert peak_flops(jax.devices()[0]) is None
+
+
+@pytest.mark.parametrize("name", [path.name for path in ONE_DAY.parent.glob("*.toml")])
+def test_every_recipe_can_be_planned(plan, name):
+    found = plan("--topology", "gpu:h200:8", "--no-search", config=ONE_DAY.parent / name)
+    assert found.steps == load_config(ONE_DAY.parent / name).steps
+
+
+# --- with the TPU's compiler
+
+
+@pytest.fixture(scope="session")
+def libtpu():
+    if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
+        pytest.skip("no libtpu here")
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_a_step_compiled_for_a_slice_that_is_not_here(plan):
+    found = plan("--topology", "v4:2x2x1", "--no-search", "--text.width", "128", "--text.dtype", "bfloat16")
+    assert (found.by, found.devices) == ("compiler", 4)
+    assert found.flops["recompute"] == pytest.approx(0, abs=0.05)
+    assert found.times["compiler"]["seconds"] > found.times["floor"]["seconds"]
+    assert set(found.collectives) == {"all-reduce", "collective-permute"}
+    # The images of four devices go round, float32 as they are there; whole shapes of 128 are padded by the compiler.
+    assert found.collectives["collective-permute"]["bytes"] >= 256 * 192 * 4
+    assert "compiler's estimate" in found.page
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v6e:1x1"])
+def test_the_clock_and_the_peak_belong_together(topology):
+    """The compiler's cycles of a large product are those of the peak, and a little more."""
+    import jax.numpy as jnp
+
+    from lit_fast.runtime import replicated
+
+    target = open_target(topology)
+    size = 4096
+    matrix = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=replicated(target.mesh))
+    text = jax.jit(lambda a, b: a @ b).lower(matrix, matrix).compile().as_text()
+    found = totals(text)
+    assert found.flops == 2 * size**3
+    share = found.flops / target.chip.flops / (found.cycles / target.chip.clock)
+    assert 0.8 < share <= 1
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_the_topology_is_what_the_chip_says():
+    assert {device.device_kind for device in tpu_mesh("v5e:2x2").devices.flat} == {"TPU v5 lite"}

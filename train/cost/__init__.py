@@ -1,0 +1,1 @@
+"""Cost of a training step: FLOPs, memory, collectives, by tracing and by compiling."""

@@ -1,0 +1,1 @@
+"""Batches of features and token ids: shuffling, captions, packing, corruption."""

@@ -1,0 +1,1 @@
+"""`lit-fast plan`: memory, time and price of a run before it starts."""

@@ -1,0 +1,1 @@
+"""Records of a training: metrics, console, throughput, profile, receipt, report."""
