@@ -198,7 +198,7 @@ def main() -> None:
         steps.append(step)
         count = step.made.collectives
         print(
-            f"| {batch:,} | {step.text.keep} | {step.text.parts} | {step.made.argument_bytes / GIB:.2f} "
+            f"| {batch:,} | {step.text.keep} | {step.text.microbatches} | {step.made.argument_bytes / GIB:.2f} "
             f"| {step.made.temporary_bytes / GIB:.2f} | {step.gib / HBM:.0%} | {count['all-gather']} / "
             f"{count['all-reduce']} / {count['collective-permute']} | {step.made.seconds:.0f} |",
             flush=True,

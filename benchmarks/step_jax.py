@@ -66,7 +66,7 @@ def _fitted(case: Case, ids: np.ndarray, memory: int | None = None) -> tuple[Con
     """With what `text.keep = "auto"` chooses for so much memory, by default the device's, and that in words."""
     config = _config(case, ids)
     text = fit(config, partial(_tower, case), make_mesh(), memory).text
-    return replace(config, text=text), f"keeps {text.keep}, {text.parts:,} parts"
+    return replace(config, text=text), f"keeps {text.keep}, {text.microbatches:,} parts"
 
 
 def _peak_memory() -> int | None:

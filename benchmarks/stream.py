@@ -49,7 +49,7 @@ Result = dict[str, Any]
 
 def open_ours(path: Path, memory_gib: float, window_blocks: int = 8) -> Stream:
     dataset = open_dataset(path)
-    config = StreamConfig(global_batch=BATCH, memory_gib=memory_gib, window_blocks=window_blocks)
+    config = StreamConfig(global_batch=BATCH, memory_gib=memory_gib, shuffle_window_blocks=window_blocks)
     return open_stream(open_features(dataset), open_tokens(dataset), config, 0)
 
 

@@ -35,7 +35,7 @@ class TextConfig:
     # the batch; with "embeddings" it hardly takes memory. "auto" chooses both keys, the fastest way that the
     # device has room for (train/cost/memory.py).
     keep: str = "auto"
-    parts: int = 1
+    microbatches: int = 1
     # Captions that share a row of the encoder, side by side, none seeing the others: fewer, larger products. With
     # mask_padding they lie there by their true lengths, so that hardly any padding is worked on; the loss is the same.
     pack: int = 1
@@ -101,8 +101,8 @@ class StreamConfig:
     global_batch: int = 32_768  # images per step, over all devices
     captions_per_image: int = 1  # texts per image and step, all of them positives of the image
     memory_gib: float = 4.0  # a dataset up to this size is held in memory and shuffled exactly
-    streams: int = 64  # larger ones: virtual streams that a batch is dealt from
-    window_blocks: int = 8  # blocks of 1024 rows that a stream shuffles together
+    shuffle_streams: int = 64  # larger ones: virtual streams that a batch is dealt from
+    shuffle_window_blocks: int = 8  # blocks of 1024 rows that a stream shuffles together
     # Corrupted data, to see how well a loss bears it (section 4.10 of the paper). Probabilities of an image
     # becoming noise and of a text becoming random tokens, and the share of a batch whose texts change places.
     corrupt_images: float = 0.0
@@ -243,8 +243,9 @@ _CHOICES = {
     "optimizer.weight_decay_convention": ("paper", "optax"),
 }
 _AT_LEAST_ONE = (
-    "steps", "text.parts", "text.pack", "loss.tile", "stream.global_batch", "stream.captions_per_image",
-    "stream.streams", "stream.window_blocks", "optimizer.timescale", "checkpoint.every_steps", "checkpoint.keep",
+    "steps", "text.microbatches", "text.pack", "loss.tile", "stream.global_batch", "stream.captions_per_image",
+    "stream.shuffle_streams", "stream.shuffle_window_blocks", "optimizer.timescale",
+    "checkpoint.every_steps", "checkpoint.keep",
     "log.every_steps", "plan.vocab_size",
 )  # fmt: skip
 
@@ -284,9 +285,9 @@ def check_values(config: Config, values: dict[str, Any]) -> None:
         )
     _check_loss(config.loss)
     shape = config.text.shape
-    if config.text.keep == "auto" and config.text.parts > 1:
+    if config.text.keep == "auto" and config.text.microbatches > 1:
         raise UserError(
-            'text.parts is chosen by text.keep = "auto"; leave it out, or say what is kept: text.keep = "products"'
+            'text.microbatches is chosen by text.keep = "auto"; leave it out, or set text.keep = "products"'
         )
     if config.text.pack > 1 and config.text.dropout and not config.text.mask_padding:
         raise UserError("text.pack with text.dropout needs text.mask_padding = true")

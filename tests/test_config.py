@@ -55,7 +55,7 @@ def test_toml_round_trip(tmp_path_factory, dataset, learning_rate, seed, center,
 
 def test_a_run_of_an_earlier_version_can_be_read(tmp_path):
     (tmp_path / "config.toml").write_text(
-        to_toml(Config(steps=9000)).replace("parts =", "kept_parts = 0\nparts =")
+        to_toml(Config(steps=9000)).replace("microbatches =", "kept_parts = 0\nmicrobatches =")
     )
     assert read_config(tmp_path) == Config(steps=9000)
 
@@ -93,7 +93,7 @@ def test_widths_of_a_variant(tmp_path):
         ("[text]\ndropout = 1.0", "below 1"),
         ("[text]\nheads = 7", "not a multiple of text.heads"),
         ("[text]\nkeep = 'all'", "must be one of auto, everything, products, hidden, inputs, embeddings"),
-        ("[text]\nparts = 4", 'text.parts is chosen by text.keep = "auto"; leave it out'),
+        ("[text]\nmicrobatches = 4", 'text.microbatches is chosen by text.keep = "auto"; leave it out'),
         ("[text]\nkept_parts = 4", "is no more; leave it out: text.keep"),
         ("[stream]\ncorrupt_texts = 1.1", "stream.corrupt_texts must be at most 1"),
         ("[stream]\ncorrupt_alignment = -0.1", "stream.corrupt_alignment must not be negative"),

@@ -70,8 +70,9 @@ def check_batch(config: Config, devices: int) -> None:
         raise UserError(f"stream.global_batch {batch} is not divisible by the {devices} devices")
     pairs = batch * config.stream.captions_per_image
     text = config.text
-    if pairs % (devices * text.parts * text.pack):
+    if pairs % (devices * text.microbatches * text.pack):
         pack = f" x text.pack {text.pack}" if text.pack > 1 else ""
         raise UserError(
-            f"the {pairs} texts of a batch are not divisible by text.parts {text.parts}{pack} x {devices} devices"
+            f"the {pairs} texts of a batch are not divisible by text.microbatches {text.microbatches}{pack} "
+            f"x {devices} devices"
         )

@@ -134,7 +134,7 @@ def _embed(
     dropout: jax.Array | None,
     text: TextConfig,
 ) -> jax.Array:
-    """Normalised embeddings of this device's captions in their order, worked out in `text.parts` equal parts.
+    """Normalised embeddings of this device's captions in their order, worked out in `text.microbatches` equal parts.
 
     With `text.keep = "embeddings"` a part keeps nothing else, and the backward pass works it out again. The
     dropout of a row depends on the key and its place in the global batch, so neither the parts nor, where a row
@@ -157,8 +157,8 @@ def _embed(
     if text.keep == "embeddings":
         embed = jax.checkpoint(embed)
     rows = ids, lengths, place
-    if text.parts > 1:
-        parts = jax.tree.map(lambda a: a.reshape(text.parts, -1, *a.shape[1:]), rows)
+    if text.microbatches > 1:
+        parts = jax.tree.map(lambda a: a.reshape(text.microbatches, -1, *a.shape[1:]), rows)
         texts = jax.lax.map(lambda part: embed(*part), parts)
         texts = texts.reshape(-1, texts.shape[-1])
     else:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-import lit_fast
 from lit_fast.data.dataset import (
     BLOCK,
     SHARD,
@@ -37,6 +36,7 @@ from lit_fast.embed.sources.items import Names, is_text
 from lit_fast.errors import UserError
 from lit_fast.storage.files import read_object, sha256, write_json
 from lit_fast.utils.progress import Progress
+from lit_fast.version import __version__
 
 _GROUP = 1 << 16  # rows whose keys are compared with the earlier ones at a time
 
@@ -104,7 +104,7 @@ def _provenance(
             "captions": next(iter(names.told()), "").removeprefix("captions="),
             "files": files,
         },
-        "versions": {"lit_fast": lit_fast.__version__},
+        "versions": {"lit_fast": __version__},
     }
 
 

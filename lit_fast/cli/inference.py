@@ -111,7 +111,7 @@ def _search(args: argparse.Namespace) -> None:
     from lit_fast.data.images.reader import picture_reader
     from lit_fast.inference.model import load
     from lit_fast.inference.search import describe, search
-    from lit_fast.report.search_page import Answer, as_json, format_answers, search_page
+    from lit_fast.inference.search_page import Answer, as_json, format_answers, search_page
 
     dataset = open_dataset(args.dataset)
     keep_compiled()

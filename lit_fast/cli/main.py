@@ -17,11 +17,8 @@ from importlib.metadata import entry_points
 from types import FrameType
 from typing import NoReturn
 
-import jax
-
-import lit_fast
 from lit_fast.errors import UserError
-from lit_fast.storage.hub import cache_directory
+from lit_fast.version import __version__
 
 Run = Callable[[argparse.Namespace], None]
 Command = Callable[[argparse.ArgumentParser], Run]
@@ -121,7 +118,7 @@ def _dispatch(argv: list[str]) -> None:
         description="Embed every image once, then train a SigLiT text tower against the features.",
         epilog="`lit-fast COMMAND --help` explains one command; `lit-fast demo` shows them all at work.",
     )
-    parser.add_argument("--version", action="version", version=f"lit-fast {lit_fast.__version__}")
+    parser.add_argument("--version", action="version", version=f"lit-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = argv[0] if argv and argv[0] in found else None
     runs: dict[str, Run] = {}
@@ -143,14 +140,15 @@ def _dispatch(argv: list[str]) -> None:
     runs[args.command](args)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
-
-
-# Compiled programs are kept on the disk, so that a job that goes on does not compile again.
-
-
 def keep_compiled() -> None:
-    """Turn on JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names another place."""
+    """Turn on JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names another directory."""
+    import jax
+
+    from lit_fast.storage.hub import cache_directory
+
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -152,7 +152,7 @@ def table_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
         row("steps", lambda r: f"{r.steps[0]:,} of {r.steps[1]:,}"),
         row("devices", lambda r: r.devices),
         row("text.keep, in use", lambda r: str(r.memory.get("keep", _NONE))),
-        row("text.parts, in use", lambda r: str(r.memory.get("parts", _NONE))),
+        row("text.microbatches, in use", lambda r: str(r.memory.get("parts", _NONE))),
     ]
     for key in differing(records):
         rows.append(row(key, lambda r, key=key: str(r.config.get(key, _NONE))))  # type: ignore[misc]

@@ -1,109 +1,264 @@
-"""Small files written so that they are whole or absent, and digests."""
+"""Read, write, list and delete files; local ones only so far.
+
+Every location is a `str`, a path today and a path or URL later. All file access outside this package goes through
+these functions.
+
+Writes are atomic: a reader, or a machine that lost power, finds all of the data or none.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import io
 import json
 import os
-from pathlib import Path
-from typing import Any
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import IO, Any, Self
 
 from lit_fast.errors import UserError
+from lit_fast.storage.paths import StrPath, is_url, join, parent
 
-_MOST_LINES = 16 << 20  # bytes
+_MAX_LINES_BYTES = 16 << 20
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that a reader, or a machine that lost power, sees all of it or none.
+class InUseError(Exception):
+    """Another process holds the lock."""
 
-    Temporary file in the same directory, fsync, rename, fsync of the directory.
+
+class Lock:
+    """An exclusive lock, held until `release`, the end of the `with` block or the end of the process.
+
+    Raises:
+      InUseError: another process holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __init__(self, location: StrPath) -> None:
+        make_directory(parent(location))
+        self._file = open(_local(location), "a")  # noqa: SIM115  (closed by release)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise InUseError(os.fspath(location)) from None
+
+    def release(self) -> None:
+        """Let other processes take the lock."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def local_path(location: StrPath) -> str:
+    """Return the path of a local file or directory, for libraries that open files themselves.
+
+    Raises:
+      UserError: the location is a URL.
+    """
+    return _local(location)
+
+
+def exists(location: StrPath) -> bool:
+    """Whether there is a file or directory."""
+    return os.path.exists(_local(location))
+
+
+def is_file(location: StrPath) -> bool:
+    """Whether there is a regular file."""
+    return os.path.isfile(_local(location))
+
+
+def is_directory(location: StrPath) -> bool:
+    """Whether there is a directory."""
+    return os.path.isdir(_local(location))
+
+
+def size(location: StrPath) -> int:
+    """Return the bytes of a file; raises OSError where there is none."""
+    return os.path.getsize(_local(location))
+
+
+def directory_size(location: StrPath) -> int:
+    """Return the bytes of all files below a directory."""
+    return sum(
+        os.lstat(join(directory, name)).st_size
+        for directory, _, names in os.walk(_local(location))
+        for name in names
+    )
+
+
+def list_names(location: StrPath) -> list[str]:
+    """Return the names of the files and directories directly in a directory, sorted; [] where there is none."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        return sorted(os.listdir(_local(location)))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def make_directory(location: StrPath) -> None:
+    """Create a directory and those above it, unless it exists."""
+    os.makedirs(_local(location) or ".", exist_ok=True)
+
+
+def remove(location: StrPath) -> None:
+    """Delete a file, if it is there."""
+    with suppress(FileNotFoundError):
+        os.unlink(_local(location))
+
+
+def remove_tree(location: StrPath) -> None:
+    """Delete a directory with everything below it, if it is there."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(_local(location))
+
+
+def open_read(location: StrPath) -> io.BufferedReader:
+    """Open a local file for reading bytes at any position; raises OSError."""
+    return open(_local(location), "rb")
+
+
+def open_append(location: StrPath) -> IO[bytes]:
+    """Open a local file for appending bytes, unbuffered; `sync` makes what was written durable."""
+    return open(_local(location), "a+b", buffering=0)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Flush an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_path(location: StrPath) -> None:
+    """Flush a file that another library wrote, or the entries of a directory, to the disk."""
+    descriptor = os.open(_local(location), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(location: StrPath) -> Iterator[str]:
+    """Yield the path of a temporary file beside `location`, which it replaces, flushed, at the end of the block.
+
+    For libraries that write files themselves. After an exception the temporary file is deleted.
+    """
+    path = _local(location)
+    make_directory(parent(path))
+    temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync_path(temporary)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        remove(temporary)
+    sync_path(parent(path))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of `json_bytes`."""
-    write_atomic(path, json_bytes(value))
+def read_bytes(location: StrPath) -> bytes:
+    """Return the content of a file; raises OSError."""
+    with open_read(location) as file:
+        return file.read()
 
 
-def json_bytes(value: Any) -> bytes:
-    """Readable JSON with a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+def write_atomic(location: StrPath, data: bytes) -> None:
+    """Write a file so that a reader finds all of `data` or none of it; creates the directories above."""
+    with replacing(location) as temporary, open(temporary, "wb") as file:
+        file.write(data)
 
 
-def read_json(path: Path) -> Any:
+def read_json(location: StrPath) -> Any:
     """Parse a JSON file.
 
     Raises:
       UserError: the file is absent, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_bytes(location))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise UserError(f"{location} does not exist") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{location} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: not JSON ({error})") from None
+        raise UserError(f"{location} is damaged: not JSON ({error})") from None
 
 
-def read_object(path: Path, *keys: str, **types: type) -> dict[str, Any]:
-    """`read_json` of an object that has the given keys, and those of `types`, where it has them, of that type.
+def read_object(location: StrPath, *keys: str, **types: type) -> dict[str, Any]:
+    """Parse a JSON object that has the given keys, and those of `types`, where present, of that type.
 
     Raises:
-      UserError: also if it is something else.
+      UserError: as `read_json`, or the file holds something else.
     """
-    value = read_json(path)
+    value = read_json(location)
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it is not a JSON object")
+        raise UserError(f"{location} is damaged: it is not a JSON object")
     missing = [k for k in keys if k not in value]
     if missing:
-        raise UserError(f"{path} is damaged: {missing[0]} is missing")
-    for name, kind in types.items():
-        if name in value and type(value[name]) is not kind:
-            raise UserError(f"{path} is damaged: {name} is {str(value[name])[:80]!r}")
+        raise UserError(f"{location} is damaged: {missing[0]} is missing")
+    for key, kind in types.items():
+        if key in value and type(value[key]) is not kind:
+            raise UserError(f"{location} is damaged: {key} is {str(value[key])[:80]!r}")
     return value
 
 
-def read_lines(path: Path) -> tuple[str, ...]:
-    """The lines of a UTF-8 file, stripped; the empty ones at its end do not count.
+def json_bytes(value: Any) -> bytes:
+    """Return indented JSON with a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(location: StrPath, value: Any) -> None:
+    """Write `json_bytes` of a value atomically."""
+    write_atomic(location, json_bytes(value))
+
+
+def read_lines(location: StrPath) -> tuple[str, ...]:
+    """Return the lines of a UTF-8 file, stripped, without empty ones at its end.
 
     Raises:
-      UserError: it cannot be read, is larger than 16 MiB, or has an empty line, which would shift the others.
+      UserError: it cannot be read, is larger than 16 MiB, or has an empty line between others.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MOST_LINES + 1)
+        with open_read(location) as file:
+            data = file.read(_MAX_LINES_BYTES + 1)
         text = data.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{location} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    if len(data) > _MOST_LINES:
-        raise UserError(f"{path} is larger than 16 MiB; give one name or template a line")
+        raise UserError(f"{location} is not UTF-8 text") from None
+    if len(data) > _MAX_LINES_BYTES:
+        raise UserError(f"{location} is larger than 16 MiB; give one name or template per line")
     lines = [line.strip() for line in text.rstrip().splitlines()]
     if not lines:
-        raise UserError(f"{path} is empty; give one name or template a line")
+        raise UserError(f"{location} is empty; give one name or template per line")
     if not all(lines):
-        raise UserError(f"{path} is empty in line {lines.index('') + 1}; each line stands for one")
+        raise UserError(
+            f"{location} is empty in line {lines.index('') + 1}; give one name or template per line"
+        )
     return tuple(lines)
 
 
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+def sha256(location: StrPath) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    with open_read(location) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _local(location: StrPath) -> str:
+    """Return a local path; refuse a URL, which would otherwise become a directory of that name.
+
+    Raises:
+      UserError: the location is a URL.
+    """
+    location = os.fspath(location)
+    if is_url(location) or "://" in location:
+        raise UserError(f"{location} is a URL, where only a local path can be used; give a path")
+    return location

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-import lit_fast
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import POOLS, Architecture
 from lit_fast.models.sizes import Shape
@@ -30,6 +29,7 @@ from lit_fast.models.vit import ViT
 from lit_fast.storage.files import read_object
 from lit_fast.towers import preprocess_config as processors
 from lit_fast.towers.preprocess import Preprocess
+from lit_fast.version import __version__
 from lit_fast.weights.huggingface import load_huggingface
 from lit_fast.weights.npz import load_npz
 from lit_fast.weights.parameters import Params, Weights
@@ -110,7 +110,7 @@ class Tower:
             "source": self.source,
             "identity": hashlib.blake2b(text, digest_size=16).hexdigest(),
             **recipe,
-            "versions": {"lit_fast": lit_fast.__version__, "jax": jax.__version__},
+            "versions": {"lit_fast": __version__, "jax": jax.__version__},
         }
 
 

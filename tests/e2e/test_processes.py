@@ -71,7 +71,12 @@ def test_processes_train_as_one_does(case):
 
 def test_processes_share_the_windows_of_a_dataset_that_is_not_held_in_memory(case):
     make_dataset(case / "large", 4 * BLOCK)
-    options = ["--dataset=large", "--stream.memory_gib=0", "--stream.streams=2", "--stream.window_blocks=1"]
+    options = [
+        "--dataset=large",
+        "--stream.memory_gib=0",
+        "--stream.shuffle_streams=2",
+        "--stream.shuffle_window_blocks=1",
+    ]
     options += ["--text.dropout=0", "--text.mask_padding=true"]
     (said,) = finish(start(case, "windows", *options))
     assert "shuffled in windows of 2,048 rows" in said

@@ -47,7 +47,7 @@ def compiled(
     """The compiled step, the state on the host, the mesh; `loss` are pairs of key and value."""
     config = Config(
         steps=steps,
-        text=TextConfig(dropout=dropout, parts=parts, keep=keep),
+        text=TextConfig(dropout=dropout, microbatches=parts, keep=keep),
         loss=LossConfig(tile=tile, precision="highest", **dict(loss)),
         stream=StreamConfig(global_batch=batch, captions_per_image=captions),
         optimizer=OptimizerConfig(

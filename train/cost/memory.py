@@ -47,7 +47,7 @@ class Fit(NamedTuple):
     def record(self) -> dict[str, Any]:
         """For the receipt; bytes are of one device."""
         how = "compiler" if self.compiled else "estimate"
-        chosen = {"keep": self.text.keep, "parts": self.text.parts}
+        chosen = {"keep": self.text.keep, "parts": self.text.microbatches}
         return chosen | {"bytes": self.bytes, "limit_bytes": self.limit, "bytes_by": how}
 
     @property
@@ -55,14 +55,14 @@ class Fit(NamedTuple):
         """For the terminal."""
         t = self.text
         by = "by the compiler" if self.compiled else "estimated"
-        parts = f", {t.parts} parts" if t.parts > 1 else ""
+        parts = f", {t.microbatches} microbatches" if t.microbatches > 1 else ""
         return (
             f"keeps {t.keep}{parts}; {self.bytes / 2**30:.2f} of {self.limit / 2**30:.2f} GiB a device, {by}"
         )
 
 
 def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> Fit:
-    """Choose `text.keep` and `text.parts` where they are "auto".
+    """Choose `text.keep` and `text.microbatches` where they are "auto".
 
     Args:
       config: of the run; its global batch is divisible by the devices.
@@ -113,7 +113,7 @@ def candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConfi
     divisors = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
     divisors = sorted({*divisors, *(rows // d for d in divisors)})
     parts = next(d for d in divisors if texts // d * 16 <= tokens or d == rows)
-    choose = lambda keep, parts: dataclasses.replace(config.text, keep=keep, parts=parts)  # noqa: E731
+    choose = lambda keep, parts: dataclasses.replace(config.text, keep=keep, microbatches=parts)  # noqa: E731
     if not on_cpu:  # whose caches prefer small parts
         yield choose("everything", 1)
     for keep in (*KEEP, "embeddings"):
@@ -163,12 +163,14 @@ class Needs:
     def kept(self, text: TextConfig) -> int:
         """What the backward pass is given."""
         if text.keep == "embeddings":  # of one part, while it is worked out again
-            return int(self._texts // text.parts * self._given(dataclasses.replace(text, keep="products")))
+            return int(
+                self._texts // text.microbatches * self._given(dataclasses.replace(text, keep="products"))
+            )
         return int(self._texts * self._given(text))
 
     def estimate(self, text: TextConfig) -> int:
         """All of it."""
-        working = self._texts // text.parts * self._given(dataclasses.replace(text, keep="everything"))
+        working = self._texts // text.microbatches * self._given(dataclasses.replace(text, keep="everything"))
         tile = min(self._config.loss.tile, self._images)
         logits = 4 * tile * min(2 * tile, self._texts) * 4  # of a tile of pairs, and what is made of them
         # Embeddings in float32, of images here and on their way, of texts and their gradients.
@@ -179,7 +181,7 @@ class Needs:
 
     def _given(self, text: TextConfig) -> float:
         """Bytes that the backward pass is given for one text."""
-        text = dataclasses.replace(text, parts=1)
+        text = dataclasses.replace(text, microbatches=1)
         if text not in self._per_text:
             model = self._build(text)
 

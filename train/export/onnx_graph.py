@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, checker, helper, numpy_helper
 
-import lit_fast
+from lit_fast.version import __version__
 
 # The first operator set with LayerNormalization, and the file format of its time: onnxruntime 1.12 reads it.
 OPSET = 17
@@ -75,7 +75,7 @@ class Graph:
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
             producer_name="lit_fast",
-            producer_version=lit_fast.__version__,
+            producer_version=__version__,
         )
         helper.set_model_props(model, dict(metadata))
         external = sum(len(weight.raw_data) for weight in self._weights) > largest_file

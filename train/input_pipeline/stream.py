@@ -154,7 +154,7 @@ def open_stream(
         how = "held in memory and shuffled exactly"
     else:
         source = WindowSource(features, tokens, unusable, config, seed, part, corruption)
-        identity += [config.streams, config.window_blocks]
+        identity += [config.shuffle_streams, config.shuffle_window_blocks]
         how = f"streamed, shuffled in windows of {source.window_rows:,} rows"
     if corruption:
         identity += corruption.identity

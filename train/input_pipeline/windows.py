@@ -77,13 +77,13 @@ def plan(rows: int, config: StreamConfig) -> Geometry:
       UserError: there is none.
     """
     blocks, batch = rows // BLOCK, config.global_batch
-    for streams in range(min(config.streams, blocks, batch), 0, -1):
+    for streams in range(min(config.shuffle_streams, blocks, batch), 0, -1):
         share = batch // streams
         if batch % streams or (BLOCK % share and share % BLOCK):
             continue
         unit = max(1, share // BLOCK)
         if blocks >= streams * unit:
-            window = -(-config.window_blocks // unit) * unit
+            window = -(-config.shuffle_window_blocks // unit) * unit
             return Geometry(blocks, streams, share, unit, window)
     raise UserError(
         f"a dataset of {rows:,} rows cannot be streamed in batches of {batch}: make stream.global_batch "

@@ -131,7 +131,7 @@ class Planner:
 
     def traced(self, text: TextConfig) -> float:
         """FLOPs of a device in the step as it is given to the compiler."""
-        key = dataclasses.replace(text, parts=1)
+        key = dataclasses.replace(text, microbatches=1)
         if key not in self._traced:
             config = dataclasses.replace(self.config, text=key)
             model = self.build(key)
@@ -174,7 +174,7 @@ def search(planner: Planner, chosen: Way) -> list[Way]:
     config, target, ways = planner.config, planner.target, [chosen]
 
     def first(pack: int, keep: str = "") -> list[TextConfig]:
-        text = planner.laid_out(dataclasses.replace(config.text, keep="auto", parts=1), pack)
+        text = planner.laid_out(dataclasses.replace(config.text, keep="auto", microbatches=1), pack)
         found: dict[str, TextConfig] = {}
         for way in candidates(dataclasses.replace(config, text=text), target.devices, False):
             if keep in ("", way.keep) and planner.needs(way).estimate(way) <= planner.room:
@@ -192,8 +192,8 @@ def search(planner: Planner, chosen: Way) -> list[Way]:
         for text in first(pack, best.text.keep) if pack > 1 else []:
             _try(planner, text, ways)
     if best := fastest(planner, ways):
-        for parts in (2 * best.text.parts, max(best.text.parts // 2, 1)):
-            text = dataclasses.replace(best.text, parts=parts)
+        for parts in (2 * best.text.microbatches, max(best.text.microbatches // 2, 1)):
+            text = dataclasses.replace(best.text, microbatches=parts)
             fits = planner.needs(text).estimate(text) <= planner.room
             if planner.texts % (parts * text.pack) == 0 and fits:
                 _try(planner, text, ways)
@@ -232,12 +232,12 @@ def _try(planner: Planner, text: TextConfig, ways: list[Way]) -> None:
 def described(text: TextConfig) -> str:
     """`hidden, 16 parts`."""
     rows = f", {text.pack} captions a row" if text.pack > 1 else ""
-    return f"{text.keep}, {text.parts} part{'s' * (text.parts > 1)}{rows}"
+    return f"{text.keep}, {text.microbatches} part{'s' * (text.microbatches > 1)}{rows}"
 
 
 def overrides(text: TextConfig) -> str:
     """What to write after `lit-fast train CONFIG` for it."""
-    return f"--text.keep {text.keep} --text.parts {text.parts} --text.pack {text.pack}"
+    return f"--text.keep {text.keep} --text.microbatches {text.microbatches} --text.pack {text.pack}"
 
 
 _FIRST = 2048  # rows of captions of a device, which are several parts already
@@ -292,7 +292,7 @@ def _planner(config: Config, target: Target, batch: int, say: Say) -> Planner:
         dataclasses.replace(
             config,
             stream=dataclasses.replace(config.stream, global_batch=batch),
-            text=dataclasses.replace(config.text, keep="auto", parts=1),
+            text=dataclasses.replace(config.text, keep="auto", microbatches=1),
         ),
         target,
         1.0,

@@ -172,7 +172,7 @@ def _summary(planner: Planner, way: Way) -> dict[str, Any]:
     return {
         "description": described(way.text),
         "keep": way.text.keep,
-        "parts": way.text.parts,
+        "parts": way.text.microbatches,
         "pack": way.text.pack,
         "bytes": way.bytes,
         "fits": way.fits,

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-import lit_fast
 from lit_fast.config import Config, flatten
 from lit_fast.runs.metrics import Spent, best, evaluations, read_metrics, speed, spent
 from lit_fast.storage.files import read_json, read_object, write_json
 from lit_fast.train.cost.memory import Fit
+from lit_fast.version import __version__
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -60,7 +60,7 @@ def write_receipt(
             "host_cores": os.cpu_count(),
         },
         "versions": {
-            "lit_fast": lit_fast.__version__,
+            "lit_fast": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in _LIBRARIES},
         },

@@ -90,7 +90,7 @@ def _receipt_rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
     room = f"{memory['bytes'] / 2**30:.2f} of {memory['limit_bytes'] / 2**30:.2f}, by {memory['bytes_by']}"
     rows += [
         ("text.keep, in use", memory["keep"]),
-        ("text.parts, in use", str(memory["parts"])),
+        ("text.microbatches, in use", str(memory["parts"])),
         ("needed memory of a device, GiB", room),
     ]
     for name, label, scale, form in (

@@ -37,7 +37,7 @@ def test_the_more_room_the_more_is_kept():
     kept = [order.index(f.text.keep) for f in found]
     assert kept == sorted(kept, reverse=True)
     assert set(kept) == {0, 1, 2}, "each has a limit at which it is chosen"
-    assert all(256 % f.text.parts == 0 for f in found)
+    assert all(256 % f.text.microbatches == 0 for f in found)
 
 
 def test_what_does_not_fit_is_said_in_one_line():
@@ -49,19 +49,19 @@ def test_what_does_not_fit_is_said_in_one_line():
 
 
 def test_what_is_said_by_hand_stays():
-    text = replace(CONFIG.text, keep="inputs", parts=4)
+    text = replace(CONFIG.text, keep="inputs", microbatches=4)
     assert choose(MIB, replace(CONFIG, text=text)).text == text
 
 
 def test_a_batch_whose_texts_no_part_divides():
     found = choose(1024 * MIB, replace(CONFIG, stream=StreamConfig(global_batch=2 * 251)))
-    assert 251 % found.text.parts == 0
+    assert 251 % found.text.microbatches == 0
 
 
 @pytest.mark.parametrize("keep", ["products", "embeddings"])
 def test_the_estimate_is_near_the_compilers(keep):
     mesh = make_mesh(jax.devices()[:2])
-    config = replace(CONFIG, text=replace(CONFIG.text, keep=keep, parts=8))
+    config = replace(CONFIG, text=replace(CONFIG.text, keep=keep, microbatches=8))
     estimate = fit(config, build, mesh, 1024 * MIB).bytes
     made = compile_step(build(config.text), config, mesh)
     # It decides what is compiled first, and on a CPU what is done; which buffers share memory it cannot know.
@@ -71,7 +71,7 @@ def test_the_estimate_is_near_the_compilers(keep):
 def test_bfloat16_takes_two_bytes():
     """What is kept is most of this step, and XLA's CPU backend would convert all of it to float32 as well."""
     mesh = make_mesh(jax.devices()[:2])
-    text = replace(CONFIG.text, keep="hidden", parts=8, depth=9, dtype="bfloat16")
+    text = replace(CONFIG.text, keep="hidden", microbatches=8, depth=9, dtype="bfloat16")
     config = replace(CONFIG, text=text, stream=StreamConfig(global_batch=4096))
     made = compile_step(build(text), config, mesh)
     assert made.argument_bytes + made.temporary_bytes < 1.1 * choose(1024 * MIB, config).bytes

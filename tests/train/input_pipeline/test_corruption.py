@@ -19,7 +19,9 @@ from lit_fast.train.input_pipeline.stream import open_stream
 from tests.synthetic import make_dataset, row_numbers, write_features
 
 MEMORY = StreamConfig(global_batch=64, captions_per_image=2)
-WINDOWS = StreamConfig(global_batch=256, captions_per_image=2, memory_gib=0.0, streams=4, window_blocks=2)
+WINDOWS = StreamConfig(
+    global_batch=256, captions_per_image=2, memory_gib=0.0, shuffle_streams=4, shuffle_window_blocks=2
+)
 NOISE = 20
 FIRST = 128 * 120  # the row number that the features of noise begin with
 

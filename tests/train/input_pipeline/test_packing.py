@@ -170,7 +170,10 @@ def test_the_step_is_the_same(devices, options):
     results = []
     for pack in (1, 4):
         text = TextConfig(
-            mask_padding=True, pack=pack, keep=options.get("keep", "inputs"), parts=options.get("parts", 1)
+            mask_padding=True,
+            pack=pack,
+            keep=options.get("keep", "inputs"),
+            microbatches=options.get("parts", 1),
         )
         config = Config(
             steps=10,

@@ -22,7 +22,7 @@ from lit_fast.train.input_pipeline.windows import Geometry, plan
 from tests.synthetic import make_dataset, row_numbers, write_features
 
 MEMORY = StreamConfig(global_batch=48, captions_per_image=2)
-WINDOWS = StreamConfig(global_batch=256, memory_gib=0.0, streams=4, window_blocks=2)
+WINDOWS = StreamConfig(global_batch=256, memory_gib=0.0, shuffle_streams=4, shuffle_window_blocks=2)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_the_order_is_the_one_that_the_identity_stands_for(large, config, digest
 
 def test_memory_is_that_of_the_windows(tmp_path):
     dataset = make_dataset(tmp_path / "d", 16 * BLOCK, width=512, captions=1)
-    config = replace(WINDOWS, streams=2, window_blocks=1)
+    config = replace(WINDOWS, shuffle_streams=2, shuffle_window_blocks=1)
     tracemalloc.start()
     source = opened(dataset, config).source
     for step in range(3 * source.geometry.steps):
@@ -136,7 +136,7 @@ def test_memory_is_that_of_the_windows(tmp_path):
 
 def test_captions_that_are_gone_are_an_error_that_names_the_file(tmp_path):
     dataset = make_dataset(tmp_path / "d", 4 * BLOCK)
-    stream = opened(dataset, replace(WINDOWS, streams=2))
+    stream = opened(dataset, replace(WINDOWS, shuffle_streams=2))
     (dataset.path / "tokens/words/00000.array_record").unlink()
     with pytest.raises(UserError, match=r"tokens/words/00000.array_record is missing"):
         stream.source[0]
@@ -165,7 +165,9 @@ def test_windows_cover_an_epoch(large):
     window_blocks=st.integers(1, 8),
 )
 def test_every_layout_visits_every_row_of_a_stream_once(blocks, log_batch, streams, window_blocks):
-    config = StreamConfig(global_batch=2**log_batch, streams=streams, window_blocks=window_blocks)
+    config = StreamConfig(
+        global_batch=2**log_batch, shuffle_streams=streams, shuffle_window_blocks=window_blocks
+    )
     if blocks * BLOCK < config.global_batch:
         with pytest.raises(UserError, match="cannot be streamed"):
             plan(blocks * BLOCK, config)
@@ -223,7 +225,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_store(tmp_path, config):
     chunk.write_bytes(data)
 
     def read_everything():
-        stream = opened(dataset, replace(config, streams=2))
+        stream = opened(dataset, replace(config, shuffle_streams=2))
         for step in range(16):
             stream.source[step]
 

@@ -124,7 +124,8 @@ def test_what_does_not_fit_is_said_with_what_would(plan):
     again = plan("--topology", "gpu:l4", "--no-search", *options, config=ONE_DAY)
     assert again.memory["fits"]
     assert (
-        found.overrides == f"--text.keep {again.way['keep']} --text.parts {again.way['parts']} --text.pack 8"
+        found.overrides
+        == f"--text.keep {again.way['keep']} --text.microbatches {again.way['parts']} --text.pack 8"
     )
 
 

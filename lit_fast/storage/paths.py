@@ -1,0 +1,60 @@
+"""Paths and URLs as strings: join them, take them apart.
+
+Code outside `lit_fast/storage/` treats a location as an opaque `str` and uses these functions and those of
+`lit_fast.storage.files`, so that a location may become a URL without a change there.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from urllib.parse import urlsplit
+
+StrPath = str | os.PathLike[str]
+
+SCHEMES = ("https", "http", "s3", "gs")
+
+
+def is_url(location: StrPath) -> bool:
+    """Whether a location is a URL of a known scheme, and not a local path."""
+    return os.fspath(location).lower().startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def join(location: StrPath, *names: str) -> str:
+    """Append names to a path or URL."""
+    location = os.fspath(location)
+    return posixpath.join(location, *names) if is_url(location) else os.path.join(location, *names)
+
+
+def parent(location: StrPath) -> str:
+    """Return the directory of a path, or the URL up to its last slash without the query."""
+    location = os.fspath(location)
+    return (
+        posixpath.dirname(_without_query(location)) if is_url(location) else os.path.dirname(location) or "."
+    )
+
+
+def name(location: StrPath) -> str:
+    """Return the last part of a path or URL."""
+    location = os.fspath(location)
+    return posixpath.basename((_without_query(location) if is_url(location) else location).rstrip("/"))
+
+
+def stem(location: StrPath) -> str:
+    """Return the last part without its suffix."""
+    return os.path.splitext(name(location))[0]
+
+
+def suffix(location: StrPath) -> str:
+    """Return the suffix of the last part with its dot, in lower case; "" without one."""
+    return os.path.splitext(name(location))[1].lower()
+
+
+def absolute(location: StrPath) -> str:
+    """Make a local path absolute and resolve symbolic links; return a URL unchanged."""
+    location = os.fspath(location)
+    return location if is_url(location) else os.path.realpath(location)
+
+
+def _without_query(url: str) -> str:
+    return urlsplit(url)._replace(query="", fragment="").geturl()

@@ -1,0 +1,400 @@
+"""Which module may import which, and where files, arguments and the terminal are handled."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Modules that do not keep a rule yet.
+PENDING: dict[str, set[str]] = {
+    "help": {
+        "lit_fast.cli.evaluate",
+        "lit_fast.cli.inference",
+        "lit_fast.cli.inspect",
+        "lit_fast.cli.options",
+        "lit_fast.embed",
+        "lit_fast.embed.cli",
+        "lit_fast.train",
+        "lit_fast.train.cli",
+        "lit_fast.train.export",
+        "lit_fast.train.export.cli",
+    },
+    "benchmarks": {"benchmarks.step_case", "benchmarks.step_jax", "benchmarks.step_torch"},
+    "dependency": {"lit_fast.runtime -> jax._src.clusters.ClusterEnv"},
+    "private": {
+        "lit_fast.data.images.reader -> lit_fast.data.images.parquet._RowGroups",
+        "lit_fast.data.images.reader -> lit_fast.data.images.tf_examples._Records",
+        "lit_fast.towers.preprocess -> lit_fast.data.images.decode._FULL",
+        "lit_fast.train.checkpoints -> lit_fast.train.tracking.console._say",
+        "lit_fast.train.loop -> lit_fast.train.tracking.console._report",
+        "lit_fast.train.loop -> lit_fast.train.tracking.console._say",
+    },
+    "print": {
+        "lit_fast.cli.evaluate",
+        "lit_fast.cli.inference",
+        "lit_fast.cli.inspect",
+        "lit_fast.cli.main",
+        "lit_fast.demo",
+        "lit_fast.embed.extract",
+        "lit_fast.embed.importers.import_features",
+        "lit_fast.embed.index",
+        "lit_fast.embed.tokenize",
+        "lit_fast.embed.verify.dataset",
+        "lit_fast.embed.verify.features",
+        "lit_fast.train.cli",
+        "lit_fast.train.export.writer",
+        "lit_fast.train.tracking.console",
+        "lit_fast.train.tracking.profiler",
+        "lit_fast.train.tracking.wandb",
+    },
+    "files": {
+        "lit_fast",
+        "lit_fast.cli.evaluate",
+        "lit_fast.cli.inference",
+        "lit_fast.cli.inspect",
+        "lit_fast.cli.main",
+        "lit_fast.cli.options",
+        "lit_fast.config_io",
+        "lit_fast.data.blocks",
+        "lit_fast.data.dataset",
+        "lit_fast.data.features",
+        "lit_fast.data.images.reader",
+        "lit_fast.data.records",
+        "lit_fast.data.tokenizer",
+        "lit_fast.data.tokens",
+        "lit_fast.demo",
+        "lit_fast.demo.results",
+        "lit_fast.demo.tars",
+        "lit_fast.embed.cli",
+        "lit_fast.embed.extract",
+        "lit_fast.embed.importers.captions",
+        "lit_fast.embed.importers.import_features",
+        "lit_fast.embed.importers.parts",
+        "lit_fast.embed.importers.torch_file",
+        "lit_fast.embed.index",
+        "lit_fast.embed.journal",
+        "lit_fast.embed.skipped",
+        "lit_fast.embed.sources.benchmark",
+        "lit_fast.embed.sources.expand",
+        "lit_fast.embed.sources.folders",
+        "lit_fast.embed.sources.paths",
+        "lit_fast.embed.tokenize",
+        "lit_fast.embed.verify.dataset",
+        "lit_fast.evaluation.evaluate",
+        "lit_fast.evaluation.few_shot",
+        "lit_fast.evaluation.known_sets",
+        "lit_fast.evaluation.zeroshot_set",
+        "lit_fast.inference.classify",
+        "lit_fast.inference.exported",
+        "lit_fast.inference.model",
+        "lit_fast.inference.search_page",
+        "lit_fast.report.compare",
+        "lit_fast.report.info",
+        "lit_fast.runs.checkpoint",
+        "lit_fast.runs.metrics",
+        "lit_fast.runs.run",
+        "lit_fast.towers.embed",
+        "lit_fast.towers.preprocess_config",
+        "lit_fast.towers.tower",
+        "lit_fast.train.checkpoints",
+        "lit_fast.train.cli",
+        "lit_fast.train.export.big_vision",
+        "lit_fast.train.export.cli",
+        "lit_fast.train.export.hf_tokenizer",
+        "lit_fast.train.export.native",
+        "lit_fast.train.export.onnx",
+        "lit_fast.train.export.onnx_graph",
+        "lit_fast.train.export.open_clip",
+        "lit_fast.train.export.transformers",
+        "lit_fast.train.export.writer",
+        "lit_fast.train.inputs",
+        "lit_fast.train.loop",
+        "lit_fast.train.tracking.metrics_writer",
+        "lit_fast.train.tracking.profiler",
+        "lit_fast.train.tracking.receipt",
+        "lit_fast.train.tracking.report",
+        "lit_fast.train.tracking.wandb",
+        "lit_fast.train.workdir",
+        "lit_fast.weights.huggingface",
+        "lit_fast.weights.npz",
+        "lit_fast.weights.parameters",
+        "lit_fast.weights.reader",
+        "lit_fast.weights.registry",
+        "lit_fast.weights.resolve",
+        "lit_fast.weights.text",
+        "lit_fast.weights.timm",
+    },
+}
+
+# A module may import modules of lower layers and of its own entry. An entry is a module or a package below `lit_fast`.
+GROUND_FLOOR = (
+    ("version", "errors", "models.sizes"),
+    ("utils", "runtime", "config"),
+    ("storage", "config_io", "losses"),
+    ("data",),
+    ("models", "evaluation"),
+    ("weights", "runs"),
+    ("towers",),
+    ("report",),
+    ("inference",),
+    ("demo",),
+    ("cli",),
+)
+EMBED = (
+    ("embed.sources", "embed.journal", "embed.key_set", "embed.tokenize"),
+    ("embed.pipeline", "embed.skipped"),
+    ("embed.index", "embed.extract"),
+    ("embed.verify", "embed.importers"),
+    ("embed.cli",),
+)
+TRAIN = (
+    ("train.optimizer", "train.evaluator", "train.input_pipeline"),
+    ("train.step", "train.workdir"),
+    ("train.export", "train.cost", "train.inputs"),
+    ("train.tracking", "train.plan"),
+    ("train.checkpoints",),
+    ("train.loop",),
+    ("train.cli",),
+)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """All product modules by their import names."""
+    found = {}
+    for top, package in (("lit_fast", "lit_fast"), ("embed", "lit_fast.embed"), ("train", "lit_fast.train")):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = path.relative_to(ROOT / top).with_suffix("").parts
+            if top == "lit_fast" and parts[0] in ("embed", "train"):  # the links to the stages
+                continue
+            name = ".".join((package, *parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports anywhere, also inside functions; `from a import b` gives `a.b`."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_modules(path: Path, known: dict[str, Path]) -> set[str]:
+    """Which of the known modules a file imports."""
+    names = set()
+    for name in imported(path):
+        if name not in known:
+            name = name.rpartition(".")[0]
+        if name in known:
+            names.add(name)
+    return names
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    return {name: imported_modules(path, modules()) - {name} for name, path in modules().items()}
+
+
+def entry(name: str, layers: tuple[tuple[str, ...], ...]) -> tuple[int, str] | None:
+    """Number of the layer of a module and its entry there; the longest entry wins."""
+    name = name.removeprefix("lit_fast.")
+    found = [
+        (len(e), i, e)
+        for i, layer in enumerate(layers)
+        for e in layer
+        if name == e or name.startswith(f"{e}.")
+    ]
+    return max(found)[1:] if found else None
+
+
+def test_ground_floor_imports_no_stage():
+    stages = ("lit_fast.embed.", "lit_fast.train.")
+    wrong = [
+        f"{name} -> {other}"
+        for name, others in graph().items()
+        if not f"{name}.".startswith(stages)
+        for other in others
+        if f"{other}.".startswith(stages)
+    ]
+    assert not wrong
+
+
+def test_stages_do_not_import_each_other():
+    wrong = [
+        f"{name} -> {other}"
+        for name, others in graph().items()
+        for other in others
+        if (f"{name}.".startswith("lit_fast.embed.") and f"{other}.".startswith("lit_fast.train."))
+        or (f"{name}.".startswith("lit_fast.train.") and f"{other}.".startswith("lit_fast.embed."))
+    ]
+    assert not wrong
+
+
+def test_product_imports_neither_tests_nor_benchmarks():
+    wrong = [
+        f"{name} -> {other}"
+        for name, path in modules().items()
+        for other in imported(path)
+        if other.split(".")[0] in ("tests", "benchmarks", "embed", "train")
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("layers", [GROUND_FLOOR, EMBED, TRAIN], ids=["ground floor", "embed", "train"])
+def test_layers_import_downwards_only(layers):
+    first = layers[0][0].partition(".")[0]
+    stage = f"lit_fast.{first}." if layers is not GROUND_FLOOR else ""
+    wrong = []
+    for name, others in graph().items():
+        inside = (
+            name.startswith(stage)
+            if stage
+            else not f"{name}.".startswith(("lit_fast.embed.", "lit_fast.train."))
+        )
+        if not inside or name in ("lit_fast", "lit_fast.__main__") or name.endswith(".__main__"):
+            continue
+        here = entry(name, layers)
+        assert here, f"{name} has no layer; give it one here"
+        for other in others:
+            there = entry(other, layers)
+            if there and here[1] != there[1] and here[0] <= there[0]:
+                wrong.append(f"{name} -> {other}")
+    assert not wrong
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Strongly connected components of more than one module (Tarjan)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in graph[name]:
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            component = set()
+            while name not in component:
+                component.add(stack.pop())
+            if len(component) > 1:
+                found.append(component)
+
+    for name in graph:
+        if name not in index:
+            visit(name)
+    return found
+
+
+def test_no_circle_of_imports():
+    assert not circles(graph())
+
+
+def test_no_circle_of_imports_in_benchmarks():
+    known = {f"benchmarks.{path.stem}": path for path in (ROOT / "benchmarks").glob("*.py")}
+    found = circles({name: imported_modules(path, known) - {name} for name, path in known.items()})
+    assert set().union(*found) <= PENDING["benchmarks"]
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}]
+
+
+def test_argparse_is_imported_by_command_modules_only():
+    wrong = [
+        name
+        for name, path in modules().items()
+        if "argparse" in imported(path) and "cli" not in name.split(".") and not name.endswith("__main__")
+    ]
+    assert not wrong
+
+
+def test_nothing_private_of_a_dependency_is_imported():
+    wrong = [
+        f"{name} -> {other}"
+        for name, path in modules().items()
+        for other in imported(path)
+        if not other.startswith("lit_fast") and other != "__future__.annotations"
+        if any(part.startswith("_") for part in other.split("."))
+    ]
+    assert set(wrong) <= PENDING["dependency"]
+
+
+def test_nothing_private_of_another_module_is_imported():
+    wrong = [
+        f"{name} -> {other}"
+        for name, path in modules().items()
+        for other in imported(path)
+        if other.startswith("lit_fast") and other.rpartition(".")[2].startswith("_")
+        if other.rpartition(".")[2] != "__version__"
+    ]
+    assert set(wrong) <= PENDING["private"]
+
+
+def calls(path: Path) -> Iterator[str]:
+    """Dotted names of the functions that a file calls."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+def test_print_is_called_in_one_module():
+    wrong = [name for name, path in modules().items() if "print" in calls(path)]
+    assert set(wrong) - {"lit_fast.utils.output"} <= PENDING["print"]
+
+
+FILE_MODULES = {"pathlib", "fcntl", "glob", "tempfile", "shutil"}
+FILE_CALLS = {
+    "open", "io.open", "os.open", "os.replace", "os.rename", "os.link", "os.unlink", "os.remove", "os.rmdir", "os.stat",
+    "os.lstat", "os.listdir", "os.scandir", "os.walk", "os.makedirs", "os.mkdir", "os.fsync", "os.path.exists",
+    "os.path.isfile", "os.path.isdir", "os.path.getsize", "os.path.getmtime",
+}  # fmt: skip
+
+
+def test_files_are_accessed_through_storage_only():
+    wrong = set()
+    for name, path in modules().items():
+        if name.startswith("lit_fast.storage."):
+            continue
+        used = FILE_MODULES & {other.split(".")[0] for other in imported(path)}
+        if used == {"shutil"} and not {c for c in calls(path) if c.startswith("shutil.")} - {
+            "shutil.get_terminal_size"
+        }:
+            used = set()
+        wrong |= {name} if used or FILE_CALLS & set(calls(path)) else set()
+    assert wrong <= PENDING["files"], sorted(wrong - PENDING["files"])
+
+
+def test_help_imports_no_command_and_no_jax():
+    code = (
+        "import sys; from lit_fast.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('jax', 'numpy') or m.startswith('lit_fast.')), "
+        "file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = set(ast.literal_eval(done.stderr.splitlines()[-1]))
+    assert not {m for m in loaded if m.split(".")[0] in ("jax", "numpy")}
+    commands = {m for m in loaded if m.startswith(("lit_fast.embed", "lit_fast.train", "lit_fast.cli."))}
+    assert commands - {"lit_fast.cli.main"} <= PENDING["help"]
