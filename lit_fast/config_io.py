@@ -19,7 +19,7 @@ REMOVED = {
 }
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), ignored: Collection[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = (), ignored: Collection[str] = ()) -> Config:
     """Read a TOML file and apply `--section.key value` overrides; `ignored` keys may stand in it.
 
     Raises:
@@ -28,7 +28,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), ignored: Collection[s
     known = flatten(Config())
     given = _pairs(overrides, known)
     try:
-        values = flatten_toml(tomllib.loads(path.read_text(encoding="utf-8")))
+        values = flatten_toml(tomllib.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
