@@ -32,11 +32,11 @@ def train(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.cli.main import keep_compiled
-        from lit_fast.runtime import join
+        from lit_fast.runtime import initialize_distributed
         from lit_fast.train.loop import train as train_run
 
         config = load_config(args.config, overrides(args))
-        join()
+        initialize_distributed()
         keep_compiled()
         train_run(config, args.workdir, args.profile_steps)
 

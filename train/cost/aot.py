@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lit_fast.config import Config
 from lit_fast.data.tokens import id_dtype
 from lit_fast.models.text_tower import TextTower
-from lit_fast.runtime import dealt, make_mesh, replicated
+from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.train.step import State, make_step
 
 
@@ -63,7 +63,7 @@ def compile_step(
       optimizer, state: of `lit_fast.train.step.abstract_training`.
     """
     state = _placed(state, replicated(mesh))
-    arrays = _placed(batch_shapes(model, config), dealt(mesh))
+    arrays = _placed(batch_shapes(model, config), batch_sharding(mesh))
     began = time.monotonic()
     compiled = make_step(model, optimizer, config, mesh).lower(state, arrays).compile()
     seconds = time.monotonic() - began
