@@ -34,7 +34,7 @@ from lit_fast.losses.accumulate import Trained
 from lit_fast.losses.contrastive import pair_loss
 from lit_fast.losses.pairs import Images, Texts
 from lit_fast.models.text_tower import TextTower
-from lit_fast.runtime import AXIS, dealt, replicated
+from lit_fast.runtime import AXIS, batch_sharding, replicated
 from lit_fast.train.cost.aot import Compiled, compile_step, tpu_mesh
 from lit_fast.train.cost.memory import fit
 
@@ -121,8 +121,8 @@ def loss_alone(loss: Callable, mesh: Mesh, batch: int) -> int | None:
         out_specs=(spec(), (spec(AXIS), spec(), spec())),
         check_vma=False,
     )
-    rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16, sharding=dealt(mesh))
-    texts = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=dealt(mesh))
+    rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16, sharding=batch_sharding(mesh))
+    texts = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=batch_sharding(mesh))
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     try:
         made = jax.jit(mapped).lower(rows, texts, one, one).compile()

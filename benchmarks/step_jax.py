@@ -23,7 +23,7 @@ from benchmarks.step_case import FEATURES, VOCAB, Case, Rival, Weights, make_bat
 from lit_fast.config import Config, LossConfig, OptimizerConfig, StreamConfig, TextConfig
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import text_tower
-from lit_fast.runtime import dealt, make_mesh
+from lit_fast.runtime import batch_sharding, make_mesh
 from lit_fast.train.cost.aot import compile_step
 from lit_fast.train.cost.memory import fit
 from lit_fast.train.input_pipeline.packing import Packing, foreseen_row_tokens, true_lengths
@@ -93,7 +93,7 @@ def ours(case: Case) -> Rival:
         mean = float(true_lengths(ids, step_case.END).mean())
         arrays = Packing(text.pack, text.row_tokens, step_case.END, mean, mesh.size, alone=True)(arrays)
         note += f", rows of {text.row_tokens} tokens"
-    batch = {k: jax.make_array_from_process_local_data(dealt(mesh), v) for k, v in arrays.items()}
+    batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh), v) for k, v in arrays.items()}
     params = jax.tree.map(jnp.asarray, {"txt": make_weights(case), "mean": np.zeros(FEATURES, np.float32)})
     params |= _scalars()
     optimizer = make_optimizer(config.optimizer, config.steps, params)

@@ -39,10 +39,10 @@ def train(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         config = load_config(args.config, overrides(args))
 
-        from lit_fast.runtime import join
+        from lit_fast.runtime import initialize_distributed
         from lit_fast.train.loop import train as train_run
 
-        join()
+        initialize_distributed()
         enable_compilation_cache()
         train_run(config, args.workdir, args.profile_steps)
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from lit_fast.config import Config
 from lit_fast.models.two_towers import init_params, text_embedder, text_tower
 from lit_fast.runs.metrics import Spent
-from lit_fast.runtime import dealt, make_mesh, replicated
+from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
 from lit_fast.train.cost.memory import Fit, fit
@@ -258,11 +258,11 @@ class _Stop:
         if jax.process_count() == 1:
             return self._signal
         told = np.full(jax.local_device_count(), self._signal, np.int32)
-        told = jax.make_array_from_process_local_data(dealt(self._mesh), told)
+        told = jax.make_array_from_process_local_data(batch_sharding(self._mesh), told)
         self._asked.append(self._most(told))
         return int(self._asked.popleft()) if len(self._asked) > 2 else 0
 
 
 def _to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    sharding = dealt(mesh)
+    sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -18,7 +18,7 @@ from lit_fast.losses.logit_stats import Logits, logit_metrics
 from lit_fast.losses.pairs import pair_up
 from lit_fast.models.text_tower import TextTower, unpacked
 from lit_fast.models.two_towers import Params, embed_ids
-from lit_fast.runtime import AXIS, dealt, on_each_device, replicated
+from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, replicated, shard_map
 from lit_fast.train.optimizer import make_schedule
 from lit_fast.utils.normalize import normalize
 
@@ -83,7 +83,7 @@ def make_step(
         loss, grads, sums = jax.lax.psum((loss, grads, logits[:4]), AXIS)
         return loss, grads, sums, jax.lax.pmax(jnp.stack(logits[4:]), AXIS)
 
-    gradients = on_each_device(gradients, mesh, False, True, False)
+    gradients = shard_map(gradients, mesh, (REPLICATED, SHARDED, REPLICATED))
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
@@ -116,7 +116,7 @@ def make_step(
         }
         return State(params, opt, state.step + 1, bad_step, average), metrics
 
-    whole, part = replicated(mesh), dealt(mesh)
+    whole, part = replicated(mesh), batch_sharding(mesh)
     return jax.jit(step, in_shardings=(whole, part), out_shardings=(whole, whole), donate_argnums=0)
 
 

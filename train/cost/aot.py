@@ -15,7 +15,7 @@ from lit_fast.config import Config
 from lit_fast.data.tokens import id_dtype
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import init_params
-from lit_fast.runtime import dealt, make_mesh, replicated
+from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.train.optimizer import make_optimizer
 from lit_fast.train.step import State, init_state, make_step
 
@@ -60,7 +60,7 @@ def compile_step(model: TextTower, config: Config, mesh: Mesh) -> Compiled:
     """Compile the training step for the mesh's devices, whether they are here or not."""
     state = _placed(state_shapes(model, config), replicated(mesh))
     optimizer = make_optimizer(config.optimizer, config.steps, state.params)
-    arrays = _placed(batch_shapes(model, config), dealt(mesh))
+    arrays = _placed(batch_shapes(model, config), batch_sharding(mesh))
     began = time.monotonic()
     compiled = make_step(model, optimizer, config, mesh).lower(state, arrays).compile()
     seconds = time.monotonic() - began
