@@ -153,7 +153,7 @@ def _check_known(key: str, where: str) -> None:
 
 def _parse_value(key: str, text: str) -> Any:
     """Convert the value of a flag to the type of its key."""
-    kind = type(settings()[key].default)
+    kind: Any = type(settings()[key].default)
     if kind is tuple:
         return [part for part in text.split(",") if part]
     try:
