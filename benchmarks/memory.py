@@ -49,7 +49,7 @@ GIB, MIB = 2**30, 2**20
 def tower(text: TextConfig) -> TextTower:
     """The text tower of a configuration, as training builds it."""
     dtype = jnp.dtype(text.dtype)
-    return TextTower(text.shape, VOCAB, LENGTH, WIDTH, keep=text.layers_keep, pack=text.pack, dtype=dtype)
+    return TextTower(text.shape, VOCAB, LENGTH, WIDTH, keep=text.encoder_remat, pack=text.pack, dtype=dtype)
 
 
 class Step(NamedTuple):

@@ -47,7 +47,7 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
         embedding_width=config.embedding_width,
         projected=config.head,
         dropout=config.dropout,
-        keep=config.layers_keep,
+        keep=config.encoder_remat,
         pack=config.pack,
         dtype=jnp.dtype(config.dtype),
     )

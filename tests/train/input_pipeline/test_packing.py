@@ -189,7 +189,7 @@ def test_the_step_is_the_same(devices, options):
             WIDTH,
             pooling=options["pooling"],
             eos_id=EOS,
-            keep=text.layers_keep,
+            keep=text.encoder_remat,
             pack=pack,
         )
         params = init_params(tower, config, np.zeros(WIDTH, np.float32))
