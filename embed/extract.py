@@ -8,7 +8,6 @@ the feature array in one write; its manifest comes last.
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import shutil
 import sys
@@ -38,12 +37,13 @@ from lit_fast.data.images.reader import check_sources
 from lit_fast.embed.journal import Journal
 from lit_fast.embed.pipeline import Batch, Images, Waiting, default_dtype, read_ahead, results
 from lit_fast.errors import UserError
-from lit_fast.runtime import place
+from lit_fast.runtime import process_rank
 from lit_fast.storage.files import exists, read_object, write_json
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
 from lit_fast.utils.progress import Progress
 from lit_fast.utils.signals import held_back
+from lit_fast.utils.system import cpu_count
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def embed_dataset(
         could be decoded.
     """
     with held_back() as signals:
-        share = share or place()
+        share = share or process_rank()
         dataset = open_dataset(path)
         check_sources(dataset)
         chosen = {
@@ -115,7 +115,7 @@ def embed_dataset(
             tower,
             shards=list(range(share[0], dataset.shards, share[1])),
             batch_size=batch_size or default_batch_size(),
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers or cpu_count(),
             dtype=dtype,
             max_pixels=max_pixels,
         )

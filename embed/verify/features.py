@@ -8,7 +8,6 @@ than half of a block being equal, means that something other than the pictures w
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from lit_fast.storage.paths import join
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
 from lit_fast.utils.progress import Progress
+from lit_fast.utils.system import cpu_count
 
 _RUN = 32
 _FEW = 64  # a block with fewer valid rows says nothing about shares
@@ -69,7 +69,7 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
             yield Finding(part, str(error), _repair(features))
         return
     progress = Progress(f"verify {features.tower}", sum(m.rows for m in manifests), "rows")
-    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))), thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(min(4, cpu_count()), thread_name_prefix="verify") as pool:
         looks = pool.map(lambda m: _look(array, m), manifests)
         for manifest, look in zip(manifests, looks, strict=True):
             yield from _judge(features, manifest, look)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from lit_fast.config import Config
-from lit_fast.config_io import REMOVED, load_config
+from lit_fast.config_io import load_config
 from lit_fast.data.dataset import Dataset
 from lit_fast.data.features import matching_features
 from lit_fast.data.tokenizer import Tokenizer, load_tokenizer
@@ -110,14 +110,12 @@ def check_run(path: StrPath) -> None:
 
 
 def read_config(run: StrPath) -> Config:
-    """The resolved configuration of a run, also of an earlier version.
-
-    The keys that are no more were about memory and change nothing but rounding.
+    """Read the resolved configuration of a run.
 
     Raises:
       UserError: it is missing or damaged.
     """
-    return load_config(join(run, "config.toml"), ignored=REMOVED)
+    return load_config(join(run, "config.toml"))
 
 
 def open_run(path: StrPath, step: int | None = None, average: bool = False) -> Run:

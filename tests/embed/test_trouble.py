@@ -131,4 +131,4 @@ def test_a_signal_at_any_time_is_one_line(number: signal.Signals, dataset: Datas
             continue
         assert process.returncode == 128 + number, err
         assert "Traceback" not in err
-        assert err.count("the same command goes on from here") == 1
+        assert err.count("rerun the same command to continue") == 1
