@@ -66,7 +66,7 @@ class Job:
 
 
 def embed_dataset(
-    path: Path,
+    path: Path | str,
     tower_spec: str,
     *,
     name: str | None = None,

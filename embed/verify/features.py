@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -109,7 +108,7 @@ def repair_features(features: Features, bad: Sequence[Finding], sample: int) -> 
             remove(join(features.path, "zarr.json"))
             features.array(create=True)
     embed_dataset(
-        Path(features.dataset.path),
+        features.dataset.path,
         features.provenance["source"],
         name=features.tower,
         views=features.views,
