@@ -84,7 +84,7 @@ class Page(HTMLParser):
         elif self.within("figcaption"):
             self.section["figures"][-1][0] += data
         elif self.within("li") and not self.within("figure"):
-            self.section["items"][-1][0] += data
+            self.section["items"][-1][0] += data.strip("\n")
 
     def titled(self, end: str) -> dict[str, Any]:
         (found,) = [s for s in self.sections if s["title"].endswith(end)]
