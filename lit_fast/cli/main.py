@@ -144,10 +144,11 @@ def keep_compiled() -> None:
     """Turn on JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names another directory."""
     import jax
 
-    from lit_fast.storage.hub import cache_directory
+    from lit_fast.storage.cache import cache_directory
+    from lit_fast.storage.paths import join
 
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", join(cache_directory(), "compiled"))
 
 
 if __name__ == "__main__":
