@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from lit_fast.errors import UserError
-from lit_fast.storage.paths import StrPath, is_url, join, parent
+from lit_fast.storage.paths import StrPath, absolute, is_url, join, parent
 
 _MAX_LINES_BYTES = 16 << 20
 
@@ -88,12 +88,13 @@ def size(location: StrPath) -> int:
 
 
 def directory_size(location: StrPath) -> int:
-    """Return the bytes of all files below a directory."""
-    return sum(
-        os.lstat(join(directory, name)).st_size
-        for directory, _, names in os.walk(_local(location))
-        for name in names
-    )
+    """Return the bytes of all files below a directory; files that vanish meanwhile do not count."""
+    total = 0
+    for directory, _, names in os.walk(_local(location)):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(join(directory, name)).st_size
+    return total
 
 
 def list_names(location: StrPath) -> list[str]:
@@ -107,6 +108,11 @@ def list_names(location: StrPath) -> list[str]:
 def make_directory(location: StrPath) -> None:
     """Create a directory and those above it, unless it exists."""
     os.makedirs(_local(location) or ".", exist_ok=True)
+
+
+def rename(source: StrPath, target: StrPath) -> None:
+    """Move a file or directory within a file system; raises OSError."""
+    os.replace(_local(source), _local(target))
 
 
 def remove(location: StrPath) -> None:
@@ -162,6 +168,43 @@ def replacing(location: StrPath) -> Iterator[str]:
     finally:
         remove(temporary)
     sync_path(parent(path))
+
+
+@contextmanager
+def replacing_directory(location: StrPath) -> Iterator[str]:
+    """Yield the path of a temporary directory beside `location`, which it becomes, flushed, at the end of the block.
+
+    `location` is absent or an empty directory. All files get the permissions of new files, whichever the library
+    that wrote them chose. After an exception the temporary directory is deleted.
+    """
+    path = absolute(_local(location))
+    make_directory(parent(path))
+    temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
+    remove_tree(temporary)
+    os.mkdir(temporary)
+    try:
+        yield temporary
+        mode = os.stat(temporary).st_mode & 0o666
+        for directory, _, names in os.walk(temporary):
+            for file in (join(directory, name) for name in names):
+                os.chmod(file, mode)
+                sync_path(file)
+            sync_path(directory)
+        os.replace(temporary, path)
+    finally:
+        remove_tree(temporary)
+    sync_path(parent(path))
+
+
+def link_or_copy(source: StrPath, target: StrPath) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system has no hard links; raises OSError."""
+    try:
+        os.link(_local(source), _local(target))
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(_local(source), _local(target))
+        sync_path(target)
 
 
 def read_bytes(location: StrPath) -> bytes:
