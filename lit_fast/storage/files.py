@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from lit_fast.errors import UserError
-from lit_fast.storage.paths import StrPath, is_url, join, parent
+from lit_fast.storage.paths import StrPath, absolute, is_url, join, parent
 
 _MAX_LINES_BYTES = 16 << 20
 
@@ -161,6 +161,32 @@ def replacing(location: StrPath) -> Iterator[str]:
         os.replace(temporary, path)
     finally:
         remove(temporary)
+    sync_path(parent(path))
+
+
+@contextmanager
+def replacing_directory(location: StrPath) -> Iterator[str]:
+    """Yield the path of a temporary directory beside `location`, which it becomes, flushed, at the end of the block.
+
+    `location` is absent or an empty directory. All files get the permissions of new files, whichever the library
+    that wrote them chose. After an exception the temporary directory is deleted.
+    """
+    path = absolute(_local(location))
+    make_directory(parent(path))
+    temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
+    remove_tree(temporary)
+    os.mkdir(temporary)
+    try:
+        yield temporary
+        mode = os.stat(temporary).st_mode & 0o666
+        for directory, _, names in os.walk(temporary):
+            for file in (join(directory, name) for name in names):
+                os.chmod(file, mode)
+                sync_path(file)
+            sync_path(directory)
+        os.replace(temporary, path)
+    finally:
+        remove_tree(temporary)
     sync_path(parent(path))
 
 
