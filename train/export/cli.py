@@ -6,6 +6,7 @@ import argparse
 
 from lit_fast.cli.main import Run
 from lit_fast.errors import UserError
+from lit_fast.train.export.writer import FORMATS
 
 
 def export(parser: argparse.ArgumentParser) -> Run:
@@ -14,8 +15,6 @@ def export(parser: argparse.ArgumentParser) -> Run:
     lit_fast: a directory that `lit_fast.load` reads. big_vision: an .npz. open_clip and transformers: a directory
     that these packages load. onnx: graphs. If a format cannot express the model, the command fails before it writes.
     """
-    from lit_fast.train.export.writer import FORMATS
-
     parser.add_argument("run", metavar="W", help="directory of a run, or of an exported model")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     parser.add_argument("--format", choices=FORMATS, default="lit_fast", help="default: lit_fast")
@@ -36,7 +35,7 @@ def export(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         from dataclasses import replace
 
-        from lit_fast.cli.main import keep_compiled
+        from lit_fast.cli.options import enable_compilation_cache
         from lit_fast.inference.model import load
         from lit_fast.storage.paths import absolute, name
         from lit_fast.train.export.push import check_push, push
@@ -56,7 +55,7 @@ def export(parser: argparse.ArgumentParser) -> Run:
         elif args.public:
             raise UserError("--public is for --push OWNER/NAME; without it nothing is uploaded")
 
-        keep_compiled()
+        enable_compilation_cache()
         model = load(args.run, step=args.step, average=args.average, tower=args.tower)
         model = replace(model, name=args.push or name(absolute(args.out)))  # the name others load it by
         write_directory(args.format, model, args.out, options)
