@@ -88,12 +88,13 @@ def size(location: StrPath) -> int:
 
 
 def directory_size(location: StrPath) -> int:
-    """Return the bytes of all files below a directory."""
-    return sum(
-        os.lstat(join(directory, name)).st_size
-        for directory, _, names in os.walk(_local(location))
-        for name in names
-    )
+    """Return the bytes of all files below a directory; files that vanish meanwhile do not count."""
+    total = 0
+    for directory, _, names in os.walk(_local(location)):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(join(directory, name)).st_size
+    return total
 
 
 def list_names(location: StrPath) -> list[str]:

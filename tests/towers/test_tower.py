@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lit_fast.demo import TOWER
+from lit_fast.demo.demo import TOWER
 from lit_fast.errors import UserError
 from lit_fast.towers.tower import load_tower
 from tests.helpers import tiny_vit_arrays
