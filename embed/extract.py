@@ -22,18 +22,11 @@ import numpy as np
 import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, SHARD, Dataset, open_dataset
-from lit_fast.data.features import (
-    BFLOAT16,
-    Features,
-    Manifest,
-    embed_command,
-    features_digest,
-    first_line,
-    read_error,
-    with_views,
-)
+from lit_fast.data.features import BFLOAT16, Features, Manifest, embed_command, features_digest
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.sources import check_sources
+from lit_fast.data.matching import with_views
+from lit_fast.data.shards import read_error, tensorstore_reason
 from lit_fast.embed.journal import Journal
 from lit_fast.embed.pipeline import Batch, Images, Waiting, default_dtype, read_ahead, results
 from lit_fast.errors import UserError
@@ -42,7 +35,7 @@ from lit_fast.storage.files import exists, read_object, write_json
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
 from lit_fast.utils.progress import Progress
-from lit_fast.utils.signals import held_back
+from lit_fast.utils.signals import defer_signals
 from lit_fast.utils.system import cpu_count
 
 
@@ -95,7 +88,7 @@ def embed_dataset(
       UserError: a source is missing, the name is taken by another tower, the disk is full, or no image
         could be decoded.
     """
-    with held_back() as signals:
+    with defer_signals() as signals:
         share = share or process_rank()
         dataset = open_dataset(path)
         check_sources(dataset)
@@ -287,7 +280,8 @@ def _commit(job: Job, shard: int, array: ts.TensorStore, journal: Journal) -> No
         future.result()
     except ValueError as error:
         raise UserError(
-            f"{job.features.path} cannot be written: {first_line(error)}; mend that and run the same command again"
+            f"{job.features.path} cannot be written: {tensorstore_reason(error)}; fix the cause, then rerun "
+            "the same command"
         ) from None
     invalid = {first + row: why for row, why in journal.invalid.items()}
     keys, digest = job.dataset.shard_keys[shard], features_digest(journal.features)

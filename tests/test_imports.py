@@ -43,7 +43,6 @@ PENDING: dict[str, set[str]] = {
         "lit_fast.cli.evaluate",
         "lit_fast.cli.inference",
         "lit_fast.cli.inspect",
-        "lit_fast.data.blocks",
         "lit_fast.demo",
         "lit_fast.demo.results",
         "lit_fast.demo.tars",

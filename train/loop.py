@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 import jax
@@ -22,7 +20,7 @@ from jax.sharding import Mesh
 
 from lit_fast.config import Config
 from lit_fast.models.two_towers import init_params, text_embedder, text_tower
-from lit_fast.runs.metrics import Spent
+from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
@@ -39,7 +37,8 @@ from lit_fast.train.tracking.report import write_report
 from lit_fast.train.tracking.throughput import Meter
 from lit_fast.train.tracking.wandb import check_wandb
 from lit_fast.train.workdir import check_start, lock_workdir, starting_params, write_start, write_workdir
-from lit_fast.utils.progress import duration
+from lit_fast.utils.format import format_duration
+from lit_fast.utils.signals import record_signals
 
 
 def train(config: Config, run: Path, profile_steps: str = "") -> None:
@@ -118,7 +117,9 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     if done < config.steps:
         _say(f"stopped after step {done:,} and saved; the same command goes on from there")
         raise SystemExit(128 + stopping)
-    _report(f"trained {config.steps:,} steps in {duration(meter.spent().seconds)}; the run is in {run}")
+    _report(
+        f"trained {config.steps:,} steps in {format_duration(meter.spent().seconds)}; the run is in {run}"
+    )
     if evaluation.results:
         _report(evaluation.table())
     else:
@@ -139,7 +140,7 @@ def _begin(run: Path, config: Config, inputs: Inputs, begun: dict[str, Any] | No
 
 
 def _conclude(
-    run: Path, config: Config, fitted: Fit, done: int, taken: Spent, results: list[dict[str, Any]]
+    run: Path, config: Config, fitted: Fit, done: int, taken: RunCost, results: list[dict[str, Any]]
 ) -> None:
     """Write down what the run was and found."""
     if jax.process_index() == 0:
@@ -237,16 +238,10 @@ class _Stop:
     """Remembers that SIGTERM or Ctrl-C came; the step in hand is finished and saved first."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self._signal, self._mesh = 0, mesh
+        self._received, _ = record_signals()
+        self._mesh = mesh
         self._most = jax.jit(jnp.max, out_shardings=replicated(mesh))
         self._asked: deque[jax.Array] = deque()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._signal:  # asked twice: now
-            raise SystemExit(128 + number)
-        self._signal = number
 
     def agreed(self) -> int:
         """The signal, 0 for none; to be asked once a step, in every process.
@@ -254,9 +249,10 @@ class _Stop:
         All processes must stop after the same step, so of several processes each tells the others, and they
         act on what was told two steps ago, which is known without waiting.
         """
+        received = self._received[0] if self._received else 0
         if jax.process_count() == 1:
-            return self._signal
-        told = np.full(jax.local_device_count(), self._signal, np.int32)
+            return received
+        told = np.full(jax.local_device_count(), received, np.int32)
         told = jax.make_array_from_process_local_data(batch_sharding(self._mesh), told)
         self._asked.append(self._most(told))
         return int(self._asked.popleft()) if len(self._asked) > 2 else 0

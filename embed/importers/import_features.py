@@ -15,17 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.data.dataset import (
-    BLOCK,
-    SHARD,
-    Dataset,
-    DatasetWriter,
-    Row,
-    Source,
-    decode_block,
-    open_dataset,
-)
-from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest, first_line
+from lit_fast.data.dataset import BLOCK, SHARD, Dataset, Source, decode_block, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
+from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest
+from lit_fast.data.shards import tensorstore_reason
 from lit_fast.embed.extract import checked_name
 from lit_fast.embed.importers.captions import check_metadata, imported_rows
 from lit_fast.embed.importers.parts import Part, find_parts, read_pieces
@@ -185,7 +178,7 @@ def _write_shards(features: Features, parts: list[Part]) -> None:
             future = array[first : first + rows].write(values)
             future.result()
         except ValueError as error:
-            raise UserError(f"{features.path} cannot be written: {first_line(error)}") from None
+            raise UserError(f"{features.path} cannot be written: {tensorstore_reason(error)}") from None
         keys, bad = dataset.shard_keys[shard], {first + row: why for row, why in invalid.items()}
         features.write_manifest(
             Manifest(shard, first, rows, keys, features.identity, bad, features_digest(values))

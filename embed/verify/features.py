@@ -17,9 +17,11 @@ import numpy as np
 import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, SHARD, decode_block
-from lit_fast.data.features import Features, Manifest, embed_command, first_line, first_view, tower_options
+from lit_fast.data.features import Features, Manifest, embed_command, tower_options
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.sources import check_sources
+from lit_fast.data.matching import first_view
+from lit_fast.data.shards import tensorstore_reason
 from lit_fast.embed.extract import embed_dataset, journal_path
 from lit_fast.embed.pipeline import Images
 from lit_fast.embed.verify.findings import Finding, some
@@ -173,7 +175,7 @@ def _look(array: ts.TensorStore, manifest: Manifest) -> _Look:
             block = array[manifest.first + lo : manifest.first + hi].read().result()
         except ValueError as error:  # TensorStore compares the checksums
             look.unreadable.append(lo)
-            look.reason = look.reason or first_line(error)
+            look.reason = look.reason or tensorstore_reason(error)
             continue
         hasher.update(np.ascontiguousarray(block).view(np.uint8).data)
         bits = block.view(np.uint16)

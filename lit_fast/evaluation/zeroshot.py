@@ -15,6 +15,7 @@ import numpy as np
 
 from lit_fast.errors import UserError
 from lit_fast.evaluation.retrieval import chance_of_any
+from lit_fast.utils.normalize import normalize
 
 EmbedText = Callable[[list[str]], np.ndarray]
 """Texts to normalised float32 [n, D]."""
@@ -82,7 +83,7 @@ def classifier(classnames: Sequence[str], templates: Sequence[str], embed_text: 
         embedded = embed_text(texts)
         parts.append(embedded.reshape(-1, len(templates), embedded.shape[1]).mean(axis=1))
     means = np.concatenate(parts)
-    return means / (1e-8 + np.linalg.norm(means, axis=1, keepdims=True))
+    return normalize(means)
 
 
 def accuracy_table(best: np.ndarray, labels: np.ndarray) -> np.ndarray:

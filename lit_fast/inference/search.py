@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from lit_fast.data.dataset import BLOCK, Dataset, decode_block, decode_captions
-from lit_fast.data.features import Features, read_error
+from lit_fast.data.features import Features
+from lit_fast.data.shards import read_error
 from lit_fast.errors import UserError
 from lit_fast.utils.normalize import EPSILON
 from lit_fast.utils.system import cpu_count

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import jax
 
-from lit_fast.utils.progress import Progress, duration
+from lit_fast.utils.format import format_duration
+from lit_fast.utils.progress import Progress
 
 
 class Console:
@@ -36,7 +37,7 @@ class Console:
         first, then = self._first = self._first or (number, now)
         left = (self._steps - number) * (now - then) / (number - first) if number > first else math.inf
         width = len(f"{self._steps:,}")
-        parts = [f"step {number:{width},}/{self._steps:,}", *figures, f"{duration(left):>6} left"]
+        parts = [f"step {number:{width},}/{self._steps:,}", *figures, f"{format_duration(left):>6} left"]
         print("  ".join(parts), file=sys.stderr, flush=True)
 
     def close(self) -> None:

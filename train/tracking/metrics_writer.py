@@ -9,7 +9,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from lit_fast.config import Config
-from lit_fast.runs.metrics import Spent, is_number, read_metrics
+from lit_fast.runs.metrics import RunCost, is_number, read_metrics
 from lit_fast.storage.files import write_atomic
 from lit_fast.train.tracking.wandb import WeightsAndBiases
 
@@ -25,7 +25,7 @@ class MetricsWriter:
       before: what the earlier parts of the run have taken.
     """
 
-    def __init__(self, run: Path, config: Config, step: int, before: Spent) -> None:
+    def __init__(self, run: Path, config: Config, step: int, before: RunCost) -> None:
         path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         if before.seconds:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from lit_fast.config import Config, flatten
-from lit_fast.runs.metrics import Spent, best, evaluations, read_metrics, speed, spent
+from lit_fast.runs.metrics import RunCost, best, evaluations, mean_speed, read_metrics, run_cost
 from lit_fast.storage.files import read_json, read_object, write_json
 from lit_fast.train.cost.memory import Fit
 from lit_fast.version import __version__
@@ -22,7 +22,7 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def write_receipt(
-    run: Path, config: Config, memory: Fit, done: int, taken: Spent, results: list[dict[str, Any]]
+    run: Path, config: Config, memory: Fit, done: int, taken: RunCost, results: list[dict[str, Any]]
 ) -> None:
     """Write `receipt.json`, of a finished run or one that was stopped after `done` steps.
 
@@ -44,7 +44,7 @@ def write_receipt(
         "pairs_seen": done * config.stream.global_batch * config.stream.captions_per_image,
         "elapsed_seconds": taken.seconds,
         "chip_hours": taken.chip_hours,
-        **speed(lines),
+        **mean_speed(lines),
         "memory": memory.record,
         **_peak_memory(),
         "evaluation": {
@@ -72,14 +72,14 @@ def write_receipt(
     write_json(run / "receipt.json", receipt)
 
 
-def spent_before(run: Path) -> Spent:
+def spent_before(run: Path) -> RunCost:
     """What the earlier parts of a run have taken, as far as its metrics and its receipt know.
 
     Of a part that was killed, what came after its last line is not known.
     """
     receipt = run / "receipt.json"
     known = [read_object(receipt, "elapsed_seconds", "chip_hours")] if receipt.is_file() else []
-    return spent([*read_metrics(run / "metrics.jsonl"), *known])
+    return run_cost([*read_metrics(run / "metrics.jsonl"), *known])
 
 
 def is_finished(run: Path) -> bool:

@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from lit_fast.runs.metrics import Spent
+from lit_fast.runs.metrics import RunCost
 from lit_fast.train.cost.hardware import peak_flops
 
 
@@ -43,7 +43,7 @@ class Meter:
         devices: int,
         *,
         start: int,
-        before: Spent,
+        before: RunCost,
         began: float,
     ) -> None:
         self.waiting, self.paused = Span(), Span()
@@ -55,10 +55,12 @@ class Meter:
         self._seen = (0.0, 0.0)
         self._number = start
 
-    def spent(self) -> Spent:
+    def spent(self) -> RunCost:
         """By this part of the run and those before."""
         seconds = time.monotonic() - self._began
-        return Spent(self._before.seconds + seconds, self._before.chip_hours + seconds * self._devices / 3600)
+        return RunCost(
+            self._before.seconds + seconds, self._before.chip_hours + seconds * self._devices / 3600
+        )
 
     def read(self, number: int) -> dict[str, float]:
         """Figures over the steps since the last reading; their names and units are in `lit_fast.runs.metrics`."""

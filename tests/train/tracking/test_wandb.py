@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lit_fast.config import Config, LogConfig
-from lit_fast.runs.metrics import Spent, read_metrics
+from lit_fast.runs.metrics import RunCost, read_metrics
 from lit_fast.train.tracking.metrics_writer import MetricsWriter
 
 wandb = pytest.importorskip("wandb")
@@ -59,12 +59,12 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 def test_two_parts_are_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    writer = MetricsWriter(tmp_path, CONFIG, 0, Spent())
+    writer = MetricsWriter(tmp_path, CONFIG, 0, RunCost())
     writer.write(5, {"loss": 3.5, "bias": float("nan")})
     writer.write(10, {"loss": 3.0})
     writer.write(10, {"dev/acc1": 0.5})
     writer.close()
-    writer = MetricsWriter(tmp_path, CONFIG, 10, Spent(20.0, 0.1))
+    writer = MetricsWriter(tmp_path, CONFIG, 10, RunCost(20.0, 0.1))
     writer.write(15, {"loss": 2.5})
     writer.close()
 
@@ -85,7 +85,7 @@ def test_without_key_or_network_it_is_kept_for_later(tmp_path, monkeypatch, caps
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setattr("lit_fast.train.tracking.wandb._START_SECONDS", 2.0)
-    writer = MetricsWriter(tmp_path, CONFIG, 0, Spent())
+    writer = MetricsWriter(tmp_path, CONFIG, 0, RunCost())
     writer.write(5, {"loss": 3.5})
     writer.close()
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: wandb: ")]
@@ -97,7 +97,7 @@ def test_without_key_or_network_it_is_kept_for_later(tmp_path, monkeypatch, caps
 
 def test_what_it_raises_stops_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    writer = MetricsWriter(tmp_path, CONFIG, 0, Spent())
+    writer = MetricsWriter(tmp_path, CONFIG, 0, RunCost())
     wandb.run.finish()  # as if its process had died
     for step in (1, 2):
         writer.write(step, {"loss": 1.0})
