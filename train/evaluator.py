@@ -12,7 +12,7 @@ from lit_fast.config import Config
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import rows_without_features
 from lit_fast.evaluation.evaluate import Evaluate, distinct_names, retrieval_evaluation, zero_shot_evaluation
-from lit_fast.evaluation.table import format_table, without_languages
+from lit_fast.evaluation.table import format_results, without_languages
 from lit_fast.models.two_towers import Params, apply_image_head
 from lit_fast.runs.run import image_embeddings
 
@@ -76,7 +76,7 @@ class Evaluation:
 
     def table(self) -> str:
         """The last evaluation, for the terminal."""
-        return format_table(without_languages(self.results))
+        return format_results(without_languages(self.results))
 
 
 def _intervals(config: Config) -> list[float]:
