@@ -141,8 +141,8 @@ def _retrieval(
 def captions_by_language(dataset: Dataset, rows: np.ndarray) -> dict[str, list[tuple[int, str]]]:
     """Return (index in `rows`, caption) of all captions by language.
 
-    If no language is known, all captions are "en", as in CLIP_benchmark; if some are, the others are "und", undetermined
-    in ISO 639.
+    If no language is known, all captions are "en", as in CLIP_benchmark; if some are, the others are "und", which is
+    ISO 639's code for undetermined.
     """
     index = {row: i for i, row in enumerate(rows.tolist())}
     unknown = "und" if dataset.languages else "en"

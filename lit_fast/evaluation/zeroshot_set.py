@@ -82,8 +82,8 @@ def zero_shot_set(
         )
     if classnames and dataset.classnames and len(names) != len(dataset.classnames):
         raise UserError(
-            f"{classnames} has {len(names)} class names, but {dataset.path} has {len(dataset.classnames)} classes; give "
-            "one name per class, in the same order"
+            f"{classnames} has {len(names)} class names, but {dataset.path} has {len(dataset.classnames)} classes; "
+            "give one name per class, in the same order"
         )
     prompts = (read_lines(templates) if templates else dataset.templates) or ("{c}",)
     _check_texts(dataset, classnames, canonical_names, names)
