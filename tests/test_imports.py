@@ -19,9 +19,6 @@ PENDING: dict[str, set[str]] = {
     "benchmarks": {"benchmarks.step_case", "benchmarks.step_jax", "benchmarks.step_torch"},
     "dependency": set(),
     "private": {
-        "lit_fast.data.images.reader -> lit_fast.data.images.parquet._RowGroups",
-        "lit_fast.data.images.reader -> lit_fast.data.images.tf_examples._Records",
-        "lit_fast.towers.preprocess -> lit_fast.data.images.decode._FULL",
     },
     "print": {
         "lit_fast.cli.evaluate",
@@ -41,7 +38,6 @@ PENDING: dict[str, set[str]] = {
         "lit_fast.cli.inference",
         "lit_fast.cli.inspect",
         "lit_fast.data.blocks",
-        "lit_fast.data.images.reader",
         "lit_fast.demo",
         "lit_fast.demo.results",
         "lit_fast.demo.tars",
