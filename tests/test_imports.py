@@ -18,7 +18,7 @@ PENDING: dict[str, set[str]] = {
     "help": set(),
     "benchmarks": {"benchmarks.step_case", "benchmarks.step_jax", "benchmarks.step_torch"},
     "dependency": set(),
-    "private": {},
+    "private": set(),
     "print": {
         "lit_fast.cli.evaluate",
         "lit_fast.cli.inference",
