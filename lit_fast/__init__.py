@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from lit_fast.storage.paths import StrPath
 
 
-def load(
-    path: StrPath, *, step: int | None = None, average: bool = False, tower: str | None = None
-) -> Model:
+def load(path: StrPath, *, step: int | None = None, average: bool = False, tower: str | None = None) -> Model:
     """Load a trained model from the directory of a run or of an export, see `lit_fast.inference.model.load`."""
     from lit_fast.inference import model  # imported late, so that `lit-fast --help` does not import JAX
 

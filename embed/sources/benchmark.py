@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 
 from lit_fast.errors import UserError
 from lit_fast.evaluation.known_sets import known_evaluations
 from lit_fast.storage import remote
-from lit_fast.storage.download import MAX_BYTES, is_whole
-from lit_fast.storage.files import read_object
-from lit_fast.storage.hub import Commit, cache_directory
+from lit_fast.storage.files import read_bytes
+from lit_fast.storage.hub import AbsentError, Snapshot
 from lit_fast.storage.read import beside
 
 PREFIX = "wds:"
@@ -45,9 +45,7 @@ def benchmark_tars(directory: str) -> list[str]:
 
 
 def hub_tars(spec: str) -> list[str]:
-    """The tars of `wds:NAME`, the repository clip-benchmark/wds_NAME of the Hugging Face Hub, in the cache.
-
-    What is in the cache is used without asking the server again; the rules are those of `lit_fast.storage.hub`.
+    """Return the tars of `wds:NAME`, the repository clip-benchmark/wds_NAME of the Hub, downloaded to its cache.
 
     Raises:
       UserError: no such set, it cannot be downloaded, or it is not what it is known to be.
@@ -55,22 +53,19 @@ def hub_tars(spec: str) -> list[str]:
     name = spec.removeprefix(PREFIX)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII):
         raise UserError(f"source {spec} is not of the form wds:NAME{_known()}")
-    repository = f"datasets/clip-benchmark/wds_{name.replace('/', '-')}"
-    directory = cache_directory() / "huggingface" / repository / "main"
-    whole = directory / "files.json"
-    files = read_object(whole, files=list).get("files", []) if whole.exists() else []
-    if not (files and all(isinstance(file, str) and is_whole(directory / file) for file in files)):
-        commit = Commit(spec, repository, "main", directory)
-        try:
-            commit.fetch(_COUNT, max_bytes=_MAX_TEXT)
-        except UserError as error:
-            raise UserError(f"{error}{'' if name in known_evaluations() else _known()}") from None
-        tars = _tars(str(directory / _COUNT), (directory / _COUNT).read_text("utf-8", "replace"))
-        files = [_COUNT, *(text for text in _TEXTS if commit.fetch(text, may_lack=True, max_bytes=_MAX_TEXT))]
-        files += [tar for tar in tars if commit.fetch(tar, max_bytes=MAX_BYTES)]
-        commit.write(whole, files)
-    _check_classes(spec, name, str(directory))
-    return benchmark_tars(str(directory))
+    snapshot = Snapshot(f"clip-benchmark/wds_{name.replace('/', '-')}", repo_type="dataset")
+    try:
+        count = snapshot.fetch(_COUNT, _MAX_TEXT)
+    except UserError as error:
+        raise UserError(f"{spec}: {error}{'' if name in known_evaluations() else _known()}") from None
+    directory = count.removesuffix(f"/{_COUNT}")
+    for text in _TEXTS:
+        with suppress(AbsentError):
+            snapshot.fetch(text, _MAX_TEXT)
+    for tar in _tars(count, read_bytes(count).decode("utf-8", "replace")):
+        snapshot.fetch(tar)
+    _check_classes(spec, name, directory)
+    return benchmark_tars(directory)
 
 
 def _tars(file: str, text: str) -> list[str]:

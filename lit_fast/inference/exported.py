@@ -28,10 +28,12 @@ from lit_fast.models.two_towers import Params, init_params, text_tower
 from lit_fast.models.vit import ViT
 from lit_fast.runs.run import read_tower
 from lit_fast.storage.files import is_file, read_object
+from lit_fast.storage.hub import Snapshot
 from lit_fast.storage.paths import StrPath, join
-from lit_fast.towers.tower import Tower, described
+from lit_fast.towers.tower import Tower, from_provenance
 from lit_fast.weights.parameters import nested
 from lit_fast.weights.reader import open_safetensors
+from lit_fast.weights.resolve import fetch_folder
 
 FORMAT = "lit_fast"
 VERSION = 1
@@ -64,6 +66,15 @@ class ExportedModel(NamedTuple):
 def is_exported(path: StrPath) -> bool:
     """Whether a directory is an exported model rather than a run."""
     return is_file(join(path, CONFIG)) and not is_file(join(path, "config.toml"))
+
+
+def download_exported(snapshot: Snapshot) -> str:
+    """Return the directory of an exported model of the Hugging Face Hub in the local cache.
+
+    Raises:
+      UserError: the repository is not an exported model, or the download fails.
+    """
+    return fetch_folder(snapshot, (CONFIG, TOWER, TOKENIZER, WEIGHTS), optional=(RECEIPT,))
 
 
 def read_exported(path: StrPath) -> ExportedModel:
@@ -113,7 +124,7 @@ def read_vision_tower(path: StrPath, provenance: dict[str, Any]) -> Tower:
     """
     tower_path = join(path, TOWER)
     try:
-        architecture, preprocess = described(provenance)
+        architecture, preprocess = from_provenance(provenance)
         if provenance["dtype"] not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {provenance['dtype']!r}")
         if type(tower_options(provenance).get("max_pixels", 0)) is not int:
@@ -168,7 +179,9 @@ def _read_params(path: StrPath, shapes: Any, prefix: str, select: Callable[[str]
 def _config(path: str, model: dict[str, Any]) -> Config:
     """Build the config of the text tower and the loss from the content of `config.json`."""
     for section, keys in (("text", TEXT_KEYS), ("loss", LOSS_KEYS)):
-        if missing := [key for key in keys if key not in model[section]]:  # a default would give another model
+        if missing := [
+            key for key in keys if key not in model[section]
+        ]:  # a default would give another model
             raise UserError(f"{path} is damaged: {section}.{missing[0]} is missing; export the model again")
     for key, value in model["text"].items():
         if type(value) is int:

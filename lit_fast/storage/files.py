@@ -302,6 +302,6 @@ def _local(location: StrPath) -> str:
       UserError: the location is a URL.
     """
     location = os.fspath(location)
-    if is_url(location) or "://" in location:
+    if is_url(location):
         raise UserError(f"{location} is a URL, where only a local path can be used; give a path")
     return location

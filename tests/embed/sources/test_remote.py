@@ -45,7 +45,7 @@ def files(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    remote._with_ranges.clear()
+    remote._range_servers.clear()
     with file_server(files) as server:
         yield server
 
@@ -82,7 +82,7 @@ def test_transient_failures_are_tried_again(server: FileServer, tmp_path: Path) 
     assert Fetcher(dataset).bytes(0)
     assert server.cuts == 0
     server.statuses = [503] * remote.ATTEMPTS["http"]
-    with pytest.raises(UserError, match=r"00000.tar cannot be read, tried again and again: 503"):
+    with pytest.raises(UserError, match=r"00000.tar cannot be read after several attempts: 503"):
         Fetcher(dataset).bytes(0)
 
 
@@ -97,12 +97,12 @@ def test_http_refusals_are_one_line(
         return error
 
     assert "no.tar does not exist" in refused("no.tar")
-    assert "http has no listings; name the files" in refused("data/")
-    assert "tried again and again" in refused(
+    assert "cannot be listed over http; name the files" in refused("data/")
+    assert "after several attempts" in refused(
         "x.tar", "http://127.0.0.1:9"
     )  # nobody listens to the discard port
     server.ranges = False
-    assert "does not answer range requests; download it first" in refused("00000.tar")
+    assert "cannot be read by ranges: its server ignores them; download it first" in refused("00000.tar")
     server.forbidden = True
     assert "may not be read (403" in refused("00000.tar")
 
@@ -186,15 +186,15 @@ def s3() -> Iterator[str]:
             patch.setenv(name, "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setattr(remote, "PAUSE", 0.01)
-        remote._opened("s3").mkdir("pairs")
+        remote._open_filesystem("s3").mkdir("pairs")
         yield "s3://pairs"
     server.stop()
 
 
 def test_s3_equals_local(files: Path, s3: str, tmp_path: Path, tiny_vit: Path) -> None:
     for file in files.iterdir():
-        remote._opened("s3").put(str(file), f"pairs/a/{file.name}")
-    remote._opened("s3").pipe("pairs/a/../../etc/00002.tar", (files / "00000.tar").read_bytes())
+        remote._open_filesystem("s3").put(str(file), f"pairs/a/{file.name}")
+    remote._open_filesystem("s3").pipe("pairs/a/../../etc/00002.tar", (files / "00000.tar").read_bytes())
     assert_equals_local(f"{s3}/a", files, tmp_path, tiny_vit)
     with pytest.raises(UserError, match=r"b/\*.tar .* matches no file"):
         index_dataset([f"{s3}/b/*.tar"], tmp_path / "no", seed=0)
@@ -203,7 +203,7 @@ def test_s3_equals_local(files: Path, s3: str, tmp_path: Path, tiny_vit: Path) -
 
 
 def test_an_object_named_like_a_path_escape_is_just_a_name(files: Path, s3: str, tmp_path: Path) -> None:
-    remote._opened("s3").pipe("pairs/e/../../up.tar", (files / "00000.tar").read_bytes())
+    remote._open_filesystem("s3").pipe("pairs/e/../../up.tar", (files / "00000.tar").read_bytes())
     before = sorted(os.listdir(tmp_path))
     try:
         dataset = index_dataset([f"{s3}/e/../../up.tar"], tmp_path / "d", seed=0)
@@ -240,7 +240,7 @@ def test_missing_packages_are_one_line(tmp_path: Path) -> None:
     command = ["index", "s3://x/y.tar", "--out", str(tmp_path / "d")]
     done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.endswith("reading it takes more packages: pip install 'lit-fast[remote]'\n")
+    assert done.stderr.endswith("needs more packages; run: pip install 'lit-fast[remote]'\n")
     assert done.stderr.count("\n") == 1
 
 
