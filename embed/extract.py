@@ -33,7 +33,7 @@ from lit_fast.data.features import (
     with_views,
 )
 from lit_fast.data.images.decode import MAX_PIXELS
-from lit_fast.data.images.reader import check_sources
+from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.journal import Journal
 from lit_fast.embed.pipeline import Batch, Images, Waiting, default_dtype, read_ahead, results
 from lit_fast.errors import UserError

@@ -24,7 +24,7 @@ from lit_fast.data.dataset import (
     open_dataset,
     remove_other_generations,
 )
-from lit_fast.data.images.reader import check_sources, size_and_etag
+from lit_fast.data.images.sources import check_sources, size_and_etag
 from lit_fast.embed.key_set import KeySet
 from lit_fast.embed.skipped import LeftOut, damaged
 from lit_fast.embed.sources import items

@@ -15,7 +15,7 @@ import numpy as np
 
 from lit_fast.data.dataset import Block, Dataset
 from lit_fast.data.images.decode import ImageError, decode
-from lit_fast.data.images.reader import Fetcher
+from lit_fast.data.images.reader import ImageReader
 from lit_fast.errors import UserError
 from lit_fast.towers.preprocess import Preprocess
 
@@ -41,7 +41,7 @@ class Images:
     """The pixels of a dataset's images by row, from any thread."""
 
     def __init__(self, dataset: Dataset, preprocess: Preprocess, max_pixels: int, views: int = 1) -> None:
-        self._fetcher = Fetcher(dataset, preprocess.resize)  # noise that no resizing blurs
+        self._reader = ImageReader(dataset, preprocess.resize)  # noise that no resizing blurs
         self._preprocess, self._max_pixels, self._views = preprocess, max_pixels, views
 
     @property
@@ -51,7 +51,7 @@ class Images:
 
     def place(self, row: int) -> tuple[Block, int]:
         """The index block of a row and the row's number in it."""
-        return self._fetcher.place(row)
+        return self._reader.locate(row)
 
     def fill(self, first: int, rows: int, out: np.ndarray) -> dict[int, str]:
         """Write the pixels of some rows into `out` `[rows, *shape]`; row -> reason of the invalid.
@@ -69,13 +69,13 @@ class Images:
         return invalid
 
     def _fill(self, row: int, out: np.ndarray) -> None:
-        data = self._fetcher.bytes(row)
+        data = self._reader.read(row)
         how = self._preprocess
         image = decode(data, max_pixels=self._max_pixels, at_least=how.at_least, alpha=how.alpha)
         if self._views == 1:
             out[0] = self._preprocess.apply(image)
             return
-        block, i = self._fetcher.place(row)
+        block, i = self._reader.locate(row)
         for number in range(self._views):
             out[number] = self._preprocess.view(image, block.keys[i], number)
 

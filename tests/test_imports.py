@@ -19,9 +19,6 @@ PENDING: dict[str, set[str]] = {
     "benchmarks": {"benchmarks.step_case", "benchmarks.step_jax", "benchmarks.step_torch"},
     "dependency": set(),
     "private": {
-        "lit_fast.data.images.reader -> lit_fast.data.images.parquet._RowGroups",
-        "lit_fast.data.images.reader -> lit_fast.data.images.tf_examples._Records",
-        "lit_fast.towers.preprocess -> lit_fast.data.images.decode._FULL",
         "lit_fast.train.checkpoints -> lit_fast.train.tracking.console._say",
         "lit_fast.train.loop -> lit_fast.train.tracking.console._report",
         "lit_fast.train.loop -> lit_fast.train.tracking.console._say",
@@ -47,7 +44,6 @@ PENDING: dict[str, set[str]] = {
         "lit_fast.cli.inference",
         "lit_fast.cli.inspect",
         "lit_fast.data.blocks",
-        "lit_fast.data.images.reader",
         "lit_fast.demo",
         "lit_fast.demo.results",
         "lit_fast.demo.tars",

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from lit_fast.data.images.reader import size_and_etag
+from lit_fast.data.images.sources import size_and_etag
 from lit_fast.embed.sources.fields import Fields, require, texts
 from lit_fast.embed.sources.items import Damage, Item, Layout, LeftOut, Names, Sample
 from lit_fast.embed.sources.paths import file_size, image_directory, inside

@@ -19,7 +19,7 @@ import tensorstore as ts
 from lit_fast.data.dataset import BLOCK, SHARD, decode_block
 from lit_fast.data.features import Features, Manifest, embed_command, first_line, first_view, tower_options
 from lit_fast.data.images.decode import MAX_PIXELS
-from lit_fast.data.images.reader import check_sources
+from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.extract import embed_dataset, journal_path
 from lit_fast.embed.pipeline import Images
 from lit_fast.embed.verify.findings import Finding, some

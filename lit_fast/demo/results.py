@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from lit_fast.data.dataset import open_dataset
-from lit_fast.data.images.reader import picture_reader
+from lit_fast.data.images.reader import ImageReader
 from lit_fast.demo.page import Query
 from lit_fast.evaluation.zeroshot import classifier
 from lit_fast.report.gallery import nearest_images
@@ -19,7 +19,7 @@ MAX_QUERIES = 8  # of each kind
 def gallery(run: Run, path: str | os.PathLike[str]) -> tuple[list[Query], list[Query]]:
     """Draw sentences that found their own picture first, and sentences that did not; one per picture."""
     dataset = open_dataset(path)
-    read = picture_reader(dataset)
+    read = ImageReader(dataset).read_or_none
     rows, images = run.image_embeddings(dataset)
     captions = [texts for block in dataset.iter_captions() for texts in block]
     owner = np.repeat(np.arange(len(rows)), [len(captions[row]) for row in rows])

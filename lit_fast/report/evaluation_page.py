@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from lit_fast.data.dataset import Dataset
-from lit_fast.data.images.reader import picture_reader
+from lit_fast.data.images.reader import ImageReader
 from lit_fast.evaluation.evaluate import captions_by_language
 from lit_fast.evaluation.zeroshot import EmbedText, classifier
 from lit_fast.evaluation.zeroshot_set import zero_shot_set
@@ -89,7 +89,7 @@ def zero_shot_section(
       max_pictures: shown at most.
       files: class names and so on in place of the dataset's, see `zero_shot_set`.
     """
-    task, read = zero_shot_set(dataset, **files), picture_reader(dataset)
+    task, read = zero_shot_set(dataset, **files), ImageReader(dataset).read_or_none
     names = task.classnames
     pairs = np.isin(task.row_of, rows)
     labelled, first, image_of = np.unique(task.row_of[pairs], return_index=True, return_inverse=True)
@@ -136,7 +136,7 @@ def retrieval_section(
 
     Arguments as for `zero_shot_section`. Of several languages, the queries alternate between them.
     """
-    captions, read = captions_by_language(dataset, rows), picture_reader(dataset)
+    captions, read = captions_by_language(dataset, rows), ImageReader(dataset).read_or_none
     pools = []
     for language, pairs in captions.items():
         captioned, owner = np.unique([image for image, _ in pairs], return_inverse=True)

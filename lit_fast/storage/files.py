@@ -14,10 +14,11 @@ import io
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
 
 from lit_fast.errors import UserError
 from lit_fast.storage.paths import StrPath, absolute, is_url, join, parent
@@ -95,6 +96,20 @@ def directory_size(location: StrPath) -> int:
             with suppress(FileNotFoundError):
                 total += os.lstat(join(directory, name)).st_size
     return total
+
+
+class FileStatus(NamedTuple):
+    """The size and kind of a file."""
+
+    size: int  # bytes
+    is_file: bool  # a regular file
+    is_directory: bool
+
+
+def file_status(location: StrPath) -> FileStatus:
+    """Return the size and kind of a file or directory without opening it; raises OSError where it cannot be read."""
+    status = os.stat(_local(location))
+    return FileStatus(status.st_size, stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode))
 
 
 def list_names(location: StrPath) -> list[str]:
@@ -211,6 +226,17 @@ def read_bytes(location: StrPath) -> bytes:
     """Return the content of a file; raises OSError."""
     with open_read(location) as file:
         return file.read()
+
+
+def read_range(location: StrPath, start: int, stop: int) -> bytes:
+    """Return the bytes from `start` to `stop` of a file, fewer where it ends earlier; raises OSError."""
+    with open(_local(location), "rb", buffering=0) as file:
+        file.seek(start)
+        parts = []
+        while start < stop and (part := file.read(stop - start)):
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
 
 
 def write_atomic(location: StrPath, data: bytes) -> None:
