@@ -104,6 +104,8 @@ def initialize_distributed() -> None:
             raise
         return
     except RuntimeError as error:
+        if not process and "before any JAX" in str(error):  # JAX is in use, and nothing says that there is a job
+            return
         name = f"process {process.rank} of {process.num_processes}" if process else "a process"
         raise UserError(
             f"{name} cannot connect to {address or 'the first one'}: {first_line(error)}; start all processes together"

@@ -39,7 +39,6 @@ PENDING: dict[str, set[str]] = {
         "lit_fast.train.tracking.wandb",
     },
     "files": {
-        "lit_fast",
         "lit_fast.cli.evaluate",
         "lit_fast.cli.inference",
         "lit_fast.cli.inspect",
@@ -66,9 +65,6 @@ PENDING: dict[str, set[str]] = {
         "lit_fast.evaluation.few_shot",
         "lit_fast.evaluation.known_sets",
         "lit_fast.evaluation.zeroshot_set",
-        "lit_fast.inference.classify",
-        "lit_fast.inference.exported",
-        "lit_fast.inference.model",
         "lit_fast.inference.search_page",
         "lit_fast.report.compare",
         "lit_fast.report.info",
