@@ -18,6 +18,7 @@ from lit_fast.storage import remote
 from lit_fast.storage.download import MAX_BYTES, is_whole
 from lit_fast.storage.files import read_object
 from lit_fast.storage.hub import Commit, cache_directory
+from lit_fast.storage.paths import parent
 from lit_fast.storage.read import beside
 
 PREFIX = "wds:"
@@ -91,3 +92,11 @@ def _check_classes(spec: str, name: str, directory: str) -> None:
 def _known() -> str:
     sets = [key for key, row in known_evaluations().items() if row["task"] != "labels"]
     return f"; known names: {', '.join(sets)}"
+
+
+def lines_near(directory: str, file: str) -> tuple[str, ...]:
+    """Return the lines of a file in a directory or one level up; () if there is none or `directory` is ""."""
+    text = beside(directory, file) if directory else None
+    if text is None and directory:
+        text = beside(parent(directory), file)
+    return tuple(line.strip() for line in (text or "").rstrip().splitlines())

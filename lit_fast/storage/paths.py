@@ -6,6 +6,7 @@ Code outside `lit_fast/storage/` treats a location as an opaque `str` and uses t
 
 from __future__ import annotations
 
+import glob
 import os
 import posixpath
 from urllib.parse import urlsplit
@@ -18,6 +19,11 @@ SCHEMES = ("https", "http", "s3", "gs")
 def is_url(location: StrPath) -> bool:
     """Whether a location is a URL of a known scheme, and not a local path."""
     return os.fspath(location).lower().startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def is_pattern(location: StrPath) -> bool:
+    """Whether a location has `*`, `?` or `[..]`."""
+    return glob.has_magic(os.fspath(location))
 
 
 def join(location: StrPath, *names: str) -> str:
