@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import describe
+from lit_fast.utils.system import cpu_count
 
 SIZES = {"500 x 375": (500, 375), "1600 x 1200": (1600, 1200)}
 
@@ -228,10 +229,9 @@ def plain_loop(model_name: str, folder: Path, tars: list[str], out: Path, batch:
 
 def whole_job_table(model_name: str, folder: Path, tars: list[Path], batch: int, repetitions: int) -> None:
     """Whole processes, from their start to the features on the disk."""
-    import os
 
     work, images = folder.parent, 0
-    workers = len(os.sched_getaffinity(0))
+    workers = cpu_count()
     lit_fast = [sys.executable, "-m", "lit_fast"]
     results: dict[str, list[float]] = {}
     for repetition in range(repetitions):

@@ -76,7 +76,7 @@ def jax_case(form: str, batch: int, devices: int, repeats: int) -> Result:
     from lit_fast.losses.accumulate import Trained
     from lit_fast.losses.contrastive import pair_loss
     from lit_fast.losses.pairs import Images, Texts
-    from lit_fast.runtime import AXIS, dealt, make_mesh, replicated
+    from lit_fast.runtime import AXIS, batch_sharding, make_mesh, replicated
 
     mesh = make_mesh(jax.devices()[:devices])
     config = LossConfig(name="softmax" if form == SOFTMAX else "sigmoid")
@@ -110,13 +110,13 @@ def jax_case(form: str, batch: int, devices: int, repeats: int) -> Result:
         out_specs=(whole, Trained(part, whole, whole)),
         check_vma=False,
     )
-    rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=dealt(mesh))
+    rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=batch_sharding(mesh))
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     compiled = jax.jit(mapped).lower(Trained(rows, one, None if bias is None else one), rows).compile()
     result: Result = {"temporaries": compiled.memory_analysis().temp_size_in_bytes}  # type: ignore[union-attr]
     if not repeats:
         return result
-    images, texts = (jax.device_put(a, dealt(mesh)) for a in inputs(batch))
+    images, texts = (jax.device_put(a, batch_sharding(mesh)) for a in inputs(batch))
     scalars = jax.device_put((np.float32(math.log(TEMPERATURE)), bias), replicated(mesh))
     given = Trained(texts, *scalars)
     before = jax.devices()[0].memory_stats()

@@ -22,6 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_fast.utils.system import cpu_count
+
 
 def describe(*packages: str) -> str:
     """Processor, cores, and versions of Python and the packages, in one line."""
@@ -32,7 +34,7 @@ def describe(*packages: str) -> str:
             line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line
         ]
         model = names[0] if names else model
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_count()
     versions = ", ".join(f"{p} {version(p)}" for p in packages)
     return f"{model}, {cores} cores, Python {platform.python_version()}, {versions}"
 

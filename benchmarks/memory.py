@@ -34,9 +34,10 @@ from lit_fast.losses.accumulate import Trained
 from lit_fast.losses.contrastive import pair_loss
 from lit_fast.losses.pairs import Images, Texts
 from lit_fast.models.text_tower import TextTower
-from lit_fast.runtime import AXIS, dealt, replicated
+from lit_fast.runtime import AXIS, batch_sharding, replicated
 from lit_fast.train.cost.aot import Compiled, compile_step, tpu_mesh
 from lit_fast.train.cost.memory import fit
+from lit_fast.train.step import abstract_training
 
 CONFIG = Path(__file__).parents[1] / "configs" / "siglit_b8_one_day.toml"
 TOPOLOGY, HBM = "v4:2x2x1", 30.75  # GiB that a program may use on a chip
@@ -48,7 +49,7 @@ GIB, MIB = 2**30, 2**20
 def tower(text: TextConfig) -> TextTower:
     """The text tower of a configuration, as training builds it."""
     dtype = jnp.dtype(text.dtype)
-    return TextTower(text.shape, VOCAB, LENGTH, WIDTH, keep=text.layers_keep, pack=text.pack, dtype=dtype)
+    return TextTower(text.shape, VOCAB, LENGTH, WIDTH, keep=text.encoder_remat, pack=text.pack, dtype=dtype)
 
 
 class Step(NamedTuple):
@@ -66,8 +67,9 @@ class Step(NamedTuple):
 def whole_step(config: Config, mesh: Mesh, batch: int) -> Step:
     """Compiled with what is chosen for the batch."""
     config = replace(config, stream=replace(config.stream, global_batch=batch))
-    text = fit(config, tower, mesh, limit=int(HBM * GIB)).text
-    return Step(batch, text, compile_step(tower(text), replace(config, text=text), mesh))
+    training = abstract_training(tower(config.text), config)
+    text = fit(config, tower, mesh, *training, limit=int(HBM * GIB)).text
+    return Step(batch, text, compile_step(tower(text), replace(config, text=text), mesh, *training))
 
 
 def ours(
@@ -121,8 +123,8 @@ def loss_alone(loss: Callable, mesh: Mesh, batch: int) -> int | None:
         out_specs=(spec(), (spec(AXIS), spec(), spec())),
         check_vma=False,
     )
-    rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16, sharding=dealt(mesh))
-    texts = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=dealt(mesh))
+    rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16, sharding=batch_sharding(mesh))
+    texts = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=batch_sharding(mesh))
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     try:
         made = jax.jit(mapped).lower(rows, texts, one, one).compile()

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import step_case
 from benchmarks.step_case import FEATURES, VOCAB, Case, Rival, Weights, make_batch, make_weights
+from lit_fast.utils.system import cpu_count
 
 
 def open_clip(case: Case) -> Rival:
@@ -120,7 +121,7 @@ def _rival(case: Case, tower: Any, tensors: dict[str, Any], loss: Callable) -> R
     from torch import nn
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpu_count())
     device = "cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "cuda"
     tower.load_state_dict({name: torch.tensor(tensor) for name, tensor in tensors.items()})
     tower.to(device)

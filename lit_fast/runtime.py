@@ -1,114 +1,163 @@
-"""The mesh of devices: one axis, over which the batch is dealt."""
+"""The device mesh with its shardings, and the processes of one job.
+
+The mesh has one axis, over which the batch is sharded; parameters and optimizer state are replicated.
+
+A job of several processes is described by the environment: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and
+JAX_PROCESS_ID, or the variables of Slurm, Open MPI or a TPU pod.
+"""
 
 from __future__ import annotations
 
 import os
+import urllib.request
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-from jax._src.clusters import ClusterEnv
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, first_line
+from lit_fast.utils.output import silence
 
 AXIS = "data"
+SHARDED, REPLICATED = PartitionSpec(AXIS), PartitionSpec()
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices of all processes, or over those given."""
+    """Make a mesh of one axis over `devices`; by default over all devices of all processes."""
     devices = devices or jax.devices()
     return jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
 
 
-def on_each_device(function: Callable, mesh: Mesh, *dealt_arguments: bool) -> Callable:
-    """`function` as one device runs it, on its part of the dealt arguments and the whole of the others.
-
-    Its result must be the same on every device, so it has to end in a collective.
-    """
-    specs = tuple(PartitionSpec(AXIS) if d else PartitionSpec() for d in dealt_arguments)
-    # Without check_vma gradients stay a device's own until they are summed, all at once, by hand.
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    """Return the sharding of arrays that are equal on every device."""
+    return NamedSharding(mesh, REPLICATED)
 
 
-def dealt(mesh: Mesh) -> NamedSharding:
-    """The first axis in equal parts over the devices."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of arrays whose first axis is split evenly over the devices."""
+    return NamedSharding(mesh, SHARDED)
 
 
-# The processes of one job: who this one is, and how they join.
-#
-# A cluster is described by the environment: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and
-# JAX_PROCESS_ID, or whatever JAX recognises by itself (TPU pods, Slurm, Open MPI).
+def shard_map(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any = REPLICATED) -> Callable:
+    """Map `function` over the devices of the mesh; each device gets its shards of the SHARDED arguments.
 
+    Gradients inside stay local to a device until `function` sums them. REPLICATED results must end in a
+    collective, as nothing checks that they are equal on every device.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+# --- processes
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_METADATA_TIMEOUT = 10.0  # seconds
 
 
-class _Cluster(NamedTuple):
-    address: str | None
-    processes: int
-    process: int
-    devices: list[int] | None  # those of this process, where several share a host
+class _Process(NamedTuple):
+    """One process of a job."""
+
+    rank: int
+    num_processes: int
+    local_rank: int | None = None  # among the processes of this host, where each uses one GPU
 
 
-def place() -> tuple[int, int]:
-    """This process's number and how many there are; (0, 1) outside a cluster.
+def process_rank() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes of the job; (0, 1) outside a job.
 
-    Nothing is connected and nobody is waited for, so that processes which need no collective live and
-    die on their own. To be called before JAX is used.
+    Connects to no process and waits for none, so processes that need no collective can start and stop independently.
+    Call it before JAX is used: where several processes share a host, this process sees one GPU afterwards.
 
     Raises:
-      UserError: the environment describes half a cluster.
+      UserError: the environment describes a job incompletely.
     """
     if jax.distributed.is_initialized():
         return jax.process_index(), jax.process_count()
-    cluster = _cluster()
-    if cluster.devices is not None:  # as jax.distributed.initialize does
+    process = _from_environment() or _Process(0, 1)
+    if process.local_rank is not None:
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
-            jax.config.update(name, ",".join(map(str, cluster.devices)))
-    return cluster.process, cluster.processes
+            jax.config.update(name, str(process.local_rank))
+    return process.rank, process.num_processes
 
 
-def join() -> None:
-    """Join the cluster that the environment describes, if there is one; waits for all its processes.
+def initialize_distributed() -> None:
+    """Connect the processes of the job, if there are several; all but the first become silent.
 
-    To be called before JAX is used.
+    Waits for all processes. Call it before JAX is used.
 
     Raises:
-      UserError: the environment describes half a cluster, or its processes do not come together.
+      UserError: the environment describes a job incompletely, or its processes cannot connect.
     """
-    cluster = _cluster()
-    if cluster.processes == 1 or jax.distributed.is_initialized():
+    if jax.distributed.is_initialized():
         return
+    process = _from_environment()
+    if process and process.num_processes == 1:
+        return
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
-        jax.distributed.initialize(cluster.address, cluster.processes, cluster.process, cluster.devices)
+        if process and "JAX_PROCESS_ID" in os.environ:
+            jax.distributed.initialize(address, process.num_processes, process.rank)
+        else:
+            jax.distributed.initialize()
+    except ValueError:  # no variables, and JAX detects no job
+        if process:
+            raise
+        return
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        name = f"process {process.rank} of {process.num_processes}" if process else "a process"
         raise UserError(
-            f"process {cluster.process} of {cluster.processes} cannot join at {cluster.address}: {reason}; start "
-            "all processes together"
+            f"{name} cannot connect to {address or 'the first one'}: {first_line(error)}; start all processes together"
         ) from None
+    if jax.process_index() > 0:
+        silence()
 
 
-def _cluster() -> _Cluster:
+def _from_environment() -> _Process | None:
+    """Return the process that the environment describes, None where it describes none."""
+    env = os.environ
+    if "JAX_NUM_PROCESSES" in env or "JAX_PROCESS_ID" in env:
+        return _from_jax_variables()
+    if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:  # started by srun, not the batch script itself
+        return _Process(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]))
+    if "OMPI_COMM_WORLD_RANK" in env:
+        local_rank = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
+        return _Process(int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"]), local_rank)
+    # JAX sets this variable on import if the host has TPU chips.
+    return _from_tpu_pod() if env.get("TPU_ML_PLATFORM") == "JAX" else None
+
+
+def _from_jax_variables() -> _Process:
     values = [os.environ.get(name) for name in _VARIABLES]
-    address, processes, process = values
-    if processes is None and process is None:
-        # JAX's own recognition, which jax.distributed.initialize gives no access to without connecting.
-        found = ClusterEnv.auto_detect_unset_distributed_params(address, None, None, None, None, 300)
-        address, count, number, devices = found
-        return _Cluster(address, count or 1, number or 0, None if devices is None else list(devices))
-    missing = [name for name, value in zip(_VARIABLES, values, strict=True) if value is None]
-    if missing:
-        raise UserError(f"the environment has some of {', '.join(_VARIABLES)} but not {missing[0]}; set it")
-    assert processes is not None
-    assert process is not None
-    if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
-        raise UserError(f"JAX_PROCESS_ID {process!r} is not one of JAX_NUM_PROCESSES {processes!r} from 0 on")
-    return _Cluster(address, int(processes), int(process), None)
+    for name, value in zip(_VARIABLES, values, strict=True):
+        if value is None:
+            raise UserError(f"the environment has some of {', '.join(_VARIABLES)} but not {name}; set it")
+    _, count, rank = map(str, values)
+    if not (count.isdecimal() and rank.isdecimal() and int(rank) < int(count)):
+        raise UserError(
+            f"JAX_PROCESS_ID {rank!r} is not below JAX_NUM_PROCESSES {count!r}; number the processes from 0"
+        )
+    return _Process(int(rank), int(count))
+
+
+def _from_tpu_pod() -> _Process | None:
+    """Return the host of a TPU pod, from the environment (GKE) or the metadata server (Cloud TPU VM)."""
+    env = os.environ
+    hosts, rank = env.get("TPU_WORKER_HOSTNAMES"), env.get("TPU_WORKER_ID")
+    if (hosts is None or rank is None) and "TPU_SKIP_MDS_QUERY" not in env:
+        hosts, rank = _metadata("worker-network-endpoints"), _metadata("agent-worker-number")
+    if not hosts or not rank:
+        return None
+    count, slices = len(hosts.split(",")), int(env.get("MEGASCALE_NUM_SLICES") or 1)
+    return _Process(int(env.get("MEGASCALE_SLICE_ID") or 0) * count + int(rank), count * slices)
+
+
+def _metadata(key: str) -> str | None:
+    """Read an attribute of this Cloud TPU VM from Google's metadata server; None if there is no server."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=_METADATA_TIMEOUT) as response:
+            return str(response.read().decode())
+    except OSError:
+        return None

@@ -8,7 +8,6 @@ than half of a block being equal, means that something other than the pictures w
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,9 +24,12 @@ from lit_fast.embed.extract import embed_dataset, journal_path
 from lit_fast.embed.pipeline import Images
 from lit_fast.embed.verify.findings import Finding, some
 from lit_fast.errors import UserError
+from lit_fast.storage.files import exists, remove
+from lit_fast.storage.paths import join
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
 from lit_fast.utils.progress import Progress
+from lit_fast.utils.system import cpu_count
 
 _RUN = 32
 _FEW = 64  # a block with fewer valid rows says nothing about shares
@@ -48,7 +50,7 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
         try:
             manifest = features.manifest(shard)
         except UserError as error:
-            if features.manifest_path(shard).exists():
+            if exists(features.manifest_path(shard)):
                 yield Finding(part, str(error), shard=shard)
             else:
                 yield Finding(part, "is not there (it has no manifest)", again, shard)
@@ -66,7 +68,7 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
             yield Finding(part, str(error), _repair(features))
         return
     progress = Progress(f"verify {features.tower}", sum(m.rows for m in manifests), "rows")
-    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))), thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(min(4, cpu_count()), thread_name_prefix="verify") as pool:
         looks = pool.map(lambda m: _look(array, m), manifests)
         for manifest, look in zip(manifests, looks, strict=True):
             yield from _judge(features, manifest, look)
@@ -96,14 +98,14 @@ def repair_features(features: Features, bad: Sequence[Finding], sample: int) -> 
     shards = sorted({f.shard for f in bad if f.shard is not None})
     metadata = any(f.shard is None for f in bad)
     for shard in shards:
-        features.manifest_path(shard).unlink(missing_ok=True)
+        remove(features.manifest_path(shard))
         journal_path(features, shard).unlink(missing_ok=True)
-        features.shard_path(shard).unlink(missing_ok=True)  # TensorStore would read the end of a short one
+        remove(features.shard_path(shard))  # TensorStore would read the end of a short one
     if metadata:
         try:
             features.array(create=True)
         except UserError:  # zarr.json holds nothing that tower.json and the dataset do not say
-            (features.path / "zarr.json").unlink(missing_ok=True)
+            remove(join(features.path, "zarr.json"))
             features.array(create=True)
     embed_dataset(
         features.dataset.path,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+from lit_fast.utils.system import cpu_count
 
 RESAMPLES = 1000
 
@@ -52,7 +53,7 @@ def bootstrap(measure: Measure, table: np.ndarray, resamples: int = RESAMPLES) -
         return generator.multinomial(len(table), shares, size=min(draws, resamples - first))
 
     drawn = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="bootstrap") as pool:
+    with ThreadPoolExecutor(cpu_count(), thread_name_prefix="bootstrap") as pool:
         for lo in range(0, resamples, step):
             parts = pool.map(counts, range(lo, min(lo + step, resamples), draws))
             drawn.append(measure(rows, np.concatenate(list(parts), dtype=np.float64)))

@@ -9,7 +9,6 @@ rows, whatever the size of the dataset.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from lit_fast.data.dataset import BLOCK, Dataset, decode_block, decode_captions
 from lit_fast.data.features import Features, read_error
 from lit_fast.errors import UserError
 from lit_fast.utils.normalize import EPSILON
+from lit_fast.utils.system import cpu_count
 
 _IN_FLIGHT = 16  # blocks that are being read or scored
 
@@ -57,7 +57,7 @@ def search(
     """
     best = _Best(features, queries, mean, top, head)
     array, rows = features.array(), features.dataset.rows
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="search")
+    pool = ThreadPoolExecutor(cpu_count(), thread_name_prefix="search")
     scoring: deque[Future[None]] = deque()
     try:
         for first in range(0, rows, BLOCK):

@@ -15,7 +15,7 @@ from lit_fast.config import Config, TextConfig
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
 from lit_fast.models.text_tower import TextTower
-from lit_fast.runtime import dealt, replicated
+from lit_fast.runtime import batch_sharding, replicated
 from lit_fast.utils.normalize import EPSILON, normalize
 
 Params = dict[str, Any]
@@ -47,7 +47,7 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
         embedding_width=config.embedding_width,
         projected=config.head,
         dropout=config.dropout,
-        keep=config.layers_keep,
+        keep=config.encoder_remat,
         pack=config.pack,
         dtype=jnp.dtype(config.dtype),
     )
@@ -92,7 +92,7 @@ def text_embedder(
     """A function of (params, texts) to normalised float32 [n, width], compiled once, over all devices."""
     batch = -(-EMBED_BATCH // mesh.size) * mesh.size
 
-    @partial(jax.jit, in_shardings=(replicated(mesh), dealt(mesh)), out_shardings=replicated(mesh))
+    @partial(jax.jit, in_shardings=(replicated(mesh), batch_sharding(mesh)), out_shardings=replicated(mesh))
     def embed(params: Params, ids: jax.Array) -> jax.Array:
         return embed_ids(model, params, ids)
 
@@ -103,7 +103,7 @@ def text_embedder(
             part = ids[lo : lo + batch]
             padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
             # Of several processes each has all ids and gives its devices their part.
-            dealt_ids = jax.make_array_from_callback(padded.shape, dealt(mesh), padded.__getitem__)
+            dealt_ids = jax.make_array_from_callback(padded.shape, batch_sharding(mesh), padded.__getitem__)
             out.append(np.asarray(embed(params, dealt_ids))[: len(part)])
         return np.concatenate(out) if out else np.zeros((0, model.out_dim), np.float32)
 

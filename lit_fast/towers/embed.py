@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,9 +17,10 @@ from PIL import Image
 from lit_fast.data.features import BFLOAT16
 from lit_fast.data.images.decode import MAX_PIXELS, ImageError, decode, rgb
 from lit_fast.errors import UserError
-from lit_fast.runtime import AXIS, dealt, make_mesh, replicated
+from lit_fast.runtime import AXIS, batch_sharding, make_mesh, replicated
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.tower import Tower, load_tower
+from lit_fast.utils.system import cpu_count
 
 ImageLike = str | Path | Image.Image | np.ndarray
 """An image file, a PIL image, or its pixels uint8 [height, width, 3]."""
@@ -68,7 +68,7 @@ def compile_tower(tower: Tower, dtype: str) -> Callable[[np.ndarray], jax.Array]
             check_vma=False,
         )
     )
-    split = dealt(mesh)
+    split = batch_sharding(mesh)
     return lambda images: embed(params, jax.device_put(images, split))
 
 
@@ -94,7 +94,7 @@ def embed_images(
     batch = default_batch_size() * jax.local_device_count()
     size = preprocess.size
     out = np.empty((len(images), width), BFLOAT16)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(cpu_count(), thread_name_prefix="decode") as pool:
         for lo in range(0, len(images), batch):
             part = range(lo, min(lo + batch, len(images)))
             pixels = np.zeros((batch, size, size, 3), np.uint8)

@@ -50,7 +50,7 @@ def test_one_of_several_is_killed_and_a_single_one_finishes(
     """The same bytes, though one process has one device and the single one has four."""
     dataset = many(tmp_path)
     embed_dataset(dataset.path, str(tiny_vit), name="alone", batch_size=2)
-    shared = dataset.path / "features" / "shared"
+    shared = Path(dataset.path) / "features" / "shared"
     victim, *others = [start(dataset.path, tiny_vit, number, count) for number in range(count)]
     journal = shared / "partial" / "00000.journal"
     while not journal.exists() or journal.stat().st_size < 200 * 64:
@@ -69,7 +69,7 @@ def test_one_of_several_is_killed_and_a_single_one_finishes(
     # whoever is the last to finish
     assert b"nobody is at work on them; this does them: lit-fast embed" in errors
     embed_dataset(dataset.path, str(tiny_vit), name="shared", batch_size=2)
-    assert tree(shared) == tree(dataset.path / "features" / "alone")
+    assert tree(shared) == tree(Path(dataset.path) / "features" / "alone")
 
 
 def test_an_unfinished_share_of_somebody_at_work_is_not_mentioned(
@@ -77,7 +77,7 @@ def test_an_unfinished_share_of_somebody_at_work_is_not_mentioned(
 ) -> None:
     dataset = many(tmp_path)
     working = start(dataset.path, tiny_vit, 0, 2)
-    while progress_of(dataset.path / "features" / "shared") < 100:
+    while progress_of(Path(dataset.path) / "features" / "shared") < 100:
         assert working.poll() is None
         time.sleep(0.01)
     working.send_signal(signal.SIGSTOP)  # it holds its journal
@@ -89,41 +89,3 @@ def test_an_unfinished_share_of_somebody_at_work_is_not_mentioned(
         out, err = working.communicate()
     assert working.returncode == 0, err
     assert b"into" in out
-
-
-PLACE = "from lit_fast.runtime import join, place; import jax, sys\n"
-
-
-def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-c", PLACE + code]
-    return subprocess.run(command, env=kept | variables, capture_output=True, text=True, timeout=100)
-
-
-def test_place_is_what_the_environment_says() -> None:
-    assert run("print(place())").stdout == "(0, 1)\n"
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[01-02]", "SLURM_NTASKS": "4"}
-    slurm |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2"}
-    assert (
-        run("print(place(), jax.config.values['jax_cuda_visible_devices'])", **slurm).stdout == "(3, 4) 1\n"
-    )
-    half = run("place()", JAX_NUM_PROCESSES="4", JAX_PROCESS_ID="1")
-    assert "but not JAX_COORDINATOR_ADDRESS; set it" in half.stderr
-    wrong = run("place()", JAX_NUM_PROCESSES="4", JAX_PROCESS_ID="4", JAX_COORDINATOR_ADDRESS="x:1")
-    assert "JAX_PROCESS_ID '4' is not one of JAX_NUM_PROCESSES '4'" in wrong.stderr
-
-
-def test_processes_join_for_a_collective() -> None:
-    """What training needs: every process sees all devices, and a sum over them is right."""
-    code = (
-        PLACE + "from jax.experimental.multihost_utils import process_allgather\n"
-        "join(); join()\n"
-        "print(place(), jax.device_count(), int(process_allgather(jax.numpy.ones(1) * (1 + place()[0])).sum()))"
-    )
-    port = free_port()
-    joined = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment(i, 2, port), stdout=subprocess.PIPE)
-        for i in range(2)
-    ]
-    last = [p.communicate(timeout=100)[0].splitlines()[-1] for p in joined]  # after what gloo says
-    assert last == [b"(0, 2) 2 3", b"(1, 2) 2 3"]

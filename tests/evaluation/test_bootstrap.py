@@ -51,7 +51,7 @@ def resampled(table: np.ndarray, resamples: int, cores: int) -> np.ndarray:
         return {"total": weights.sum(axis=1)}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+        patch.setattr("lit_fast.evaluation.bootstrap.cpu_count", lambda: cores)
         bootstrap(look, table, resamples)
     return np.concatenate(seen)
 

@@ -17,7 +17,7 @@ from lit_fast.losses.contrastive import pair_loss
 from lit_fast.losses.logit_stats import logit_metrics
 from lit_fast.losses.pairs import hash_ids, mix, pair_up
 from lit_fast.models.two_towers import apply_image_head
-from lit_fast.runtime import AXIS, make_mesh, on_each_device
+from lit_fast.runtime import AXIS, REPLICATED, SHARDED, make_mesh, shard_map
 from lit_fast.utils.normalize import normalize
 from tests.losses.dense_loss import dense_loss, pairs
 
@@ -82,7 +82,8 @@ def on_devices(config, devices, gather=True):
         return summed[0], summed[1]._replace(texts=gathered), logit_metrics(sums, bounds), sums[:2]
 
     mesh = make_mesh(jax.devices()[:devices])
-    return jax.jit(on_each_device(compute, mesh, True, False, True, True, True, False))
+    specs = (SHARDED, REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED)
+    return jax.jit(shard_map(compute, mesh, specs))
 
 
 def run(config, devices, batch, trained):

@@ -13,7 +13,7 @@ from lit_fast.config import Config, LossConfig, OptimizerConfig, StreamConfig, T
 from lit_fast.models.sizes import Shape
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import embed_ids, init_params
-from lit_fast.runtime import dealt, make_mesh, replicated
+from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.train.optimizer import make_optimizer
 from lit_fast.train.step import init_state, make_step
 
@@ -77,7 +77,7 @@ def batch_of(seed, n, captions, mesh):
         "ids": rng.integers(0, VOCAB, (n * captions, LENGTH)).astype(np.uint16),
         "rows": rng.integers(0, 50, n).astype(np.int32),
     }
-    return {k: jax.device_put(v, dealt(mesh)) for k, v in batch.items()}
+    return {k: jax.device_put(v, batch_sharding(mesh)) for k, v in batch.items()}
 
 
 PLAIN = {"averaged": 0.75}

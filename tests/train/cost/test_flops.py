@@ -10,7 +10,7 @@ from lit_fast.losses.contrastive import pair_loss
 from lit_fast.losses.pairs import pair_up
 from lit_fast.models.sizes import Shape
 from lit_fast.models.text_tower import TextTower
-from lit_fast.runtime import make_mesh, on_each_device
+from lit_fast.runtime import REPLICATED, SHARDED, make_mesh, shard_map
 from lit_fast.train.cost.flops import program_flops, step_flops
 
 
@@ -69,7 +69,8 @@ def test_formula_counts_the_loss_without_what_is_worked_out_again(options, round
         jnp.zeros(2, "uint32"),
     )
     one = make_mesh(jax.devices()[:1])
-    program = jax.make_jaxpr(on_each_device(loss, one, False, True, True, True, False))(trained, *batch)
+    specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED)
+    program = jax.make_jaxpr(shard_map(loss, one, specs))(trained, *batch)
     model = TextTower(shape=Shape(24, 3, 40, 2), vocab_size=50, max_length=7, out_dim=width)
     formula = step_flops(model, texts, images, image_head) - step_flops(model, texts, 0)
     again = 2 * texts * images * width + (2 * images * width**2 if image_head else 0)
@@ -83,7 +84,7 @@ def test_formula_counts_the_loss_without_what_is_worked_out_again(options, round
 def test_what_is_worked_out_again(keep, share):
     """The shares that `lit_fast.config.TextConfig` names, of the L tower on 16 tokens."""
     text = TextConfig(variant="L", depth=12, keep=keep)
-    model = TextTower(text.shape, 32_000, 16, 768, keep=text.layers_keep)
+    model = TextTower(text.shape, 32_000, 16, 768, keep=text.encoder_remat)
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)
     embed = jax.checkpoint(model.apply) if keep == "embeddings" else model.apply

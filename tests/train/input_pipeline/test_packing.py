@@ -16,7 +16,7 @@ from lit_fast.errors import UserError
 from lit_fast.models.sizes import Shape
 from lit_fast.models.text_tower import TextTower, unpacked
 from lit_fast.models.two_towers import init_params
-from lit_fast.runtime import dealt, make_mesh
+from lit_fast.runtime import batch_sharding, make_mesh
 from lit_fast.train.input_pipeline.packing import (
     Packing,
     deal,
@@ -189,14 +189,14 @@ def test_the_step_is_the_same(devices, options):
             WIDTH,
             pooling=options["pooling"],
             eos_id=EOS,
-            keep=text.layers_keep,
+            keep=text.encoder_remat,
             pack=pack,
         )
         params = init_params(tower, config, np.zeros(WIDTH, np.float32))
         optimizer = make_optimizer(config.optimizer, config.steps, params)
         state = init_state(params, optimizer, mesh)
         given = batch if pack == 1 else packing(pack, devices)(batch)
-        given = {key: jax.device_put(a, dealt(mesh)) for key, a in given.items()}
+        given = {key: jax.device_put(a, batch_sharding(mesh)) for key, a in given.items()}
         step = make_step(tower, optimizer, config, mesh).lower(state, given).compile(QUICK)
         state, metrics = step(state, given)
         momentum = jax.tree.leaves(jax.device_get(state.opt))
