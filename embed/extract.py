@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -278,7 +277,9 @@ def _report(job: Job, rate: float | None) -> None:
     if rate is None:
         result(f"{path} is complete: {job.rows:,} rows, {counts}")
     else:
-        result(f"embedded {job.rows:,} rows with {job.tower.name} into {path}: {counts}, {rate:,.0f} images/s")
+        result(
+            f"embedded {job.rows:,} rows with {job.tower.name} into {path}: {counts}, {rate:,.0f} images/s"
+        )
     if invalid:
         rows = [_name_row(job, row, invalid[row]) for row in sorted(invalid)[:5]]
         result(f"invalid: {'; '.join(rows)}{'; ...' if len(invalid) > 5 else ''}")

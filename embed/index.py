@@ -188,9 +188,9 @@ def _write_rows(reader: RowReader, out: str, seed: int, old: Dataset | None) -> 
     writer: DatasetWriter | None = None
     for number, group in enumerate(reader.groups(seed)):
         is_new = keys.add([row.key for row in group])
-        for i in np.flatnonzero(~is_new):
+        for i in np.flatnonzero(~is_new).tolist():
             reader.skip(group[i], "duplicate key")
-        rows = [group[i] for i in np.flatnonzero(is_new)]
+        rows = [group[i] for i in np.flatnonzero(is_new).tolist()]
         for i in _shuffled(rows, reader, seed, number):
             writer = writer or DatasetWriter(out, grow=old)
             writer.add(rows[i])

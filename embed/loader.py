@@ -26,7 +26,9 @@ class Batch:
 
     first: int  # row of the dataset
     rows: int
-    images: np.ndarray  # uint8 [batch rows * views, size, size, 3]; zeros where a row is invalid or there is none
+    images: (
+        np.ndarray
+    )  # uint8 [batch rows * views, size, size, 3]; zeros where a row is invalid or there is none
     invalid: dict[int, str]  # row of the dataset -> why its image could not be decoded
 
 

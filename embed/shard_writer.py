@@ -50,7 +50,9 @@ class ShardWriter:
         identity = {"identity": features.identity, "keys": keys} | settings
         self._journal = Journal(path, self.rows, array.shape[1], identity)
         if self._journal.discarded:
-            status(f"note: {path} is of other settings and is discarded; shard {shard} is embedded from its first row")
+            status(
+                f"note: {path} is of other settings and is discarded; shard {shard} is embedded from its first row"
+            )
         stored = features.manifest(shard) if exists(features.manifest_path(shard)) else None
         self.finished = stored is not None and stored.rows >= self.rows
         if self.finished:  # by another process, before this one held the journal
@@ -85,9 +87,7 @@ class ShardWriter:
         known = self.done - (batch.first - self.first)
         features = result[known : batch.rows].astype(BFLOAT16)
         invalid = {
-            row - self.first: reason
-            for row, reason in batch.invalid.items()
-            if row - self.first >= self.done
+            row - self.first: reason for row, reason in batch.invalid.items() if row - self.first >= self.done
         }
         finite = np.isfinite(features.astype(np.float32)).all(axis=1)
         for i in np.flatnonzero(~finite):

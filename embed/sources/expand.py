@@ -114,9 +114,7 @@ def _in_directory(directory: str) -> list[str]:
 
 def _refuse_several_splits(directory: str, folders: set[str]) -> None:
     if len(folders & _SPLITS) > 1:
-        raise UserError(
-            f"source {directory} holds the splits {', '.join(sorted(folders))}; name one of them"
-        )
+        raise UserError(f"source {directory} holds the splits {', '.join(sorted(folders))}; name one of them")
 
 
 def _of_one_format(directory: str, found: list[str]) -> list[str]:

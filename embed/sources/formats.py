@@ -41,7 +41,9 @@ def format_of(path: str) -> str:
 
 def format_by_name(path: str) -> str:
     """Return the format that belongs to the suffix of a path or URL, "" for an unknown suffix."""
-    if re.search(r"\.array_record-\d+-of-\d+$", name(path).lower()):  # TFDS: train.array_record-00000-of-00004
+    if re.search(
+        r"\.array_record-\d+-of-\d+$", name(path).lower()
+    ):  # TFDS: train.array_record-00000-of-00004
         return "array_record"
     return _BY_SUFFIX.get(suffix(path), "")
 
