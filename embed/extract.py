@@ -17,7 +17,7 @@ import jax
 from lit_fast.data.dataset import SHARD, Dataset, open_dataset
 from lit_fast.data.features import Features, Manifest, embed_command, with_views
 from lit_fast.data.images.decode import MAX_PIXELS
-from lit_fast.data.images.reader import check_sources
+from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.journal import is_in_use
 from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.embed.pipeline import StallTimer, run_tower

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from lit_fast.data.dataset import Dataset, DatasetWriter, Row, Source, open_dataset, remove_other_generations
-from lit_fast.data.images.reader import check_sources, size_and_etag
+from lit_fast.data.images.sources import check_sources, size_and_etag
 from lit_fast.embed.key_set import KeySet
 from lit_fast.embed.row_reader import RowReader
 from lit_fast.embed.sources.class_names import class_names
@@ -23,8 +23,7 @@ from lit_fast.embed.sources.formats import format_of
 from lit_fast.embed.sources.interface import ColumnOptions, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names, remove_tree
-from lit_fast.storage.paths import StrPath, join
-from lit_fast.storage.remote import is_remote
+from lit_fast.storage.paths import StrPath, is_url, join
 from lit_fast.utils.output import result, status
 from lit_fast.utils.permutation import permutation
 
@@ -47,7 +46,7 @@ def index_dataset(
     out, options = os.fspath(out), options or ColumnOptions()
     if not is_utf8(out):
         raise UserError(f"the name {out!a} is not UTF-8; choose another --out")
-    if options.images and not is_remote(options.images):
+    if options.images and not is_url(options.images):
         options = replace(options, images=os.path.abspath(options.images))
     found = _find_sources(sources, options)
     old: Dataset | None = None

@@ -14,7 +14,7 @@ import numpy as np
 
 from lit_fast.data.dataset import Block, Dataset
 from lit_fast.data.images.decode import ImageError, decode
-from lit_fast.data.images.reader import Fetcher
+from lit_fast.data.images.reader import ImageReader
 from lit_fast.towers.preprocess import Preprocess
 
 _ROWS_PER_TASK = 8
@@ -36,7 +36,7 @@ class ImageLoader:
     """Loads the pixels of a dataset's images by row; from any thread."""
 
     def __init__(self, dataset: Dataset, preprocess: Preprocess, max_pixels: int, views: int = 1) -> None:
-        self._reader = Fetcher(dataset, preprocess.resize)  # noise of a size that is not resized
+        self._reader = ImageReader(dataset, preprocess.resize)  # noise of a size that is not resized
         self._preprocess, self._max_pixels, self._views = preprocess, max_pixels, views
 
     @property
@@ -46,7 +46,7 @@ class ImageLoader:
 
     def locate(self, row: int) -> tuple[Block, int]:
         """Return the index block of a row, and the row's number in it."""
-        return self._reader.place(row)
+        return self._reader.locate(row)
 
     def load(self, first: int, rows: int, out: np.ndarray) -> dict[int, str]:
         """Write the pixels of consecutive rows into `out`, uint8 `[rows, *shape]`; zeros for invalid rows.
@@ -69,7 +69,7 @@ class ImageLoader:
     def _load_row(self, row: int, out: np.ndarray) -> None:
         preprocess = self._preprocess
         image = decode(
-            self._reader.bytes(row),
+            self._reader.read(row),
             max_pixels=self._max_pixels,
             at_least=preprocess.at_least,
             alpha=preprocess.alpha,

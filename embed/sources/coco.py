@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from lit_fast.data.images.reader import size_and_etag
+from lit_fast.data.images.sources import size_and_etag
 from lit_fast.embed.sources.columns import Columns, parse_row, require_column
 from lit_fast.embed.sources.image_paths import image_directory, image_size, relative_path
 from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped

@@ -20,7 +20,7 @@ from lit_fast.storage.files import (
     list_names,
     match_files,
 )
-from lit_fast.storage.paths import is_pattern, join, name, parent, suffix
+from lit_fast.storage.paths import is_pattern, is_url, join, name, parent, suffix
 
 _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
@@ -37,7 +37,7 @@ def expand(patterns: list[str]) -> list[str]:
     """
     files: set[str] = set()
     for pattern in patterns:
-        if not remote.is_remote(pattern) and exists(pattern):
+        if not is_url(pattern) and exists(pattern):
             files.update(_local(pattern, pattern))
         elif is_noise(pattern):
             files.add(pattern)
@@ -47,7 +47,7 @@ def expand(patterns: list[str]) -> list[str]:
             files.update(hub_tars(pattern))
         else:
             for plain in _braces(pattern):
-                found = _remote if remote.is_remote(plain) else _local
+                found = _remote if is_url(plain) else _local
                 files.update(found(plain, pattern))
     return sorted(files, key=natural)
 

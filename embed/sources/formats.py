@@ -7,9 +7,8 @@ import re
 from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources import coco, folders, noise, parquet, records, tables, tars
 from lit_fast.embed.sources.interface import Format
-from lit_fast.storage import remote
 from lit_fast.storage.files import is_directory, open_read
-from lit_fast.storage.paths import name, suffix
+from lit_fast.storage.paths import is_url, name, suffix
 
 FORMATS = {
     "tar": Format(tars.read_tar, (".tar",)),
@@ -31,7 +30,7 @@ def format_of(path: str) -> str:
     """
     if is_noise(path):
         return "noise"
-    local = not remote.is_remote(path)
+    local = not is_url(path)
     if local and is_directory(path):
         return "folder"
     if by_name := format_by_name(path):

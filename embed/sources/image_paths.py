@@ -12,9 +12,8 @@ import posixpath
 from lit_fast.data.images.decode import MAX_IMAGE
 from lit_fast.embed.sources.interface import is_utf8
 from lit_fast.errors import UserError
-from lit_fast.storage import remote
-from lit_fast.storage.files import is_directory, regular_file_size
-from lit_fast.storage.paths import join, parent
+from lit_fast.storage.files import file_status, is_directory
+from lit_fast.storage.paths import is_url, join, parent
 
 
 def image_directory(images: str, table: str) -> str:
@@ -24,7 +23,7 @@ def image_directory(images: str, table: str) -> str:
       UserError: there is no such directory.
     """
     directory = images or parent(table)
-    if remote.is_remote(directory):
+    if is_url(directory):
         return directory.rstrip("/")
     directory = os.path.abspath(directory)
     if not is_directory(directory):
@@ -44,7 +43,7 @@ def relative_path(directory: str, path: object) -> tuple[str, str]:
         return "", "no path of an image"
     if not is_utf8(path) or "\0" in path:
         return path, "path is not UTF-8 text"
-    if remote.is_remote(path) or path.startswith("/"):
+    if is_url(path) or path.startswith("/"):
         start = directory.rstrip("/") + "/"
         if not path.startswith(start):
             return path, f"path outside {directory}"
@@ -57,14 +56,14 @@ def relative_path(directory: str, path: object) -> tuple[str, str]:
 
 def image_size(directory: str, path: str) -> tuple[int, str]:
     """Return the bytes of an image file (0 = remote, not requested), and why it cannot be used ("" = it can)."""
-    if remote.is_remote(directory):
+    if is_url(directory):
         return 0, ""
     try:
-        size = regular_file_size(join(directory, path))
+        status = file_status(join(directory, path))
     except OSError:
         return 0, f"image file not found in {directory}"
-    if size is None:
+    if not status.is_file:
         return 0, "not a regular file"
-    if size == 0:
+    if not status.size:
         return 0, "empty image file"
-    return size, "image file above 256 MiB" if size > MAX_IMAGE else ""
+    return status.size, "image file above 256 MiB" if status.size > MAX_IMAGE else ""

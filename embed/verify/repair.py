@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lit_fast.data.features import Features, tower_options
-from lit_fast.data.images.reader import check_sources
+from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.shard_writer import journal_path
 from lit_fast.embed.verify.features import verify_features

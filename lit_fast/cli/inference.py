@@ -108,7 +108,7 @@ def _search(args: argparse.Namespace) -> None:
     from lit_fast.cli.options import enable_compilation_cache
     from lit_fast.data.dataset import open_dataset
     from lit_fast.data.features import matching_features
-    from lit_fast.data.images.reader import picture_reader
+    from lit_fast.data.images.reader import ImageReader
     from lit_fast.inference.model import load
     from lit_fast.inference.search import describe, search
     from lit_fast.inference.search_page import Answer, as_json, format_answers, search_page
@@ -137,7 +137,7 @@ def _search(args: argparse.Namespace) -> None:
     write_json_output(args.json, as_json(answers))
     if args.page:
         note = f"Found by {model.name}, step {model.step}, among the {dataset.rows:,} rows of {dataset.name}."
-        page = search_page(f"Search in {dataset.name}", note, answers, picture_reader(dataset))
+        page = search_page(f"Search in {dataset.name}", note, answers, ImageReader(dataset).read_or_none)
         write_output(args.page, page.encode("utf-8", "replace"), "--page")
 
 

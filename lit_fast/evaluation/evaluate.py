@@ -27,7 +27,7 @@ from lit_fast.evaluation.zeroshot import EmbedText, accuracies, accuracy_table, 
 from lit_fast.evaluation.zeroshot_set import ZeroShotSet, zero_shot_set
 
 AVERAGE = "average"  # in place of a language
-NAMED = ("template_set", "class_names", "labels", "candidates")  # of a zero-shot result, see `ZeroShotSet`
+SETTINGS = ("template_set", "class_names", "labels", "candidates")  # of a zero-shot result, see `ZeroShotSet`
 
 Evaluate = Callable[[np.ndarray, np.ndarray, EmbedText], list[dict[str, Any]]]
 """Of (rows int64 [n], rising, that have an embedding, their normalised embeddings float32 [n, D], texts to

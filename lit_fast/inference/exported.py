@@ -29,7 +29,7 @@ from lit_fast.models.two_towers import Params, init_params, text_tower
 from lit_fast.models.vit import ViT
 from lit_fast.runs.run import read_tower
 from lit_fast.storage.files import read_object
-from lit_fast.towers.tower import Tower, described
+from lit_fast.towers.tower import Tower, from_provenance
 from lit_fast.weights.parameters import nested
 from lit_fast.weights.reader import open_safetensors
 
@@ -128,7 +128,7 @@ def read_vision_tower(path: Path, told: dict[str, Any]) -> Tower:
       UserError: the description is damaged, or the weights are not those of such a tower.
     """
     try:
-        architecture, preprocess = described(told)
+        architecture, preprocess = from_provenance(told)
         if told["dtype"] not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {told['dtype']!r}")
         if type(tower_options(told).get("max_pixels", 0)) is not int:

@@ -20,10 +20,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
 
 from lit_fast.errors import UserError
-from lit_fast.storage.paths import StrPath, is_url, join, parent
+from lit_fast.storage.paths import StrPath, absolute, is_url, join, parent
 
 _MAX_LINES_BYTES = 16 << 20
 
@@ -97,19 +97,28 @@ def size(location: StrPath) -> int:
     return os.path.getsize(_local(location))
 
 
-def regular_file_size(location: StrPath) -> int | None:
-    """Return the bytes of a regular file, None for a directory, pipe or device; raises OSError where there is none."""
-    status = os.stat(_local(location))
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
 def directory_size(location: StrPath) -> int:
-    """Return the bytes of all files below a directory."""
-    return sum(
-        os.lstat(join(directory, name)).st_size
-        for directory, _, names in os.walk(_local(location))
-        for name in names
-    )
+    """Return the bytes of all files below a directory; files that vanish meanwhile do not count."""
+    total = 0
+    for directory, _, names in os.walk(_local(location)):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(join(directory, name)).st_size
+    return total
+
+
+class FileStatus(NamedTuple):
+    """The size and kind of a file."""
+
+    size: int  # bytes
+    is_file: bool  # a regular file
+    is_directory: bool
+
+
+def file_status(location: StrPath) -> FileStatus:
+    """Return the size and kind of a file or directory without opening it; raises OSError where it cannot be read."""
+    status = os.stat(_local(location))
+    return FileStatus(status.st_size, stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode))
 
 
 def list_names(location: StrPath) -> list[str]:
@@ -213,6 +222,32 @@ def replacing(location: StrPath) -> Iterator[str]:
     sync_path(parent(path))
 
 
+@contextmanager
+def replacing_directory(location: StrPath) -> Iterator[str]:
+    """Yield the path of a temporary directory beside `location`, which it becomes, flushed, at the end of the block.
+
+    `location` is absent or an empty directory. All files get the permissions of new files, whichever the library
+    that wrote them chose. After an exception the temporary directory is deleted.
+    """
+    path = absolute(_local(location))
+    make_directory(parent(path))
+    temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
+    remove_tree(temporary)
+    os.mkdir(temporary)
+    try:
+        yield temporary
+        mode = os.stat(temporary).st_mode & 0o666
+        for directory, _, names in os.walk(temporary):
+            for file in (join(directory, name) for name in names):
+                os.chmod(file, mode)
+                sync_path(file)
+            sync_path(directory)
+        os.replace(temporary, path)
+    finally:
+        remove_tree(temporary)
+    sync_path(parent(path))
+
+
 def link_or_copy(source: StrPath, target: StrPath) -> None:
     """Make `target` the same file as `source`, or a copy where the file system has no hard links; raises OSError."""
     try:
@@ -228,6 +263,17 @@ def read_bytes(location: StrPath) -> bytes:
     """Return the content of a file; raises OSError."""
     with open_read(location) as file:
         return file.read()
+
+
+def read_range(location: StrPath, start: int, stop: int) -> bytes:
+    """Return the bytes from `start` to `stop` of a file, fewer where it ends earlier; raises OSError."""
+    with open(_local(location), "rb", buffering=0) as file:
+        file.seek(start)
+        parts = []
+        while start < stop and (part := file.read(stop - start)):
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
 
 
 def write_atomic(location: StrPath, data: bytes) -> None:
@@ -319,6 +365,6 @@ def _local(location: StrPath) -> str:
       UserError: the location is a URL.
     """
     location = os.fspath(location)
-    if is_url(location) or "://" in location:
+    if is_url(location):
         raise UserError(f"{location} is a URL, where only a local path can be used; give a path")
     return location

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_fast.data.images.decode import ImageError
-from lit_fast.data.images.reader import Fetcher
+from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.tf_examples import ExampleError, parse_example
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.sources.formats import FORMATS, format_of
@@ -145,10 +145,10 @@ def test_damage_after_indexing(
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(damaged[: data.draw(st.integers(len(damaged) // 2, len(damaged)))])
-    fetcher = Fetcher(dataset)
+    reader = ImageReader(dataset)
     for row in range(dataset.rows):
         try:
-            assert isinstance(fetcher.bytes(row), bytes)
+            assert isinstance(reader.read(row), bytes)
         except ImageError:
             continue
         except UserError as error:
@@ -193,7 +193,7 @@ def test_damaged_examples(features: dict[str, list], data: st.DataObject) -> Non
 
 @pytest.mark.parametrize("length", [b"\xff\xff\xff\xff\x07", b"\xff" * 9 + b"\x01", b"\xff" * 11, b"\x80"])
 def test_lengths_that_lie(length: bytes) -> None:
-    with pytest.raises(ExampleError, match=r"longer than the record|ten bytes|within a number"):
+    with pytest.raises(ExampleError, match="cannot be parsed"):
         parse_example(b"\x0a" + length + b"x")
 
 
@@ -300,5 +300,5 @@ def test_a_row_group_that_no_memory_holds(tmp_path: Path, monkeypatch: pytest.Mo
         pa.table({"image": [b"x" * 5000], "text": ["a"]}), tmp_path / "a.parquet", compression=None
     )
     monkeypatch.setattr("lit_fast.data.images.parquet.MAX_ROW_GROUP", 4000)
-    with pytest.raises(UserError, match=r"bytes in row group 0.* write it anew with smaller row groups"):
+    with pytest.raises(UserError, match=r"bytes in row group 0.* write the file with smaller row groups"):
         items(tmp_path / "a.parquet")

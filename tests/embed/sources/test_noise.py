@@ -10,7 +10,7 @@ from lit_fast.cli.main import main
 from lit_fast.data.dataset import open_dataset
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.noise import noise_image
-from lit_fast.data.images.reader import Fetcher
+from lit_fast.data.images.reader import ImageReader
 from lit_fast.embed.loader import ImageLoader
 from lit_fast.towers.preprocess import Preprocess
 from tests.embed.contents import keys
@@ -46,9 +46,9 @@ def test_a_picture_is_the_same_everywhere(noise):
     pixels = np.asarray(Image.open(io.BytesIO(noise_image(3, 2))))
     words = np.random.Philox(np.random.SeedSequence([1, 3])).random_raw(2).astype("<u8")
     assert pixels.tobytes() == words.tobytes()[:12]
-    fetcher = Fetcher(noise)
-    block, i = fetcher.place(5)
-    assert fetcher.bytes(5) == noise_image(int(block.keys[i].removeprefix("noise-")), 224)
+    reader = ImageReader(noise)
+    block, i = reader.locate(5)
+    assert reader.read(5) == noise_image(int(block.keys[i].removeprefix("noise-")), 224)
 
 
 def test_it_is_embedded_and_verified_like_any_other(noise, tiny_vit, capsys, monkeypatch, tmp_path):

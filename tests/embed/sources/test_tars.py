@@ -196,7 +196,7 @@ def test_other_files_are_reported_as_such(tmp_path: Path, data: bytes) -> None:
 def test_compressed_tars_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "0.tar.gz"
     path.write_bytes(gzip.compress(tar_bytes(samples(1))))
-    with pytest.raises(UserError, match="compressed with gzip.*; decompress it"):
+    with pytest.raises(UserError, match=r"compressed with gzip.*; decompress it"):
         read_tar(path)
 
 
