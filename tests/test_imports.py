@@ -18,19 +18,12 @@ PENDING: dict[str, set[str]] = {
     "help": set(),
     "benchmarks": {"benchmarks.step_case", "benchmarks.step_jax", "benchmarks.step_torch"},
     "dependency": set(),
-    "private": {
-        "lit_fast.train.checkpoints -> lit_fast.train.tracking.console._say",
-        "lit_fast.train.loop -> lit_fast.train.tracking.console._report",
-        "lit_fast.train.loop -> lit_fast.train.tracking.console._say",
-    },
+    "private": set(),
     "print": {
         "lit_fast.cli.evaluate",
         "lit_fast.cli.inference",
         "lit_fast.cli.inspect",
         "lit_fast.demo",
-        "lit_fast.train.tracking.console",
-        "lit_fast.train.tracking.profiler",
-        "lit_fast.train.tracking.wandb",
     },
     "files": {
         "lit_fast",
@@ -51,16 +44,8 @@ PENDING: dict[str, set[str]] = {
         "lit_fast.inference.search_page",
         "lit_fast.report.compare",
         "lit_fast.report.info",
-        "lit_fast.train.checkpoints",
         "lit_fast.train.cli",
-        "lit_fast.train.inputs",
-        "lit_fast.train.loop",
-        "lit_fast.train.tracking.metrics_writer",
-        "lit_fast.train.tracking.profiler",
-        "lit_fast.train.tracking.receipt",
         "lit_fast.train.tracking.report",
-        "lit_fast.train.tracking.wandb",
-        "lit_fast.train.workdir",
     },
 }
 
