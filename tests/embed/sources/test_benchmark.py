@@ -50,7 +50,7 @@ def test_a_directory_stands_for_its_test_split(tmp_path: Path) -> None:
     assert index_dataset([str(root / "train")], tmp_path / "e", seed=0).rows == 8
     (root / "test" / "1.tar").unlink()
     with pytest.raises(
-        UserError, match=r"test/1\.tar is missing: \S*nshards\.txt says that there are 2 tars"
+        UserError, match=r"test/1\.tar is missing, of the 2 tars in \S*nshards\.txt; restore it"
     ):
         expand([str(root)])
 
