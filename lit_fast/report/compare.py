@@ -7,12 +7,11 @@ and runs that were killed can be compared as well.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lit_fast.config_io import flatten_toml
+from lit_fast.config_io import read_toml
 from lit_fast.errors import UserError
 from lit_fast.report.charts import TITLES, Panel, Series, panel, title
 from lit_fast.report.page import Table, render
@@ -29,7 +28,7 @@ from lit_fast.runs.metrics import (
     run_cost,
 )
 from lit_fast.storage import paths
-from lit_fast.storage.files import exists, is_file, read_bytes, read_object
+from lit_fast.storage.files import exists, is_file, read_object
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.utils.format import format_duration, format_table
 
@@ -97,7 +96,7 @@ def read_record(path: StrPath) -> Record:
         name=paths.name(paths.absolute(path)),
         path=join(path),
         status=str(receipt["status"]) if current else "unfinished",
-        steps=(receipt["steps_done"] if current else done, int(config["steps"])),
+        steps=(receipt["steps_done"] if current else done, config["steps"]),
         devices=devices,
         memory=receipt.get("memory", {}),
         config=config,
@@ -114,12 +113,9 @@ def _read_config(path: StrPath) -> dict[str, Any]:
     if not is_file(file):
         problem = "is not a run (no config.toml)" if exists(path) else "does not exist"
         raise UserError(f"{path} {problem}; give directories that lit-fast train made")
-    try:
-        values = flatten_toml(tomllib.loads(read_bytes(file).decode()))
-        config = json.loads(json.dumps(values, default=str))  # TOML has dates, JSON does not
-        int(config["steps"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    config = json.loads(json.dumps(read_toml(file), default=str))  # TOML has dates, JSON does not
+    if type(config.get("steps")) is not int:
+        raise UserError(f"{file} cannot be read: steps is no whole number")
     return config
 
 

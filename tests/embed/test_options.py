@@ -73,7 +73,7 @@ def test_views_lie_side_by_side(dataset: Dataset, tiny_vit: Path, capsys: pytest
     with pytest.raises(UserError, match=r"other views\); choose another --name"):
         embed_dataset(dataset.path, str(tiny_vit), name="one", views=2)
     assert main(["verify", str(dataset.path)]) == 0
-    assert "features three: 19 rows embedded anew" in capsys.readouterr().out
+    assert "features three: 19 rows embedded again" in capsys.readouterr().out
 
 
 def test_view_zero_does_not_make_the_run_need_views_elsewhere(dataset: Dataset, tiny_vit: Path) -> None:
