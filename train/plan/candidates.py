@@ -18,7 +18,7 @@ from lit_fast.train.cost.aot import Compiled, batch_shapes
 from lit_fast.train.cost.flops import program_flops
 from lit_fast.train.cost.hlo import Collective, totals
 from lit_fast.train.cost.memory import SHARE, Build, Needs, candidates, fit, try_compile
-from lit_fast.train.input_pipeline.packing import foreseen_row_tokens
+from lit_fast.train.input_pipeline.packing import required_row_tokens
 from lit_fast.train.inputs import check_batch
 from lit_fast.train.plan.data import Data, known_data
 from lit_fast.train.plan.target import Target
@@ -70,7 +70,7 @@ class Planner:
         text = dataclasses.replace(text, pack=pack, row_tokens=0)
         if not text.packed:
             return text
-        return dataclasses.replace(text, row_tokens=foreseen_row_tokens(self.data.lengths, pack, self.texts))
+        return dataclasses.replace(text, row_tokens=required_row_tokens(self.data.lengths, pack, self.texts))
 
     def needs(self, text: TextConfig) -> Needs:
         """Bytes by shapes, with as many captions in a row."""
