@@ -262,7 +262,7 @@ def test_without_the_sources_boxes_stand_for_pictures(tmp_path: Path) -> None:
         page = Page(text)
         assert not page.sources
         assert "no picture" in text
-        assert "A box stands for a picture" in text
+        assert "A box replaces a picture" in text
 
 
 def test_of_many_classes_the_ends_and_the_worst_confusions_are_shown(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from lit_fast.config_io import to_toml
 from lit_fast.data.dataset import SHARD, Dataset, DatasetWriter, Row, Source
 from lit_fast.data.features import Features, Manifest
 from lit_fast.errors import UserError
-from lit_fast.report.info import format_info, gather
+from lit_fast.report.info import gather
+from lit_fast.report.info_text import format_info
 from lit_fast.storage.files import write_json
 
 PROVENANCE: dict[str, Any] = {
@@ -78,7 +79,7 @@ def test_a_new_dataset_says_what_to_do_next(tmp_path: Path) -> None:
         "5, shards 1, order by seed 4",
         "8, 1.6 per row; rows without: 1",
         "rows 5, class names 3, templates 1",
-        "files 2, 3.5 kB; all in place",
+        "files 2, 3.5 kB; all present",
         "2: no image 2",
     ):
         assert part in text
