@@ -9,9 +9,12 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +33,7 @@ from lit_fast.train.tracking.report import write_report
 from lit_fast.utils.progress import duration
 from tests.synthetic import make_dataset
 
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 [text]
 variant = "mu"
@@ -164,6 +168,28 @@ def test_the_receipt_names_what_the_run_was_made_of(case):
     assert 0 < memory["bytes"] < memory["limit_bytes"]
     assert receipt["hardware"]["host_cores"] == os.cpu_count()
     assert receipt["versions"]["jax"] == jax.__version__
+    libraries = {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy"}
+    assert set(receipt["versions"]) == {"lit_fast", "python"} | libraries
+
+
+def test_receipt_names_the_commit_only_of_code_that_is_a_checkout(case, tmp_path):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = receipt_of(case.run)["git"]
+    assert (git and git["commit"]) == (head.stdout.strip() or None)
+    # The same package, untracked inside another repository, as in a .venv.
+    code = "from lit_fast.train.tracking.receipt import git_revision; print(git_revision())"
+    shutil.copytree(ROOT / "lit_fast", tmp_path / "lit_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    python = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run(["git", "init", "-q"])
+    assert run(python, env=environment).stdout == "None\n"
+    run(["git", "add", "lit_fast"])
+    run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "All"])
+    commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+    assert run(python, env=environment).stdout == f"{{'commit': '{commit}', 'dirty': False}}\n"
+    (tmp_path / "lit_fast/errors.py").open("a").write("# changed")
+    assert run(python, env=environment).stdout == f"{{'commit': '{commit}', 'dirty': True}}\n"
 
 
 def test_metrics_are_json_whatever_was_measured(tmp_path):

@@ -65,7 +65,7 @@ def write_receipt(
             "python": platform.python_version(),
             **{name: version(name) for name in _LIBRARIES},
         },
-        "git": _git_revision(),
+        "git": git_revision(),
         "digests": _digests(workdir),
         "config": flatten(config),
     }
@@ -101,7 +101,7 @@ def _digests(workdir: StrPath) -> dict[str, str]:
     }
 
 
-def _git_revision() -> dict[str, Any] | None:
+def git_revision() -> dict[str, Any] | None:
     """Return commit and whether tracked files differ from it, if the code is a git checkout; else None."""
     directory = absolute(os.fspath(importlib.resources.files("lit_fast")))  # type: ignore[call-overload]
 
