@@ -28,8 +28,9 @@ from benchmarks.evaluate_rivals import (
     open_clip_recalls,
 )
 from benchmarks.machine import Cost, describe, measure
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, open_dataset
-from lit_fast.evaluation.bootstrap import bootstrap, measured
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
+from lit_fast.evaluation.bootstrap import bootstrap, point_estimates
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.ranks import ranks
 from lit_fast.evaluation.retrieval import recall_table, recalls, retrieval_ranks
@@ -91,7 +92,7 @@ def our_table(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> np
 
 
 def our_accuracies(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> Figures:
-    return measured(partial(accuracies, len(classes)), our_table(images, classes, labels))
+    return point_estimates(partial(accuracies, len(classes)), our_table(images, classes, labels))
 
 
 def our_recalls(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> Figures:

@@ -6,11 +6,11 @@ Only metadata, directory listings and metrics are read.
 from __future__ import annotations
 
 import shlex
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lit_fast.config_io import read_toml
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import embed_command, open_features, stored_towers
 from lit_fast.data.tokens import open_tokens, stored_tokenizers
@@ -21,7 +21,6 @@ from lit_fast.storage.files import (
     exists,
     is_file,
     list_names,
-    read_bytes,
     read_json,
     read_object,
     size,
@@ -181,11 +180,11 @@ def _tokens(dataset: Dataset, name: str) -> dict[str, Any]:
 
 def _run(path: str) -> dict[str, Any]:
     config_file, receipt = join(path, "config.toml"), join(path, "receipt.json")
+    config = read_toml(config_file)
     try:
-        config = tomllib.loads(read_bytes(config_file).decode())
         steps, dataset = int(config["steps"]), str(config["dataset"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_file} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_file} cannot be read: {type(error).__name__} {error}") from None
     problems: list[str] = []
     file = join(path, "tower.json")
     tower = _guarded(file, problems, _selected, file, "name", "source", "identity", "width")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from lit_fast.evaluation.bootstrap import bootstrap, measured
+from lit_fast.evaluation.bootstrap import bootstrap, point_estimates
 
 
 def share(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -21,7 +21,7 @@ def ratio(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
 
 def test_the_interval_of_a_share_is_binomial_and_repeatable() -> None:
     table = (np.arange(500) < 150).astype(np.int64)[:, None]
-    assert measured(share, table) == {"share": 0.3}
+    assert point_estimates(share, table) == {"share": 0.3}
     got = bootstrap(share, table)
     # Two percentiles of 1000 draws, each with a standard error near 0.002.
     np.testing.assert_allclose(got["share"], binom.ppf((0.025, 0.975), 500, 0.3) / 500, atol=0.01)
@@ -38,7 +38,7 @@ def test_a_ratio_as_if_every_image_were_drawn(monkeypatch: pytest.MonkeyPatch) -
     want = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
     # The ratio's standard deviation is about 0.017; of its percentiles from 4000 draws 0.0007 is the error.
     np.testing.assert_allclose(bootstrap(ratio, table, 4000)["ratio"], want, atol=0.003)
-    monkeypatch.setattr("lit_fast.evaluation.bootstrap._COUNTS", 1000)  # a few resamples at a time
+    monkeypatch.setattr("lit_fast.evaluation.bootstrap._MAX_COUNTS", 1000)  # a few resamples at a time
     np.testing.assert_allclose(bootstrap(ratio, table, 4000)["ratio"], want, atol=0.003)
 
 

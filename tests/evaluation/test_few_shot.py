@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, open_dataset
-from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest, open_features, with_views
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
+from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest, open_features
+from lit_fast.data.matching import with_views
 from lit_fast.errors import UserError
 from lit_fast.evaluation import few_shot
 from lit_fast.evaluation.few_shot import (
@@ -24,10 +26,10 @@ from lit_fast.evaluation.few_shot import (
     SHOTS,
     check_few_shot,
     classify,
-    draw,
     evaluate_few_shot,
-    first,
     intervals,
+    shuffle_by_class,
+    take_shots,
 )
 from lit_fast.storage.files import write_json
 from tests.helpers import write_tar
@@ -95,29 +97,30 @@ def test_scores_do_not_depend_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> No
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 5))
-def test_draws_are_nested_and_of_their_class(labels: list[int], seed: int) -> None:
+def test_take_shots_is_nested_and_keeps_small_classes_whole(labels: list[int], seed: int) -> None:
     array = np.array(labels)
-    order = draw(array, 5, seed)
+    order = shuffle_by_class(array, 5, seed)
     assert [sorted(positions.tolist()) for positions in order] == [
         np.flatnonzero(array == k).tolist() for k in range(5)
     ]
-    before: list[set[int]] = [set() for _ in order]
+    smaller: set[int] = set()
     for shots in SHOTS:
-        chosen = first(order, shots)
-        for number, positions in enumerate(chosen):
-            assert len(positions) == min(shots, labels.count(number))  # with fewer it keeps what it has
-            assert before[number] <= set(positions.tolist())
-        before = [set(positions.tolist()) for positions in chosen]
+        taken = take_shots(order, shots)
+        assert np.bincount(array[taken], minlength=5).tolist() == [
+            min(shots, labels.count(k)) for k in range(5)
+        ]
+        assert smaller <= set(taken.tolist())
+        smaller = set(taken.tolist())
 
 
-def test_draws_are_those_of_one_generator() -> None:
+def test_shuffle_by_class_uses_one_generator_for_all_classes() -> None:
     labels = np.repeat(np.arange(4), (30, 5, 1, 20))
     generator = np.random.default_rng(2)
-    for number, positions in enumerate(draw(labels, 4, 2)):
+    for number, positions in enumerate(shuffle_by_class(labels, 4, 2)):
         own = np.flatnonzero(labels == number)
         generator.shuffle(own)
         np.testing.assert_array_equal(positions, own)
-    assert not np.array_equal(draw(labels, 4, 0)[0], draw(labels, 4, 1)[0])
+    assert not np.array_equal(shuffle_by_class(labels, 4, 0)[0], shuffle_by_class(labels, 4, 1)[0])
 
 
 # --- intervals
@@ -218,8 +221,8 @@ def test_figures_equal_the_procedure_step_by_step(pair: tuple[Dataset, Dataset])
         assert low < got["metrics"][name] < high
         assert got["chance"][name] == 1 / 3
     assert got["metrics"]["acc1_25shot"] > got["metrics"]["acc1_1shot"] > 1 / 3
-    told = ("dataset", "train_dataset", "task", "rows", "images", "classes", "train_images")
-    assert [got[key] for key in told] == ["test", "train", "few_shot_classification", 120, 89, 3, 76]
+    keys = ("dataset", "train_dataset", "task", "rows", "images", "classes", "train_images")
+    assert [got[key] for key in keys] == ["test", "train", "few_shot_classification", 120, 89, 3, 76]
 
 
 def test_figures_are_computed_once_per_tower(
@@ -232,12 +235,12 @@ def test_figures_are_computed_once_per_tower(
     def never(*_: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(few_shot, "_measure", never)
+    monkeypatch.setattr(few_shot, "_evaluate", never)
     assert evaluate_few_shot(*pair, TOWER) == want
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"digest": "x"}', "cut", "changed", "folder"])
-def test_a_damaged_cache_is_computed_anew(pair: tuple[Dataset, Dataset], damage: str) -> None:
+def test_few_shot_with_damaged_cache_computes_again(pair: tuple[Dataset, Dataset], damage: str) -> None:
     want = evaluate_few_shot(*pair, TOWER)
     (file,) = caches(pair[1])
     whole = file.read_text()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lit_fast.evaluation.ranks import count_columns, count_rows, ranks
 from lit_fast.evaluation.retrieval import (
-    chance_of_any,
+    chance_of_hit,
     chance_recalls,
     recall_table,
     recalls,
@@ -184,4 +184,4 @@ def test_chance_with_fewer_candidates_than_k() -> None:
     with np.errstate(all="raise"):
         assert set(chance_recalls(np.array([2])).values()) == {1.0}
         assert chance_recalls(np.array([1, 2]))["text_retrieval_recall@1"] == pytest.approx(0.5)
-        assert chance_of_any(np.array([1, 3]), 3, 5) == 1.0
+        assert chance_of_hit(np.array([1, 3]), 3, 5) == 1.0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_fast.errors import UserError
-from lit_fast.evaluation.bootstrap import measured
+from lit_fast.evaluation.bootstrap import point_estimates
 from lit_fast.evaluation.ranks import ranks
 from lit_fast.evaluation.zeroshot import (
     accuracies,
@@ -92,7 +92,7 @@ def test_classifier_is_the_normalised_mean_of_normalised_prompts(monkeypatch: py
 
 def figures(best: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
     """The accuracies of all images."""
-    return measured(partial(accuracies, classes), accuracy_table(best, labels))
+    return point_estimates(partial(accuracies, classes), accuracy_table(best, labels))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 12))

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row
+from lit_fast.data.dataset import Dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.errors import UserError
 from lit_fast.evaluation.zeroshot_set import zero_shot_set
 
@@ -36,7 +37,7 @@ def test_the_datasets_own(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", [2, -1, 0, 2], templates=["a {c}"])
     got = zero_shot_set(data)
     assert (got.classnames, got.templates, got.template_set) == (NAMES, ("a {c}",), "dataset")
-    assert (got.row_of.tolist(), got.class_of.tolist(), got.several) == ([0, 2, 3], [2, 0, 2], False)
+    assert (got.row_of.tolist(), got.class_of.tolist(), got.multilabel) == ([0, 2, 3], [2, 0, 2], False)
 
 
 def test_present_classes_only(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_reals_list_goes_by_the_number_of_the_photo(tmp_path: Path) -> None:
     order = [3, 0, 2, 1]
     data = make_dataset(tmp_path / "d", [1, 0, 2, 3], [keys[i] for i in order])
     got = zero_shot_set(data, labels=real)
-    assert got.several
+    assert got.multilabel
     # The photo without labels does not count; a class named twice counts once.
     pairs = list(zip(got.row_of.tolist(), got.class_of.tolist(), strict=True))
     assert pairs == [(0, 1), (0, 4), (1, 0), (1, 3), (2, 2)]
@@ -122,5 +123,5 @@ def test_shuffled_labels_are_noticed(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", labels.tolist(), photos(200))
     right = [[int(label)] for label in labels]
     zero_shot_set(data, labels=write(tmp_path / "right.json", right))
-    with pytest.raises(UserError, match="its order or its classes are others"):
+    with pytest.raises(UserError, match="a file with the same order and classes"):
         zero_shot_set(data, labels=write(tmp_path / "wrong.json", sorted(right)))

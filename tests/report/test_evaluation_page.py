@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, open_dataset
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.report import evaluation_page as page_module
 from lit_fast.report.evaluation_page import (
@@ -166,7 +167,7 @@ def test_zero_shot_shows_what_was_called_what(tmp_path: Path) -> None:
     }
     shares = [float(row[2].removesuffix(" %")) for row in recalls]
     assert shares == sorted(shares)
-    matrix = page.titled("what is called what")["cells"]
+    matrix = page.titled("confusions")["cells"]
     for k, name in enumerate(NAMES):
         want = dict.fromkeys(range(3), "")
         want[k] = str(right[name])
@@ -229,7 +230,7 @@ def test_texts_are_never_markup(tmp_path: Path) -> None:
     page = Page(evaluation_page("<u>run</u>", "</main>", sections) + retrieval(dataset, rows, images))
     assert not page.tags & {"script", "u", "link", "iframe"}
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
-    assert page.titled("what is called what")["cells"][1][0] == "1 red <script>alert(1)</script>"
+    assert page.titled("confusions")["cells"][1][0] == "1 red <script>alert(1)</script>"
     assert any("<u>thing</u>" in text for text, _ in page.titled("pictures found by captions")["items"])
 
 
@@ -287,7 +288,7 @@ def test_of_many_classes_the_ends_and_the_worst_confusions_are_shown(tmp_path: P
         ("class 7", "0.0 %"), ("class 8", "25.0 %"), ("class 30", "75.0 %"),
     ]  # fmt: skip
     assert recalls[20] == ["..."]
-    assert page.titled("what is called what")["cells"] == [
+    assert page.titled("confusions")["cells"] == [
         ["on the picture", "called", "times", "of its images"],
         ["class 7", "class 9", "4", "100.0 %"],
         ["class 8", "class 1", "3", "75.0 %"],
