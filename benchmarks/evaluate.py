@@ -28,7 +28,8 @@ from benchmarks.evaluate_rivals import (
     open_clip_recalls,
 )
 from benchmarks.machine import Cost, describe, measure
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, open_dataset
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.evaluation.bootstrap import bootstrap, point_estimates
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.ranks import ranks

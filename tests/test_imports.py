@@ -28,7 +28,6 @@ PENDING: dict[str, set[str]] = {
         "lit_fast.cli.evaluate",
         "lit_fast.cli.inference",
         "lit_fast.cli.inspect",
-        "lit_fast.data.blocks",
         "lit_fast.train.cli",
     },
 }

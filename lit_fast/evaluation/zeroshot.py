@@ -14,6 +14,7 @@ import numpy as np
 
 from lit_fast.errors import UserError
 from lit_fast.evaluation.retrieval import chance_of_hit
+from lit_fast.utils.normalize import normalize
 
 EmbedText = Callable[[list[str]], np.ndarray]
 """Texts to normalised float32 [n, D]."""
@@ -78,7 +79,7 @@ def classifier(classnames: Sequence[str], templates: Sequence[str], embed_text: 
         embedded = embed_text(texts)
         means.append(embedded.reshape(-1, len(templates), embedded.shape[1]).mean(axis=1))
     classes = np.concatenate(means)
-    return classes / (1e-8 + np.linalg.norm(classes, axis=1, keepdims=True))
+    return normalize(classes)
 
 
 def accuracy_table(ranks: np.ndarray, labels: np.ndarray) -> np.ndarray:

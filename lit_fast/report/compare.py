@@ -18,14 +18,14 @@ from lit_fast.report.page import Table, render
 from lit_fast.runs.metrics import (
     Best,
     Lines,
-    Spent,
+    RunCost,
     best,
     curve,
     evaluations,
-    names,
+    mean_speed,
+    metric_names,
     read_metrics,
-    speed,
-    spent,
+    run_cost,
 )
 from lit_fast.storage import paths
 from lit_fast.storage.files import exists, is_file, read_object
@@ -67,7 +67,7 @@ class Record:
     devices: str
     memory: dict[str, Any]
     config: dict[str, Any]
-    spent: Spent
+    spent: RunCost
     speed: dict[str, float]
     final: dict[str, float]
     best: dict[str, Best]
@@ -100,8 +100,8 @@ def read_record(path: StrPath) -> Record:
         devices=devices,
         memory=receipt.get("memory", {}),
         config=config,
-        spent=spent([*lines, receipt]),
-        speed=speed(lines),
+        spent=run_cost([*lines, receipt]),
+        speed=mean_speed(lines),
         final=evaluated[-1]["figures"] if evaluated else {},
         best=best(lines),
         lines=lines,
@@ -216,7 +216,7 @@ def format_comparison(records: Sequence[Record], width: int) -> str:
 
 def comparison_page(records: Sequence[Record]) -> str:
     """Render the table and the overlaid curves of all runs as one HTML page."""
-    recorded = dict.fromkeys(name for r in records for name in names(r.lines))
+    recorded = dict.fromkeys(name for r in records for name in metric_names(r.lines))
 
     def draw(name: str, *, hours: bool = False) -> Panel:
         series = [Series(r.name, curve(r.lines, name, hours=hours)) for r in records]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import DatasetWriter, Row
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.errors import UserError
 from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.table import format_results, without_languages

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row
+from lit_fast.data.dataset import Dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.evaluation.bootstrap import point_estimates
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.ranks import ranks

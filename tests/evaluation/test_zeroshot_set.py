@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row
+from lit_fast.data.dataset import Dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.errors import UserError
 from lit_fast.evaluation.zeroshot_set import zero_shot_set
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, open_dataset
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.report import evaluation_page as page_module
 from lit_fast.report.evaluation_page import (

@@ -9,7 +9,8 @@ import pytest
 from lit_fast.cli.main import main
 from lit_fast.config import Config
 from lit_fast.config_io import to_toml
-from lit_fast.data.dataset import SHARD, Dataset, DatasetWriter, Row, Source
+from lit_fast.data.dataset import SHARD, Dataset, Source
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.errors import UserError
 from lit_fast.report.info import gather
@@ -23,6 +24,7 @@ PROVENANCE: dict[str, Any] = {
     "width": 32,
     "dtype": "float32",
     "gelu": "exact",
+    "options": {"preprocess": "pil-crop", "resolution": 32, "gelu": "exact"},
     "preprocess": {"method": "pil-crop", "size": 32, "resize": 35},
 }
 
