@@ -82,7 +82,7 @@ def test_one_of_several_is_killed_and_a_single_one_finishes(
     assert open_features(dataset, "shared").finished() == [1, 2][: count - 1]
     assert (shared / "partial" / "00000.journal").stat().st_size >= 200 * 64
     # by the last one to finish
-    assert b"nobody is at work on them; this does them: lit-fast embed" in errors
+    assert b"no process is embedding them; embed them with: lit-fast embed" in errors
     embed_dataset(dataset.path, str(tiny_vit), name="shared", batch_size=2)
     assert tree(shared) == tree(Path(dataset.path) / "features" / "alone")
 
@@ -98,7 +98,7 @@ def test_an_unfinished_share_of_somebody_at_work_is_not_mentioned(
     working.send_signal(signal.SIGSTOP)  # it holds its journal
     try:
         embed_dataset(dataset.path, str(tiny_vit), name="shared", batch_size=2, share=(1, 2))
-        assert "nobody is at work" not in capsys.readouterr().err
+        assert "no process is embedding" not in capsys.readouterr().err
     finally:
         working.send_signal(signal.SIGCONT)
         out, err = working.communicate()
