@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -33,11 +32,27 @@ class Hit:
     captions: tuple[str, ...]
 
 
-class _Nearest(NamedTuple):
-    """Per query the best rows, by decreasing cosine."""
+class _Nearest:
+    """The best rows of every query so far, by decreasing cosine; unfilled entries have the cosine -inf.
 
-    rows: np.ndarray  # int64 [queries, n]
-    cosines: np.ndarray  # float32 [queries, n]
+    Attributes:
+      rows: int64 [queries, top].
+      cosines: float32 [queries, top].
+    """
+
+    def __init__(self, num_queries: int, top: int) -> None:
+        self.rows = np.zeros((num_queries, top), np.int64)
+        self.cosines = np.full((num_queries, top), -np.inf, np.float32)
+
+    def update(self, rows: np.ndarray, cosines: np.ndarray) -> None:
+        """Add rows int64 [n] with cosines float32 [n, queries]; they must be greater than all rows before."""
+        changed = np.flatnonzero(cosines.max(axis=0, initial=-np.inf) > self.cosines[:, -1])
+        new_rows = np.broadcast_to(rows, (len(changed), len(rows)))
+        rows = np.concatenate([self.rows[changed], new_rows], axis=1)
+        cosines = np.concatenate([self.cosines[changed], cosines.T[changed]], axis=1)
+        order = np.argsort(-cosines, axis=1, kind="stable")[:, : self.rows.shape[1]]
+        self.rows[changed] = np.take_along_axis(rows, order, axis=1)
+        self.cosines[changed] = np.take_along_axis(cosines, order, axis=1)
 
 
 def search(
@@ -66,49 +81,44 @@ def search(
     valid = np.ones(num_rows, bool)
     valid[list(features.invalid_rows())] = False
 
-    def search_block(first: int, read: ts.Future[np.ndarray]) -> _Nearest:
+    top = min(top, int(valid.sum()))
+    if not top:
+        return [[] for _ in queries]
+
+    def score_block(first: int, read: ts.Future[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         block = read.result()
         rows = first + np.flatnonzero(valid[first : first + len(block)])
         if len(rows) < len(block):
             block = block[rows - first]
         with np.errstate(invalid="ignore", over="ignore"):
-            cosines = queries @ embed(block).T
+            cosines = embed(block) @ queries.T
         if not np.isfinite(cosines).all():
-            row = rows[np.argmin(np.isfinite(cosines).all(axis=0))]
+            row = rows[np.argmin(np.isfinite(cosines).all(axis=1))]
             raise UserError(
                 f"{features.path}: the features of row {row:,} are not finite; find and fix damaged shards with: "
                 f"lit-fast verify {features.dataset.path} --tower {features.tower} --repair"
             )
-        return _largest(np.broadcast_to(rows, cosines.shape), cosines, top)
+        return rows, cosines
 
-    nearest = _Nearest(np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32))
-    pending: deque[Future[_Nearest]] = deque()
+    nearest = _Nearest(len(queries), top)
+    pending: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(cpu_count(), thread_name_prefix="search")
     try:
         for first in range(0, num_rows, BLOCK):
             read = array[first : min(first + BLOCK, num_rows), : features.width].read()
-            pending.append(pool.submit(search_block, first, read))
+            pending.append(pool.submit(score_block, first, read))
             if len(pending) == _IN_FLIGHT:
-                nearest = _merge(nearest, pending.popleft().result(), top)
-        for block_nearest in pending:
-            nearest = _merge(nearest, block_nearest.result(), top)
+                nearest.update(*pending.popleft().result())
+        while pending:
+            nearest.update(*pending.popleft().result())
     except ValueError as error:  # TensorStore found a wrong checksum
         raise read_error(features.path, error) from None
     finally:
         pool.shutdown(cancel_futures=True)
-    return [list(zip(r.tolist(), c.tolist(), strict=True)) for r, c in zip(*nearest, strict=True)]
-
-
-def _merge(earlier: _Nearest, later: _Nearest, top: int) -> _Nearest:
-    """Merge the results of earlier and of later rows."""
-    rows, cosines = (np.concatenate(pair, axis=1) for pair in zip(earlier, later, strict=True))
-    return _largest(rows, cosines, top)
-
-
-def _largest(rows: np.ndarray, cosines: np.ndarray, top: int) -> _Nearest:
-    """Select the greatest cosines of each query; of equal ones the first."""
-    order = np.argsort(-cosines, axis=1, kind="stable")[:, :top]
-    return _Nearest(np.take_along_axis(rows, order, axis=1), np.take_along_axis(cosines, order, axis=1))
+    return [
+        list(zip(rows.tolist(), cosines.tolist(), strict=True))
+        for rows, cosines in zip(nearest.rows, nearest.cosines, strict=True)
+    ]
 
 
 def read_hits(dataset: Dataset, found: list[tuple[int, float]]) -> list[Hit]:
