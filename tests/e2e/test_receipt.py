@@ -9,9 +9,12 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,13 +26,14 @@ import pytest
 from lit_fast.cli.main import main
 from lit_fast.config_io import load_config
 from lit_fast.data.dataset import open_dataset
-from lit_fast.runs.metrics import Spent, read_metrics
+from lit_fast.runs.metrics import RunCost, read_metrics
 from lit_fast.train.tracking.metrics_writer import MetricsWriter
 from lit_fast.train.tracking.receipt import read_cost
 from lit_fast.train.tracking.report import write_report
-from lit_fast.utils.progress import duration
+from lit_fast.utils.format import format_duration
 from tests.synthetic import make_dataset
 
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 [text]
 variant = "mu"
@@ -127,7 +131,7 @@ def test_the_receipt_of_a_finished_run_adds_the_parts_up(case):
     assert receipt["chip_hours"] == pytest.approx(4 * receipt["elapsed_seconds"] / 3600)  # four devices
     assert f"trained {STEPS} steps in " in case.shown.out
     told = re.findall(r"steps in (\w+);", case.shown.out)[0]
-    assert told in {duration(receipt["elapsed_seconds"] + d) for d in (-1, 0, 1)}
+    assert told in {format_duration(receipt["elapsed_seconds"] + d) for d in (-1, 0, 1)}
 
     # Only the time of the steps is in the speed: the pairs of a second cannot be fewer than those of all the time.
     assert receipt["pairs_per_second"] > receipt["pairs_seen"] / receipt["elapsed_seconds"]
@@ -164,12 +168,34 @@ def test_the_receipt_names_what_the_run_was_made_of(case):
     assert 0 < memory["bytes"] < memory["limit_bytes"]
     assert receipt["hardware"]["host_cores"] == os.cpu_count()
     assert receipt["versions"]["jax"] == jax.__version__
+    libraries = {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy"}
+    assert set(receipt["versions"]) == {"lit_fast", "python"} | libraries
+
+
+def test_receipt_names_the_commit_only_of_code_that_is_a_checkout(case, tmp_path):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = receipt_of(case.run)["git"]
+    assert (git and git["commit"]) == (head.stdout.strip() or None)
+    # The same package, untracked inside another repository, as in a .venv.
+    code = "from lit_fast.train.tracking.receipt import git_revision; print(git_revision())"
+    shutil.copytree(ROOT / "lit_fast", tmp_path / "lit_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    python = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run(["git", "init", "-q"])
+    assert run(python, env=environment).stdout == "None\n"
+    run(["git", "add", "lit_fast"])
+    run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "All"])
+    commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+    assert run(python, env=environment).stdout == f"{{'commit': '{commit}', 'dirty': False}}\n"
+    (tmp_path / "lit_fast/errors.py").open("a").write("# changed")
+    assert run(python, env=environment).stdout == f"{{'commit': '{commit}', 'dirty': True}}\n"
 
 
 def test_metrics_are_json_whatever_was_measured(tmp_path):
     (tmp_path / "c.toml").write_text("")
     config = load_config(tmp_path / "c.toml")
-    writer = MetricsWriter(tmp_path, config, 0, Spent())
+    writer = MetricsWriter(tmp_path, config, 0, RunCost())
     writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "bias": -10.0})
     writer.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -180,13 +206,13 @@ def test_time_of_steps_that_a_kill_undid_is_kept(tmp_path):
     """Killed after step 30 with its last checkpoint at step 20, and again before the first line."""
     (tmp_path / "c.toml").write_text("")
     config = load_config(tmp_path / "c.toml")
-    writer = MetricsWriter(tmp_path, config, 0, Spent())
+    writer = MetricsWriter(tmp_path, config, 0, RunCost())
     for step in (10, 20, 30):
         writer.write(step, {"loss": 1.0, "elapsed_seconds": 10.0 * step, "chip_hours": 0.1 * step})
     writer.close()
     for _ in range(2):
         before = read_cost(tmp_path)
-        assert before == Spent(300.0, 3.0)
+        assert before == RunCost(300.0, 3.0)
         MetricsWriter(tmp_path, config, 20, before).close()
         lines = read_metrics(tmp_path / "metrics.jsonl")
         assert [line["step"] for line in lines if "loss" in line] == [10, 20]
