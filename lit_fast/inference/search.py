@@ -1,7 +1,7 @@
 """Find the rows of a dataset that are nearest to queries: all stored features are compared, in float32.
 
-Blocks are read with TensorStore while others are scored. Memory holds `_IN_FLIGHT` blocks and the best rows, whatever
-the size of the dataset.
+Threads read and score one block each. Memory holds `_IN_FLIGHT` blocks and the best rows, whatever the size of the
+dataset.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, Dataset, decode_block, decode_captions
-from lit_fast.data.features import Features
-from lit_fast.data.shards import read_error
+from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.errors import UserError
 from lit_fast.utils.system import cpu_count
 
-_IN_FLIGHT = 16  # blocks that are being read or scored
+_IN_FLIGHT = 16  # blocks whose results are awaited
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,8 @@ def search(
     Raises:
       UserError: a shard is missing or damaged, or a feature is not finite.
     """
-    array, num_rows = features.array(), features.dataset.rows
+    features.array()  # check its shape and layout
+    reader, num_rows = features.block_reader(), features.dataset.rows
     valid = np.ones(num_rows, bool)
     valid[list(features.invalid_rows())] = False
 
@@ -86,13 +85,13 @@ def search(
     if not top:
         return [[] for _ in queries]
 
-    def score_block(first: int, read: ts.Future[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        block = read.result()
-        rows = first + np.flatnonzero(valid[first : first + len(block)])
-        if len(rows) < len(block):
-            block = block[rows - first]
+    def score_block(block: int) -> tuple[np.ndarray, np.ndarray]:
+        stored = np.empty((BLOCK, features.views * features.width), BFLOAT16)
+        reader.read(block, stored)
+        first = block * BLOCK
+        rows = first + np.flatnonzero(valid[first : first + BLOCK])
         with np.errstate(invalid="ignore", over="ignore"):
-            cosines = embed(block) @ queries.T
+            cosines = embed(stored[rows - first, : features.width]) @ queries.T
         if not np.isfinite(cosines).all():
             row = rows[np.argmin(np.isfinite(cosines).all(axis=1))]
             raise UserError(
@@ -105,15 +104,12 @@ def search(
     pending: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(cpu_count(), thread_name_prefix="search")
     try:
-        for first in range(0, num_rows, BLOCK):
-            read = array[first : min(first + BLOCK, num_rows), : features.width].read()
-            pending.append(pool.submit(score_block, first, read))
+        for block in range(features.dataset.blocks):
+            pending.append(pool.submit(score_block, block))
             if len(pending) == _IN_FLIGHT:
                 nearest.update(*pending.popleft().result())
         while pending:
             nearest.update(*pending.popleft().result())
-    except ValueError as error:  # TensorStore found a wrong checksum
-        raise read_error(features.path, error) from None
     finally:
         pool.shutdown(cancel_futures=True)
     return [
