@@ -37,6 +37,7 @@ from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import AXIS, batch_sharding, replicated
 from lit_fast.train.cost.aot import Compiled, compile_step, tpu_mesh
 from lit_fast.train.cost.memory import fit
+from lit_fast.train.step import abstract_training
 
 CONFIG = Path(__file__).parents[1] / "configs" / "siglit_b8_one_day.toml"
 TOPOLOGY, HBM = "v4:2x2x1", 30.75  # GiB that a program may use on a chip
@@ -66,8 +67,9 @@ class Step(NamedTuple):
 def whole_step(config: Config, mesh: Mesh, batch: int) -> Step:
     """Compiled with what is chosen for the batch."""
     config = replace(config, stream=replace(config.stream, global_batch=batch))
-    text = fit(config, tower, mesh, limit=int(HBM * GIB)).text
-    return Step(batch, text, compile_step(tower(text), replace(config, text=text), mesh))
+    training = abstract_training(tower(config.text), config)
+    text = fit(config, tower, mesh, *training, limit=int(HBM * GIB)).text
+    return Step(batch, text, compile_step(tower(text), replace(config, text=text), mesh, *training))
 
 
 def ours(

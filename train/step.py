@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -17,9 +18,9 @@ from lit_fast.losses.contrastive import pair_loss
 from lit_fast.losses.logit_stats import Logits, logit_metrics
 from lit_fast.losses.pairs import pair_up
 from lit_fast.models.text_tower import TextTower, unpacked
-from lit_fast.models.two_towers import Params, embed_ids
+from lit_fast.models.two_towers import Params, embed_ids, init_params
 from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, replicated, shard_map
-from lit_fast.train.optimizer import make_schedule
+from lit_fast.train.optimizer import make_optimizer, make_schedule
 from lit_fast.utils.normalize import normalize
 
 Metrics = dict[str, jax.Array]
@@ -40,11 +41,25 @@ def init_state(
 ) -> State:
     """The state before the first step, on every device."""
 
-    def make(params: Params) -> State:
-        zero = jnp.zeros((), jnp.int32)
-        return State(params, optimizer.init(params), zero, zero - 1, params if averaged else {})
-
+    make = partial(_initial_state, optimizer, averaged)
     return jax.jit(make, out_shardings=replicated(mesh))(params)
+
+
+def abstract_training(model: TextTower, config: Config) -> tuple[optax.GradientTransformation, State]:
+    """Build the optimizer, and the training state as shapes and dtypes, without computing anything.
+
+    Raises:
+      UserError: a rule of the optimizer matches no parameter.
+    """
+    params = jax.eval_shape(lambda: init_params(model, config, np.zeros(model.out_dim)))
+    optimizer = make_optimizer(config.optimizer, config.steps, params)
+    averaged = config.optimizer.average_decay > 0
+    return optimizer, jax.eval_shape(partial(_initial_state, optimizer, averaged), params)
+
+
+def _initial_state(optimizer: optax.GradientTransformation, averaged: bool, params: Params) -> State:
+    zero = jnp.zeros((), jnp.int32)
+    return State(params, optimizer.init(params), zero, zero - 1, params if averaged else {})
 
 
 def make_step(
