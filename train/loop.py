@@ -26,7 +26,7 @@ from lit_fast.runs.metrics import Spent
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
-from lit_fast.train.cost.memory import Fit, fit
+from lit_fast.train.cost.memory import MemoryFit, choose_remat
 from lit_fast.train.evaluator import Evaluation
 from lit_fast.train.input_pipeline.stream import Batch
 from lit_fast.train.inputs import Inputs, open_inputs
@@ -69,7 +69,7 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     # --- model, optimizer, state
     tower = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=features.width)
     optimizer, abstract_state = abstract_training(tower(text), config)
-    fitted = fit(replace(config, text=text), tower, mesh, optimizer, abstract_state)
+    fitted = choose_remat(replace(config, text=text), tower, mesh, optimizer, abstract_state)
     _say(f"memory: {fitted.description}")
     model = tower(fitted.text)
     mean = inputs.mean(config.loss.center)
@@ -139,7 +139,7 @@ def _begin(run: Path, config: Config, inputs: Inputs, begun: dict[str, Any] | No
 
 
 def _conclude(
-    run: Path, config: Config, fitted: Fit, done: int, taken: Spent, results: list[dict[str, Any]]
+    run: Path, config: Config, fitted: MemoryFit, done: int, taken: Spent, results: list[dict[str, Any]]
 ) -> None:
     """Write down what the run was and found."""
     if jax.process_index() == 0:

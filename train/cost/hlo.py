@@ -129,9 +129,7 @@ def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) ->
     return None
 
 
-def _executions(
-    computations: dict[str, list[Instruction]], entry: str
-) -> Iterator[tuple[str, int, bool]]:
+def _executions(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tuple[str, int, bool]]:
     """Yield each computation that runs: its name, how often, and whether it is part of a fused kernel."""
     stack = [(entry, 1, False)]
     while stack:

@@ -15,14 +15,14 @@ import jax
 from lit_fast.config import Config, flatten
 from lit_fast.runs.metrics import Spent, best, evaluations, read_metrics, speed, spent
 from lit_fast.storage.files import read_json, read_object, write_json
-from lit_fast.train.cost.memory import Fit
+from lit_fast.train.cost.memory import MemoryFit
 from lit_fast.version import __version__
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def write_receipt(
-    run: Path, config: Config, memory: Fit, done: int, taken: Spent, results: list[dict[str, Any]]
+    run: Path, config: Config, memory: MemoryFit, done: int, taken: Spent, results: list[dict[str, Any]]
 ) -> None:
     """Write `receipt.json`, of a finished run or one that was stopped after `done` steps.
 
