@@ -1,4 +1,4 @@
-"""Seconds for an exact search of a feature store: ours warm and cold, beside two that hold it all in memory.
+"""Seconds for an exhaustive search of a feature store: ours warm and cold, beside two that hold it all in memory.
 
     python -m benchmarks.search [--rows 10_000_000] [--queries 1]
 
@@ -26,6 +26,7 @@ from benchmarks.stream_store import forget
 from lit_fast.data.dataset import SHARD, DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.inference.search import search
+from lit_fast.models.two_towers import centered
 from lit_fast.storage.files import write_json
 
 WIDTH, TOP = 768, 20
@@ -38,7 +39,7 @@ def make_store(path: Path, rows: int) -> Features:
         writer.add(Row(f"{r:09d}", 0, 0, 0, ()))
     tower = {"name": "random", "source": "none", "identity": "random", "width": WIDTH}
     features = Features(writer.finish(seed=0, sources=[]), "random", tower)
-    write_json(features.path / "tower.json", tower)
+    write_json(Path(features.path) / "tower.json", tower)
     array = features.array(create=True)
     rng = np.random.default_rng(0)
     for shard in range(features.dataset.shards):
@@ -85,7 +86,8 @@ def main() -> None:
         mean = features.mean(())
 
         def ours() -> np.ndarray:
-            return np.array([[row for row, _ in found] for found in search(features, queries, mean, TOP)])
+            found = search(features, queries, TOP, lambda block: centered(block, mean))
+            return np.array([[row for row, _ in rows] for rows in found])
 
         cases: dict[str, Callable[[], np.ndarray]] = {"ours, warm": ours, "ours, cold": ours}
         if not args.ours:

@@ -81,7 +81,7 @@ def demo(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: demo")
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.demo import run_demo
+        from lit_fast.demo.demo import run_demo
 
         run_demo(args.out)
 

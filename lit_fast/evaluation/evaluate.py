@@ -27,7 +27,7 @@ from lit_fast.evaluation.zeroshot import EmbedText, accuracies, accuracy_table, 
 from lit_fast.evaluation.zeroshot_set import ZeroShotSet, zero_shot_set
 
 AVERAGE = "average"  # in place of a language
-NAMED = ("template_set", "class_names", "labels", "candidates")  # of a zero-shot result, see `ZeroShotSet`
+SETTINGS = ("template_set", "class_names", "labels", "candidates")  # of a zero-shot result, see `ZeroShotSet`
 
 Evaluate = Callable[[np.ndarray, np.ndarray, EmbedText], list[dict[str, Any]]]
 """Of (rows int64 [n], rising, that have an embedding, their normalised embeddings float32 [n, D], texts to
@@ -206,8 +206,8 @@ def _result(
     }
 
 
-def distinct_names(paths: Iterable[Path]) -> list[str]:
+def distinct_names(paths: Iterable[Path | str]) -> list[str]:
     """The directories' names; with the parent's where two of them have the same."""
-    resolved = [path.resolve() for path in paths]
+    resolved = [Path(path).resolve() for path in paths]
     count = Counter(path.name for path in set(resolved))
     return [p.name if count[p.name] == 1 else f"{p.parent.name}/{p.name}" for p in resolved]

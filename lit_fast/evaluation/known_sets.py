@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_fast.errors import UserError
-from lit_fast.storage.hub import cache_directory, fetch_file
+from lit_fast.storage.cache import cached_file
 
 _TABLE = Path(__file__).with_name("known_sets.toml")
-_MAX_BYTES = 100_000_000
 
 
 @cache
@@ -31,6 +30,4 @@ def resolve_labels(spec: str) -> Path:
     known = {key: row["url"] for key, row in known_evaluations().items() if row["task"] == "labels"}
     if spec not in known:
         raise UserError(f"--labels {spec} is no file and none of the known labels: {', '.join(known)}")
-    path = cache_directory() / "labels" / f"{spec}.json"
-    fetch_file(f"--labels {spec}", known[spec], path, max_bytes=_MAX_BYTES)
-    return path
+    return Path(cached_file(f"--labels {spec}", known[spec], f"labels/{spec}.json"))

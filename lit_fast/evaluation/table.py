@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lit_fast.evaluation.evaluate import AVERAGE, NAMED
+from lit_fast.evaluation.evaluate import AVERAGE, SETTINGS
 
 _TASKS = {
     "zeroshot_classification": "zero-shot",
@@ -67,7 +67,7 @@ def _lines(name: str, result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def _counted(name: str, result: dict[str, Any]) -> str:
     counted = [what for what in ("images", "texts", "classes", "templates") if what in result]
     numbers = [f"{what} {result[what]:,}" for what in counted]
-    named = [f"{what.replace('_', ' ')} {result[what]}" for what in NAMED if what in result]
+    named = [f"{what.replace('_', ' ')} {result[what]}" for what in SETTINGS if what in result]
     left = result["rows"] - result["images"]
     without = "label" if "classes" in result else "caption"
     skipped = f"; {left:,} rows without {without} or valid image were skipped" if left else ""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,11 +18,12 @@ from lit_fast.data.features import BFLOAT16
 from lit_fast.data.images.decode import MAX_PIXELS, ImageError, decode, rgb
 from lit_fast.errors import UserError
 from lit_fast.runtime import AXIS, batch_sharding, make_mesh, replicated
+from lit_fast.storage.files import exists, is_file, read_bytes, size
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.tower import Tower, load_tower
 from lit_fast.utils.system import cpu_count
 
-ImageLike = str | Path | Image.Image | np.ndarray
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """An image file, a PIL image, or its pixels uint8 [height, width, 3]."""
 
 MAX_FILE = 256 << 20  # bytes
@@ -92,12 +93,12 @@ def embed_images(
       UserError: an image cannot be used; the message names the file, or the image's place.
     """
     batch = default_batch_size() * jax.local_device_count()
-    size = preprocess.size
+    side = preprocess.size
     out = np.empty((len(images), width), BFLOAT16)
     with ThreadPoolExecutor(cpu_count(), thread_name_prefix="decode") as pool:
         for lo in range(0, len(images), batch):
             part = range(lo, min(lo + batch, len(images)))
-            pixels = np.zeros((batch, size, size, 3), np.uint8)
+            pixels = np.zeros((batch, side, side, 3), np.uint8)
             for place, taken in enumerate(
                 pool.map(lambda i: read_pixels(images[i], f"image {i}", preprocess, max_pixels), part)
             ):
@@ -121,21 +122,19 @@ def read_pixels(
     try:
         return preprocess.apply(_opened(image, preprocess, max_pixels))
     except (ImageError, OSError) as error:
-        where = image if isinstance(image, str | Path) else name
+        where = image if isinstance(image, str | os.PathLike) else name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{where} cannot be embedded: {reason}") from None
 
 
 def _opened(image: ImageLike, preprocess: Preprocess, max_pixels: int) -> Image.Image:
-    if isinstance(image, str | Path):
-        path = Path(image)
-        if not path.is_file():  # a FIFO or a device would never end
-            raise ImageError("it is a directory or a device" if path.exists() else "there is no such file")
-        if path.stat().st_size > MAX_FILE:
+    if isinstance(image, str | os.PathLike):
+        if not is_file(image):  # a FIFO or a device would never end
+            raise ImageError("it is a directory or a device" if exists(image) else "there is no such file")
+        if size(image) > MAX_FILE:
             raise ImageError(f"the file is larger than {MAX_FILE >> 20} MiB")
-        return decode(
-            path.read_bytes(), max_pixels=max_pixels, at_least=preprocess.at_least, alpha=preprocess.alpha
-        )
+        data = read_bytes(image)
+        return decode(data, max_pixels=max_pixels, at_least=preprocess.at_least, alpha=preprocess.alpha)
     if isinstance(image, Image.Image):
         try:
             return rgb(image.copy(), preprocess.alpha)

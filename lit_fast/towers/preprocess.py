@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lit_fast.data.images.decode import _FULL, ImageError
+from lit_fast.data.images.decode import ImageError, full_size
 
 METHODS = ("pil-crop", "pil-squash", "hf-crop", "tf-squash")
 INTERPOLATIONS = {f.name.lower(): f for f in Image.Resampling}
@@ -123,7 +123,7 @@ class Preprocess:
         if self.method == "tf-squash":
             return tf_squash(np.asarray(image), self.size)
         # Of a reduced JPEG the last row and column cover only a part of a pixel.
-        full, box = image.info.get(_FULL, (image.size, None))
+        full, box = full_size(image)
         new = (self.resize, self.resize) if self.method == "pil-squash" else self._resized(*full)
         if new != image.size or box:
             image = image.resize(new, INTERPOLATIONS[self.interpolation], box)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lit_fast.errors import UserError
@@ -33,7 +32,7 @@ _SHORT: dict[str, Any] = _COMMON | {
     "image_std": _OPENAI[1],
     "do_convert_rgb": True,
 }
-_PROCESSORS: dict[str, dict[str, Any]] = {
+PROCESSORS: dict[str, dict[str, Any]] = {
     "ViT": _COMMON | {"size": _SQUARE_224, "resample": 2},
     "DeiT": _COMMON | {"size": 256, "do_center_crop": True, "crop_size": 224},
     "Siglip": _COMMON | {"size": _SQUARE_224, "square": False, "do_convert_rgb": True},
@@ -43,7 +42,7 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
 _SUFFIXES = ("ImageProcessorPil", "ImageProcessorFast", "ImageProcessor", "FeatureExtractor")
 
 
-def huggingface(config: dict[str, Any], path: Path) -> Preprocess:
+def huggingface(config: dict[str, Any], path: str) -> Preprocess:
     """Preprocessing of a `preprocessor_config.json`, whose content is `config` and whose name is `path`.
 
     The processors of ViT, DeiT, SigLIP, CLIP and Bit (which DINOv2 uses), old and new spellings. A rescale
@@ -54,10 +53,10 @@ def huggingface(config: dict[str, Any], path: Path) -> Preprocess:
     """
     name = config.get("image_processor_type") or config.get("feature_extractor_type")
     suffix = next((s for s in _SUFFIXES if isinstance(name, str) and name.endswith(s)), "")
-    known = _PROCESSORS.get(name.removesuffix(suffix)) if suffix and isinstance(name, str) else None
+    known = PROCESSORS.get(name.removesuffix(suffix)) if suffix and isinstance(name, str) else None
     if known is None:
         raise _refusal(
-            path, f"image processor {name!r} is unknown; there are those of {', '.join(_PROCESSORS)}"
+            path, f"image processor {name!r} is unknown; there are those of {', '.join(PROCESSORS)}"
         )
     given = known | {k: v for k, v in config.items() if v is not None}
     for key in ("do_pad", "do_flip_channel_order", "do_rescale_offset", "rescale_offset"):
@@ -76,7 +75,7 @@ def huggingface(config: dict[str, Any], path: Path) -> Preprocess:
     return replace(how, alpha="white" if given["do_convert_rgb"] else "drop")
 
 
-def timm(pretrained_cfg: dict[str, Any], path: Path) -> Preprocess:
+def timm(pretrained_cfg: dict[str, Any], path: str) -> Preprocess:
     """Preprocessing of timm's `pretrained_cfg`, which stands in `path`, as timm evaluates the model.
 
     From timm/data/config.py and transforms_factory.py: the short side, or both for the crop mode "squash",
@@ -107,14 +106,14 @@ def timm(pretrained_cfg: dict[str, Any], path: Path) -> Preprocess:
     )
 
 
-def _preprocess(path: Path, *fields: Any) -> Preprocess:
+def _preprocess(path: str, *fields: Any) -> Preprocess:
     try:
         return Preprocess(*fields)
     except (TypeError, ValueError) as error:
         raise _refusal(path, str(error)) from None
 
 
-def _size(value: Any, square: bool, path: Path) -> tuple[str, int]:
+def _size(value: Any, square: bool, path: str) -> tuple[str, int]:
     """The method and its `resize`, from `size` in any spelling."""
     if isinstance(value, dict) and value.keys() == {"shortest_edge"}:
         return "hf-crop", _whole(value["shortest_edge"], "size", path)
@@ -123,7 +122,7 @@ def _size(value: Any, square: bool, path: Path) -> tuple[str, int]:
     return "pil-squash", _side(value, "size", path)
 
 
-def _side(value: Any, name: str, path: Path) -> int:
+def _side(value: Any, name: str, path: str) -> int:
     """The side of a square, from 224, [224, 224] or {"height": 224, "width": 224}."""
     if isinstance(value, dict) and value.keys() == {"height", "width"}:
         value = [value["height"], value["width"]]
@@ -133,20 +132,20 @@ def _side(value: Any, name: str, path: Path) -> int:
     return _whole(sides[0], name, path)
 
 
-def _whole(value: Any, name: str, path: Path) -> int:
+def _whole(value: Any, name: str, path: str) -> int:
     if type(value) is not int:
         raise _refusal(path, f"{name} {value!r} is not a number of pixels")
     return value
 
 
-def _filter(value: Any, path: Path) -> str:
+def _filter(value: Any, path: str) -> str:
     for name, resampling in INTERPOLATIONS.items():
         if type(value) is int and value == resampling:
             return name
     raise _refusal(path, f"resample {value!r} is not one of PIL's filters")
 
 
-def _normalisation(given: dict[str, Any], path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(given: dict[str, Any], path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of pixels in [0, 1], whatever `rescale_factor` makes of them before."""
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if given.get("do_normalize", True):
@@ -159,7 +158,7 @@ def _normalisation(given: dict[str, Any], path: Path) -> tuple[tuple[float, ...]
     return tuple(m / (255 * factor) for m in mean), tuple(s / (255 * factor) for s in std)
 
 
-def _triple(value: Any, name: str, path: Path) -> tuple[float, float, float]:
+def _triple(value: Any, name: str, path: str) -> tuple[float, float, float]:
     values = value if isinstance(value, list | tuple) else [value] * 3
     if len(values) != 3 or not all(_is_number(v) for v in values):
         raise _refusal(path, f"{name} {value!r} is not a number per channel")
@@ -170,5 +169,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _refusal(path: Path, what: str) -> UserError:
+def _refusal(path: str, what: str) -> UserError:
     return UserError(f"{path}: {what}; give --preprocess")

@@ -7,7 +7,6 @@ dinov2, dinov2_with_registers, clip, siglip).
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_fast.errors import UserError
@@ -48,7 +47,7 @@ _ACTIVATIONS = {
 ACTIVATION_NAMES = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
 
-class _Family(NamedTuple):
+class Family(NamedTuple):
     """What the configuration class of a family leaves unsaid, and its names."""
 
     prefixes: tuple[str, ...]  # of a model inside of another one, longest first
@@ -58,15 +57,15 @@ class _Family(NamedTuple):
     resampling: str = "bicubic"
 
 
-_FAMILIES = {
-    "vit": _Family(("vit.", ""), VIT_BLOCKS, "gelu", 1e-12),
-    "deit": _Family(("deit.", ""), VIT_BLOCKS, "gelu", 1e-12),
-    "dinov2": _Family(("dinov2.", ""), DINOV2_BLOCKS, "gelu", 1e-6),
-    "dinov2_with_registers": _Family(
+FAMILIES = {
+    "vit": Family(("vit.", ""), VIT_BLOCKS, "gelu", 1e-12),
+    "deit": Family(("deit.", ""), VIT_BLOCKS, "gelu", 1e-12),
+    "dinov2": Family(("dinov2.", ""), DINOV2_BLOCKS, "gelu", 1e-6),
+    "dinov2_with_registers": Family(
         ("dinov2_with_registers.", ""), DINOV2_BLOCKS, "gelu", 1e-6, "bicubic-antialias"
     ),
-    "clip_vision_model": _Family(("vision_model.", ""), CLIP_BLOCKS, "quick_gelu", 1e-5),
-    "siglip_vision_model": _Family(("vision_model.", ""), CLIP_BLOCKS, "gelu_pytorch_tanh", 1e-6),
+    "clip_vision_model": Family(("vision_model.", ""), CLIP_BLOCKS, "quick_gelu", 1e-5),
+    "siglip_vision_model": Family(("vision_model.", ""), CLIP_BLOCKS, "gelu_pytorch_tanh", 1e-6),
 }
 # Classifiers, poolers that are no features here, buffers, text towers, what joins two towers.
 _IGNORED = re.compile(
@@ -75,7 +74,7 @@ _IGNORED = re.compile(
 )
 
 
-def load_huggingface(path: Path, config: dict[str, Any], where: Path) -> Weights:
+def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
     """A ViT, DeiT, DINOv2, CLIP or SigLIP tower as its `config.json` (which lies at `where`) describes it.
 
     The feature is the class token after the final LayerNorm (`last_hidden_state[:, 0]`) of ViT, DeiT and
@@ -91,12 +90,12 @@ def load_huggingface(path: Path, config: dict[str, Any], where: Path) -> Weights
         if not isinstance(vision, dict):
             raise UserError(f"{where}: vision_config is missing")
         kind, config = f"{kind}_vision_model", vision
-    if not isinstance(kind, str) or kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{where}: model type {kind!r} is not supported; there are ViT, DeiT, DINOv2 (also with registers), "
             f"CLIP and SigLIP (also SigLIP 2 of fixed resolution)"
         )
-    family = _FAMILIES[kind]
+    family = FAMILIES[kind]
     heads = config.get("num_attention_heads", 12)
     epsilon = config.get("layer_norm_eps", family.epsilon)
     gelu = config.get("hidden_act", family.gelu)

@@ -7,11 +7,11 @@ MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3). Nothing is unpickled.
 from __future__ import annotations
 
 import math
+import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import IO
 
 import numpy as np
@@ -19,6 +19,8 @@ from numpy.lib import format as npy
 
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import Architecture
+from lit_fast.storage.files import open_read
+from lit_fast.storage.paths import StrPath
 from lit_fast.weights.parameters import Params, Weights, architecture_of, nested, square_grid
 from lit_fast.weights.reader import WeightsFile
 
@@ -31,7 +33,7 @@ _RATIO_LIMIT = 100
 _SMALL = 64 << 20
 
 
-def load_npz(path: Path) -> Weights:
+def load_npz(path: StrPath) -> Weights:
     """A ViT from an AugReg or big_vision `.npz`; `head` and `pre_logits` are left out.
 
     Without a MAP head the choices are timm's for these weights (exact GELU), with one (ViT-g, ViT-G,
@@ -40,6 +42,7 @@ def load_npz(path: Path) -> Weights:
     Raises:
       UserError: not such a file, or something in it is missing, in excess or of another shape.
     """
+    path = os.fspath(path)
     with open_npz(path) as file:
         names = current_names(file.shapes, path)
         flat = stack_blocks(file, names, "Transformer")
@@ -51,7 +54,7 @@ def load_npz(path: Path) -> Weights:
 
 
 @contextmanager
-def open_npz(path: Path) -> Iterator[WeightsFile]:
+def open_npz(path: StrPath) -> Iterator[WeightsFile]:
     """The arrays of an `.npz`, without pickle; bfloat16, which numpy writes as two opaque bytes, included.
 
     Raises:
@@ -71,16 +74,18 @@ def open_npz(path: Path) -> Iterator[WeightsFile]:
             array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return array
 
-    try:
-        archive = zipfile.ZipFile(path)
-    except FileNotFoundError:
-        raise UserError(f"weights file {path} does not exist") from None
-    except Exception as error:
-        raise refuse(error) from None
-    with archive:
+    path = os.fspath(path)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open_read(path))
+            archive = stack.enter_context(zipfile.ZipFile(file))
+        except FileNotFoundError:
+            raise UserError(f"weights file {path} does not exist") from None
+        except Exception as error:
+            raise refuse(error) from None
         entries = [e for e in archive.infolist() if e.filename.endswith(".npy")]
         unpacked = sum(e.file_size for e in entries)
-        if unpacked > min(_BYTES_LIMIT, _SMALL + _RATIO_LIMIT * path.stat().st_size):
+        if unpacked > min(_BYTES_LIMIT, _SMALL + _RATIO_LIMIT * file.seek(0, os.SEEK_END)):
             raise UserError(f"{path} unpacks to {unpacked / 2**30:.1f} GiB and is refused")
         shapes = {}
         for entry in entries:
@@ -106,14 +111,14 @@ def _claimed_shape(member: IO[bytes], size: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _prefix(names: Iterable[str], path: Path) -> str:
+def _prefix(names: Iterable[str], path: str) -> str:
     found = [p for p in _PREFIXES if f"{p}embedding/kernel" in names]
     if not found:
         raise UserError(f"{path} does not hold a ViT: embedding/kernel is missing")
     return found[0]
 
 
-def current_names(names: Iterable[str], path: Path) -> dict[str, str]:
+def current_names(names: Iterable[str], path: str) -> dict[str, str]:
     """big_vision's current name of each array of the tower -> its name in the file.
 
     The order of the fixes is that of big_vision (models/vit.py, fix_old_checkpoints).
@@ -184,7 +189,7 @@ def stack_blocks(file: WeightsFile, names: dict[str, str], encoder: str) -> dict
     return flat
 
 
-def _fold_positions(flat: dict[str, np.ndarray], path: Path) -> None:
+def _fold_positions(flat: dict[str, np.ndarray], path: str) -> None:
     """The class token takes over its row of the old positional embedding, as in big_vision."""
     positions = flat.get("pos_embedding")
     if positions is None:
@@ -201,7 +206,7 @@ def _fold_positions(flat: dict[str, np.ndarray], path: Path) -> None:
     square_grid(flat["pos_embedding"].shape[1], path)
 
 
-def _architecture(params: Params, path: Path) -> Architecture:
+def _architecture(params: Params, path: str) -> Architecture:
     kernel = params["embedding"]["kernel"]
     if kernel.ndim != 4 or kernel.shape[0] != kernel.shape[1] or kernel.shape[2] != 3:
         raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.sizes import Shape
+from lit_fast.storage.paths import StrPath
 
 Params = dict[str, Any]
 
@@ -55,7 +55,7 @@ def architecture_of(params: Params, gelu: str, epsilon: float, pool: str | None 
     )
 
 
-def nested(flat: Iterable[tuple[str, np.ndarray]], path: Path) -> Params:
+def nested(flat: Iterable[tuple[str, np.ndarray]], path: StrPath) -> Params:
     """Arrays under `/`-joined names as nested dicts.
 
     Raises:
@@ -75,7 +75,7 @@ def nested(flat: Iterable[tuple[str, np.ndarray]], path: Path) -> Params:
     return tree
 
 
-def square_grid(positions: int, path: Path) -> int:
+def square_grid(positions: int, path: str) -> int:
     """Side of a square grid of positions.
 
     Raises:

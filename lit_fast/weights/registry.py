@@ -6,13 +6,12 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 from lit_fast.models.architecture import Architecture, flops_per_image, parameters
 from lit_fast.models.sizes import VARIANTS, Shape
-
-_TABLE = Path(__file__).with_name("known_towers.toml")
+from lit_fast.utils.format import format_table
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class KnownTower:
 @cache
 def known_towers() -> tuple[KnownTower, ...]:
     """All of them, in the order of the file."""
-    table = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
+    file = resources.files("lit_fast.weights").joinpath("known_towers.toml")
+    table = tomllib.loads(file.read_text(encoding="utf-8"))
     return tuple(_tower(family | row) for family in table["family"] for row in family["towers"])
 
 
@@ -92,11 +92,5 @@ def format_towers(towers: Sequence[KnownTower]) -> str:
         )
         for t in towers
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    left = ("name", "pooling", "licence", "source")
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if n in left else c.rjust(w) for c, w, n in zip(row, widths, head, strict=True)
-        ).rstrip()
-        for row in rows
-    )
+    left = [i for i, title in enumerate(head) if title in ("name", "pooling", "licence", "source")]
+    return format_table(rows, left)

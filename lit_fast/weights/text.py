@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from lit_fast.errors import UserError
 from lit_fast.storage.files import read_object
+from lit_fast.storage.paths import join, parent, suffix
 from lit_fast.weights.from_torch import blocks, dense, norm
 from lit_fast.weights.huggingface import CLIP_BLOCKS
 from lit_fast.weights.npz import open_npz, stack_blocks
@@ -37,7 +37,7 @@ class TextWeights(NamedTuple):
     """A text tower's parameters under big_vision's names, and the loss's, where they are known."""
 
     source: str  # as given
-    path: Path
+    path: str
     sha256: str
     params: Params  # float32 arrays, blocks stacked
     loss: dict[str, np.ndarray]  # "t": log temperature [1], "b": bias [1]
@@ -52,7 +52,7 @@ def read_text_weights(source: str) -> TextWeights:
       UserError: no such file or name, or not such a tower.
     """
     path = local_weights(source.removesuffix(":txt"))
-    flat, loss = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+    flat, loss = _read_npz(path) if suffix(path) == ".npz" else _read_safetensors(path)
     for name, array in loss.items():
         if array.size != 1:
             raise UserError(f"{path}: {name} has shape {array.shape}, expected a single number")
@@ -74,7 +74,7 @@ def start_from(weights: TextWeights, fresh: Params) -> tuple[Params, str]:
     have = flatten_dict(weights.params, sep="/")
     want = flatten_dict(fresh["txt"], sep="/")
     notes = ["all parameters"]
-    there, here = (_described(flat, weights.path) for flat in (have, want))
+    there, here = (_text_config(flat, weights.path) for flat in (have, want))
     if here["text.head"] and _output_width(have) != _output_width(want):
         have = {name: a for name, a in have.items() if not name.startswith("head/")}
         have |= {name: a for name, a in want.items() if name.startswith("head/")}
@@ -107,7 +107,7 @@ def start_from(weights: TextWeights, fresh: Params) -> tuple[Params, str]:
     return fresh | {"txt": nested(have.items(), weights.path)} | loss, ", ".join(notes)
 
 
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _read_npz(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     with open_npz(path) as file:
         prefixes = [root + sub for root in _ROOTS for sub in ("", "txt/")]
         prefix = next((p for p in prefixes if f"{p}Embed_0/embedding" in file.shapes), None)
@@ -129,8 +129,8 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
     return flat, loss
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    where = path.parent / "config.json"
+def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    where = join(parent(path), "config.json")
     config = read_object(where)
     kind = config.get("model_type")
     if kind in ("siglip", "siglip2"):
@@ -175,7 +175,7 @@ def _output_width(flat: Params) -> int:
     return flat["head/kernel" if "head/kernel" in flat else "pos_embedding"].shape[-1]
 
 
-def _described(flat: Params, path: Path) -> dict[str, Any]:
+def _text_config(flat: Params, path: str) -> dict[str, Any]:
     """The configuration that the shapes of a tower show."""
 
     def size(name: str, rank: int, axis: int) -> int:
@@ -199,7 +199,7 @@ def _described(flat: Params, path: Path) -> dict[str, Any]:
     }
 
 
-def _table(have: Params, want: Params, path: Path) -> np.ndarray:
+def _table(have: Params, want: Params, path: str) -> np.ndarray:
     table, fresh = have["Embed_0/embedding"], want["Embed_0/embedding"]
     missing = len(fresh) - len(table)
     if not 0 <= missing <= _SENTINELS:
@@ -207,4 +207,6 @@ def _table(have: Params, want: Params, path: Path) -> np.ndarray:
             f"{path} has a vocabulary of {len(table)} pieces, the tokens one of {len(fresh)}; make tokens with the "
             f"vocabulary it was trained with: lit-fast tokenize --tokenizer FILE.model"
         )
-    return np.concatenate([table, np.asarray(fresh[len(table) :])]) if missing else table
+    if missing and table.shape[1] == fresh.shape[1]:  # another width is refused with the other shapes
+        table = np.concatenate([table, np.asarray(fresh[len(table) :])])
+    return table

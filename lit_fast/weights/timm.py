@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-def load_timm(path: Path, config: dict[str, Any], where: Path) -> Weights:
+def load_timm(path: str, config: dict[str, Any], where: str) -> Weights:
     """A ViT, DeiT, DeiT III, DINOv2, CLIP or SigLIP tower as timm's `config.json` (at `where`) describes it.
 
     The feature is timm's own (`num_classes=0`), except for CLIP, whose projection timm keeps as a classifier

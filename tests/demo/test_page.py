@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lit_fast.demo.page import Confusion, Query, build_page, curves
+from lit_fast.demo.page import build_page, curves
 from lit_fast.report.charts import Series, chart
+from lit_fast.report.gallery import Figure, thumbnail
 
 VOID = {"meta", "img"}
 
@@ -49,14 +50,18 @@ RESULTS = [
 
 
 def page(**changes: Any) -> str:
-    right = Query("two red stars", [(picture(), True), (picture("PNG"), False)], 0, picture())
-    wrong = Query('a blue <ring> & "more"', [(picture(), False), (picture(), False)], 41, picture())
+    source = thumbnail(picture())
+    right = ("two red stars", [Figure(source, "0.9", "right"), Figure(source, "0.8")])
+    wrong = ('a blue <ring> & "more"', [Figure(source), Figure(source), Figure(source, "no. 42", "right")])
     arguments: dict[str, Any] = {
         "metrics": METRICS,
         "results": RESULTS,
         "right": [right],
         "wrong": [wrong],
-        "confusion": Confusion(["red star", "blue ring"], [[3, 1], [0, 4]]),
+        "confusions": [
+            ("red star", {"red star": 0.75, "blue ring": 0.25}),
+            ("blue ring", {"blue ring": 1.0}),
+        ],
         "commands": ["lit-fast index demo/scenes --out demo/train"],
         "seconds": 131.0,
     }
@@ -90,17 +95,14 @@ def test_page_is_well_formed_and_loads_nothing() -> None:
     assert balance.open == []
     assert balance.tags.count("svg") == 2
     assert "script" not in balance.tags
-    assert set(re.findall(r'(?:src|href)="(\w+:[^,]*)', text)) == {
-        "data:image/jpeg;base64",
-        "data:image/png;base64",
-    }
+    assert set(re.findall(r'(?:src|href)="(\w+:[^,]*)', text)) == {"data:image/jpeg;base64"}
     assert "http" not in text
     assert "url(" not in text
 
 
 def test_every_figure_stands_beside_its_chance_level_and_interval() -> None:
     text = page()
-    for value in ("75.0 %", "50.0 %", "90.0 %", "10.0 %", "70.0 % to 80.0 %", "45.0 % to 55.0 %"):
+    for value in ("75.0 %", "50.0 %", "90.0 %", "10.0 %", "70.0 to 80.0 %", "45.0 to 55.0 %"):
         assert value in text
     assert "2m11s" in text
     assert "took" not in page(seconds=None)
@@ -108,8 +110,8 @@ def test_every_figure_stands_beside_its_chance_level_and_interval() -> None:
 
 def test_text_is_escaped() -> None:
     text = page(commands=["lit-fast index 'a & <b>'"])
-    assert "a blue &lt;ring&gt; &amp; &quot;more&quot;" in text
-    assert "&#x27;a &amp; &lt;b&gt;&#x27;" in text
+    assert "a blue &lt;ring&gt; &amp; &#34;more&#34;" in text
+    assert "&#39;a &amp; &lt;b&gt;&#39;" in text
     assert "<ring>" not in text
     assert "<b>'" not in text
 

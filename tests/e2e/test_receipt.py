@@ -25,7 +25,7 @@ from lit_fast.config_io import load_config
 from lit_fast.data.dataset import open_dataset
 from lit_fast.runs.metrics import Spent, read_metrics
 from lit_fast.train.tracking.metrics_writer import MetricsWriter
-from lit_fast.train.tracking.receipt import spent_before
+from lit_fast.train.tracking.receipt import read_cost
 from lit_fast.train.tracking.report import write_report
 from lit_fast.utils.progress import duration
 from tests.synthetic import make_dataset
@@ -185,7 +185,7 @@ def test_time_of_steps_that_a_kill_undid_is_kept(tmp_path):
         writer.write(step, {"loss": 1.0, "elapsed_seconds": 10.0 * step, "chip_hours": 0.1 * step})
     writer.close()
     for _ in range(2):
-        before = spent_before(tmp_path)
+        before = read_cost(tmp_path)
         assert before == Spent(300.0, 3.0)
         MetricsWriter(tmp_path, config, 20, before).close()
         lines = read_metrics(tmp_path / "metrics.jsonl")

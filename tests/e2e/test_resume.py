@@ -98,7 +98,7 @@ def test_sigterm_saves_and_goes_on(case):
     said, _ = process.communicate(timeout=120)
     if process.returncode != 0:  # a quick machine may have been done
         assert process.returncode == 143, said
-        assert "the same command goes on from there" in said
+        assert "rerun the same command to continue" in said
         steps = [int(p.name) for p in (case / "stopped/checkpoints").iterdir()]
         assert len(steps) == 1
         assert f"after step {steps[0]}" in said
@@ -113,7 +113,7 @@ def test_whatever_is_drawn_or_kept_beside_the_weights_goes_on(case):
     options += ["--text.mask_padding=true", "--text.pack=2", "--text.dropout=0.1"]
     finish(start(case, "all-whole", *options, devices=2))
     kill_after(start(case, "all-killed", *options, devices=2), case / "all-killed/checkpoints/20")
-    assert "going on after step" in finish(start(case, "all-killed", *options, devices=2))[0]
+    assert "resuming after step" in finish(start(case, "all-killed", *options, devices=2))[0]
     for average in (False, True):
         assert_same_bits(case, "all-whole", "all-killed", 40, average)
 
@@ -121,7 +121,7 @@ def test_whatever_is_drawn_or_kept_beside_the_weights_goes_on(case):
 def test_devices_do_not_change_the_data_and_hardly_the_loss(case):
     """On from two devices to four: the checkpoint and the stream fit any number of devices."""
     kill_after(start(case, "moved", devices=2), case / "moved/checkpoints/20")
-    assert "going on after step" in finish(start(case, "moved", devices=4))[0]
+    assert "resuming after step" in finish(start(case, "moved", devices=4))[0]
     one, moved = metrics(case / "one"), metrics(case / "moved")
     assert one.keys() == moved.keys()
     # Lion moves by the sign of a mean: where that is within rounding of zero a weight goes the other way by

@@ -65,7 +65,7 @@ def test_weights_are_taken_once(place, capsys):
     shutil.rmtree(run / "checkpoints")
     write_weights(weights, seed=1)
     assert train(place, run, weights) == 2
-    assert "was begun with other weights than" in capsys.readouterr().err
+    assert "was started with other weights than" in capsys.readouterr().err
     (place / "kept.npz").rename(weights)
     assert train(place, run, weights) == 0
     jax.tree.map(np.testing.assert_array_equal, open_run(run).params, last)
@@ -75,7 +75,7 @@ def test_weights_are_taken_once(place, capsys):
         shutil.rmtree(run / f"checkpoints/{step}/params")
     capsys.readouterr()
     assert train(place, run, weights) == 2
-    assert "the same command again begins anew from" in capsys.readouterr().err
+    assert "rerun the same command to start again from" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_found_before_anything_is_written(place, capsys):

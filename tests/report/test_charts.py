@@ -60,7 +60,7 @@ def test_every_point_is_inside_the_picture(
     assert "<0>" not in text  # a name is text
 
 
-def test_more_lines_than_colours_begin_again_dashed() -> None:
+def test_chart_of_more_lines_than_colours_repeats_them_dashed() -> None:
     text = chart([Series(f"run {i}", [(0, i), (1, i)]) for i in range(COLOURS + 1)])
     assert text.count('class="line s1"') == text.count('class="line s1 again"') == 1
     assert f"run {COLOURS}" in text

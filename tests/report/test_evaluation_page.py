@@ -21,14 +21,14 @@ from lit_fast.data.dataset import Dataset, DatasetWriter, Row, open_dataset
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.report import evaluation_page as page_module
 from lit_fast.report.evaluation_page import (
-    PICTURES,
+    MAX_PICTURES,
     evaluation_page,
     few_shot_section,
-    remembered,
-    retrieval_sections,
-    zero_shot_sections,
+    memoized,
+    retrieval_section,
+    zero_shot_section,
 )
-from lit_fast.report.gallery import MOST_BYTES
+from lit_fast.report.gallery import MAX_BYTES
 from tests.helpers import encoded, write_tar
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 160, 20), "blue": (20, 20, 220)}
@@ -84,7 +84,7 @@ class Page(HTMLParser):
         elif self.within("figcaption"):
             self.section["figures"][-1][0] += data
         elif self.within("li") and not self.within("figure"):
-            self.section["items"][-1][0] += data
+            self.section["items"][-1][0] += data.strip("\n")
 
     def titled(self, end: str) -> dict[str, Any]:
         (found,) = [s for s in self.sections if s["title"].endswith(end)]
@@ -132,17 +132,17 @@ def looks(dataset: Dataset, wrong: tuple[int, ...] = ()) -> tuple[np.ndarray, np
     return np.arange(dataset.rows), np.eye(3, dtype=np.float32)[labels % 3]
 
 
-def zero_shot(dataset: Dataset, rows: np.ndarray, images: np.ndarray, pictures: int = PICTURES) -> str:
+def zero_shot(dataset: Dataset, rows: np.ndarray, images: np.ndarray, pictures: int = MAX_PICTURES) -> str:
     results = zero_shot_evaluation(dataset)(rows, images, embed_colours)
     return evaluation_page(
-        "r", "a", zero_shot_sections(results, dataset, rows, images, embed_colours, pictures)
+        "r", "a", [zero_shot_section(results, dataset, rows, images, embed_colours, pictures)]
     )
 
 
-def retrieval(dataset: Dataset, rows: np.ndarray, images: np.ndarray, pictures: int = PICTURES) -> str:
+def retrieval(dataset: Dataset, rows: np.ndarray, images: np.ndarray, pictures: int = MAX_PICTURES) -> str:
     results = retrieval_evaluation(dataset)(rows, images, embed_colours)
     return evaluation_page(
-        "r", "a", retrieval_sections(results, dataset, rows, images, embed_colours, pictures)
+        "r", "a", [retrieval_section(results, dataset, rows, images, embed_colours, pictures)]
     )
 
 
@@ -224,8 +224,8 @@ def test_texts_are_never_markup(tmp_path: Path) -> None:
     file.write_text("red <script>alert(1)</script>\ngreen' onload=\"x\nblue&amp;</td></section>\n")
     results = zero_shot_evaluation(dataset, classnames=file)(rows, images, embed_colours)
     results[0]["dataset"] = "<img src=x>"
-    arguments = (results, dataset, rows, images, embed_colours, PICTURES)
-    sections = zero_shot_sections(*arguments, classnames=file)
+    arguments = (results, dataset, rows, images, embed_colours, MAX_PICTURES)
+    sections = [zero_shot_section(*arguments, classnames=file)]
     page = Page(evaluation_page("<u>run</u>", "</main>", sections) + retrieval(dataset, rows, images))
     assert not page.tags & {"script", "u", "link", "iframe"}
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
@@ -241,7 +241,7 @@ def test_nothing_is_loaded_from_elsewhere_and_the_page_is_the_same_each_time(tmp
     assert not re.search(r"https?:|@import|url\(|<script|<link", text)
 
 
-@pytest.mark.parametrize("allowed", [0, 2, 7, 30, PICTURES])
+@pytest.mark.parametrize("allowed", [0, 2, 7, 30, MAX_PICTURES])
 def test_no_more_pictures_than_allowed(tmp_path: Path, allowed: int) -> None:
     dataset = coloured(tmp_path)
     rows, images = looks(dataset, wrong=tuple(range(15)))
@@ -251,7 +251,7 @@ def test_no_more_pictures_than_allowed(tmp_path: Path, allowed: int) -> None:
         assert ("no room for pictures" in text) == (allowed == 0 or (allowed == 2 and "recall@1" in text))
         assert "There is none" not in text
     # What the whole page may hold: two megabytes.
-    assert PICTURES * MOST_BYTES * 4 / 3 < 2e6
+    assert MAX_PICTURES * MAX_BYTES * 4 / 3 < 2e6
 
 
 def test_without_the_sources_boxes_stand_for_pictures(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_of_many_classes_the_ends_and_the_worst_confusions_are_shown(tmp_path: P
     seen[np.flatnonzero(labels == 30)[0]] = 31
     rows, embed = np.arange(len(labels)), lambda texts: eye[[int(t.split()[1]) for t in texts]]
     results = zero_shot_evaluation(dataset)(rows, eye[seen], embed)
-    page = Page(evaluation_page("r", "a", zero_shot_sections(results, dataset, rows, eye[seen], embed)))
+    page = Page(evaluation_page("r", "a", [zero_shot_section(results, dataset, rows, eye[seen], embed)]))
     recalls = page.titled("recall of the classes")["cells"][1:]
     assert len(recalls) == 41
     assert [(row[0], row[2]) for row in recalls[:3]] == [
@@ -305,7 +305,7 @@ def test_of_several_right_classes_any_will_do(tmp_path: Path) -> None:
     file.write_text(json.dumps(dict(zip(keys, lists, strict=True))))
     rows, images = looks(dataset, wrong=tuple(range(3)))
     results = zero_shot_evaluation(dataset, labels=file)(rows, images, embed_colours)
-    sections = zero_shot_sections(results, dataset, rows, images, embed_colours, labels=file)
+    sections = [zero_shot_section(results, dataset, rows, images, embed_colours, labels=file)]
     page = Page(evaluation_page("r", "a", sections))
     assert results[0]["metrics"]["acc1"] == 1
     assert len(page.titled("named right")["figures"]) == 5
@@ -335,14 +335,14 @@ def test_languages_take_turns(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.text(max_size=3), max_size=5), st.lists(st.text(max_size=3), max_size=5))
-def test_remembered_texts_are_embedded_once(first: list[str], second: list[str]) -> None:
+def test_memoized_embeds_texts_once(first: list[str], second: list[str]) -> None:
     asked = []
 
     def embed(texts: list[str]) -> np.ndarray:
         asked.append(texts)
         return np.array([[len(t)] for t in texts], np.float32).reshape(-1, 1)
 
-    kept = remembered(embed)
+    kept = memoized(embed)
     for texts in (first, second, first, second):
         np.testing.assert_array_equal(kept(texts), np.array([[len(t)] for t in texts]).reshape(-1, 1))
     assert asked == ([first] if first == second else [first, second])
@@ -361,7 +361,7 @@ def test_few_shot_shows_each_draw() -> None:
 
 
 def test_long_captions_are_cut() -> None:
-    assert page_module._short("x" * 10_000) == "x" * 197 + "..."
+    assert page_module._shorten("x" * 10_000) == "x" * 197 + "..."
 
 
 # --- the command

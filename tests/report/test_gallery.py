@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lit_fast.report.gallery import MOST_BYTES, SIDE, STYLE, Picture, cards, strip, thumbnail
-from lit_fast.report.html import document
+from lit_fast.report.gallery import MAX_BYTES, SIDE, Figure, thumbnail
+from lit_fast.report.page import render
 from tests.helpers import encoded, picture
 
 PREFIX = "data:image/jpeg;base64,"
@@ -53,7 +53,7 @@ def test_noise_is_no_larger_than_anything_else() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     source = thumbnail(encoded(Image.fromarray(noise), "PNG"))
     assert source is not None
-    assert len(base64.b64decode(source.removeprefix(PREFIX))) <= MOST_BYTES
+    assert len(base64.b64decode(source.removeprefix(PREFIX))) <= MAX_BYTES
 
 
 def test_nothing_but_pixels_is_taken_over() -> None:
@@ -119,20 +119,23 @@ class Texts(HTMLParser):
         self.texts.append(data)
 
 
+def search_page(figures: list[Figure], text: str = "") -> str:
+    return render("search.html", title=text, note=text, sections=[(text, text, figures)])
+
+
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="\r\x00", codec="utf-8"), min_size=1))
-def test_texts_stay_texts(text: str) -> None:
+def test_page_with_hostile_texts_shows_them_as_text(text: str) -> None:
     hostile = text + "<script>'\"&amp;</p></ul>"
-    body = cards([(hostile, strip([Picture(PREFIX, hostile, "right"), Picture(None, hostile)]))])
-    page = Texts(document("t", [body], STYLE))
+    figures = [Figure(PREFIX, hostile, "right"), Figure(None, hostile)]
+    page = Texts(search_page(figures, hostile))
     assert "script" not in page.tags
-    joined = "".join(page.texts)
-    assert joined.count(hostile) == 3
+    assert "".join(page.texts).count(hostile) == 7
     assert ("alt", hostile) in page.attributes
     assert {value for name, value in page.attributes if name == "src"} == {PREFIX}
 
 
-def test_a_missing_picture_leaves_a_box_and_no_entry_a_word() -> None:
-    assert "no picture" in strip([Picture(None)])
-    assert "<img" not in strip([Picture(None)])
-    assert "There is none" in cards([])
+def test_missing_picture_leaves_a_box() -> None:
+    page = search_page([Figure(None)])
+    assert "no picture" in page
+    assert "<img" not in page

@@ -8,7 +8,7 @@ import pytest
 
 from lit_fast.config import Config, EvalConfig
 from lit_fast.errors import UserError
-from lit_fast.train.evaluator import Evaluation
+from lit_fast.train.evaluator import Evaluator
 from tests.evaluation.sets import (
     COLOURS,
     WIDTH,
@@ -28,9 +28,9 @@ def embed_text(params: dict[str, float], texts: Sequence[str]) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def evaluation(zero_shot: list[Path], retrieval: list[Path]) -> Evaluation:
+def evaluation(zero_shot: list[Path], retrieval: list[Path]) -> Evaluator:
     config = EvalConfig(zero_shot=tuple(map(str, zero_shot)), retrieval=tuple(map(str, retrieval)))
-    return Evaluation(Config(evaluate=config), provenance("abc"))
+    return Evaluator(Config(evaluate=config), provenance("abc"))
 
 
 def test_names_of_sets_languages_and_averages(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_names_of_sets_languages_and_averages(tmp_path: Path) -> None:
     add_features(multilingual(tmp_path / "xm"))
     sets = [tmp_path / "a" / "val", tmp_path / "b" / "val"]
     watched = evaluation(sets[:1], [sets[1], tmp_path / "xm"])
-    watched.prepare(np.zeros(WIDTH, np.float32))
+    watched.load_images(np.zeros(WIDTH, np.float32))
     results = watched.run(embed_text, {"seed": 0.0}, {"seed": 1.0})
     # Two sets, two languages (the row with captions of an unknown one is invalid) and their average; all of it
     # for the weights and for their average.
@@ -47,7 +47,7 @@ def test_names_of_sets_languages_and_averages(tmp_path: Path) -> None:
     named = {"a/val/acc1", "a/val/mean_per_class_recall"}
     named |= {f"{name}/{recall}" for name in ("b/val", "xm") for recall in RECALLS}
     averaged = {f"{name.rpartition('/')[0]} (average)/{name.rpartition('/')[2]}" for name in named}
-    figures = watched.figures()
+    figures = watched.metrics()
     assert figures.keys() == named | averaged
     [average] = [r for r in results if r["dataset"] == "xm" and r["language"] == "average"]
     assert figures["xm/text_retrieval_recall@1"] == average["metrics"]["text_retrieval_recall@1"]

@@ -144,7 +144,10 @@ def test_rules_scale_the_rate_choose_the_decay_and_freeze():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"freeze": ("img/.*",)}, "optimizer.freeze: 'img/.*' matches no parameter; they are t, txt/kernel"),
+        (
+            {"freeze": ("img/.*",)},
+            "optimizer.freeze: 'img/.*' matches no parameter; use one of the names t, txt/kernel",
+        ),
         ({"learning_rate_scale": ("t=fast",)}, "'t=fast' is not of the form REGEX=FACTOR"),
         ({"weight_decay_scale": ("(=1",)}, "'(=1' is not of the form REGEX=FACTOR"),
     ],

@@ -15,7 +15,7 @@ MAX_PIXELS = 64_000_000
 
 # Each scan of a progressive JPEG passes over all pixels, however few bytes it has. Encoders write about ten.
 _MAX_SCANS = 100
-_FULL: Any = ("full size",)  # key in `Image.info`; no file can set it, since those of files are strings
+_DRAFT: Any = ("draft",)  # key in `Image.info`; no file can set it, since the keys of files are strings
 
 
 class ImageError(ValueError):
@@ -53,7 +53,7 @@ def decode(
             image.load()
             result = rgb(image, alpha)
             if draft and result.size != full:
-                result.info[_FULL] = full, draft[1]
+                result.info[_DRAFT] = full, draft[1]
             return result
     except (ImageError, MemoryError):
         raise
@@ -63,6 +63,14 @@ def decode(
         # No address of an object may stay in the reason: it is stored, and must be the same each time.
         reason = re.sub(r"\s*<.*?>", "", " ".join(str(error).split()))[:100]
         raise ImageError(f"damaged image: {reason or type(error).__name__}") from None
+
+
+def full_size(image: Image.Image) -> tuple[tuple[int, int], tuple[float, float, float, float] | None]:
+    """Return the size in the file of an image from `decode`, and the part of the image that covers it.
+
+    The part is None for the whole image. A reduced JPEG may have a last row and column that are partly outside.
+    """
+    return image.info.get(_DRAFT, (image.size, None))
 
 
 def rgb(image: Image.Image, alpha: str = "drop") -> Image.Image:
