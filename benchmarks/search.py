@@ -23,7 +23,8 @@ import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.stream_store import forget
-from lit_fast.data.dataset import SHARD, DatasetWriter, Row
+from lit_fast.data.dataset import SHARD
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.inference.search import search
 from lit_fast.models.two_towers import centered

@@ -16,7 +16,8 @@ import numpy as np
 import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, Dataset, decode_block, decode_captions
-from lit_fast.data.features import Features, read_error
+from lit_fast.data.features import Features
+from lit_fast.data.shards import read_error
 from lit_fast.errors import UserError
 from lit_fast.utils.system import cpu_count
 

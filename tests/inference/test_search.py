@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_fast.data.dataset import DatasetWriter, Row, Source, open_dataset
+from lit_fast.data.dataset import Source, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import open_features
 from lit_fast.errors import UserError
 from lit_fast.inference.search import read_hits, search
