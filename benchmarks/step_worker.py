@@ -1,6 +1,6 @@
 """Run one case of `benchmarks.step` in a process of its own.
 
-    python -m benchmarks.step_worker --case '{"rival": "open_clip", "batch": 512, ...}'
+python -m benchmarks.step_worker --case '{"rival": "open_clip", "batch": 512, ...}'
 """
 
 from __future__ import annotations

@@ -24,7 +24,12 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "te
 
 
 def write_receipt(
-    workdir: StrPath, config: Config, memory: MemoryFit, step: int, cost: RunCost, results: list[dict[str, Any]]
+    workdir: StrPath,
+    config: Config,
+    memory: MemoryFit,
+    step: int,
+    cost: RunCost,
+    results: list[dict[str, Any]],
 ) -> None:
     """Write `receipt.json` of a run that is finished, or stopped after `step` steps.
 
