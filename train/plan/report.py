@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lit_fast.utils.format import format_bytes, format_duration, format_table
@@ -169,7 +170,7 @@ def _advice(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(rows: list[tuple[str, ...]], left: set[int], header: bool = False) -> list[str]:
+def _table(rows: Sequence[tuple[str, ...]], left: set[int], header: bool = False) -> list[str]:
     """Return the lines of a table, indented below its heading, which is the first row with `header`."""
     rows = [(label if header and not n else f"  {label}", *cells) for n, (label, *cells) in enumerate(rows)]
     return format_table(rows, left).splitlines()
