@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import jax
 
 from lit_fast.data.dataset import SHARD, Dataset, open_dataset
-from lit_fast.data.features import Features, Manifest, embed_command, with_views
+from lit_fast.data.features import Features, Manifest, embed_command
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.sources import check_sources
+from lit_fast.data.matching import with_views
 from lit_fast.embed.journal import is_in_use
 from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.embed.pipeline import StallTimer, run_tower
@@ -30,7 +31,7 @@ from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
 from lit_fast.utils.output import result, status
 from lit_fast.utils.progress import Progress
-from lit_fast.utils.signals import held_back
+from lit_fast.utils.signals import defer_signals
 from lit_fast.utils.system import cpu_count
 
 
@@ -88,7 +89,7 @@ def embed_dataset(
       UserError: a source is missing, the name belongs to another tower, the disk is full, or no image
         could be decoded.
     """
-    with held_back() as signals:
+    with defer_signals() as signals:
         share = share or process_rank()
         dataset = open_dataset(path)
         check_sources(dataset)

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, Source, open_dataset, remove_other_generations
+from lit_fast.data.dataset import Dataset, Source, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row, remove_other_generations
 from lit_fast.data.images.sources import check_sources, size_and_etag
 from lit_fast.embed.key_set import KeySet
 from lit_fast.embed.row_reader import RowReader

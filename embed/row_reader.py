@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from lit_fast.data.dataset import SHARD, Row, Source
+from lit_fast.data.dataset import SHARD, Source
+from lit_fast.data.dataset_writer import Row
 from lit_fast.embed.skipped import SkippedLog
 from lit_fast.embed.sources.formats import FORMATS
 from lit_fast.embed.sources.interface import ColumnOptions, Damage, Layout, Sample, Skipped

@@ -13,7 +13,8 @@ import numpy as np
 import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, SHARD
-from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest, first_line, read_error
+from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest
+from lit_fast.data.shards import read_error, tensorstore_reason
 from lit_fast.embed.journal import Journal
 from lit_fast.embed.loader import Batch
 from lit_fast.errors import UserError
@@ -142,7 +143,8 @@ def write_shard(
         future.result()
     except ValueError as error:
         raise UserError(
-            f"{features.path} cannot be written: {first_line(error)}; fix the cause, then rerun the same command"
+            f"{features.path} cannot be written: {tensorstore_reason(error)}; fix the cause, then rerun "
+            "the same command"
         ) from None
     keys = features.dataset.shard_keys[shard]
     features.write_manifest(

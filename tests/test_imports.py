@@ -16,36 +16,18 @@ ROOT = Path(__file__).parents[1]
 # Modules that do not keep a rule yet.
 PENDING: dict[str, set[str]] = {
     "help": set(),
-    "benchmarks": {"benchmarks.step_case", "benchmarks.step_jax", "benchmarks.step_torch"},
+    "benchmarks": set(),
     "dependency": set(),
     "private": set(),
     "print": {
         "lit_fast.cli.evaluate",
         "lit_fast.cli.inference",
         "lit_fast.cli.inspect",
-        "lit_fast.demo",
     },
     "files": {
-        "lit_fast",
         "lit_fast.cli.evaluate",
         "lit_fast.cli.inference",
         "lit_fast.cli.inspect",
-        "lit_fast.data.blocks",
-        "lit_fast.demo",
-        "lit_fast.demo.results",
-        "lit_fast.demo.tars",
-        "lit_fast.evaluation.evaluate",
-        "lit_fast.evaluation.few_shot",
-        "lit_fast.evaluation.known_sets",
-        "lit_fast.evaluation.zeroshot_set",
-        "lit_fast.inference.classify",
-        "lit_fast.inference.exported",
-        "lit_fast.inference.model",
-        "lit_fast.inference.search_page",
-        "lit_fast.report.compare",
-        "lit_fast.report.info",
-        "lit_fast.train.cli",
-        "lit_fast.train.tracking.report",
     },
 }
 

@@ -142,6 +142,8 @@ class Hub(Server):
                 folder = "/".join(rest[2:])
                 names = [n for n in files if n.startswith(folder and f"{folder}/")]
                 parents = {n[:i] for n in names for i, c in enumerate(n) if c == "/" and i > len(folder)}
+                if not names:
+                    return _error("EntryNotFound", 404)
                 return _json([_entry(n, files) for n in (*sorted(parents), *names)])
             case ["paths-info"]:
                 return _json([_entry(n, files) for n in parse_qs(body.decode())["paths"] if _entry(n, files)])

@@ -10,9 +10,9 @@ import numpy as np
 
 from lit_fast.config import Config
 from lit_fast.data.dataset import Dataset, open_dataset
-from lit_fast.data.features import rows_without_features
+from lit_fast.data.matching import rows_without_features
 from lit_fast.evaluation.evaluate import Evaluate, distinct_names, retrieval_evaluation, zero_shot_evaluation
-from lit_fast.evaluation.table import format_table, without_languages
+from lit_fast.evaluation.table import format_results, without_languages
 from lit_fast.models.two_towers import Params, apply_image_head
 from lit_fast.runs.run import image_embeddings
 
@@ -84,7 +84,7 @@ class Evaluator:
 
     def table(self) -> str:
         """Format the last results for the terminal."""
-        return format_table(without_languages(self.results))
+        return format_results(without_languages(self.results))
 
 
 def _intervals(config: Config) -> list[float]:

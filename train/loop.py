@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +19,13 @@ from jax.sharding import Mesh
 
 from lit_fast.config import Config
 from lit_fast.models.two_towers import init_params, text_embedder, text_tower
-from lit_fast.runs.metrics import Spent
+from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.storage.files import Lock
 from lit_fast.storage.paths import StrPath
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
-from lit_fast.train.cost.memory import Fit, fit
+from lit_fast.train.cost.memory import MemoryFit, choose_remat
 from lit_fast.train.evaluator import EmbedText, Evaluator
 from lit_fast.train.input_pipeline.stream import Batch
 from lit_fast.train.inputs import Inputs, open_inputs
@@ -42,6 +40,7 @@ from lit_fast.train.tracking.trackers import check_trackers
 from lit_fast.train.workdir import check_initial_params, load_initial_params, lock_workdir, write_workdir
 from lit_fast.utils.format import format_duration
 from lit_fast.utils.output import result, status
+from lit_fast.utils.signals import record_signals
 
 
 def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
@@ -71,7 +70,7 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     # --- Build the optimizer and the model, with the remat policy that fits in memory.
     build = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=inputs.features.width)
     optimizer, abstract_state = abstract_training(build(text), config)
-    memory = fit(replace(config, text=text), build, mesh, optimizer, abstract_state)
+    memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state)
     status(f"memory: {memory.description}")
     model = build(memory.text)
 
@@ -232,16 +231,10 @@ class PreemptionSignal:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._signal, self._mesh = 0, mesh
+        self._received, _ = record_signals()
+        self._mesh = mesh
         self._max = jax.jit(jnp.max, out_shardings=replicated(mesh))
         self._pending: deque[jax.Array] = deque()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._record)
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        if self._signal:
-            raise SystemExit(128 + number)
-        self._signal = number
 
     def should_stop(self) -> int:
         """Return the signal, 0 for none; called once per step in every process.
@@ -249,9 +242,10 @@ class PreemptionSignal:
         All processes must stop after the same step. With several processes the maximum over all of them is computed
         on the devices and read two steps later, when it is available without waiting.
         """
+        signal = self._received[0] if self._received else 0
         if jax.process_count() == 1:
-            return self._signal
-        received = np.full(jax.local_device_count(), self._signal, np.int32)
+            return signal
+        received = np.full(jax.local_device_count(), signal, np.int32)
         self._pending.append(
             self._max(jax.make_array_from_process_local_data(batch_sharding(self._mesh), received))
         )
@@ -277,7 +271,7 @@ def _create_workdir(
 
 
 def _write_summary(
-    workdir: str, config: Config, memory: Fit, step: int, cost: Spent, results: list[dict[str, Any]]
+    workdir: str, config: Config, memory: MemoryFit, step: int, cost: RunCost, results: list[dict[str, Any]]
 ) -> None:
     """Write the receipt and the report."""
     if jax.process_index() == 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from lit_fast.data.dataset import Row
+from lit_fast.data.dataset_writer import Row
 from lit_fast.data.images.parquet import ERRORS, check_row_group
 from lit_fast.embed.importers.parts import Part
 from lit_fast.embed.sources.columns import (

@@ -15,16 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.data.dataset import (
-    BLOCK,
-    SHARD,
-    Dataset,
-    DatasetWriter,
-    Row,
-    Source,
-    decode_block,
-    open_dataset,
-)
+from lit_fast.data.dataset import BLOCK, SHARD, Dataset, Source, decode_block, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.embed.extract import check_store_name, write_provenance
 from lit_fast.embed.importers.captions import check_metadata, imported_rows

@@ -15,7 +15,8 @@ import numpy as np
 import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, decode_block
-from lit_fast.data.features import Features, Manifest, first_line
+from lit_fast.data.features import Features, Manifest
+from lit_fast.data.shards import tensorstore_reason
 from lit_fast.embed.verify.findings import Finding, some
 from lit_fast.errors import UserError
 
@@ -45,7 +46,7 @@ def scan_shard(array: ts.TensorStore, manifest: Manifest) -> ShardScan:
             block = array[manifest.first + lo : manifest.first + hi].read().result()
         except ValueError as error:
             scan.unreadable.append(lo)
-            scan.reason = scan.reason or first_line(error)
+            scan.reason = scan.reason or tensorstore_reason(error)
             continue
         hasher.update(np.ascontiguousarray(block).view(np.uint8).data)
         bits = block.view(np.uint16)

@@ -276,6 +276,31 @@ def read_range(location: StrPath, start: int, stop: int) -> bytes:
         return b"".join(parts)
 
 
+def read_tail(location: StrPath, size: int) -> bytes:
+    """Return the last `size` bytes of a file, fewer where it is shorter; raises OSError."""
+    with open(_local(location), "rb", buffering=0) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read()
+
+
+def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
+    """Fill writable buffers of bytes, one after the other, with the bytes of a file from `start` on.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: the file ends earlier.
+    """
+    with open(_local(location), "rb", buffering=0) as file:
+        file.seek(start)
+        for buffer in buffers:
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done:])
+                if not count:
+                    raise ValueError(f"{location} ends early")
+                done += count
+
+
 def write_atomic(location: StrPath, data: bytes) -> None:
     """Write a file so that a reader finds all of `data` or none of it; creates the directories above."""
     with replacing(location) as temporary, open(temporary, "wb") as file:

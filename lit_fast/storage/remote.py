@@ -268,15 +268,9 @@ def _info(url: str) -> Mapping[str, Any]:
 def _glob(pattern: str) -> Mapping[str, Mapping[str, Any]]:
     """Return the metadata of the files and directories that match a pattern, never from a cache."""
     files = _filesystem(pattern)
-    if urlsplit(pattern).scheme != "hf":
-        return files.glob(pattern, detail=True)
-    from huggingface_hub.errors import EntryNotFoundError
-
-    files.invalidate_cache()
-    try:
-        return files.glob(pattern, detail=True)
-    except EntryNotFoundError:  # the directory before the first wildcard
-        return {}
+    if urlsplit(pattern).scheme == "hf":
+        files.invalidate_cache()
+    return files.glob(pattern, detail=True)
 
 
 _range_servers: set[tuple[str, str]] = set()  # scheme and address of servers that are known to answer ranges

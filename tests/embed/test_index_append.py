@@ -16,7 +16,8 @@ import pytest
 import lit_fast.data.dataset
 import lit_fast.data.records
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import Row, Source, open_dataset
+from lit_fast.data.dataset import Source, open_dataset
+from lit_fast.data.dataset_writer import Row
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.tokens import open_tokens
 from lit_fast.embed.index import index_dataset
@@ -177,7 +178,9 @@ def test_tokens_are_made_anew(tars: Path, tmp_path: Path) -> None:
     tokenize_dataset(out, train_vocab=282, name="words")
     before = open_tokens(open_dataset(out)).tokenizer().model
     grown = index_dataset([str(tars)], out, seed=0, append=True)
-    with pytest.raises(UserError, match="may have grown; make it anew with: lit-fast tokenize") as error:
+    with pytest.raises(
+        UserError, match="may have grown; make the tokens again with: lit-fast tokenize"
+    ) as error:
         open_tokens(grown)
     assert main(shlex.split(str(error.value).partition("with: lit-fast ")[2])) == 0
     assert open_tokens(grown).meta["captions"] == 60

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lit_fast.config import Config
-from lit_fast.runs.metrics import Spent, is_number, read_metrics
+from lit_fast.runs.metrics import RunCost, is_number, read_metrics
 from lit_fast.storage.files import open_append, write_atomic
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.train.tracking.console import Console
@@ -30,7 +30,7 @@ class MetricsWriter:
       cost_before: time and chip-hours of the earlier parts of the run.
     """
 
-    def __init__(self, workdir: StrPath, config: Config, start_step: int, cost_before: Spent) -> None:
+    def __init__(self, workdir: StrPath, config: Config, start_step: int, cost_before: RunCost) -> None:
         workdir = os.fspath(workdir)
         path = join(workdir, "metrics.jsonl")
         lines = read_metrics(path)
@@ -63,7 +63,7 @@ class TrainingLog:
     """Logs the metrics of a training to `metrics.jsonl`, the trackers and the terminal, in the first process only."""
 
     def __init__(
-        self, workdir: str, config: Config, start_step: int, cost_before: Spent, meter: ThroughputMeter
+        self, workdir: str, config: Config, start_step: int, cost_before: RunCost, meter: ThroughputMeter
     ) -> None:
         self._meter = meter
         self._writer: MetricsWriter | None = None

@@ -14,17 +14,22 @@ from typing import Any
 import jax
 
 from lit_fast.config import Config, flatten
-from lit_fast.runs.metrics import Spent, best, evaluations, read_metrics, speed, spent
+from lit_fast.runs.metrics import RunCost, best, evaluations, mean_speed, read_metrics, run_cost
 from lit_fast.storage.files import is_file, read_bytes, read_json, read_object, write_json
 from lit_fast.storage.paths import StrPath, absolute, join
-from lit_fast.train.cost.memory import Fit
+from lit_fast.train.cost.memory import MemoryFit
 from lit_fast.version import __version__
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
 
 def write_receipt(
-    workdir: StrPath, config: Config, memory: Fit, step: int, cost: Spent, results: list[dict[str, Any]]
+    workdir: StrPath,
+    config: Config,
+    memory: MemoryFit,
+    step: int,
+    cost: RunCost,
+    results: list[dict[str, Any]],
 ) -> None:
     """Write `receipt.json` of a run that is finished, or stopped after `step` steps.
 
@@ -45,7 +50,7 @@ def write_receipt(
         "pairs_seen": step * config.stream.global_batch * config.stream.captions_per_image,
         "elapsed_seconds": cost.seconds,
         "chip_hours": cost.chip_hours,
-        **speed(lines),
+        **mean_speed(lines),
         "memory": memory.record,
         **_peak_memory(),
         "evaluation": {
@@ -65,7 +70,7 @@ def write_receipt(
             "python": platform.python_version(),
             **{name: version(name) for name in _LIBRARIES},
         },
-        "git": _git_revision(),
+        "git": git_revision(),
         "digests": _digests(workdir),
         "config": flatten(config),
     }
@@ -74,14 +79,14 @@ def write_receipt(
     write_json(join(workdir, "receipt.json"), receipt)
 
 
-def read_cost(workdir: StrPath) -> Spent:
+def read_cost(workdir: StrPath) -> RunCost:
     """Return the cost of the earlier parts of a run, from its metrics and its receipt.
 
     The time of a killed part after its last line of metrics is not known.
     """
     receipt = join(workdir, "receipt.json")
     known = [read_object(receipt, "elapsed_seconds", "chip_hours")] if is_file(receipt) else []
-    return spent([*read_metrics(join(workdir, "metrics.jsonl")), *known])
+    return run_cost([*read_metrics(join(workdir, "metrics.jsonl")), *known])
 
 
 def is_finished(workdir: StrPath) -> bool:
@@ -101,7 +106,7 @@ def _digests(workdir: StrPath) -> dict[str, str]:
     }
 
 
-def _git_revision() -> dict[str, Any] | None:
+def git_revision() -> dict[str, Any] | None:
     """Return commit and whether tracked files differ from it, if the code is a git checkout; else None."""
     directory = absolute(os.fspath(importlib.resources.files("lit_fast")))  # type: ignore[call-overload]
 

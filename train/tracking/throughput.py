@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from lit_fast.runs.metrics import Spent
+from lit_fast.runs.metrics import RunCost
 from lit_fast.train.cost.hardware import peak_flops
 
 
@@ -43,7 +43,7 @@ class ThroughputMeter:
         devices: int,
         *,
         start_step: int,
-        cost_before: Spent,
+        cost_before: RunCost,
         started: float,
     ) -> None:
         self.waiting, self.paused = Stopwatch(), Stopwatch()
@@ -54,11 +54,11 @@ class ThroughputMeter:
         # Step, time, paused and waiting seconds at the last reading.
         self._last = (start_step, time.monotonic(), 0.0, 0.0)
 
-    def cost(self) -> Spent:
+    def cost(self) -> RunCost:
         """Return the cost of this part of the run and those before it."""
         seconds = time.monotonic() - self._started
         before = self._cost_before
-        return Spent(before.seconds + seconds, before.chip_hours + seconds * self._devices / 3600)
+        return RunCost(before.seconds + seconds, before.chip_hours + seconds * self._devices / 3600)
 
     def read(self, step: int) -> dict[str, float]:
         """Return metrics of the steps since the last reading, by the names in `lit_fast.runs.metrics`.

@@ -146,7 +146,7 @@ def test_real_labels_come_through_the_cache(
     own = tmp_path / "own.json"
     own.write_text("{}")
     assert resolve_labels(str(own)) == own
-    with pytest.raises(UserError, match=r"is no file and none of the known labels: real"):
+    with pytest.raises(UserError, match=r"is no file; give a JSON file or one of the known labels: real"):
         resolve_labels("reel")
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from lit_fast.config import Config, LogConfig
 from lit_fast.errors import UserError
-from lit_fast.runs.metrics import Spent, read_metrics
+from lit_fast.runs.metrics import RunCost, read_metrics
 from lit_fast.train.tracking import trackers
 from lit_fast.train.tracking.metrics_writer import MetricsWriter
 
@@ -66,12 +66,12 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 def test_wandb_resumed_training_is_one_run(wandb, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    writer = MetricsWriter(tmp_path, CONFIG, 0, Spent())
+    writer = MetricsWriter(tmp_path, CONFIG, 0, RunCost())
     writer.write(5, {"loss": 3.5, "bias": float("nan")})
     writer.write(10, {"loss": 3.0})
     writer.write(10, {"dev/acc1": 0.5})
     writer.close()
-    writer = MetricsWriter(tmp_path, CONFIG, 10, Spent(20.0, 0.1))
+    writer = MetricsWriter(tmp_path, CONFIG, 10, RunCost(20.0, 0.1))
     writer.write(15, {"loss": 2.5})
     writer.close()
 
@@ -92,7 +92,7 @@ def test_wandb_without_key_or_network_keeps_the_run_for_later(wandb, tmp_path, m
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setattr(trackers, "_WANDB_START_SECONDS", 2.0)
-    writer = MetricsWriter(tmp_path, CONFIG, 0, Spent())
+    writer = MetricsWriter(tmp_path, CONFIG, 0, RunCost())
     writer.write(5, {"loss": 3.5})
     writer.close()
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: wandb: ")]
@@ -104,7 +104,7 @@ def test_wandb_without_key_or_network_keeps_the_run_for_later(wandb, tmp_path, m
 
 def test_wandb_failure_does_not_end_the_training(wandb, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    writer = MetricsWriter(tmp_path, CONFIG, 0, Spent())
+    writer = MetricsWriter(tmp_path, CONFIG, 0, RunCost())
     wandb.run.finish()  # as if its process had died
     for step in (1, 2):
         writer.write(step, {"loss": 1.0})
@@ -118,7 +118,7 @@ def test_wandb_environment_overrides_the_config(wandb, tmp_path, monkeypatch):
     for name, value in {"MODE": "offline", "PROJECT": "p", "NAME": "n", "RUN_ID": "i"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
-    writer = MetricsWriter(tmp_path / "run", CONFIG, 0, Spent())
+    writer = MetricsWriter(tmp_path / "run", CONFIG, 0, RunCost())
     writer.write(1, {"loss": 2.0})
     writer.close()
     (run,) = (r.run for r in records(tmp_path / "elsewhere") if r.WhichOneof("record_type") == "run")
@@ -131,11 +131,11 @@ def test_wandb_environment_overrides_the_config(wandb, tmp_path, monkeypatch):
 TRACKIO = """
 import sys
 from lit_fast.config import Config, LogConfig
-from lit_fast.runs.metrics import Spent
+from lit_fast.runs.metrics import RunCost
 from lit_fast.train.tracking.metrics_writer import MetricsWriter
 config = Config(log=LogConfig(report_to="trackio", project="project"), seed=7)
 for start, steps in ((0, (5, 10)), (5, (10, 15))):
-    writer = MetricsWriter(sys.argv[1], config, start, Spent())
+    writer = MetricsWriter(sys.argv[1], config, start, RunCost())
     for step in steps:
         writer.write(step, {"loss": 20.0 - step, "dev/acc1": 0.5})
     writer.close()
@@ -167,13 +167,13 @@ def test_report_to_selects_the_trackers(tmp_path):
         {"": [], "tensorboard": ["tensorboard"], " tensorboard,tensorboard": ["tensorboard"]}.items()
     ):
         run = tmp_path / str(number)
-        writer = MetricsWriter(run, Config(log=LogConfig(report_to=report_to)), 0, Spent())
+        writer = MetricsWriter(run, Config(log=LogConfig(report_to=report_to)), 0, RunCost())
         writer.write(1, {"loss": 2.0})
         writer.close()
         assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", *expected]
 
 
-def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+def test_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     trackers.check_trackers(Config(log=LogConfig(report_to="tensorboard")))
     with pytest.raises(
