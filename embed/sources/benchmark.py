@@ -48,7 +48,7 @@ def hub_tars(spec: str) -> list[str]:
     """Return the tars of `wds:NAME`, the repository clip-benchmark/wds_NAME of the Hub, downloaded to its cache.
 
     Raises:
-      UserError: no such set, it cannot be downloaded, or it is not what it is known to be.
+      UserError: there is no such set, it cannot be downloaded, or it has another number of classes than is known.
     """
     name = spec.removeprefix(PREFIX)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII):

@@ -117,7 +117,7 @@ def _columns(path: str, options: ColumnOptions, parquet: pq.ParquetFile) -> Colu
         else:
             outer = options.image
     columns = choose_columns(replace(options, image=outer), schema.names, path)
-    # The image of a struct is no caption, whatever its name.
+    # The column of the image is not used for captions, even if its name is one of theirs.
     captions = tuple((language, name) for language, name in columns.captions if name != columns.image)
     image = image or _image_column(path, schema, columns.image, parquet)
     columns = replace(columns, image=image, captions=captions)
