@@ -43,7 +43,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class Embedded:
-    """What CLIP_benchmark takes for a model: images and texts are their own embeddings."""
+    """A model for CLIP_benchmark whose images and texts are embeddings."""
 
     def encode_image(self, images: Any) -> Any:
         return images
@@ -53,7 +53,7 @@ class Embedded:
 
 
 class TextVectors:
-    """A vector for every text, the same for the same text; stands for tokenizer and text tower."""
+    """A vector for every text, equal for equal texts, in place of tokenizer and text tower."""
 
     def __init__(self) -> None:
         self._known: dict[str, np.ndarray] = {}
