@@ -14,7 +14,7 @@ import pytest
 from benchmarks import demo_tower as pretrain
 from lit_fast.config_io import load_config
 from lit_fast.demo import demo
-from lit_fast.demo.results import confusions, gallery
+from lit_fast.demo.page import confusions, gallery
 from lit_fast.demo.scenes import NOVEL, PAIRS
 from lit_fast.demo.tars import write_captioned, write_classification
 from lit_fast.embed.index import index_dataset
