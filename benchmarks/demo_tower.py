@@ -16,6 +16,7 @@ finds colour and shape of single things in 99.6 % of known and 98.5 % of novel p
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import itertools
 import queue
@@ -60,6 +61,8 @@ from lit_fast.storage.files import write_atomic
 PATCH = 8
 GRID = SIZE // PATCH
 MODEL = ViT(Architecture(Shape(width=128, depth=4, mlp_dim=256, heads=4), PATCH))
+# The same parameters; average pooling needs all tokens of the last layer, class token pooling only one.
+ALL_TOKENS = ViT(dataclasses.replace(MODEL.architecture, pool="gap"))
 RANK = 128  # of the factors of the pairs
 
 # The attributes of a thing, in groups; a thing has one value of every group.
@@ -191,7 +194,7 @@ def sincos(width: int) -> np.ndarray:
 def tokens(vit: Params, images: Any) -> jax.Array:
     """Return all tokens after the final norm, float32 [n, 65, width], of uint8 images; the class token is first."""
     x = (jnp.asarray(images, jnp.float32) / 255 - 0.5) / 0.5
-    _, state = MODEL.apply(
+    _, state = ALL_TOKENS.apply(
         {"params": vit},
         x,
         capture_intermediates=lambda module, _: isinstance(module, Encoder),
@@ -336,14 +339,14 @@ def probe(vit: Params, scenes: int = 4000) -> str:
     x, y = features(KNOWN, 0, scenes)
     weights = np.linalg.solve(x.T @ x + 1e-2 * np.eye(x.shape[1]), x.T @ y.astype(np.float32))
     colour, shape = (slice(STARTS[g], STARTS[g + 1]) for g in (COLOUR, SHAPE))
-    said = []
+    lines = []
     for name, pairs in (("known", KNOWN), ("novel", NOVEL)):
         x, y = features(pairs, 1, 1000)
         guess = x @ weights
         right = [guess[:, g].argmax(1) == y[:, g].argmax(1) for g in (colour, shape)]
         both = (right[0] & right[1]).mean()
-        said.append(f"{name} pairs {both:.1%} (colour {right[0].mean():.1%}, shape {right[1].mean():.1%})")
-    return f"linear probe, chance {1 / len(PAIRS):.1%}: " + ", ".join(said)
+        lines.append(f"{name} pairs {both:.1%} (colour {right[0].mean():.1%}, shape {right[1].mean():.1%})")
+    return f"linear probe, chance {1 / len(PAIRS):.1%}: " + ", ".join(lines)
 
 
 def main() -> None:

@@ -103,7 +103,9 @@ def test_demo_tower_is_small_and_equals_the_pretrained_model() -> None:
     assert (tower.preprocess.size, tower.architecture) == (64, pretrain.MODEL.architecture)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     features = tower.embed(tower.params, images)
-    np.testing.assert_allclose(features, pretrain.tokens(tower.params, images)[:, 0], rtol=0, atol=2e-5)
+    tokens = pretrain.tokens(tower.params, images)
+    assert tokens.shape == (3, 1 + pretrain.GRID**2, 128)
+    np.testing.assert_allclose(features, tokens[:, 0], rtol=0, atol=2e-5)
 
 
 def test_augreg_npz_round_trips_the_weights(tmp_path: Path) -> None:
