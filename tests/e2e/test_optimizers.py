@@ -58,7 +58,7 @@ def test_optimizer_trains_and_resumes_to_the_same_bits(path, name, options):
 
 
 def test_schedule_free_checkpoints_hold_the_average_that_the_training_evaluates(path):
-    """The parameters that are updated are beside it, for resuming."""
+    """The updated parameters are stored with the optimizer state, for resuming."""
     assert (
         train(path, "average", "--optimizer.name", "schedule_free", "--optimizer.schedule", "constant") == 0
     )

@@ -1,4 +1,4 @@
-"""Who may train in a run's directory."""
+"""One training at a time in a run directory."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from lit_fast.errors import UserError
 from lit_fast.train.workdir import lock_workdir
 
 
-def test_one_training_at_a_time(tmp_path):
+def test_lock_workdir_admits_one_training(tmp_path):
     code = "from lit_fast.train.workdir import lock_workdir; "
     code += f"lock = lock_workdir({str(tmp_path)!r})"
     with lock_workdir(tmp_path):

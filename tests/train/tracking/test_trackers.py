@@ -173,7 +173,7 @@ def test_report_to_selects_the_trackers(tmp_path):
         assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", *expected]
 
 
-def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+def test_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     trackers.check_trackers(Config(log=LogConfig(report_to="tensorboard")))
     with pytest.raises(
