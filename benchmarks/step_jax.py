@@ -92,7 +92,9 @@ def ours(case: Case) -> Rival:
     }
     if text.packed:
         mean = float(true_lengths(ids, step_case.END).mean())
-        arrays = Packing(text.pack, text.row_tokens, step_case.END, mean, mesh.size, single_process=True)(arrays)
+        arrays = Packing(text.pack, text.row_tokens, step_case.END, mean, mesh.size, single_process=True)(
+            arrays
+        )
         note += f", rows of {text.row_tokens} tokens"
     batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh), v) for k, v in arrays.items()}
     params = jax.tree.map(jnp.asarray, {"txt": make_weights(case), "mean": np.zeros(FEATURES, np.float32)})
