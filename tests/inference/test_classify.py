@@ -64,7 +64,7 @@ def test_classify_scores_equal_the_mean_over_the_templates(loss, tiny_vit, pictu
         (["a cat"], ["{c}"], "at least two labels"),
         (["a cat", "!?"], ["{c}"], "neither letters nor digits"),
         (["a cat", "A  Cat."], ["{c}"], "2 labels are equal to 'a cat'"),
-        (["a", "b"], ["a photo"], "no place for the class name"),
+        (["a", "b"], ["a photo"], "lacks the class name"),
     ],
 )
 def test_check_labels_unusable_labels_raise(labels, templates, message):

@@ -262,7 +262,7 @@ def test_check_unusable_files_weights_and_packages_raise(tokenizer, tiny_vit, tm
         (b"\n \n", {"classes": bad}, "bad is empty"),
         (b"\xff\xfe", {"classes": bad}, "bad is not UTF-8 text"),
         (b"rose\n?!\n", {"classes": bad}, r"bad: class name '\?!' \(number 1\)"),
-        (b"a rose\n", {"classes": names, "templates": bad}, "bad: prompt template 'a rose' has no place"),
+        (b"a rose\n", {"classes": names, "templates": bad}, "bad: prompt template 'a rose' lacks the class name"),
         (b"a {}\n", {"templates": bad}, "without --classes"),
     ):
         if content is not None:
