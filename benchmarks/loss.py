@@ -73,21 +73,21 @@ def jax_case(form: str, batch: int, devices: int, repeats: int) -> Result:
     from jax.sharding import PartitionSpec
 
     from lit_fast.config import LossConfig
-    from lit_fast.losses.accumulate import Trained
-    from lit_fast.losses.contrastive import pair_loss
-    from lit_fast.losses.pairs import Images, Texts
+    from lit_fast.losses.accumulate import LossParams
+    from lit_fast.losses.contrastive import contrastive_loss
+    from lit_fast.losses.pairs import ImageSide, TextSide
     from lit_fast.runtime import AXIS, batch_sharding, make_mesh, replicated
 
     mesh = make_mesh(jax.devices()[:devices])
     config = LossConfig(name="softmax" if form == SOFTMAX else "sigmoid")
 
-    def ours(trained: Trained, images: jax.Array) -> jax.Array:
+    def ours(params: LossParams, images: jax.Array) -> jax.Array:
         rows = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
-        return pair_loss(config, devices, trained, Images(images, rows), Texts(rows))[0]
+        return contrastive_loss(config, devices, params, ImageSide(images, rows), TextSide(rows))[0]
 
-    def matrix(trained: Trained, images: jax.Array) -> jax.Array:
+    def matrix(params: LossParams, images: jax.Array) -> jax.Array:
         everything = lax.all_gather(images, AXIS, tiled=True) if devices > 1 else images
-        texts, log_scale, bias, _ = trained
+        texts, log_scale, bias, _ = params
         logits = jnp.exp(log_scale) * jnp.einsum("nd,md->nm", texts, everything, precision="high") + bias
         own = lax.axis_index(AXIS) * len(texts) + jnp.arange(len(texts))
         if form == FEWER:  # softplus(-x) is softplus(x) - x
@@ -96,29 +96,29 @@ def jax_case(form: str, batch: int, devices: int, repeats: int) -> Result:
         label = jnp.where(own[:, None] == jnp.arange(batch), 1.0, -1.0)
         return -jnp.sum(jax.nn.log_sigmoid(label * logits)) / batch
 
-    def compute(trained: Trained, images: jax.Array) -> tuple[jax.Array, Trained]:
-        loss, gradients = jax.value_and_grad(ours if form in (OURS, SOFTMAX) else matrix)(trained, images)
+    def compute(params: LossParams, images: jax.Array) -> tuple[jax.Array, LossParams]:
+        loss, gradients = jax.value_and_grad(ours if form in (OURS, SOFTMAX) else matrix)(params, images)
         texts, *others = gradients
-        return lax.psum(loss, AXIS), Trained(texts, *lax.psum(others, AXIS))
+        return lax.psum(loss, AXIS), LossParams(texts, *lax.psum(others, AXIS))
 
     bias = None if form == SOFTMAX else np.float32(BIAS)
     part, whole = PartitionSpec(AXIS), PartitionSpec()
     mapped = jax.shard_map(
         compute,
         mesh=mesh,
-        in_specs=(Trained(part, whole, whole), part),
-        out_specs=(whole, Trained(part, whole, whole)),
+        in_specs=(LossParams(part, whole, whole), part),
+        out_specs=(whole, LossParams(part, whole, whole)),
         check_vma=False,
     )
     rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=batch_sharding(mesh))
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-    compiled = jax.jit(mapped).lower(Trained(rows, one, None if bias is None else one), rows).compile()
+    compiled = jax.jit(mapped).lower(LossParams(rows, one, None if bias is None else one), rows).compile()
     result: Result = {"temporaries": compiled.memory_analysis().temp_size_in_bytes}  # type: ignore[union-attr]
     if not repeats:
         return result
     images, texts = (jax.device_put(a, batch_sharding(mesh)) for a in inputs(batch))
     scalars = jax.device_put((np.float32(math.log(TEMPERATURE)), bias), replicated(mesh))
-    given = Trained(texts, *scalars)
+    given = LossParams(texts, *scalars)
     before = jax.devices()[0].memory_stats()
     cost = measure(lambda: jax.block_until_ready(compiled(given, images)), repeats, enough=ENOUGH)
     # A single call may be given what compiling left behind, but its temporaries it has.

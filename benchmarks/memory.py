@@ -30,9 +30,9 @@ from jax.sharding import Mesh
 from benchmarks.machine import describe
 from lit_fast.config import Config, LossConfig, TextConfig
 from lit_fast.config_io import load_config
-from lit_fast.losses.accumulate import Trained
-from lit_fast.losses.contrastive import pair_loss
-from lit_fast.losses.pairs import Images, Texts
+from lit_fast.losses.accumulate import LossParams
+from lit_fast.losses.contrastive import contrastive_loss
+from lit_fast.losses.pairs import ImageSide, TextSide
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import AXIS, batch_sharding, replicated
 from lit_fast.train.cost.aot import Compiled, compile_step, tpu_mesh
@@ -74,8 +74,8 @@ def ours(
     images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, devices: int
 ) -> jax.Array:
     rows = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
-    return pair_loss(
-        LossConfig(), devices, Trained(texts, log_scale, bias), Images(images, rows), Texts(rows)
+    return contrastive_loss(
+        LossConfig(), devices, LossParams(texts, log_scale, bias), ImageSide(images, rows), TextSide(rows)
     )[0]
 
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from lit_fast.config import LossConfig, TextConfig
-from lit_fast.losses.accumulate import Trained
-from lit_fast.losses.contrastive import pair_loss
-from lit_fast.losses.pairs import pair_up
+from lit_fast.losses.accumulate import LossParams
+from lit_fast.losses.contrastive import contrastive_loss
+from lit_fast.losses.pairs import make_sides
 from lit_fast.models.sizes import Shape
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import REPLICATED, SHARDED, make_mesh, shard_map
@@ -41,7 +41,7 @@ def test_formula_counts_every_product(options):
     ("options", "rounds"),
     [
         ({}, 0),
-        ({"same_image": "mask", "same_caption": "mask"}, 0),
+        ({"same_caption": "mask"}, 0),
         ({"negatives": "random", "negatives_per_positive": 2.0}, 0),
         ({"name": "softmax"}, 1),
         ({"negatives": "hardest", "negatives_per_positive": 2.0}, 3),
@@ -52,11 +52,11 @@ def test_formula_counts_the_loss_without_what_is_worked_out_again(options, round
     texts, images, width = 12, 6, 10
     config = LossConfig(**options, image_head=image_head)
 
-    def loss(trained, features, rows, ids, words):
-        pairs = pair_up(config, 1, features, rows, len(ids) // len(rows), lambda: ids, words)
-        return jax.value_and_grad(lambda t: pair_loss(config, 1, t, *pairs)[0])(trained)
+    def loss(params, features, rows, ids, seeds):
+        sides = make_sides(config, 1, features, rows, len(ids) // len(rows), lambda: ids, seeds)
+        return jax.value_and_grad(lambda p: contrastive_loss(config, 1, p, *sides)[0])(params)
 
-    trained = Trained(
+    params = LossParams(
         texts=jnp.zeros((texts, width)),
         log_scale=jnp.zeros(()),
         bias=jnp.zeros(()),
@@ -70,7 +70,7 @@ def test_formula_counts_the_loss_without_what_is_worked_out_again(options, round
     )
     one = make_mesh(jax.devices()[:1])
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED)
-    program = jax.make_jaxpr(shard_map(loss, one, specs))(trained, *batch)
+    program = jax.make_jaxpr(shard_map(loss, one, specs))(params, *batch)
     model = TextTower(shape=Shape(24, 3, 40, 2), vocab_size=50, max_length=7, out_dim=width)
     formula = step_flops(model, texts, images, image_head) - step_flops(model, texts, 0)
     again = 2 * texts * images * width + (2 * images * width**2 if image_head else 0)
