@@ -2,20 +2,31 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 PYTHON ?= python3
+CORE   := tests/test_imports.py tests/test_config.py tests/losses tests/models tests/data tests/runs tests/train/test_step.py \
+          tests/train/test_optimizer.py tests/train/input_pipeline tests/e2e/test_main_job.py
 
-.PHONY: demo test lint types parity bench clean
+.PHONY: demo test test-core lint types bench clean
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("lit-fast needs Python 3.11 or newer, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 demo: $(VENV)/installed
 	$(BIN)/lit-fast demo --out demo
 
-test: $(VENV)/installed lint types
+# With the reference implementations that the parity tests compare with: torch, timm, transformers, open_clip.
+$(VENV)/parity: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[parity]'
+	touch $@
+
+test: $(VENV)/parity lint types
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# What depends most on the versions of Python and JAX; for a second interpreter: make test-core VENV=.venv-3.13 PYTHON=python3.13
+test-core: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(CORE)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -24,14 +35,9 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-# The tests against timm and transformers; needs a torch and a torchvision that fit each other.
-parity: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[parity]'
-	$(BIN)/python -m pytest -k 'timm or transformers or huggingface or torch'
-
 # The tables of benchmarks/README.md, but for those that take hours (learning) or libtpu (memory).
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.embed
@@ -41,5 +47,5 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.search
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,11 +1,11 @@
-"""Memory of a step on four TPU v4 chips over the batch, by the compiler; no TPU is needed.
+"""Memory of a training step on four TPU v4 chips by batch size, according to the compiler; no TPU is needed.
 
     pip install libtpu; python -m benchmarks.memory [--batches 8192 32768 131072 1048576]
 
-The one-day recipe is compiled ahead of time for a v4-8 slice at each batch, with what `text.keep = "auto"`
-chooses there. The loss alone stands beside two others, written plainly and differentiated by JAX: one matrix
-of all pairs (big_vision's form), and a ring whose backward pass keeps every block (clip-jax's form). What the
-project promises of these programs is checked, and the exit status says so.
+Compiles the one-day recipe ahead of time for a v4-8 slice at each batch, with the policy that `text.keep = "auto"`
+chooses there. Compares the loss alone with two others that JAX differentiates: one matrix of all pairs (as big_vision),
+and a ring whose backward pass stores every block (as clip-jax). The exit status is 1 if a promise of the project about
+these programs does not hold.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from lit_fast.losses.accumulate import LossParams
 from lit_fast.losses.contrastive import contrastive_loss
 from lit_fast.losses.pairs import ImageSide, TextSide
 from lit_fast.models.text_tower import TextTower
-from lit_fast.runtime import AXIS, batch_sharding, replicated
+from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, replicated, shard_map
 from lit_fast.train.cost.aot import Compiled, compile_step, tpu_mesh
 from lit_fast.train.cost.memory import fit
+from lit_fast.train.step import abstract_training
 
 CONFIG = Path(__file__).parents[1] / "configs" / "siglit_b8_one_day.toml"
 TOPOLOGY, HBM = "v4:2x2x1", 30.75  # GiB that a program may use on a chip
@@ -46,9 +47,11 @@ GIB, MIB = 2**30, 2**20
 
 
 def tower(text: TextConfig) -> TextTower:
-    """The text tower of a configuration, as training builds it."""
+    """Make the text tower of a configuration, as training does."""
     dtype = jnp.dtype(text.dtype)
-    return TextTower(text.shape, VOCAB, LENGTH, WIDTH, keep=text.layers_keep, pack=text.pack, dtype=dtype)
+    return TextTower(
+        text.shape, VOCAB, LENGTH, WIDTH, remat_policy=text.encoder_remat, pack=text.pack, dtype=dtype
+    )
 
 
 class Step(NamedTuple):
@@ -64,18 +67,19 @@ class Step(NamedTuple):
 
 
 def whole_step(config: Config, mesh: Mesh, batch: int) -> Step:
-    """Compiled with what is chosen for the batch."""
+    """Compile the step with the remat policy that is chosen for the batch."""
     config = replace(config, stream=replace(config.stream, global_batch=batch))
-    text = fit(config, tower, mesh, limit=int(HBM * GIB)).text
-    return Step(batch, text, compile_step(tower(text), replace(config, text=text), mesh))
+    training = abstract_training(tower(config.text), config)
+    text = fit(config, tower, mesh, *training, limit=int(HBM * GIB)).text
+    return Step(batch, text, compile_step(tower(text), replace(config, text=text), mesh, *training))
 
 
 def ours(
-    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, devices: int
+    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, num_devices: int
 ) -> jax.Array:
     rows = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
     return contrastive_loss(
-        LossConfig(), devices, LossParams(texts, log_scale, bias), ImageSide(images, rows), TextSide(rows)
+        LossConfig(), num_devices, LossParams(texts, log_scale, bias), ImageSide(images, rows), TextSide(rows)
     )[0]
 
 
@@ -88,7 +92,7 @@ def _block(
 
 
 def matrix(
-    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, devices: int
+    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, num_devices: int
 ) -> jax.Array:
     everything = lax.all_gather(images, AXIS, tiled=True)
     logits = jnp.exp(log_scale) * jnp.einsum("nd,md->nm", texts, everything, precision="high") + bias
@@ -98,29 +102,29 @@ def matrix(
 
 
 def plain_ring(
-    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, devices: int
+    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, num_devices: int
 ) -> jax.Array:
     total = jnp.zeros(())
-    for turn in range(devices):
-        total += _block(images, texts, log_scale, bias, jnp.array(turn == 0))
-        images = lax.ppermute(images, AXIS, [(i, (i + 1) % devices) for i in range(devices)])
-    return total / (len(texts) * devices)
+    for step in range(num_devices):
+        total += _block(images, texts, log_scale, bias, jnp.array(step == 0))
+        images = lax.ppermute(images, AXIS, [(i, (i + 1) % num_devices) for i in range(num_devices)])
+    return total / (len(texts) * num_devices)
 
 
 def loss_alone(loss: Callable, mesh: Mesh, batch: int) -> int | None:
-    """Temporary bytes of loss and gradients by texts, temperature and bias; None: it does not fit."""
+    """Return the temporary bytes of loss and gradients by texts, temperature and bias; None if it does not fit."""
 
     def gradients(images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array) -> tuple:
-        return jax.value_and_grad(partial(loss, images, devices=mesh.size), (0, 1, 2))(texts, log_scale, bias)
+        return jax.value_and_grad(partial(loss, images, num_devices=mesh.size), (0, 1, 2))(
+            texts, log_scale, bias
+        )
 
-    spec = jax.sharding.PartitionSpec
-    mapped = jax.shard_map(
-        lambda *a: (lambda v, g: (lax.psum(v, AXIS), (g[0], *lax.psum(g[1:], AXIS))))(*gradients(*a)),
-        mesh=mesh,
-        in_specs=(spec(AXIS), spec(AXIS), spec(), spec()),
-        out_specs=(spec(), (spec(AXIS), spec(), spec())),
-        check_vma=False,
-    )
+    def compute(*arrays: jax.Array) -> tuple:
+        loss, (dtexts, *others) = gradients(*arrays)
+        return lax.psum(loss, AXIS), (dtexts, *lax.psum(others, AXIS))
+
+    specs = (SHARDED, SHARDED, REPLICATED, REPLICATED)
+    mapped = shard_map(compute, mesh, specs, (REPLICATED, specs[1:]))
     rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16, sharding=batch_sharding(mesh))
     texts = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=batch_sharding(mesh))
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
@@ -135,7 +139,7 @@ def loss_alone(loss: Callable, mesh: Mesh, batch: int) -> int | None:
 
 
 def broken(steps: list[Step], losses: dict[int, int | None]) -> list[str]:
-    """The promises that do not hold."""
+    """Return the promises that do not hold."""
     wrong = []
     for step in steps:
         spare = HBM - step.gib
@@ -145,7 +149,7 @@ def broken(steps: list[Step], losses: dict[int, int | None]) -> list[str]:
             wrong.append(f"batch {step.batch:,} gathers")
         sent = re.findall(r"= \(?(\w+\[[\d,]*\])\S* collective-permute(?:-start)?\(", step.made.text)
         if any(not re.fullmatch(rf"(bf16|f32)\[\d+,\d+,{WIDTH}\]|s32\[\d+,\d+\]", shape) for shape in sent):
-            wrong.append(f"batch {step.batch:,} sends {', '.join(sent)} round the ring")
+            wrong.append(f"batch {step.batch:,} sends {', '.join(sent)} around the ring")
     for batch, bound in ((PAPER, 49 * MIB), (MILLION, 4.4 * GIB)):
         found = losses.get(batch, 0)
         if found is None or found > bound:
@@ -154,7 +158,7 @@ def broken(steps: list[Step], losses: dict[int, int | None]) -> list[str]:
 
 
 def plot(steps: list[Step], losses: dict[str, dict[int, int | None]], out: Path) -> None:
-    """Both over the batch, on logarithmic axes."""
+    """Plot the memory of step and loss over the batch on logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure((5.2, 3.4), layout="constrained")

@@ -38,7 +38,7 @@ def make_store(path: Path, rows: int) -> Features:
         writer.add(Row(f"{r:09d}", 0, 0, 0, ()))
     tower = {"name": "random", "source": "none", "identity": "random", "width": WIDTH}
     features = Features(writer.finish(seed=0, sources=[]), "random", tower)
-    write_json(features.path / "tower.json", tower)
+    write_json(Path(features.path) / "tower.json", tower)
     array = features.array(create=True)
     rng = np.random.default_rng(0)
     for shard in range(features.dataset.shards):

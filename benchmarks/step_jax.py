@@ -28,7 +28,7 @@ from lit_fast.train.cost.aot import compile_step
 from lit_fast.train.cost.memory import fit
 from lit_fast.train.input_pipeline.packing import Packing, foreseen_row_tokens, true_lengths
 from lit_fast.train.optimizer import make_optimizer
-from lit_fast.train.step import init_state, make_step
+from lit_fast.train.step import abstract_training, init_state, make_step
 from lit_fast.utils.normalize import normalize
 
 ROOM = 32 * 2**30  # bytes that a step is fitted to when it is not run
@@ -65,7 +65,8 @@ def _tower(case: Case, text: TextConfig) -> TextTower:
 def _fitted(case: Case, ids: np.ndarray, memory: int | None = None) -> tuple[Config, str]:
     """With what `text.keep = "auto"` chooses for so much memory, by default the device's, and that in words."""
     config = _config(case, ids)
-    text = fit(config, partial(_tower, case), make_mesh(), memory).text
+    training = abstract_training(_tower(case, config.text), config)
+    text = fit(config, partial(_tower, case), make_mesh(), *training, memory).text
     return replace(config, text=text), f"keeps {text.keep}, {text.microbatches:,} parts"
 
 
@@ -255,7 +256,8 @@ def memory_by_compiler(case: Case) -> dict[str, Any]:
     """Bytes of arguments and temporaries, of ours or of big_vision's; nothing is run."""
     if case.rival == "ours":
         config, note = _fitted(case, make_batch(case)[1], ROOM)
-        made = compile_step(_tower(case, config.text), config, make_mesh())
+        tower = _tower(case, config.text)
+        made = compile_step(tower, config, make_mesh(), *abstract_training(tower, config))
         return {"memory": made.argument_bytes + made.temporary_bytes, "note": note}
     optimizer, jitted = _big_vision_step(case)
     params = jax.eval_shape(lambda: _big_vision_params(case))

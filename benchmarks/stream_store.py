@@ -57,7 +57,7 @@ def make_linked_store(path: Path, rows: int, width: int) -> None:
     features = _features(dataset, width)
     features.array(create=True)  # makes it longer
     for shard in range(1, shards):
-        features.shard_path(shard).parent.mkdir()
+        Path(features.shard_path(shard)).parent.mkdir()
         os.link(features.shard_path(0), features.shard_path(shard))
     _write_manifests(features)
     captions = _captions(np.random.default_rng(0), BLOCK)
@@ -80,7 +80,7 @@ def _captions(rng: np.random.Generator, rows: int) -> list[bytes]:
 def _features(dataset: Dataset, width: int) -> Features:
     tower = {"name": "random", "source": "none", "identity": "random", "width": width, "dtype": "float32"}
     features = Features(dataset, "random", tower)
-    write_json(features.path / "tower.json", tower)
+    write_json(Path(features.path) / "tower.json", tower)
     return features
 
 
@@ -93,7 +93,9 @@ def _write_manifests(features: Features) -> None:
 
 def _write_tokens(dataset: Dataset) -> None:
     meta = {"identity": "random", "vocab_size": VOCAB, "max_length": LENGTH, "pad_id": 1, "truncated": 0}
-    write_json(dataset.path / "tokens/random/tokens.json", meta | {"shard_keys": list(dataset.shard_keys)})
+    write_json(
+        Path(dataset.path) / "tokens/random/tokens.json", meta | {"shard_keys": list(dataset.shard_keys)}
+    )
 
 
 def forget(path: Path) -> None:

@@ -103,11 +103,11 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.cli.main import keep_compiled
+        from lit_fast.cli.options import enable_compilation_cache
         from lit_fast.data.images.decode import MAX_PIXELS
         from lit_fast.embed.extract import embed_dataset
 
-        keep_compiled()
+        enable_compilation_cache()
         embed_dataset(
             args.dataset,
             args.tower,

@@ -38,7 +38,7 @@ from lit_fast.embed.journal import Journal
 from lit_fast.embed.pipeline import Batch, Images, Waiting, default_dtype, read_ahead, results
 from lit_fast.errors import UserError
 from lit_fast.runtime import process_rank
-from lit_fast.storage.files import read_object, write_json
+from lit_fast.storage.files import exists, read_object, write_json
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
 from lit_fast.utils.progress import Progress
@@ -66,7 +66,7 @@ class Job:
 
 
 def embed_dataset(
-    path: Path,
+    path: Path | str,
     tower_spec: str,
     *,
     name: str | None = None,
@@ -149,7 +149,7 @@ def checked_name(name: str) -> str:
 
 def _claim(features: Features) -> None:
     """Write tower.json, or check that the one there says the same."""
-    file = features.path / "tower.json"
+    file = Path(features.path, "tower.json")
     if not file.exists():
         write_json(file, features.provenance)
     there = read_object(file)  # read back: of two that begin at the same time, one finds the other's
@@ -230,7 +230,7 @@ def _spans(
         journal = stack.enter_context(Journal(path, rows, array.shape[1], belongs))
         if journal.discarded:
             print(f"note: {path} was begun with other settings; shard {shard} starts anew", file=sys.stderr)
-        known = job.features.manifest(shard) if job.features.manifest_path(shard).exists() else None
+        known = job.features.manifest(shard) if exists(job.features.manifest_path(shard)) else None
         if known is not None and known.rows >= rows:  # by another process, before the journal was ours
             journal.remove()
             continue
@@ -297,7 +297,7 @@ def _commit(job: Job, shard: int, array: ts.TensorStore, journal: Journal) -> No
 
 def journal_path(features: Features, shard: int) -> Path:
     """Where the journal of an unfinished shard lies."""
-    return features.path / "partial" / f"{shard:05d}.journal"
+    return Path(features.path, "partial", f"{shard:05d}.journal")
 
 
 def _remove_stale(features: Features) -> None:
@@ -307,10 +307,11 @@ def _remove_stale(features: Features) -> None:
     """
     if len(features.finished()) < features.dataset.shards:
         return
-    for file in [*features.path.rglob("*.__lock"), *features.path.rglob(".*.tmp")]:
+    root = Path(features.path)
+    for file in [*root.rglob("*.__lock"), *root.rglob(".*.tmp")]:
         file.unlink(missing_ok=True)
     # A kill between a shard's manifest and the end of its journal leaves the journal.
-    shutil.rmtree(features.path / "partial", ignore_errors=True)
+    shutil.rmtree(root / "partial", ignore_errors=True)
 
 
 def _report(job: Job, rate: float | None) -> None:

@@ -45,7 +45,7 @@ def tokenize_dataset(
         made = replace(_trained(dataset, name, train_vocab, model_type, max_length), padding=pad_id)
     if "/" in name or name.startswith("."):
         raise UserError(f"tokenizer name {name!r} cannot be a directory name; give another with --name")
-    directory = dataset.path / "tokens" / name
+    directory = Path(dataset.path, "tokens", name)
     done = directory / "tokens.json"
     if done.is_file():
         meta = read_json(done)
@@ -64,7 +64,7 @@ def tokenize_dataset(
 
 def _trained(dataset: Dataset, name: str, vocab: int, model_type: str, max_length: int) -> Tokenizer:
     """Train on the dataset's captions, or take the model that an earlier call trained."""
-    kept = dataset.path / "tokens" / name / "tokenizer.model"
+    kept = Path(dataset.path, "tokens", name, "tokenizer.model")
     if (kept.parent / "tokens.json").is_file():
         made = load_tokenizer(kept, max_length)
         if made.vocab_size != vocab:

@@ -1,45 +1,90 @@
-"""The configuration of a run: TOML file -> frozen dataclasses -> command-line overrides."""
+"""The configuration of a run: frozen dataclasses whose fields carry their help text, choices and bounds."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 from lit_fast.errors import UserError
 from lit_fast.models.sizes import VARIANTS, Shape
 
+T = TypeVar("T")
+
+_BOUNDS = {
+    "minimum": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "maximum": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def setting(default: T, help: str, *, choices: tuple[str, ...] = (), **bounds: float) -> T:
+    """Declare a key of the configuration.
+
+    Args:
+      default: the value where no file and no flag sets it; its type is the type of the key.
+      help: description for `--help` and docs/configuration.md.
+      choices: the values of a string; empty: any.
+      bounds: minimum, above, maximum or below of a number; without one of them the minimum is 0.
+    """
+    return field(
+        default=default, metadata={"help": help, "choices": choices, "bounds": bounds or {"minimum": 0}}
+    )
+
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text tower; vocabulary and length come from the tokens, the output width from the features."""
+    """The text tower. Vocabulary and length come from the tokens, the output width from the features."""
 
-    variant: str = "B"  # letter of lit_fast.models.sizes.VARIANTS
-    width: int = 0  # 0: as the variant says; likewise below
-    depth: int = 0
-    mlp_dim: int = 0
-    heads: int = 0
-    pooling: str = "last"  # or "first", "mean", "max", "map" (attention pooling)
-    mask_padding: bool = False  # hide padding from attention and pooling; the paper attends to it
-    embedding_width: int = 0  # of the token table, projected to width; 0: as wide. 96 suits 250 000 pieces
-    head: bool = True  # projection to the features' width; false: none, text and features are equally wide
-    # A text tower of SigLIP or big_vision to start from: FILE.npz:txt, a directory with model.safetensors, or a
-    # name like hf:OWNER/NAME. The keys above must describe it. With its head come its temperature and bias.
-    init: str = ""
-    dropout: float = 0.0
-    dtype: str = "bfloat16"  # of the matrix products; parameters stay float32
-    # Memory. A device works through its texts in equal parts. For the backward pass the layers keep "everything",
-    # their matrix "products", of these the "hidden" ones of the MLP, or their "inputs" alone; or a part keeps its
-    # "embeddings" alone. The rest is worked out again: 0, 0, 9, 22 or 33 % more work. The less is kept, the larger
-    # the batch; with "embeddings" it hardly takes memory. "auto" chooses both keys, the fastest way that the
-    # device has room for (train/cost/memory.py).
-    keep: str = "auto"
-    microbatches: int = 1
-    # Captions that share a row of the encoder, side by side, none seeing the others: fewer, larger products. With
-    # mask_padding they lie there by their true lengths, so that hardly any padding is worked on; the loss is the same.
-    pack: int = 1
-    row_tokens: int = 0  # of a row by true lengths; 0: what the captions of the dataset need
+    variant: str = setting("B", "size: width, depth, MLP width and heads of a ViT", choices=tuple(VARIANTS))
+    width: int = setting(0, "model width; 0: that of the variant, otherwise MLP and heads scale with it")
+    depth: int = setting(0, "number of layers; 0: that of the variant")
+    mlp_dim: int = setting(0, "width of the MLP; 0: that of the variant")
+    heads: int = setting(0, "number of attention heads; 0: that of the variant")
+    pooling: str = setting(
+        "last",
+        "token that becomes the text embedding, or a reduction over tokens; map: attention pooling",
+        choices=("last", "first", "mean", "max", "map"),
+    )
+    mask_padding: bool = setting(
+        False, "exclude padding from attention and pooling; the paper attends to padding"
+    )
+    embedding_width: int = setting(
+        0, "width of the token table, projected to the model width; 0: model width. 96 suits 250 000 pieces"
+    )
+    head: bool = setting(
+        True, "project to the width of the features; false: text tower and features have the same width"
+    )
+    init: str = setting(
+        "",
+        "pretrained text tower of SigLIP or big_vision: FILE.npz:txt, a directory with model.safetensors, or "
+        "hf:OWNER/NAME. The keys above must describe it. Temperature and bias are loaded together with its head",
+    )
+    dropout: float = setting(0.0, "dropout rate", minimum=0, below=1)
+    dtype: str = setting(
+        "bfloat16", "dtype of matrix products; parameters are float32", choices=("float32", "bfloat16")
+    )
+    keep: str = setting(
+        "auto",
+        "remat policy, the residuals stored for the backward pass: everything, matrix products, the hidden products "
+        "of the MLP, the layer inputs, or only the embeddings of a microbatch. Recomputation adds 0, 0, 9, 22 or 33 % "
+        "FLOPs. auto: the first policy, in this order, whose step fits in device memory; it also sets microbatches",
+        choices=("auto", "everything", "products", "hidden", "inputs", "embeddings"),
+    )
+    microbatches: int = setting(1, "equal parts in which a device embeds its texts", minimum=1)
+    pack: int = setting(
+        1,
+        "captions per row of the encoder, masked from each other: fewer and larger matrix products, the same loss. "
+        "With mask_padding, captions are packed by their true lengths, with little padding",
+        minimum=1,
+    )
+    row_tokens: int = setting(
+        0, "tokens per row when captions are packed by true length; 0: as the dataset's captions require"
+    )
 
     @property
     def packed(self) -> bool:
@@ -47,19 +92,18 @@ class TextConfig:
         return self.pack > 1 and self.mask_padding
 
     @property
-    def layers_keep(self) -> str:
-        """What `lit_fast.models.transformer.Encoder` is told to keep.
+    def encoder_remat(self) -> str:
+        """Remat policy of `lit_fast.models.transformer.Encoder`.
 
-        A part that is worked out again keeps its layers' products while it is in hand.
+        With `keep = "embeddings"` the forward pass of a microbatch is recomputed, storing its matrix products.
         """
         return {"embeddings": "products", "auto": "everything"}.get(self.keep, self.keep)
 
     @property
     def shape(self) -> Shape:
-        """Variant with the overrides applied."""
+        """The variant with the overrides applied; a changed width keeps the variant's proportions."""
         base = VARIANTS[self.variant]
         width = self.width or base.width
-        # A changed width keeps the variant's proportions unless told otherwise.
         mlp_dim = self.mlp_dim or (4 * width if self.width else base.mlp_dim)
         heads = self.heads or (max(1, width // 64) if self.width else base.heads)
         return Shape(width, self.depth or base.depth, mlp_dim, heads)
@@ -67,127 +111,186 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss over all pairs of a batch."""
+    """The loss over all image-text pairs of a batch."""
 
-    name: str = "sigmoid"  # or "softmax" (CLIP, LiT), which has no bias
-    temperature_init: float = 10.0
-    temperature_max: float = 0.0  # the temperature is cut down to it after each update; 0: no limit
-    bias: bool = True  # add a learnt bias to the logits of the sigmoid loss
-    bias_init: float = -10.0
-    center: bool = False  # subtract the dataset's mean feature before normalising; helps small sets
-    # A linear map of the image features, width x width, trained too; it begins as the identity, so that the run
-    # begins as one without it and the cosines between the features are kept.
-    image_head: bool = False
-    # Pairs of one dataset row at two places of a batch: "positive", or "mask": left out. Several captions at
-    # one place are positives of their image either way.
-    same_image: str = "positive"
-    # A text that equals, id by id, one of the captions that another image came with: "negative", or "mask".
-    same_caption: str = "negative"
-    # The negatives that count: "all", or a number of them per text, "random", "hardest" or "easiest" (section 4.8
-    # of the paper, where the hardest lose least). Its "matched pairs" need no key of their own: raise `steps` by
-    # the factor by which the pairs become fewer.
-    negatives: str = "all"
-    negatives_per_positive: float = 0.0  # the paper's strongest masking: 1.6
-    tile: int = 512  # images of one tile of pairs, by twice as many texts; memory is that of a few tiles
-    # Of the similarity products: default, high or highest. At temperature 100 a cosine's error of 1e-3 is 0.1
-    # in a logit. "high" is three bfloat16 passes on TPU, exact on CPU; on GPUs it may mean TF32: take "highest".
-    precision: str = "high"
+    name: str = setting(
+        "sigmoid", "pairwise sigmoid loss, or softmax (CLIP, LiT)", choices=("sigmoid", "softmax")
+    )
+    temperature_init: float = setting(10.0, "initial temperature", above=0)
+    temperature_max: float = setting(
+        0.0, "upper limit, applied to the temperature after each update; 0: no limit"
+    )
+    bias: bool = setting(True, "add a learned bias to the logits of the sigmoid loss")
+    bias_init: float = setting(-10.0, "initial bias", minimum=-math.inf)
+    center: bool = setting(
+        False, "subtract the dataset's mean feature before normalizing; helps small datasets"
+    )
+    image_head: bool = setting(
+        False, "train a linear map of the image features, width x width, initialized to the identity"
+    )
+    same_caption: str = setting(
+        "negative",
+        "texts that equal a caption of another image, id by id: negatives, or excluded (mask)",
+        choices=("negative", "mask"),
+    )
+    negatives: str = setting(
+        "all",
+        "negative pairs in the sigmoid loss: all, or negatives_per_positive of them per text (section 4.8 of the "
+        "paper). For its matched-pairs setting raise steps by the factor by which the pairs decrease",
+        choices=("all", "random", "hardest", "easiest"),
+    )
+    negatives_per_positive: float = setting(
+        0.0, "number of negatives per text; 1.6 is the paper's strongest masking"
+    )
+    tile: int = setting(
+        512, "images per tile of pairs, with twice as many texts; memory is that of a few tiles", minimum=1
+    )
+    precision: str = setting(
+        "high",
+        "precision of the similarity products. high: three bfloat16 passes on TPU, exact on CPU, possibly TF32 on GPU, "
+        "where highest is advised: at temperature 100 an error of 1e-3 in a cosine is 0.1 in a logit",
+        choices=("default", "high", "highest"),
+    )
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """What a batch is made of."""
+    """The batches: size, shuffling and corruption of the data."""
 
-    global_batch: int = 32_768  # images per step, over all devices
-    captions_per_image: int = 1  # texts per image and step, all of them positives of the image
-    memory_gib: float = 4.0  # a dataset up to this size is held in memory and shuffled exactly
-    shuffle_streams: int = 64  # larger ones: virtual streams that a batch is dealt from
-    shuffle_window_blocks: int = 8  # blocks of 1024 rows that a stream shuffles together
-    # Corrupted data, to see how well a loss bears it (section 4.10 of the paper). Probabilities of an image
-    # becoming noise and of a text becoming random tokens, and the share of a batch whose texts change places.
-    corrupt_images: float = 0.0
-    corrupt_texts: float = 0.0
-    corrupt_alignment: float = 0.0
-    noise: str = ""  # dataset of the noise: lit-fast index noise:1024, embedded by the same tower
+    global_batch: int = setting(32_768, "images per step over all devices", minimum=1, below=2**31)
+    captions_per_image: int = setting(
+        1, "texts per image and step, all of them positives of the image", minimum=1
+    )
+    memory_gib: float = setting(
+        4.0, "largest dataset that is held in memory and shuffled exactly, GiB; larger ones are streamed"
+    )
+    shuffle_streams: int = setting(
+        64, "streamed datasets: independent streams that contribute rows to each batch", minimum=1
+    )
+    shuffle_window_blocks: int = setting(
+        8, "streamed datasets: blocks of 1024 rows that a stream shuffles together", minimum=1
+    )
+    corrupt_images: float = setting(
+        0.0,
+        "probability that an image is replaced by noise, to test robustness (section 4.10 of the paper)",
+        minimum=0,
+        maximum=1,
+    )
+    corrupt_texts: float = setting(
+        0.0, "probability that a text is replaced by random tokens", minimum=0, maximum=1
+    )
+    corrupt_alignment: float = setting(
+        0.0, "share of the texts of a batch that are permuted", minimum=0, maximum=1
+    )
+    noise: str = setting(
+        "", "dataset with the noise: lit-fast index noise:1024, embedded with the tower of the run"
+    )
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Clipping, the optimizer, decoupled weight decay, warm-up and decay of the learning rate."""
+    """Gradient clipping, optimizer, decoupled weight decay and learning-rate schedule."""
 
-    name: str = "lion"  # or "adam", "adafactor" (ScalingViT-Adafactor: b2 caps the second moment's decay)
-    learning_rate: float = 1e-4
-    b1: float = 0.9
-    b2: float = 0.99
-    momentum_dtype: str = "float32"
-    weight_decay: float = 1e-7
-    # "paper": scaled by the schedule alone, as in big_vision and the paper; "optax": also by learning_rate.
-    weight_decay_convention: str = "paper"
-    clip_norm: float = 1.0  # global norm of the gradients; 0: off
-    average_decay: float = 0.0  # of an average of the weights that is kept and evaluated beside them; 0: none
-    schedule: str = "cosine"  # to zero, or "linear", or "rsqrt" with timescale and cooldown_steps
-    warmup_steps: int = 6_500
-    cooldown_steps: int = 0  # linear to zero at the end, on top of the schedule
-    timescale: int = 10_000  # steps, of rsqrt
-    # Rules on the parameters' names, REGEX=FACTOR; the first that matches counts, and each must match.
-    learning_rate_scale: tuple[str, ...] = ()
-    weight_decay_scale: tuple[str, ...] = ("(.*/)?kernel=1",)  # what no rule matches does not decay
-    freeze: tuple[str, ...] = ()
+    name: str = setting(
+        "lion",
+        "optimizer; adafactor is that of Scaling Vision Transformers, with b2 as upper limit of its decay",
+        choices=("lion", "adam", "adafactor"),
+    )
+    learning_rate: float = setting(1e-4, "peak learning rate")
+    b1: float = setting(0.9, "decay rate of the first moment", minimum=0, below=1)
+    b2: float = setting(0.99, "decay rate of the second moment; in Lion of the momentum", minimum=0, below=1)
+    momentum_dtype: str = setting(
+        "float32", "dtype of the first moment or momentum", choices=("float32", "bfloat16")
+    )
+    weight_decay: float = setting(1e-7, "decoupled weight decay")
+    weight_decay_convention: str = setting(
+        "paper",
+        "paper: decay is scaled by the schedule only, as in big_vision; optax: also by learning_rate",
+        choices=("paper", "optax"),
+    )
+    clip_norm: float = setting(1.0, "global norm to which gradients are clipped; 0: no clipping")
+    average_decay: float = setting(
+        0.0,
+        "decay rate of an exponential moving average of the weights, which is saved and evaluated too; 0: no average",
+        minimum=0,
+        below=1,
+    )
+    schedule: str = setting(
+        "cosine",
+        "learning-rate schedule after warm-up: cosine or linear to zero, or rsqrt with timescale and cooldown_steps",
+        choices=("cosine", "linear", "rsqrt"),
+    )
+    warmup_steps: int = setting(6_500, "steps of linear warm-up")
+    cooldown_steps: int = setting(0, "steps of linear decay to zero at the end, multiplied with the schedule")
+    timescale: int = setting(10_000, "time scale of rsqrt in steps", minimum=1)
+    learning_rate_scale: tuple[str, ...] = setting(
+        (), "factors of the learning rate by parameter name, REGEX=FACTOR; the first match applies"
+    )
+    weight_decay_scale: tuple[str, ...] = setting(
+        ("(.*/)?kernel=1",),
+        "factors of weight decay by parameter name, REGEX=FACTOR; parameters without a match do not decay",
+    )
+    freeze: tuple[str, ...] = setting((), "regular expressions of the names of frozen parameters")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation while training, and after the last step; image work was done when the sets were embedded.
+    """Evaluation during training and after the last step. Intervals can be combined; 0 disables one."""
 
-    The intervals may be combined; 0: none.
-    """
-
-    every_steps: int = 0
-    every_examples: int = 0  # images seen
-    every_share: float = 0.0  # of the run: 0.1 evaluates ten times
-    zero_shot: tuple[str, ...] = ()  # datasets
-    retrieval: tuple[str, ...] = ()
+    every_steps: int = setting(0, "interval in steps")
+    every_examples: int = setting(0, "interval in images seen")
+    every_share: float = setting(0.0, "interval as a share of the run; 0.1 evaluates ten times")
+    zero_shot: tuple[str, ...] = setting((), "datasets for zero-shot classification")
+    retrieval: tuple[str, ...] = setting((), "datasets for image-text retrieval")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save; the last step is always saved."""
+    """Checkpoints. The last step is always saved."""
 
-    every_steps: int = 1_000
-    keep: int = 2  # the last ones
-    keep_every: int = 0  # and every so many steps, for good; 0: none
-    best: str = ""  # and the best by a figure of the evaluation, such as "dev/image_retrieval_recall@1"
+    every_steps: int = setting(1_000, "interval in steps", minimum=1)
+    keep: int = setting(2, "number of most recent checkpoints to keep", minimum=1)
+    keep_every: int = setting(0, "interval in steps of checkpoints that are kept for good; 0: none")
+    best: str = setting(
+        "", 'metric of the evaluation whose best checkpoint is kept, such as "dev/image_retrieval_recall@1"'
+    )
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Metrics."""
+    """Metrics of the training."""
 
-    every_steps: int = 50
-    wandb: str = ""  # a project of Weights & Biases to send them to as well; empty: none
+    every_steps: int = setting(50, "interval in steps", minimum=1)
+    wandb: str = setting("", "project of Weights & Biases that receives the metrics; empty: none")
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What `lit-fast plan` assumes of data that are not here; a dataset's own figures take their place."""
+    """Properties of data that `lit-fast plan` assumes; where `dataset` is set, its own replace them."""
 
-    tower: str = "augreg/B_8"  # a name of `lit-fast towers`, or a plain ViT of 224 pixels such as "g/14"
-    vocab_size: int = 32_000
-    max_length: int = 16  # tokens
-    caption_tokens: float = 0.0  # true length on average, which text.pack may go by; 0: max_length
-    rows: int = 0  # of the dataset; 0: not known
+    tower: str = setting(
+        "augreg/B_8", "vision tower: a name of lit-fast towers, or a ViT at 224 pixels such as g/14"
+    )
+    vocab_size: int = setting(32_000, "vocabulary size", minimum=1)
+    max_length: int = setting(16, "tokens per caption with padding", minimum=2)
+    caption_tokens: float = setting(
+        0.0, "mean true length of a caption in tokens, used by text.pack; 0: max_length"
+    )
+    rows: int = setting(0, "rows of the dataset; 0: unknown")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run. Every field can be overridden on the command line: `--optimizer.learning_rate 3e-4`."""
+    """The run. Each key is also a flag: `--optimizer.learning_rate 3e-4`."""
 
-    dataset: str = ""  # directory with features and tokens
-    tower: str = ""  # name of the features; empty: the only ones there are
-    tokenizer: str = ""  # name of the tokens; empty: the only ones there are
-    steps: int = 65_000
-    examples: int = 0  # images to see; if not 0, steps = examples / stream.global_batch
-    seed: int = 0
+    dataset: str = setting("", "directory of a dataset with features and tokens")
+    tower: str = setting("", "name of the features; empty: the only ones of the dataset")
+    tokenizer: str = setting("", "name of the tokens; empty: the only ones of the dataset")
+    steps: int = setting(65_000, "number of training steps", minimum=1, below=2**31)
+    examples: int = setting(0, "images to train on; if not 0, steps = examples / stream.global_batch")
+    seed: int = setting(
+        0, "seed of initialization, data order, dropout and corruption", minimum=0, below=2**32 - 1
+    )
     text: TextConfig = field(default_factory=TextConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -198,7 +301,8 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
 
 
-# What may change between the parts of one run: it does not touch the parameters, or is known by identity.
+# Keys and sections that may change when a run is resumed: the parameters do not depend on them, or what they name is
+# compared by its contents.
 FREE = (
     "evaluate",
     "checkpoint",
@@ -212,104 +316,75 @@ FREE = (
 )
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """All fields by dotted name."""
-    out: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            out |= flatten(value, f"{prefix}{f.name}.")
-        else:
-            out[prefix + f.name] = value
-    return out
+@cache
+def sections() -> dict[str, Any]:
+    """Return the dataclass of each section by name; "" is the name of `Config` itself."""
+    nested: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config) if not f.metadata}
+    return {"": Config} | nested
 
 
-# Which values of a configuration make sense, and which only together.
+@cache
+def settings() -> dict[str, dataclasses.Field[Any]]:
+    """Return the field of every key by dotted name."""
+    return {
+        f"{section}.{f.name}".lstrip("."): f
+        for section, cls in sections().items()
+        for f in dataclasses.fields(cls)
+        if f.metadata  # sections have none
+    }
 
 
-_CHOICES = {
-    "text.variant": tuple(VARIANTS),
-    "text.keep": ("auto", "everything", "products", "hidden", "inputs", "embeddings"),
-    "text.pooling": ("last", "first", "mean", "max", "map"),
-    "text.dtype": ("float32", "bfloat16"),
-    "loss.name": ("sigmoid", "softmax"),
-    "loss.same_image": ("positive", "mask"),
-    "loss.same_caption": ("negative", "mask"),
-    "loss.negatives": ("all", "random", "hardest", "easiest"),
-    "loss.precision": ("default", "high", "highest"),
-    "optimizer.name": ("lion", "adam", "adafactor"),
-    "optimizer.schedule": ("cosine", "linear", "rsqrt"),
-    "optimizer.momentum_dtype": ("float32", "bfloat16"),
-    "optimizer.weight_decay_convention": ("paper", "optax"),
-}
-_AT_LEAST_ONE = (
-    "steps", "text.microbatches", "text.pack", "loss.tile", "stream.global_batch", "stream.captions_per_image",
-    "stream.shuffle_streams", "stream.shuffle_window_blocks", "optimizer.timescale",
-    "checkpoint.every_steps", "checkpoint.keep",
-    "log.every_steps", "plan.vocab_size",
-)  # fmt: skip
+def flatten(config: Config) -> dict[str, Any]:
+    """Return the values of all keys by dotted name."""
+    return {key: operator.attrgetter(key)(config) for key in settings()}
 
 
-def check_values(config: Config, values: dict[str, Any]) -> None:
-    """Refuse what makes no sense; `values` are those of `config` by dotted name.
+def validate(config: Config) -> None:
+    """Check every value against its choices and bounds, then the keys that depend on each other.
 
     Raises:
       UserError: in one line, with the key.
     """
-    for key, choices in _CHOICES.items():
-        if values[key] not in choices:
-            raise UserError(f"config key {key} must be one of {', '.join(choices)}, not {values[key]!r}")
-    for key in _AT_LEAST_ONE:
-        if values[key] < 1:
-            raise UserError(f"config key {key} must be at least 1, not {values[key]}")
-    for key, value in values.items():
+    for key, value in flatten(config).items():
+        rules = settings()[key].metadata
+        if rules["choices"] and value not in rules["choices"]:
+            raise UserError(f"config key {key} must be one of {', '.join(rules['choices'])}, not {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config key {key} must be a finite number, not {value}")
-        if isinstance(value, int | float) and value < 0 and key != "loss.bias_init":
-            raise UserError(f"config key {key} must not be negative, not {value}")
-    for key, bound in {"steps": 2**31, "seed": 2**32 - 1, "stream.global_batch": 2**31}.items():
-        if values[key] >= bound:
-            raise UserError(f"config key {key} must be below {bound}, not {values[key]}")
-    if values["plan.max_length"] < 2:
-        raise UserError(f"config key plan.max_length must be at least 2, not {values['plan.max_length']}")
-    for key in ("text.dropout", "optimizer.b1", "optimizer.b2", "optimizer.average_decay"):
-        if values[key] >= 1:
-            raise UserError(f"config key {key} must be below 1, not {values[key]}")
-    for key in ("stream.corrupt_images", "stream.corrupt_texts", "stream.corrupt_alignment"):
-        if values[key] > 1:
-            raise UserError(f"config key {key} must be at most 1, not {values[key]}")
-    if bool(config.stream.noise) != bool(config.stream.corrupt_images):
+        if isinstance(value, int | float):
+            for kind, bound in rules["bounds"].items():
+                words, holds = _BOUNDS[kind]
+                if not holds(value, bound):
+                    raise UserError(f"config key {key} must be {words} {bound}, not {value}")
+    _check_combinations(config)
+
+
+def _check_combinations(config: Config) -> None:
+    text, loss, stream, shape = config.text, config.loss, config.stream, config.text.shape
+    if bool(stream.noise) != bool(stream.corrupt_images):
         raise UserError(
-            "stream.corrupt_images above 0 and stream.noise go together: the noise is a dataset made with lit-fast "
-            "index noise:1024 --out N, then lit-fast embed N with the tower of the run"
+            "stream.corrupt_images above 0 and stream.noise need each other; make the noise with lit-fast index "
+            "noise:1024 --out N and lit-fast embed N with the tower of the run"
         )
-    _check_loss(config.loss)
-    shape = config.text.shape
-    if config.text.keep == "auto" and config.text.microbatches > 1:
+    if text.keep == "auto" and text.microbatches > 1:
         raise UserError(
             'text.microbatches is chosen by text.keep = "auto"; leave it out, or set text.keep = "products"'
         )
-    if config.text.pack > 1 and config.text.dropout and not config.text.mask_padding:
+    if text.pack > 1 and text.dropout and not text.mask_padding:
         raise UserError("text.pack with text.dropout needs text.mask_padding = true")
-    if config.text.row_tokens and not config.text.packed:
+    if text.row_tokens and not text.packed:
         raise UserError("text.row_tokens needs text.pack above 1 and text.mask_padding = true")
     if shape.width % shape.heads:
         raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")
     for key in ("warmup_steps", "cooldown_steps"):
-        if getattr(config.optimizer, key) >= config.steps > 1:
-            raise UserError(
-                f"optimizer.{key} {getattr(config.optimizer, key)} must be below steps {config.steps}"
-            )
-
-
-def _check_loss(loss: LossConfig) -> None:
-    if loss.temperature_init <= 0:
-        raise UserError("config key loss.temperature_init must be positive")
+        steps = getattr(config.optimizer, key)
+        if steps >= config.steps > 1:
+            raise UserError(f"optimizer.{key} {steps} must be below steps {config.steps}")
     if 0 < loss.temperature_max < loss.temperature_init:
         raise UserError(
             f"loss.temperature_init {loss.temperature_init} is above loss.temperature_max {loss.temperature_max}"
         )
-    if loss.bias_init != type(loss).bias_init and (loss.name == "softmax" or not loss.bias):
+    if loss.bias_init != LossConfig.bias_init and (loss.name == "softmax" or not loss.bias):
         reason = 'loss.name = "softmax"' if loss.name == "softmax" else "loss.bias = false"
         raise UserError(f"with {reason} there is no bias; leave out loss.bias_init")
     if loss.negatives == "all":

@@ -1,4 +1,4 @@
-"""Read a configuration from TOML and `--section.key value`, and write it as TOML."""
+"""The configuration as text: TOML files, packaged recipes, `--section.key value` flags and the reference."""
 
 from __future__ import annotations
 
@@ -6,59 +6,79 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import Any, get_type_hints
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
 
-from lit_fast.config import Config, check_values, flatten
-from lit_fast.errors import UserError
+from lit_fast.config import Config, flatten, sections, settings, validate
+from lit_fast.errors import UserError, first_line
+from lit_fast.storage.files import exists, read_bytes
+from lit_fast.storage.paths import StrPath, name
+from lit_fast.utils.output import result
 
-# Keys of earlier versions, and what to do instead.
-REMOVED = {
-    "text.kept_parts": "text.keep says what is kept, and by itself chooses what the device has room for",
+# Old keys and their new names.
+RENAMED = {
+    "text.parts": "text.microbatches",
+    "stream.streams": "stream.shuffle_streams",
+    "stream.window_blocks": "stream.shuffle_window_blocks",
+}
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    tuple: "a list of strings",
 }
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), ignored: Collection[str] = ()) -> Config:
-    """Read a TOML file and apply `--section.key value` overrides; `ignored` keys may stand in it.
+def load_config(location: StrPath, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration and apply overrides.
+
+    Args:
+      location: a TOML file, or the name of a packaged recipe; a file takes precedence.
+      overrides: `--section.key value` or `--section.key=value`; lists are separated by commas.
 
     Raises:
       UserError: unreadable file, unknown key (the nearest known one is named), wrong type or value.
     """
-    known = flatten(Config())
-    given = _pairs(overrides, known)
-    try:
-        values = flatten_toml(tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"config {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"config {path} cannot be read: {error}") from None
-    values = {key: value for key, value in values.items() if key not in ignored}
-    for key in values:
-        _check_known(key, known, f"in {path}")
-    for key, text in given:
-        values[key] = _parse(key, text, known[key])
-    return build_config(values, f"in {path}")
+    given = _parse_flags(overrides)
+    values = read_toml(location) if exists(location) else _read_recipe(str(location))
+    return build_config(values | given, f"in {location}")
 
 
-def build_config(values: dict[str, Any], where: str) -> Config:
-    """The config of values by dotted name; `where` they stand is for messages.
+def recipes() -> list[str]:
+    """Return the names of the packaged recipes."""
+    files = (resources.files("lit_fast") / "configs").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    known = recipes()
+    if recipe not in known:
+        near = difflib.get_close_matches(name(recipe).removesuffix(".toml"), known, 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"config {recipe} does not exist; {hint}give a TOML file or the name of a recipe: {', '.join(known)}"
+        )
+    file = resources.files("lit_fast") / "configs" / f"{recipe}.toml"
+    return flatten_toml(tomllib.loads(file.read_bytes().decode()))
+
+
+def read_toml(location: StrPath) -> dict[str, Any]:
+    """Return the values of a TOML file by dotted name, whether they are keys of a configuration or not.
 
     Raises:
-      UserError: unknown key, wrong type or value.
+      UserError: the file cannot be read or is not TOML.
     """
-    known = flatten(Config())
-    for key in values:
-        _check_known(key, known, where)
-    config = _build(Config, "", values)
-    if config.examples > 0 and config.stream.global_batch > 0:
-        config = dataclasses.replace(config, steps=max(1, config.examples // config.stream.global_batch))
-    check_values(config, flatten(config))
-    return config
+    try:
+        return flatten_toml(tomllib.loads(read_bytes(location).decode()))
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8 and not TOML are ValueErrors
+        raise UserError(f"config {location} cannot be read: {first_line(error)}") from None
 
 
-def flatten_toml(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """All values of a parsed TOML file by dotted name, whether they are keys of a config or not."""
+def flatten_toml(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by dotted name."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -68,86 +88,127 @@ def flatten_toml(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def build_config(values: Mapping[str, Any], where: str) -> Config:
+    """Build a configuration from values by dotted name; `where` they are from completes error messages.
+
+    Raises:
+      UserError: unknown key, wrong type or value.
+    """
+    given: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in values.items():
+        _check_known(key, where)
+        section, _, field = key.rpartition(".")
+        given[section][field] = _typed(key, value)
+    nested = {section: cls(**given[section]) for section, cls in sections().items() if section}
+    config = Config(**given[""], **nested)
+    if config.examples > 0 and config.stream.global_batch > 0:
+        config = dataclasses.replace(config, steps=max(1, config.examples // config.stream.global_batch))
+    validate(config)
+    return config
+
+
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML, every field in it."""
-    sections: dict[str, list[str]] = {}
+    """Return the resolved configuration as TOML, with every key."""
+    lines: dict[str, list[str]] = defaultdict(list)
     for key, value in flatten(config).items():
-        section, _, name = key.rpartition(".")
-        # JSON's strings, numbers, booleans and lists of them are TOML's, once DEL is escaped as well.
-        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        sections.setdefault(section, []).append(f"{name} = {text}")
-    parts = [(f"[{section}]\n" if section else "") + "\n".join(lines) for section, lines in sections.items()]
-    return "\n\n".join(parts) + "\n"
+        section, _, field = key.rpartition(".")
+        lines[section].append(f"{field} = {_toml_value(value)}")
+    tables = [f"[{section}]\n" * bool(section) + "\n".join(fields) for section, fields in lines.items()]
+    return "\n\n".join(tables) + "\n"
 
 
-def _pairs(arguments: Sequence[str], known: dict[str, Any]) -> list[tuple[str, str]]:
-    pairs = []
+def _toml_value(value: Any) -> str:
+    # JSON's strings, numbers, booleans and lists of them are TOML's, once DEL is escaped as well.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    values = {}
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
             raise UserError(f"unexpected argument {flag!r}; overrides are written --section.key value")
         key, equals, text = flag[2:].partition("=")
-        _check_known(key, known, "on the command line")
-        if not equals:
-            if not rest:
-                raise UserError(f"{flag} needs a value")
-            text = rest.pop(0)
-        pairs.append((key, text))
-    return pairs
+        key = key.replace("-", "_")
+        _check_known(key, "on the command line")
+        if not equals and not rest:
+            raise UserError(f"{flag} needs a value")
+        values[key] = _parse_value(key, text if equals else rest.pop(0))
+    return values
 
 
-def _check_known(key: str, known: dict[str, Any], where: str) -> None:
+def _check_known(key: str, where: str) -> None:
+    known = settings()
     if key in known:
         return
-    if key in REMOVED:
-        raise UserError(f"config key {key} {where} is no more; leave it out: {REMOVED[key]}")
-    # The last part alone often tells what was meant: "learning_rate" for "optimizer.learning_rate".
+    if key in RENAMED:
+        raise UserError(f"config key {key} {where} was renamed; write {RENAMED[key]}")
+    # The last part alone often identifies the key: "learning_rate" for "optimizer.learning_rate".
     near = difflib.get_close_matches(key, known, 1, 0.5)
     near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]] or near
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "; lit-fast train --help lists all keys"
     raise UserError(f"unknown config key {key!r} {where}{hint}")
 
 
-def _parse(key: str, text: str, default: Any) -> Any:
-    """A command-line value in the type of the field's default; lists are separated by commas."""
-    if isinstance(default, str):
-        return text
-    if isinstance(default, tuple):
+def _parse_value(key: str, text: str) -> Any:
+    """Convert the value of a flag to the type of its key."""
+    kind: Any = type(settings()[key].default)
+    if kind is tuple:
         return [part for part in text.split(",") if part]
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"{key} must be true or false, not {text!r}")
-        return text.lower() == "true"
     try:
-        return int(text.replace("_", "")) if isinstance(default, int) else float(text)
-    except (ValueError, OverflowError):
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise UserError(f"{key} must be {kind}, not {text!r}") from None
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return int(text.replace("_", "")) if kind is int else kind(text)
+    except (KeyError, ValueError, OverflowError):
+        raise UserError(f"config key {key} must be {_TYPES[kind]}, not {text!r}") from None
 
 
-def _build(cls: type, prefix: str, values: dict[str, Any]) -> Any:
-    hints = get_type_hints(cls)
-    out: dict[str, Any] = {}
-    for f in dataclasses.fields(cls):
-        key, hint = prefix + f.name, hints[f.name]
-        if dataclasses.is_dataclass(hint):
-            out[f.name] = _build(hint, key + ".", values)  # type: ignore[arg-type]
-        elif key in values:
-            out[f.name] = _typed(key, values[key], hint)
-    return cls(**out)
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    if hint is float and type(value) in (int, float):
+def _typed(key: str, value: Any) -> Any:
+    """Return a parsed value in the type of its key; whole numbers are valid for float keys."""
+    kind = type(settings()[key].default)
+    if kind is float and type(value) is int:
         return float(value)
-    if hint in (int, bool, str) and type(value) is hint:
-        return value
-    if (
-        isinstance(value, list)
-        and all(isinstance(v, str) for v in value)
-        and hint not in (int, float, bool, str)
-    ):
+    if kind is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return tuple(value)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    raise UserError(f"config key {key} must be {names.get(hint, 'a list of strings')}, not {value!r}")
+    if kind is not tuple and type(value) is kind:
+        return value
+    raise UserError(f"config key {key} must be {_TYPES[kind]}, not {value!r}")
+
+
+def describe(key: str) -> tuple[str, str, str, str]:
+    """Return the type, the default as TOML, the choices and the description of a key."""
+    field = settings()[key]
+    kind = type(field.default)
+    return (
+        "list of str" if kind is tuple else kind.__name__,
+        _toml_value(field.default),
+        ", ".join(field.metadata["choices"]),
+        field.metadata["help"],
+    )
+
+
+def reference() -> str:
+    """Return docs/configuration.md: every key with type, default, choices and description."""
+    parts = [
+        "# Configuration\n\n"
+        "A TOML file describes a run. `lit-fast train CONFIG --workdir W` takes the path of a file or the name of a "
+        f"packaged recipe: {', '.join(f'`{recipe}`' for recipe in recipes())}. Every key is also a flag, "
+        "`--section.key value`; hyphens may replace underscores, and lists are separated by commas.\n\n"
+        "This page is generated: `python -m lit_fast.config_io > docs/configuration.md`."
+    ]
+    for section, cls in sections().items():
+        rows = ["| key | type | default | description |", "|---|---|---|---|"]
+        for key, field in settings().items():
+            if key.rpartition(".")[0] == section:
+                kind, default, choices, text = describe(key)
+                text += f". One of {choices}" if choices else ""
+                cells = f"`{field.name}`", kind, f"`{default}`", text[0].upper() + text[1:]
+                rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        title = f"[{section}]" if section else "Keys without a section"
+        parts.append(f"## {title}\n\n{cls.__doc__}\n\n" + "\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    result(reference().rstrip())

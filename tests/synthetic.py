@@ -61,7 +61,7 @@ def write_features(
     provenance = {"name": tower, "source": f"{tower}.npz", "identity": identity, "width": values.shape[1]}
     provenance |= {"preprocess": {"method": "pil-crop", "size": 32}, "gelu": "exact", "dtype": "float32"}
     store = Features(dataset, tower, provenance)
-    write_json(store.path / "tower.json", provenance)
+    write_json(Path(store.path) / "tower.json", provenance)
     array = store.array(create=True)
     for shard in range(dataset.shards):
         first, last = shard * SHARD, min((shard + 1) * SHARD, dataset.rows)

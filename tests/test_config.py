@@ -1,4 +1,4 @@
-"""The configuration: files, overrides, refusals, and the committed recipes."""
+"""The configuration: files, overrides, validation, the reference page and the committed recipes."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_fast.config import Config, EvalConfig, LossConfig, OptimizerConfig
-from lit_fast.config_io import load_config, to_toml
+from lit_fast.config import Config, EvalConfig, LossConfig, OptimizerConfig, settings
+from lit_fast.config_io import RENAMED, load_config, recipes, reference, to_toml
 from lit_fast.errors import UserError
 from lit_fast.models.sizes import VARIANTS
-from lit_fast.runs.run import read_config
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.toml"))
 
 
 def load(tmp_path, text="", *overrides):
@@ -21,7 +21,7 @@ def load(tmp_path, text="", *overrides):
     return load_config(path, overrides)
 
 
-def test_empty_file_is_the_defaults_and_overrides_win(tmp_path):
+def test_load_config_overrides_win_over_file_and_defaults(tmp_path):
     assert load(tmp_path) == Config()
     text = "steps = 7000\n[optimizer]\nlearning_rate = 1"
     config = load(
@@ -40,7 +40,7 @@ def test_empty_file_is_the_defaults_and_overrides_win(tmp_path):
     center=st.booleans(),
     sets=st.lists(st.text(min_size=1), max_size=3),
 )
-def test_toml_round_trip(tmp_path_factory, dataset, learning_rate, seed, center, sets):
+def test_to_toml_load_config_round_trip(tmp_path_factory, dataset, learning_rate, seed, center, sets):
     config = Config(
         dataset=dataset,
         seed=seed,
@@ -53,14 +53,44 @@ def test_toml_round_trip(tmp_path_factory, dataset, learning_rate, seed, center,
     assert load_config(path) == config
 
 
-def test_a_run_of_an_earlier_version_can_be_read(tmp_path):
-    (tmp_path / "config.toml").write_text(
-        to_toml(Config(steps=9000)).replace("microbatches =", "kept_parts = 0\nmicrobatches =")
+def test_load_config_accepts_hyphens_and_negative_numbers(tmp_path):
+    config = load(
+        tmp_path, "", "--text.mask-padding", "true", "--loss.bias-init=-1e1", "--loss.bias_init", "-12"
     )
-    assert read_config(tmp_path) == Config(steps=9000)
+    assert config.text.mask_padding
+    assert config.loss.bias_init == -12
 
 
-def test_widths_of_a_variant(tmp_path):
+def test_load_config_finds_packaged_recipes_by_name(tmp_path, monkeypatch):
+    assert recipes() == [path.stem for path in RECIPES]
+    monkeypatch.chdir(tmp_path)
+    assert load_config("flickr8k_cpu") == load_config(ROOT / "configs/flickr8k_cpu.toml")
+    Path("flickr8k_cpu").write_text("steps = 7000")
+    assert load_config("flickr8k_cpu").steps == 7000
+    with pytest.raises(
+        UserError, match=r"config siglit_b8_oneday does not exist; did you mean siglit_b8_one_day\?"
+    ):
+        load_config("siglit_b8_oneday")
+    with pytest.raises(UserError, match="give a TOML file or the name of a recipe: cc12m, "):
+        load_config("c.toml")
+
+
+def test_reference_is_the_committed_page():
+    page = (ROOT / "docs/configuration.md").read_text()
+    assert page == reference(), "run: python -m lit_fast.config_io > docs/configuration.md"
+    assert all(f"| `{key.rpartition('.')[2]}` |" in page for key in settings())
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_load_config_names_the_new_key_of_a_renamed_one(tmp_path, old):
+    assert RENAMED[old] in settings()
+    with pytest.raises(
+        UserError, match=f"config key {old} on the command line was renamed; write {RENAMED[old]}$"
+    ):
+        load(tmp_path, "", f"--{old}", "2")
+
+
+def test_text_shape_applies_overrides_to_the_variant(tmp_path):
     assert load(tmp_path, '[text]\nvariant = "L"\ndepth = 12').text.shape == VARIANTS["L"]._replace(depth=12)
     assert load(tmp_path, "[text]\nwidth = 256").text.shape == (256, 12, 1024, 4)
 
@@ -77,7 +107,7 @@ def test_widths_of_a_variant(tmp_path):
         ("steps = true", "must be a whole number"),
         ("text = 3", "unknown config key 'text'"),
         ("[evaluate]\nretrieval = 'x'", "must be a list of strings"),
-        ("[loss]\ntemperature_init = 0", "must be positive"),
+        ("[loss]\ntemperature_init = 0", "must be above 0"),
         ("[loss]\ntemperature_init = nan", "must be a finite number"),
         ("[loss]\ntemperature_max = 9.0", "temperature_init 10.0 is above loss.temperature_max 9.0"),
         ('[loss]\nname = "softmax"\nbias_init = 0.0', 'with loss.name = "softmax" there is no bias'),
@@ -94,32 +124,31 @@ def test_widths_of_a_variant(tmp_path):
         ("[text]\nheads = 7", "not a multiple of text.heads"),
         ("[text]\nkeep = 'all'", "must be one of auto, everything, products, hidden, inputs, embeddings"),
         ("[text]\nmicrobatches = 4", 'text.microbatches is chosen by text.keep = "auto"; leave it out'),
-        ("[text]\nkept_parts = 4", "is no more; leave it out: text.keep"),
         ("[stream]\ncorrupt_texts = 1.1", "stream.corrupt_texts must be at most 1"),
-        ("[stream]\ncorrupt_alignment = -0.1", "stream.corrupt_alignment must not be negative"),
-        ("[stream]\ncorrupt_images = 0.1", "stream.corrupt_images above 0 and stream.noise go together"),
-        ("[stream]\nnoise = 'n'", "stream.corrupt_images above 0 and stream.noise go together"),
+        ("[stream]\ncorrupt_alignment = -0.1", "stream.corrupt_alignment must be at least 0"),
+        ("[stream]\ncorrupt_images = 0.1", "stream.corrupt_images above 0 and stream.noise need each other"),
+        ("[stream]\nnoise = 'n'", "stream.corrupt_images above 0 and stream.noise need each other"),
         ("[text]\npooling = 'cls'", "must be one of last, first, mean, max, map"),
-        ("[text]\nembedding_width = -1", "must not be negative"),
+        ("[text]\nembedding_width = -1", "must be at least 0"),
         ("steps = 100\n[optimizer]\nwarmup_steps = 100", "must be below steps"),
     ],
 )
-def test_what_makes_no_sense_is_refused(tmp_path, text, message):
+def test_load_config_refuses_invalid_values(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         load(tmp_path, text)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
-def test_recipes_load_and_say_what_to_expect(path):
+def test_recipe_header_names_command_hours_and_score(path):
     load_config(path)
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("lit-fast train configs/" + path.name, "Hours:", "Score:"):
         assert word in header
 
 
-def test_the_one_day_recipe_is_the_papers(tmp_path):
-    config = load_config(next(p for p in RECIPES if p.stem == "siglit_b8_one_day"))
+def test_one_day_recipe_is_that_of_the_paper():
+    config = load_config("siglit_b8_one_day")
     assert config.text.shape == (1024, 12, 4096, 16)
     assert (config.stream.global_batch, config.steps, config.optimizer.warmup_steps) == (
         32_768,

@@ -30,8 +30,7 @@ from lit_fast.train.cost.memory import Fit, fit
 from lit_fast.train.evaluator import Evaluation
 from lit_fast.train.input_pipeline.stream import Batch
 from lit_fast.train.inputs import Inputs, open_inputs
-from lit_fast.train.optimizer import make_optimizer
-from lit_fast.train.step import Metrics, State, init_state, make_step
+from lit_fast.train.step import Metrics, State, abstract_training, init_state, make_step
 from lit_fast.train.tracking.console import Console, _report, _say
 from lit_fast.train.tracking.metrics_writer import MetricsWriter
 from lit_fast.train.tracking.profiler import Profile, parse_steps
@@ -69,7 +68,8 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
 
     # --- model, optimizer, state
     tower = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=features.width)
-    fitted = fit(replace(config, text=text), tower, mesh)
+    optimizer, abstract_state = abstract_training(tower(text), config)
+    fitted = fit(replace(config, text=text), tower, mesh, optimizer, abstract_state)
     _say(f"memory: {fitted.description}")
     model = tower(fitted.text)
     mean = inputs.mean(config.loss.center)
@@ -77,7 +77,6 @@ def train(config: Config, run: Path, profile_steps: str = "") -> None:
     params, begun = starting_params(run, config.text.init, init_params(model, config, mean))
     if begun:
         _say(f"starting from {begun['source']}: {begun['taken']}")
-    optimizer = make_optimizer(config.optimizer, config.steps, params)
     state = init_state(params, optimizer, mesh, config.optimizer.average_decay > 0)
     del params  # the state has its own
     count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))

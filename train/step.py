@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
@@ -18,15 +19,17 @@ from lit_fast.losses.accumulate import LogitMaxima, LogitStats, LossParams, logi
 from lit_fast.losses.contrastive import contrastive_loss
 from lit_fast.losses.pairs import make_sides
 from lit_fast.models.text_tower import TextTower, unpack_captions
-from lit_fast.models.two_towers import Params, embed_ids
+from lit_fast.models.two_towers import Params, embed_ids, init_params
 from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, replicated, shard_map
-from lit_fast.train.optimizer import make_schedule
+from lit_fast.train.optimizer import make_optimizer, make_schedule
 from lit_fast.utils.normalize import normalize
 
 DeviceBatch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-_SEEDS_INDEX = 2**32 - 1  # no row of a batch has this number, so dropout and the choice of negatives share no key
+_SEEDS_INDEX = (
+    2**32 - 1
+)  # no row of a batch has this number, so dropout and the choice of negatives share no key
 
 
 class State(NamedTuple):
@@ -43,12 +46,25 @@ def init_state(
     params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, averaged: bool = False
 ) -> State:
     """Make the state before the first step, replicated over the mesh."""
-
-    def make(params: Params) -> State:
-        zero = jnp.zeros((), jnp.int32)
-        return State(params, optimizer.init(params), zero, zero - 1, params if averaged else {})
-
+    make = partial(_initial_state, optimizer, averaged)
     return jax.jit(make, out_shardings=replicated(mesh))(params)
+
+
+def abstract_training(model: TextTower, config: Config) -> tuple[optax.GradientTransformation, State]:
+    """Build the optimizer, and the training state as shapes and dtypes, without computing anything.
+
+    Raises:
+      UserError: a rule of the optimizer matches no parameter.
+    """
+    params = jax.eval_shape(lambda: init_params(model, config, np.zeros(model.out_dim)))
+    optimizer = make_optimizer(config.optimizer, config.steps, params)
+    averaged = config.optimizer.average_decay > 0
+    return optimizer, jax.eval_shape(partial(_initial_state, optimizer, averaged), params)
+
+
+def _initial_state(optimizer: optax.GradientTransformation, averaged: bool, params: Params) -> State:
+    zero = jnp.zeros((), jnp.int32)
+    return State(params, optimizer.init(params), zero, zero - 1, params if averaged else {})
 
 
 def make_step(
@@ -154,7 +170,7 @@ def _embed_texts(
     row is one caption, the number of devices change it.
     """
     text = config.text
-    rows = {name: batch[name] for name in ("ids", "lengths") if name in batch}
+    rows = {name: array for name, array in batch.items() if name in ("ids", "lengths")}
     if text.dropout:
         positions = lax.axis_index(AXIS) * len(batch["ids"]) + jnp.arange(len(batch["ids"]))
         rows["dropout_keys"] = jax.vmap(partial(jax.random.fold_in, key))(positions)

@@ -147,7 +147,7 @@ def _index(parts: list[Part], sources: list[Source], out: Path, table: Path | No
 
 def _claim(features: Features) -> None:
     """Write tower.json, or check that the one there is of the same files."""
-    file = features.path / "tower.json"
+    file = Path(features.path, "tower.json")
     if not file.exists():
         write_json(file, features.provenance)
         return

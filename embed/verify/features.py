@@ -24,6 +24,8 @@ from lit_fast.embed.extract import embed_dataset, journal_path
 from lit_fast.embed.pipeline import Images
 from lit_fast.embed.verify.findings import Finding, some
 from lit_fast.errors import UserError
+from lit_fast.storage.files import exists, remove
+from lit_fast.storage.paths import join
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
 from lit_fast.utils.progress import Progress
@@ -48,7 +50,7 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
         try:
             manifest = features.manifest(shard)
         except UserError as error:
-            if features.manifest_path(shard).exists():
+            if exists(features.manifest_path(shard)):
                 yield Finding(part, str(error), shard=shard)
             else:
                 yield Finding(part, "is not there (it has no manifest)", again, shard)
@@ -96,14 +98,14 @@ def repair_features(features: Features, bad: Sequence[Finding], sample: int) -> 
     shards = sorted({f.shard for f in bad if f.shard is not None})
     metadata = any(f.shard is None for f in bad)
     for shard in shards:
-        features.manifest_path(shard).unlink(missing_ok=True)
+        remove(features.manifest_path(shard))
         journal_path(features, shard).unlink(missing_ok=True)
-        features.shard_path(shard).unlink(missing_ok=True)  # TensorStore would read the end of a short one
+        remove(features.shard_path(shard))  # TensorStore would read the end of a short one
     if metadata:
         try:
             features.array(create=True)
         except UserError:  # zarr.json holds nothing that tower.json and the dataset do not say
-            (features.path / "zarr.json").unlink(missing_ok=True)
+            remove(join(features.path, "zarr.json"))
             features.array(create=True)
     embed_dataset(
         features.dataset.path,

@@ -75,9 +75,9 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--average", action="store_true", help="the average of the weights, if one was kept")
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.cli.main import keep_compiled
+        from lit_fast.cli.options import enable_compilation_cache
 
-        keep_compiled()
+        enable_compilation_cache()
         _evaluate(args)
 
     return run

@@ -35,7 +35,7 @@ def classify(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all scores to a file")
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.cli.main import keep_compiled
+        from lit_fast.cli.options import enable_compilation_cache
         from lit_fast.inference.classify import as_json, check_labels, expand_images, format_scores, meaning
         from lit_fast.inference.classify import classify as scores_of
         from lit_fast.inference.model import load
@@ -50,7 +50,7 @@ def classify(parser: argparse.ArgumentParser) -> Run:
         templates = list(read_lines(args.templates)) if args.templates else ["{c}"]
         check_labels(labels, templates)
         images = expand_images(args.images)
-        keep_compiled()
+        enable_compilation_cache()
         model = load(args.model, tower=args.tower)
         scores, problems = scores_of(model, images, labels, templates)
         print(f"{model.name}: {meaning(model)}\n{format_scores(images, labels, scores)}")
@@ -105,7 +105,7 @@ def _search(args: argparse.Namespace) -> None:
 
     import numpy as np
 
-    from lit_fast.cli.main import keep_compiled
+    from lit_fast.cli.options import enable_compilation_cache
     from lit_fast.data.dataset import open_dataset
     from lit_fast.data.features import matching_features
     from lit_fast.data.images.reader import picture_reader
@@ -114,7 +114,7 @@ def _search(args: argparse.Namespace) -> None:
     from lit_fast.inference.search_page import Answer, as_json, format_answers, search_page
 
     dataset = open_dataset(args.dataset)
-    keep_compiled()
+    enable_compilation_cache()
     model = load(args.model, tower=args.tower)
     features = matching_features(dataset, model.tower_json)
     features.invalid_rows()

@@ -1,7 +1,7 @@
 """The command `lit-fast`: finds its subcommands through entry points and turns errors into exit codes.
 
-A command is a function `command(parser) -> run`: it adds its arguments to the parser and returns the
-function that does the work, `run(args) -> None`. The first line of its docstring is its help.
+A command is a function `command(parser) -> run`. It adds its arguments to the parser and returns the function
+`run(args) -> None` that does the work. Its docstring is the text of `lit-fast COMMAND --help`.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ from types import FrameType
 from typing import NoReturn
 
 from lit_fast.errors import UserError
+from lit_fast.utils.output import failure
 from lit_fast.version import __version__
 
 Run = Callable[[argparse.Namespace], None]
 Command = Callable[[argparse.ArgumentParser], Run]
 
-# The order of the work, which is the order of the help.
-_ORDER = (
-    "index",
-    "embed",
-    "import-features",
-    "tokenize",
-    "plan",
-    "train",
-    "eval",
-    "export",
-    "classify",
-    "search",
-    "compare",
-    "info",
-    "verify",
-    "towers",
-    "demo",
-)
+# The commands in the order of use, with their lines in `lit-fast --help`, which loads none of them.
+COMMANDS = {
+    "index": "Create a dataset from images and captions, with a fixed order of rows",
+    "embed": "Embed every image of a dataset with a frozen vision tower",
+    "import-features": "Create a dataset from features that another program computed",
+    "tokenize": "Convert the captions of a dataset to token ids",
+    "plan": "Estimate memory, time and price of a training before it starts",
+    "train": "Train a text tower; the same command resumes an interrupted run",
+    "eval": "Evaluate a run: zero-shot and few-shot classification, retrieval",
+    "export": "Export a trained model for lit_fast, big_vision, open_clip, transformers or ONNX",
+    "classify": "Classify images with a trained model and any labels",
+    "search": "Search the images of a dataset by text or image",
+    "compare": "Compare runs: configuration, cost and results",
+    "info": "Show the contents of a dataset or run and the next command",
+    "verify": "Check every stored byte of a dataset",
+    "towers": "List public vision towers",
+    "demo": "Run all stages on generated images, in minutes on a laptop",
+}
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with a mistake reported in one line."""
+    """An `ArgumentParser` that reports a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -53,11 +54,12 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
-    Returns the exit status: 0 when the job is done, 2 for a user's mistake, 130 after Ctrl-C and
-    143 after SIGTERM (both leave work that the same command goes on with).
+    Returns:
+      The exit status: 0 when the job is done, 2 for a user's mistake, 130 after Ctrl-C and 143 after SIGTERM. After
+      a signal, the same command resumes the work.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    came: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         if _importing(frame):
@@ -65,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             later.daemon = True
             later.start()
             return
-        came.append(number)
-        # Nothing between here and there swallows a SystemExit.
+        received.append(number)
+        # Neither is caught between here and the handler below.
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     try:
@@ -76,16 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dispatch(argv)
         sys.stdout.flush()
     except BaseException as error:
-        if came:
-            how = "\nlit-fast: interrupted" if came[0] == signal.SIGINT else "lit-fast: terminated"
-            print(f"{how}; the same command goes on from here", file=sys.stderr)
-            return 128 + came[0]
-        return _status(error)
+        if received:
+            event = "\nlit-fast: interrupted" if received[0] == signal.SIGINT else "lit-fast: terminated"
+            failure(f"{event}; rerun the same command to continue")
+            return 128 + received[0]
+        return _exit_status(error)
     return 0
 
 
 def _importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported; extension modules do not bear being cut short there."""
+    """Whether a module is being imported; an exception there can leave extension modules half initialized."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -93,17 +95,17 @@ def _importing(frame: FrameType | None) -> bool:
     return False
 
 
-def _status(error: BaseException) -> int:
-    """Says what went wrong, if it is not a defect, which is raised again."""
+def _exit_status(error: BaseException) -> int:
+    """Print an error of the user or of the machine in one line; raise any other again."""
     if isinstance(error, UserError):
-        print(f"lit-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        failure(f"lit-fast: error: {' '.join(str(error).split())}")
         return 2
     if isinstance(error, BrokenPipeError):  # `lit-fast info D | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = None  # type: ignore[assignment]  # its buffer cannot be flushed at exit
         return 141
-    if isinstance(error, OSError):  # a full disk, a missing permission: the file and the reason say it all
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"lit-fast: error: {where}{error.strerror or error}", file=sys.stderr)
+    if isinstance(error, OSError):  # a full disk, a missing permission
+        file = f"{error.filename}: " if error.filename else ""
+        failure(f"lit-fast: error: {file}{error.strerror or error}")
         return 2
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0
@@ -112,42 +114,62 @@ def _status(error: BaseException) -> int:
 
 def _dispatch(argv: list[str]) -> None:
     found = {e.name: e for e in entry_points(group="lit_fast.commands")}
-    names = [n for n in _ORDER if n in found] + sorted(set(found) - set(_ORDER))
     parser = _Parser(
         prog="lit-fast",
         description="Embed every image once, then train a SigLiT text tower against the features.",
-        epilog="`lit-fast COMMAND --help` explains one command; `lit-fast demo` shows them all at work.",
+        epilog="`lit-fast COMMAND --help` explains one command; `lit-fast demo` runs them all.",
     )
     parser.add_argument("--version", action="version", version=f"lit-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    wanted = argv[0] if argv and argv[0] in found else None
     runs: dict[str, Run] = {}
-    for name in names if wanted is None else [wanted]:
-        command: Command = found[name].load()
+    if argv and argv[0] in found:  # only the command that is used is loaded
+        command: Command = found[argv[0]].load()
         text = inspect.cleandoc(command.__doc__ or "")
-        sub = commands.add_parser(
-            name,
-            help=text.splitlines()[0] if text else "",
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+        format_class = argparse.RawDescriptionHelpFormatter
+        runs[argv[0]] = command(
+            commands.add_parser(argv[0], description=text, formatter_class=format_class, allow_abbrev=False)
         )
-        runs[name] = command(sub)
-    args, rest = parser.parse_known_args(argv)
+    else:
+        for name in (*COMMANDS, *sorted(set(found) - set(COMMANDS))):
+            commands.add_parser(name, help=COMMANDS.get(name, ""))
+    args, rest = parser.parse_known_args(_normalize(argv))
     if rest and not getattr(args, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.unknown = rest
     runs[args.command](args)
 
 
-def keep_compiled() -> None:
-    """Turn on JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names another directory."""
-    import jax
+def _normalize(argv: list[str]) -> list[str]:
+    """Return the arguments with flags as they are declared: `--batch-size`, and `--text.mask_padding` for a key.
 
-    from lit_fast.storage.hub import cache_directory
+    A negative number after a key is joined to it, as argparse takes -1e1 for a flag.
+    """
+    out: list[str] = []
+    for number, word in enumerate(argv):
+        if word == "--":
+            return out + argv[number:]
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            name = flag[2:]
+            name = name.replace("-", "_") if "." in name else name.replace("_", "-")
+            out.append(f"--{name}{equals}{value}")
+        elif word.startswith("-") and _is_number(word) and out and _is_key(out[-1]):
+            out[-1] += f"={word}"
+        else:
+            out.append(word)
+    return out
 
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+
+def _is_key(word: str) -> bool:
+    return word.startswith("--") and "." in word and "=" not in word
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

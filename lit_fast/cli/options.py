@@ -1,59 +1,82 @@
-"""The files that options such as `--json OUT` ask for."""
+"""Options that several commands share, their output files, and the cache of compiled programs."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
-from lit_fast.config import Config, flatten
+from lit_fast.config import sections, settings
+from lit_fast.config_io import describe
 from lit_fast.errors import UserError
-from lit_fast.storage.files import json_bytes, write_atomic
+from lit_fast.storage.files import exists, is_directory, json_bytes, local_path, write_atomic
+from lit_fast.storage.paths import StrPath, absolute, parent
 
 
-def check_output(path: Path | None, option: str = "--json") -> None:
-    """Find out before the work whether its result can be written; None: it was not asked for.
+def check_output(location: StrPath | None, option: str = "--json") -> None:
+    """Check before the work that its result can be written; None: the option was not given.
 
     Raises:
-      UserError: it cannot.
+      UserError: it cannot be written.
     """
-    if path is None:
+    if location is None:
         return
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a directory; give the name of a file")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{option} {path} cannot be written: {parent} is not a writable directory")
+    if is_directory(location):
+        raise UserError(f"{option} {location} is a directory; give the name of a file")
+    directory = parent(absolute(location))
+    while not exists(directory):
+        directory = parent(directory)
+    if not is_directory(directory) or not os.access(local_path(directory), os.W_OK):
+        raise UserError(f"{option} {location} cannot be written: {directory} is not a writable directory")
 
 
-def write_json_output(path: Path | None, value: object) -> None:
-    """The file of `--json`, if it was asked for; raises UserError where it cannot be written."""
-    if path is not None:
-        write_output(path, json_bytes(value), "--json")
+def write_json_output(location: StrPath | None, value: object) -> None:
+    """Write the file of `--json`, if the option was given; raises UserError where it cannot be written."""
+    if location is not None:
+        write_output(location, json_bytes(value), "--json")
 
 
-def write_output(path: Path, data: bytes, option: str) -> None:
-    """The file of an option; raises UserError where it cannot be written."""
+def write_output(location: StrPath, data: bytes, option: str) -> None:
+    """Write the file of an option; raises UserError where it cannot be written."""
     try:
-        write_atomic(path, data)
+        write_atomic(location, data)
     except OSError as error:
-        raise UserError(f"{option} {path} cannot be written: {error.strerror}") from None
-
-
-# Keys of the config as options of a command: `--section.key value`, anywhere on the command line.
+        raise UserError(f"{option} {location} cannot be written: {error.strerror}") from None
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Let the command take every key of the config; its help is the caller's business.
+    """Add every key of the configuration as a flag, in one help group per section; call it after the other options.
 
-    Unknown options are left for `load_config`, which names the nearest known key.
+    Unknown options are passed to `load_config`, which names the nearest known key.
     """
-    for key in flatten(Config()):
-        parser.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.usage = parser.format_usage().removeprefix("usage: ").rstrip() + " [--section.key VALUE ...]"
+    groups = {
+        section: parser.add_argument_group(f"[{section}]" if section else "configuration", cls.__doc__)
+        for section, cls in sections().items()
+    }
+    for key in settings():
+        kind, default, choices, text = describe(key)
+        choices = f"; one of {choices}" if choices else ""
+        groups[key.rpartition(".")[0]].add_argument(
+            f"--{key}",
+            metavar="VALUE",
+            default=argparse.SUPPRESS,
+            help=f"{text} ({kind}{choices}; default {default})".replace("%", "%%"),
+        )
     parser.set_defaults(takes_overrides=True)
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """What was given, as `load_config` takes it."""
+    """Return the overrides that were given, as `load_config` takes them."""
     given = vars(args)
-    return [f"--{key}={given[key]}" for key in flatten(Config()) if key in given] + list(args.unknown)
+    return [f"--{key}={given[key]}" for key in settings() if key in given] + list(args.unknown)
+
+
+def enable_compilation_cache() -> None:
+    """Turn on JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names another directory."""
+    import jax
+
+    from lit_fast.storage.hub import cache_directory
+    from lit_fast.storage.paths import join
+
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", join(cache_directory(), "compiled"))

@@ -12,7 +12,6 @@ specification, "sharding_indexed").
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -41,7 +40,7 @@ def read_block(features: Features, block: int, out: np.ndarray) -> None:
         raise read_error(features.path, ValueError(f"{rows}: {error}")) from None
 
 
-def _read(path: Path, number: int, out: np.ndarray) -> None:
+def _read(path: str, number: int, out: np.ndarray) -> None:
     """Block `number` of a shard file into uint8 `out`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -58,7 +57,7 @@ def _read(path: Path, number: int, out: np.ndarray) -> None:
         os.close(descriptor)
 
 
-def _read_at(path: Path, descriptor: int, offset: int, out: np.ndarray) -> None:
+def _read_at(path: str, descriptor: int, offset: int, out: np.ndarray) -> None:
     """Fill uint8 `out` from a place in the file and compare the crc32c that follows."""
     told = np.empty(4, np.uint8)
     size = len(out) + 4

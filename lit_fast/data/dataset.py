@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lit_fast.data.records import RecordReader, RecordWriter
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_json, write_json
+from lit_fast.storage.files import exists, is_file, list_names, read_json, remove_tree, write_json
+from lit_fast.storage.paths import StrPath, absolute, join
+from lit_fast.storage.paths import name as last_part
 
 BLOCK = 1024
 SHARD = 65_536
@@ -88,7 +89,7 @@ class Block:
 class Dataset:
     """What `dataset.json` says; rows are read on demand, block by block."""
 
-    path: Path
+    path: str
     rows: int
     captions: int  # in all rows together
     captionless: int  # rows without one
@@ -105,7 +106,7 @@ class Dataset:
     @property
     def name(self) -> str:
         """The directory's name."""
-        return self.path.resolve().name
+        return last_part(absolute(self.path))
 
     @property
     def blocks(self) -> int:
@@ -152,9 +153,9 @@ class Dataset:
             yield decode_captions(reader.read(b))
 
 
-def generation_directory(path: Path, name: str, generation: int) -> Path:
+def generation_directory(path: StrPath, name: str, generation: int) -> str:
     """Where the records `name` ("index" or "captions") of a generation of the dataset at `path` lie."""
-    return path / (f"{name}-{generation}" if generation else name)
+    return join(path, f"{name}-{generation}" if generation else name)
 
 
 def decode_block(record: bytes) -> Block:
@@ -175,17 +176,17 @@ def _digest(texts: Sequence[str]) -> str:
     return hasher.hexdigest()
 
 
-def open_dataset(path: str | Path) -> Dataset:
+def open_dataset(path: StrPath) -> Dataset:
     """Open a dataset; reads only `dataset.json`.
 
     Raises:
       UserError: there is no complete dataset at `path`.
     """
-    path = Path(path)
-    if not path.exists():
+    path = os.fspath(path)
+    if not exists(path):
         raise UserError(f"dataset {path} does not exist; make it with: lit-fast index SOURCE... --out {path}")
-    file = path / "dataset.json"
-    if not file.is_file():
+    file = join(path, "dataset.json")
+    if not is_file(file):
         raise UserError(f"{path} is not a dataset (no dataset.json); make it with: lit-fast index")
     value = read_json(file)
     try:
@@ -243,8 +244,8 @@ class DatasetWriter:
     over: a kill leaves either the old dataset or the new one.
     """
 
-    def __init__(self, path: Path, *, grow: Dataset | None = None) -> None:
-        self._path, self._grow = path, grow
+    def __init__(self, path: StrPath, *, grow: Dataset | None = None) -> None:
+        self._path, self._grow = os.fspath(path), grow
         self.rows = self.captions = self.captionless = self.labelled = 0
         self.languages: Counter[str] = Counter()
         self._block: list[Row] = []
@@ -347,7 +348,7 @@ class DatasetWriter:
             "sources": [_told(source) for source in sources],
             "shard_keys": self._shard_keys,
         }
-        write_json(self._path / "dataset.json", value)
+        write_json(join(self._path, "dataset.json"), value)
         dataset = open_dataset(self._path)
         remove_other_generations(dataset)
         return dataset
@@ -356,10 +357,11 @@ class DatasetWriter:
 def remove_other_generations(dataset: Dataset) -> None:
     """Delete the records that killed or finished growing has left beside those of the dataset."""
     for name in ("index", "captions"):
-        mine = generation_directory(dataset.path, name, dataset.generation)
-        for directory in [dataset.path / name, *dataset.path.glob(f"{name}-*")]:
-            if directory != mine:
-                shutil.rmtree(directory, ignore_errors=True)
+        current = generation_directory(dataset.path, name, dataset.generation)
+        for other in list_names(dataset.path):
+            directory = join(dataset.path, other)
+            if (other == name or other.startswith(f"{name}-")) and directory != current:
+                remove_tree(directory)
 
 
 def _told(source: Source) -> dict[str, Any]:

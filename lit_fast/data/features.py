@@ -17,7 +17,6 @@ import re
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -26,7 +25,8 @@ import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, SHARD, Dataset
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_json, read_object, write_json
+from lit_fast.storage.files import exists, is_file, list_names, read_json, read_object, write_json
+from lit_fast.storage.paths import absolute, join, stem
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -56,9 +56,9 @@ class Features:
     provenance: dict[str, Any]  # tower.json
 
     @property
-    def path(self) -> Path:
+    def path(self) -> str:
         """`D/features/<tower>`."""
-        return self.dataset.path / "features" / self.tower
+        return join(self.dataset.path, "features", self.tower)
 
     @property
     def width(self) -> int:
@@ -89,16 +89,16 @@ class Features:
         """
         shape = [self.dataset.rows, self.views * self.width]
         wanted = _metadata(shape[1])
-        exists = (self.path / "zarr.json").exists()
+        created = exists(join(self.path, "zarr.json"))
         spec: dict[str, Any] = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{self.path.resolve()}/"},  # it takes no path with ..
+            "kvstore": {"driver": "file", "path": f"{absolute(self.path)}/"},  # it takes no path with ..
             "fill_missing_data_reads": False,
             "store_data_equal_to_fill_value": True,
-            "metadata": wanted if exists else {**wanted, "shape": shape},
+            "metadata": wanted if created else {**wanted, "shape": shape},
         }
         try:
-            array = ts.open(spec, context=_CONTEXT, open=True, create=create and not exists).result()
+            array = ts.open(spec, context=_CONTEXT, open=True, create=create and not created).result()
             if create and array.shape[0] < shape[0]:
                 array = array.resize(exclusive_max=shape, expand_only=True).result()
         except ValueError as error:
@@ -109,13 +109,13 @@ class Features:
             )
         return array
 
-    def shard_path(self, shard: int) -> Path:
+    def shard_path(self, shard: int) -> str:
         """The file with the features of a shard."""
-        return self.path / "c" / str(shard) / "0"
+        return join(self.path, "c", str(shard), "0")
 
-    def manifest_path(self, shard: int) -> Path:
+    def manifest_path(self, shard: int) -> str:
         """Where the manifest of a shard lies."""
-        return self.path / "manifest" / f"{shard:05d}.json"
+        return join(self.path, "manifest", f"{shard:05d}.json")
 
     def finished(self) -> list[int]:
         """Shards that are complete, in order: with a manifest that knows all rows the shard has now."""
@@ -127,7 +127,7 @@ class Features:
         Raises:
           UserError: one is damaged.
         """
-        names = (p.stem for p in (self.path / "manifest").glob("*.json"))
+        names = (stem(n) for n in list_names(join(self.path, "manifest")) if n.endswith(".json"))
         shards = sorted(int(n) for n in names if n.isdigit() and int(n) < self.dataset.shards)
         return {shard: self.manifest(shard) for shard in shards}
 
@@ -290,7 +290,7 @@ def tower_options(tower: dict[str, Any]) -> dict[str, Any]:
     return {"preprocess": preprocess["method"], "resolution": preprocess["size"], "gelu": tower["gelu"]}
 
 
-def read_error(path: Path, error: Exception) -> UserError:
+def read_error(path: str, error: Exception) -> UserError:
     """A TensorStore read error as one line that says what to do."""
     return UserError(
         f"{path} cannot be read, a shard is missing or damaged: {first_line(error)}; lit-fast verify --repair "
@@ -324,8 +324,8 @@ def _metadata(width: int) -> dict[str, Any]:
 
 def stored_towers(dataset: Dataset) -> list[str]:
     """Names of the towers that have a feature directory in the dataset, sorted."""
-    root = dataset.path / "features"
-    return sorted(p.parent.name for p in root.glob("*/tower.json"))
+    folder = join(dataset.path, "features")
+    return [name for name in list_names(folder) if is_file(join(folder, name, "tower.json"))]
 
 
 def open_features(dataset: Dataset, tower: str = "") -> Features:
@@ -347,7 +347,7 @@ def open_features(dataset: Dataset, tower: str = "") -> Features:
         raise UserError(
             f"dataset {dataset.path} has no features of tower {tower!r}, only of {', '.join(have)}; {remedy}"
         )
-    file = dataset.path / "features" / tower / "tower.json"
+    file = join(dataset.path, "features", tower, "tower.json")
     provenance = read_object(
         file, "name", "source", "identity", "width", "dtype",
         name=str, source=str, identity=str, width=int, views=int, dtype=str, preprocess=dict, options=dict,

@@ -6,22 +6,29 @@ array_record costs time that grows with the file.
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from lit_fast.errors import UserError
+from lit_fast.storage.files import (
+    is_file,
+    link_or_copy,
+    list_names,
+    local_path,
+    make_directory,
+    remove,
+    sync_path,
+)
+from lit_fast.storage.paths import StrPath, join
 
 FILE_RECORDS = 4096
 
 
-def _file(directory: Path, number: int) -> Path:
-    return directory / f"{number:05d}.array_record"
+def _file(directory: StrPath, number: int) -> str:
+    return join(directory, f"{number:05d}.array_record")
 
 
 class RecordWriter:
@@ -34,10 +41,11 @@ class RecordWriter:
       UserError: a file cannot be written; from any method.
     """
 
-    def __init__(self, directory: Path, *, after: Path | None = None, count: int = 0) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob("*.array_record"):
-            old.unlink()
+    def __init__(self, directory: StrPath, *, after: StrPath | None = None, count: int = 0) -> None:
+        make_directory(directory)
+        for name in list_names(directory):
+            if name.endswith(".array_record"):
+                remove(join(directory, name))
         self._directory, self._count = directory, 0
         self._writer: ArrayRecordWriter | None = None
         if after is None:
@@ -55,7 +63,7 @@ class RecordWriter:
             self.close()
         path = _file(self._directory, self._count // FILE_RECORDS)
         with _written(path):
-            self._writer = self._writer or ArrayRecordWriter(str(path), "group_size:1,zstd")
+            self._writer = self._writer or ArrayRecordWriter(local_path(path), "group_size:1,zstd")
             self._writer.write(record)
         self._count += 1
 
@@ -67,11 +75,11 @@ class RecordWriter:
         with _written(path):
             self._writer.close()
         self._writer = None
-        _sync(path)
+        sync_path(path)
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
+def _written(path: str) -> Iterator[None]:
     """The writer's errors as one line; it speaks of a full disk as of anything else."""
     try:
         yield
@@ -82,28 +90,17 @@ def _written(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: str, target: str) -> None:
     try:
-        os.link(source, target)
+        link_or_copy(source, target)
     except FileNotFoundError:
         raise UserError(f"{source} is missing; restore it or make the dataset anew") from None
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-        _sync(target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RecordReader:
     """Random access to the `count` records of a directory, from any thread."""
 
-    def __init__(self, directory: Path, count: int) -> None:
+    def __init__(self, directory: StrPath, count: int) -> None:
         self._directory, self._count = directory, count
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
@@ -121,9 +118,9 @@ class RecordReader:
             with self._lock:
                 reader = self._readers.get(number // FILE_RECORDS)
                 if reader is None:
-                    if not path.is_file():
+                    if not is_file(path):
                         raise UserError(f"{path} is missing; restore it or make the dataset anew")
-                    reader = ArrayRecordReader(str(path))
+                    reader = ArrayRecordReader(local_path(path))
                     self._readers[number // FILE_RECORDS] = reader
                 start = number % FILE_RECORDS
                 return bytes(reader.read(start, start + 1)[0])

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 from lit_fast.errors import UserError
+from lit_fast.storage.files import read_bytes
+from lit_fast.storage.paths import StrPath
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def lower(text: str) -> str:
     return text.encode("utf-8", "replace").lower().decode("utf-8")
 
 
-def load_tokenizer(path: Path, max_length: int, padding: int | None = None) -> Tokenizer:
+def load_tokenizer(path: StrPath, max_length: int, padding: int | None = None) -> Tokenizer:
     """Read a sentencepiece model.
 
     Raises:
@@ -95,7 +96,7 @@ def load_tokenizer(path: Path, max_length: int, padding: int | None = None) -> T
         piece `padding`.
     """
     try:
-        model = path.read_bytes()
+        model = read_bytes(path)
     except OSError as error:
         raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None
     try:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from lit_fast.data.dataset import Dataset
 from lit_fast.data.records import RecordReader
 from lit_fast.data.tokenizer import Tokenizer, load_tokenizer
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_object
+from lit_fast.storage.files import is_file, list_names, read_object
+from lit_fast.storage.paths import join
 
 
 def encode_record(captions: Sequence[Sequence[Sequence[int]]], vocab_size: int) -> bytes:
@@ -72,9 +72,9 @@ class Tokens:
     meta: dict[str, Any]  # tokens.json
 
     @property
-    def path(self) -> Path:
+    def path(self) -> str:
         """`D/tokens/<name>`."""
-        return self.dataset.path / "tokens" / self.name
+        return join(self.dataset.path, "tokens", self.name)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids.
@@ -83,7 +83,7 @@ class Tokens:
           UserError: tokenizer.model is missing or is not the one that made the ids.
         """
         meta = self.meta
-        tokenizer = load_tokenizer(self.path / "tokenizer.model", meta["max_length"], meta["pad_id"])
+        tokenizer = load_tokenizer(join(self.path, "tokenizer.model"), meta["max_length"], meta["pad_id"])
         if tokenizer.identity != meta["identity"]:
             raise UserError(
                 f"{self.path}/tokenizer.model is not the tokenizer that made the tokens beside it"
@@ -102,7 +102,8 @@ class Tokens:
 
 def stored_tokenizers(dataset: Dataset) -> list[str]:
     """Names of the complete token stores of a dataset, sorted."""
-    return sorted(p.parent.name for p in (dataset.path / "tokens").glob("*/tokens.json"))
+    folder = join(dataset.path, "tokens")
+    return [name for name in list_names(folder) if is_file(join(folder, name, "tokens.json"))]
 
 
 def open_tokens(dataset: Dataset, name: str = "") -> Tokens:
@@ -122,7 +123,7 @@ def open_tokens(dataset: Dataset, name: str = "") -> Tokens:
     name = name or have[0]
     if name not in have:
         raise UserError(f"dataset {dataset.path} has no tokens {name!r}, only {', '.join(have)}; {remedy}")
-    file = dataset.path / "tokens" / name / "tokens.json"
+    file = join(dataset.path, "tokens", name, "tokens.json")
     meta = read_object(
         file, *_META, identity=str, vocab_size=int, max_length=int, pad_id=int, shard_keys=list, truncated=int
     )

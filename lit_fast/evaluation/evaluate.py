@@ -206,8 +206,8 @@ def _result(
     }
 
 
-def distinct_names(paths: Iterable[Path]) -> list[str]:
+def distinct_names(paths: Iterable[Path | str]) -> list[str]:
     """The directories' names; with the parent's where two of them have the same."""
-    resolved = [path.resolve() for path in paths]
+    resolved = [Path(path).resolve() for path in paths]
     count = Counter(path.name for path in set(resolved))
     return [p.name if count[p.name] == 1 else f"{p.parent.name}/{p.name}" for p in resolved]

@@ -85,7 +85,11 @@ def evaluate_few_shot(train: Dataset, test: Dataset, tower: dict[str, Any]) -> d
     """
     check_few_shot(train, test)
     sets = [_labelled(dataset, matching_features(dataset, tower)) for dataset in (train, test)]
-    cache = sets[1].features.path / "few_shot" / f"{_digest([_PROCEDURE, *(s.identity for s in sets)])}.json"
+    cache = (
+        Path(sets[1].features.path)
+        / "few_shot"
+        / f"{_digest([_PROCEDURE, *(s.identity for s in sets)])}.json"
+    )
     found = _cached(cache)
     if found is None:
         found = _measure(*sets)

@@ -266,7 +266,7 @@ def accumulate_pair_loss(
             tile_body, (carry.sums, dimages), carry.dtexts, (text_tiles, text_input_tiles)
         )
         dhead = carry.dhead
-        if head_vjp is not None:
+        if head_vjp is not None and dhead is not None:
             dhead += head_vjp(scale * dimages)[0]
         return _LocalCarry(sums, dtexts, dhead), None
 

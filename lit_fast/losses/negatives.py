@@ -47,7 +47,7 @@ def hardness_threshold(
         def block_body(
             counts: jax.Array, block: ImageSide, _: None, valid: jax.Array
         ) -> tuple[jax.Array, None]:
-            image_tile, _ = make_image_tile(config, params.head, block, valid)
+            image_tile = make_image_tile(config, params.head, block, valid)[0]
 
             def tile_body(counts: jax.Array, _: None, text_tile: TextTile) -> tuple[jax.Array, None]:
                 pairs = make_pair_tile(config, num_images, image_tile, text_tile)
@@ -58,9 +58,7 @@ def hardness_threshold(
 
             return scan_text_tiles(tile_body, counts, None, text_tiles)
 
-        counts, _ = ring_scan(
-            num_devices, config.tile, block_body, jnp.zeros(_CUTS, jnp.float32), images
-        )
+        counts, _ = ring_scan(num_devices, config.tile, block_body, jnp.zeros(_CUTS, jnp.float32), images)
         return lax.psum(counts, AXIS)
 
     low, high = jnp.float32(-1.01), jnp.float32(1.01)  # low precision may give a cosine above 1

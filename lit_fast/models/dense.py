@@ -106,9 +106,7 @@ def _flat_gradients(
     shape, x, dy = x.shape, x.reshape(-1, inner), dy.reshape(-1, kernel.size // inner)
     dx = _einsum("mn,kn->mk", dy, kernel.reshape(inner, -1).astype(dy.dtype)).astype(x.dtype)
     dkernel = _transposed_product(x, dy) if x.dtype == jnp.bfloat16 else _einsum("mk,mn->kn", x, dy)
-    dbias = (
-        None if bias is None else _einsum("m,mn->n", jnp.ones(len(dy), dy.dtype), dy).reshape(bias.shape)
-    )
+    dbias = None if bias is None else _einsum("m,mn->n", jnp.ones(len(dy), dy.dtype), dy).reshape(bias.shape)
     return dx.reshape(shape), dkernel.reshape(kernel.shape), dbias
 
 

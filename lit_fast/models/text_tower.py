@@ -22,7 +22,9 @@ class RowLayout(NamedTuple):
     first: jax.Array  # int32 [n, k], the first token of a caption
     last: jax.Array  # int32 [n, k], its last token
     caption_mask: jax.Array | None  # bool [n, k, length], true for the tokens of the caption; None: all
-    attention_mask: jax.Array | None  # bool [n, 1, 1 or length, length], true where a query attends; None: all
+    attention_mask: (
+        jax.Array | None
+    )  # bool [n, 1, 1 or length, length], true where a query attends; None: all
     positions: jax.Array | None  # int32 [n, length], of a token in its caption; None: that in the row
 
     @classmethod
@@ -54,9 +56,7 @@ class RowLayout(NamedTuple):
         mask = caption[:, None, :] == jnp.arange(lengths.shape[1])[:, None]
         start = jnp.einsum("nkl,nk->nl", mask.astype(jnp.int32), first)
         positions = jnp.where(caption < lengths.shape[1], index - start, 0)
-        return cls(
-            first, last - 1, mask, caption[:, None, :, None] == caption[:, None, None, :], positions
-        )
+        return cls(first, last - 1, mask, caption[:, None, :, None] == caption[:, None, None, :], positions)
 
 
 def unpack_captions(ids: jax.Array, lengths: jax.Array, slots: jax.Array, length: int) -> jax.Array:
@@ -72,9 +72,7 @@ def unpack_captions(ids: jax.Array, lengths: jax.Array, slots: jax.Array, length
     sizes = lengths.astype(jnp.int32)
     first = (jnp.cumsum(sizes, axis=1) - sizes)[row, k]
     index = jnp.arange(length)
-    captions = ids.astype(jnp.int32)[
-        row[:, None], jnp.minimum(first[:, None] + index, ids.shape[1] - 1)
-    ]
+    captions = ids.astype(jnp.int32)[row[:, None], jnp.minimum(first[:, None] + index, ids.shape[1] - 1)]
     return jnp.where(index < sizes[row, k][:, None], captions, -1)
 
 
@@ -106,7 +104,7 @@ class TextTower(nn.Module):
     embedding_width: int = 0
     projected: bool = True
     dropout: float = 0.0
-    remat: str = "everything"  # of the encoder
+    remat_policy: str = "everything"  # of the encoder
     pack: int = 1
     dtype: Any = jnp.float32
 
@@ -143,7 +141,7 @@ class TextTower(nn.Module):
             one_hot = jax.nn.one_hot(layout.positions, self.max_length)
             x = x + jnp.einsum("ntl,lw->ntw", one_hot, table[0], precision="highest")
         x = dropout(x, self.dropout, fold_keys(dropout_keys, 0))
-        encoder = Encoder(self.shape, GELU, EPSILON, self.dropout, self.remat, self.dtype)
+        encoder = Encoder(self.shape, GELU, EPSILON, self.dropout, self.remat_policy, self.dtype)
         output_positions = {"first": layout.first, "last": layout.last}.get(self.pooling)
         x = encoder(x, layout.attention_mask, output_positions, fold_keys(dropout_keys, 1))
         if output_positions is None:
@@ -172,7 +170,5 @@ class TextTower(nn.Module):
         if self.pooling == "mean":
             weight = mask.astype(x.dtype)
             return jnp.einsum("ntw,nkt->nkw", x, weight / weight.sum(axis=2, keepdims=True))
-        maxima = [
-            x.max(axis=1, where=mask[:, k, :, None], initial=-jnp.inf) for k in range(mask.shape[1])
-        ]
+        maxima = [x.max(axis=1, where=mask[:, k, :, None], initial=-jnp.inf) for k in range(mask.shape[1])]
         return jnp.stack(maxima, axis=1)

@@ -207,7 +207,7 @@ class Encoder(nn.Module):
     gelu: str = "tanh"
     epsilon: float = 1e-6
     dropout: float = 0.0
-    remat: str = "everything"  # stores all residuals; or a key of REMAT_POLICIES
+    remat_policy: str = "everything"  # stores all residuals; or a key of REMAT_POLICIES
     dtype: Any = jnp.float32
     final_norm: bool = True
 
@@ -242,8 +242,8 @@ class Encoder(nn.Module):
             keys = fold_keys(dropout_keys, index)
             return block.apply({"params": params}, x, mask, positions, keys)  # type: ignore[return-value]
 
-        if self.remat != "everything":
-            policy = jax.checkpoint_policies.save_only_these_names(*REMAT_POLICIES[self.remat])
+        if self.remat_policy != "everything":
+            policy = jax.checkpoint_policies.save_only_these_names(*REMAT_POLICIES[self.remat_policy])
             layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
         num_scanned = depth if output_positions is None else depth - 1
         scanned = jax.tree.map(lambda a: a[:num_scanned], stacked), jnp.arange(num_scanned)

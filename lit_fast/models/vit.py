@@ -57,7 +57,11 @@ class ViT(nn.Module):
             final_norm=not a.norm_after_pool,
             name="Transformer",
         )
-        x = encoder(x) if a.pool in ("gap", "map") else encoder(x, output_positions=jnp.zeros((n, 1), jnp.int32))
+        x = (
+            encoder(x)
+            if a.pool in ("gap", "map")
+            else encoder(x, output_positions=jnp.zeros((n, 1), jnp.int32))
+        )
         if a.pool == "gap":
             x = x[:, -h * w :].mean(axis=1)
         elif a.pool == "map":

@@ -24,7 +24,7 @@ from lit_fast.storage.files import read_json, read_object
 _SHOWN = 3  # entries of a list that may be long
 
 
-def gather(path: Path) -> dict[str, Any]:
+def gather(path: Path | str) -> dict[str, Any]:
     """Everything that `format_info` shows, ready for JSON; `kind` is "dataset" or "run".
 
     `todo` lists what is missing, each with the command that makes it, and `problems` what is wrong. A
@@ -33,6 +33,7 @@ def gather(path: Path) -> dict[str, Any]:
     Raises:
       UserError: `path` is neither, or its dataset.json or config.toml cannot be read.
     """
+    path = Path(path)
     if (path / "dataset.json").is_file():
         return _dataset(open_dataset(path))
     if (path / "config.toml").is_file():
@@ -53,11 +54,11 @@ def _dataset(dataset: Dataset) -> dict[str, Any]:
     todo: list[dict[str, str]] = []
     sources = _sources(dataset, problems)
     features = [
-        _guarded(dataset.path / "features" / name, problems, _features, dataset, name, todo, problems)
+        _guarded(Path(dataset.path, "features", name), problems, _features, dataset, name, todo, problems)
         for name in stored_towers(dataset)
     ]
     tokens = [
-        _guarded(dataset.path / "tokens" / name, problems, _tokens, dataset, name)
+        _guarded(Path(dataset.path, "tokens", name), problems, _tokens, dataset, name)
         for name in stored_tokenizers(dataset)
     ]
     here = shlex.quote(str(dataset.path))
@@ -152,7 +153,7 @@ def _features(dataset: Dataset, name: str, todo: list[dict[str, str]], problems:
         "valid": rows - invalid,
         "invalid": invalid,
         "reasons": dict(reasons.most_common()),
-        "bytes": _bytes_below(features.path),
+        "bytes": _bytes_below(Path(features.path)),
     }
 
 
@@ -167,7 +168,7 @@ def _tokens(dataset: Dataset, name: str) -> dict[str, Any]:
         "captions": meta["captions"],
         "mean_length": meta["ids"] / max(meta["captions"], 1),
         "truncated": meta["truncated"],
-        "bytes": _bytes_below(tokens.path),
+        "bytes": _bytes_below(Path(tokens.path)),
     }
 
 

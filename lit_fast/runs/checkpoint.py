@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from lit_fast.errors import UserError
+from lit_fast.storage.files import is_directory, list_names, make_directory, rename
+from lit_fast.storage.paths import StrPath, absolute, join, parent
 
 # Orbax explains every save on the root logger's INFO, warns of absent sharding files, and prints a traceback
 # of what it also raises.
@@ -33,7 +34,7 @@ class Damaged(UserError):
 
 
 def open_manager(
-    run: Path, *, keep: int | None = None, keep_every: int = 0, best: bool = False
+    run: StrPath, *, keep: int | None = None, keep_every: int = 0, best: bool = False
 ) -> ocp.CheckpointManager:
     """The checkpoints of a run directory.
 
@@ -53,7 +54,7 @@ def open_manager(
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies), create=True, cleanup_tmp_directories=True
         )
-    return ocp.CheckpointManager((run / "checkpoints").resolve(), options=options)
+    return ocp.CheckpointManager(absolute(join(run, "checkpoints")), options=options)
 
 
 def save(
@@ -95,13 +96,13 @@ def restore(manager: ocp.CheckpointManager, step: int, trees: dict[str, Any]) ->
     return {name: found[name] for name in trees}, meta
 
 
-def restore_params(run: Path, step: int | None, params: Any, name: str = "params") -> tuple[int, Any]:
+def restore_params(run: StrPath, step: int | None, params: Any, name: str = "params") -> tuple[int, Any]:
     """Only the weights of `step`, or of the last one, or their "average": (step, tree as `params`).
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
     """
-    if not (run / "checkpoints").is_dir():
+    if not is_directory(join(run, "checkpoints")):
         raise UserError(f"run {run} has no checkpoint yet")
     manager = open_manager(run)
     try:
@@ -129,11 +130,12 @@ def restore_last(
         try:
             return read(step)
         except Damaged as error:
-            away = manager.directory.parent / "damaged"
+            directory = str(manager.directory)
+            away = join(parent(directory), "damaged")
             warn(f"{error}; moved to {away}, going on from the one before")
             if jax.process_index() == 0:
-                away.mkdir(exist_ok=True)
-                (manager.directory / str(step)).rename(away / f"{step}-{len(list(away.iterdir()))}")
+                make_directory(away)
+                rename(join(directory, str(step)), join(away, f"{step}-{len(list_names(away))}"))
             manager.reload()
     return None
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from lit_fast.storage.files import is_file, read_bytes
+from lit_fast.storage.paths import StrPath
 
 Lines = list[dict[str, Any]]
 
@@ -38,10 +40,11 @@ class Best(NamedTuple):
     step: int
 
 
-def read_metrics(path: Path) -> Lines:
+def read_metrics(path: StrPath) -> Lines:
     """The lines of a `metrics.jsonl` up to the first that is not whole: a killed run tears its last one."""
     lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+    data = read_bytes(path) if is_file(path) else b""
+    for text in data.decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):

@@ -10,16 +10,16 @@ W/checkpoints/<step>/            see `lit_fast.runs.checkpoint`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from lit_fast.config import Config
-from lit_fast.config_io import REMOVED, load_config
+from lit_fast.config_io import load_config
 from lit_fast.data.dataset import Dataset
 from lit_fast.data.features import matching_features
 from lit_fast.data.tokenizer import Tokenizer, load_tokenizer
@@ -34,7 +34,9 @@ from lit_fast.models.two_towers import (
 )
 from lit_fast.runs.checkpoint import restore_params
 from lit_fast.runtime import make_mesh, replicated
-from lit_fast.storage.files import read_object
+from lit_fast.storage.files import exists, is_file, read_object
+from lit_fast.storage.paths import StrPath, absolute, join
+from lit_fast.storage.paths import name as last_part
 
 
 def image_embeddings(
@@ -52,14 +54,14 @@ def image_embeddings(
     return rows, centered(features.read_all()[rows], mean)
 
 
-def read_tower(run: Path) -> dict[str, Any]:
+def read_tower(run: StrPath) -> dict[str, Any]:
     """The run's `tower.json`.
 
     Raises:
       UserError: it is missing or damaged.
     """
     return read_object(
-        run / "tower.json", "name", "source", "identity", "width",
+        join(run, "tower.json"), "name", "source", "identity", "width",
         name=str, source=str, identity=str, width=int, views=int, dtype=str, preprocess=dict, options=dict,
     )  # fmt: skip
 
@@ -68,7 +70,7 @@ def read_tower(run: Path) -> dict[str, Any]:
 class Run:
     """An opened run, ready to embed."""
 
-    path: Path
+    path: str
     config: Config
     step: int
     params: Params
@@ -79,7 +81,7 @@ class Run:
     @property
     def name(self) -> str:
         """The directory's name."""
-        return self.path.resolve().name
+        return last_part(absolute(self.path))
 
     @property
     def tower(self) -> str:
@@ -96,29 +98,27 @@ class Run:
         return rows, apply_image_head(self.params, images)
 
 
-def check_run(path: Path) -> None:
+def check_run(path: StrPath) -> None:
     """Raises UserError where there is no run; reads nothing big."""
-    if not path.exists():
+    if not exists(path):
         raise UserError(
             f"run {path} does not exist; make it with: lit-fast train CONFIG.toml --workdir {path}"
         )
     for name in ("config.toml", "tower.json", "tokens.json", "tokenizer.model"):
-        if not (path / name).is_file():
+        if not is_file(join(path, name)):
             raise UserError(f"{path} is not a run ({name} is missing); make it with: lit-fast train")
 
 
-def read_config(run: Path) -> Config:
-    """The resolved configuration of a run, also of an earlier version.
-
-    The keys that are no more were about memory and change nothing but rounding.
+def read_config(run: StrPath) -> Config:
+    """Read the resolved configuration of a run.
 
     Raises:
       UserError: it is missing or damaged.
     """
-    return load_config(run / "config.toml", ignored=REMOVED)
+    return load_config(join(run, "config.toml"))
 
 
-def open_run(path: Path, step: int | None = None, average: bool = False) -> Run:
+def open_run(path: StrPath, step: int | None = None, average: bool = False) -> Run:
     """Open a run at a step, by default its last checkpoint, with its weights or their average.
 
     Raises:
@@ -131,8 +131,8 @@ def open_run(path: Path, step: int | None = None, average: bool = False) -> Run:
             f"run {path} kept no average of its weights; train with optimizer.average_decay = 0.9999"
         )
     tower = read_tower(path)
-    tokens = read_object(path / "tokens.json", "identity", "max_length", "pad_id")
-    tokenizer = load_tokenizer(path / "tokenizer.model", tokens["max_length"], tokens["pad_id"])
+    tokens = read_object(join(path, "tokens.json"), "identity", "max_length", "pad_id")
+    tokenizer = load_tokenizer(join(path, "tokenizer.model"), tokens["max_length"], tokens["pad_id"])
     if tokenizer.identity != tokens["identity"]:
         raise UserError(
             f"{path}/tokenizer.model is not the tokenizer that the run was trained with; restore it"
@@ -142,4 +142,4 @@ def open_run(path: Path, step: int | None = None, average: bool = False) -> Run:
     shapes = jax.eval_shape(lambda: init_params(model, config, np.zeros(tower["width"])))
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), shapes)
     step, params = restore_params(path, step, target, "average" if average else "params")
-    return Run(path, config, step, params, tower, tokenizer, text_embedder(model, tokenizer, mesh))
+    return Run(os.fspath(path), config, step, params, tower, tokenizer, text_embedder(model, tokenizer, mesh))

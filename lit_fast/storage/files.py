@@ -109,6 +109,11 @@ def make_directory(location: StrPath) -> None:
     os.makedirs(_local(location) or ".", exist_ok=True)
 
 
+def rename(source: StrPath, target: StrPath) -> None:
+    """Move a file or directory within a file system; raises OSError."""
+    os.replace(_local(source), _local(target))
+
+
 def remove(location: StrPath) -> None:
     """Delete a file, if it is there."""
     with suppress(FileNotFoundError):
@@ -162,6 +167,17 @@ def replacing(location: StrPath) -> Iterator[str]:
     finally:
         remove(temporary)
     sync_path(parent(path))
+
+
+def link_or_copy(source: StrPath, target: StrPath) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system has no hard links; raises OSError."""
+    try:
+        os.link(_local(source), _local(target))
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(_local(source), _local(target))
+        sync_path(target)
 
 
 def read_bytes(location: StrPath) -> bytes:

@@ -1,5 +1,7 @@
 """Whole blocks read straight from shard files: what TensorStore reads, or an error."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,12 +76,12 @@ def test_a_missing_shard_names_the_store(tmp_path):
 @given(place=st.integers(0, 64 * (BYTES + 16) + 3), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_found_wherever_it_is(features, tmp_path_factory, place, bit):
     """In a block's bytes or checksum exactly that block cannot be read; in the index, no block can."""
-    data = bytearray(features.shard_path(0).read_bytes())
+    data = bytearray(Path(features.shard_path(0)).read_bytes())
     assert len(data) == 64 * (BYTES + 16) + 4
     data[place] ^= 1 << bit
     copy = make_features(tmp_path_factory.mktemp("flipped"), SHARD)
-    copy.shard_path(0).parent.mkdir(parents=True)
-    copy.shard_path(0).write_bytes(data)
+    Path(copy.shard_path(0)).parent.mkdir(parents=True)
+    Path(copy.shard_path(0)).write_bytes(data)
     bad = {place // BYTES} if place < 64 * BYTES else set(range(64))
     for number in {0, 31, 63} | bad:
         if number in bad:
@@ -93,8 +95,8 @@ def test_a_flipped_bit_is_found_wherever_it_is(features, tmp_path_factory, place
 @given(length=st.integers(0, 64 * (BYTES + 16) + 3))
 def test_a_truncated_shard_is_an_error(features, tmp_path_factory, length):
     copy = make_features(tmp_path_factory.mktemp("cut"), SHARD)
-    copy.shard_path(0).parent.mkdir(parents=True)
-    copy.shard_path(0).write_bytes(features.shard_path(0).read_bytes()[:length])
+    Path(copy.shard_path(0)).parent.mkdir(parents=True)
+    Path(copy.shard_path(0)).write_bytes(Path(features.shard_path(0)).read_bytes()[:length])
     with pytest.raises(UserError, match="features/t cannot be read"):
         block(copy, 5)
 
@@ -104,15 +106,15 @@ def test_a_truncated_shard_is_an_error(features, tmp_path_factory, length):
 def test_an_index_that_lies_with_a_good_checksum_is_an_error(features, tmp_path_factory, offset, length):
     import google_crc32c
 
-    data = features.shard_path(0).read_bytes()
+    data = Path(features.shard_path(0)).read_bytes()
     index = np.frombuffer(data[-1028:-4], "<u8").copy()
     if (offset, length) == (int(index[10]), BYTES):
         return
     index[10:12] = offset, length
     told = google_crc32c.value(index.tobytes()).to_bytes(4, "little")
     copy = make_features(tmp_path_factory.mktemp("lying"), SHARD)
-    copy.shard_path(0).parent.mkdir(parents=True)
-    copy.shard_path(0).write_bytes(data[:-1028] + index.tobytes() + told)
+    Path(copy.shard_path(0)).parent.mkdir(parents=True)
+    Path(copy.shard_path(0)).write_bytes(data[:-1028] + index.tobytes() + told)
     if length == BYTES and offset % BYTES == 0 and offset < 64 * BYTES:
         assert block(copy, 5).tobytes() == block(features, offset // BYTES).tobytes()
         return

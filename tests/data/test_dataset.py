@@ -19,7 +19,7 @@ SOURCE = {"path": "/data/0.tar", "bytes": 10}
 def file(tmp_path: Path) -> Path:
     """`dataset.json` of one row."""
     tar = write_tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.txt", b"a")])
-    return index_dataset([str(tar)], tmp_path / "d").path / "dataset.json"
+    return Path(index_dataset([str(tar)], tmp_path / "d").path, "dataset.json")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,6 @@ def captions(dataset: Dataset) -> list[list[str]]:
     return [texts for block in dataset.iter_captions() for texts in block]
 
 
-def tree(path: Path) -> dict[str, bytes]:
+def tree(path: Path | str) -> dict[str, bytes]:
     """The files below a directory."""
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(Path(path).rglob("*")) if p.is_file()}

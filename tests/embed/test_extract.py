@@ -90,7 +90,12 @@ def test_features_are_the_towers(
     out = capsys.readouterr().out
     assert f"embedded 30 rows with tiny into {features.path}: 28 valid, 2 invalid, " in out
     assert f"tiff in 1.tar: {invalid[tiff]}" in out
-    assert sorted(p.name for p in features.path.iterdir()) == ["c", "manifest", "tower.json", "zarr.json"]
+    assert sorted(p.name for p in Path(features.path).iterdir()) == [
+        "c",
+        "manifest",
+        "tower.json",
+        "zarr.json",
+    ]
 
 
 def test_shards_and_shares(
@@ -105,7 +110,7 @@ def test_shards_and_shares(
     with pytest.raises(UserError, match="2 of 3 shards are missing"):
         two.invalid_rows()
     embed_dataset(dataset.path, str(tiny_vit), name="two", batch_size=96, share=(0, 2))
-    root = dataset.path / "features"
+    root = Path(dataset.path) / "features"
     assert tree(root / "one") == tree(root / "two")
     assert list(open_features(dataset, "one").invalid_rows()) == bad_rows(dataset)
     capsys.readouterr()
@@ -125,7 +130,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
 ) -> None:
     dataset = many(tmp_path)
     embed_dataset(dataset.path, str(tiny_vit), name="whole", batch_size=2)
-    killed = dataset.path / "features" / "killed"
+    killed = Path(dataset.path) / "features" / "killed"
     rng = random.Random(0)
     done = 0
     for number, kind in enumerate(
@@ -151,7 +156,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert b"2,496 valid, 4 invalid" in out
-    assert tree(killed) == tree(dataset.path / "features" / "whole")
+    assert tree(killed) == tree(Path(dataset.path) / "features" / "whole")
     assert not (killed / "partial").exists()
 
 
@@ -180,14 +185,14 @@ def test_a_shard_killed_while_it_was_committed(tmp_path: Path, tiny_vit: Path, s
         "batch_size": 8,
         "max_pixels": 64_000_000,
     }
-    with Journal(features.path / "partial" / "00001.journal", 1024, 32, belongs) as journal:
+    with Journal(Path(features.path) / "partial" / "00001.journal", 1024, 32, belongs) as journal:
         for lo in range(0, 1024, 8):
             rows = {r - 1024: why for r, why in invalid.items() if lo <= r - 1024 < lo + 8}
             journal.append(data[1024 + lo : 1032 + lo], rows)
-    features.manifest_path(1).unlink()
-    (features.path / "c" / "1" / "0").unlink()
-    features.manifest_path(2).unlink()
-    (features.path / "partial" / "00000.journal").write_bytes(b"of a finished shard")
+    Path(features.manifest_path(1)).unlink()
+    (Path(features.path) / "c" / "1" / "0").unlink()
+    Path(features.manifest_path(2)).unlink()
+    (Path(features.path) / "partial" / "00000.journal").write_bytes(b"of a finished shard")
     embed_dataset(dataset.path, str(tiny_vit), batch_size=8)
     assert tree(features.path) == whole
 
@@ -261,7 +266,7 @@ def test_missing_and_changed_sources_are_named_before_any_work(dataset: Dataset,
     source.unlink()
     with pytest.raises(UserError, match=rf"{source} .*No such file"):
         embed_dataset(dataset.path, str(tiny_vit))
-    assert not (dataset.path / "features").exists()
+    assert not (Path(dataset.path) / "features").exists()
 
 
 def test_non_finite_features_are_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,15 +334,15 @@ def test_command_line(
     assert main(["embed", str(tmp_path / "no"), "--tower", str(tiny_vit)]) == 2
     assert main(["embed", str(dataset.path), "--tower", str(tmp_path / "no.npz")]) == 2
     assert capsys.readouterr().err.count("\n") == 4
-    assert not (dataset.path / "features").exists()
+    assert not (Path(dataset.path) / "features").exists()
     assert main([*command, "--name", "x", "--batch-size", "5"]) == 0
 
 
 def test_unwritable_directory(dataset: Dataset, tiny_vit: Path) -> None:
     if os.geteuid() == 0:
-        (dataset.path / "features").write_text("a file where the directory should be")
+        (Path(dataset.path) / "features").write_text("a file where the directory should be")
     else:
-        (dataset.path / "features").mkdir(mode=0o500)
+        (Path(dataset.path) / "features").mkdir(mode=0o500)
     with pytest.raises(UserError, match="mend that and run the same command again"):
         embed_dataset(dataset.path, str(tiny_vit))
 

@@ -47,7 +47,7 @@ def dataset(tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch)
 
 def same_bytes_as_at_once(dataset: Dataset, tower: Path, name: str) -> bool:
     embed_dataset(dataset.path, str(tower), name="at_once", batch_size=2)
-    return tree(dataset.path / "features" / name) == tree(dataset.path / "features" / "at_once")
+    return tree(Path(dataset.path) / "features" / name) == tree(Path(dataset.path) / "features" / "at_once")
 
 
 def test_new_rows_are_added_and_old_features_kept(
@@ -87,7 +87,7 @@ def test_killed_while_a_shard_is_completed(dataset: Dataset, tiny_vit: Path, tmp
     embed_dataset(dataset.path, str(tiny_vit), name="killed", batch_size=2)
     old = open_features(dataset, "killed").read_all()
     dataset = grow(tmp_path)
-    killed = dataset.path / "features" / "killed"
+    killed = Path(dataset.path) / "features" / "killed"
     rng = random.Random(0)
     for number in range(4):
         process = start(dataset.path, tiny_vit, "killed")
@@ -106,11 +106,11 @@ def test_killed_while_a_shard_is_completed(dataset: Dataset, tiny_vit: Path, tmp
 
 def test_killed_between_the_data_and_the_manifest(dataset: Dataset, tiny_vit: Path, tmp_path: Path) -> None:
     embed_dataset(dataset.path, str(tiny_vit), name="grown", batch_size=2)
-    old = (dataset.path / "features/grown/manifest/00001.json").read_bytes()
+    old = (Path(dataset.path) / "features/grown/manifest/00001.json").read_bytes()
     dataset = grow(tmp_path)
     embed_dataset(dataset.path, str(tiny_vit), name="grown", batch_size=2)
     features = open_features(dataset, "grown")
-    features.manifest_path(1).write_bytes(old)
+    Path(features.manifest_path(1)).write_bytes(old)
     embed_dataset(dataset.path, str(tiny_vit), name="grown", batch_size=2)
     assert same_bytes_as_at_once(dataset, tiny_vit, "grown")
 
@@ -143,8 +143,8 @@ def test_a_finished_dataset_of_a_million_rows_is_opened_without_its_rows(
     dataset = open_dataset(tmp_path / "d")
     provenance = load_tower(str(tiny_vit)).provenance("float32")
     features = Features(dataset, "tiny", provenance)
-    features.path.mkdir(parents=True)
-    (features.path / "tower.json").write_text(json.dumps(provenance))
+    Path(features.path).mkdir(parents=True)
+    (Path(features.path) / "tower.json").write_text(json.dumps(provenance))
     for shard, keys in enumerate(dataset.shard_keys):
         rows = features.shard_rows(shard)
         features.write_manifest(Manifest(shard, shard * 65_536, rows, keys, features.identity, {}))

@@ -90,7 +90,7 @@ def test_left_out_is_counted_named_and_listed(tmp_path: Path, capsys: pytest.Cap
     assert "left out 4: " in out
     assert "1 no caption and no label (mute in a.tar)" in out
     assert "c.tar is not a tar file" in err
-    listed = [json.loads(line) for line in (dataset.path / "left_out.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (Path(dataset.path) / "left_out.jsonl").read_text().splitlines()]
     assert {
         "key": "lost",
         "file": str(tmp_path / "a.tar"),

@@ -36,8 +36,8 @@ def test_a_dataset_by_a_relative_path(
     dataset: Dataset, tiny_vit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorStore takes no path with `..` in it."""
-    (dataset.path.parent / "elsewhere").mkdir()
-    monkeypatch.chdir(dataset.path.parent / "elsewhere")
+    (Path(dataset.path).parent / "elsewhere").mkdir()
+    monkeypatch.chdir(Path(dataset.path).parent / "elsewhere")
     assert main(["embed", "../d", "--tower", str(tiny_vit)]) == 0
     assert main(["verify", "../d"]) == 0
 
@@ -145,4 +145,4 @@ def test_wrong_options_are_one_line(
         capsys.readouterr()
         assert main([*command, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
-    assert not (dataset.path / "features").exists()
+    assert not (Path(dataset.path) / "features").exists()

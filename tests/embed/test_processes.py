@@ -50,7 +50,7 @@ def test_one_of_several_is_killed_and_a_single_one_finishes(
     """The same bytes, though one process has one device and the single one has four."""
     dataset = many(tmp_path)
     embed_dataset(dataset.path, str(tiny_vit), name="alone", batch_size=2)
-    shared = dataset.path / "features" / "shared"
+    shared = Path(dataset.path) / "features" / "shared"
     victim, *others = [start(dataset.path, tiny_vit, number, count) for number in range(count)]
     journal = shared / "partial" / "00000.journal"
     while not journal.exists() or journal.stat().st_size < 200 * 64:
@@ -69,7 +69,7 @@ def test_one_of_several_is_killed_and_a_single_one_finishes(
     # whoever is the last to finish
     assert b"nobody is at work on them; this does them: lit-fast embed" in errors
     embed_dataset(dataset.path, str(tiny_vit), name="shared", batch_size=2)
-    assert tree(shared) == tree(dataset.path / "features" / "alone")
+    assert tree(shared) == tree(Path(dataset.path) / "features" / "alone")
 
 
 def test_an_unfinished_share_of_somebody_at_work_is_not_mentioned(
@@ -77,7 +77,7 @@ def test_an_unfinished_share_of_somebody_at_work_is_not_mentioned(
 ) -> None:
     dataset = many(tmp_path)
     working = start(dataset.path, tiny_vit, 0, 2)
-    while progress_of(dataset.path / "features" / "shared") < 100:
+    while progress_of(Path(dataset.path) / "features" / "shared") < 100:
         assert working.poll() is None
         time.sleep(0.01)
     working.send_signal(signal.SIGSTOP)  # it holds its journal

@@ -48,7 +48,7 @@ AGAIN = "mend that and run the same command again"
 @pytest.fixture
 def small_disk(dataset: Dataset) -> Iterator[Path]:
     """`features` of the dataset on a disk that holds a shard and a half (a vector is 64 bytes)."""
-    path = dataset.path / "features"
+    path = Path(dataset.path) / "features"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=180k", "tmpfs", str(path)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
@@ -94,7 +94,7 @@ OBEY = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] i
 
 @pytest.mark.parametrize("locked", ["partial", "c", "manifest", "."])
 def test_a_missing_permission(locked: str, dataset: Dataset, tiny_vit: Path) -> None:
-    features = dataset.path / "features" / "t"
+    features = Path(dataset.path) / "features" / "t"
     directory = features / locked
     directory.mkdir(parents=True)
     directory.chmod(0o555)
@@ -131,4 +131,4 @@ def test_a_signal_at_any_time_is_one_line(number: signal.Signals, dataset: Datas
             continue
         assert process.returncode == 128 + number, err
         assert "Traceback" not in err
-        assert err.count("the same command goes on from here") == 1
+        assert err.count("rerun the same command to continue") == 1

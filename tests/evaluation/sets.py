@@ -48,7 +48,7 @@ def provenance(identity: str) -> dict[str, Any]:
 
 def add_features(data: Dataset, identity: str = "abc") -> None:
     """Random features for the dataset; row 1 is invalid."""
-    write_json(data.path / "features" / "tiny" / "tower.json", provenance(identity))
+    write_json(Path(data.path) / "features" / "tiny" / "tower.json", provenance(identity))
     features = Features(data, "tiny", provenance(identity))
     values = np.random.default_rng(0).normal(size=(data.rows, WIDTH)).astype(BFLOAT16)
     features.array(create=True)[:].write(values).result()

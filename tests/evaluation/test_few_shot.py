@@ -192,7 +192,7 @@ def pair(tmp_path: Path) -> tuple[Dataset, Dataset]:
 
 
 def caches(dataset: Dataset) -> list[Path]:
-    return sorted(dataset.path.glob("features/*/few_shot/*"))
+    return sorted(Path(dataset.path).glob("features/*/few_shot/*"))
 
 
 def test_figures_equal_the_procedure_step_by_step(pair: tuple[Dataset, Dataset]) -> None:
@@ -274,7 +274,7 @@ def test_the_cache_knows_rows_labels_features_and_procedure(
 
 
 def test_a_dataset_that_cannot_be_written_to_is_evaluated(pair: tuple[Dataset, Dataset]) -> None:
-    (pair[1].path / "features" / "tiny" / "few_shot").write_bytes(b"in the way")
+    (Path(pair[1].path) / "features" / "tiny" / "few_shot").write_bytes(b"in the way")
     assert evaluate_few_shot(*pair, TOWER)["images"] == 89
 
 

@@ -1,5 +1,7 @@
 """Exact search against a sort of all cosines in float64."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -112,12 +114,12 @@ def test_damage_is_one_line(tmp_path):
     store = dataset(tmp_path / "d", values)
     with pytest.raises(UserError, match="features of row 1,100 are not finite"):
         search(store, unit(values[:1]), np.zeros(4), 1)
-    file = store.shard_path(0)
+    file = Path(store.shard_path(0))
     data = bytearray(file.read_bytes())
     data[100] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match="a shard is missing or damaged"):
         search(store, unit(values[:1]), np.zeros(4), 1)
-    store.manifest_path(0).unlink()
+    Path(store.manifest_path(0)).unlink()
     with pytest.raises(UserError, match="shards are missing"):
         search(open_features(open_dataset(tmp_path / "d")), unit(values[:1]), np.zeros(4), 1)

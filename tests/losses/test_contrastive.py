@@ -128,7 +128,10 @@ cases = st.tuples(
 
 @settings(max_examples=14, deadline=None)
 @given(
-    options=st.sampled_from(OPTIONS), num_devices=st.sampled_from([1, 2, 4]), tile=st.integers(1, 12), case=cases
+    options=st.sampled_from(OPTIONS),
+    num_devices=st.sampled_from([1, 2, 4]),
+    tile=st.integers(1, 12),
+    case=cases,
 )
 def test_loss_of_any_batch_equals_its_formula(options, num_devices, tile, case):
     seed, per_device, captions, log_scale, bias = case

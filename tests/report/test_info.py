@@ -42,7 +42,7 @@ def make_dataset(path: Path, rows: int = 5) -> Dataset:
 
 def add_features(data: Dataset, shards: list[int], *, tower: str = PROVENANCE["identity"]) -> Features:
     """The metadata of features whose `shards` are finished; row 1 is invalid."""
-    write_json(data.path / "features" / "mine" / "tower.json", PROVENANCE)
+    write_json(Path(data.path) / "features" / "mine" / "tower.json", PROVENANCE)
     features = Features(data, "mine", PROVENANCE)
     for shard in shards:
         rows = min(SHARD, data.rows - shard * SHARD)
@@ -57,7 +57,7 @@ def add_tokens(data: Dataset, **changes: Any) -> None:
         "identity": "fedcba9876543210", "vocab_size": 32000, "max_length": 16, "pad_id": 1, "captions": data.captions,
         "ids": 10 * data.captions, "truncated": 2, "shard_keys": list(data.shard_keys),
     }  # fmt: skip
-    write_json(data.path / "tokens" / "bpe" / "tokens.json", meta | changes)
+    write_json(Path(data.path) / "tokens" / "bpe" / "tokens.json", meta | changes)
 
 
 def test_a_new_dataset_says_what_to_do_next(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_complete_dataset_lacks_nothing(tmp_path: Path) -> None:
     (found,) = value["features"]
     assert (found["name"], found["shards"], found["finished"]) == ("mine", 1, 1)
     assert (found["valid"], found["invalid"], found["reasons"]) == (4, 1, {"cut off": 1})
-    assert found["bytes"] == sum(p.stat().st_size for p in features.path.rglob("*") if p.is_file())
+    assert found["bytes"] == sum(p.stat().st_size for p in Path(features.path).rglob("*") if p.is_file())
     (tokens,) = value["tokens"]
     assert (tokens["name"], tokens["mean_length"], tokens["truncated"]) == ("bpe", 10, 2)
     text = format_info(value)
@@ -130,7 +130,7 @@ def test_the_command_is_one_that_embed_accepts(tmp_path: Path) -> None:
     embed(parser)
     words = shlex.split(gather(data.path)["todo"][0]["command"])
     args = parser.parse_args(words[2:])
-    assert (args.dataset, args.tower, args.name) == (data.path, PROVENANCE["source"], "mine")
+    assert (str(args.dataset), args.tower, args.name) == (data.path, PROVENANCE["source"], "mine")
     assert (args.resolution, args.preprocess, args.gelu, args.dtype) == (32, "pil-crop", "exact", "float32")
 
 
@@ -152,8 +152,8 @@ def test_damage_is_shown_beside_the_rest(tmp_path: Path) -> None:
     assert any("manifest/00000.json belongs to other rows or another tower" in p for p in problems)
     assert any("tokens/bpe was made from other rows" in p for p in problems)
 
-    (data.path / "features" / "mine" / "manifest" / "00000.json").write_text("{")
-    write_json(data.path / "tokens" / "bpe" / "tokens.json", {"shard_keys": list(data.shard_keys)})
+    (Path(data.path) / "features" / "mine" / "manifest" / "00000.json").write_text("{")
+    write_json(Path(data.path) / "tokens" / "bpe" / "tokens.json", {"shard_keys": list(data.shard_keys)})
     value = gather(data.path)
     assert value["rows"] == 5
     assert any("00000.json is damaged: not JSON" in p for p in value["problems"])

@@ -8,16 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from lit_fast.config import Config
 from lit_fast.data.tokens import id_dtype
 from lit_fast.models.text_tower import TextTower
-from lit_fast.models.two_towers import init_params
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
-from lit_fast.train.optimizer import make_optimizer
-from lit_fast.train.step import State, init_state, make_step
+from lit_fast.train.step import State, make_step
 
 
 class Compiled(NamedTuple):
@@ -56,10 +54,15 @@ def tpu_mesh(topology: str) -> Mesh:
     return make_mesh(list(description.devices))
 
 
-def compile_step(model: TextTower, config: Config, mesh: Mesh) -> Compiled:
-    """Compile the training step for the mesh's devices, whether they are here or not."""
-    state = _placed(state_shapes(model, config), replicated(mesh))
-    optimizer = make_optimizer(config.optimizer, config.steps, state.params)
+def compile_step(
+    model: TextTower, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, state: State
+) -> Compiled:
+    """Compile the training step for the mesh's devices, whether they are here or not.
+
+    Args:
+      optimizer, state: of `lit_fast.train.step.abstract_training`.
+    """
+    state = _placed(state, replicated(mesh))
     arrays = _placed(batch_shapes(model, config), batch_sharding(mesh))
     began = time.monotonic()
     compiled = make_step(model, optimizer, config, mesh).lower(state, arrays).compile()
@@ -74,15 +77,6 @@ def compile_step(model: TextTower, config: Config, mesh: Mesh) -> Compiled:
         seconds,
         text,
     )
-
-
-def state_shapes(model: TextTower, config: Config) -> State:
-    """The shapes and dtypes of everything that a step changes."""
-    params = jax.eval_shape(lambda: init_params(model, config, np.zeros(model.out_dim)))
-    optimizer = make_optimizer(config.optimizer, config.steps, params)
-    averaged = config.optimizer.average_decay > 0
-    one = make_mesh(jax.devices()[:1])
-    return jax.eval_shape(lambda p: init_state(p, optimizer, one, averaged), params)
 
 
 def batch_shapes(model: TextTower, config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from lit_fast.config import Config, TextConfig
 from lit_fast.errors import UserError
 from lit_fast.models.text_tower import TextTower
-from lit_fast.models.transformer import KEEP
+from lit_fast.models.transformer import REMAT_POLICIES
 from lit_fast.models.two_towers import embed_ids
-from lit_fast.train.cost.aot import Compiled, batch_shapes, compile_step, state_shapes
+from lit_fast.train.cost.aot import Compiled, batch_shapes, compile_step
+from lit_fast.train.step import State
 
 Build = Callable[[TextConfig], TextTower]
 """The text tower of a configuration."""
@@ -61,13 +63,21 @@ class Fit(NamedTuple):
         )
 
 
-def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> Fit:
+def fit(
+    config: Config,
+    build: Build,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    limit: int | None = None,
+) -> Fit:
     """Choose `text.keep` and `text.microbatches` where they are "auto".
 
     Args:
       config: of the run; its global batch is divisible by the devices.
       build: the tower of a text configuration.
       mesh: the devices, here or not.
+      optimizer, state: of `lit_fast.train.step.abstract_training`.
       limit: bytes of a device; None asks the devices. A CPU's is half of the machine's memory, shared by all
         its devices. On a CPU the estimate is trusted without compiling.
 
@@ -76,7 +86,7 @@ def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> F
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     limit = limit or device_memory(mesh)
-    needs = Needs(config, build, mesh.size)
+    needs = Needs(config, build, mesh.size, state)
     if config.text.keep != "auto":
         return Fit(config.text, needs.estimate(config.text), limit)
     room, least = SHARE * limit, math.inf
@@ -84,7 +94,7 @@ def fit(config: Config, build: Build, mesh: Mesh, limit: int | None = None) -> F
         need, made = needs.estimate(text), None
         # The leanest are tried even if the estimate is against it.
         if not on_cpu and (need <= room or text.keep == "embeddings"):
-            made = try_compile(config, text, build, mesh)
+            made = try_compile(config, text, build, mesh, optimizer, state)
             # What the compiler refuses needs more than the device has; how much more it may not say.
             need = made.argument_bytes + made.temporary_bytes if made else max(need, limit)
         if need <= room:
@@ -116,7 +126,7 @@ def candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConfi
     choose = lambda keep, parts: dataclasses.replace(config.text, keep=keep, microbatches=parts)  # noqa: E731
     if not on_cpu:  # whose caches prefer small parts
         yield choose("everything", 1)
-    for keep in (*KEEP, "embeddings"):
+    for keep in (*REMAT_POLICIES, "embeddings"):
         # A CPU works queries, keys and values out sooner than it reads them.
         if not (on_cpu and keep == "products"):
             yield choose(keep, parts)
@@ -128,14 +138,14 @@ def candidates(config: Config, devices: int, on_cpu: bool) -> Iterator[TextConfi
 class Needs:
     """Bytes of a device, from shapes alone."""
 
-    def __init__(self, config: Config, build: Build, devices: int) -> None:
+    def __init__(self, config: Config, build: Build, devices: int, state: State) -> None:
         self._config, self._build = config, build
         batch = config.stream.global_batch
         self._images = batch // devices
         self._texts = batch * config.stream.captions_per_image // devices
         model = build(config.text)
         self._width = model.out_dim
-        self._state = state_shapes(model, config)
+        self._state = state
         self._arrays = batch_shapes(model, config)
         self._devices = devices
         self._per_text: dict[TextConfig, float] = {}
@@ -197,10 +207,17 @@ class Needs:
         return self._per_text[text]
 
 
-def try_compile(config: Config, text: TextConfig, build: Build, mesh: Mesh) -> Compiled | None:
+def try_compile(
+    config: Config,
+    text: TextConfig,
+    build: Build,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    state: State,
+) -> Compiled | None:
     """The step with this way to keep; None if the compiler finds that it does not fit."""
     try:
-        return compile_step(build(text), dataclasses.replace(config, text=text), mesh)
+        return compile_step(build(text), dataclasses.replace(config, text=text), mesh, optimizer, state)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise

@@ -47,7 +47,7 @@ def export(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         from dataclasses import replace
 
-        from lit_fast.cli.main import keep_compiled
+        from lit_fast.cli.options import enable_compilation_cache
         from lit_fast.inference.model import load
         from lit_fast.train.export.writer import check_folder, check_push, push, write_folder
 
@@ -60,7 +60,7 @@ def export(parser: argparse.ArgumentParser) -> Run:
             raise UserError("--public is for --push OWNER/NAME; without it nothing is uploaded")
 
         # --- write, and upload if asked to
-        keep_compiled()
+        enable_compilation_cache()
         model = load(args.run, step=args.step, average=args.average, tower=args.tower)
         model = replace(model, name=args.push or args.out.resolve().name)  # by which others will load it
         write_folder(FORMATS[args.format], model, args.out, options)

@@ -14,16 +14,15 @@ from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
 from lit_fast.models.two_towers import text_tower
 from lit_fast.runtime import make_mesh
-from lit_fast.train.cost.aot import Compiled, batch_shapes, state_shapes
+from lit_fast.train.cost.aot import Compiled, batch_shapes
 from lit_fast.train.cost.flops import program_flops
 from lit_fast.train.cost.hlo import Collective, totals
 from lit_fast.train.cost.memory import SHARE, Build, Needs, candidates, fit, try_compile
 from lit_fast.train.input_pipeline.packing import foreseen_row_tokens
 from lit_fast.train.inputs import check_batch
-from lit_fast.train.optimizer import make_optimizer
 from lit_fast.train.plan.data import Data, known_data
 from lit_fast.train.plan.target import Target
-from lit_fast.train.step import make_step
+from lit_fast.train.step import abstract_training, make_step
 from lit_fast.utils.progress import duration
 
 # Ways to use the devices' memory: what each takes, by the compiler or by estimate, and the search for the fastest.
@@ -58,6 +57,7 @@ class Planner:
         # Only its sizes are asked for.
         tokenizer = cast(Tokenizer, self.data.vocabulary)
         self.build: Build = partial(text_tower, tokenizer=tokenizer, out_dim=self.data.width)
+        self._optimizer, self._state = abstract_training(self.build(self.config.text), self.config)
         self._needs: dict[tuple[int, int], Needs] = {}
         self.room = SHARE * target.chip.memory
         self.compiles = 0
@@ -77,7 +77,7 @@ class Planner:
         rows = text.pack, text.row_tokens
         if rows not in self._needs:
             config = dataclasses.replace(self.config, text=text)
-            self._needs[rows] = Needs(config, self.build, self.target.devices)
+            self._needs[rows] = Needs(config, self.build, self.target.devices, self._state)
         return self._needs[rows]
 
     def chosen(self) -> Way:
@@ -88,7 +88,7 @@ class Planner:
         if mesh is not None:
             if self.target.platform != "cpu":
                 self.say(f"compiling for {self.target.topology}: about a minute on two cores")
-            found = fit(self.config, self.build, mesh, int(chip.memory))
+            found = fit(self.config, self.build, mesh, self._optimizer, self._state, int(chip.memory))
             self.compiles += 1
             return self.way(found.text, found.compiled) if found.compiled else self.measure(found.text)
         ways = candidates(self.config, self.target.devices, False)
@@ -106,7 +106,8 @@ class Planner:
         if self.target.mesh is None:
             return self.way(text, None)
         self.compiles += 1
-        return self.way(text, try_compile(self.config, text, self.build, self.target.mesh))
+        made = try_compile(self.config, text, self.build, self.target.mesh, self._optimizer, self._state)
+        return self.way(text, made)
 
     def way(self, text: TextConfig, made: Compiled | None) -> Way:
         """What the compiler says of it; `made` None: it was not asked, or refused."""
@@ -135,11 +136,9 @@ class Planner:
         if key not in self._traced:
             config = dataclasses.replace(self.config, text=key)
             model = self.build(key)
-            state = state_shapes(model, config)
-            optimizer = make_optimizer(config.optimizer, config.steps, state.params)
             # One device that does all of it: the products are the same.
-            step = make_step(model, optimizer, config, make_mesh(jax.devices("cpu")[:1]))
-            program = jax.make_jaxpr(step)(state, batch_shapes(model, config))
+            step = make_step(model, self._optimizer, config, make_mesh(jax.devices("cpu")[:1]))
+            program = jax.make_jaxpr(step)(self._state, batch_shapes(model, config))
             self._traced[key] = program_flops(program.jaxpr) / self.target.devices
         return self._traced[key]
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -204,9 +205,9 @@ def test_damaged_features_name_the_way_to_mend_them(tmp_path, capsys):
     clip_retrieval(tmp_path / "s")
     assert imports(tmp_path / "s", tmp_path / "d") == 0
     features = open_features(open_dataset(tmp_path / "d"))
-    data = bytearray(features.shard_path(0).read_bytes())
+    data = bytearray(Path(features.shard_path(0)).read_bytes())
     data[5] ^= 1
-    features.shard_path(0).write_bytes(data)
+    Path(features.shard_path(0)).write_bytes(data)
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "d")]) == 1
     shown = capsys.readouterr().out

@@ -87,23 +87,23 @@ def flip(path: Path, place: int) -> None:
 
 
 def damage_flip(features: Features) -> None:
-    flip(features.path / "c/0/0", 5000)
+    flip(Path(features.path) / "c/0/0", 5000)
 
 
 def damage_truncate(features: Features) -> None:
-    path = features.path / "c/1/0"
+    path = Path(features.path) / "c/1/0"
     path.write_bytes(path.read_bytes()[:-100])
 
 
 def damage_swap(features: Features) -> None:
-    one, two = features.path / "c/0/0", features.path / "c/1/0"
+    one, two = Path(features.path) / "c/0/0", Path(features.path) / "c/1/0"
     data = one.read_bytes(), two.read_bytes()
     one.write_bytes(data[1])
     two.write_bytes(data[0])
 
 
 def damage_remove(features: Features) -> None:
-    (features.path / "c/1/0").unlink()
+    (Path(features.path) / "c/1/0").unlink()
 
 
 def damage_manifest_keys(features: Features) -> None:
@@ -119,11 +119,11 @@ def damage_manifest_shard(features: Features) -> None:
 
 
 def damage_manifest_text(features: Features) -> None:
-    features.manifest_path(0).write_text('{"shard": 0')
+    Path(features.manifest_path(0)).write_text('{"shard": 0')
 
 
 def damage_manifest_gone(features: Features) -> None:
-    features.manifest_path(0).unlink()
+    Path(features.manifest_path(0)).unlink()
 
 
 def damage_nan(features: Features) -> None:
@@ -158,7 +158,7 @@ def damage_half(features: Features) -> None:
 
 
 def damage_metadata(features: Features) -> None:
-    (features.path / "zarr.json").write_text("{")
+    (Path(features.path) / "zarr.json").write_text("{")
 
 
 DAMAGES = {
@@ -188,10 +188,10 @@ def test_damaged_features_are_found_and_mended(damage, dataset, capsys) -> None:
     damage(features)
     capsys.readouterr()
     command = ["verify", str(dataset.path), "--sample", "0", "--json"]
-    assert main([*command, str(dataset.path.parent / "out.json")]) == 1
+    assert main([*command, str(Path(dataset.path).parent / "out.json")]) == 1
     found = lines(capsys)
     assert any(DAMAGES[damage] in line for line in found), found
-    out = json.loads((dataset.path.parent / "out.json").read_text())
+    out = json.loads((Path(dataset.path).parent / "out.json").read_text())
     assert (out["right"], len(out["findings"])) == (False, len(found))
     # The remedy, with the batches that the store was made in.
     with pytest.MonkeyPatch.context() as patch:
@@ -229,15 +229,15 @@ def test_features_of_other_weights_are_found(dataset, tmp_path, capsys) -> None:
 
 
 def test_without_weights_or_images_the_rest_is_checked(dataset, made, tmp_path, capsys) -> None:
-    tower = dataset.path / "features/tiny/tower.json"
+    tower = Path(dataset.path) / "features/tiny/tower.json"
     value = json.loads(tower.read_text())
     tower.write_text(json.dumps(value | {"source": str(tmp_path / "gone.npz")}))
     assert verify_dataset(dataset.path)
     assert "note  features tiny: no row was embedded anew: tower" in lines(capsys)[0]
     tower.write_text(json.dumps(value))
-    told = json.loads((dataset.path / "dataset.json").read_text())
+    told = json.loads((Path(dataset.path) / "dataset.json").read_text())
     told["sources"][0]["path"] = str(tmp_path / "gone.tar")
-    (dataset.path / "dataset.json").write_text(json.dumps(told))
+    (Path(dataset.path) / "dataset.json").write_text(json.dumps(told))
     assert verify_dataset(dataset.path)
     assert "note  features tiny: no row was embedded anew: source" in lines(capsys)[0]
     damage_flip(open_features(dataset))
@@ -250,7 +250,7 @@ def test_without_weights_or_images_the_rest_is_checked(dataset, made, tmp_path, 
 
 @pytest.mark.parametrize("part", ["index", "captions", "tokens/words"])
 def test_damaged_records_are_found(part, dataset, capsys) -> None:
-    [file] = (dataset.path / part).glob("*.array_record")
+    [file] = (Path(dataset.path) / part).glob("*.array_record")
     flip(file, 500)  # further on there is padding, which nobody reads
     assert main(["verify", str(dataset.path)]) == 1
     found = lines(capsys)
@@ -259,7 +259,7 @@ def test_damaged_records_are_found(part, dataset, capsys) -> None:
 
 
 def test_rows_that_could_not_be_embedded_anew_are_not_counted(dataset, capsys) -> None:
-    [file] = (dataset.path / "index").glob("*.array_record")
+    [file] = (Path(dataset.path) / "index").glob("*.array_record")
     flip(file, file.read_bytes().index(bytes(1000)) - 1000)  # in the second record, before the padding
     capsys.readouterr()
     assert main(["verify", str(dataset.path), "--sample", "400"]) == 1
@@ -274,9 +274,9 @@ def test_records_of_other_rows_are_found(dataset, made, capsys) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lit_fast.embed.index.SHARD", 1024)
         tar = made.parent / "0.tar"
-        index_dataset([str(tar)], dataset.path.parent / "seed1", seed=1)
-    shutil.rmtree(dataset.path / "index")
-    shutil.copytree(dataset.path.parent / "seed1/index", dataset.path / "index")
+        index_dataset([str(tar)], Path(dataset.path).parent / "seed1", seed=1)
+    shutil.rmtree(Path(dataset.path) / "index")
+    shutil.copytree(Path(dataset.path).parent / "seed1/index", Path(dataset.path) / "index")
     assert main(["verify", str(dataset.path), "--sample", "0"]) == 1
     assert "WRONG  index, shard 0: its keys are not those of dataset.json" in lines(capsys)[0]
 
@@ -296,13 +296,13 @@ def test_duplicates_are_a_note(tmp_path, tiny_vit, capsys) -> None:
 
 
 def test_embed_says_how_to_mend_a_manifest(dataset, made, capsys) -> None:
-    (dataset.path / "features/tiny/manifest/00001.json").write_text("{")
+    (Path(dataset.path) / "features/tiny/manifest/00001.json").write_text("{")
     assert main(["embed", str(dataset.path), "--tower", str(made.parent / "tiny.npz")]) == 2
     assert f"verify {dataset.path} --tower tiny --repair" in capsys.readouterr().err
 
 
 def test_mistakes(dataset, capsys) -> None:
-    assert main(["verify", str(dataset.path / "no")]) == 2
+    assert main(["verify", str(Path(dataset.path) / "no")]) == 2
     assert main(["verify", str(dataset.path), "--tower", "no"]) == 2
     assert "Traceback" not in capsys.readouterr().err
 

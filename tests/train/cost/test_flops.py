@@ -84,7 +84,7 @@ def test_formula_counts_the_loss_without_what_is_worked_out_again(options, round
 def test_what_is_worked_out_again(keep, share):
     """The shares that `lit_fast.config.TextConfig` names, of the L tower on 16 tokens."""
     text = TextConfig(variant="L", depth=12, keep=keep)
-    model = TextTower(text.shape, 32_000, 16, 768, keep=text.layers_keep)
+    model = TextTower(text.shape, 32_000, 16, 768, remat_policy=text.encoder_remat)
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)
     embed = jax.checkpoint(model.apply) if keep == "embeddings" else model.apply

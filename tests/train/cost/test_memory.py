@@ -12,6 +12,7 @@ from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import make_mesh
 from lit_fast.train.cost.aot import compile_step
 from lit_fast.train.cost.memory import fit
+from lit_fast.train.step import abstract_training
 
 MIB = 2**20
 CONFIG = Config(
@@ -23,11 +24,12 @@ CONFIG = Config(
 
 
 def build(text):
-    return TextTower(text.shape, 100, 8, 16, keep=text.layers_keep, dtype=jnp.dtype(text.dtype))
+    return TextTower(text.shape, 100, 8, 16, remat_policy=text.encoder_remat, dtype=jnp.dtype(text.dtype))
 
 
 def choose(limit, config=CONFIG, devices=2):
-    return fit(config, build, make_mesh(jax.devices()[:devices]), limit)
+    training = abstract_training(build(config.text), config)
+    return fit(config, build, make_mesh(jax.devices()[:devices]), *training, limit)
 
 
 def test_the_more_room_the_more_is_kept():
@@ -62,8 +64,8 @@ def test_a_batch_whose_texts_no_part_divides():
 def test_the_estimate_is_near_the_compilers(keep):
     mesh = make_mesh(jax.devices()[:2])
     config = replace(CONFIG, text=replace(CONFIG.text, keep=keep, microbatches=8))
-    estimate = fit(config, build, mesh, 1024 * MIB).bytes
-    made = compile_step(build(config.text), config, mesh)
+    estimate = fit(config, build, mesh, *abstract_training(build(config.text), config), 1024 * MIB).bytes
+    made = compile_step(build(config.text), config, mesh, *abstract_training(build(config.text), config))
     # It decides what is compiled first, and on a CPU what is done; which buffers share memory it cannot know.
     assert 0.5 < estimate / (made.argument_bytes + made.temporary_bytes) < 2
 
@@ -73,5 +75,5 @@ def test_bfloat16_takes_two_bytes():
     mesh = make_mesh(jax.devices()[:2])
     text = replace(CONFIG.text, keep="hidden", microbatches=8, depth=9, dtype="bfloat16")
     config = replace(CONFIG, text=text, stream=StreamConfig(global_batch=4096))
-    made = compile_step(build(text), config, mesh)
+    made = compile_step(build(text), config, mesh, *abstract_training(build(text), config))
     assert made.argument_bytes + made.temporary_bytes < 1.1 * choose(1024 * MIB, config).bytes

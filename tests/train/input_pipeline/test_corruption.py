@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_random_texts_are_uniform_in_length_and_tokens(place):
 
 def test_noise_of_another_tower_is_refused(place, tmp_path):
     noise = make_dataset(tmp_path / "noise", 5)
-    tower = noise.path / "features/tower/tower.json"
+    tower = Path(noise.path) / "features/tower/tower.json"
     tower.write_text(tower.read_text().replace('"identity": "', '"identity": "x'))
     config = replace(MEMORY, corrupt_images=0.5, noise=str(noise.path))
     with pytest.raises(

@@ -4,6 +4,7 @@ import hashlib
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_memory_is_that_of_the_windows(tmp_path):
 def test_captions_that_are_gone_are_an_error_that_names_the_file(tmp_path):
     dataset = make_dataset(tmp_path / "d", 4 * BLOCK)
     stream = opened(dataset, replace(WINDOWS, shuffle_streams=2))
-    (dataset.path / "tokens/words/00000.array_record").unlink()
+    (Path(dataset.path) / "tokens/words/00000.array_record").unlink()
     with pytest.raises(UserError, match=r"tokens/words/00000.array_record is missing"):
         stream.source[0]
 
@@ -196,7 +197,7 @@ def test_geometry_of_the_recipe():
 
 def test_missing_shard_and_foreign_rows_are_refused(tmp_path):
     dataset = make_dataset(tmp_path / "d", 40)
-    manifest = open_features(dataset).manifest_path(0)
+    manifest = Path(open_features(dataset).manifest_path(0))
     text = manifest.read_text()
     manifest.unlink()
     with pytest.raises(UserError, match="1 of 1 shards are missing"):
@@ -219,7 +220,7 @@ def test_a_block_without_a_usable_row_is_refused_before_the_first_step(tmp_path)
 @pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
 def test_a_flipped_bit_is_an_error_that_names_the_store(tmp_path, config):
     dataset = make_dataset(tmp_path / "d", 4 * BLOCK)
-    chunk = dataset.path / "features/tower/c/0/0"
+    chunk = Path(dataset.path) / "features/tower/c/0/0"
     data = bytearray(chunk.read_bytes())
     data[1000] ^= 1
     chunk.write_bytes(data)
@@ -245,7 +246,7 @@ def viewed(tmp_path_factory):
     values = one.read_all().reshape(-1, 1, one.width).repeat(VIEWS, axis=1)
     values[:, :, 2] = np.arange(VIEWS)
     features = Features(dataset, "views", with_views(one.provenance, VIEWS))
-    write_json(features.path / "tower.json", features.provenance)
+    write_json(Path(features.path) / "tower.json", features.provenance)
     values = values.reshape(dataset.rows, -1)
     features.array(create=True).write(values).result()
     told = Manifest(0, 0, dataset.rows, dataset.shard_keys[0], features.identity, {3: "damaged"})
