@@ -1,54 +1,57 @@
-"""An HTTP server on this machine that misbehaves as asked, and an environment of its own for downloads."""
+"""HTTP servers on this machine for tests: files that fail as asked, and a Hub of repositories."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, quote, unquote
 
 import numpy as np
 import pytest
 
-from lit_fast.storage import download
+from lit_fast.storage import remote
 
 BODY = np.random.default_rng(0).bytes(300_000)
+COMMIT = "a" * 40
 
 
 @dataclass
 class Answer:
-    """What the server has at a path, and how it misbehaves."""
+    """The content of a path of the server, and how its answers fail."""
 
     body: bytes = BODY
-    etag: str | None = '"one"'
+    etag: str = '"one"'
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 200
     redirect: str = ""
-    ranges: bool = True
     cut: list[int] = field(default_factory=list)  # bytes after which each of the next answers ends
-    failures: list[int] = field(default_factory=list)  # status of each of the next answers
-    pause: float = 0.0  # seconds between pieces of 10 000 bytes
 
 
 class Server:
-    """An HTTP server on localhost, and the requests that came."""
+    """An HTTP server on localhost, and the requests that it got."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
-        self.requests: list[tuple[str, dict[str, str]]] = []
+        self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                outer.requests.append((self.path, {k.lower(): v for k, v in self.headers.items()}))
-                outer._answer(self)
+                headers = {k.lower(): v for k, v in self.headers.items()}
+                body = self.rfile.read(int(headers.get("content-length", 0)))
+                outer.requests.append((self.command, self.path, headers))
+                outer.send(self, outer.answer(self.path, body))
+
+            do_HEAD = do_POST = do_GET
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -58,68 +61,167 @@ class Server:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
-    def _answer(self, to: BaseHTTPRequestHandler) -> None:
-        answer = self.answers.get(to.path, Answer(b"nothing", status=404))
-        status, first = answer.failures.pop(0) if answer.failures else answer.status, 0
-        wanted = to.headers.get("Range")
+    def answer(self, path: str, body: bytes) -> Answer:
+        """Return what a request for `path` gets."""
+        return self.answers.get(unquote(path), Answer(b"nothing", status=404))
+
+    def send(self, to: BaseHTTPRequestHandler, answer: Answer) -> None:
+        """Write an answer, or the range of it that was requested."""
+        status, body = answer.status, answer.body
+        headers = {"ETag": answer.etag} | answer.headers
+        first, _, last = to.headers.get("Range", "").removeprefix("bytes=").partition("-")
         if answer.redirect:
-            status = 302
-        elif wanted and answer.ranges and to.headers.get("If-Range") in (None, answer.etag):
-            first, status = int(wanted.removeprefix("bytes=").removesuffix("-")), 206
-            if first >= len(answer.body):
-                status = 416
-        body = b"" if status in (302, 416) else answer.body[first:]
+            status, body, headers["Location"] = 302, b"", answer.redirect
+        elif first and status == 200:
+            end = min(int(last), len(body) - 1) if last else len(body) - 1
+            headers["Content-Range"] = f"bytes {first}-{end}/{len(body)}"
+            status, body = 206, body[int(first) : end + 1]
         to.send_response(status)
-        to.send_header("Content-Length", str(len(body)))
-        if answer.redirect:
-            to.send_header("Location", answer.redirect)
-        if answer.etag:
-            to.send_header("ETag", answer.etag)
-        if status == 206:
-            to.send_header("Content-Range", f"bytes {first}-{len(answer.body) - 1}/{len(answer.body)}")
-        if status == 416:
-            to.send_header("Content-Range", f"bytes */{len(answer.body)}")
-        for name, value in answer.headers.items():
+        headers = {"Content-Length": str(len(body)), "Connection": "close"} | headers
+        for name, value in headers.items():
             to.send_header(name, value)
         to.end_headers()
+        if to.command == "HEAD":
+            return
         end = answer.cut.pop(0) if answer.cut and status in (200, 206) else len(body)
-        for start in range(0, min(end, len(body)), 10_000):
-            to.wfile.write(body[start : min(start + 10_000, end)])
-            to.wfile.flush()
-            time.sleep(answer.pause)
-        if end < len(body):
-            to.close_connection = True
+        to.wfile.write(body[:end])
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
 
-@pytest.fixture(name="make_server")
-def servers() -> Iterator[Callable[[], Server]]:
-    made: list[Server] = []
+class Hub(Server):
+    """A Hub of repositories, each of one commit: what huggingface_hub asks for to download, list and read files.
 
-    def make() -> Server:
-        made.append(Server())
-        return made[-1]
+    Files of more than 1000 bytes are redirected to a content server, with their SHA-256 as the ETag.
+    """
 
-    yield make
-    for server in made:
-        server.close()
+    def __init__(self) -> None:
+        super().__init__()
+        self.repositories: dict[str, dict[str, bytes]] = {}  # "owner/name" or "datasets/owner/name" -> files
+        self.commits: dict[str, str] = {}  # of repositories that have another one than COMMIT
+        self.gated: set[str] = set()  # repositories whose files need a token
+        self.content = Server()  # of large files
+        self.cut: list[int] = []  # bytes after which each of the next large files ends
+
+    def add(self, repository: str, files: dict[str, bytes] | Path) -> None:
+        """Add a repository with the given files, or those below a directory."""
+        if isinstance(files, Path):
+            paths = [path for path in sorted(files.rglob("*")) if path.is_file()]
+            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
+        self.repositories[repository] = files
+
+    @property
+    def downloads(self) -> list[str]:
+        """The paths of the GET requests for files."""
+        return [path for method, path, _ in self.requests if method == "GET" and "/api/" not in path]
+
+    def answer(self, path: str, body: bytes) -> Answer:
+        path = path.partition("?")[0]
+        api = path.startswith("/api/")
+        parts = path.removeprefix("/api").lstrip("/").removeprefix("models/" if api else "").split("/")
+        length = 3 if parts[0] == "datasets" else 2
+        repository, rest = "/".join(parts[:length]), [unquote(part) for part in parts[length:]]
+        files, commit = self.repositories.get(repository), self.commits.get(repository, COMMIT)
+        if files is None:
+            return _error("RepoNotFound", 401)
+        revision = rest[1] if len(rest) > 1 else "main"
+        if revision not in ("main", "v1", "refs/pr/1", commit):
+            return _error("RevisionNotFound", 404, {"X-Repo-Commit": commit})
+        if api:
+            return self._api(files, commit, rest, body)
+        authorized = any("authorization" in headers for _, p, headers in self.requests[-1:])
+        if repository in self.gated and not authorized:
+            return _error("GatedRepo", 403)
+        return self._file(repository, files, commit, "/".join(rest[2:]))
+
+    def _api(self, files: dict[str, bytes], commit: str, rest: list[str], body: bytes) -> Answer:
+        match rest[:1]:
+            case ["tree"]:
+                folder = "/".join(rest[2:])
+                names = [n for n in files if n.startswith(folder and f"{folder}/")]
+                parents = {n[:i] for n in names for i, c in enumerate(n) if c == "/" and i > len(folder)}
+                if not names:
+                    return _error("EntryNotFound", 404)
+                return _json([_entry(n, files) for n in (*sorted(parents), *names)])
+            case ["paths-info"]:
+                return _json([_entry(n, files) for n in parse_qs(body.decode())["paths"] if _entry(n, files)])
+        return _json({"id": "x/y", "sha": commit, "siblings": [], "tags": []})
+
+    def _file(self, repository: str, files: dict[str, bytes], commit: str, name: str) -> Answer:
+        headers = {"X-Repo-Commit": commit}
+        if name not in files:
+            return _error("EntryNotFound", 404, headers)
+        data = files[name]
+        if len(data) <= 1000:
+            return Answer(data, f'"{_oid(data)}"', headers)
+        linked = {"X-Linked-ETag": f'"{sha(data)}"', "X-Linked-Size": str(len(data))}
+        self.content.answers[f"/{repository}/{name}"] = Answer(data, f'"{sha(data)}"', cut=self.cut)
+        address = quote(f"/{repository}/{name}")
+        return Answer(b"", redirect=f"{self.content.url}{address}", headers=headers | linked)
+
+    def close(self) -> None:
+        super().close()
+        self.content.close()
+
+
+def _oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _entry(name: str, files: dict[str, bytes]) -> dict[str, Any]:
+    """Return the metadata of a file or directory of a repository, {} where there is none."""
+    if name in files:
+        return {"type": "file", "path": name, "oid": _oid(files[name]), "size": len(files[name])}
+    is_directory = any(n.startswith(f"{name}/") for n in files)
+    return {"type": "directory", "path": name, "oid": "d" * 40, "size": 0} if is_directory else {}
+
+
+def _json(value: Any) -> Answer:
+    return Answer(json.dumps(value).encode(), headers={"Content-Type": "application/json"})
+
+
+def _error(code: str, status: int, headers: dict[str, str] | None = None) -> Answer:
+    return Answer(b"{}", status=status, headers={"X-Error-Code": code} | (headers or {}))
 
 
 @pytest.fixture(name="server")
-def one_server(make_server: Callable[[], Server]) -> Server:
-    return make_server()
+def running_server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(name="hub")
+def running_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that huggingface_hub takes for the real one, with an empty cache."""
+    from huggingface_hub import HfFileSystem, constants
+
+    hub = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read from the environment at import
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    remote._open_filesystem.cache_clear()
+    HfFileSystem.clear_instance_cache()
+    yield hub
+    hub.close()
+    remote._open_filesystem.cache_clear()
+    HfFileSystem.clear_instance_cache()
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "LIT_FAST_OFFLINE", "STORAGE_EMULATOR_HOST"):
+    names = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "LIT_FAST_OFFLINE", "STORAGE_EMULATOR_HOST")
+    for name in (*names, "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "_WAIT", 0.01)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
 
 
 def sha(data: bytes) -> str:

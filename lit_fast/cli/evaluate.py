@@ -14,6 +14,8 @@ from lit_fast.cli.options import check_output, write_json_output, write_output
 from lit_fast.errors import UserError
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
+
     from lit_fast.data.dataset import Dataset
     from lit_fast.evaluation.evaluate import Evaluate
 
@@ -85,18 +87,18 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from lit_fast.data.dataset import open_dataset
-    from lit_fast.data.features import rows_without_features
+    from lit_fast.data.matching import rows_without_features
     from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
     from lit_fast.evaluation.few_shot import check_few_shot, evaluate_few_shot
     from lit_fast.evaluation.known_sets import resolve_labels
-    from lit_fast.evaluation.table import format_table
+    from lit_fast.evaluation.table import format_results
     from lit_fast.report.evaluation_page import (
-        PICTURES,
+        MAX_PICTURES,
         evaluation_page,
         few_shot_section,
-        remembered,
-        retrieval_sections,
-        zero_shot_sections,
+        memoized,
+        retrieval_section,
+        zero_shot_section,
     )
     from lit_fast.runs.run import check_run, open_run, read_tower
 
@@ -118,15 +120,15 @@ def _evaluate(args: argparse.Namespace) -> None:
         "labels": resolve_labels(args.labels) if args.labels else None,
         "present": args.classes == "present",
     }
-    jobs: list[tuple[Dataset, Evaluate, Callable[..., list[str]]]] = []
-    for paths, evaluation, sections, options in (
-        (args.zero_shot, zero_shot_evaluation, zero_shot_sections, files),
-        (args.retrieval, retrieval_evaluation, retrieval_sections, {}),
+    jobs: list[tuple[Dataset, Evaluate, Callable[..., Markup]]] = []
+    for paths, evaluation, section, options in (
+        (args.zero_shot, zero_shot_evaluation, zero_shot_section, files),
+        (args.retrieval, retrieval_evaluation, retrieval_section, {}),
     ):
         for path in paths:
             dataset = open_dataset(path)
             invalid = partial(rows_without_features, dataset, tower)
-            jobs.append((dataset, evaluation(dataset, invalid, **options), partial(sections, **options)))
+            jobs.append((dataset, evaluation(dataset, invalid, **options), partial(section, **options)))
     pairs = [(open_dataset(train), open_dataset(test)) for train, test in args.few_shot]
     for pair in pairs:
         check_few_shot(*pair)
@@ -145,17 +147,17 @@ def _evaluate(args: argparse.Namespace) -> None:
     run = open_run(args.run, args.step, args.average)
     told = {"model": run.name, "pretrained": f"step {run.step}{' average' * args.average}"}
     results, page = [], []
-    for name, (dataset, measure, sections) in zip(distinct_names(j[0].path for j in jobs), jobs, strict=True):
+    for name, (dataset, measure, section) in zip(distinct_names(j[0].path for j in jobs), jobs, strict=True):
         print(f"evaluating {dataset.path}", file=sys.stderr, flush=True)
-        embed_text = remembered(run.embed_text) if args.page else run.embed_text
+        embed_text = memoized(run.embed_text) if args.page else run.embed_text
         embedded = (*run.image_embeddings(dataset), embed_text)
         found = [result | told | {"dataset": name} for result in measure(*embedded)]
         results += found
         if args.page:
-            page += sections(found, dataset, *embedded, pictures=PICTURES // len(jobs))
+            page.append(section(found, dataset, *embedded, max_pictures=MAX_PICTURES // len(jobs)))
     results += [result | told for result in few_shot]
     page += [few_shot_section(result) for result in few_shot]
-    print(f"{run.name}, step {run.step}, tower {run.tower}\n\n{format_table(results)}")
+    print(f"{run.name}, step {run.step}, tower {run.tower}\n\n{format_results(results)}")
     _write_results(args.json, results)
     if args.page:
         about = f"{told['pretrained']}, tower {run.tower}"
@@ -168,13 +170,13 @@ def _write_results(out: Path | None, results: list[dict[str, Any]]) -> None:
     What the evaluation was given in place of the dataset's own stands in the name too, so that one with other labels
     or templates does not take its place.
     """
-    from lit_fast.evaluation.evaluate import NAMED
+    from lit_fast.evaluation.evaluate import SETTINGS
     from lit_fast.evaluation.zeroshot_set import OWN_TEMPLATES
 
     if out is None or not out.is_dir():
         write_json_output(out, results[0] if len(results) == 1 else results)
         return
-    said = ("dataset", "pretrained", "model", "language", "task", "train_dataset", *NAMED)
+    said = ("dataset", "pretrained", "model", "language", "task", "train_dataset", *SETTINGS)
     for result in results:
         usual = "template_set" if result.get("template_set") in OWN_TEMPLATES else ""
         parts = (str(result[part]) for part in said if part != usual and result.get(part))

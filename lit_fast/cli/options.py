@@ -75,7 +75,7 @@ def enable_compilation_cache() -> None:
     """Turn on JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names another directory."""
     import jax
 
-    from lit_fast.storage.hub import cache_directory
+    from lit_fast.storage.cache import cache_directory
     from lit_fast.storage.paths import join
 
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]

@@ -1,59 +1,52 @@
-"""What the page shows beside the figures: pictures found by sentences, and confusions of the classes."""
+"""Examples for the demo's page: pictures found by sentences, and confusions between classes."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import numpy as np
 
-from lit_fast.data.dataset import Dataset, open_dataset
-from lit_fast.demo.page import Confusion, Query
+from lit_fast.data.dataset import open_dataset
+from lit_fast.data.images.reader import ImageReader
+from lit_fast.demo.page import Query
 from lit_fast.evaluation.zeroshot import classifier
+from lit_fast.report.gallery import nearest_images
 from lit_fast.runs.run import Run
 
-SHOWN = 8  # queries of each kind
-FOUND = 5  # pictures per query
+MAX_QUERIES = 8  # of each kind
 
 
-def gallery(run: Run, path: Path) -> tuple[list[Query], list[Query]]:
-    """Queries whose picture came first, and queries whose picture did not; one per picture, at random."""
+def gallery(run: Run, path: str | os.PathLike[str]) -> tuple[list[Query], list[Query]]:
+    """Draw sentences that found their own picture first, and sentences that did not; one per picture."""
     dataset = open_dataset(path)
+    read = ImageReader(dataset).read_or_none
     rows, images = run.image_embeddings(dataset)
-    captions = [c for block in dataset.iter_captions() for c in block]
+    captions = [texts for block in dataset.iter_captions() for texts in block]
     owner = np.repeat(np.arange(len(rows)), [len(captions[row]) for row in rows])
     texts = [text for row in rows for text in captions[row]]
     scores = run.embed_text(texts) @ images.T
     right: list[Query] = []
     wrong: list[Query] = []
     used: set[int] = set()
-    for number in np.random.default_rng(0).permutation(len(texts)):
-        own = int(owner[number])
-        order = np.argsort(-scores[number], kind="stable")
-        rank = int(np.nonzero(order == own)[0][0])
-        chosen = right if rank == 0 else wrong
-        if own in used or len(chosen) == SHOWN:
-            continue
-        used.add(own)
-        pictures = [(_image(dataset, int(rows[i])), int(i) == own) for i in order[:FOUND]]
-        chosen.append(Query(texts[number], pictures, rank, _image(dataset, int(rows[own]))))
+    for query in np.random.default_rng(0).permutation(len(texts)).tolist():
+        image = int(owner[query])
+        queries = right if scores[query].argmax() == image else wrong
+        if image not in used and len(queries) < MAX_QUERIES:
+            used.add(image)
+            queries.append((texts[query], nearest_images(scores[query], image, rows, read)))
     return right, wrong
 
 
-def confusion(run: Run, path: Path) -> Confusion:
-    """How often the pictures of one class were given the name of another."""
+def confusions(run: Run, path: str | os.PathLike[str]) -> list[tuple[str, dict[str, float]]]:
+    """Return each class with the shares of its images by predicted class, largest first."""
     dataset = open_dataset(path)
     rows, images = run.image_embeddings(dataset)
     labels = np.concatenate([np.array(block.labels) for block in dataset.iter_blocks()])[rows]
-    named = (images @ classifier(dataset.classnames, dataset.templates, run.embed_text).T).argmax(axis=1)
-    counts = np.zeros((len(dataset.classnames),) * 2, np.int64)
-    np.add.at(counts, (labels, named), 1)
-    return Confusion(list(dataset.classnames), counts.tolist())
-
-
-def _image(dataset: Dataset, row: int) -> bytes:
-    """The image file of a row, as it lies in its tar."""
-    number, within = divmod(row, 1024)
-    block = next(b for i, b in enumerate(dataset.iter_blocks()) if i == number)
-    with open(dataset.sources[block.sources[within]].path, "rb") as file:
-        file.seek(block.offsets[within])
-        return file.read(block.sizes[within])
+    names = dataset.classnames
+    predicted = (images @ classifier(names, dataset.templates, run.embed_text).T).argmax(axis=1)
+    found = []
+    for label in np.unique(labels).tolist():
+        counts = np.bincount(predicted[labels == label], minlength=len(names))
+        order = np.argsort(-counts, kind="stable")
+        found.append((names[label], {names[k]: counts[k] / counts.sum() for k in order if counts[k]}))
+    return found

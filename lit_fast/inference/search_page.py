@@ -1,71 +1,46 @@
-"""What a search has found, for the terminal, for a file and as a page with the pictures."""
+"""The rows found by a search: a table for the terminal, JSON, and a page with the pictures."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lit_fast.data.images.reader import ReadPicture
 from lit_fast.inference.search import Hit
-from lit_fast.report.gallery import STYLE, Picture, strip, thumbnail
-from lit_fast.report.html import document, section
+from lit_fast.report.gallery import Figure, ReadImage, thumbnail
+from lit_fast.report.page import render
+from lit_fast.storage.files import read_bytes
+from lit_fast.utils.format import format_table
 
-_MOST_SHOWN = 100  # pictures of a query on the page
-_MOST_CAPTION = 500  # characters
+_MAX_PICTURES = 100  # per query on the page
+_MAX_CAPTION = 500  # characters
+_MAX_KEY = 40  # characters in the table
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A query and the rows that were found for it, the best first."""
+    """A query and its hits, the best first.
 
-    query: str  # the text, or the image's file
-    kind: str  # "text" or "image"
+    Attributes:
+      query: the text, or the path of the image.
+      kind: "text" or "image".
+      hits: the rows found.
+      probabilities: one per hit, where the model gives them.
+    """
+
+    query: str
+    kind: str
     hits: tuple[Hit, ...]
-    probabilities: tuple[float, ...] = ()  # one per hit, where the model has one
+    probabilities: tuple[float, ...] = ()
 
 
-def format_answers(answers: Sequence[Answer], columns: int) -> str:
-    """A table per query: rank, cosine, probability, row, key and the first caption, cut at `columns`."""
-    return "\n\n".join(_table(answer, columns) for answer in answers)
-
-
-def _table(answer: Answer, columns: int) -> str:
-    header = ["rank", "cosine", *(["probability"] if answer.probabilities else []), "row", "key", "caption"]
-    table = [header]
-    for i, hit in enumerate(answer.hits):
-        probability = [f"{100 * answer.probabilities[i]:.3g} %"] if answer.probabilities else []
-        table.append(
-            [f"{i + 1}", f"{hit.cosine:.4f}", *probability, f"{hit.row}", _plain(hit.key)[:40], _first(hit)]
-        )
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    lines = [_heading(answer)]
-    for line in table:
-        cells = [
-            cell.ljust(width) if column >= len(header) - 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(cells)[:columns].rstrip())
-    return "\n".join(lines)
-
-
-def _heading(answer: Answer) -> str:
-    return f"{'image ' * (answer.kind == 'image')}{_plain(answer.query)}"
-
-
-def _first(hit: Hit) -> str:
-    return _plain(hit.captions[0][:_MOST_CAPTION]) if hit.captions else ""
-
-
-def _plain(text: str) -> str:
-    """In one line, and without what a terminal would obey."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+def format_answers(answers: Sequence[Answer], width: int) -> str:
+    """Return a table per query, cut at `width`: rank, cosine, probability, row, key and first caption."""
+    return "\n\n".join(f"{_heading(answer)}\n{_table(answer, width)}" for answer in answers)
 
 
 def as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """An object per query."""
+    """Return an object per query."""
     return [
         {
             "query": answer.query,
@@ -81,20 +56,43 @@ def as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     ]
 
 
-def search_page(title: str, note: str, answers: Sequence[Answer], read: ReadPicture) -> str:
-    """A page with the pictures that were found; `read` gives the image file of a row."""
-    parts = [f"<header><h1>{html.escape(title)}</h1><p>{html.escape(note)}</p></header>"]
+def search_page(title: str, note: str, answers: Sequence[Answer], read: ReadImage) -> str:
+    """Render a page with the pictures that were found; `read` returns the image file of a row."""
+    sections = []
     for answer in answers:
-        pictures = []
+        figures = []
         if answer.kind == "image":
-            pictures.append(Picture(thumbnail(Path(answer.query).read_bytes()), "the query", "right"))
-        for i, hit in enumerate(answer.hits[:_MOST_SHOWN]):
-            lines = [f"{i + 1}. cosine {hit.cosine:.3f}", hit.key, _first(hit)]
+            figures.append(Figure(thumbnail(read_bytes(answer.query)), "the query", "right"))
+        for i, hit in enumerate(answer.hits[:_MAX_PICTURES]):
+            lines = [f"{i + 1}. cosine {hit.cosine:.3f}", hit.key, _first_caption(hit)]
             if answer.probabilities:
                 lines.insert(1, f"probability {100 * answer.probabilities[i]:.2g}\N{NO-BREAK SPACE}%")
-            text = "\n".join(line for line in lines if line)
-            pictures.append(Picture(thumbnail(read(hit.row)), text))
-        more = len(answer.hits) - _MOST_SHOWN
-        rest = f"The first {_MOST_SHOWN} of {len(answer.hits):,}." if more > 0 else ""
-        parts.append(section(_heading(answer), strip(pictures), rest))
-    return document(title, parts, STYLE)
+            figures.append(Figure(thumbnail(read(hit.row)), "\n".join(line for line in lines if line)))
+        count = len(answer.hits)
+        rest = f"The first {_MAX_PICTURES} of {count:,}." if count > _MAX_PICTURES else ""
+        sections.append((_heading(answer), rest, figures))
+    return render("search.html", title=title, note=note, sections=sections)
+
+
+def _table(answer: Answer, width: int) -> str:
+    probability = ["probability"] if answer.probabilities else []
+    rows = [["rank", "cosine", *probability, "row", "key", "caption"]]
+    for i, hit in enumerate(answer.hits):
+        probability = [f"{100 * answer.probabilities[i]:.3g} %"] if answer.probabilities else []
+        key = _printable(hit.key)[:_MAX_KEY]
+        rows.append([f"{i + 1}", f"{hit.cosine:.4f}", *probability, f"{hit.row}", key, _first_caption(hit)])
+    columns = len(rows[0])
+    return format_table(rows, left=(columns - 2, columns - 1), width=width)
+
+
+def _heading(answer: Answer) -> str:
+    return f"{'image ' * (answer.kind == 'image')}{_printable(answer.query)}"
+
+
+def _first_caption(hit: Hit) -> str:
+    return _printable(hit.captions[0][:_MAX_CAPTION]) if hit.captions else ""
+
+
+def _printable(text: str) -> str:
+    """Return the text in one line without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

@@ -1,179 +1,19 @@
-"""Line charts as inline SVG; `lit_fast.report.html` has the colours."""
+"""Line charts as inline SVG: the figures of a run over steps or hours."""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-COLOURS = 8  # classes s1 to s8; further lines begin again, dashed
-_POINTS = 400  # of a line: more cannot be told apart
-_DOTS = 40  # a line of so few points shows them
-_FEW = 3  # lines that are labelled at their ends
-_SHORT = 15  # characters that fit there; longer names, and more lines, have a legend below
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 480, 290, 58, 14, 36
+from markupsafe import Markup
 
+from lit_fast.report.page import fragment
 
-class Series(NamedTuple):
-    """A line of a chart."""
+COLOURS = 8  # classes s1 to s8 of style.css; further lines repeat them, dashed
 
-    name: str
-    points: list[tuple[float, float]]
-    chance: float | None = None
-
-
-class _Frame(NamedTuple):
-    """Where the values of a chart lie in the picture."""
-
-    right: float  # margin, which holds the labels of the lines
-    end: float  # largest horizontal value; the smallest is zero
-    low: float
-    high: float
-    percent: bool
-    unit: str
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        return (
-            _LEFT + (_WIDTH - _LEFT - self.right) * x / (self.end or 1),
-            _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (y - self.low) / (self.high - self.low),
-        )
-
-    def shown(self, value: float) -> str:
-        return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
-
-
-def chart(series: Sequence[Series], *, percent: bool = False, unit: str = "steps", zero: bool = True) -> str:
-    """Lines over steps or hours, which start at zero; dots mark chance levels.
-
-    Args:
-      percent: values are shares; the axis goes to 100 % where the half is passed.
-      unit: of the horizontal axis, "steps" or "hours".
-      zero: whether the vertical axis has to reach zero.
-    """
-    series = [s._replace(points=thin([p for p in s.points if math.isfinite(p[1])])) for s in series]
-    series = [s for s in series if s.points]
-    if not series:
-        return '<p class="note">Nothing was recorded.</p>'
-    few = len(series) <= _FEW
-    named = percent and few and len(series) > 1 and all(len(s.name) <= _SHORT for s in series)
-    values = [y for s in series for _, y in s.points] + [s.chance for s in series if s.chance is not None]
-    whole = percent and min(values) >= 0 and 0.5 < max(values) <= 1
-    marks = [0.0, 0.25, 0.5, 0.75, 1.0] if whole else ticks(min(values), max(values), zero or percent)
-    right = 104 if named else 70 if few else 16
-    end = max(x for s in series for x, _ in s.points)
-    frame = _Frame(right, end, marks[0], marks[-1], percent, unit)
-    last = ", ".join(f"{s.name} {frame.shown(s.points[-1][1])}" for s in series)
-    described = html.escape(f"Over the {unit} of training; at the end: {last}", quote=True)
-    out = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{described}">']
-    out += _grid(frame, marks)
-    for number, line in enumerate(series):
-        out += _line(frame, line, _colour(number))
-    if few:
-        out += _ends(frame, series, named)
-    out.append("</svg>")
-    if len(series) > 1 and not named:
-        entries = [
-            f'<li class="{_colour(number)}"><i></i>{html.escape(line.name)} {frame.shown(line.points[-1][1])}</li>'
-            for number, line in enumerate(series)
-        ]
-        out.append(f'<ul class="legend">{"".join(entries)}</ul>')
-    return "".join(out)
-
-
-def _grid(frame: _Frame, marks: Sequence[float]) -> Iterator[str]:
-    for mark in marks:
-        x, y = frame.at(frame.end or 1, mark)
-        label = f"{100 * mark:.4g} %" if frame.percent else _brief(mark, 10)
-        yield f'<line class="grid" x1="{_LEFT}" x2="{x:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        value = share * frame.end
-        x = frame.at(value, frame.low)[0]
-        label = f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
-        label += f" {frame.unit}" if share == 1 else ""
-        yield f'<text x="{x:.1f}" y="{_HEIGHT - 14}" text-anchor="{anchor}">{label}</text>'
-
-
-def _line(frame: _Frame, line: Series, colour: str) -> Iterator[str]:
-    name = html.escape(line.name)
-    points = [frame.at(x, y) for x, y in line.points]
-    if line.chance is not None:
-        (x1, y), (x2, _) = frame.at(0, line.chance), frame.at(frame.end, line.chance)
-        tip = f"<title>chance, {name}: {frame.shown(line.chance)}</title>"
-        yield f'<line class="chance {colour}" x1="{x1}" x2="{x2}" y1="{y:.1f}" y2="{y:.1f}">{tip}</line>'
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    yield f'<polyline class="line {colour}{"" if len(points) <= _DOTS else " dense"}" points="{path}"/>'
-    if len(points) > _DOTS:
-        return
-    for (x, y), (when, value) in zip(points, line.points, strict=True):
-        place = f"step {when:,.0f}" if frame.unit == "steps" else f"{when:.3g} {frame.unit}"
-        tip = f"<title>{place}: {name} {frame.shown(value)}</title>"
-        yield f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{tip}</circle>'
-
-
-def _ends(frame: _Frame, series: Sequence[Series], named: bool) -> Iterator[str]:
-    """The names of the lines or their last values, beside their ends."""
-    places = _apart([frame.at(*s.points[-1])[1] for s in series], 15)
-    for number, (line, y) in enumerate(zip(series, places, strict=True)):
-        value = line.points[-1][1]
-        text = line.name if named else frame.shown(value) if frame.percent else _brief(value, 3)
-        place = f'x="{_WIDTH - frame.right + 8}" y="{y + 4:.1f}"'
-        yield f'<text class="name {_colour(number)}" {place}>{html.escape(text)}</text>'
-
-
-def thin(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tuple[float, float]]:
-    """At most so many of the points, in their order; the first, the last and every peak stay."""
-    if len(points) <= most:
-        return list(points)
-    size = math.ceil((len(points) - 2) / ((most - 2) // 2))
-    kept = [0]
-    for _, group in groupby(range(1, len(points) - 1), lambda i: (i - 1) // size):
-        inside = list(group)
-        extremes = {min(inside, key=lambda i: points[i][1]), max(inside, key=lambda i: points[i][1])}
-        kept += sorted(extremes)
-    return [points[i] for i in [*kept, len(points) - 1]]
-
-
-def ticks(low: float, high: float, zero: bool = True) -> list[float]:
-    """Four to seven round numbers at equal distances that reach from `low`, or from zero, to `high`."""
-    if zero:
-        low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a constant
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if high else (0.0, 1.0)
-    rough = (high - low) / 5
-    magnitude = 10.0 ** math.floor(math.log10(rough))
-    distance = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * (1 - 1e-9))
-    first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)
-    return [i * distance for i in range(first, last + 1)]
-
-
-def _brief(value: float, digits: int) -> str:
-    """So short that it fits beside the chart: 46.5k, 3e-06."""
-    for size, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / unit:.{digits}g}{letter}"
-    return f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.{min(digits, 2)}g}"
-
-
-def _colour(number: int) -> str:
-    return f"s{number % COLOURS + 1}" + (" again" if number >= COLOURS else "")
-
-
-def _apart(positions: Sequence[float], least: float) -> list[float]:
-    """The positions, moved down where they are closer than `least`."""
-    out = list(positions)
-    order = sorted(range(len(out)), key=lambda i: out[i])
-    for above, below in pairwise(order):
-        out[below] = max(out[below], out[above] + least)
-    return out
-
-
-# How the figures of a run are drawn: headings, axes and order.
-
-
-# In the order in which they are shown; what is not here has its own name for a heading and comes last.
+# Headings of metrics, in the order of the charts. Others follow under their own names.
 TITLES = {
     "loss": "Loss",
     "learning_rate": "Learning rate",
@@ -187,18 +27,193 @@ TITLES = {
     "mfu": "MFU: share of the chips' peak",
 }
 _SHARES = ("data_wait_share", "mfu")
-# They move little about a value of their own, which is not zero.
+# Metrics whose changes are small beside their distance from zero: their axis does not start there.
 _FAR_FROM_ZERO = ("temperature", "bias", "param_norm")
 
+_MAX_POINTS = 400  # per line; more are indistinguishable
+_MAX_DOTS = 40  # points are drawn as dots up to this number
+_MAX_LABELS = 3  # lines that are labelled at their ends
+_MAX_LABEL = 15  # characters of such a label; longer names, and more lines, get a legend
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 480, 290, 58, 14, 36
+_LABEL_DISTANCE = 15.0
 
-def title(name: str) -> str:
-    """The heading of a figure's chart."""
-    return TITLES.get(name, name if "/" in name else name.replace("_", " ").capitalize())
+
+class Series(NamedTuple):
+    """A line of a chart: points (x, y), and the chance level, if there is one."""
+
+    name: str
+    points: list[tuple[float, float]]
+    chance: float | None = None
 
 
-def panel(heading: str, name: str, series: Sequence[Series], *, hours: bool = False) -> str:
-    """A chart of the figure `name`, of one run or of several, under a heading (text)."""
-    share = "/" in name or name in _SHARES  # figures of evaluations have a slash
+class Panel(NamedTuple):
+    """A chart below its heading, with an optional note."""
+
+    heading: str
+    chart: Markup
+    note: str = ""
+
+
+class _Axes(NamedTuple):
+    """The range of the values and the pixels that show it. The horizontal axis starts at 0."""
+
+    right: float  # pixels from the left edge
+    end: float
+    low: float
+    high: float
+    percent: bool
+    unit: str
+
+    def pixel(self, x: float, y: float) -> tuple[float, float]:
+        return (
+            _LEFT + (self.right - _LEFT) * x / self.end,
+            _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (y - self.low) / (self.high - self.low),
+        )
+
+    def format(self, y: float) -> str:
+        return f"{100 * y:.1f} %" if self.percent else f"{y:.4g}"
+
+
+class _Line(NamedTuple):
+    """A series in pixels. `last` is its last value; `dots` are (x, y, tooltip); `chance` is (y, value)."""
+
+    name: str
+    colour: str
+    last: str
+    points: list[tuple[float, float]]
+    dots: list[tuple[float, float, str]]
+    chance: tuple[float, str] | None
+
+
+def panel(heading: str, metric: str, series: Sequence[Series], *, hours: bool = False) -> Panel:
+    """Draw a metric of one or several runs; the metric decides the axis."""
+    share = "/" in metric or metric in _SHARES  # names of evaluation metrics have a slash
     unit = "hours" if hours else "steps"
-    drawn = chart(series, percent=share, unit=unit, zero=name not in _FAR_FROM_ZERO)
-    return f"<div><h2>{html.escape(heading)}</h2>{drawn}</div>"
+    return Panel(heading, chart(series, percent=share, unit=unit, zero=metric not in _FAR_FROM_ZERO))
+
+
+def title(metric: str) -> str:
+    """Return the heading of a metric's chart."""
+    return TITLES.get(metric, metric if "/" in metric else metric.replace("_", " ").capitalize())
+
+
+def chart(
+    series: Sequence[Series], *, percent: bool = False, unit: str = "steps", zero: bool = True
+) -> Markup:
+    """Draw lines over steps or hours, which start at 0.
+
+    Args:
+      series: values that are not finite are left out.
+      percent: values are shares; above 50 % the axis ends at 100 %.
+      unit: of the horizontal axis, "steps" or "hours".
+      zero: whether the vertical axis includes zero.
+    """
+    series = [s._replace(points=thin([p for p in s.points if math.isfinite(p[1])])) for s in series]
+    series = [s for s in series if s.points]
+    if not series:
+        return fragment("chart.html", lines=[])
+    few = len(series) <= _MAX_LABELS
+    names_at_ends = percent and few and len(series) > 1 and all(len(s.name) <= _MAX_LABEL for s in series)
+    margin = 104 if names_at_ends else 70 if few else 16
+    marks = _marks(series, percent, zero)
+    end = max(x for s in series for x, _ in s.points) or 1
+    axes = _Axes(_WIDTH - margin, end, marks[0], marks[-1], percent, unit)
+    lines = [_line(axes, s, _colour(i)) for i, s in enumerate(series)]
+    labels = []
+    if few:
+        ys = _spread([line.points[-1][1] for line in lines], _LABEL_DISTANCE)
+        for s, line, y in zip(series, lines, ys, strict=True):
+            value = line.last if percent else _brief(s.points[-1][1], 3)
+            labels.append((y, line.name if names_at_ends else value, line.colour))
+    return fragment(
+        "chart.html",
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=axes.right,
+        unit=unit,
+        y_marks=[(axes.pixel(0, m)[1], f"{100 * m:.4g} %" if percent else _brief(m, 10)) for m in marks],
+        x_marks=_x_marks(axes),
+        lines=lines,
+        end_labels=labels,
+        legend=len(series) > 1 and not names_at_ends,
+    )
+
+
+def _marks(series: Sequence[Series], percent: bool, zero: bool) -> list[float]:
+    values = [y for s in series for _, y in s.points] + [s.chance for s in series if s.chance is not None]
+    if percent and min(values) >= 0 and 0.5 < max(values) <= 1:
+        return [0.0, 0.25, 0.5, 0.75, 1.0]
+    return ticks(min(values), max(values), zero or percent)
+
+
+def _x_marks(axes: _Axes) -> list[tuple[float, str, str]]:
+    """Return (x, label, text-anchor) of the start, the middle and the end."""
+    marks = []
+    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        value = share * axes.end
+        label = f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+        marks.append(
+            (axes.pixel(value, axes.low)[0], f"{label} {axes.unit}" if share == 1 else label, anchor)
+        )
+    return marks
+
+
+def _line(axes: _Axes, series: Series, colour: str) -> _Line:
+    points = [axes.pixel(x, y) for x, y in series.points]
+    dots = []
+    if len(points) <= _MAX_DOTS:
+        for pixel, (x, y) in zip(points, series.points, strict=True):
+            at = f"step {x:,.0f}" if axes.unit == "steps" else f"{x:.3g} {axes.unit}"
+            dots.append((*pixel, f"{at}: {series.name} {axes.format(y)}"))
+    chance = series.chance
+    level = None if chance is None else (axes.pixel(0, chance)[1], axes.format(chance))
+    return _Line(series.name, colour, axes.format(series.points[-1][1]), points, dots, level)
+
+
+def thin(points: Sequence[tuple[float, float]], most: int = _MAX_POINTS) -> list[tuple[float, float]]:
+    """Return at most `most` of the points in order; the first, the last and all peaks are kept."""
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil((len(points) - 2) / ((most - 2) // 2))
+    kept = [0]
+    for _, group in groupby(range(1, len(points) - 1), lambda i: (i - 1) // size):
+        inside = list(group)
+        kept += sorted({min(inside, key=lambda i: points[i][1]), max(inside, key=lambda i: points[i][1])})
+    return [points[i] for i in [*kept, len(points) - 1]]
+
+
+def ticks(low: float, high: float, zero: bool = True) -> list[float]:
+    """Return two to eight round, equidistant numbers that cover `low` (or zero) to `high`."""
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-9 * size, 1e-300):  # a constant
+        low, high = (low - abs(low) / 2, high + abs(high) / 2) if size > 1e-299 else (math.floor(low), 1.0)
+    rough = (high - low) / 5
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    distance = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * (1 - 1e-9))
+    first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)
+    return [i * distance for i in range(first, last + 1)]
+
+
+def _brief(value: float, digits: int) -> str:
+    """Return a short number: 46.5k, 1,012, 3e-06."""
+    for size, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / unit:.{digits}g}{letter}"
+    if abs(value) >= 10**digits:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.{min(digits, 2)}g}"
+
+
+def _colour(number: int) -> str:
+    return f"s{number % COLOURS + 1}" + (" again" if number >= COLOURS else "")
+
+
+def _spread(positions: Sequence[float], distance: float) -> list[float]:
+    """Move positions down where two are closer than `distance`."""
+    out = list(positions)
+    for above, below in pairwise(sorted(range(len(out)), key=lambda i: out[i])):
+        out[below] = max(out[below], out[above] + distance)
+    return out

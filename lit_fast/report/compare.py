@@ -1,128 +1,149 @@
-"""Several runs side by side: what was set differently, what it took, what came out.
+"""Several runs side by side: their settings, their cost and their results.
 
-Everything is read from `config.toml`, `metrics.jsonl` and, where there is one, `receipt.json`, so runs that are
-at work or were killed can be compared as well.
+Everything is read from `config.toml`, `metrics.jsonl` and, where there is one, `receipt.json`, so runs in progress
+and runs that were killed can be compared as well.
 """
 
 from __future__ import annotations
 
-import html
 import json
-import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from lit_fast.config_io import flatten_toml
+from lit_fast.config_io import read_toml
 from lit_fast.errors import UserError
-from lit_fast.report.charts import TITLES, Series, panel, title
-from lit_fast.report.html import document, section, table
+from lit_fast.report.charts import TITLES, Panel, Series, panel, title
+from lit_fast.report.page import Table, render
 from lit_fast.runs.metrics import (
     Best,
     Lines,
-    Spent,
+    RunCost,
     best,
     curve,
     evaluations,
-    names,
+    mean_speed,
+    metric_names,
     read_metrics,
-    speed,
-    spent,
+    run_cost,
 )
-from lit_fast.storage.files import read_object
-from lit_fast.utils.progress import duration
+from lit_fast.storage import paths
+from lit_fast.storage.files import exists, is_file, read_object
+from lit_fast.storage.paths import StrPath, join
+from lit_fast.utils.format import format_duration, format_table
 
 _NONE = "-"
-_SPEEDS = {"pairs_per_second": ",.0f", "seconds_per_step": ".4g", "mfu": ".3f", "data_wait_share": ".4f"}
+_SPEED_FORMATS = {
+    "pairs_per_second": ",.0f",
+    "seconds_per_step": ".4g",
+    "mfu": ".3f",
+    "data_wait_share": ".4f",
+}
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a run."""
+    """The files of a run, read.
+
+    Attributes:
+      name: of its directory; its path where another run has the same name.
+      path: of its directory.
+      status: "finished", "stopped", or "unfinished" (in progress or killed).
+      steps: completed, and in all.
+      devices: count and kind; "-" if unknown.
+      memory: as in the receipt, or empty.
+      config: its configuration by dotted keys.
+      spent: time and chip-hours.
+      speed: means over the steps, see `lit_fast.runs.metrics.speed`.
+      final: the figures of the last evaluation.
+      best: the best value of each figure.
+      lines: of `metrics.jsonl`.
+    """
 
     name: str
-    path: Path
-    status: str  # "finished", "stopped", or "unfinished": at work or killed
-    steps: tuple[int, int]  # done, wanted
+    path: str
+    status: str
+    steps: tuple[int, int]
     devices: str
-    memory: dict[str, Any]  # as in the receipt; empty if that does not say
+    memory: dict[str, Any]
     config: dict[str, Any]
-    spent: Spent
+    spent: RunCost
     speed: dict[str, float]
     final: dict[str, float]
     best: dict[str, Best]
     lines: Lines
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: StrPath) -> Record:
     """Read a run's directory.
 
     Raises:
       UserError: it is not a run, or a file in it is damaged.
     """
-    file = path / "config.toml"
-    if not file.is_file():
-        what = "is not a run (no config.toml)" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; give directories that lit-fast train made")
-    try:
-        values = flatten_toml(tomllib.loads(file.read_text(encoding="utf-8")))
-        config = json.loads(json.dumps(values, default=str))  # TOML knows dates, JSON does not
-        wanted = int(config["steps"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    lines = read_metrics(path / "metrics.jsonl")
+    config = _read_config(path)
+    lines = read_metrics(join(path, "metrics.jsonl"))
     done = max((line["step"] for line in lines), default=0)
-    file = path / "receipt.json"
-    receipt = read_object(file, "status", "steps_done", "hardware", memory=dict) if file.is_file() else {}
+    file = join(path, "receipt.json")
+    receipt = read_object(file, "status", "steps_done", "hardware", memory=dict) if is_file(file) else {}
     try:
         current = bool(receipt) and receipt["steps_done"] >= done
         hardware = receipt.get("hardware", {})
         devices = f"{hardware['devices']} x {hardware['device_kind']}" if hardware else _NONE
     except (KeyError, TypeError):
-        raise UserError(f"{file} is damaged; delete it, the metrics are enough") from None
-    tried = evaluations(lines)
+        raise UserError(f"{file} is damaged; delete it, the metrics suffice") from None
+    evaluated = evaluations(lines)
     return Record(
-        name=path.resolve().name,
-        path=path,
+        name=paths.name(paths.absolute(path)),
+        path=join(path),
         status=str(receipt["status"]) if current else "unfinished",
-        steps=(receipt["steps_done"] if current else done, wanted),
+        steps=(receipt["steps_done"] if current else done, config["steps"]),
         devices=devices,
         memory=receipt.get("memory", {}),
         config=config,
-        spent=spent([*lines, receipt]),
-        speed=speed(lines),
-        final=tried[-1]["figures"] if tried else {},
+        spent=run_cost([*lines, receipt]),
+        speed=mean_speed(lines),
+        final=evaluated[-1]["figures"] if evaluated else {},
         best=best(lines),
         lines=lines,
     )
 
 
-def read_records(paths: Sequence[Path]) -> list[Record]:
-    """Read all; runs of the same name are called by their paths.
+def _read_config(path: StrPath) -> dict[str, Any]:
+    file = join(path, "config.toml")
+    if not is_file(file):
+        problem = "is not a run (no config.toml)" if exists(path) else "does not exist"
+        raise UserError(f"{path} {problem}; give directories that lit-fast train made")
+    config = json.loads(json.dumps(read_toml(file), default=str))  # TOML has dates, JSON does not
+    if type(config.get("steps")) is not int:
+        raise UserError(f"{file} cannot be read: steps is no whole number")
+    return config
+
+
+def read_records(paths: Sequence[StrPath]) -> list[Record]:
+    """Read runs; those of the same name get their paths for names.
 
     Raises:
       UserError: as `read_record`.
     """
     records = [read_record(path) for path in paths]
-    named = [r.name for r in records]
-    return [r if named.count(r.name) == 1 else replace(r, name=str(r.path)) for r in records]
+    run_names = [r.name for r in records]
+    return [r if run_names.count(r.name) == 1 else replace(r, name=r.path) for r in records]
 
 
 def differing(records: Sequence[Record]) -> list[str]:
-    """The keys of the configurations that are not the same in all, sorted."""
+    """Return the configuration keys whose values differ between the runs, sorted."""
     keys = sorted({key for r in records for key in r.config})
     return [k for k in keys if any(r.config.get(k) != records[0].config.get(k) for r in records)]
 
 
 def as_json(records: Sequence[Record]) -> dict[str, Any]:
-    """The comparison as plain values; times in seconds, shares and figures from 0 to 1."""
+    """Return the comparison as plain values: times in seconds, shares and figures from 0 to 1."""
     return {
         "differing": differing(records),
         "runs": [
             {
                 "name": r.name,
-                "path": str(r.path),
+                "path": r.path,
                 "status": r.status,
                 "steps_done": r.steps[0],
                 "steps": r.steps[1],
@@ -132,7 +153,7 @@ def as_json(records: Sequence[Record]) -> dict[str, Any]:
                 "chip_hours": r.spent.chip_hours,
                 **r.speed,
                 "final": r.final,
-                "best": {name: found._asdict() for name, found in r.best.items()},
+                "best": {name: value._asdict() for name, value in r.best.items()},
                 "config": r.config,
             }
             for r in records
@@ -140,38 +161,31 @@ def as_json(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def table_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Name of the row, then a cell per run: what it is, what differs, what it took, what came out."""
-    figures = _by_dataset(name for r in records for name in r.best)
-
-    def row(name: str, cell: Callable[[Record], str]) -> tuple[str, ...]:
-        return (name, *map(cell, records))
-
+def table_rows(records: Sequence[Record]) -> list[list[str]]:
+    """Return rows of a label and a cell per run: state, differing settings, cost, results."""
     rows = [
-        row("status", lambda r: r.status),
-        row("steps", lambda r: f"{r.steps[0]:,} of {r.steps[1]:,}"),
-        row("devices", lambda r: r.devices),
-        row("text.keep, in use", lambda r: str(r.memory.get("keep", _NONE))),
-        row("text.microbatches, in use", lambda r: str(r.memory.get("parts", _NONE))),
+        ["status", *(r.status for r in records)],
+        ["steps", *(f"{r.steps[0]:,} of {r.steps[1]:,}" for r in records)],
+        ["devices", *(r.devices for r in records)],
+        ["text.keep, in use", *(str(r.memory.get("keep", _NONE)) for r in records)],
+        ["text.microbatches, in use", *(str(r.memory.get("parts", _NONE)) for r in records)],
     ]
-    for key in differing(records):
-        rows.append(row(key, lambda r, key=key: str(r.config.get(key, _NONE))))  # type: ignore[misc]
+    rows += [[key, *(str(r.config.get(key, _NONE)) for r in records)] for key in differing(records)]
     rows += [
-        row("time", lambda r: duration(r.spent.seconds) if r.spent.seconds else _NONE),
-        row("chip-hours", lambda r: f"{r.spent.chip_hours:,.3f}" if r.spent.seconds else _NONE),
+        ["time", *(format_duration(r.spent.seconds) if r.spent.seconds else _NONE for r in records)],
+        ["chip-hours", *(f"{r.spent.chip_hours:,.3f}" if r.spent.seconds else _NONE for r in records)],
     ]
-    for name, form in _SPEEDS.items():
+    for name, form in _SPEED_FORMATS.items():
         if any(name in r.speed for r in records):
-            cell = lambda r, n=name, f=form: format(r.speed[n], f) if n in r.speed else _NONE  # noqa: E731
-            rows.append(row(name, cell))
-    for name in figures:
-        rows.append(row(f"{name}, final %", lambda r, n=name: _percent(r.final.get(n))))  # type: ignore[misc]
-        rows.append(row(f"{name}, best %", lambda r, n=name: _best(r.best.get(n))))  # type: ignore[misc]
+            rows.append([name, *(format(r.speed[name], form) if name in r.speed else _NONE for r in records)])
+    for name in _by_dataset(name for r in records for name in r.best):
+        rows.append([f"{name}, final %", *(_percent(r.final.get(name)) for r in records)])
+        rows.append([f"{name}, best %", *(_best(r.best.get(name)) for r in records)])
     return rows
 
 
 def _by_dataset(figures: Iterable[str]) -> list[str]:
-    """Each once, sorted by dataset, those of one dataset as they were recorded."""
+    """Return each name once, sorted by dataset; the order within a dataset is kept."""
     return sorted(dict.fromkeys(figures), key=lambda name: name.rpartition("/")[0])
 
 
@@ -179,47 +193,38 @@ def _percent(value: float | None) -> str:
     return _NONE if value is None else f"{100 * value:.1f}"
 
 
-def _best(found: Best | None) -> str:
-    return _NONE if found is None else f"{100 * found.value:.1f} at {found.step:,}"
+def _best(value: Best | None) -> str:
+    return _NONE if value is None else f"{100 * value.value:.1f} at {value.step:,}"
 
 
 def format_comparison(records: Sequence[Record], width: int) -> str:
-    """The table for a terminal of `width` columns; runs that do not fit stand in further tables below."""
+    """Return tables for a terminal of `width` columns, each with as many runs as fit."""
     rows = [("", *(r.name for r in records)), *table_rows(records)]
-    label = max(len(row[0]) for row in rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(1, len(records) + 1)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     groups: list[list[int]] = []
-    room = 0
-    for column, size in enumerate(widths, 1):
-        if not groups or room < size + 2:
+    free = 0
+    for column, size in enumerate(widths[1:], 1):
+        if not groups or free < size + 2:
             groups.append([])
-            room = width - label
+            free = width - widths[0]
         groups[-1].append(column)
-        room -= size + 2
-    blocks = [
-        "\n".join(
-            (f"{row[0]:{label}}" + "".join(f"  {row[i]:>{widths[i - 1]}}" for i in group)).rstrip()
-            for row in rows
-        )
-        for group in groups
-    ]
-    return "\n\n".join(blocks)
+        free -= size + 2
+    return "\n\n".join(
+        format_table([[row[0], *(row[i] for i in group)] for row in rows], left=(0,)) for group in groups
+    )
 
 
 def comparison_page(records: Sequence[Record]) -> str:
-    """The table and the curves of all runs over each other, as one HTML page."""
-    recorded = dict.fromkeys(name for r in records for name in names(r.lines))
+    """Render the table and the overlaid curves of all runs as one HTML page."""
+    recorded = dict.fromkeys(name for r in records for name in metric_names(r.lines))
 
-    def drawn(name: str, *, hours: bool = False) -> str:
+    def draw(name: str, *, hours: bool = False) -> Panel:
         series = [Series(r.name, curve(r.lines, name, hours=hours)) for r in records]
         return panel(title(name) + (", against hours" if hours else ""), name, series, hours=hours)
 
-    panels = [drawn("loss", hours=True), *(drawn(name) for name in TITLES if name in recorded)]
+    panels = [draw("loss", hours=True), *(draw(name) for name in TITLES if name in recorded)]
     for name in _by_dataset(name for name in recorded if "/" in name):
-        panels += [drawn(name), drawn(name, hours=True)]
-    parts = [
-        f"<header><h1>{html.escape(', '.join(r.name for r in records))}</h1></header>",
-        section("Runs", table(("", *(r.name for r in records)), table_rows(records))),
-        f'<section class="pair">{"".join(panels)}</section>',
-    ]
-    return document("lit-fast compare", parts)
+        panels += [draw(name), draw(name, hours=True)]
+    run_names = [r.name for r in records]
+    table = Table(("", *run_names), table_rows(records))
+    return render("compare.html", title="lit-fast compare", names=run_names, table=table, panels=panels)

@@ -1,351 +1,267 @@
-"""The evaluation of a run as one HTML page: figures, what is confused with what, and the pictures themselves.
+"""The evaluation of a run as one HTML page: figures, confusions and pictures.
 
-What is shown is drawn from a fixed seed, so that the same run gives the same page.
+Examples are drawn from a fixed seed, so the same run gives the same page.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from lit_fast.data.dataset import Dataset
-from lit_fast.data.images.reader import ReadPicture, picture_reader
-from lit_fast.evaluation.evaluate import NAMED, captions_by_language
+from lit_fast.data.images.reader import ImageReader
+from lit_fast.evaluation.evaluate import captions_by_language
 from lit_fast.evaluation.zeroshot import EmbedText, classifier
 from lit_fast.evaluation.zeroshot_set import zero_shot_set
-from lit_fast.report.gallery import STYLE, Picture, cards, strip, thumbnail
-from lit_fast.report.html import bar, document, section, table
+from lit_fast.report.figures import figures_section
+from lit_fast.report.gallery import SHOWN, Figure, nearest, nearest_images, thumbnail
+from lit_fast.report.page import Cell, Table, fragment, percent, render
 
-PICTURES = 180  # of a page, with thumbnails of at most 11 kB there: two megabytes
-FOUND = 5  # pictures or captions shown per query
-_MATRIX = 20  # classes of which the whole confusion matrix is shown
-_ENDS = 20  # classes shown at either end of a longer list, and pairs of confused classes
+MAX_PICTURES = 180  # per page, at most 11 kB each: two megabytes
+_MATRIX = 20  # classes up to which the whole confusion matrix is shown
+_ENDS = 20  # classes at either end of a longer list, and pairs of confused classes
 _EXAMPLES = 12  # right pictures of a zero-shot set, and wrong ones
 _QUERIES = 8  # captions of a retrieval set, and pictures
 _TILE = 8192  # images scored at a time
-_LONGEST = 200  # characters of a caption that are shown
-
-_WORDS = {
-    "acc1": "first guess right",
-    "acc5": "right among the first 5 guesses",
-    "mean_per_class_recall": "recall, mean over the classes",
-    **{f"image_retrieval_recall@{k}": f"caption to picture, recall@{k}" for k in (1, 5, 10)},
-    **{f"text_retrieval_recall@{k}": f"picture to caption, recall@{k}" for k in (1, 5, 10)},
-    **{f"acc1_{k}shot": f"{k} image{'s' * (k > 1)} per class" for k in (1, 5, 10, 25)},
-}
-_FIGURES_NOTE = (
-    "The tick on a bar is the chance level of blind guessing. Intervals are over the choice of images"
-)
-_FULL_NOTE = "With so many datasets on one page there is no room for pictures."
-_ABSENT_NOTE = "A box stands for a picture that could not be read from where it was indexed."
+_MAX_TEXT = 200  # characters of a caption or class name
 
 
-def evaluation_page(name: str, about: str, sections: Sequence[str]) -> str:
-    """The page of a run; `about` says which weights, `sections` are of the functions below."""
-    header = f"<header><h1>{html.escape(name)}</h1><p>{html.escape(about)}</p></header>"
-    return document(f"{name}, evaluation", [header, *sections], STYLE + _STYLE)
+class Caption(NamedTuple):
+    """A caption that a picture found; `relevant`: it was written for the picture."""
 
-
-def remembered(embed_text: EmbedText) -> EmbedText:
-    """The same function, which keeps what it returned: the page asks for the texts that were evaluated."""
-    known = cache(lambda texts: embed_text(list(texts)))
-    return lambda texts: known(tuple(texts))
-
-
-def zero_shot_sections(
-    results: Sequence[dict[str, Any]],
-    dataset: Dataset,
-    rows: np.ndarray,
-    images: np.ndarray,
-    embed_text: EmbedText,
-    pictures: int = PICTURES,
-    **files: Any,
-) -> list[str]:
-    """Figures, recall per class, confusions, and pictures that were named right and wrong.
-
-    An image with several right classes counts for the one it was given, or for the first if it was given another.
-
-    Args:
-      results: of this dataset, as `lit-fast eval` writes them.
-      dataset: where its pictures cannot be read, boxes stand for them.
-      rows: int64 [n], the rows that have an embedding, rising.
-      images: their normalised embeddings, float32 [n, D].
-      embed_text: texts to normalised float32 [n, D].
-      pictures: the most that may be shown.
-      files: class names and so on in place of the dataset's, see `zero_shot_set`.
-    """
-    asked, read, title = zero_shot_set(dataset, **files), picture_reader(dataset), results[0]["dataset"]
-    names = asked.classnames
-    pairs = np.isin(asked.row_of, rows)
-    counted, first, image_of = np.unique(asked.row_of[pairs], return_index=True, return_inverse=True)
-    images, class_of = images[np.searchsorted(rows, counted)], asked.class_of[pairs]
-    classes = classifier(names, asked.templates, embed_text)
-    tiles = range(0, len(images), _TILE)
-    called = np.concatenate([(images[lo : lo + _TILE] @ classes.T).argmax(axis=1) for lo in tiles])
-    own, hits = class_of[first], class_of == called[image_of]
-    own[image_of[hits]] = class_of[hits]
-    order = np.random.default_rng(0).permutation(len(images))
-    most = min(_EXAMPLES, pictures // 2)
-
-    def examples(chosen: np.ndarray) -> str:
-        shown = []
-        for i in chosen[:most].tolist():
-            lines = [f"{_short(names[own[i]])} {images[i] @ classes[own[i]]:.3f}"]
-            if own[i] != called[i]:
-                lines.append(f"called {_short(names[called[i]])} {images[i] @ classes[called[i]]:.3f}")
-            source = thumbnail(read(int(counted[i])))
-            shown.append(Picture(source, "\n".join(lines), "right" if own[i] == called[i] else "wrong"))
-        return strip(shown) + _note_of(shown) if shown or not most else cards([])
-
-    correct = own[order] == called[order]
-    return [
-        figures_section(f"{title}: zero-shot classification", results),
-        section(f"{title}: recall of the classes", *_recalls(names, own, called)),
-        section(f"{title}: what is called what", *_confusions(names, own, called)),
-        section(f"{title}: named right", examples(order[correct]), _SCORES_NOTE),
-        section(f"{title}: named wrong", examples(order[~correct]), _SCORES_NOTE),
-    ]
-
-
-_SCORES_NOTE = "Drawn at random; the numbers are cosines of picture and name."
+    text: str
+    cosine: str
+    relevant: bool
 
 
 class _Pool(NamedTuple):
-    """The captions of one language and the images that have one: what a query may find."""
+    """The captions of one language and the images that have one: the candidates of a query."""
 
-    heading: str
+    prefix: str  # the language, where there are several
     captions: list[str]
-    owner: np.ndarray  # int [m], the image of a caption, as a number in `images`
+    owner: np.ndarray  # int64 [m], the image of a caption, as an index of `images`
     texts: np.ndarray  # float32 [m, D]
     images: np.ndarray  # float32 [n, D]
-    rows: np.ndarray  # int [n]
+    rows: np.ndarray  # int64 [n]
 
 
-def retrieval_sections(
+def evaluation_page(name: str, about: str, sections: Sequence[Markup]) -> str:
+    """Render the page of a run.
+
+    Args:
+      name: of the run.
+      about: which weights were evaluated.
+      sections: as returned by the functions below.
+    """
+    return render("evaluation.html", name=name, about=about, sections=sections)
+
+
+def memoized(embed_text: EmbedText) -> EmbedText:
+    """Cache `embed_text`: the page asks for the texts that the evaluation has embedded already."""
+    cached = cache(lambda texts: embed_text(list(texts)))
+    return lambda texts: cached(tuple(texts))
+
+
+def zero_shot_section(
     results: Sequence[dict[str, Any]],
     dataset: Dataset,
     rows: np.ndarray,
     images: np.ndarray,
     embed_text: EmbedText,
-    pictures: int = PICTURES,
-) -> list[str]:
-    """Figures, captions with the pictures that they find, and pictures with the captions that they find.
+    max_pictures: int = MAX_PICTURES,
+    **files: Any,
+) -> Markup:
+    """Render figures, recall per class, confusions, and pictures that were named right and wrong.
 
-    Arguments as for `zero_shot_sections`. Of several languages, the queries are drawn from each in turn.
+    An image with several right classes counts for the one predicted, or for the first if another was predicted.
+
+    Args:
+      results: of this dataset, as `lit-fast eval` writes them.
+      dataset: boxes replace pictures that cannot be read from its sources.
+      rows: int64 [n], the rows that have an embedding, increasing.
+      images: their normalised embeddings, float32 [n, D].
+      embed_text: texts to normalised float32 [n, D].
+      max_pictures: shown at most.
+      files: class names and so on in place of the dataset's, see `zero_shot_set`.
     """
-    captions, read, title = (
-        captions_by_language(dataset, rows),
-        picture_reader(dataset),
-        results[0]["dataset"],
+    task, read = zero_shot_set(dataset, **files), ImageReader(dataset).read_or_none
+    names = task.classnames
+    pairs = np.isin(task.row_of, rows)
+    labelled, first, image_of = np.unique(task.row_of[pairs], return_index=True, return_inverse=True)
+    images, class_of = images[np.searchsorted(rows, labelled)], task.class_of[pairs]
+    classes = classifier(names, task.templates, embed_text)
+    tiles = range(0, len(images), _TILE)
+    predicted = np.concatenate([(images[lo : lo + _TILE] @ classes.T).argmax(axis=1) for lo in tiles])
+    labels, hits = class_of[first], class_of == predicted[image_of]
+    labels[image_of[hits]] = class_of[hits]
+    order = np.random.default_rng(0).permutation(len(images))
+    most = min(_EXAMPLES, max_pictures // 2)
+
+    def figure(i: int) -> Figure:
+        lines = [f"{_shorten(names[labels[i]])} {images[i] @ classes[labels[i]]:.3f}"]
+        right = labels[i] == predicted[i]
+        if not right:
+            lines.append(f"called {_shorten(names[predicted[i]])} {images[i] @ classes[predicted[i]]:.3f}")
+        return Figure(thumbnail(read(int(labelled[i]))), "\n".join(lines), "right" if right else "wrong")
+
+    def examples(chosen: np.ndarray) -> tuple[list[Figure], str]:
+        figures = [figure(i) for i in chosen[:most].tolist()]
+        return figures, _pictures_note(figures) if figures or not most else "There is none."
+
+    correct = labels[order] == predicted[order]
+    title = results[0]["dataset"]
+    return figures_section(f"{title}: zero-shot classification", results) + fragment(
+        "zero_shot.html",
+        name=title,
+        recalls=_recalls(names, labels, predicted),
+        confusions=_confusions(names, labels, predicted),
+        examples={"named right": examples(order[correct]), "named wrong": examples(order[~correct])},
     )
+
+
+def retrieval_section(
+    results: Sequence[dict[str, Any]],
+    dataset: Dataset,
+    rows: np.ndarray,
+    images: np.ndarray,
+    embed_text: EmbedText,
+    max_pictures: int = MAX_PICTURES,
+) -> Markup:
+    """Render figures, captions with their nearest pictures, and pictures with their nearest captions.
+
+    Arguments as for `zero_shot_section`. Of several languages, the queries alternate between them.
+    """
+    captions, read = captions_by_language(dataset, rows), ImageReader(dataset).read_or_none
     pools = []
-    for language, own in captions.items():
-        with_text, owner = np.unique([image for image, _ in own], return_inverse=True)
-        texts = [text for _, text in own]
-        heading = f"{language}: " if len(captions) > 1 else ""
-        pools.append(_Pool(heading, texts, owner, embed_text(texts), images[with_text], rows[with_text]))
-    generator = np.random.default_rng(0)
-    pools = [pools[i] for i in generator.permutation(len(pools))]
-    # A caption needs the pictures that it finds and perhaps the right one; in the other list a picture needs itself.
-    most = min(_QUERIES, pictures // (FOUND + 2))
-    searches = [_search(pool, i, read) for pool, i in _queries(pools, most, lambda pool: len(pool.texts))]
-    described = [
-        _described(pool, i, read) for pool, i in _queries(pools, most, lambda pool: len(pool.images))
+    for language, pairs in captions.items():
+        captioned, owner = np.unique([image for image, _ in pairs], return_inverse=True)
+        texts = [text for _, text in pairs]
+        prefix = f"{language}: " if len(captions) > 1 else ""
+        pools.append(_Pool(prefix, texts, owner, embed_text(texts), images[captioned], rows[captioned]))
+    pools = [pools[i] for i in np.random.default_rng(0).permutation(len(pools))]
+    # A caption shows its nearest pictures and perhaps the right one; in the other list a picture shows itself.
+    most = min(_QUERIES, max_pictures // (SHOWN + 2))
+    by_caption = [
+        (
+            pool.prefix + _shorten(pool.captions[i]),
+            nearest_images(pool.images @ pool.texts[i], int(pool.owner[i]), pool.rows, read),
+        )
+        for pool, i in _queries(pools, most, lambda pool: len(pool.texts))
     ]
-    shown = [picture for _, found in searches for picture in found] + [picture for picture, _ in described]
-    items = [f'<li class="described">{strip([picture])}{lines}</li>' for picture, lines in described]
-    return [
-        figures_section(f"{title}: retrieval", results),
-        section(
-            f"{title}: pictures found by captions",
-            (cards([(heading, strip(found)) for heading, found in searches]) if searches else "")
-            + _note_of(shown),
-            f"Captions drawn at random with the {FOUND} nearest pictures, nearest first, and their cosines; the "
-            f"right one is framed. Where it is not among the {FOUND} it stands last, with the place it came in.",
-        ),
-        section(
-            f"{title}: captions found by pictures",
-            f'<ul class="cards">{"".join(items)}</ul>' if items else _note_of([]),
-            "Pictures drawn at random with the nearest captions and their cosines; those written for the picture are "
-            "green. Where none is among them, the nearest of them stands last, with the place it came in.",
-        ),
+    by_picture = [
+        (Figure(thumbnail(read(int(pool.rows[i])))), _nearest_captions(pool, i))
+        for pool, i in _queries(pools, most, lambda pool: len(pool.images))
     ]
-
-
-def _queries(pools: Sequence[_Pool], most: int, size: Callable[[_Pool], int]) -> Iterator[tuple[_Pool, int]]:
-    """Queries drawn from each pool in turn, `most` in all if there are so many."""
-    generator = np.random.default_rng(0)  # one for all: languages of the same images draw different ones
-    drawn = [generator.permutation(size(pool))[:most].tolist() for pool in pools]
-    turns = ((pool, i) for turn in zip_longest(*drawn) for pool, i in zip(pools, turn, strict=True))
-    return islice(((pool, i) for pool, i in turns if i is not None), most)
-
-
-def _search(pool: _Pool, query: int, read: ReadPicture) -> tuple[str, list[Picture]]:
-    """A caption and the pictures that it finds."""
-    scores, right = pool.images @ pool.texts[query], int(pool.owner[query])
-    order = np.argsort(-scores, kind="stable")
-    rank = int(np.flatnonzero(order == right)[0])
-    places = [*range(min(FOUND, len(order))), *([rank] if rank >= FOUND else [])]
-    found = []
-    for place in places:
-        i = order[place]
-        text = f"{scores[i]:.3f}" if place < FOUND else f"no. {place + 1:,}, {scores[i]:.3f}"
-        found.append(Picture(thumbnail(read(int(pool.rows[i]))), text, "right" if i == right else ""))
-    return pool.heading + _short(pool.captions[query]), found
-
-
-def _described(pool: _Pool, query: int, read: ReadPicture) -> tuple[Picture, str]:
-    """A picture and, as a list, the captions that it finds."""
-    scores = pool.texts @ pool.images[query]
-    order = np.argsort(-scores, kind="stable")
-    rank = int(np.flatnonzero(pool.owner[order] == query)[0])
-    places = [*range(min(FOUND, len(order))), *([rank] if rank >= FOUND else [])]
-    items = []
-    for place in places:
-        i = order[place]
-        text = pool.heading + _short(pool.captions[i])
-        text = text if place < FOUND else f"no. {place + 1:,}: {text}"
-        kind = ' class="own"' if pool.owner[i] == query else ""
-        items.append(f'<li{kind}><span class="note">{scores[i]:.3f}</span> {html.escape(text)}</li>')
-    return Picture(thumbnail(read(int(pool.rows[query])))), f"<ul>{''.join(items)}</ul>"
-
-
-def figures_section(title: str, results: Sequence[dict[str, Any]]) -> str:
-    """The figures of some results, with intervals and chance levels."""
-    rows = []
-    seeded = any("seeds" in result for result in results)
-    for result in results:
-        if len(results) > 1:
-            heading = f'<th colspan="6" scope="rowgroup">{html.escape(result["language"] or result["dataset"])}</th>'
-            rows.append(f"<tr>{heading}</tr>")
-        for name, value in result["metrics"].items():
-            chance = result["chance"][name]
-            cells = [
-                _percent(value),
-                "{:.1f} to {:.1f} %".format(*(100 * end for end in result["interval_95"][name])),
-                _percent(chance),
-            ]
-            if seeded:
-                cells.insert(1, ", ".join(f"{100 * v:.1f}" for v in result["seeds"][name]))
-            numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
-            label = f'<td title="{html.escape(name, quote=True)}">{html.escape(_WORDS.get(name, name))}</td>'
-            rows.append(f'<tr>{label}{numbers}<td class="bars">{bar(value, chance)}</td></tr>')
-    headings = ["reached", *(["draws"] if seeded else []), "95 % interval", "chance"]
-    head = "".join(f'<th class="number">{heading}</th>' for heading in headings)
-    counted = ("images", "texts", "classes", "templates", "train_images")
-    told = [f"{results[-1][k]:,} {k.replace('_', ' ')}" for k in counted if k in results[-1]]
-    told += [f"{k.replace('_', ' ')} {results[-1][k]}" for k in NAMED if k in results[-1]]
-    over = " and over the draws of those learnt from" if seeded else ""
-    return section(
-        title,
-        f'<div class="scroll"><table class="figures"><thead><tr><th>figure</th>{head}<th class="bars"></th></tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div>",
-        f"{', '.join(told)}. {_FIGURES_NOTE}{over}, not over trainings.",
+    figures = [f for _, found in by_caption for f in found] + [f for f, _ in by_picture]
+    title = results[0]["dataset"]
+    return figures_section(f"{title}: retrieval", results) + fragment(
+        "retrieval.html",
+        name=title,
+        shown=SHOWN,
+        by_caption=by_caption,
+        by_picture=by_picture,
+        note=_pictures_note(figures),
     )
 
 
-def few_shot_section(result: dict[str, Any]) -> str:
-    """The figures of a few-shot evaluation."""
+def few_shot_section(result: dict[str, Any]) -> Markup:
+    """Render the figures of a few-shot evaluation."""
     return figures_section(f"{result['dataset']}: few-shot from {result['train_dataset']}", [result])
 
 
-def _recalls(classnames: Sequence[str], own: np.ndarray, called: np.ndarray) -> tuple[str, str]:
-    """A table of the classes by rising recall, and a note on it."""
-    count = len(classnames)
-    seen = np.bincount(own, minlength=count)
-    hits = np.bincount(own[own == called], minlength=count)
-    present = np.nonzero(seen)[0]
-    order = present[np.argsort(hits[present] / seen[present], kind="stable")]
-    shown, note = order.tolist(), "Share of the images of a class that got its name, worst first."
-    if len(order) > 2 * _ENDS:
-        shown = [*order[:_ENDS].tolist(), None, *order[-_ENDS:].tolist()]
-        note = f"Share of the images of a class that got its name: the {_ENDS} worst and the {_ENDS} best."
-    rows = []
-    for k in shown:
-        if k is None:
-            rows.append('<tr><td colspan="4">...</td></tr>')
-            continue
-        share = hits[k] / seen[k]
-        rows.append(
-            f'<tr><td>{_name(classnames[k])}</td><td class="number">{seen[k]:,}</td><td class="number">'
-            f'{_percent(share)}</td><td class="bars">{bar(share)}</td></tr>'
+def _queries(pools: Sequence[_Pool], most: int, size: Callable[[_Pool], int]) -> Iterator[tuple[_Pool, int]]:
+    """Draw up to `most` queries, alternating between the pools."""
+    generator = np.random.default_rng(0)  # one for all: languages of the same images draw different ones
+    drawn = [generator.permutation(size(pool))[:most].tolist() for pool in pools]
+    rounds = zip_longest(*drawn)
+    pairs = ((pool, i) for numbers in rounds for pool, i in zip(pools, numbers, strict=True) if i is not None)
+    return islice(pairs, most)
+
+
+def _nearest_captions(pool: _Pool, image: int) -> list[Caption]:
+    scores, relevant = pool.texts @ pool.images[image], pool.owner == image
+    captions = []
+    for rank, i in nearest(scores, relevant):
+        text = pool.prefix + _shorten(pool.captions[i])
+        text = text if rank < SHOWN else f"no. {rank + 1:,}: {text}"
+        captions.append(Caption(text, f"{scores[i]:.3f}", bool(relevant[i])))
+    return captions
+
+
+def _recalls(classnames: Sequence[str], labels: np.ndarray, predicted: np.ndarray) -> tuple[Table, str]:
+    """Return a table of the classes by increasing recall, and a note."""
+    images = np.bincount(labels, minlength=len(classnames))
+    right = np.bincount(labels[labels == predicted], minlength=len(classnames))
+    present = np.flatnonzero(images)
+    order = present[np.argsort(right[present] / images[present], kind="stable")].tolist()
+
+    def row(k: int) -> tuple[str | Cell, ...]:
+        share = float(right[k] / images[k])
+        return (
+            _shorten(classnames[k]),
+            f"{images[k]:,}",
+            percent(share),
+            Cell(classes="bars", bar=(share, None)),
         )
-    head = '<th>class</th><th class="number">images</th><th class="number">recall</th><th class="bars"></th>'
-    return _table(head, rows), note
+
+    header = ("class", "images", "recall", Cell(classes="bars"))
+    note = "Share of the images of a class that got its name"
+    if len(order) <= 2 * _ENDS:
+        return Table(header, [row(k) for k in order]), f"{note}, worst first."
+    ends = [[row(k) for k in part] for part in (order[:_ENDS], order[-_ENDS:])]
+    return Table(header, [*ends[0], ("...",), *ends[1]]), f"{note}: the {_ENDS} worst and the {_ENDS} best."
 
 
-def _confusions(classnames: Sequence[str], own: np.ndarray, called: np.ndarray) -> tuple[str, str]:
-    """The confusion matrix, of many classes the pairs that are confused most, and a note on it."""
-    seen = np.bincount(own, minlength=len(classnames))
+def _confusions(classnames: Sequence[str], labels: np.ndarray, predicted: np.ndarray) -> tuple[Table, str]:
+    """Return the confusion matrix, or of many classes the most frequent confusions, and a note."""
     if len(classnames) <= _MATRIX:
-        counts = np.zeros((len(classnames),) * 2, np.int64)
-        np.add.at(counts, (own, called), 1)
-        return _matrix(classnames, counts), "Rows: what is on the picture; columns: what it was called."
-    wrong = own != called
-    pairs, counts = np.unique(np.stack([own, called])[:, wrong], axis=1, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:_ENDS]
-    rows = [
-        (_short(classnames[k]), _short(classnames[other]), f"{counts[i]:,}", _percent(counts[i] / seen[k]))
-        for i in order
-        for k, other in [pairs[:, i]]
-    ]
-    header = ("on the picture", "called", "times", "of its images")
-    return table(header, rows), f"The {_ENDS} pairs that are confused most."
-
-
-def _matrix(classnames: Sequence[str], counts: np.ndarray) -> str:
+        note = "Rows: the class of the picture; columns: the predicted class."
+        return _matrix(classnames, labels, predicted), note
+    images = np.bincount(labels, minlength=len(classnames))
+    wrong = labels != predicted
+    pairs, counts = np.unique(np.stack([labels, predicted])[:, wrong], axis=1, return_counts=True)
     rows = []
+    for i in np.argsort(-counts, kind="stable")[:_ENDS].tolist():
+        label, other = pairs[:, i].tolist()
+        share = percent(counts[i] / images[label])
+        rows.append((_shorten(classnames[label]), _shorten(classnames[other]), f"{counts[i]:,}", share))
+    return Table(("on the picture", "called", "times", "of its images"), rows), (
+        f"The {_ENDS} pairs that are confused most."
+    )
+
+
+def _matrix(classnames: Sequence[str], labels: np.ndarray, predicted: np.ndarray) -> Table:
+    counts = np.zeros((len(classnames),) * 2, np.int64)
+    np.add.at(counts, (labels, predicted), 1)
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+
+    def cell(k: int, other: int) -> Cell:
+        tooltip = f"{classnames[k]}, called {classnames[other]}"
+        if not counts[k, other]:
+            return Cell("", "number", tooltip)
+        colour = f"var(--{'good' if k == other else 'bad'}) {70 * shares[k, other]:.0f}%"
+        style = f"background:color-mix(in srgb,{colour},transparent)"
+        return Cell(f"{counts[k, other]:,}", "number", tooltip, style)
+
+    rows: list[list[str | Cell]] = []
     for k, name in enumerate(classnames):
-        cells = []
-        for other in range(len(classnames)):
-            share = counts[k, other] / max(1, counts[k].sum())
-            colour = "var(--good)" if k == other else "var(--bad)"
-            shade = f' style="background:color-mix(in srgb,{colour} {70 * share:.0f}%,transparent)"'
-            tip = html.escape(f"{name}, called {classnames[other]}", quote=True)
-            text = f"{counts[k, other]:,}" if counts[k, other] else ""
-            cells.append(f'<td class="number" title="{tip}"{shade if share else ""}>{text}</td>')
-        rows.append(f"<tr><td>{k + 1} {_name(name)}</td>{''.join(cells)}</tr>")
-    head = "<th></th>" + "".join(
-        f'<th class="number" title="{html.escape(name, quote=True)}">{k + 1}</th>'
-        for k, name in enumerate(classnames)
-    )
-    return _table(head, rows, "figures matrix")
+        rows.append([f"{k + 1} {_shorten(name)}", *(cell(k, other) for other in range(len(classnames)))])
+    header: list[str | Cell] = ["", *(Cell(f"{k + 1}", "number", name) for k, name in enumerate(classnames))]
+    return Table(header, rows, "matrix")
 
 
-def _table(head: str, rows: Sequence[str], kind: str = "figures") -> str:
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+def _pictures_note(figures: Sequence[Figure]) -> str:
+    if not figures:
+        return "With so many datasets on one page there is no room for pictures."
+    if any(figure.source is None for figure in figures):
+        return "A box replaces a picture that could not be read from its source."
+    return ""
 
 
-def _note_of(shown: Sequence[Picture]) -> str:
-    note = _FULL_NOTE if not shown else _ABSENT_NOTE if any(p.source is None for p in shown) else ""
-    return f'<p class="note">{note}</p>' if note else ""
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
-
-
-def _name(text: str) -> str:
-    return html.escape(_short(text))
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-_STYLE = """
-.matrix { width:auto } .matrix .number { padding:.32rem .5rem; min-width:2.6rem }
-.described { display:flex; gap:1rem } .described figure img { width:128px }
-.described ul { list-style:none; margin:0; padding:0 } .described .own { color:var(--good); font-weight:600 }
-.described .note { font-variant-numeric:tabular-nums }
-@media (max-width:480px) { .described figure { width:96px } }
-@media (max-width:640px) { .figures { font-size:.84rem } .figures th,.figures td { padding-right:.5rem } }
-"""
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."

@@ -1,33 +1,44 @@
-"""Pictures on a page: small copies of image files, in strips with a line of text under each."""
+"""Pictures on a page: small copies of image files, with a line of text below each."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
+
+import numpy as np
 
 from lit_fast.data.images.decode import ImageError, decode
 
-SIDE = 128  # pixels of a thumbnail's long side
-MOST_BYTES = 8192  # of a thumbnail as a file; a third more in the page
+ReadImage = Callable[[int], bytes | None]
+"""Returns the image file of a row; None where it cannot be read."""
+
+SHOWN = 5  # images or captions per query
+SIDE = 128  # pixels of a thumbnail's longer side; style.css sets the width of a figure accordingly
+MAX_BYTES = 8192  # of a thumbnail's file; base64 adds a third
 _QUALITIES = (80, 60, 40, 20, 5)
 
 
-class Picture(NamedTuple):
-    """A picture of a strip."""
+class Figure(NamedTuple):
+    """A picture with its caption, for the macros `strip` and `cards`.
 
-    source: str | None  # of `thumbnail`; None: a box says that the picture could not be had
+    Attributes:
+      source: as returned by `thumbnail`; None shows a box in place of the picture.
+      text: the caption.
+      kind: "right" frames the picture in green, "wrong" in red, "" not at all.
+    """
+
+    source: str | None
     text: str = ""
-    kind: str = ""  # "right" or "wrong" frame it in green or red
+    kind: str = ""
 
 
 def thumbnail(data: bytes | None) -> str | None:
-    """An image file as a `data:` URI of a small JPEG; None if there is none or it cannot be decoded.
+    """Return an image file as the `data:` URI of a small JPEG; None if it is absent or cannot be decoded.
 
-    The file is decoded by `lit_fast.data.images.decode`, with its limits, and encoded again: nothing of it but
-    pixels gets into the page. Transparency is laid on white.
+    The file is decoded with the limits of `lit_fast.data.images.decode` and encoded again, so only its pixels
+    reach the page. Transparent pixels become white.
     """
     if data is None:
         return None
@@ -40,46 +51,35 @@ def thumbnail(data: bytes | None) -> str | None:
     for quality in _QUALITIES:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=quality)
-        if file.tell() <= MOST_BYTES:
+        if file.tell() <= MAX_BYTES:
             break
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def strip(pictures: Sequence[Picture]) -> str:
-    """Pictures in a row that wraps, as HTML; `STYLE` has to be in the page."""
+def nearest(scores: np.ndarray, relevant: np.ndarray) -> list[tuple[int, int]]:
+    """Return (rank, index) of the `SHOWN` highest scores; if none is relevant, the first relevant one follows.
+
+    Args:
+      scores: float32 [n].
+      relevant: bool [n], at least one of them true.
+    """
+    order = np.argsort(-scores, kind="stable")
+    first = int(np.flatnonzero(relevant[order])[0])
+    ranks = [*range(min(SHOWN, len(order))), *([first] if first >= SHOWN else [])]
+    return [(rank, int(order[rank])) for rank in ranks]
+
+
+def nearest_images(scores: np.ndarray, relevant: int, rows: np.ndarray, read: ReadImage) -> list[Figure]:
+    """Return the images `nearest` to a query, with cosines; the relevant one is framed.
+
+    Args:
+      scores: float32 [n], cosines of images and query.
+      relevant: index of the image that belongs to the query.
+      rows: int64 [n], the rows of the images.
+      read: returns the image file of a row.
+    """
     figures = []
-    for picture in pictures:
-        text = html.escape(picture.text, quote=True)
-        if picture.source is None:
-            shown = '<span class="absent">no picture</span>'
-        else:
-            shown = f'<img src="{html.escape(picture.source, quote=True)}" alt="{text}">'
-        caption = f"<figcaption>{text}</figcaption>" if text else ""
-        figures.append(f'<figure class="{html.escape(picture.kind, quote=True)}">{shown}{caption}</figure>')
-    return f'<div class="strip">{"".join(figures)}</div>'
-
-
-def cards(entries: Sequence[tuple[str, str]]) -> str:
-    """A list of headings (text) with what belongs to each (HTML, such as a strip) under it."""
-    if not entries:
-        return '<p class="note">There is none.</p>'
-    items = "".join(f"<li><p>{html.escape(heading)}</p>{body}</li>" for heading, body in entries)
-    return f'<ul class="cards">{items}</ul>'
-
-
-STYLE = f"""
-:root {{ --bad:#c2261c }}
-@media (prefers-color-scheme: dark) {{ :root {{ --bad:#f87171 }} }}
-.cards {{ list-style:none; margin:0; padding:0; display:grid; gap:1.6rem 2rem }}
-.cards p {{ margin:0 0 .4rem; overflow-wrap:anywhere }}
-.strip {{ display:flex; flex-wrap:wrap; gap:.7rem .6rem; align-items:flex-start }}
-figure {{ margin:0; width:{SIDE + 6}px }}
-figure img,.absent {{ border:3px solid transparent; border-radius:5px; display:block; max-width:100% }}
-.absent {{ width:{SIDE + 6}px; height:96px; line-height:90px; text-align:center; font-size:.8rem;
-  color:var(--quiet); background:var(--panel) }}
-.right img,.right .absent {{ border-color:var(--good) }}
-.wrong img,.wrong .absent {{ border-color:var(--bad) }}
-figcaption {{ font-size:.8rem; line-height:1.35; color:var(--quiet); margin-top:.2rem; overflow-wrap:anywhere;
-  white-space:pre-line }}
-@media (max-width:480px) {{ figure {{ width:calc((100% - 1.2rem) / 3) }} .absent {{ width:100% }} }}
-"""
+    for rank, i in nearest(scores, np.arange(len(scores)) == relevant):
+        text = f"{scores[i]:.3f}" if rank < SHOWN else f"no. {rank + 1:,}, {scores[i]:.3f}"
+        figures.append(Figure(thumbnail(read(int(rows[i]))), text, "right" if i == relevant else ""))
+    return figures

@@ -9,18 +9,21 @@ Writes are atomic: a reader, or a machine that lost power, finds all of the data
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import io
 import json
 import os
 import shutil
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
 
 from lit_fast.errors import UserError
-from lit_fast.storage.paths import StrPath, is_url, join, parent
+from lit_fast.storage.paths import StrPath, absolute, is_url, join, parent
 
 _MAX_LINES_BYTES = 16 << 20
 
@@ -32,18 +35,25 @@ class InUseError(Exception):
 class Lock:
     """An exclusive lock, held until `release`, the end of the `with` block or the end of the process.
 
+    Where another process holds it, it is tried again for `wait` seconds.
+
     Raises:
       InUseError: another process holds it.
     """
 
-    def __init__(self, location: StrPath) -> None:
+    def __init__(self, location: StrPath, wait: float = 0.0) -> None:
         make_directory(parent(location))
         self._file = open(_local(location), "a")  # noqa: SIM115  (closed by release)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise InUseError(os.fspath(location)) from None
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() >= deadline:
+                    self._file.close()
+                    raise InUseError(os.fspath(location)) from None
+            time.sleep(0.05)
 
     def release(self) -> None:
         """Let other processes take the lock."""
@@ -88,12 +98,27 @@ def size(location: StrPath) -> int:
 
 
 def directory_size(location: StrPath) -> int:
-    """Return the bytes of all files below a directory."""
-    return sum(
-        os.lstat(join(directory, name)).st_size
-        for directory, _, names in os.walk(_local(location))
-        for name in names
-    )
+    """Return the bytes of all files below a directory; files that vanish meanwhile do not count."""
+    total = 0
+    for directory, _, names in os.walk(_local(location)):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(join(directory, name)).st_size
+    return total
+
+
+class FileStatus(NamedTuple):
+    """The size and kind of a file."""
+
+    size: int  # bytes
+    is_file: bool  # a regular file
+    is_directory: bool
+
+
+def file_status(location: StrPath) -> FileStatus:
+    """Return the size and kind of a file or directory without opening it; raises OSError where it cannot be read."""
+    status = os.stat(_local(location))
+    return FileStatus(status.st_size, stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode))
 
 
 def list_names(location: StrPath) -> list[str]:
@@ -102,6 +127,34 @@ def list_names(location: StrPath) -> list[str]:
         return sorted(os.listdir(_local(location)))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def match_files(pattern: StrPath) -> list[str]:
+    """Return the regular files that match a pattern with `*`, `**`, `?` or `[..]`, sorted."""
+    return sorted(f for f in glob.glob(_local(pattern), recursive=True) if os.path.isfile(f))
+
+
+def list_directories(location: StrPath) -> list[str]:
+    """Return the names of the directories directly in a directory, sorted; raises OSError where there is none."""
+    with os.scandir(_local(location)) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def walk_files(location: StrPath) -> Iterator[str]:
+    """Yield the relative paths of all files below a directory, sorted; links to directories are not followed.
+
+    Raises:
+      OSError: a directory cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    root = _local(location)
+    for directory, folders, names in os.walk(root, onerror=refuse):
+        folders.sort()
+        for name in sorted(names):
+            yield os.path.relpath(os.path.join(directory, name), root)
 
 
 def make_directory(location: StrPath) -> None:
@@ -169,6 +222,32 @@ def replacing(location: StrPath) -> Iterator[str]:
     sync_path(parent(path))
 
 
+@contextmanager
+def replacing_directory(location: StrPath) -> Iterator[str]:
+    """Yield the path of a temporary directory beside `location`, which it becomes, flushed, at the end of the block.
+
+    `location` is absent or an empty directory. All files get the permissions of new files, whichever the library
+    that wrote them chose. After an exception the temporary directory is deleted.
+    """
+    path = absolute(_local(location))
+    make_directory(parent(path))
+    temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
+    remove_tree(temporary)
+    os.mkdir(temporary)
+    try:
+        yield temporary
+        mode = os.stat(temporary).st_mode & 0o666
+        for directory, _, names in os.walk(temporary):
+            for file in (join(directory, name) for name in names):
+                os.chmod(file, mode)
+                sync_path(file)
+            sync_path(directory)
+        os.replace(temporary, path)
+    finally:
+        remove_tree(temporary)
+    sync_path(parent(path))
+
+
 def link_or_copy(source: StrPath, target: StrPath) -> None:
     """Make `target` the same file as `source`, or a copy where the file system has no hard links; raises OSError."""
     try:
@@ -184,6 +263,42 @@ def read_bytes(location: StrPath) -> bytes:
     """Return the content of a file; raises OSError."""
     with open_read(location) as file:
         return file.read()
+
+
+def read_range(location: StrPath, start: int, stop: int) -> bytes:
+    """Return the bytes from `start` to `stop` of a file, fewer where it ends earlier; raises OSError."""
+    with open(_local(location), "rb", buffering=0) as file:
+        file.seek(start)
+        parts = []
+        while start < stop and (part := file.read(stop - start)):
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
+
+
+def read_tail(location: StrPath, size: int) -> bytes:
+    """Return the last `size` bytes of a file, fewer where it is shorter; raises OSError."""
+    with open(_local(location), "rb", buffering=0) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read()
+
+
+def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
+    """Fill writable buffers of bytes, one after the other, with the bytes of a file from `start` on.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: the file ends earlier.
+    """
+    with open(_local(location), "rb", buffering=0) as file:
+        file.seek(start)
+        for buffer in buffers:
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done:])
+                if not count:
+                    raise ValueError(f"{location} ends early")
+                done += count
 
 
 def write_atomic(location: StrPath, data: bytes) -> None:
@@ -275,6 +390,6 @@ def _local(location: StrPath) -> str:
       UserError: the location is a URL.
     """
     location = os.fspath(location)
-    if is_url(location) or "://" in location:
+    if is_url(location):
         raise UserError(f"{location} is a URL, where only a local path can be used; give a path")
     return location

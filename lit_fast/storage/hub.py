@@ -1,118 +1,112 @@
-"""Names of public towers, and where their files lie: in a cache that is filled on first use.
+"""Files of the Hugging Face Hub, through huggingface_hub and the cache that it shares with transformers and timm.
 
-    augreg/NAME       `lit-fast towers` lists the usual ones; the stem of any file of the AugReg bucket
-    big_vision/PATH   a .npz in the big_vision bucket
-    timm:NAME         the repository timm/NAME of the Hugging Face Hub
-    hf:OWNER/NAME     a repository of the Hub, with @REVISION if need be
-
-The cache is `$LIT_FAST_CACHE`, else `$XDG_CACHE_HOME/lit_fast`, else `~/.cache/lit_fast`. `HF_ENDPOINT`,
-`HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean to Hugging Face's own tools, `STORAGE_EMULATOR_HOST`
-what it means to Google's; `LIT_FAST_OFFLINE` is a second name for `HF_HUB_OFFLINE`.
+HF_TOKEN or the token of `hf auth login`, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE mean what they mean to
+huggingface_hub. Only files that are asked for by name are downloaded.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from urllib.parse import quote
+from typing import Any
 
-from lit_fast.errors import UserError
-from lit_fast.storage.download import MAX_BYTES, HttpError, Unreachable, download, is_whole
-from lit_fast.storage.files import write_json
+from lit_fast.errors import UserError, first_line
 
-
-def cache_directory() -> Path:
-    """Where downloaded towers are kept."""
-    own, xdg = os.environ.get("LIT_FAST_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own or Path(xdg or "~/.cache") / "lit_fast").expanduser()
-
-
-class Commit:
-    """One commit of a repository of the Hugging Face Hub: the one that its first file came from."""
-
-    def __init__(self, spec: str, repository: str, revision: str, directory: Path) -> None:
-        self._spec, self._repository, self._commit = spec, repository, revision
-        self._directory = directory
-
-    def fetch(self, file: str, *, max_bytes: int, may_lack: bool = False) -> bool:
-        """Whether the repository has the file, which is in the directory then.
-
-        Raises:
-          UserError: see `fetch_file`.
-        """
-        url = f"{endpoint()}/{self._repository}/resolve/{quote(self._commit, safe='')}/{quote(file)}"
-        got = fetch_file(
-            self._spec,
-            url,
-            self._directory / file,
-            headers=token_header(),
-            may_lack=may_lack,
-            max_bytes=max_bytes,
-        )
-        answered = (got or {}).get("x-repo-commit", "")
-        if re.fullmatch("[0-9a-f]{40}", answered):  # `main` may move between two files
-            self._commit = answered
-        return got is not None
-
-    def write(self, path: Path, files: Sequence[str]) -> None:
-        """Note that all files are there, after the last one."""
-        write_json(
-            path, {"source": f"{endpoint()}/{self._repository}", "commit": self._commit, "files": files}
-        )
-
-
-def fetch_file(
-    spec: str,
-    url: str,
-    path: Path,
-    *,
-    sha256: str | None = None,
-    headers: Mapping[str, str] | None = None,
-    may_lack: bool = False,
-    max_bytes: int = MAX_BYTES,
-) -> dict[str, str] | None:
-    """Have the file at `path`; what the server said of it, or None if it has none and may lack it."""
-    if is_whole(path):
-        return {}
-    by_hand = f"bring {url} and put it at {path}, or give the path of a local file"
-    if offline():
-        if may_lack:
-            return None
-        raise UserError(f"{spec} is not in the cache and no request may be made (offline); {by_hand}")
-    try:
-        return download(url, path, sha256=sha256, headers=headers, max_bytes=max_bytes).headers
-    except HttpError as error:
-        if may_lack and error.status == 404:
-            return None
-        if error.status in (401, 403):
-            why = "is unknown, private or gated: check the name, accept its licence and set HF_TOKEN"
-        else:
-            why = "does not exist: check the name" if error.status in (404, 410) else "was refused"
-        raise UserError(f"{spec}: {url} {why} (status {error.status}), or give a local file") from None
-    except Unreachable as error:
-        raise UserError(f"{spec} cannot be downloaded: {error}; {by_hand}") from None
-
-
-def endpoint() -> str:
-    """Address of the Hugging Face Hub."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+_TRUE = ("1", "true", "yes", "on")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def offline() -> bool:
-    """Whether the environment forbids requests."""
-    return any(
-        os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
-        for name in ("LIT_FAST_OFFLINE", "HF_HUB_OFFLINE")
-    )
+    """Whether LIT_FAST_OFFLINE or HF_HUB_OFFLINE forbids requests."""
+    return any(os.environ.get(n, "").lower() in _TRUE for n in ("LIT_FAST_OFFLINE", "HF_HUB_OFFLINE"))
 
 
-def token_header() -> dict[str, str]:
-    """What a request to the Hub says of who asks."""
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if not token:
-        return {}
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise UserError("HF_TOKEN is not a token: it holds spaces or strange characters")
-    return {"Authorization": f"Bearer {token}"}
+class AbsentError(UserError):
+    """The repository has no such file."""
+
+
+class Snapshot:
+    """One commit of a repository: that of a revision when its first file is fetched.
+
+    Args:
+      repository: `OWNER/NAME`.
+      revision: a branch, tag or commit.
+      repo_type: "model" or "dataset".
+    """
+
+    def __init__(self, repository: str, revision: str = "main", repo_type: str = "model") -> None:
+        self.repository, self.revision, self.repo_type = repository, revision, repo_type
+
+    def fetch(self, name: str, max_bytes: int | None = None) -> str:
+        """Return the path of a file in the cache, downloading it unless it is there.
+
+        Args:
+          name: the file's path in the repository.
+          max_bytes: a larger file is refused before it is downloaded.
+
+        Raises:
+          AbsentError: the repository has no such file; offline: it is not in the cache.
+          UserError: the repository is absent, private or gated, the file is too large, or the download fails.
+        """
+        import huggingface_hub as hub
+
+        options: dict[str, Any] = {"revision": self.revision, "repo_type": self.repo_type}
+        if _COMMIT.fullmatch(self.revision):  # files of a commit do not change: no request is needed
+            cached = hub.try_to_load_from_cache(self.repository, name, **options)
+            if isinstance(cached, str):
+                return cached
+            if cached is not None:  # known to be absent
+                raise AbsentError(f"{self} has no {name}")
+        options["local_files_only"] = offline()
+        try:
+            if max_bytes is not None:
+                size = hub.hf_hub_download(self.repository, name, dry_run=True, **options).file_size
+                if size > max_bytes:
+                    raise UserError(
+                        f"{self} has {size:,} bytes in {name}, more than {max_bytes:,}; check the name"
+                    )
+            path = hub.hf_hub_download(self.repository, name, **options)
+        except UserError:
+            raise
+        except Exception as error:  # of huggingface_hub, of httpx, of the disk
+            kind = AbsentError if _is_absent(error) else UserError
+            raise kind(f"{self} {hub_problem(error, self.repository, self.repo_type, name)}") from None
+        self.revision = os.path.basename(path[: -len(name) - 1])  # .../snapshots/COMMIT/NAME
+        return path
+
+    def __str__(self) -> str:
+        revision = "" if self.revision == "main" or _COMMIT.fullmatch(self.revision) else f"@{self.revision}"
+        return f"hf:{'datasets/' if self.repo_type == 'dataset' else ''}{self.repository}{revision}"
+
+
+def hub_problem(error: BaseException, repository: str, repo_type: str = "model", name: str = "") -> str:
+    """Return the problem and the action for an exception of huggingface_hub, to follow the object in a message."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repository}"
+    arguments = " --repo-type dataset" * (repo_type == "dataset") + f" {name}" * bool(name)
+    by_hand = f'run "hf download {repository}{arguments}" elsewhere and give the path of the files'
+    match error:
+        case errors.GatedRepoError():
+            return f"is gated; accept its licence at {page} and run: hf auth login"
+        case errors.RepositoryNotFoundError():
+            return f"does not exist or is private ({page}); check the name, or run: hf auth login"
+        case errors.RevisionNotFoundError():
+            return f"has no such revision; see {page}"
+        case errors.RemoteEntryNotFoundError():
+            return f"has no {name or 'such file'}; see {page}"
+        case errors.HFValidationError():
+            return "is not the name of a repository; give OWNER/NAME"
+        case errors.HfHubHTTPError():
+            return f"was refused by the server with status {error.response.status_code} ({page}); try again later"
+    if offline() or isinstance(error, errors.OfflineModeIsEnabled):
+        return f"is not in the cache and no request may be made (offline); {by_hand}"
+    return f"cannot be downloaded from {page}: {first_line(error.__cause__ or error)}; {by_hand}"
+
+
+def _is_absent(error: BaseException) -> bool:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return True
+    return isinstance(error, errors.LocalEntryNotFoundError) and offline()

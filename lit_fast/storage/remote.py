@@ -1,87 +1,97 @@
-"""Files at https://, http://, s3:// and gs:// through fsspec: sizes, lists and ranges of bytes.
+"""Files at https://, http://, s3://, gs:// and hf:// through fsspec: sizes, listings and byte ranges.
 
-Credentials are what fsspec's packages find by themselves (environment, configuration files). What may pass is
-tried again with growing pauses; what will not is one line.
+Credentials are those that fsspec's packages find by themselves (environment, configuration files, `hf auth login`).
+Failures that may pass are retried with growing pauses; others are one line.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import logging
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, first_line
+from lit_fast.storage.hub import hub_problem
+from lit_fast.storage.paths import SCHEMES, is_url
 
-SCHEMES = ("https", "http", "s3", "gs")
-ATTEMPTS = {"http": 6, "https": 6, "s3": 3, "gs": 1}  # s3fs tries a few times by itself, gcsfs six times
+# s3fs retries a few times by itself, gcsfs six times, huggingface_hub five times.
+ATTEMPTS = {"http": 6, "https": 6, "s3": 3, "gs": 1, "hf": 1}
 PAUSE = 0.5  # seconds before the second attempt; doubles each time
 _READ_AHEAD = 8 << 20
+_NO_CREDENTIALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "DefaultCredentialsError",
+    "RefreshError",
+    "TokenRetrievalError",
+}
 
 T = TypeVar("T")
 
-
-def is_remote(path: str) -> bool:
-    """Whether `path` has a scheme, like `s3://bucket/name`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+is_remote = is_url
 
 
 def stat(url: str) -> tuple[int, str]:
-    """Bytes and ETag ("" where the server gives none) of a remote file.
+    """Return the bytes and the ETag of a remote file; "" where the server sends no ETag.
 
     Raises:
       UserError: it does not exist, may not be read, or its server does not answer range requests.
     """
-    info = _patiently(url, lambda: _filesystem(url).info(url))
+    info = _with_retries(url, lambda: _info(url))
     if info.get("type") == "directory":
         raise UserError(f"{url} is a directory; name the files in it or give a pattern")
     size, etag = info.get("size"), str(info.get("ETag") or info.get("etag") or "")
     if not isinstance(size, int):
-        raise UserError(f"{url}: its server does not tell the size; download it first")
+        raise UserError(f"{url} has no size: its server does not send one; download it first")
     if url.startswith("http"):
         _check_ranges(url)
     return size, etag
 
 
 def read_range(url: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a remote file from `offset` on, from any thread.
+    """Return `size` bytes of a remote file from `offset` on; from any thread.
 
     Raises:
       UserError: it cannot be read, or has become shorter.
     """
-    data = _patiently(url, lambda: _filesystem(url).cat_file(url, start=offset, end=offset + size))
+    options = {"cache_type": "none"} if urlsplit(url).scheme == "hf" else {}  # it would read ahead
+    data = _with_retries(
+        url, lambda: _filesystem(url).cat_file(url, start=offset, end=offset + size, **options)
+    )
     if len(data) < size:
         raise UserError(f"{url} has become shorter since it was indexed; restore it")
     if len(data) > size:
-        raise UserError(f"{url}: its server does not answer range requests; download it first")
+        raise UserError(f"{url} cannot be read by ranges: its server ignores them; download it first")
     return data
 
 
 def read_whole(url: str, limit: int) -> bytes | None:
-    """A remote file of at most `limit` bytes; None if there is no such file."""
+    """Return the content of a remote file of at most `limit` bytes; None where there is no such file."""
     try:
-        info = _patiently(url, lambda: _filesystem(url).info(url), absent=True)
+        info = _with_retries(url, lambda: _info(url), absent=True)
         if info is None or info.get("type") == "directory":
             return None
         if (info.get("size") or 0) > limit:
             raise UserError(f"{url} has more than {limit} bytes")
-        return _patiently(url, lambda: _filesystem(url).cat_file(url), absent=True)
+        return _with_retries(url, lambda: _filesystem(url).cat_file(url), absent=True)
     except FileNotFoundError:
         return None
 
 
 def open_remote(url: str) -> io.BufferedReader:
-    """A seekable file; reads go in ranges of 8 MiB."""
+    """Open a remote file for reading bytes at any position, in ranges of 8 MiB."""
     return io.BufferedReader(_RemoteFile(url), _READ_AHEAD)
 
 
 def listing(pattern: str) -> list[str]:
-    """The URLs that match a pattern with `*` or `?`, or lie in a directory that ends with `/`.
+    """Return the URLs that match a pattern with `*`, `**` or `?`, or are in a directory that ends with `/`.
 
     Raises:
       UserError: the protocol has no listings.
@@ -89,18 +99,24 @@ def listing(pattern: str) -> list[str]:
     scheme = urlsplit(pattern).scheme
     if scheme in ("http", "https"):
         raise UserError(
-            f"source {pattern}: {scheme} has no listings; name the files, as in {{00000..00099}}.tar"
+            f"source {pattern} cannot be listed over {scheme}; name the files, as in {{00000..00099}}.tar"
         )
-    search = f"{pattern}*" if pattern.endswith("/") else pattern
-    found = _patiently(pattern, lambda: _filesystem(pattern).glob(search, detail=True))
+    found = _with_retries(pattern, lambda: _glob(f"{pattern}*" if pattern.endswith("/") else pattern))
     return sorted(f"{scheme}://{name}" for name, info in found.items() if info.get("type") == "file")
+
+
+def md5(url: str) -> str:
+    """Return the hexadecimal MD5 of a file in a bucket of Google's, "" where the server does not send it."""
+    _, headers = _with_retries(url, lambda: _first_byte(url))
+    found = re.search(r"md5=([\w+/]{22}==)", headers.get("x-goog-hash", ""))
+    return base64.b64decode(found[1]).hex() if found else ""
 
 
 class _RemoteFile(io.RawIOBase):
     """A remote file whose every read is a range request."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._place = url, 0
+        self._url, self._position = url, 0
         self._size, _ = stat(url)
 
     def readable(self) -> bool:
@@ -110,23 +126,23 @@ class _RemoteFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        self._place = max(0, start + offset)
-        return self._place
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        size = max(0, min(len(buffer), self._size - self._place))
+        size = max(0, min(len(buffer), self._size - self._position))
         if size:
-            buffer[:size] = read_range(self._url, self._place, size)
-            self._place += size
+            buffer[:size] = read_range(self._url, self._position, size)
+            self._position += size
         return size
 
 
-def _patiently(url: str, work: Callable[[], T], *, absent: bool = False) -> T | Any:
-    """`work()`, tried again after failures that may pass; None where `absent` and there is no such file."""
+def _with_retries(url: str, work: Callable[[], T], *, absent: bool = False) -> T | Any:
+    """Return `work()`, retried after failures that may pass; None where `absent` and there is no such file."""
     attempts = ATTEMPTS.get(urlsplit(url).scheme.lower(), 1)
     for attempt in range(attempts):
         try:
@@ -134,24 +150,21 @@ def _patiently(url: str, work: Callable[[], T], *, absent: bool = False) -> T | 
         except UserError:
             raise
         except ImportError:
-            raise UserError(
-                f"{url}: reading it takes more packages: pip install 'lit-fast[remote]'"
-            ) from None
+            raise UserError(f"{url} needs more packages; run: pip install 'lit-fast[remote]'") from None
         except Exception as raised:  # the packages under fsspec raise many kinds
-            error = _true_error(raised)
-            if isinstance(error, FileNotFoundError) and absent:
+            error = _true_error(raised) if url.startswith("http") else raised
+            if absent and isinstance(error, FileNotFoundError):
                 return None
-            if reason := _final(url, error):
-                raise UserError(f"{url} {reason}") from None
+            if problem := _permanent_problem(url, error):
+                raise UserError(f"{url} {problem}") from None
             last = error
         if attempt < attempts - 1:
-            # Not all threads at once.
-            time.sleep(PAUSE * 2**attempt * random.uniform(0.5, 1.5))
-    raise UserError(f"{url} cannot be read, tried again and again: {_one_line(last)}")
+            time.sleep(PAUSE * 2**attempt * random.uniform(0.5, 1.5))  # random, so that threads spread
+    raise UserError(f"{url} cannot be read after several attempts: {first_line(last)}")
 
 
 def _true_error(error: BaseException) -> BaseException:
-    """fsspec says of every failure to ask for a size over HTTP that there is no such file."""
+    """Return the cause of a FileNotFoundError that fsspec raises for any failure of a HEAD request over HTTP."""
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or cause is None:
         return error
@@ -159,51 +172,65 @@ def _true_error(error: BaseException) -> BaseException:
     return cause if passing else error
 
 
-def _final(url: str, error: BaseException) -> str:
-    """Why it is no use to try again; "" if it may be."""
+def _permanent_problem(url: str, error: BaseException) -> str:
+    """Return the problem of a failure that will not pass, "" of one that may."""
     causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None and len(causes) < 5:
         causes.append(causes[-1].__cause__)
+    if urlsplit(url).scheme == "hf" and (problem := _hub_problem(url, causes)) is not None:
+        return problem
     names = {type(cause).__name__ for cause in causes}
-    if "ClientPayloadError" in names:  # aiohttp's word for a cut connection; its cause claims the status 400
+    if "ClientPayloadError" in names:  # aiohttp's name for a cut connection; its cause claims the status 400
         return ""
-    denied = isinstance(error, PermissionError) or names & {
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "DefaultCredentialsError",
-        "RefreshError",
-        "TokenRetrievalError",
-    }
     status = next(
         (s for c in causes if isinstance(s := getattr(c, "status", getattr(c, "code", None)), int)), 0
     )
-    if denied or status in (401, 403):
+    if isinstance(error, PermissionError) or names & _NO_CREDENTIALS or status in (401, 403):
         public = {"s3": "FSSPEC_S3_ANON=true", "gs": "FSSPEC_GS_TOKEN=anon"}.get(urlsplit(url).scheme)
         hint = f"; for a public bucket set {public}" if public else ""
-        return f"may not be read ({status or _one_line(error)}): check the credentials{hint}"
+        return f"may not be read ({status or first_line(error)}): check the credentials{hint}"
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return "does not exist"
     if 400 <= status < 500 and status not in (408, 425, 429):
         return f"cannot be read: its server answers {status}"
     if isinstance(error, (ValueError, TypeError)) and not status:
-        return f"cannot be read: {_one_line(error)}"
+        return f"cannot be read: {first_line(error)}"
     return ""
 
 
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0][:200] if lines else "") or type(error).__name__
+def _hub_problem(url: str, causes: list[BaseException]) -> str | None:
+    """Return the problem of an exception of huggingface_hub as `_permanent_problem`, None of any other."""
+    from huggingface_hub import errors
+
+    for cause in causes:
+        if isinstance(cause, errors.EntryNotFoundError):
+            return "does not exist"
+        status = cause.response.status_code if type(cause) is errors.HfHubHTTPError else 0
+        if status in (408, 429) or status >= 500:
+            return ""
+        if isinstance(cause, errors.HfHubHTTPError | errors.HFValidationError | errors.OfflineModeIsEnabled):
+            kind, owner, name = f"{url.removeprefix('hf://')}//".split("/")[:3]
+            if kind == "datasets":
+                return hub_problem(cause, f"{owner}/{name.partition('@')[0]}", "dataset")
+            return hub_problem(cause, f"{kind}/{owner.partition('@')[0]}")
+    return None
 
 
 def _filesystem(url: str) -> Any:
     scheme = urlsplit(url).scheme.lower()
     if scheme not in SCHEMES:
-        raise UserError(f"{url}: only local paths, {', '.join(f'{s}://' for s in SCHEMES)} are read")
-    return _opened(scheme)
+        raise UserError(
+            f"{url} cannot be read; give a local path or a URL with {', '.join(f'{s}://' for s in SCHEMES)}"
+        )
+    if url.startswith("hf://buckets/"):
+        raise UserError(
+            f"{url} is in a bucket of the Hub; give a repository, as in hf://datasets/OWNER/NAME/FILE"
+        )
+    return _open_filesystem(scheme)
 
 
 @cache
-def _opened(scheme: str) -> Any:
+def _open_filesystem(scheme: str) -> Any:
     import fsspec
 
     for package in ("gcsfs", "s3fs", "aiobotocore", "botocore"):
@@ -219,24 +246,56 @@ def _opened(scheme: str) -> Any:
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
-_with_ranges: set[tuple[str, str]] = set()  # scheme and address of servers
+def _info(url: str) -> Mapping[str, Any]:
+    """Return `size`, `type` and an ETag of a remote file, never from a cache."""
+    files = _filesystem(url)
+    if urlsplit(url).scheme != "hf":
+        return files.info(url)
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFolder
+
+    at = files.resolve_path(url)
+    found = HfApi().get_paths_info(
+        at.repo_id, [at.path_in_repo], revision=at.revision, repo_type=at.repo_type
+    )
+    if not found:
+        raise FileNotFoundError(url)
+    if isinstance(found[0], RepoFolder):
+        return {"type": "directory"}
+    return {"size": found[0].size, "etag": found[0].blob_id, "type": "file"}
+
+
+def _glob(pattern: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return the metadata of the files and directories that match a pattern, never from a cache."""
+    files = _filesystem(pattern)
+    if urlsplit(pattern).scheme == "hf":
+        files.invalidate_cache()
+    return files.glob(pattern, detail=True)
+
+
+_range_servers: set[tuple[str, str]] = set()  # scheme and address of servers that are known to answer ranges
 
 
 def _check_ranges(url: str) -> None:
-    """Refuse a server that would send the whole file for every image; asked once per server."""
+    """Refuse a server that would send the whole file for every image; requested once per server."""
     server = urlsplit(url)[:2]
-    if server in _with_ranges:
+    if server in _range_servers:
         return
+    if _with_retries(url, lambda: _first_byte(url))[0] == 200:
+        raise UserError(f"{url} cannot be read by ranges: its server ignores them; download it first")
+    _range_servers.add(server)
+
+
+def _first_byte(url: str) -> tuple[int, Mapping[str, str]]:
+    """Return the status and the headers of a request over HTTP for the first byte of a file."""
     from fsspec.asyn import sync
 
     files = _filesystem(url)
 
-    async def answer() -> int:
+    async def answer() -> tuple[int, Mapping[str, str]]:
         session = await files.set_session()
         async with session.get(url, headers={"Range": "bytes=0-0"}) as response:
             response.raise_for_status()
-            return response.status
+            return response.status, response.headers
 
-    if _patiently(url, lambda: sync(files.loop, answer)) == 200:
-        raise UserError(f"{url}: its server does not answer range requests; download it first")
-    _with_ranges.add(server)
+    return sync(files.loop, answer)

@@ -1,7 +1,7 @@
-"""Towers: frozen vision models with everything that decides their features.
+"""Frozen vision towers: weights, architecture, preprocessing and pooling.
 
-A tower is weights + architecture + preprocessing + pooling. `provenance` writes that down, and its
-`identity` is a digest over all of it, so that two stores with one identity hold the same features.
+`Tower.provenance` records all of them. Its `identity` is a digest over the record, so that two feature stores with the
+same identity have the same features. Layouts of files are in `lit_fast/towers/layouts.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,48 +24,60 @@ from lit_fast.errors import UserError
 from lit_fast.models.architecture import POOLS, Architecture
 from lit_fast.models.sizes import Shape
 from lit_fast.models.vit import ViT
-from lit_fast.storage.files import read_object
-from lit_fast.towers import preprocess_config as processors
+from lit_fast.storage.files import exists
+from lit_fast.storage.paths import name as base_name
+from lit_fast.storage.paths import parent, stem, suffix
+from lit_fast.towers.layouts import PreprocessAt, load_layout
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.version import __version__
-from lit_fast.weights.huggingface import load_huggingface
-from lit_fast.weights.npz import load_npz
 from lit_fast.weights.parameters import Params, Weights
 from lit_fast.weights.positions import resample_positions
 from lit_fast.weights.resolve import local_weights, weights_digest
-from lit_fast.weights.timm import load_timm
 
 GELUS = ("exact", "tanh", "quick")
-# A resolution beyond these would ask for more memory than any machine has.
+# Larger values in a file would need more memory than any machine has.
 _MAX_RESOLUTION = 4096
 _MAX_GRID = 256
 _MAX_SIZE = 1 << 20
 
-# The tower's own preprocessing, at its own or another resolution.
-_Native = Callable[[int | None], Preprocess]
-
 
 @dataclass(frozen=True)
 class Tower:
-    """A frozen vision tower, ready to embed."""
+    """A frozen vision tower.
 
-    name: str  # default name of the feature directory
-    source: str  # the file or name that `load_tower` takes
-    sha256: str  # of the weights; of several parts, a digest of theirs
+    Attributes:
+      name: default name of the feature directory.
+      source: the argument of `load_tower`, as an absolute path or a name.
+      sha256: digest of the weights; of several parts, a digest of their digests.
+      architecture: shapes, pooling and non-linearity.
+      preprocess: from the bytes of an image to pixels.
+      params: float32 numpy arrays under big_vision's names.
+      resampled: rule by which the positions were resampled; None: they were not.
+    """
+
+    name: str
+    source: str
+    sha256: str
     architecture: Architecture
     preprocess: Preprocess
-    params: Params  # float32 numpy arrays
-    resampled: str | None  # rule by which the positions were resampled, if they were
+    params: Params
+    resampled: str | None
 
     @property
     def width(self) -> int:
-        """Length of a feature vector."""
+        """Return the length of a feature vector."""
         return self.architecture.width
 
     def embed(self, params: Params, images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-        """Features of uint8 images [n, size, size, 3] as float32 [n, width]; pure, for jit.
+        """Compute the features of images; a pure function for `jax.jit`.
 
-        `dtype` is the precision of the matrix products; LayerNorm statistics and softmax are float32.
+        Args:
+          params: those of the tower, on the devices.
+          images: uint8 [n, size, size, 3].
+          dtype: precision of the matrix products; LayerNorm statistics and softmax are float32.
+
+        Returns:
+          float32 [n, width].
         """
         mean, std = (np.asarray(v, np.float32) for v in (self.preprocess.mean, self.preprocess.std))
         x = (images.astype(jnp.float32) / 255.0 - mean) / std
@@ -77,10 +87,10 @@ class Tower:
             return model.apply({"params": params}, x)  # type: ignore[return-value]
 
     @cached_property
-    def _recipe(self) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         a = self.architecture
-        # What plain ViTs do not have is named only where it is: a digest must not change by a new field.
-        further = {
+        # Absent where they have the values of a plain ViT, so that a new field changes no digest.
+        optional = {
             "encoder_width": a.shape.width if a.width != a.shape.width else None,
             "class_token": a.class_token if a.class_token != (a.pool == "tok") else None,
             "registers": a.registers or None,
@@ -98,45 +108,50 @@ class Tower:
             "gelu": a.gelu,
             "layer_norm_epsilon": a.epsilon,
             "preprocess": self.preprocess.to_dict(),
-            **{name: value for name, value in further.items() if value is not None},
+            **{name: value for name, value in optional.items() if value is not None},
         }
 
     def provenance(self, dtype: str) -> dict[str, Any]:
-        """The content of `tower.json`; `identity` covers all that decides the features."""
-        recipe = self._recipe | {"dtype": dtype}
-        text = json.dumps(recipe, sort_keys=True).encode()
+        """Return the content of `tower.json`; `identity` is a digest of everything that affects the features."""
+        record = self._record | {"dtype": dtype}
+        text = json.dumps(record, sort_keys=True).encode()
         return {
             "name": self.name,
             "source": self.source,
             "identity": hashlib.blake2b(text, digest_size=16).hexdigest(),
-            **recipe,
+            **record,
             "versions": {"lit_fast": __version__, "jax": jax.__version__},
         }
 
 
-def described(told: dict[str, Any]) -> tuple[Architecture, Preprocess]:
-    """The inverse of `Tower.provenance`, from the content of `tower.json`.
+def from_provenance(provenance: dict[str, Any]) -> tuple[Architecture, Preprocess]:
+    """Return the architecture and preprocessing that `Tower.provenance` recorded in `tower.json`.
 
     Raises:
-      KeyError, TypeError, ValueError: something is missing or makes no sense.
+      KeyError, TypeError, ValueError: a value is missing or invalid.
     """
-    width, pool, gelu = told["width"], told["pool"], told["gelu"]
-    if told["architecture"] != "vit" or pool not in POOLS or gelu not in (*GELUS, "swiglu"):
-        raise ValueError(f"architecture {told['architecture']!r}, pool {pool!r}, gelu {gelu!r}")
-    shape = Shape(told.get("encoder_width", width), told["depth"], told["mlp_dim"], told["heads"])
+    width, pool, gelu = provenance["width"], provenance["pool"], provenance["gelu"]
+    if provenance["architecture"] != "vit" or pool not in POOLS or gelu not in (*GELUS, "swiglu"):
+        raise ValueError(f"architecture {provenance['architecture']!r}, pool {pool!r}, gelu {gelu!r}")
+    shape = Shape(
+        provenance.get("encoder_width", width),
+        provenance["depth"],
+        provenance["mlp_dim"],
+        provenance["heads"],
+    )
     architecture = Architecture(
         shape=shape,
-        patch=told["patch"],
+        patch=provenance["patch"],
         pool=pool,
         gelu=gelu,
-        epsilon=told["layer_norm_epsilon"],
-        class_token=told.get("class_token", pool == "tok"),
-        registers=told.get("registers", 0),
-        pre_norm=told.get("pre_norm", False),
-        norm_after_pool=told.get("norm_after_pool", False),
+        epsilon=provenance["layer_norm_epsilon"],
+        class_token=provenance.get("class_token", pool == "tok"),
+        registers=provenance.get("registers", 0),
+        pre_norm=provenance.get("pre_norm", False),
+        norm_after_pool=provenance.get("norm_after_pool", False),
         projection=width if pool == "projection" else 0,
     )
-    preprocess = Preprocess.from_dict(told["preprocess"])
+    preprocess = Preprocess.from_dict(provenance["preprocess"])
     sizes = (width, *shape, architecture.patch, architecture.registers + 1)
     if not all(type(n) is int and 0 < n <= _MAX_SIZE for n in sizes) or shape.width % shape.heads:
         raise ValueError(f"sizes {sizes}")
@@ -155,138 +170,106 @@ def load_tower(
     resolution: int | None = None,
     gelu: str | None = None,
 ) -> Tower:
-    """Load a vision tower from a file, a directory or a name that `lit_fast.storage.hub` knows.
+    """Load a vision tower from a file, a directory or a name, see `lit_fast.weights.resolve`.
 
     * `.npz`: AugReg and big_vision, old and new names, with or without head. Defaults are timm's for these
       weights (bicubic resize and centre crop by 0.9, from 384 pixels on 1.0; exact GELU); with a MAP head
-      (ViT-g, ViT-G, SigLIP) big_vision's (squash; tanh). `gelu="tanh"` is the function that AugReg's weights
-      were trained with.
-    * a directory with `config.json` and `model.safetensors`, whole or in parts, or one of these files: ViT,
-      DeiT, DINOv2, CLIP, SigLIP as transformers or timm write them, with their own preprocessing.
+      (ViT-g, ViT-G, SigLIP) big_vision's (squash; tanh). AugReg's weights were trained with `gelu="tanh"`.
+    * A directory with `config.json` and `model.safetensors`, whole or in parts, or one of these files: ViT, DeiT,
+      DINOv2, CLIP and SigLIP of transformers or timm, with their own preprocessing.
 
     Args:
       spec: path or name.
-      pool: one of `POOLS` instead of the family's own; the weights must hold what it needs.
+      pool: one of `POOLS` instead of the family's own; the weights must have its parameters.
       preprocess: a method of `lit_fast.towers.preprocess` instead of the tower's own.
-      resolution: pixels; the positions are resampled by the rule of the weights' own code.
+      resolution: pixels; positions are resampled by the rule of the family.
       gelu: one of `GELUS` instead of the family's own.
 
     Raises:
-      UserError: no such file or name, not a ViT, or an option that does not fit it.
+      UserError: there is no such file or name, it is no ViT, or an option does not fit it.
     """
     if resolution is not None and not 0 < resolution <= _MAX_RESOLUTION:
         raise UserError(f"resolution {resolution} is not between 1 and {_MAX_RESOLUTION} pixels")
     path = local_weights(spec)
-    weights, native = _load_npz(path) if path.suffix == ".npz" else _load_safetensors(path)
-    architecture = _chosen(weights, pool, gelu, path)
-    params = _used(weights.params, architecture)
+    weights, preprocess_at = load_layout(path)
+    architecture = _with_options(weights, pool, gelu, path)
+    params = _without_unused_heads(weights.params, architecture)
     patch, grid = architecture.patch, math.isqrt(params["pos_embedding"].shape[1])
     _check_shapes(params, architecture, grid, path)
-    own = native(None)
-    size = resolution or own.size
-    if size != own.size and size % patch:
+    published = preprocess_at(None)
+    size = resolution or published.size
+    if size != published.size and size % patch:
         raise UserError(f"resolution {size} is not a multiple of the tower's patch size {patch}")
     if not 0 < size // patch <= _MAX_GRID:
         raise UserError(f"{path}: {size} pixels are not between 1 and {_MAX_GRID} patches of {patch} pixels")
     positions = resample_positions(params["pos_embedding"], size // patch, weights.resampling)
     return Tower(
         name=_name(spec, path),
-        source=os.path.abspath(spec) if Path(spec).exists() else spec,
+        source=os.path.abspath(spec) if exists(spec) else spec,
         sha256=weights_digest(path),
         architecture=architecture,
-        preprocess=_preprocess(native, size, preprocess),
+        preprocess=_preprocess(preprocess_at, size, preprocess),
         params=params | {"pos_embedding": positions},
         resampled=weights.resampling if size // patch != grid else None,
     )
 
 
-def _load_npz(path: Path) -> tuple[Weights, _Native]:
-    weights = load_npz(path)
-    trained = weights.architecture.patch * math.isqrt(weights.params["pos_embedding"].shape[1])
-
-    def native(resolution: int | None) -> Preprocess:
-        size = resolution or trained
-        if "MAPHead_0" in weights.params:
-            return Preprocess("tf-squash", size, size)
-        return Preprocess("pil-crop", size, math.floor(size / (1.0 if size >= 384 else 0.9)))
-
-    return weights, native
-
-
-def _load_safetensors(path: Path) -> tuple[Weights, _Native]:
-    where = path.parent / "config.json"
-    config = read_object(where)
-    cfg = config.get("pretrained_cfg")
-    if "architecture" in config and isinstance(cfg, dict):
-
-        def native(resolution: int | None) -> Preprocess:
-            size = {"input_size": [3, resolution, resolution]} if resolution else {}
-            return processors.timm(cfg | size, where)
-
-        return load_timm(path, config, where), native
-    weights = load_huggingface(path, config, where)
-    file = path.parent / "preprocessor_config.json"
-    own = processors.huggingface(read_object(file), file)
-
-    def scaled(resolution: int | None) -> Preprocess:
-        size = resolution or own.size
-        return dataclasses.replace(own, size=size, resize=own.resize * size // own.size)
-
-    return weights, scaled
-
-
-def _chosen(weights: Weights, pool: str | None, gelu: str | None, path: Path) -> Architecture:
-    """The weights' architecture with the user's choices."""
+def _with_options(weights: Weights, pool: str | None, gelu: str | None, path: str) -> Architecture:
+    """Return the architecture of the weights with the user's options."""
     a, params = weights.architecture, weights.params
     if gelu is not None and gelu != a.gelu:
         if gelu not in GELUS:
             raise UserError(f"gelu must be one of {', '.join(GELUS)}, not {gelu!r}")
         if a.gelu == "swiglu":
-            raise UserError(f"{path} has SwiGLU layers; gelu {gelu!r} does not fit them")
+            raise UserError(f"{path} has SwiGLU layers, which gelu {gelu!r} does not fit; leave it out")
         a = dataclasses.replace(a, gelu=gelu)
     if pool is None:
         return a
-    possible = {
+    available = {
         "tok": a.class_token,
         "gap": True,
         "map": "MAPHead_0" in params,
         "projection": "projection" in params,
     }
-    if not possible.get(pool):
-        there = ", ".join(p for p in POOLS if possible[p])
-        raise UserError(f"pool {pool!r} does not fit {path}, whose weights allow {there}")
+    if not available.get(pool):
+        choices = ", ".join(p for p in POOLS if available[p])
+        raise UserError(f"pool {pool!r} does not fit the weights of {path}; choose from {choices}")
     return dataclasses.replace(a, pool=pool)
 
 
-def _used(params: Params, a: Architecture) -> Params:
-    """The parameters without those of poolings that were not chosen."""
+def _without_unused_heads(params: Params, a: Architecture) -> Params:
+    """Return the parameters without those of other poolings."""
     unused = {"MAPHead_0": "map", "projection": "projection"}
     return {name: tree for name, tree in params.items() if unused.get(name) in (None, a.pool)}
 
 
-def _preprocess(native: _Native, size: int, method: str | None) -> Preprocess:
-    """The tower's own preprocessing at `size` pixels, or another method with its mean and std."""
+def _preprocess(preprocess_at: PreprocessAt, size: int, method: str | None) -> Preprocess:
+    """Return the published preprocessing at `size` pixels, or another method with its mean and std."""
     try:
-        own = native(size)
-        if method in (None, own.method):
-            return own
-        resize = size if "squash" in str(method) else max(size, own.resize)
-        return Preprocess(str(method), size, resize, own.mean, own.std)
+        published = preprocess_at(size)
+        if method in (None, published.method):
+            return published
+        resize = size if "squash" in str(method) else max(size, published.resize)
+        return Preprocess(str(method), size, resize, published.mean, published.std)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _name(spec: str, path: Path) -> str:
-    """A name for the directory of the features: the file's, its directory's, or what follows a scheme."""
-    if path.suffix == ".npz":
-        return path.stem
-    if Path(spec).exists():
-        return path.absolute().parent.name
-    return spec.partition(":")[2].replace("/", "-").replace("@", "-")
+def _name(spec: str, path: str) -> str:
+    """Return the name of the directory of the features: the file's, its directory's, or the repository's."""
+    if suffix(path) == ".npz":
+        return stem(path)
+    if exists(spec):
+        return base_name(parent(os.path.abspath(path)))
+    return spec.rpartition(":")[2].replace("/", "-").replace("@", "-")
 
 
-def _check_shapes(params: Params, a: Architecture, grid: int, path: Path) -> None:
-    """Every parameter of the model must be in the file, in the right shape, and nothing else."""
+def _check_shapes(params: Params, a: Architecture, grid: int, path: str) -> None:
+    """Check that the parameters are exactly those of the model, with its shapes.
+
+    Raises:
+      UserError: names the first that differs.
+    """
     images = jax.ShapeDtypeStruct((1, grid * a.patch, grid * a.patch, 3), jnp.float32)
     wanted = jax.eval_shape(ViT(a).init, jax.random.key(0), images)["params"]
     want = {k: v.shape for k, v in flatten_dict(wanted, sep="/").items()}

@@ -1,35 +1,43 @@
-"""A weights file of any format: named arrays, each checked when it is taken."""
+"""A weights file of any format: named arrays, each checked when it is read; and the reader of `.safetensors`."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_object
+from lit_fast.storage.files import is_file, local_path, read_object
+from lit_fast.storage.paths import StrPath, join, parent
+
+_MAX_PARTS = 200
 
 
 @dataclass
 class WeightsFile:
     """The arrays of one file, or of several that belong together.
 
-    `read` returns one array as it is stored; `shapes` are known to fit the size of the file.
+    Attributes:
+      path: for messages.
+      shapes: of all arrays by name; known to fit the size of the file.
+      read: returns one array as it is stored.
+      taken: names that `take` returned.
     """
 
-    path: Path
+    path: str
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
     taken: set[str] = field(default_factory=set)
 
     def take(self, name: str, *shape: int | None) -> np.ndarray:
-        """One array as float32; with `shape`, of that shape (None stands for any length).
+        """Return one array as float32; with `shape`, of that shape, where None is any length.
 
         Raises:
           UserError: it is missing, has another shape, or holds something else than finite numbers.
@@ -55,10 +63,10 @@ class WeightsFile:
         return array
 
     def refuse_unused(self, ignored: Callable[[str], object]) -> None:
-        """Everything must have been taken, apart from what is known not to matter.
+        """Check that every array was taken, apart from those that `ignored` accepts.
 
         Raises:
-          UserError: something was not.
+          UserError: one was not.
         """
         unused = sorted(n for n in self.shapes if n not in self.taken and not ignored(n))
         if unused:
@@ -67,51 +75,60 @@ class WeightsFile:
             )
 
 
-# Reading `.safetensors`: one file, or the parts that an index names.
-
-
-def parts(path: Path) -> list[Path]:
-    """The weights files of a `.safetensors` or of a `.safetensors.index.json`, which names its parts.
+def part_names(index: StrPath) -> list[str]:
+    """Return the names of the files that a `.safetensors.index.json` lists, all of which are beside it.
 
     Raises:
-      UserError: the index is damaged or names a file outside of its directory.
+      UserError: the index is damaged or names something else than `.safetensors` files beside it.
     """
-    if path.suffix == ".safetensors":
-        return [path]
-    names = read_object(path, "weight_map")["weight_map"]
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{path} is damaged: weight_map names no files")
-    for name in names.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
-            raise UserError(f"{path} names {name!r}, which is not a .safetensors file beside it")
-    return [path.parent / name for name in sorted(set(names.values()))]
+    names = read_object(index, "weight_map")["weight_map"]
+    parts = list(names.values()) if isinstance(names, dict) else []
+    for name in parts:
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
+            raise UserError(f"{index} is damaged: {str(name)[:80]!r} is not a .safetensors file beside it")
+    if not 0 < len(set(parts)) <= _MAX_PARTS:
+        raise UserError(f"{index} is damaged: weight_map names {len(set(parts))} files")
+    return sorted(set(parts))
+
+
+def parts(path: StrPath) -> list[str]:
+    """Return the weights files of a `.safetensors`, which is the only one, or of an index.
+
+    Raises:
+      UserError: as `part_names`.
+    """
+    path = os.fspath(path)
+    return (
+        [path] if path.endswith(".safetensors") else [join(parent(path), name) for name in part_names(path)]
+    )
 
 
 @contextmanager
-def open_safetensors(path: Path) -> Iterator[WeightsFile]:
-    """The tensors of a file, or of all the parts of an index, read one at a time.
+def open_safetensors(path: StrPath) -> Iterator[WeightsFile]:
+    """Open a `.safetensors`, or all the parts of an index; tensors are read one at a time.
 
     Raises:
       UserError: a file is missing or damaged, or two parts hold the same tensor.
     """
+    path = os.fspath(path)
     with ExitStack() as stack:
-        shapes, where = {}, {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        files: dict[str, tuple[str, Any]] = {}
         for part in parts(path):
-            if not part.is_file():
+            if not is_file(part):
                 raise UserError(f"weights file {part} does not exist")
             try:  # the library checks the header against the size of the file
-                file = stack.enter_context(safe_open(part, framework="numpy"))
-                names = list(file.keys())
-                sizes = [tuple(file.get_slice(name).get_shape()) for name in names]
+                file = stack.enter_context(safe_open(local_path(part), framework="numpy"))
+                sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             except Exception as error:  # SafetensorError, OSError, and what a hostile header may raise
                 raise UserError(f"{part} is not a readable .safetensors: {error}") from None
-            for name, shape in zip(names, sizes, strict=True):
-                if name in where:
-                    raise UserError(f"{path}: two parts hold {name}")
-                shapes[name], where[name] = shape, (part, file)
+            if twice := sizes.keys() & shapes.keys():
+                raise UserError(f"{path}: two parts hold {min(twice)}")
+            shapes |= sizes
+            files |= dict.fromkeys(sizes, (part, file))
 
         def read(name: str) -> np.ndarray:
-            part, file = where[name]
+            part, file = files[name]
             try:
                 return file.get_tensor(name)
             except Exception as error:  # also types that numpy does not have

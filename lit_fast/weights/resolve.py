@@ -1,150 +1,202 @@
-"""Find the local file or directory of a tower by name, downloading it on first use."""
+"""From the name of a model to local files: the one place that knows the forms of names.
+
+PATH                      a file or directory that exists
+augreg/NAME               a file of the AugReg bucket; `lit-fast towers` lists the usual ones
+big_vision/PATH           a .npz in the big_vision bucket
+timm:NAME                 the repository timm/NAME of the Hugging Face Hub
+hf:OWNER/NAME[@REVISION]  a repository of the Hub; also hf-hub:OWNER/NAME and a bare OWNER/NAME
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from urllib.parse import quote
 
 from lit_fast.errors import UserError
-from lit_fast.storage.download import MAX_BYTES, is_whole, recorded_sha256
-from lit_fast.storage.files import read_object, sha256
-from lit_fast.storage.hub import Commit, cache_directory, fetch_file
-from lit_fast.weights.reader import parts
+from lit_fast.storage.cache import cached_file
+from lit_fast.storage.files import exists, is_directory, is_file, sha256
+from lit_fast.storage.hub import AbsentError, Snapshot
+from lit_fast.storage.paths import StrPath, absolute, join, name, parent, stem, suffix
+from lit_fast.weights.reader import part_names, parts
 from lit_fast.weights.registry import known_towers
 
 _BUCKETS = {"augreg": "vit_models/augreg", "big_vision": "big_vision"}
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_REPOSITORY = re.compile(rf"({_WORD}/{_WORD})(?:@({_WORD}(?:/{_WORD})*))?")
 _AUGREG_FILE = re.compile(r"[A-Za-z0-9]+_\d+-i(1|21)k-\d+ep-lr_[\w.-]+")
+_SUFFIXES = (".npz", ".safetensors", ".safetensors.index.json")
+_FILE_SUFFIXES = (*_SUFFIXES, ".model", ".toml")  # a name with one is a path, not a repository
 _MAX_CONFIG_BYTES = 10_000_000
-_MAX_PARTS = 200
 _CONFIG, _PROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+_EXPORTED = (_CONFIG, _WEIGHTS, "tokenizer.model", "tower.json")
+_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_INDEX = f"{_WEIGHTS}.index.json"
 
 
-def resolve(spec: str) -> Path:
-    """The local file or directory of a tower: a path that exists as it is, a name through the cache.
+def resolve(spec: str) -> str:
+    """Return the local file or directory of a tower, downloading it on first use.
 
     Returns:
-      A path given, a `.npz`, or a directory with config.json, model.safetensors (or its index and parts)
-      and, where there is one, preprocessor_config.json. What is in the cache is used without asking the
-      server again; to have a newer one, delete it.
+      `spec` itself where it exists, a `.npz`, or a directory with config.json, model.safetensors (or its index and
+      parts) and, where the repository has one, preprocessor_config.json. All files of a directory are of one commit.
 
     Raises:
-      UserError: no such name, it cannot be downloaded, or the server sent something else.
+      UserError: no such name, or the download fails.
     """
-    try:
-        if spec and Path(spec).exists():
-            return Path(spec)
-    except (OSError, ValueError):  # too long, or a null character
-        pass
-    if spec.startswith("timm:"):
-        return _repository(spec, f"timm/{spec.removeprefix('timm:')}", (_CONFIG,), ())
-    if spec.startswith("hf:"):
-        return _repository(spec, spec.removeprefix("hf:"), (_CONFIG,), (_PROCESSOR,))
-    family, _, name = spec.partition("/")
-    if family in _BUCKETS and name:
-        return _archive(spec, family, name)
+    if spec and exists(spec):
+        return spec
+    if snapshot := find_repository(spec):
+        return _fetch_tower(snapshot, optional=() if spec.startswith("timm:") else (_PROCESSOR,))
+    family, _, rest = spec.partition("/")
+    if family in _BUCKETS and rest:
+        return _fetch_archive(spec, family, rest)
     raise UserError(
-        f"tower {spec!r} is no file and no name like augreg/B_8, timm:NAME or hf:OWNER/NAME"
-        f"{_nearest(spec)}; `lit-fast towers` lists names"
+        f"tower {spec!r} is neither a file nor a name; give a path or a name like augreg/B_8, timm:NAME or "
+        f"hf:OWNER/NAME{_nearest(spec)}; `lit-fast towers` lists names"
     )
 
 
-def _archive(spec: str, family: str, name: str) -> Path:
-    """A `.npz` in one of Google's buckets."""
-    known = {t.name: t for t in known_towers()}.get(spec)
-    if known:
-        place, digest = known.source, known.sha256 or None
-    elif family == "augreg" and not _AUGREG_FILE.fullmatch(name.removesuffix(".npz")):
-        raise UserError(f"tower {spec!r} is unknown{_nearest(spec)}; `lit-fast towers` lists names")
-    else:
-        place, digest = f"{_BUCKETS[family]}/{name.removesuffix('.npz')}.npz", None
-    if not all(re.fullmatch(_WORD, part) for part in place.split("/")):
-        raise UserError(f"tower {spec!r} is not the name of a file in a bucket")
-    host = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
-    host = host if "://" in host else f"http://{host}"
-    path = cache_directory() / "storage.googleapis.com" / place
-    fetch_file(spec, f"{host.rstrip('/')}/{quote(place)}", path, sha256=digest)
+def resolve_model(location: StrPath) -> str:
+    """Return the local folder of a run or of an exported model, which may be in a repository of the Hub.
+
+    Raises:
+      UserError: the repository is not that of an exported model, or the download fails.
+    """
+    location = os.fspath(location)
+    snapshot = None if exists(location) else find_repository(location)
+    return fetch_folder(snapshot, _EXPORTED, ("receipt.json",)) if snapshot else location
+
+
+def resolve_tokenizer(location: StrPath) -> tuple[str, str]:
+    """Return the local path of a sentencepiece model, which may be in a repository of the Hub, and a name for it.
+
+    Raises:
+      UserError: the repository has no sentencepiece model, or the download fails.
+    """
+    location = os.fspath(location)
+    snapshot = None if exists(location) else find_repository(location)
+    if snapshot is None:
+        return location, stem(location)
+    for file in _TOKENIZERS:
+        try:
+            return _fetch(snapshot, file), name(snapshot.repository)
+        except AbsentError:
+            continue
+    raise UserError(f"{snapshot} has no {', '.join(_TOKENIZERS)}; give a sentencepiece model")
+
+
+def find_repository(spec: str) -> Snapshot | None:
+    """Return the repository of the Hub that a name means, None if it has another form.
+
+    Raises:
+      UserError: a prefix of the Hub is followed by something else than a repository.
+    """
+    prefix, colon, rest = spec.partition(":")
+    if colon and prefix in ("hf", "hf-hub", "timm"):
+        match = _REPOSITORY.fullmatch(f"timm/{rest}" if prefix == "timm" else rest)
+        if not match:
+            raise UserError(
+                f"{spec!r} is not the name of a repository; give hf:OWNER/NAME[@REVISION] or timm:NAME"
+            )
+        return Snapshot(match[1], match[2] or "main")
+    match = _REPOSITORY.fullmatch(spec)
+    if not match or spec.partition("/")[0] in _BUCKETS or match[1].endswith(_FILE_SUFFIXES):
+        return None
+    return Snapshot(match[1], match[2] or "main")
+
+
+def fetch_folder(snapshot: Snapshot, needed: Sequence[str], optional: Sequence[str] = ()) -> str:
+    """Return the directory of files of a repository; `.safetensors` may have any size, others 10 MB.
+
+    Raises:
+      UserError: one of `needed` is absent, or the download fails.
+    """
+    found = [_fetch(snapshot, file) for file in needed]
+    for file in optional:
+        try:
+            _fetch(snapshot, file)
+        except AbsentError:
+            continue
+    return parent(found[0])
+
+
+def local_weights(spec: str) -> str:
+    """Return the `.npz` or `.safetensors` file, or the index of several, of a path or name.
+
+    Raises:
+      UserError: as `resolve`, or there are no weights of these formats.
+    """
+    path = resolve(spec)
+    if is_directory(path):
+        found = [join(path, file) for file in (_WEIGHTS, _INDEX) if is_file(join(path, file))]
+        if not found:
+            raise UserError(
+                f"tower {spec} is a directory without {_WEIGHTS} or {_INDEX}; give one with weights"
+            )
+        path = found[0]
+    if not is_file(path):
+        raise UserError(f"tower {spec} is not a regular file: {path}")
+    if not path.endswith(_SUFFIXES):
+        raise UserError(
+            f"tower {spec} is {suffix(path) or 'a file without suffix'}; give weights as .npz or .safetensors"
+        )
     return path
 
 
-def _repository(spec: str, name: str, needed: tuple[str, ...], optional: tuple[str, ...]) -> Path:
-    """A repository of the Hugging Face Hub: its configuration and weights, of one commit."""
-    match = re.fullmatch(rf"({_WORD}/{_WORD})(?:@({_WORD}(?:/{_WORD})*))?", name)
-    if not match:
-        raise UserError(f"tower {spec!r} is not of the form hf:OWNER/NAME[@REVISION] or timm:NAME")
-    repository, revision = match[1], match[2] or "main"
-    directory = cache_directory() / "huggingface" / repository / quote(revision, safe="")
-    whole = directory / "files.json"
-    if whole.exists():
-        files = read_object(whole, "files")["files"]
-        if isinstance(files, list) and all(is_whole(directory / Path(str(f)).name) for f in files):
-            return directory
-    commit = Commit(spec, repository, revision, directory)
+def weights_digest(path: StrPath) -> str:
+    """Return the SHA-256 of weights; of several parts, that of their digests in the order of their names.
 
-    def fetch(file: str, *, may_lack: bool = False) -> bool:
-        limit = MAX_BYTES if file.endswith(".safetensors") else _MAX_CONFIG_BYTES
-        return commit.fetch(file, may_lack=may_lack, max_bytes=limit)
+    Raises:
+      UserError: a file in the Hub's cache has changed since it was downloaded.
+    """
+    files = [os.fspath(path)] if suffix(path) == ".npz" else parts(path)
+    digests = []
+    for file in files:
+        digests.append(sha256(file))
+        blob = name(absolute(file))  # the Hub's cache names large files by their SHA-256
+        if re.fullmatch("[0-9a-f]{64}", blob) and blob != digests[-1]:
+            raise UserError(f"{absolute(file)} is damaged; delete it to have it downloaded again")
+    return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
-    files = [f for f in needed if fetch(f)] + [f for f in optional if fetch(f, may_lack=True)]
-    if fetch(_WEIGHTS, may_lack=True):
-        files.append(_WEIGHTS)
-    else:
-        index = f"{_WEIGHTS}.index.json"
-        if not fetch(index, may_lack=True):
-            raise UserError(f"{spec} has no {_WEIGHTS}; weights in other formats are not read")
-        files += [index, *(p for p in _parts(directory / index) if fetch(p))]
-    commit.write(whole, files)
+
+def _fetch(snapshot: Snapshot, file: str) -> str:
+    return snapshot.fetch(file, None if file.endswith(".safetensors") else _MAX_CONFIG_BYTES)
+
+
+def _fetch_tower(snapshot: Snapshot, optional: Sequence[str]) -> str:
+    directory = fetch_folder(snapshot, (_CONFIG,), optional)
+    try:
+        _fetch(snapshot, _WEIGHTS)
+    except AbsentError:
+        try:
+            index = _fetch(snapshot, _INDEX)
+        except AbsentError as error:
+            raise UserError(f"{error}; weights in other formats than .safetensors are not read") from None
+        for part in part_names(index):
+            _fetch(snapshot, part)
     return directory
 
 
-def _parts(index: Path) -> list[str]:
-    """Files of weights in several parts; their names come from outside and must stay in the directory."""
-    table = read_object(index, "weight_map")["weight_map"]
-    names = set(table.values()) if isinstance(table, dict) else set()
-    if not names or len(names) > _MAX_PARTS:
-        raise UserError(f"{index} is damaged: weight_map names {len(names)} files")
-    for name in names:
-        if not isinstance(name, str) or not re.fullmatch(rf"{_WORD}\.safetensors", name):
-            raise UserError(f"{index} is damaged: {str(name)[:80]!r} is not the name of a part")
-    return sorted(names)
+def _fetch_archive(spec: str, family: str, rest: str) -> str:
+    """Return a `.npz` of one of Google's buckets, from the cache."""
+    known = {t.name: t for t in known_towers()}.get(spec)
+    stem = rest.removesuffix(".npz")
+    if not known and family == "augreg" and not _AUGREG_FILE.fullmatch(stem):
+        raise UserError(f"tower {spec!r} is unknown{_nearest(spec)}; `lit-fast towers` lists names")
+    place = known.source if known else f"{_BUCKETS[family]}/{stem}.npz"
+    if not all(re.fullmatch(_WORD, part) for part in place.split("/")):
+        raise UserError(
+            f"tower {spec!r} is not the name of a file in a bucket; `lit-fast towers` lists names"
+        )
+    host = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
+    url = f"{host if '://' in host else f'http://{host}'}".rstrip("/") + f"/{quote(place)}"
+    return cached_file(spec, url, join("storage.googleapis.com", place), known.sha256 if known else "")
 
 
 def _nearest(spec: str) -> str:
     near = get_close_matches(spec, [t.name for t in known_towers()], n=2, cutoff=0.5)
     return f"; nearest: {', '.join(near)}" if near else ""
-
-
-_INDEX = "model.safetensors.index.json"
-
-
-def local_weights(spec: str) -> Path:
-    """The `.npz` or `.safetensors` file, or the index of several, of a path or name."""
-    path = resolve(spec)
-    if path.is_dir():
-        found = [path / name for name in ("model.safetensors", _INDEX) if (path / name).is_file()]
-        if not found:
-            raise UserError(f"tower {spec}: the directory holds neither model.safetensors nor {_INDEX}")
-        path = found[0]
-    if not path.is_file():
-        raise UserError(f"tower {spec}: {path} is not a regular file")
-    if not path.name.endswith((".npz", ".safetensors", ".safetensors.index.json")):
-        raise UserError(
-            f"tower {spec}: only .npz and .safetensors weights can be read, "
-            f"not {path.suffix or 'a file without suffix'}"
-        )
-    return path
-
-
-def weights_digest(path: Path) -> str:
-    """SHA-256 of the weights; of several parts, that of their digests in the order of their names."""
-    files = [path] if path.suffix == ".npz" else parts(path)
-    digests = []
-    for file in files:
-        digests.append(sha256(file))
-        if recorded_sha256(file) not in (None, digests[-1]):
-            raise UserError(f"{file} is not what was downloaded; delete it to have it downloaded again")
-    return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The demo's own part: which commands it runs, how it stops, what it shows."""
+"""The demo: its commands, its behaviour when stopped, its examples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-import lit_fast.demo as demo
 from benchmarks import demo_tower as pretrain
 from lit_fast.config_io import load_config
-from lit_fast.demo.results import confusion, gallery
+from lit_fast.demo import demo
+from lit_fast.demo.results import confusions, gallery
 from lit_fast.demo.scenes import NOVEL, PAIRS
 from lit_fast.demo.tars import write_captioned, write_classification
 from lit_fast.embed.index import index_dataset
@@ -41,36 +41,34 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, st
     return made
 
 
-def test_a_failing_command_stops_the_demo(small: None, calls: list, tmp_path: Path, capfd: Any) -> None:
+def test_demo_stops_at_a_failing_command(small: None, calls: list, tmp_path: Path, capfd: Any) -> None:
     with pytest.raises(UserError, match="`lit-fast embed` ended with status 2"):
         demo.run_demo(tmp_path / "demo")
     assert [command[0] for command, _ in calls] == ["index", "index", "index", "embed", "embed"]
-    assert capfd.readouterr().out.count("\n$ lit-fast ") == 5
+    assert capfd.readouterr().err.count("\n$ lit-fast ") == 5
 
 
-def test_scenes_are_drawn_once_and_whole(small: None, tmp_path: Path) -> None:
-    (tmp_path / ".train.tmp").mkdir()
-    (tmp_path / ".train.tmp" / "rest.tar").touch()
-    demo._write_scenes(tmp_path)
+def test_draw_scenes_keeps_sets_that_exist(small: None, tmp_path: Path) -> None:
+    demo.draw_scenes(str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["retrieval", "train", "zeroshot"]
     assert [p.name for p in (tmp_path / "train").iterdir()] == ["00000.tar"]
     first = (tmp_path / "train" / "00000.tar").stat().st_mtime_ns
-    demo._write_scenes(tmp_path)
+    demo.draw_scenes(str(tmp_path))
     assert (tmp_path / "train" / "00000.tar").stat().st_mtime_ns == first
 
 
-def test_only_training_is_given_four_devices(calls: list, tmp_path: Path) -> None:
-    commands = demo._commands(tmp_path)
+def test_run_command_gives_training_four_devices(calls: list, tmp_path: Path) -> None:
+    commands = demo.demo_commands(tmp_path)
     assert [c[0] for c in commands] == [*["index"] * 3, *["embed"] * 3, "tokenize", "train", "eval"]
     for command in (commands[0], commands[-2]):
-        demo._run(command)
+        demo.run_command(command)
     flag = "--xla_force_host_platform_device_count=4"
     assert calls[1][1]["XLA_FLAGS"].endswith(flag)
-    assert f"XLA_FLAGS={flag} lit-fast train" in demo._shown(commands[-2])
+    assert f"XLA_FLAGS={flag} lit-fast train" in demo.as_typed(commands[-2])
 
 
 @pytest.mark.parametrize(("stop", "passed_on"), [(KeyboardInterrupt, []), (SystemExit, ["terminate"])])
-def test_a_stopped_demo_waits_until_the_command_has_saved_its_work(
+def test_run_command_when_stopped_waits_for_the_process(
     stop: type[BaseException], passed_on: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
@@ -84,31 +82,31 @@ def test_a_stopped_demo_waits_until_the_command_has_saved_its_work(
     process = SimpleNamespace(wait=wait, terminate=lambda: done.append("terminate"))
     monkeypatch.setattr(subprocess, "Popen", lambda command, env: process)
     with pytest.raises(stop):
-        demo._run(["index"])
+        demo.run_command(["index"])
     assert done == ["wait", *passed_on, "wait"]
 
 
-def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
+def test_demo_in_unwritable_directory_raises_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write into"):
         demo.run_demo(tmp_path / "file" / "demo")
 
 
-def test_the_shipped_config_is_valid() -> None:
+def test_demo_config_is_valid() -> None:
     config = load_config(demo.CONFIG)
     assert config.stream.global_batch % 4 == 0
 
 
-def test_the_shipped_tower_is_small_and_what_pretraining_computes() -> None:
-    assert demo.TOWER.stat().st_size <= 2_000_000
-    tower = load_tower(str(demo.TOWER), preprocess="tf-squash")
+def test_demo_tower_is_small_and_equals_the_pretrained_model() -> None:
+    assert Path(demo.TOWER).stat().st_size <= 2_000_000
+    tower = load_tower(demo.TOWER, preprocess="tf-squash")
     assert (tower.preprocess.size, tower.architecture) == (64, pretrain.MODEL.architecture)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     features = tower.embed(tower.params, images)
     np.testing.assert_allclose(features, pretrain.tokens(tower.params, images)[:, 0], rtol=0, atol=2e-5)
 
 
-def test_weights_survive_being_written_in_augreg_names(tmp_path: Path) -> None:
+def test_augreg_npz_round_trips_the_weights(tmp_path: Path) -> None:
     vit = pretrain.init(0)["vit"]
     path = tmp_path / "vit.npz"
     path.write_bytes(pretrain.augreg_npz(vit))
@@ -143,26 +141,24 @@ def test_gallery_shows_right_and_wrong_queries(tmp_path: Path) -> None:
 
     right, wrong = gallery(FakeRun(20, embed), tmp_path / "set")  # type: ignore[arg-type]
     assert len(right) == len(wrong) == 8
-    for query in right:
-        assert query.rank == 0
-        assert [ok for _, ok in query.pictures] == [True, False, False, False, False]
-        assert query.pictures[0][0] == query.answer
-    for query in wrong:
-        assert query.rank == 19
-        assert not any(ok for _, ok in query.pictures)
-        assert query.answer.startswith(b"\xff\xd8")
-    assert len({q.answer for q in right + wrong}) == 16
+    sources = set()
+    for _, figures in right:
+        assert [f.kind for f in figures] == ["right", "", "", "", ""]
+        sources.add(figures[0].source)
+    for _, figures in wrong:
+        assert [f.kind for f in figures] == ["", "", "", "", "", "right"]
+        assert figures[5].text == "no. 20, -1.000"
+        sources.add(figures[5].source)
+    assert len(sources) == 16
 
 
-def test_confusion_counts_true_against_named(tmp_path: Path) -> None:
+def test_confusions_give_shares_of_predicted_names(tmp_path: Path) -> None:
     write_classification(tmp_path / "tars", 16, 1)
     index_dataset([str(tmp_path / "tars" / "test")], tmp_path / "set", seed=0)
 
     def embed(texts: list[str]) -> np.ndarray:  # every picture is nearest to "red circle"
         return np.stack([np.full(16, 1.0 if "red circle" in t else 0.1, np.float32) for t in texts])
 
-    named = confusion(FakeRun(16, embed), tmp_path / "set")  # type: ignore[arg-type]
-    counts = np.array(named.counts)
-    assert named.classes[0] == "red circle"
-    assert counts[:, 0].tolist() == [int(pair in NOVEL) for pair in PAIRS]
-    assert counts.sum() == 16
+    found = confusions(FakeRun(16, embed), tmp_path / "set")  # type: ignore[arg-type]
+    assert [name for name, _ in found] == [" ".join(pair) for pair in PAIRS if pair in NOVEL]
+    assert all(shares == {"red circle": 1.0} for _, shares in found)

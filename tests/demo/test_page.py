@@ -7,18 +7,17 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-import pytest
 from PIL import Image
 
-from lit_fast.demo.page import Confusion, Query, build_page, curves
-from lit_fast.report.charts import Series, chart
+from lit_fast.demo.page import build_page, curves
+from lit_fast.report.gallery import Figure, thumbnail
 
 VOID = {"meta", "img"}
 
 
-def picture(format: str = "JPEG") -> bytes:
+def picture() -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (64, 64), (200, 10, 10)).save(file, format)
+    Image.new("RGB", (64, 64), (200, 10, 10)).save(file, "JPEG")
     return file.getvalue()
 
 
@@ -49,14 +48,18 @@ RESULTS = [
 
 
 def page(**changes: Any) -> str:
-    right = Query("two red stars", [(picture(), True), (picture("PNG"), False)], 0, picture())
-    wrong = Query('a blue <ring> & "more"', [(picture(), False), (picture(), False)], 41, picture())
+    source = thumbnail(picture())
+    right = ("two red stars", [Figure(source, "0.9", "right"), Figure(source, "0.8")])
+    wrong = ('a blue <ring> & "more"', [Figure(source), Figure(source), Figure(source, "no. 42", "right")])
     arguments: dict[str, Any] = {
         "metrics": METRICS,
         "results": RESULTS,
         "right": [right],
         "wrong": [wrong],
-        "confusion": Confusion(["red star", "blue ring"], [[3, 1], [0, 4]]),
+        "confusions": [
+            ("red star", {"red star": 0.75, "blue ring": 0.25}),
+            ("blue ring", {"blue ring": 1.0}),
+        ],
         "commands": ["lit-fast index demo/scenes --out demo/train"],
         "seconds": 131.0,
     }
@@ -83,62 +86,43 @@ class Balance(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_is_well_formed_and_loads_nothing() -> None:
+def test_demo_page_is_well_formed_and_loads_nothing() -> None:
     text = page()
     balance = Balance()
     balance.feed(text)
     assert balance.open == []
     assert balance.tags.count("svg") == 2
     assert "script" not in balance.tags
-    assert set(re.findall(r'(?:src|href)="(\w+:[^,]*)', text)) == {
-        "data:image/jpeg;base64",
-        "data:image/png;base64",
-    }
+    assert set(re.findall(r'(?:src|href)="(\w+:[^,]*)', text)) == {"data:image/jpeg;base64"}
     assert "http" not in text
     assert "url(" not in text
 
 
-def test_every_figure_stands_beside_its_chance_level_and_interval() -> None:
+def test_demo_page_shows_chance_levels_and_intervals() -> None:
     text = page()
-    for value in ("75.0 %", "50.0 %", "90.0 %", "10.0 %", "70.0 % to 80.0 %", "45.0 % to 55.0 %"):
+    for value in ("75.0 %", "50.0 %", "90.0 %", "10.0 %", "70.0 to 80.0 %", "45.0 to 55.0 %"):
         assert value in text
     assert "2m11s" in text
     assert "took" not in page(seconds=None)
 
 
-def test_text_is_escaped() -> None:
+def test_demo_page_escapes_text() -> None:
     text = page(commands=["lit-fast index 'a & <b>'"])
-    assert "a blue &lt;ring&gt; &amp; &quot;more&quot;" in text
-    assert "&#x27;a &amp; &lt;b&gt;&#x27;" in text
+    assert "a blue &lt;ring&gt; &amp; &#34;more&#34;" in text
+    assert "&#39;a &amp; &lt;b&gt;&#39;" in text
     assert "<ring>" not in text
     assert "<b>'" not in text
 
 
-def test_the_right_picture_is_framed_and_shown_with_its_place_when_it_is_late() -> None:
+def test_demo_page_frames_the_right_picture() -> None:
     text = page()
     assert text.count('class="right"') == 2
     assert "no. 42" in text
     assert "There is none." in page(wrong=[])
 
 
-def test_curves_take_the_evaluations_and_their_chance_levels() -> None:
+def test_curves_have_evaluations_and_chance_levels() -> None:
     lines = curves(METRICS, RESULTS)
     assert [line.points for line in lines] == [[(100, 0.5), (200, 0.75)], [(100, 0.25), (200, 0.5)]]
     assert [line.chance for line in lines] == [0.1, 0.1]
     assert curves(METRICS[:2], RESULTS) == []
-
-
-@pytest.mark.parametrize("points", [[], [(1.0, 0.0)], [(0.0, 3.0), (5.0, float("nan")), (9.0, 1e-5)]])
-def test_charts_survive_what_a_run_may_record(points: list[tuple[float, float]]) -> None:
-    text = chart([Series("loss", points)], percent=False)
-    assert "nan" not in text
-    coordinates = re.findall(r'points="([^"]*)"', text)
-    assert len(coordinates) == bool(points)
-
-
-def test_chart_is_drawn_to_scale() -> None:
-    text = chart([Series("first", [(0, 0.0), (100, 1.0)], chance=0.5)], percent=True)
-    (start, end) = re.findall(r"([\d.]+),([\d.]+)", re.findall(r'points="([^"]*)"', text)[0])
-    middle = re.findall(r'class="chance s1" x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)"', text)[0]
-    assert (float(start[0]), float(end[0])) == (float(middle[0]), float(middle[1]))
-    assert float(middle[2]) == pytest.approx((float(start[1]) + float(end[1])) / 2)

@@ -1,7 +1,4 @@
-"""`lit-fast export`: a trained model in the formats of others.
+"""`lit-fast export`: write a trained model in the formats of other libraries.
 
-Each module writes one format: `check(model)` raises UserError, before anything is written, where the format cannot
-express the model, and `write(model, folder)` fills an empty folder.
+Each format is one module with the functions of `lit_fast.train.export.writer.ExportFormat`.
 """
-
-from __future__ import annotations

@@ -4,28 +4,26 @@
     tokenizer.model  sentencepiece
     README.md        model card, with the configuration that loads it
 
-Blocks are stored one by one, as big_vision's text tower wants them. Subtracting the mean feature, and the image
-head, become the image tower's own `head`: (f - mean) W = f W - mean W, and its scale is lost in normalising.
+Blocks are stored one by one, as big_vision's text tower reads them. Subtracting the mean feature and the image head
+become the image tower's own `head`: (f - mean) W = f W - mean W, and the scale of f is lost in normalising.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lit_fast.config import TextConfig
 from lit_fast.errors import UserError
 from lit_fast.inference.model import Model
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.text_tower import EPSILON
-from lit_fast.train.export.card import model_card, rounding
+from lit_fast.storage.files import write_atomic
+from lit_fast.storage.paths import join
+from lit_fast.train.export.card import rounding_note, write_card
+from lit_fast.train.export.fold import image_head, with_token_table
+from lit_fast.train.export.writer import ExportOptions
 
-WEIGHTS = "model.npz"
-
-_USE = """\
+_USAGE = """\
 With [big_vision](https://github.com/google-research/big_vision) in the path:
 
 ```python
@@ -51,62 +49,50 @@ Back into lit_fast: `lit-fast embed D --tower model.npz {options}`, and
 """
 
 
-def check(model: Model) -> None:
-    """Raises UserError where big_vision has no such tower."""
-    wrong = [*_text_reasons(model.config), *_vision_reasons(model.tower.architecture)]
-    if wrong:
+def check(model: Model, options: ExportOptions) -> None:
+    """Raise UserError if big_vision lacks a part of either tower."""
+    missing = _missing_in_vision(model.tower.architecture)
+    if model.config.mask_padding:
+        missing.insert(0, "its text tower attends to padding (text.mask_padding = true)")
+    if missing:
         raise UserError(
-            f"big_vision cannot express this model: {'; '.join(wrong)}; --format lit_fast and onnx can"
+            f"big_vision cannot express this model: {'; '.join(missing)}; --format lit_fast and onnx can"
         )
 
 
-def write(model: Model, folder: Path) -> None:
-    """Write the files into an empty folder."""
-    np.savez(folder / WEIGHTS, allow_pickle=False, **arrays(model))
-    (folder / "tokenizer.model").write_bytes(model.tokenizer.model)
-    (folder / "README.md").write_text(
-        model_card(model, _use(model), _notes(model), library="big_vision"), encoding="utf-8"
-    )
+def write(model: Model, directory: str, options: ExportOptions) -> None:
+    """Write the weights, the tokenizer and the card."""
+    np.savez(join(directory, "model.npz"), allow_pickle=False, **arrays(model))
+    write_atomic(join(directory, "tokenizer.model"), model.tokenizer.model)
+    write_card(directory, model, _usage(model), _notes(model), library="big_vision")
 
 
 def arrays(model: Model) -> dict[str, np.ndarray]:
-    """All parameters by name, float32."""
-    text = dict(model.params["txt"])
-    if "embedding_projection" in text:  # the same vectors, without the bottleneck
-        narrow, projection = text["Embed_0"]["embedding"], text.pop("embedding_projection")["kernel"]
-        text["Embed_0"] = {"embedding": narrow @ projection}
-    tree = {"img": model.tower.params | _image_head(model), "txt": text}
+    """Return all parameters, float32, by their names in big_vision."""
+    image = model.tower.params
+    if _has_image_head(model):
+        kernel = image_head(model)
+        image = image | {"head": {"kernel": kernel, "bias": -model.params["mean"] @ kernel}}
+    tree = {"img": image, "txt": with_token_table(model.params["txt"])}
     tree |= {name: model.params[name] for name in ("t", "b") if name in model.params}
-    out: dict[str, np.ndarray] = {}
-    for name, array in flatten_dict(tree, sep="/").items():
-        before, block, after = f"params/{name}".partition("/encoderblock/")
-        if block:
-            out |= {f"{before}/encoderblock_{i}/{after}": layer for i, layer in enumerate(array)}
+    named: dict[str, np.ndarray] = {}
+    for name, array in flatten_dict({"params": tree}, sep="/").items():
+        prefix, stacked, suffix = name.partition("/encoderblock/")
+        if stacked:
+            named |= {f"{prefix}/encoderblock_{i}/{suffix}": layer for i, layer in enumerate(array)}
         else:
-            out[before] = array
-    return out
+            named[name] = array
+    return named
 
 
-def _image_head(model: Model) -> dict[str, Any]:
-    """big_vision's `head` of the image tower; none where features are embeddings as they are."""
-    mean = model.params["mean"]
-    if "img" not in model.params and not mean.any():
-        return {}
-    kernel = (
-        model.params["img"]["head"]["kernel"]
-        if "img" in model.params
-        else np.eye(len(mean), dtype=np.float32)
-    )
-    return {"head": {"kernel": kernel, "bias": -mean @ kernel}}
+def _has_image_head(model: Model) -> bool:
+    """Whether big_vision's image tower needs its `head`; without one, features are used as embeddings."""
+    return "img" in model.params or bool(model.params["mean"].any())
 
 
-def _text_reasons(config: TextConfig) -> list[str]:
-    return ["its text tower attends to padding (text.mask_padding = true)"] if config.mask_padding else []
-
-
-def _vision_reasons(a: Architecture) -> list[str]:
-    """What big_vision's ViT does not have; the kind of GELU is a matter of degree, see `_notes`."""
-    found = {
+def _missing_in_vision(a: Architecture) -> list[str]:
+    """List the parts that big_vision's ViT lacks; the kind of GELU makes little difference, see `_notes`."""
+    reasons = {
         f"its image tower has no {a.gelu} activation": a.gelu not in ("tanh", "exact"),
         "its image tower has no register tokens": a.registers > 0,
         "its image tower has no LayerNorm before the first block": a.pre_norm,
@@ -114,12 +100,12 @@ def _vision_reasons(a: Architecture) -> list[str]:
         f"its image tower has no pooling {a.pool!r} beside a class token": a.class_token and a.pool != "tok",
         f"the epsilon of its LayerNorm is {EPSILON}, not {a.epsilon}": a.epsilon != EPSILON,
     }
-    return [reason for reason, true in found.items() if true]
+    return [reason for reason, applies in reasons.items() if applies]
 
 
 def _notes(model: Model) -> list[str]:
-    """What is not the same after the export."""
-    notes = [rounding(model)]
+    """List what differs after the export."""
+    notes = [rounding_note(model)]
     if model.tower.architecture.gelu == "exact":
         notes.append(
             "big_vision computes GELU by its tanh approximation, these features were made with the exact one (they "
@@ -132,29 +118,27 @@ def _notes(model: Model) -> list[str]:
     return notes
 
 
-def _use(model: Model) -> str:
-    a, shape, how = model.tower.architecture, model.config.shape, model.tower.preprocess
+def _usage(model: Model) -> str:
+    a, shape, preprocess = model.tower.architecture, model.config.shape, model.tower.preprocess
     image = a.shape._asdict() | {"patch_size": (a.patch, a.patch), "pool_type": a.pool}
     text = shape._asdict() | {"vocab_size": model.tokenizer.vocab_size, "pool_type": model.config.pooling}
-    size = how.size
     for tower in (image, text):
         tower["num_heads"] = tower.pop("heads")
-    options = f"--preprocess {how.method} --gelu {a.gelu} --resolution {size}"
     pad = model.tokenizer.pad_id
-    # big_vision looks for a bias in the file wherever the configuration has this key, whatever its value.
+    # If the configuration has this key, with any value, big_vision looks for a bias in the file.
     bias = f", bias_init={float(model.params['b'][0])}" if "b" in model.params else ""
-    return _USE.format(
+    return _USAGE.format(
         image=f"dict({', '.join(f'{k}={v!r}' for k, v in image.items())})",
         text=f"dict({', '.join(f'{k}={v!r}' for k, v in text.items())})",
-        out_dim=(model.width if _image_head(model) else None, model.width if model.config.head else None),
+        out_dim=(model.width if _has_image_head(model) else None, model.width if model.config.head else None),
         bias=bias,
         extra='extra["t"], extra["b"]' if bias else 'extra["t"]',
-        size=size,
-        method=how.method,
-        mean=how.mean,
-        std=how.std,
+        size=preprocess.size,
+        method=preprocess.method,
+        mean=preprocess.mean,
+        std=preprocess.std,
         length=model.tokenizer.max_length,
         pad=pad,
         padding="" if pad == model.tokenizer.eos_id else f" --pad-id {pad}",
-        options=options,
+        options=f"--preprocess {preprocess.method} --gelu {a.gelu} --resolution {preprocess.size}",
     )

@@ -3,84 +3,63 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
 
 from lit_fast.cli.main import Run
 from lit_fast.errors import UserError
-
-# What --format takes, and the module that writes it.
-FORMATS = {
-    "lit_fast": "lit_fast.train.export.native",
-    "big_vision": "lit_fast.train.export.big_vision",
-    "open_clip": "lit_fast.train.export.open_clip",
-    "transformers": "lit_fast.train.export.transformers",
-    "onnx": "lit_fast.train.export.onnx",
-}
-# The options that only one format takes; its functions take them by these names.
-_OPTIONS = {"onnx": ("vision", "classes", "templates"), "open_clip": ("nearest_pixels",)}
+from lit_fast.train.export.writer import FORMATS
 
 
 def export(parser: argparse.ArgumentParser) -> Run:
     """Export a trained model: both towers, the tokenizer and a model card.
 
-    lit_fast: a folder that `lit_fast.load` reads. big_vision: an .npz. open_clip and transformers: a folder that
-    these packages load. onnx: graphs. What a format cannot express is said before anything is written.
+    lit_fast: a directory that `lit_fast.load` reads. big_vision: an .npz. open_clip and transformers: a directory
+    that these packages load. onnx: graphs. If a format cannot express the model, the command fails before it writes.
     """
-    parser.add_argument("run", type=Path, metavar="W", help="directory of a run, or of an exported model")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new directory")
+    parser.add_argument("run", metavar="W", help="directory of a run, or of an exported model")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     parser.add_argument("--format", choices=FORMATS, default="lit_fast", help="default: lit_fast")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
     parser.add_argument("--average", action="store_true", help="the average of the weights, if one was kept")
-    parser.add_argument("--tower", metavar="FILE", help="the vision tower's weights, where they have moved")
-    parser.add_argument("--vision", action="store_true", help="onnx: the vision tower too")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="onnx: a zero-shot head of these names")
-    parser.add_argument("--templates", type=Path, metavar="FILE", help="onnx: prompts for --classes")
+    parser.add_argument("--tower", metavar="FILE", help="the vision tower's weights, if they have moved")
+    parser.add_argument("--vision", action="store_true", help="onnx: export the vision tower too")
+    parser.add_argument("--classes", metavar="FILE", help="onnx: write a zero-shot head of these class names")
+    parser.add_argument("--templates", metavar="FILE", help="onnx: prompt templates for --classes")
     parser.add_argument(
         "--nearest-pixels",
         action="store_true",
-        help="open_clip: where it cannot make the very pixels that the tower was trained with, the nearest it can",
+        help="open_clip: if it cannot reproduce the tower's preprocessing, use the nearest that it has",
     )
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub, as private")
-    parser.add_argument("--public", action="store_true", help="with --push: for all to see")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload to the Hugging Face Hub, as private")
+    parser.add_argument("--public", action="store_true", help="with --push: create a public repository")
 
     def run(args: argparse.Namespace) -> None:
         from dataclasses import replace
 
         from lit_fast.cli.options import enable_compilation_cache
         from lit_fast.inference.model import load
-        from lit_fast.train.export.writer import check_folder, check_push, push, write_folder
+        from lit_fast.storage.paths import absolute, name
+        from lit_fast.train.export.push import check_push, push
+        from lit_fast.train.export.writer import (
+            ExportOptions,
+            check_directory,
+            check_options,
+            write_directory,
+        )
 
-        # --- whatever can be wrong is found before the weights are loaded
-        options = _options(args)
-        check_folder(args.out)
+        # Check all arguments before the weights are loaded.
+        options = ExportOptions(args.vision, args.classes, args.templates, args.nearest_pixels)
+        check_options(args.format, options)
+        check_directory(args.out)
         if args.push:
             check_push(args.push)
         elif args.public:
             raise UserError("--public is for --push OWNER/NAME; without it nothing is uploaded")
 
-        # --- write, and upload if asked to
         enable_compilation_cache()
         model = load(args.run, step=args.step, average=args.average, tower=args.tower)
-        model = replace(model, name=args.push or args.out.resolve().name)  # by which others will load it
-        write_folder(FORMATS[args.format], model, args.out, options)
+        model = replace(model, name=args.push or name(absolute(args.out)))  # the name others load it by
+        write_directory(args.format, model, args.out, options)
         if args.push:
             push(args.out, args.push, args.public)
 
     return run
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of the format.
-
-    Raises:
-      UserError: one of another format was given.
-    """
-    given: dict[str, Any] = {}
-    for owner, names in _OPTIONS.items():
-        for name in names:
-            if getattr(args, name) and args.format != owner:
-                raise UserError(f"--{name.replace('_', '-')} is for --format {owner}")
-            if getattr(args, name):
-                given[name] = getattr(args, name)
-    return given

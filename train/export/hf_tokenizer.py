@@ -1,63 +1,62 @@
-"""A tokenizer as `tokenizer.json` of Hugging Face's tokenizers library: the same ids without sentencepiece.
+"""Write a sentencepiece tokenizer as `tokenizer.json` of Hugging Face's tokenizers library, which gives the same ids.
 
-The file is plain JSON; its fields are those of the library's serialisation. What sentencepiece does in one
-step is said in three: a normaliser (lower-casing, Unicode, white space), the model (unigram or BPE with its
-pieces), and a template that appends end-of-sentence, which truncation leaves in its place.
+The file is plain JSON; its fields are those of the library's serialisation. It expresses sentencepiece's one step as
+three: a normaliser (lower-casing, Unicode, white space), the model (unigram or BPE with its pieces), and a template
+that appends end-of-sentence, which truncation keeps.
 
-Ids are equal for every text that holds no lone surrogate and, where the model normalises Unicode, no
-unusual sequence of combining marks, on which the library's reading of sentencepiece's table differs. A unigram
-model may cut a run such as "......." elsewhere: between cuts of the same score the rounding of sums decides,
-which sentencepiece does in float32 and the library in float64.
+Ids are equal for every text that holds no lone surrogate and, if the model normalises Unicode, no unusual sequence of
+combining marks, for which the library reads sentencepiece's table differently. A unigram model may split a run such
+as "......." elsewhere: between splits of the same score the rounding of sums decides, in float32 for sentencepiece and
+in float64 for the library.
 """
 
 from __future__ import annotations
 
 import base64
-from pathlib import Path
 from typing import Any
 
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
 from lit_fast.storage.files import write_json
+from lit_fast.storage.paths import join
 
 _SPACE = "\u2581"
 # Types of pieces and models in sentencepiece_model.proto.
 _NORMAL, _UNKNOWN, _USER_DEFINED, _BYTE = 1, 2, 4, 6
 _UNIGRAM, _BPE = 1, 2
-# User-defined pieces stand for themselves wherever they occur. In the model each is one character of the last
-# private-use plane, which the normaliser puts in the place of the piece.
+# User-defined pieces are never split. The normaliser replaces each by one character of the last private-use plane.
 _LAST_PRIVATE = 0x10FFFD
-_MOST_USER_DEFINED = 1000
+_MAX_USER_DEFINED = 1000
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raises UserError where `tokenizer.json` cannot give the same ids; the message says why."""
+    """Raise UserError, with the reason, if `tokenizer.json` cannot give the same ids."""
     proto = _proto(tokenizer)
-    own = [p.piece for p in proto.pieces if p.type == _USER_DEFINED]
-    trained, normal = proto.trainer_spec, proto.normalizer_spec
+    user_defined = [p.piece for p in proto.pieces if p.type == _USER_DEFINED]
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     reasons = {
-        "is neither unigram nor BPE": trained.model_type not in (_UNIGRAM, _BPE),
-        "marks spaces at the end of a word": trained.treat_whitespace_as_suffix,
-        "does not escape spaces": not normal.escape_whitespaces,
-        f"has {len(own)} user-defined pieces": len(own) > _MOST_USER_DEFINED,
-        "has user-defined pieces with spaces": any(_SPACE in p or " " in p for p in own),
+        "is neither unigram nor BPE": trainer.model_type not in (_UNIGRAM, _BPE),
+        "marks spaces at the end of a word": trainer.treat_whitespace_as_suffix,
+        "does not escape spaces": not normalizer.escape_whitespaces,
+        f"has {len(user_defined)} user-defined pieces": len(user_defined) > _MAX_USER_DEFINED,
+        "has user-defined pieces with spaces": any(_SPACE in p or " " in p for p in user_defined),
     }
-    for reason, found in reasons.items():
-        if found:
+    for reason, applies in reasons.items():
+        if applies:
             raise UserError(
                 f"the tokenizer's sentencepiece model {reason}, which tokenizer.json cannot express; export with "
                 f"--format lit_fast or onnx"
             )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, masked: bool) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, with which `AutoTokenizer` loads.
+def write_tokenizer(tokenizer: Tokenizer, directory: str, *, masked: bool) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer` loads.
 
     Args:
-      tokenizer: what `check_tokenizer` has let pass.
-      folder: where to.
-      masked: the text tower does not see its padding: the attention mask is a part of the tokenizer's output,
-        and end-of-sentence pads. Otherwise padding is ordinary tokens, and there is no mask.
+      tokenizer: one that passes `check_tokenizer`.
+      directory: existing.
+      masked: the text tower masks padding: the tokenizer returns an attention mask and pads with end-of-sentence.
+        Otherwise padding is ordinary tokens, and there is no mask.
     """
     backend = tokenizer_json(tokenizer)
     names = {token["id"]: token["content"] for token in backend["added_tokens"]}
@@ -69,24 +68,24 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, masked: bool) -> None
         "padding_side": "right",
         "truncation_side": "right",
         "model_input_names": ["input_ids", "attention_mask"] if masked else ["input_ids"],
-        "split_special_tokens": True,  # in a caption they are text
+        "split_special_tokens": True,  # in captions they are ordinary text
         "clean_up_tokenization_spaces": False,
     }
-    write_json(folder / "tokenizer.json", backend)
-    write_json(folder / "tokenizer_config.json", config)
+    write_json(join(directory, "tokenizer.json"), backend)
+    write_json(join(directory, "tokenizer_config.json"), config)
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of `tokenizer.json`."""
+    """Return the content of `tokenizer.json`."""
     proto = _proto(tokenizer)
     unigram = proto.trainer_spec.model_type == _UNIGRAM
-    own = [p.piece for p in proto.pieces if p.type == _USER_DEFINED]
-    private = {piece: chr(_LAST_PRIVATE - i) for i, piece in enumerate(own)}
+    user_defined = [p.piece for p in proto.pieces if p.type == _USER_DEFINED]
+    private = {piece: chr(_LAST_PRIVATE - i) for i, piece in enumerate(user_defined)}
     names = [_name(p, private) for p in proto.pieces]
-    end = names[tokenizer.eos_id]
-    special = sorted({tokenizer.eos_id, tokenizer.pad_id})
-    template = lambda name: {"Sequence": {"id": name, "type_id": 0}}  # noqa: E731
-    appended = {"SpecialToken": {"id": end, "type_id": 0}}
+    eos = names[tokenizer.eos_id]
+    special_ids = sorted({tokenizer.eos_id, tokenizer.pad_id})
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
+    end = {"SpecialToken": {"id": eos, "type_id": 0}}
     return {
         "version": "1.0",
         "truncation": None,
@@ -101,15 +100,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
                 "normalized": False,
                 "special": True,
             }
-            for i in special
+            for i in special_ids
         ],
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec, private)},
-        "pre_tokenizer": _literal_bytes() if unigram and proto.trainer_spec.byte_fallback else None,
+        "pre_tokenizer": _split_byte_names() if unigram and proto.trainer_spec.byte_fallback else None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [template("A"), appended],
-            "pair": [template("A"), appended, template("B"), appended],
-            "special_tokens": {end: {"id": end, "ids": [tokenizer.eos_id], "tokens": [end]}},
+            "single": [first, end],
+            "pair": [first, end, second, end],
+            "special_tokens": {eos: {"id": eos, "ids": [tokenizer.eos_id], "tokens": [eos]}},
         },
         "decoder": _decoder(private),
         "model": _unigram(proto, names) if unigram else _bpe(proto, names),
@@ -123,7 +122,7 @@ def _proto(tokenizer: Tokenizer) -> Any:
 
 
 def _name(piece: Any, private: dict[str, str]) -> str:
-    """A piece's name in the file. What no text may yield is told from text by a space, which there is none of."""
+    """Return a piece's name in the file; control tokens get a leading space, so that no text becomes one."""
     if piece.type in (_NORMAL, _BYTE):
         return str(piece.piece)
     return private.get(piece.piece, f" {piece.piece}")
@@ -138,7 +137,7 @@ def _replace_all(regex: str, content: str) -> dict[str, Any]:
 
 
 def _normalizers(spec: Any, private: dict[str, str]) -> list[dict[str, Any]]:
-    """ASCII lower-casing, then sentencepiece's steps (normalizer.cc) in their order."""
+    """Return ASCII lower-casing, then sentencepiece's steps (normalizer.cc) in their order."""
     capitals = [chr(i) for i in range(ord("A"), ord("Z") + 1)]
     steps = [_replace(letter, letter.lower()) for letter in capitals]
     steps += [_replace(piece, private[piece]) for piece in sorted(private, key=len, reverse=True)]
@@ -155,8 +154,8 @@ def _normalizers(spec: Any, private: dict[str, str]) -> list[dict[str, Any]]:
     return steps
 
 
-def _literal_bytes() -> dict[str, Any]:
-    """Keeps the text "<0x41>" from being read as the piece of that name: what the piece would span is cut."""
+def _split_byte_names() -> dict[str, Any]:
+    """Split the text "<0x41>" after its first character, so that it does not become the byte piece of that name."""
     return {
         "type": "Split",
         "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
@@ -168,7 +167,7 @@ def _literal_bytes() -> dict[str, Any]:
 def _unigram(proto: Any, names: list[str]) -> dict[str, Any]:
     unknown = next(i for i, p in enumerate(proto.pieces) if p.type == _UNKNOWN)
     lowest = min(p.score for p in proto.pieces if p.type == _NORMAL)
-    # An unknown character costs 10 more than the cheapest piece; no other score may be lower.
+    # An unknown character scores 10 less than the lowest piece; no other score may be lower.
     scores = [p.score if p.type == _NORMAL else max(0.0, lowest) for p in proto.pieces]
     return {
         "type": "Unigram",
@@ -179,13 +178,13 @@ def _unigram(proto: Any, names: list[str]) -> dict[str, Any]:
 
 
 def _bpe(proto: Any, names: list[str]) -> dict[str, Any]:
-    """Two neighbours are merged if the whole is a piece, the best whole first: the pairs in that order."""
+    """Return a BPE model whose merges are all pairs of pieces that form a piece, the highest score first."""
     scores = {p.piece: p.score for p in proto.pieces if p.type == _NORMAL}
     pairs = [
-        (-score, piece, cut)
+        (-score, piece, i)
         for piece, score in scores.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
+        for i in range(1, len(piece))
+        if piece[:i] in scores and piece[i:] in scores
     ]
     return {
         "type": "BPE",
@@ -197,7 +196,7 @@ def _bpe(proto: Any, names: list[str]) -> dict[str, Any]:
         "byte_fallback": proto.trainer_spec.byte_fallback,
         "ignore_merges": False,
         "vocab": {name: i for i, name in enumerate(names)},
-        "merges": [[piece[:cut], piece[cut:]] for _, piece, cut in sorted(pairs)],
+        "merges": [[piece[:i], piece[i:]] for _, piece, i in sorted(pairs)],
     }
 
 

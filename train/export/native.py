@@ -1,32 +1,22 @@
-"""Export as a folder that `lit_fast.load` reads; see `lit_fast.inference.exported` for its files."""
+"""Export as the directory that `lit_fast.load` reads; `lit_fast.inference.exported` describes its files."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from lit_fast.inference.exported import (
-    CARD,
-    CONFIG,
-    FORMAT,
-    LOSS_KEYS,
-    RECEIPT,
-    TEXT_KEYS,
-    TOKENIZER,
-    TOWER,
-    VERSION,
-    WEIGHTS,
-)
+from lit_fast.inference import exported
 from lit_fast.inference.model import Model
-from lit_fast.storage.files import json_bytes
-from lit_fast.train.export.card import model_card
+from lit_fast.storage.files import write_atomic, write_json
+from lit_fast.storage.paths import join, name
+from lit_fast.train.export.card import write_card
+from lit_fast.train.export.writer import ExportOptions
+from lit_fast.weights.to_torch import contiguous
 
-_USE = """\
+_USAGE = """\
 `pip install lit-fast`, then:
 
 ```python
@@ -40,37 +30,33 @@ scores = model.score(["image.jpg"], ["a dog", "a flower"])  # float32 [1, 2]
 """
 
 
-def check(model: Model) -> None:
-    """Raises UserError where the vision tower's weights are not to be had."""
+def check(model: Model, options: ExportOptions) -> None:
+    """Raise UserError if the vision tower's weights cannot be loaded."""
     _ = model.tower
 
 
-def write(model: Model, folder: Path) -> None:
-    """Write the files of `lit_fast.inference.exported` into an empty folder."""
-    vision = {f"img/{name}": array for name, array in flatten_dict(model.tower.params, sep="/").items()}
-    arrays = flatten_dict(model.params, sep="/") | vision
-    # The library writes a transposed array's memory as it lies, which is another array.
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(arrays, folder / WEIGHTS, {"format": FORMAT})
-    (folder / TOKENIZER).write_bytes(model.tokenizer.model)
-    (folder / CONFIG).write_bytes(json_bytes(_config(model)))
-    (folder / TOWER).write_bytes(json_bytes(_without_paths(model.tower_json)))
+def write(model: Model, directory: str, options: ExportOptions) -> None:
+    """Write the files of `lit_fast.inference.exported`."""
+    arrays = flatten_dict(model.params, sep="/") | flatten_dict({"img": model.tower.params}, sep="/")
+    save_file(contiguous(arrays), join(directory, exported.WEIGHTS), {"format": exported.FORMAT})
+    write_atomic(join(directory, exported.TOKENIZER), model.tokenizer.model)
+    write_json(join(directory, exported.CONFIG), _config(model))
+    write_json(join(directory, exported.TOWER), _file_names_only(model.tower_json))
     if model.receipt is not None:
-        (folder / RECEIPT).write_bytes(json_bytes(_without_paths(model.receipt)))
-    card = model_card(model, _USE.format(width=model.width))
-    (folder / CARD).write_text(card, encoding="utf-8")
+        write_json(join(directory, exported.RECEIPT), _file_names_only(model.receipt))
+    write_card(directory, model, _USAGE.format(width=model.width))
 
 
 def _config(model: Model) -> dict[str, Any]:
     text = asdict(model.config) | model.config.shape._asdict()
     loss = asdict(model.loss)
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": exported.FORMAT,
+        "version": exported.VERSION,
         "step": model.step,
         "average": model.average,
-        "text": {key: text[key] for key in TEXT_KEYS},
-        "loss": {key: loss[key] for key in LOSS_KEYS},
+        "text": {key: text[key] for key in exported.TEXT_KEYS},
+        "loss": {key: loss[key] for key in exported.LOSS_KEYS},
         "tokenizer": {
             "max_length": model.tokenizer.max_length,
             "pad_id": model.tokenizer.pad_id,
@@ -79,10 +65,10 @@ def _config(model: Model) -> dict[str, Any]:
     }
 
 
-def _without_paths(value: Any) -> Any:
-    """JSON with the last part alone of every path: whose machine it was is nobody's business."""
+def _file_names_only(value: Any) -> Any:
+    """Replace every absolute path in a JSON value by its last part, so that no directory of this machine leaks."""
     if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: _file_names_only(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        return [_file_names_only(item) for item in value]
+    return name(value) if isinstance(value, str) and value.startswith("/") else value

@@ -1,34 +1,34 @@
-"""An ONNX graph that is built operator by operator; a value is known by its name."""
+"""Build an ONNX graph operator by operator; values are identified by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, checker, helper, numpy_helper
 
+from lit_fast.storage import paths
 from lit_fast.version import __version__
 
 # The first operator set with LayerNormalization, and the file format of its time: onnxruntime 1.12 reads it.
 OPSET = 17
 IR_VERSION = 8
 
-# Protocol buffers end at 2 GiB; the room is for what is not weights.
-LARGEST_FILE = (1 << 31) - (1 << 24)
+# A protocol buffer holds at most 2 GiB; 16 MiB are reserved for the graph without weights.
+MAX_WEIGHT_BYTES = (1 << 31) - (1 << 24)
 
 
 class Graph:
-    """Operators in the order in which they were added, and the weights they read."""
+    """Operators, in the order in which they were added, and the weights that they read."""
 
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._weights: list[onnx.TensorProto] = []
 
     def add(self, operator: str, *inputs: str | np.ndarray | np.generic, **attributes: Any) -> str:
-        """Add an operator, whose inputs are values or constants; returns the name of its output."""
+        """Add an operator whose inputs are values or constants; return the name of its output."""
         names = [
             x if isinstance(x, str) else self.weight(f"constant_{len(self._weights)}", x) for x in inputs
         ]
@@ -37,35 +37,35 @@ class Graph:
         return output
 
     def weight(self, name: str, array: Any) -> str:
-        """Add an array that is stored with the graph; returns its name."""
+        """Add an array that is stored with the graph; return its name."""
         self._weights.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def save(
         self,
-        path: Path,
-        given: tuple[str, type, Sequence[int]],
+        path: str,
+        inputs: tuple[str, type, Sequence[int]],
         output: str,
         width: int,
         metadata: Mapping[str, str],
-        largest_file: int = LARGEST_FILE,
+        max_weight_bytes: int = MAX_WEIGHT_BYTES,
     ) -> None:
         """Write the graph and check the file.
 
         Args:
-          path: the file; of a graph too large for one the weights go to `<path>.data` beside it.
-          given: the input's name, dtype and shape after the batch, which is left open.
-          output: the value that is called "embeddings", float32 [batch, width].
+          path: the local file; if the weights are larger than `max_weight_bytes`, they go to `<path>.data`.
+          inputs: the input's name, its dtype, and its shape without the leading batch axis, which is of any length.
+          output: the value that becomes "embeddings", float32 [batch, width].
           width: of the output.
-          metadata: kept in the file by name.
-          largest_file: bytes of weights up to which they are stored in the file itself.
+          metadata: stored in the file by name.
+          max_weight_bytes: bytes of weights that are stored in the file itself.
         """
-        name, dtype, shape = given
+        name, dtype, shape = inputs
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         nodes = [*self._nodes, helper.make_node("Identity", [output], ["embeddings"], name="embeddings")]
         graph = helper.make_graph(
             nodes,
-            path.stem,
+            paths.stem(path),
             [helper.make_tensor_value_info(name, kind, ["batch", *shape])],
             [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", width])],
             self._weights,
@@ -78,6 +78,6 @@ class Graph:
             producer_version=__version__,
         )
         helper.set_model_props(model, dict(metadata))
-        external = sum(len(weight.raw_data) for weight in self._weights) > largest_file
-        onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data")
-        checker.check_model(str(path), full_check=True)
+        external = sum(len(weight.raw_data) for weight in self._weights) > max_weight_bytes
+        onnx.save_model(model, path, save_as_external_data=external, location=f"{paths.name(path)}.data")
+        checker.check_model(path, full_check=True)

@@ -1,23 +1,22 @@
-"""Export as a folder of open_clip: `create_model_and_transforms("local-dir:DIR")` loads it, and CLIP_benchmark with it.
+"""Export as a directory of open_clip, which `create_model_and_transforms("local-dir:DIR")` and CLIP_benchmark load.
 
     text tower                          in open_clip
-    pooling "last", "first"             its TextTransformer, as it is
+    pooling "last", "first"             its TextTransformer, unchanged
     "mean"; any with a masked padding   the same with one more layer, see `lit_fast.train.export.pooling_layer`
     vision tower
-    ViT, DeiT, DINOv2, CLIP             its VisionTransformer, as it is
-    SigLIP, registers, quick GELU       timm's ViT of the same shape, where timm has a name for it
+    ViT, DeiT, DINOv2, CLIP             its VisionTransformer, unchanged
+    SigLIP, registers, quick GELU       timm's ViT of the same shape, if timm has one
 
-Centring and the image head are in the last weights on the image's side. Names and formulas are those of
+Centring and the image head are folded into the last weights on the image's side. Names and formulas are those of
 open_clip/transformer.py, model.py and timm_model.py.
 
-open_clip can hide padding only together with a class token that it appends to the text ("embed_cls"). It then
-hides each position whose predecessor is padding, which is the right one if end-of-sentence pads: the first
-end-of-sentence is seen, what follows it is not, nor is the class token, which pools.
+open_clip can hide padding only together with a class token that it appends to the text ("embed_cls"). It then hides
+each position whose predecessor is padding. If end-of-sentence is also the padding, this is correct: the first
+end-of-sentence is visible, what follows it is not, and the class token, which pools, is not either.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,17 +27,17 @@ from lit_fast.inference.model import Model
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.storage.files import write_json
-from lit_fast.towers.tower import Tower
-from lit_fast.train.export.card import model_card, probability, rounding
+from lit_fast.storage.paths import join
+from lit_fast.train.export.card import probability_function, rounding_note, write_card
+from lit_fast.train.export.fold import centered_norm, image_projection, with_text_head
 from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
-from lit_fast.train.export.image_side import centered_norm
-from lit_fast.train.export.pixels import check_open_clip, open_clip_preprocess
-from lit_fast.train.export.pooling_layer import plain, with_pooling_layer
-from lit_fast.train.export.timm_names import timm_name
+from lit_fast.train.export.open_clip_timm import timm_name, timm_vision
+from lit_fast.train.export.pooling_layer import with_pooling_layer
+from lit_fast.train.export.preprocessing import check_open_clip_preprocess, open_clip_preprocess
+from lit_fast.train.export.writer import ExportOptions
+from lit_fast.weights import to_torch
 from lit_fast.weights.from_torch import BlockNames
-from lit_fast.weights.parameters import Params
-from lit_fast.weights.timm import BLOCKS as TIMM_BLOCKS
-from lit_fast.weights.to_torch import Tensors, attention, blocks, contiguous, dense, mlp, norm, patches
+from lit_fast.weights.to_torch import Tensors
 
 _BLOCKS = BlockNames(
     "transformer.resblocks.",
@@ -47,14 +46,14 @@ _BLOCKS = BlockNames(
     (("mlp.c_fc", "mlp.c_proj"),),
 )
 
-_USE = """\
+_USAGE = """\
 `pip install open_clip_torch transformers timm`, then:
 
 ```python
 import open_clip
 import torch
 
-model, _, preprocess = open_clip.create_model_and_transforms("{address}"){here}
+model, _, preprocess = open_clip.create_model_and_transforms("{address}"){comment}
 model.eval()
 tokenizer = open_clip.get_tokenizer("{address}")
 with torch.no_grad():
@@ -63,47 +62,43 @@ with torch.no_grad():
     logits = model.logit_scale.exp() * images @ texts.T{bias}  # [1, 2]; probabilities are their {probability}
 ```
 
-CLIP_benchmark evaluates it with `--model {address} --pretrained ""`. It takes class names and templates as they
-are written; `lit-fast eval` puts them in lower case and without punctuation first, as big_vision does.
+CLIP_benchmark evaluates it with `--model {address} --pretrained ""`. It uses class names and templates as they
+are written; `lit-fast eval` lower-cases them and removes their punctuation first, as big_vision does.
 """
-_TO_THE_HUB = """
+_PUSH_HINT = """
 For the Hub export it with `--push OWNER/NAME`: open_clip looks for the tokenizer in the repository that the files name.
 """
-_CLEANED = (
+_TEXT_REPAIR = (
     "open_clip's tokenizer repairs text first (ftfy: mojibake, curly quotes, HTML entities; white space), which "
     "lit_fast does not: such texts may get other ids."
 )
 _RANGE = "The text tower has one more layer, which pools, and needs float32 or bfloat16: float16 overflows (--no_amp)."
 
 
-def check(model: Model, *, nearest_pixels: bool = False) -> None:
-    """Raises UserError naming what open_clip cannot express; nothing has been written then.
-
-    Args:
-      nearest_pixels: preprocessing may differ; the card will say so.
-    """
+def check(model: Model, options: ExportOptions) -> None:
+    """Raise UserError if open_clip cannot express the model or, without `nearest_pixels`, its preprocessing."""
     pooling = model.config.pooling
     if pooling in ("max", "map"):
         raise UserError(
             f"open_clip has no text tower of text.pooling {pooling!r}; export with --format lit_fast or onnx"
         )
     check_tokenizer(model.tokenizer)
-    if not nearest_pixels:
-        check_open_clip(model.tower.preprocess)
-    tower = model.tower
-    if not _native(tower.architecture) and timm_name(tower.architecture, tower.preprocess.size) is None:
-        a = tower.architecture
+    a, preprocess = model.tower.architecture, model.tower.preprocess
+    if not options.nearest_pixels:
+        check_open_clip_preprocess(preprocess)
+    if not _is_vision_transformer(a) and timm_name(a, preprocess.size) is None:
         raise UserError(
             f"open_clip has no vision tower like this one (pooling {a.pool!r}, {a.gelu} GELU, {a.registers} registers, "
-            f"{tower.preprocess.size} pixels); export with --format lit_fast or onnx"
+            f"{preprocess.size} pixels); export with --format lit_fast or onnx"
         )
 
 
-def write(model: Model, folder: Path, *, nearest_pixels: bool = False) -> None:
-    """Write open_clip_config.json, open_clip_model.safetensors, the tokenizer's files and a card."""
+def write(model: Model, directory: str, options: ExportOptions) -> None:
+    """Write open_clip_config.json, open_clip_model.safetensors, the tokenizer's files and the card."""
     preprocess, notes = open_clip_preprocess(model.tower.preprocess)
     text_config, text = _text(model)
-    vision_config, vision = _vision(model)
+    native_vision = _is_vision_transformer(model.tower.architecture)
+    vision_config, vision = _vision_transformer(model) if native_vision else timm_vision(model)
     config: dict[str, Any] = {
         "embed_dim": model.width,
         "custom_text": True,
@@ -115,46 +110,47 @@ def write(model: Model, folder: Path, *, nearest_pixels: bool = False) -> None:
     if "b" in model.params:
         config["init_logit_bias"] = float(model.params["b"][0])
         tensors["logit_bias"] = np.asarray(model.params["b"][0])
-    tensors |= contiguous(vision, "visual.") | contiguous(text, "text.")
-    write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
-    save_file(contiguous(tensors), folder / "open_clip_model.safetensors", {"format": "pt"})
-    write_tokenizer(model.tokenizer, folder, masked=model.config.mask_padding)
-    notes += [rounding(model), _CLEANED] + ([] if _text_is_native(model) else [_RANGE])
-    card = model_card(model, _use(model), notes, library="open_clip")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    tensors |= to_torch.contiguous(vision, "visual.") | to_torch.contiguous(text, "text.")
+    write_json(join(directory, "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": preprocess})
+    save_file(tensors, join(directory, "open_clip_model.safetensors"), {"format": "pt"})
+    write_tokenizer(model.tokenizer, directory, masked=model.config.mask_padding)
+    notes += [rounding_note(model), _TEXT_REPAIR] + ([] if _has_native_pooling(model) else [_RANGE])
+    write_card(directory, model, _usage(model), notes, library="open_clip")
 
 
-def _use(model: Model) -> str:
+def _usage(model: Model) -> str:
     pushed = "/" in model.name  # OWNER/NAME
-    return _USE.format(
+    return _USAGE.format(
         address=f"{'hf-hub' if pushed else 'local-dir'}:{model.name}",
-        here="" if pushed else "  # this folder",
+        comment="" if pushed else "  # this folder",
         width=model.width,
         bias=" + model.logit_bias" if "b" in model.params else "",
-        probability=probability(model),
-    ) + ("" if pushed else _TO_THE_HUB)
+        probability=probability_function(model),
+    ) + ("" if pushed else _PUSH_HINT)
 
 
-def _text_is_native(model: Model) -> bool:
+def _has_native_pooling(model: Model) -> bool:
+    """Whether open_clip's TextTransformer pools and masks as the text tower does."""
     return model.config.pooling in ("last", "first") and not model.config.mask_padding
 
 
 def _text(model: Model) -> tuple[dict[str, Any], Tensors]:
-    """`text_cfg` and the tensors of TextTransformer."""
+    """Return `text_cfg` and the tensors of TextTransformer."""
     pooling, masked, tokenizer = model.config.pooling, model.config.mask_padding, model.tokenizer
-    txt, epsilon = plain(model.params["txt"]), EPSILON
-    if not _text_is_native(model):
+    if _has_native_pooling(model):
+        txt, epsilon = with_text_head(model.params["txt"]), EPSILON
+    else:
         txt, epsilon = with_pooling_layer(model.params["txt"], pooling, tokenizer.eos_id if masked else None)
     table, positions = txt["Embed_0"]["embedding"], txt["pos_embedding"][0]
-    width, hidden = table.shape[1], model.config.shape.mlp_dim
+    width = table.shape[1]
     config = {
         "context_length": tokenizer.max_length,
         "vocab_size": len(table),
-        "hf_tokenizer_name": model.name,  # the repository on the Hub; of a folder, any name will do
+        "hf_tokenizer_name": model.name,  # the repository on the Hub; for a local directory any name works
         "width": width,
         "heads": model.config.shape.heads,
         "layers": len(txt["Encoder_0"]["encoderblock"]["LayerNorm_0"]["scale"]),
-        "mlp_ratio": _ratio(hidden, width),
+        "mlp_ratio": _mlp_ratio(model.config.shape.mlp_dim, width),
         "no_causal_mask": True,
         "pool_type": "first" if pooling == "first" else "last",
         "proj_bias": True,
@@ -167,111 +163,47 @@ def _text(model: Model) -> tuple[dict[str, Any], Tensors]:
         tensors["cls_emb"] = np.zeros(width, np.float32)
         positions = np.pad(positions, ((0, 1), (0, 0)))
     tensors["positional_embedding"] = positions
-    tensors |= _transformer(txt["Encoder_0"]["encoderblock"])
-    tensors |= norm("ln_final", txt["Encoder_0"]["encoder_norm"]) | dense("text_projection", txt["head"])
-    return config, tensors
+    tensors |= to_torch.blocks(_BLOCKS, txt["Encoder_0"]["encoderblock"])
+    tensors |= to_torch.norm("ln_final", txt["Encoder_0"]["encoder_norm"])
+    return config, tensors | to_torch.dense("text_projection", txt["head"])
 
 
-def _transformer(block: Params) -> Tensors:
-    tensors = blocks(_BLOCKS, block)
-    return {name.replace("in_proj.", "in_proj_"): tensor for name, tensor in tensors.items()}
+def _mlp_ratio(mlp_dim: int, width: int) -> float:
+    """Return the ratio for which `int(width * ratio)`, as open_clip computes it, is `mlp_dim`."""
+    ratio = mlp_dim / width
+    return ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """What times `width` is `hidden`, when it is cut to a whole number."""
-    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
-
-
-def _native(a: Architecture) -> bool:
+def _is_vision_transformer(a: Architecture) -> bool:
     """Whether open_clip's own VisionTransformer can compute a tower."""
-    plain_tokens = a.class_token and not a.registers
-    return plain_tokens and a.pool in ("tok", "gap", "projection") and a.gelu in ("exact", "tanh")
+    known_tokens = a.class_token and not a.registers
+    return known_tokens and a.pool in ("tok", "gap", "projection") and a.gelu in ("exact", "tanh")
 
 
-def _vision(model: Model) -> tuple[dict[str, Any], Tensors]:
-    """`vision_cfg` and the tensors of VisionTransformer or of timm's ViT."""
-    tower = model.tower
-    head = np.eye(model.width, dtype=np.float32)
-    if "img" in model.params:
-        head = model.params["img"]["head"]["kernel"]
-    if _native(tower.architecture):
-        return _vision_transformer(tower, model.params["mean"], head)
-    return _timm(tower, model.params["mean"], head)
-
-
-def _vision_transformer(tower: Tower, mean: np.ndarray, head: np.ndarray) -> tuple[dict[str, Any], Tensors]:
-    a, params = tower.architecture, tower.params
-    if a.pool == "projection":
-        head = params["projection"]["kernel"] @ head
+def _vision_transformer(model: Model) -> tuple[dict[str, Any], Tensors]:
+    """Return `vision_cfg` and the tensors of VisionTransformer."""
+    tower, a, params = model.tower, model.tower.architecture, model.tower.params
     config: dict[str, Any] = {
         "image_size": tower.preprocess.size,
         "patch_size": a.patch,
         "width": a.shape.width,
         "layers": a.shape.depth,
         "head_width": a.shape.width // a.shape.heads,
-        "mlp_ratio": _ratio(a.shape.mlp_dim, a.shape.width),
+        "mlp_ratio": _mlp_ratio(a.shape.mlp_dim, a.shape.width),
         "no_ln_pre": not a.pre_norm,
         "pool_type": "avg" if a.pool == "gap" else "tok",
         "final_ln_after_pool": a.norm_after_pool,
         "norm_kwargs": {"eps": a.epsilon},
         "act_kwargs": {"approximate": "tanh" if a.gelu == "tanh" else "none"},
     }
-    # The convolution has no bias, the class token no position of its own.
+    # The convolution has no bias, and the class token has no position of its own in the parameters.
     positions = params["pos_embedding"][0] + params["embedding"]["bias"]
-    tensors = patches("conv1", params["embedding"]) | {
+    tensors = to_torch.embedding("conv1", params["embedding"]) | {
         "class_embedding": params["cls"][0, 0],
         "positional_embedding": np.pad(positions, ((1, 0), (0, 0))),
-        "proj": head,
+        "proj": image_projection(model),
     }
     if a.pre_norm:
-        tensors |= norm("ln_pre", params["pre_norm"])
-    tensors |= _transformer(params["Transformer"]["encoderblock"])
-    return config, tensors | norm("ln_post", centered_norm(tower, mean))
-
-
-def _timm(tower: Tower, mean: np.ndarray, head: np.ndarray) -> tuple[dict[str, Any], Tensors]:
-    a, params = tower.architecture, tower.params
-    config = {
-        "image_size": tower.preprocess.size,
-        "timm_model_name": timm_name(a, tower.preprocess.size),
-        "timm_pool": "",  # the model's own
-        "timm_proj": "linear",
-        "timm_proj_bias": True,
-    }
-    shift = np.asarray(mean, np.float64) @ head
-    if a.pool == "projection":
-        head = params["projection"]["kernel"] @ head
-    tensors = patches("trunk.patch_embed.proj", params["embedding"])
-    positions = params["pos_embedding"]
-    if a.pre_norm:  # and then no bias
-        positions = positions + params["embedding"]["bias"]
-        tensors |= norm("trunk.norm_pre", params["pre_norm"])
-    else:
-        tensors["trunk.patch_embed.proj.bias"] = params["embedding"]["bias"]
-    if a.class_token:
-        tensors["trunk.cls_token"] = params["cls"]
-    if a.registers:
-        tensors["trunk.reg_token"] = params["registers"]
-        for i in range(a.shape.depth):  # LayerScale is a part of the layers before it
-            for name in TIMM_BLOCKS.scales[0]:
-                tensors[f"trunk.{TIMM_BLOCKS.block}{i}.{name}"] = np.ones(a.shape.width)
-    elif a.class_token:
-        positions = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
-    tensors["trunk.pos_embed"] = positions
-    names = TIMM_BLOCKS._replace(block=f"trunk.{TIMM_BLOCKS.block}")
-    tensors |= blocks(names, params["Transformer"]["encoderblock"])
-    tensors |= norm("trunk.norm", params["Transformer"]["encoder_norm"])
-    if a.pool == "map":
-        tensors |= _timm_map_head(params["MAPHead_0"])
-    return config, tensors | dense("head.proj", {"kernel": head, "bias": -shift})
-
-
-def _timm_map_head(head: Params) -> Tensors:
-    start = "trunk.attn_pool."
-    parts = (f"{start}q", f"{start}k", f"{start}v", f"{start}proj")
-    tensors = attention(parts, head["MultiHeadDotProductAttention_0"])
-    for kind in ("weight", "bias"):
-        pair = [tensors.pop(f"{part}.{kind}") for part in parts[1:3]]
-        tensors[f"{start}kv.{kind}"] = np.concatenate(pair)
-    tensors |= {f"{start}latent": head["probe"]} | norm(f"{start}norm", head["LayerNorm_0"])
-    return tensors | mlp((f"{start}mlp.fc1", f"{start}mlp.fc2"), head["MlpBlock_0"])
+        tensors |= to_torch.norm("ln_pre", params["pre_norm"])
+    tensors |= to_torch.blocks(_BLOCKS, params["Transformer"]["encoderblock"])
+    return config, tensors | to_torch.norm("ln_post", centered_norm(tower, model.params["mean"]))

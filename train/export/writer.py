@@ -1,123 +1,99 @@
-"""An exported folder that is whole or absent: written beside its place and then renamed."""
+"""The export formats, the interface that each implements, and the directory that it fills.
+
+To add a format, write a module with the two functions of `ExportFormat` and add it to `FORMATS`.
+"""
 
 from __future__ import annotations
 
 import importlib
-import os
-import re
-import shutil
-import tempfile
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from safetensors import SafetensorError
 
 from lit_fast.errors import UserError
-from lit_fast.inference.model import Model
+from lit_fast.storage.files import (
+    directory_size,
+    exists,
+    is_directory,
+    list_names,
+    replacing_directory,
+)
+from lit_fast.storage.paths import name, parent
+from lit_fast.utils.output import result
+
+if TYPE_CHECKING:  # `lit-fast export --help` reads the table without importing JAX
+    from lit_fast.inference.model import Model
 
 
-def check_folder(out: Path) -> None:
-    """Raises UserError unless `out` is a directory that can be made, or an empty one."""
-    if out.is_dir():
-        if any(out.iterdir()):
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options that only some formats accept, see `FORMATS`."""
+
+    vision: bool = False  # export the vision tower too
+    classes: str | None = None  # file of class names, one a line
+    templates: str | None = None  # file of prompt templates, one a line, with "{c}" for the class name
+    nearest_pixels: bool = False  # accept a preprocessing that differs from the tower's
+
+
+class ExportFormat(Protocol):
+    """The functions that the module of a format defines."""
+
+    def check(self, model: Model, options: ExportOptions) -> None:
+        """Raise UserError, before anything is written, if the format cannot express the model."""
+
+    def write(self, model: Model, directory: str, options: ExportOptions) -> None:
+        """Write the model's files and its card into an empty local directory."""
+
+
+class FormatEntry(NamedTuple):
+    """The module of a format and the fields of `ExportOptions` that it accepts."""
+
+    module: str
+    options: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "lit_fast": FormatEntry("lit_fast.train.export.native"),
+    "big_vision": FormatEntry("lit_fast.train.export.big_vision"),
+    "open_clip": FormatEntry("lit_fast.train.export.open_clip", ("nearest_pixels",)),
+    "transformers": FormatEntry("lit_fast.train.export.transformers"),
+    "onnx": FormatEntry("lit_fast.train.export.onnx", ("vision", "classes", "templates")),
+}
+
+
+def check_options(format_name: str, options: ExportOptions) -> None:
+    """Raise UserError if an option is set that the format does not accept."""
+    for owner, entry in FORMATS.items():
+        for option in entry.options:
+            if getattr(options, option) and owner != format_name:
+                raise UserError(
+                    f"--{option.replace('_', '-')} is for --format {owner}; leave it out or change --format"
+                )
+
+
+def check_directory(out: str) -> None:
+    """Raise UserError unless `out` is absent or an empty directory."""
+    if is_directory(out):
+        if list_names(out):
             raise UserError(f"--out {out} is not empty; name a new directory")
-    elif out.exists() or out.is_symlink():
-        raise UserError(f"--out {out} is not a directory")
+    elif exists(out) or name(out) in list_names(parent(out)):  # the second: a link to nothing
+        raise UserError(f"--out {out} is not a directory; name a new one")
 
 
-def write_folder(module: str, model: Model, out: Path, options: dict[str, Any]) -> None:
-    """Write a model into the directory `out`, which appears when all is written.
-
-    Args:
-      module: name of the format's module, with `check` and `write`.
-      options: of both functions.
+def write_directory(format_name: str, model: Model, out: str, options: ExportOptions) -> None:
+    """Write a model into the directory `out`, which appears when all files are complete.
 
     Raises:
       UserError: the format cannot express the model, or the directory cannot be written.
     """
-    writer = importlib.import_module(module)
-    writer.check(model, **options)
-    place, mask = out.resolve(), _umask()
+    exporter = cast(ExportFormat, importlib.import_module(FORMATS[format_name].module))
+    exporter.check(model, options)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
-    try:
-        writer.write(model, temporary, **options)
-        for path in (temporary, *temporary.rglob("*")):  # mkdtemp and safetensors write for the owner alone
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-            _to_disk(path)
-        os.rename(temporary, place)
-        _to_disk(place.parent)
-    except (OSError, SafetensorError) as error:  # the second is the package's only name for a full disk
+        with replacing_directory(out) as temporary:
+            exporter.write(model, temporary, options)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--out {out} cannot be written: {reason}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-    names = ", ".join(sorted(file.name for file in place.iterdir()))
-    print(f"exported step {model.step} to {out}: {size / 1e6:,.1f} MB in {names}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# Upload of an exported folder to the Hugging Face Hub, with its own package.
-
-
-def check_push(name: str) -> None:
-    """Raises UserError where nothing could be uploaded: no such name, no package, no token."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", name, re.ASCII):
-        raise UserError(f"--push {name} is not of the form OWNER/NAME")
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise UserError(
-            '--push needs huggingface_hub; install it with: pip install "lit-fast[hub]"'
-        ) from None
-    if not hub.get_token():
-        raise UserError(
-            "--push needs a token of the Hugging Face Hub; log in with: hf auth login, or set HF_TOKEN"
-        )
-
-
-def push(folder: Path, name: str, public: bool) -> None:
-    """Upload a folder to the repository `name`, which is made if need be.
-
-    Args:
-      folder: whole, as `write_folder` leaves it.
-      name: OWNER/NAME.
-      public: without it the repository is private, and one that is not is refused.
-
-    Raises:
-      UserError: the Hub cannot be reached or refuses; the folder stays.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(library_name="lit_fast")
-    try:
-        api.create_repo(name, private=not public, exist_ok=True)
-        if not public and not api.repo_info(name).private:
-            raise UserError(f"the repository {name} is public; say --public, or name another")
-        address = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by lit_fast")
-    except UserError as error:
-        raise UserError(f"{folder} is written but was not uploaded: {error}") from None
-    except Exception as error:  # of the package, of its HTTP client and of its uploader
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        again = f"hf upload {name} {folder}{'' if public else ' --private'}"
-        raise UserError(
-            f"{folder} is written but was not uploaded: {reason}; upload it with: {again}"
-        ) from None
-    print(f"uploaded to {address}")
+    size, names = directory_size(out), ", ".join(list_names(out))
+    result(f"exported step {model.step} to {out}: {size / 1e6:,.1f} MB in {names}")

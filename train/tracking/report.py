@@ -1,62 +1,59 @@
-"""A run as one HTML page: its figures, its curves, its receipt."""
+"""A run as one HTML page: figures, curves, receipt and configuration."""
 
 from __future__ import annotations
 
-import html
+import os
 import re
-from pathlib import Path
 from typing import Any
 
-from lit_fast.report.charts import TITLES, Series, panel, title
-from lit_fast.report.html import document, section, table
-from lit_fast.runs.metrics import Lines, curve, names, read_metrics
-from lit_fast.storage.files import read_object, write_atomic
-from lit_fast.utils.progress import duration
+from lit_fast.report.charts import TITLES, Panel, Series, panel, title
+from lit_fast.report.page import Table, percent, render
+from lit_fast.runs.metrics import Lines, curve, metric_names, read_metrics
+from lit_fast.storage.files import read_bytes, read_object, write_atomic
+from lit_fast.storage.paths import absolute, join, name
+from lit_fast.utils.format import format_duration
 
 _SPREAD = re.compile(r"(.+)_(min|mean|max)")
-# Said in the receipt, or another way round by a figure that has a chart.
-_NOT_DRAWN = ("elapsed_seconds", "chip_hours", "seconds_per_step")
+# In the receipt already, or the inverse of a metric that has a chart.
+_NO_CHART = ("elapsed_seconds", "chip_hours", "seconds_per_step")
 
 
-def write_report(run: Path) -> None:
-    """Write `report.html` from the receipt, the metrics and the configuration in the directory."""
-    receipt = read_object(run / "receipt.json", "status", "evaluation")
-    lines = read_metrics(run / "metrics.jsonl")
-    evaluation, training = _evaluation_charts(lines), _training_charts(lines)
-    done = (
-        f"{receipt['steps_done']:,} of {receipt['steps']:,} steps in {duration(receipt['elapsed_seconds'])}"
+def write_report(run: str | os.PathLike[str]) -> None:
+    """Write `report.html` from the receipt, the metrics and the configuration in a run's directory."""
+    receipt = read_object(join(run, "receipt.json"), "status", "evaluation")
+    lines = read_metrics(join(run, "metrics.jsonl"))
+    duration = format_duration(receipt["elapsed_seconds"])
+    page = render(
+        "run.html",
+        title=name(absolute(run)),
+        summary=f"{receipt['status']}: {receipt['steps_done']:,} of {receipt['steps']:,} steps in {duration}, "
+        f"{receipt['pairs_seen']:,} pairs",
+        figures=_figures(receipt["evaluation"]),
+        evaluation=_evaluation_charts(lines),
+        training=_training_charts(lines),
+        receipt=Table((), _receipt_rows(receipt)),
+        config=read_bytes(join(run, "config.toml")).decode(),
     )
-    parts = [
-        f"<header><h1>{html.escape(run.resolve().name)}</h1>"
-        f"<p>{html.escape(receipt['status'])}: {done}, {receipt['pairs_seen']:,} pairs</p></header>"
-    ]
-    if evaluation:
-        parts.append(section("Evaluation", _figures(receipt["evaluation"])))
-        parts.append(f'<section class="pair">{evaluation}</section>')
-    parts += [
-        f'<section class="pair">{training}</section>',
-        section("Receipt", table((), _receipt_rows(receipt)), "As in receipt.json."),
-        section("Configuration", f"<pre>{html.escape((run / 'config.toml').read_text())}</pre>"),
-    ]
-    write_atomic(run / "report.html", document(run.resolve().name, parts).encode())
+    write_atomic(join(run, "report.html"), page.encode())
 
 
-def _training_charts(lines: Lines) -> str:
-    recorded = [n for n in names(lines) if "/" not in n and n not in _NOT_DRAWN and curve(lines, n)]
-    spreads = dict.fromkeys(found[1] for n in recorded if (found := _SPREAD.fullmatch(n)))
+def _training_charts(lines: Lines) -> list[Panel]:
+    """Draw a chart per metric, and one for the minimum, mean and maximum of a metric."""
+    recorded = [n for n in metric_names(lines) if "/" not in n and n not in _NO_CHART and curve(lines, n)]
+    spreads = dict.fromkeys(match[1] for n in recorded if (match := _SPREAD.fullmatch(n)))
     single = [n for n in recorded if not _SPREAD.fullmatch(n)]
-    order = {name: place for place, name in enumerate(TITLES)}
+    order = {name: i for i, name in enumerate(TITLES)}
     single.sort(key=lambda n: order.get(n, len(order)))
-    panels = [panel(title(name), name, [Series(name, curve(lines, name))]) for name in single]
+    panels = [panel(title(n), n, [Series(n, curve(lines, n))]) for n in single]
     for stem in spreads:
         series = [Series(end, curve(lines, f"{stem}_{end}")) for end in ("max", "mean", "min")]
         panels.append(panel(title(stem), stem, series))
-    return "".join(panels)
+    return panels
 
 
-def _evaluation_charts(lines: Lines) -> str:
-    """Per evaluated dataset one chart against steps and one against hours."""
-    figures = [n for n in names(lines) if "/" in n]
+def _evaluation_charts(lines: Lines) -> list[Panel]:
+    """Draw two charts per evaluated dataset, one against steps and one against hours."""
+    figures = [n for n in metric_names(lines) if "/" in n]
     panels = []
     for dataset in dict.fromkeys(n.rpartition("/")[0] for n in figures):
         own = [n for n in figures if n.rpartition("/")[0] == dataset]
@@ -64,36 +61,32 @@ def _evaluation_charts(lines: Lines) -> str:
             series = [Series(n.rpartition("/")[2], curve(lines, n, hours=hours)) for n in own]
             heading = f"{dataset if len(own) > 1 else own[0]}, against {'hours' if hours else 'steps'}"
             panels.append(panel(heading, own[0], series, hours=hours))
-    return "".join(panels)
+    return panels
 
 
-def _figures(evaluation: dict[str, Any]) -> str:
-    final = evaluation["final"]["figures"]
+def _figures(evaluation: dict[str, Any]) -> Table:
+    final = evaluation["final"]["figures"] if evaluation["final"] else {}
     rows = [
-        (name, f"{100 * final[name]:.1f} %" if name in final else "", f"{100 * found['value']:.1f} %",
-         f"{found['step']:,}")
-        for name, found in evaluation["best"].items()
-    ]  # fmt: skip
-    return table(("figure", "final", "best", "at step"), rows)
+        (n, percent(final[n]) if n in final else "", percent(best["value"]), f"{best['step']:,}")
+        for n, best in evaluation["best"].items()
+    ]
+    return Table(("figure", "final", "best", "at step"), rows)
 
 
 def _receipt_rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
-    hardware = receipt["hardware"]
+    hardware, memory = receipt["hardware"], receipt["memory"]
+    needed = f"{memory['bytes'] / 2**30:.2f} of {memory['limit_bytes'] / 2**30:.2f}, by {memory['bytes_by']}"
     rows = [
         ("status", receipt["status"]),
         ("steps", f"{receipt['steps_done']:,} of {receipt['steps']:,}"),
         ("pairs seen", f"{receipt['pairs_seen']:,}"),
-        ("time, all parts of the run", duration(receipt["elapsed_seconds"])),
+        ("time, all parts of the run", format_duration(receipt["elapsed_seconds"])),
         ("chip-hours", f"{receipt['chip_hours']:,.2f}"),
-    ]
-    memory = receipt["memory"]
-    room = f"{memory['bytes'] / 2**30:.2f} of {memory['limit_bytes'] / 2**30:.2f}, by {memory['bytes_by']}"
-    rows += [
         ("text.keep, in use", memory["keep"]),
         ("text.microbatches, in use", str(memory["parts"])),
-        ("needed memory of a device, GiB", room),
+        ("needed memory of a device, GiB", needed),
     ]
-    for name, label, scale, form in (
+    for key, label, scale, form in (
         ("pairs_per_second", "pairs per second", 1, ",.0f"),
         ("seconds_per_step", "seconds per step", 1, ".4g"),
         ("mfu", "MFU, %", 100, ".1f"),
@@ -101,13 +94,13 @@ def _receipt_rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
         ("peak_device_memory_bytes", "peak memory of a device, GiB", 2**-30, ".2f"),
         ("peak_process_memory_bytes", "peak memory of the process, GiB", 2**-30, ".2f"),
     ):
-        if name in receipt:
-            rows.append((label, format(scale * receipt[name], form)))
+        if key in receipt:
+            rows.append((label, format(scale * receipt[key], form)))
     rows += [
         ("devices", f"{hardware['devices']} x {hardware['device_kind']}"),
         ("processes", f"{hardware['processes']:,}"),
         ("host", f"{hardware['host_cpu']}, {hardware['host_cores']} cores"),
-        *((f"version of {name}", number) for name, number in receipt["versions"].items()),
-        *((f"identity of the {name}", str(digest)) for name, digest in receipt["digests"].items()),
     ]
+    rows += [(f"version of {package}", version) for package, version in receipt["versions"].items()]
+    rows += [(f"identity of the {part}", str(digest)) for part, digest in receipt["digests"].items()]
     return rows

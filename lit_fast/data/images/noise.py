@@ -1,4 +1,4 @@
-"""Images of uniform random noise, which need no file: `noise:1024` is 1024 of them."""
+"""Images of uniform random noise: the source `noise:1024` is 1024 of them, without a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from lit_fast.utils.permutation import random_words
 
-SIDE = 224  # pixels, where no tower says how many it wants
+DEFAULT_SIZE = 224  # pixels
 
 
 def is_noise(path: str) -> bool:
@@ -18,10 +18,10 @@ def is_noise(path: str) -> bool:
     return re.fullmatch(r"noise:\d+", path, re.ASCII) is not None
 
 
-def noise_image(number: int, side: int) -> bytes:
-    """Picture `number` as a BMP of `side` x `side` pixels; equal on every machine."""
-    words = random_words(-(-side * side * 3 // 8), number).astype("<u8")
-    pixels = words.view(np.uint8)[: side * side * 3].reshape(side, side, 3)
+def noise_image(number: int, size: int) -> bytes:
+    """Return image `number` as a BMP file of `size` x `size` pixels, identical on every machine."""
+    words = random_words(-(-size * size * 3 // 8), number).astype("<u8")
+    pixels = words.view(np.uint8)[: size * size * 3].reshape(size, size, 3)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "BMP")
     return file.getvalue()

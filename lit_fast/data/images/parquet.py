@@ -1,4 +1,4 @@
-"""Images in parquet files, by row group and row."""
+"""Images in a column of a parquet file, by row group and row."""
 
 from __future__ import annotations
 
@@ -7,69 +7,79 @@ from collections import OrderedDict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.decode import ImageError
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, first_line
+from lit_fast.storage.read import open_binary
 
-MAX_ROW_GROUP = 4 << 30  # decoded bytes, as the file says; a row group is read as a whole
+MAX_ROW_GROUP = 4 << 30  # decoded bytes according to the file; a row group is read as a whole
+_CACHE_BYTES = 1 << 30  # of decoded row groups; the one in use may be larger
 
-# What pyarrow raises for damaged files.
+# The exceptions of pyarrow for damaged files.
 ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
 
 
 def check_row_group(path: str, parquet: pq.ParquetFile, group: int) -> None:
-    """Refuse row groups that no memory holds.
+    """Refuse a row group that does not fit in memory.
 
-    The sizes of single columns are not asked for: in a damaged file pyarrow ends the process over them.
+    The sizes of single columns are not read: in a damaged file pyarrow ends the process over them.
 
     Raises:
-      UserError: a row group has more than 4 GiB.
+      UserError: the row group has more than 4 GiB.
     """
     size = parquet.metadata.row_group(group).total_byte_size
     if size > MAX_ROW_GROUP:
         raise UserError(
-            f"{path} has {size} bytes in row group {group}, which is read as a whole; write it anew with smaller "
+            f"{path} has {size} bytes in row group {group}, which is read as a whole; write the file with smaller "
             f"row groups"
         )
 
 
-_CACHE_BYTES = 1 << 30  # decoded row groups; the one in use may be larger
+class ParquetImages:
+    """Reads images from parquet files, with a cache of decoded row groups.
 
-
-class _RowGroups:
-    """Decoded row groups of parquet files: each is read by one thread while others wait for it."""
+    A row group is read by one thread while the others that need it wait.
+    """
 
     def __init__(self) -> None:
-        self._columns: OrderedDict[tuple[str, int], _RowGroup] = OrderedDict()
+        self._row_groups: OrderedDict[tuple[str, int], _RowGroup] = OrderedDict()
         self._lock = threading.Lock()
 
-    def image(self, source: Source, group: int, row: int) -> bytes:
-        place = (source.path, group)
+    def read(self, source: Source, *, group: int, row: int) -> bytes:
+        """Return the image in `row` of a row group.
+
+        Raises:
+          UserError: the file is damaged or shorter than when it was indexed.
+          ImageError: the row has no image.
+        """
+        key = (source.path, group)
         with self._lock:
-            entry = self._columns.setdefault(place, _RowGroup())
-            self._columns.move_to_end(place)
+            entry = self._row_groups.setdefault(key, _RowGroup())
+            self._row_groups.move_to_end(key)
         with entry.lock:
             if entry.column is None:
-                entry.column = _read_row_group(source, group)
-                self._shrink()
+                entry.column = _read_column(source, group)
+                self._evict()
             column = entry.column
         if row >= len(column):
-            raise UserError(f"{source.path} has become shorter since it was indexed; restore it")
+            raise UserError(f"{source.path} is shorter than when it was indexed; restore it")
         value = column[row].as_py()
         if not value:
             raise ImageError("no image in the row")
         return bytes(value)
 
-    def _shrink(self) -> None:
+    def _evict(self) -> None:
+        """Drop the least recently used row groups beyond the limit, except the last one."""
         with self._lock:
-            held = {place: e.column.nbytes for place, e in self._columns.items() if e.column is not None}
-            total = sum(held.values())
-            for place, size in list(held.items())[:-1]:
+            sizes = {key: e.column.nbytes for key, e in self._row_groups.items() if e.column is not None}
+            total = sum(sizes.values())
+            for key, size in list(sizes.items())[:-1]:
                 if total <= _CACHE_BYTES:
                     break
-                del self._columns[place]
+                del self._row_groups[key]
                 total -= size
 
 
@@ -81,22 +91,16 @@ class _RowGroup:
         self.column: Any = None  # pyarrow.ChunkedArray of bytes
 
 
-def _read_row_group(source: Source, group: int) -> Any:
-    import pyarrow.parquet as pq
-
-    from lit_fast.data.images.parquet import ERRORS, check_row_group
-    from lit_fast.storage.read import open_binary
-
+def _read_column(source: Source, group: int) -> Any:
     with open_binary(source.path) as file:
         try:
             parquet = pq.ParquetFile(file)
             check_row_group(source.path, parquet, group)
             column = parquet.read_row_group(group, columns=[source.image], use_threads=False).column(0)
             if source.image not in parquet.schema_arrow.names:  # a field of a struct
-                import pyarrow.compute as pc
-
                 column = pc.struct_field(column, 0)
             return column
         except ERRORS as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"{source.path} is damaged in row group {group} ({reason}); restore it") from None
+            raise UserError(
+                f"{source.path} is damaged in row group {group} ({first_line(error)}); restore it"
+            ) from None

@@ -1,164 +1,127 @@
-"""Parses `tf.train.Example`, the protocol buffer in which TensorFlow Datasets stores a row.
-
-    message Example   { Features features = 1; }
-    message Features  { map<string, Feature> feature = 1; }
-    message Feature   { oneof { BytesList bytes_list = 1; FloatList float_list = 2; Int64List int64_list = 3; } }
-
-each list with one repeated field `value = 1` (tensorflow/core/example/example.proto, feature.proto). Wire
-format: protobuf.dev, "Encoding". Floats are passed over.
-"""
+"""Images in array_record files of `tf.train.Example`, as TensorFlow Datasets writes them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from functools import cache, lru_cache
+from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.decode import ImageError
 from lit_fast.errors import UserError
-from lit_fast.storage import remote
+from lit_fast.storage.files import local_path
+from lit_fast.storage.paths import is_url
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_OPEN_FILES = 256
 
-
-class ExampleError(ValueError):
-    """Bytes that are no Example; the message says why."""
-
-
-def parse_example(record: bytes) -> dict[str, list[bytes] | list[int]]:
-    """Name -> values of every feature of bytes or integers; of floats and empty ones, [].
-
-    Raises:
-      ExampleError: the record is something else, or its lengths lie.
-    """
-    features: dict[str, list[bytes] | list[int]] = {}
-    for number, wire, value in _fields(memoryview(record)):
-        if number == 1 and wire == _BYTES:
-            for inner, kind, entry in _fields(value):
-                if inner == 1 and kind == _BYTES:
-                    name, values = _entry(entry)
-                    features[name] = values
-    return features
-
-
-def _entry(entry: memoryview) -> tuple[str, list[bytes] | list[int]]:
-    name = ""
-    values: list[bytes] | list[int] = []
-    for number, wire, value in _fields(entry):
-        if wire != _BYTES:
-            continue
-        if number == 1:
-            name = bytes(value).decode("utf-8", "replace")
-        elif number == 2:
-            values = _feature(value)
-    return name, values
-
-
-def _feature(feature: memoryview) -> list[bytes] | list[int]:
-    values: list[bytes] | list[int] = []
-    for number, wire, value in _fields(feature):
-        if wire == _BYTES and number == 1:
-            values = [bytes(v) for n, w, v in _fields(value) if n == 1 and w == _BYTES]
-        elif wire == _BYTES and number == 3:
-            values = list(_integers(value))
-    return values
-
-
-def _integers(data: memoryview) -> Iterator[int]:
-    """Packed, as every writer of today does, or one by one."""
-    for number, wire, value in _fields(data):
-        if number != 1:
-            continue
-        if wire == _VARINT:
-            yield _signed(int.from_bytes(value, "little"))
-        elif wire == _BYTES:
-            place = 0
-            while place < len(value):
-                integer, place = _varint(value, place)
-                yield _signed(integer)
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int, memoryview]]:
-    """Field number, wire type and content (of a varint: 8 bytes little-endian)."""
-    place = 0
-    while place < len(data):
-        tag, place = _varint(data, place)
-        wire = tag & 7
-        if wire == _VARINT:
-            integer, place = _varint(data, place)
-            yield tag >> 3, wire, memoryview(integer.to_bytes(8, "little"))
-            continue
-        if wire == _BYTES:
-            size, place = _varint(data, place)
-        elif wire in (_FIXED64, _FIXED32):
-            size = 8 if wire == _FIXED64 else 4
-        else:
-            raise ExampleError(f"wire type {wire}")
-        if size > len(data) - place:
-            raise ExampleError("a field is longer than the record")
-        yield tag >> 3, wire, data[place : place + size]
-        place += size
-
-
-def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if place >= len(data):
-            raise ExampleError("the record ends within a number")
-        byte = data[place]
-        place += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value & (1 << 64) - 1, place
-        if shift >= 70:
-            raise ExampleError("a number has more than ten bytes")
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
+# The exceptions of array_record for damaged files.
 ERRORS = (ValueError, RuntimeError, IndexError, OverflowError, MemoryError)
 
 
+class ExampleError(ValueError):
+    """A record that is not a `tf.train.Example`; the message is the reason."""
+
+
+def parse_example(record: bytes) -> dict[str, list[bytes] | list[int]]:
+    """Return the values of every feature of bytes or integers by name; [] for floats and empty features.
+
+    Raises:
+      ExampleError: the record is damaged or something else.
+    """
+    example = _example_class()()
+    try:
+        example.ParseFromString(record)
+    except DecodeError:
+        raise ExampleError("it cannot be parsed") from None
+    features = example.features.feature
+    return {
+        name: [*feature.bytes_list.value, *feature.int64_list.value] for name, feature in features.items()
+    }
+
+
+@cache
+def _example_class() -> Any:
+    """Return the message class of tensorflow/core/example/{example,feature}.proto, without the lists of floats.
+
+    message Example  { Features features = 1; }
+    message Features { map<string, Feature> feature = 1; }
+    message Feature  { oneof kind { BytesList bytes_list = 1; FloatList float_list = 2; Int64List int64_list = 3; } }
+    """
+    types = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="lit_fast", syntax="proto3")
+
+    def add_field(message: Any, name: str, number: int, kind: int | str, *, repeated: bool = False) -> Any:
+        label = types.LABEL_REPEATED if repeated else types.LABEL_OPTIONAL
+        if isinstance(kind, str):
+            return message.field.add(
+                name=name, number=number, label=label, type=types.TYPE_MESSAGE, type_name=f".lit_fast.{kind}"
+            )
+        return message.field.add(name=name, number=number, label=label, type=kind)
+
+    add_field(file.message_type.add(name="BytesList"), "value", 1, types.TYPE_BYTES, repeated=True)
+    add_field(file.message_type.add(name="Int64List"), "value", 1, types.TYPE_INT64, repeated=True)
+    feature = file.message_type.add(name="Feature")
+    feature.oneof_decl.add(name="kind")
+    add_field(feature, "bytes_list", 1, "BytesList").oneof_index = 0
+    add_field(feature, "int64_list", 3, "Int64List").oneof_index = 0
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    add_field(entry, "key", 1, types.TYPE_STRING)
+    add_field(entry, "value", 2, "Feature")
+    add_field(features, "feature", 1, "Features.FeatureEntry", repeated=True)
+    add_field(file.message_type.add(name="Example"), "features", 1, "Features")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("lit_fast.Example"))
+
+
 def open_records(path: str) -> ArrayRecordReader:
-    """A reader for records in any order.
+    """Open an array_record file for reading records in any order.
 
     Raises:
       UserError: the file is remote.
-      ValueError, RuntimeError: it is no array_record file.
+      ValueError, RuntimeError: it is not an array_record file.
     """
-    if remote.is_remote(path):
+    if is_url(path):
         raise UserError(f"{path}: array_record files are read from a local disk only; copy it first")
-    return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+    return ArrayRecordReader(local_path(path), "readahead_buffer_size:0,max_parallelism:0")
 
 
-class _Records:
-    """An array_record file of Examples; its reader takes one thread at a time."""
+class ExampleImages:
+    """Reads images from array_record files; keeps the most recently used files open."""
 
-    def __init__(self, path: str) -> None:
-        from lit_fast.data.images.tf_examples import ERRORS, open_records
+    def __init__(self) -> None:
+        self._open = lru_cache(maxsize=_OPEN_FILES)(_RecordFile)
 
-        self._lock = threading.Lock()
+    def read(self, source: Source, *, record: int) -> bytes:
+        """Return the image in feature `source.image` of a record.
+
+        Raises:
+          UserError: the file is damaged.
+          ImageError: the record has no image.
+        """
         try:
-            self._reader = open_records(path)
-        except ERRORS as error:
-            raise UserError(f"{path} is damaged: {error}; restore it") from None
-
-    def image(self, source: Source, number: int) -> bytes:
-        from lit_fast.data.images.tf_examples import ERRORS, ExampleError, parse_example
-
-        try:
-            with self._lock:
-                record = bytes(self._reader.read(number, number + 1)[0])
-            found = parse_example(record).get(source.image)
+            values = parse_example(self._open(source.path).read(record)).get(source.image)
         except ExampleError as error:
             raise ImageError(f"not a tf.train.Example ({error})") from None
         except ERRORS as error:
-            raise UserError(f"{source.path} is damaged at record {number}: {error}; restore it") from None
-        if not found or not isinstance(found[0], bytes):
+            raise UserError(f"{source.path} is damaged at record {record}: {error}; restore it") from None
+        if not values or not isinstance(values[0], bytes):
             raise ImageError(f"no image in {source.image}")
-        return found[0]
+        return values[0]
+
+
+class _RecordFile:
+    """An open array_record file; its reader serves one thread at a time."""
+
+    def __init__(self, path: str) -> None:
+        self._reader, self._lock = open_records(path), threading.Lock()
+
+    def read(self, record: int) -> bytes:
+        with self._lock:
+            return bytes(self._reader.read(record, record + 1)[0])

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, Source, open_dataset
-from lit_fast.data.images.reader import picture_reader
+from lit_fast.data.dataset import Dataset, Source, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
+from lit_fast.data.images.reader import ImageReader
 from tests.helpers import samples, write_tar
 
 
@@ -24,7 +25,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 def test_the_image_files_of_the_rows(dataset: Dataset) -> None:
     files = {name.removesuffix(".jpg"): data for name, data in samples(6) if name.endswith(".jpg")}
-    read = picture_reader(dataset)
+    read = ImageReader(dataset).read_or_none
     keys = [key for block in dataset.iter_blocks() for key in block.keys]
     assert [read(row) for row in range(6)] == [files[key] for key in keys]
 
@@ -38,7 +39,7 @@ def test_of_a_changed_source_there_is_no_picture(dataset: Dataset, what: str) ->
         changed.unlink()
     if what == "folder":
         changed.mkdir()
-    read = picture_reader(dataset)
+    read = ImageReader(dataset).read_or_none
     found = [read(row) is not None for row in range(6)]
     sources = [source for block in dataset.iter_blocks() for source in block.sources]
     assert found == [source == 0 for source in sources]
@@ -49,4 +50,4 @@ def test_rows_without_a_source_or_of_an_unknown_one_have_no_picture(tmp_path: Pa
         (tmp_path / "file").write_bytes(b"abc")
         writer = DatasetWriter(tmp_path / name)
         writer.add(Row("k", 0, 0, 3, ("a caption",)))
-        assert picture_reader(writer.finish(seed=0, sources=sources))(0) is None
+        assert ImageReader(writer.finish(seed=0, sources=sources)).read_or_none(0) is None

@@ -15,10 +15,9 @@ from lit_fast.errors import UserError
 from lit_fast.evaluation import known_sets
 from lit_fast.evaluation.known_sets import resolve_labels
 from lit_fast.storage import remote
-from lit_fast.storage.hub import cache_directory
 from tests.embed.sources.servers import FileServer, file_server
 from tests.helpers import encoded, picture, write_tar
-from tests.web import Answer, Server, one_server, own_cache, servers  # noqa: F401
+from tests.web import COMMIT, Answer, Hub, Server, own_cache, running_hub, running_server  # noqa: F401
 
 NAMES, TEMPLATES = "red\ngreen\nblue\n", "a photo of a {c}.\n\n{c}\n"
 
@@ -51,7 +50,7 @@ def test_a_directory_stands_for_its_test_split(tmp_path: Path) -> None:
     assert index_dataset([str(root / "train")], tmp_path / "e", seed=0).rows == 8
     (root / "test" / "1.tar").unlink()
     with pytest.raises(
-        UserError, match=r"test/1\.tar is missing: \S*nshards\.txt says that there are 2 tars"
+        UserError, match=r"test/1\.tar is missing, of the 2 tars in \S*nshards\.txt; restore it"
     ):
         expand([str(root)])
 
@@ -75,77 +74,57 @@ def test_an_empty_line_among_class_names_keeps_its_number(tmp_path: Path) -> Non
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     pytest.importorskip("aiohttp")
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    remote._with_ranges.clear()
+    remote._range_servers.clear()
     with file_server(benchmark_set(tmp_path / "files" / "wds_colours").parent) as server:
         yield server
 
 
 def test_a_url_with_a_slash_is_a_directory(web: FileServer, tmp_path: Path) -> None:
     check(index_dataset([f"{web.url}/wds_colours/"], tmp_path / "d", seed=0), f"{web.url}/wds_colours")
-    with pytest.raises(UserError, match="http has no listings; name the files"):
+    with pytest.raises(UserError, match="cannot be listed over http; name the files"):
         expand([f"{web.url}/nothing/"])
 
 
 # --- by name
 
 
-def hub(server: Server, monkeypatch: pytest.MonkeyPatch, root: Path, name: str) -> None:
-    """The set at `root` as a repository; tars are redirected to another path, as the Hub does with large files."""
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            file, body = path.relative_to(root).as_posix(), path.read_bytes()
-            answer = Answer(body, headers={"X-Repo-Commit": "c" * 40})
-            for revision in ("main", "c" * 40):
-                place = f"/datasets/clip-benchmark/{name}/resolve/{revision}/{file}"
-                server.answers[place] = answer
-                if file.endswith(".tar"):
-                    server.answers[place] = Answer(redirect=f"/cdn/{file}", headers=answer.headers)
-                    server.answers[f"/cdn/{file}"] = answer
-
-
 def test_by_name_from_the_hub(
-    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub(server, monkeypatch, benchmark_set(tmp_path / "files"), "wds_toy-colours")
-    folder = cache_directory() / "huggingface" / "datasets" / "clip-benchmark" / "wds_toy-colours" / "main"
+    hub.add("datasets/clip-benchmark/wds_toy-colours", benchmark_set(tmp_path / "files"))
+    folder = tmp_path / "hub" / "datasets--clip-benchmark--wds_toy-colours" / "snapshots" / COMMIT
     check(index_dataset(["wds:toy/colours"], tmp_path / "d", seed=0), str(folder))
-    asked = [path for path, _ in server.requests]
-    assert asked[0].endswith("/resolve/main/test/nshards.txt")
-    # The first answer named the commit; the others are of the same one, and none is of the training split.
-    assert all(f"/resolve/{'c' * 40}/" in path for path in asked[1:] if "/resolve/" in path)
-    assert not any("train" in path for path in asked)
-    # What is in the cache needs no server, and no more than that is offline.
-    before = len(server.requests)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # None is of the training split.
+    assert hub.downloads[0].endswith("/resolve/main/test/nshards.txt")
+    assert not any("train" in path for path in hub.downloads)
+    # A cached set needs no server.
+    hub.requests.clear()
+    monkeypatch.setenv("LIT_FAST_OFFLINE", "1")
     assert len(expand(["wds:toy/colours"])) == 2
-    assert len(server.requests) == before
+    assert not hub.requests
     capsys.readouterr()
     assert main(["index", "wds:imagenet-a", "--out", str(tmp_path / "e")]) == 2
     error = capsys.readouterr().err
-    assert "is not in the cache and no request may be made (offline); bring" in error
+    assert 'is not in the cache and no request may be made (offline); run "hf download' in error
     assert error.count("\n") == 1
 
 
-def test_a_set_that_is_not_what_it_is_known_to_be(
-    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    hub(server, monkeypatch, benchmark_set(tmp_path / "files", train=False), "wds_vtab-cifar10")
+def test_a_set_that_is_not_what_it_is_known_to_be(hub: Hub, tmp_path: Path) -> None:
+    hub.add("datasets/clip-benchmark/wds_vtab-cifar10", benchmark_set(tmp_path / "files", train=False))
     with pytest.raises(UserError, match=r"wds:vtab/cifar10 has 3 class names in \S*classnames\.txt, not 10"):
         expand(["wds:vtab/cifar10"])
 
 
-def test_an_unknown_name_lists_the_known(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
+def test_an_unknown_name_lists_the_known(hub: Hub) -> None:
     with pytest.raises(
         UserError, match=r"does not exist.*; known names: imagenet1k, imagenetv2, .*vtab/pets"
     ):
         expand(["wds:imagenet3"])
-    before = len(server.requests)
+    hub.requests.clear()
     for name in ("", "../x", "a/b/c", "/etc", "a b", "a?b"):
         with pytest.raises(UserError, match="is not of the form wds:NAME; known names: imagenet1k"):
             expand([f"wds:{name}"])
-    assert len(server.requests) == before
+    assert not hub.requests
 
 
 def test_real_labels_come_through_the_cache(
@@ -159,14 +138,15 @@ def test_real_labels_come_through_the_cache(
     try:
         path = resolve_labels("real")
         assert path.read_bytes() == b"[[1], [], [2, 3]]"
+        server.requests.clear()
         assert resolve_labels("real") == path
-        assert len(server.requests) == 1
+        assert not server.requests
     finally:
         known_sets.known_evaluations.cache_clear()
     own = tmp_path / "own.json"
     own.write_text("{}")
     assert resolve_labels(str(own)) == own
-    with pytest.raises(UserError, match=r"is no file and none of the known labels: real"):
+    with pytest.raises(UserError, match=r"is no file; give a JSON file or one of the known labels: real"):
         resolve_labels("reel")
 
 

@@ -14,30 +14,31 @@ import pyarrow.parquet as pq
 import pytest
 
 import lit_fast.data.images.parquet
-import lit_fast.embed.index
+import lit_fast.embed.row_reader
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.images.decode import ImageError
-from lit_fast.data.images.reader import Fetcher, check_sources
+from lit_fast.data.images.reader import ImageReader
+from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.index import index_dataset
-from lit_fast.embed.sources.items import Names
+from lit_fast.embed.sources.interface import ColumnOptions
 from lit_fast.errors import UserError
 from tests.helpers import encoded, picture, samples, tar_bytes, write_tar
 
 FILES = [encoded(picture(i)) for i in range(12)]
 
 
-def index(source: Path | str, out: Path, **names: Any) -> Dataset:
-    return index_dataset([str(source)], out, seed=0, names=Names(**names))
+def index(source: Path | str, out: Path, **options: Any) -> Dataset:
+    return index_dataset([str(source)], out, seed=0, options=ColumnOptions(**options))
 
 
 def rows(dataset: Dataset) -> dict[str, tuple[Any, ...]]:
     """Key -> captions, languages, label and image file of every row."""
-    fetcher, found, row = Fetcher(dataset), {}, 0
+    reader, found, row = ImageReader(dataset), {}, 0
     for block, captions in zip(dataset.iter_blocks(), dataset.iter_captions(), strict=True):
         for i, key in enumerate(block.keys):
             languages = block.languages[i] if block.languages else []
-            found[key] = (captions[i], languages, block.labels[i], fetcher.bytes(row))
+            found[key] = (captions[i], languages, block.labels[i], reader.read(row))
             row += 1
     return found
 
@@ -67,15 +68,15 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
     assert (dataset.rows, dataset.labelled, dataset.classnames) == (12, 12, ("cat", "dog"))
     [block] = dataset.iter_blocks()
     assert sorted(block.keys)[0] == f"{tmp_path.name}/a.parquet/0/0"
-    fetcher = Fetcher(dataset)
+    reader = ImageReader(dataset)
     for row, (group, within) in enumerate(zip(block.offsets, block.sizes, strict=True)):
         number = 5 * group + within
         assert block.labels[row] == number % 2
         if number == 3:
             with pytest.raises(ImageError, match="no image in the row"):
-                fetcher.bytes(row)
+                reader.read(row)
         else:
-            assert fetcher.bytes(row) == FILES[number]
+            assert reader.read(row) == FILES[number]
     # A row group is one run of rows, shuffled within.
     runs = [group for i, group in enumerate(block.offsets) if i == 0 or group != block.offsets[i - 1]]
     assert sorted(runs) == [0, 1, 2]
@@ -130,22 +131,22 @@ def test_a_row_group_is_read_once_by_one_of_many_threads(
     table = pa.table({"image": FILES, "text": [f"{i}" for i in range(12)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     dataset = index(tmp_path / "a.parquet", tmp_path / "d")
-    read, times = lit_fast.data.images.parquet._read_row_group, []
+    read, times = lit_fast.data.images.parquet._read_column, []
     monkeypatch.setattr(
-        lit_fast.data.images.parquet, "_read_row_group", lambda s, g: times.append(g) or read(s, g)
+        lit_fast.data.images.parquet, "_read_column", lambda s, g: times.append(g) or read(s, g)
     )
-    fetcher = Fetcher(dataset)
+    reader = ImageReader(dataset)
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(fetcher.bytes, [*range(12)] * 3))
+        got = list(pool.map(reader.read, [*range(12)] * 3))
     assert sorted(got) == sorted(FILES * 3)
     assert sorted(times) == [0, 1, 2]
     monkeypatch.setattr(
         lit_fast.data.images.parquet, "_CACHE_BYTES", 1
     )  # the cache is bounded: one at a time
-    fetcher = Fetcher(dataset)
+    reader = ImageReader(dataset)
     for row in range(12):
-        fetcher.bytes(row)
-    assert len(fetcher._row_groups._columns) == 1
+        reader.read(row)
+    assert len(reader._parquet._row_groups) == 1
 
 
 # --- tables
@@ -166,7 +167,7 @@ def test_open_clips_table(images: Path, tmp_path: Path) -> None:
 def test_a_repeat_in_a_later_group_is_a_duplicate(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lit_fast.embed.index, "GROUP_ROWS", 3)
+    monkeypatch.setattr(lit_fast.embed.row_reader, "GROUP_ROWS", 3)
     lines = [f"images/{i}.jpg,text {i}\n" for i in [*range(12), 0]]
     (tmp_path / "t.csv").write_text("filepath,title\n" + "".join(lines))
     dataset = index(tmp_path / "t.csv", tmp_path / "d")
@@ -260,16 +261,16 @@ def test_missing_images_later(images: Path, tmp_path: Path) -> None:
     os.mkfifo(images / block.keys[1])
     (images / block.keys[2]).unlink()
     (images / block.keys[2]).mkdir()
-    fetcher = Fetcher(dataset)
+    reader = ImageReader(dataset)
     check_sources(dataset)
     with pytest.raises(ImageError, match="image file not found"):
-        fetcher.bytes(0)
+        reader.read(0)
     for row in (1, 2):
         with pytest.raises(ImageError, match="not a regular file"):
-            fetcher.bytes(row)
+            reader.read(row)
     images.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"images, the images of .* is missing; restore it"):
-        fetcher.bytes(3)
+        reader.read(3)
     with pytest.raises(UserError, match=r"images, the images of .* is missing; restore it"):
         check_sources(dataset)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,15 +20,15 @@ import pytest
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import open_features
-from lit_fast.data.images.reader import Fetcher, check_sources
+from lit_fast.data.images.reader import ImageReader
+from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
 from lit_fast.errors import UserError
 from lit_fast.storage import remote
 from tests.embed.sources.servers import FileServer, file_server
 from tests.helpers import encoded, picture, samples, write_tar
-
-pytest.importorskip("aiohttp")
+from tests.web import Hub, own_cache, running_hub  # noqa: F401
 
 
 @pytest.fixture
@@ -45,16 +46,16 @@ def files(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    remote._with_ranges.clear()
+    remote._range_servers.clear()
     with file_server(files) as server:
         yield server
 
 
 def contents(dataset: Dataset) -> dict[tuple[str, ...], bytes]:
-    """Captions -> image file of every row, through the fetcher."""
-    fetcher = Fetcher(dataset)
+    """Captions -> image file of every row, through the reader."""
+    reader = ImageReader(dataset)
     rows = [captions for block in dataset.iter_captions() for captions in block]
-    return {tuple(captions): fetcher.bytes(row) for row, captions in enumerate(rows)}
+    return {tuple(captions): reader.read(row) for row, captions in enumerate(rows)}
 
 
 def test_http_equals_local(files: Path, server: FileServer, tmp_path: Path, tiny_vit: Path) -> None:
@@ -79,11 +80,11 @@ def test_transient_failures_are_tried_again(server: FileServer, tmp_path: Path) 
     assert dataset.rows == 12
     assert server.statuses == []
     server.cuts = 3
-    assert Fetcher(dataset).bytes(0)
+    assert ImageReader(dataset).read(0)
     assert server.cuts == 0
     server.statuses = [503] * remote.ATTEMPTS["http"]
-    with pytest.raises(UserError, match=r"00000.tar cannot be read, tried again and again: 503"):
-        Fetcher(dataset).bytes(0)
+    with pytest.raises(UserError, match=r"00000.tar cannot be read after several attempts: 503"):
+        ImageReader(dataset).read(0)
 
 
 def test_http_refusals_are_one_line(
@@ -97,12 +98,12 @@ def test_http_refusals_are_one_line(
         return error
 
     assert "no.tar does not exist" in refused("no.tar")
-    assert "http has no listings; name the files" in refused("data/")
-    assert "tried again and again" in refused(
+    assert "cannot be listed over http; name the files" in refused("data/")
+    assert "after several attempts" in refused(
         "x.tar", "http://127.0.0.1:9"
     )  # nobody listens to the discard port
     server.ranges = False
-    assert "does not answer range requests; download it first" in refused("00000.tar")
+    assert "cannot be read by ranges: its server ignores them; download it first" in refused("00000.tar")
     server.forbidden = True
     assert "may not be read (403" in refused("00000.tar")
 
@@ -120,7 +121,7 @@ def test_a_changed_or_missing_object_is_noticed(server: FileServer, files: Path,
     [block] = dataset.iter_blocks()
     last = int(np.argmax(block.offsets))
     with pytest.raises(UserError, match=r"00000\.tar"):
-        Fetcher(dataset).bytes(last)
+        ImageReader(dataset).read(last)
     (files / "00000.tar").unlink()
     with pytest.raises(UserError, match="does not exist"):
         check_sources(dataset)
@@ -142,13 +143,13 @@ def test_images_of_a_table_at_a_url(server: FileServer, files: Path, tmp_path: P
     dataset = open_dataset(tmp_path / "d")
     assert dataset.left_out == {f"path outside {server.url}/images": 1}
     [block] = dataset.iter_blocks()
-    fetcher = Fetcher(dataset)
+    reader = ImageReader(dataset)
     for row, key in enumerate(block.keys):
         if key == "3 ä.jpg":
             with pytest.raises(ValueError, match="image file not found"):
-                fetcher.bytes(row)
+                reader.read(row)
         else:
-            assert fetcher.bytes(row) == encoded(picture(int(key[0])))
+            assert reader.read(row) == encoded(picture(int(key[0])))
 
 
 def assert_equals_local(url: str, files: Path, tmp_path: Path, tower: Path) -> None:
@@ -186,15 +187,15 @@ def s3() -> Iterator[str]:
             patch.setenv(name, "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setattr(remote, "PAUSE", 0.01)
-        remote._opened("s3").mkdir("pairs")
+        remote._open_filesystem("s3").mkdir("pairs")
         yield "s3://pairs"
     server.stop()
 
 
 def test_s3_equals_local(files: Path, s3: str, tmp_path: Path, tiny_vit: Path) -> None:
     for file in files.iterdir():
-        remote._opened("s3").put(str(file), f"pairs/a/{file.name}")
-    remote._opened("s3").pipe("pairs/a/../../etc/00002.tar", (files / "00000.tar").read_bytes())
+        remote._open_filesystem("s3").put(str(file), f"pairs/a/{file.name}")
+    remote._open_filesystem("s3").pipe("pairs/a/../../etc/00002.tar", (files / "00000.tar").read_bytes())
     assert_equals_local(f"{s3}/a", files, tmp_path, tiny_vit)
     with pytest.raises(UserError, match=r"b/\*.tar .* matches no file"):
         index_dataset([f"{s3}/b/*.tar"], tmp_path / "no", seed=0)
@@ -203,7 +204,7 @@ def test_s3_equals_local(files: Path, s3: str, tmp_path: Path, tiny_vit: Path) -
 
 
 def test_an_object_named_like_a_path_escape_is_just_a_name(files: Path, s3: str, tmp_path: Path) -> None:
-    remote._opened("s3").pipe("pairs/e/../../up.tar", (files / "00000.tar").read_bytes())
+    remote._open_filesystem("s3").pipe("pairs/e/../../up.tar", (files / "00000.tar").read_bytes())
     before = sorted(os.listdir(tmp_path))
     try:
         dataset = index_dataset([f"{s3}/e/../../up.tar"], tmp_path / "d", seed=0)
@@ -240,18 +241,83 @@ def test_missing_packages_are_one_line(tmp_path: Path) -> None:
     command = ["index", "s3://x/y.tar", "--out", str(tmp_path / "d")]
     done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.endswith("reading it takes more packages: pip install 'lit-fast[remote]'\n")
+    assert done.stderr.endswith("needs more packages; run: pip install 'lit-fast[remote]'\n")
     assert done.stderr.count("\n") == 1
 
 
 def test_images_come_by_range_from_many_threads(server: FileServer, files: Path, tmp_path: Path) -> None:
     dataset = index_dataset([f"{server.url}/00000.tar", f"{server.url}/rest.parquet"], tmp_path / "d", seed=0)
-    want, fetcher = contents(dataset), Fetcher(dataset)
+    want, reader = contents(dataset), ImageReader(dataset)
     rows = [tuple(c) for block in dataset.iter_captions() for c in block]
     server.requests.clear()
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(fetcher.bytes, [*range(dataset.rows)] * 2))
+        got = list(pool.map(reader.read, [*range(dataset.rows)] * 2))
     assert got == [want[captions] for captions in rows] * 2
     # One request per image and time from the tar; each of the four row groups is read once, in one request
     # for the footer and one for the column (8 MiB are read ahead).
     assert server.requests["GET"] <= 2 * 12 + 4 * 2
+
+
+def test_hf_equals_local(files: Path, hub: Hub, tmp_path: Path, tiny_vit: Path) -> None:
+    hub.add(
+        "datasets/owner/pairs", {f"data/{n}": d for n, d in contents_of(files).items()} | {"README.md": b"#"}
+    )
+    url = "hf://datasets/owner/pairs"
+    assert_equals_local(f"{url}/data", files, tmp_path, tiny_vit)
+    nested = index_dataset(
+        [f"{url}/**/0000?.tar", f"{url}@main/data/rest.parquet"], tmp_path / "nested", seed=0
+    )
+    assert nested.rows == 40
+    with pytest.raises(UserError, match=r"b/\*.tar .* matches no file"):
+        index_dataset([f"{url}/b/*.tar"], tmp_path / "no", seed=0)
+
+
+def test_hf_a_changed_file_is_noticed(files: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.add("datasets/owner/pairs", files)
+    dataset = index_dataset(["hf://datasets/owner/pairs/00000.tar"], tmp_path / "d", seed=0)
+    check_sources(dataset)
+    data = hub.repositories["datasets/owner/pairs"]["00000.tar"]
+    hub.repositories["datasets/owner/pairs"]["00000.tar"] = data[:-1] + b"x"
+    with pytest.raises(UserError, match="its ETag changed"):
+        check_sources(dataset)
+
+
+def test_hf_a_gated_dataset_needs_a_token(
+    files: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("datasets/owner/pairs", files)
+    hub.gated.add("datasets/owner/pairs")
+    url = "hf://datasets/owner/pairs/00000.tar"
+    with pytest.raises(
+        UserError, match=rf"is gated; accept its licence at {hub.url}/datasets/owner/pairs and run"
+    ):
+        index_dataset([url], tmp_path / "d", seed=0)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert index_dataset([url], tmp_path / "d", seed=0).rows == 12
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (
+            "datasets/owner/absent/a.tar",
+            "does not exist or is private .*; check the name, or run: hf auth login",
+        ),
+        ("datasets/owner/pairs@v9/a.tar", "has no such revision"),
+        ("datasets/owner/pairs/data", "is a directory; name the files in it or give a pattern"),
+        ("buckets/owner/pairs/a.tar", "is in a bucket of the Hub|does not exist or is private"),
+        ("datasets/owner", "cannot be read"),
+    ],
+)
+def test_hf_an_absent_file_is_one_line(
+    files: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str, message: str
+) -> None:
+    hub.add("datasets/owner/pairs", {f"data/{n}": d for n, d in contents_of(files).items()})
+    assert main(["index", f"hf://{url}", "--out", str(tmp_path / "d")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.count("\n") == 1, error
+
+
+def contents_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}

@@ -11,6 +11,7 @@ from lit_fast.errors import UserError
 from lit_fast.models.two_towers import init_params, text_tower
 from lit_fast.towers.tower import load_tower
 from lit_fast.train.export.big_vision import arrays, check, write
+from lit_fast.train.export.writer import ExportOptions
 from lit_fast.utils.normalize import EPSILON
 from lit_fast.weights.text import read_text_weights, start_from
 from tests.reference import text_tower as reference_text
@@ -23,8 +24,8 @@ TEXT = TextConfig(width=32, depth=2, heads=2)
 
 def exported(model, folder):
     folder.mkdir()
-    check(model)
-    write(model, folder)
+    check(model, ExportOptions())
+    write(model, str(folder), ExportOptions())
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "model.npz", "tokenizer.model"]
     return folder / "model.npz"
 
@@ -39,7 +40,7 @@ def started(file, model, text):
 
 
 @pytest.mark.parametrize("pooling", ["last", "first", "mean", "max", "map"])
-def test_the_parameters_come_back_bit_for_bit(tiny_vit, tmp_path, pooling):
+def test_export_read_back_gives_the_same_parameters(tiny_vit, tmp_path, pooling):
     text = replace(TEXT, pooling=pooling)
     model = random_model(load_tower(str(tiny_vit)), text, LossConfig(center=True, image_head=True))
     file = exported(model, tmp_path / "out")
@@ -52,7 +53,7 @@ def test_the_parameters_come_back_bit_for_bit(tiny_vit, tmp_path, pooling):
 @pytest.mark.parametrize(
     "case", ["vit_base_patch16_siglip_224", "vit_large_patch16_siglip_512", "vit_base_patch16_224"]
 )
-def test_towers_of_other_families_come_back(tmp_path, case):
+def test_export_of_timm_towers_read_back_gives_the_same_tower(tmp_path, case):
     tower = load_tower(str(write_timm(tmp_path / case, TIMM[case][0], case)))
     model = random_model(tower, replace(TEXT, head=False, width=tower.width), LossConfig(name="softmax"))
     file = exported(model, tmp_path / "out")
@@ -66,7 +67,7 @@ def test_towers_of_other_families_come_back(tmp_path, case):
 
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("image_head", [True, False])
-def test_the_image_head_does_what_centring_and_our_head_do(tiny_vit, center, image_head):
+def test_image_head_equals_centring_and_our_head(tiny_vit, center, image_head):
     loss = LossConfig(center=center, image_head=image_head)
     model = random_model(load_tower(str(tiny_vit)), TEXT, loss)
     file = arrays(model)
@@ -80,7 +81,7 @@ def test_the_image_head_does_what_centring_and_our_head_do(tiny_vit, center, ima
     np.testing.assert_allclose(model.embed_features(features), want, atol=2e-6)
 
 
-def test_a_bottleneck_is_multiplied_out(tiny_vit, tmp_path):
+def test_factorised_token_table_is_multiplied_out(tiny_vit, tmp_path):
     model = random_model(load_tower(str(tiny_vit)), replace(TEXT, embedding_width=8, dtype="float32"))
     file = exported(model, tmp_path / "out")
     params = started(file, model, TEXT)
@@ -93,7 +94,7 @@ def test_a_bottleneck_is_multiplied_out(tiny_vit, tmp_path):
     assert "multiplied out" in (tmp_path / "out/README.md").read_text()
 
 
-def test_all_names_are_big_vision_s(tiny_vit):
+def test_arrays_have_big_vision_names(tiny_vit):
     """The names of its two-tower checkpoints, written down from its modules."""
     text = replace(TEXT, pooling="map")
     names = set(arrays(random_model(load_tower(str(tiny_vit)), text, LossConfig(center=True))))
@@ -137,7 +138,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_vision_tower_that_it_does_not_have_is_refused(tmp_path, case):
+def test_check_unsupported_vision_tower_raises(tmp_path, case):
     timm = case in TIMM
     source = (
         write_timm(tmp_path / case, TIMM[case][0], case)
@@ -147,18 +148,18 @@ def test_a_vision_tower_that_it_does_not_have_is_refused(tmp_path, case):
     with pytest.raises(
         UserError, match=f"big_vision cannot express this model: .*{CASES[case]}.*--format lit_fast"
     ):
-        check(random_model(load_tower(str(source)), TEXT))
+        check(random_model(load_tower(str(source)), TEXT), ExportOptions())
 
 
-def test_masked_padding_and_another_pooling_are_refused(tiny_vit):
+def test_check_masked_padding_and_unsupported_pooling_raise(tiny_vit):
     model = random_model(load_tower(str(tiny_vit), pool="gap"), replace(TEXT, mask_padding=True))
     with pytest.raises(
         UserError, match=r"text.mask_padding = true\); .* no pooling 'gap' beside a class token"
     ):
-        check(model)
+        check(model, ExportOptions())
 
 
-def test_the_readme_says_how_to_load_it(tiny_vit, tmp_path):
+def test_card_names_the_configuration_that_loads_the_file(tiny_vit, tmp_path):
     model = random_model(load_tower(str(tiny_vit)), TEXT, LossConfig(center=True))
     exported(model, tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text()
@@ -172,7 +173,7 @@ def test_the_readme_says_how_to_load_it(tiny_vit, tmp_path):
         assert part in text
 
 
-def test_without_a_bias_the_readme_does_not_ask_for_one(tiny_vit, tmp_path):
+def test_card_without_bias_has_no_bias_init(tiny_vit, tmp_path):
     """big_vision's `load` takes any value of `bias_init`, also None, to mean that the file has a bias."""
     exported(random_model(load_tower(str(tiny_vit)), TEXT, LossConfig(name="softmax")), tmp_path / "out")
     assert "bias_init" not in (tmp_path / "out/README.md").read_text()

@@ -22,7 +22,7 @@ from lit_fast.runs.run import open_run
 from lit_fast.towers.tower import load_tower
 from lit_fast.train.export.card import model_card
 from lit_fast.train.export.native import write
-from lit_fast.train.export.writer import write_folder
+from lit_fast.train.export.writer import ExportOptions, write_directory
 from tests.helpers import picture
 from tests.trained import CONFIG, command, random_model, words
 from tests.weights.checkpoints import write_timm
@@ -49,7 +49,7 @@ def same_model(got, want):
     assert (got.step, got.average) == (want.step, want.average)
 
 
-def test_the_folder_alone_is_the_model(exported, trained_run):
+def test_exported_directory_loads_as_the_same_model(exported, trained_run):
     assert sorted(path.name for path in exported.iterdir()) == FILES
     assert not list(exported.parent.glob(".*"))
     assert {path.stat().st_mode & 0o777 for path in exported.iterdir()} == {0o644}
@@ -60,7 +60,7 @@ def test_the_folder_alone_is_the_model(exported, trained_run):
     np.testing.assert_array_equal(got.embed_text(texts), open_run(trained_run).embed_text(texts))
 
 
-def test_the_folder_names_nothing_of_the_machine(exported, trained_run):
+def test_exported_files_name_no_directory_of_the_machine(exported, trained_run):
     for file in exported.iterdir():
         if file.suffix in (".json", ".md"):
             assert str(trained_run.parent.parent) not in file.read_text()
@@ -69,7 +69,7 @@ def test_the_folder_names_nothing_of_the_machine(exported, trained_run):
     assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
 
 
-def test_steps_and_averages(trained_run, tmp_path):
+def test_export_of_a_step_or_average_loads_as_the_same_model(trained_run, tmp_path):
     for options in ({"step": 2}, {"average": True}):
         out = tmp_path / next(iter(options))
         words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
@@ -92,9 +92,9 @@ def test_steps_and_averages(trained_run, tmp_path):
         TextConfig(width=32, depth=2, heads=4, mlp_dim=24, head=False, dtype="float32"),
     ],
 )
-def test_every_kind_of_text_tower_and_loss(tiny_vit, tmp_path, text, loss):
+def test_every_text_tower_and_loss_loads_as_the_same_model(tiny_vit, tmp_path, text, loss):
     model = random_model(load_tower(str(tiny_vit)), text, loss, average=True)
-    write(model, tmp_path)
+    write(model, str(tmp_path), ExportOptions())
     got = lit_fast.load(tmp_path)
     same_model(got, model)
     assert got.config.shape == text.shape
@@ -104,18 +104,18 @@ def test_every_kind_of_text_tower_and_loss(tiny_vit, tmp_path, text, loss):
 
 
 @pytest.mark.parametrize("name", list(TIMM))
-def test_every_kind_of_vision_tower(tmp_path, name):
+def test_every_vision_tower_loads_as_the_same_model(tmp_path, name):
     source = write_timm(tmp_path / name, TIMM[name][0], name)
     model = random_model(load_tower(str(source)), TextConfig(width=32, depth=1, heads=2))
     (tmp_path / "out").mkdir()
-    write(model, tmp_path / "out")
+    write(model, str(tmp_path / "out"), ExportOptions())
     same_model(lit_fast.load(tmp_path / "out"), model)
 
 
 # --- the model card
 
 
-def test_the_card_has_front_matter_and_the_figures_of_the_receipt(exported, trained_run):
+def test_card_has_front_matter_and_the_figures_of_the_receipt(exported, trained_run):
     card = (exported / "README.md").read_text()
     receipt = json.loads((trained_run / "receipt.json").read_text())
     assert card.startswith('---\nlibrary_name: "lit_fast"\n')
@@ -135,7 +135,7 @@ def test_the_card_has_front_matter_and_the_figures_of_the_receipt(exported, trai
     assert "These weights were not evaluated" in model_card(lit_fast.load(trained_run, step=2), "")
 
 
-def test_the_python_of_the_card_runs(exported, tmp_path, monkeypatch):
+def test_card_python_runs_and_scores_as_the_model(exported, tmp_path, monkeypatch):
     code = (exported / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     place = damaged(exported, tmp_path / "x")
     picture(0).save(place / "image.jpg")
@@ -146,7 +146,7 @@ def test_the_python_of_the_card_runs(exported, tmp_path, monkeypatch):
     np.testing.assert_array_equal(names["scores"], names["model"].compare(names["images"], names["texts"]))
 
 
-def test_the_card_of_a_known_tower(tiny_vit):
+def test_card_of_a_known_tower_names_licence_and_base_model(tiny_vit):
     tower = load_tower(str(tiny_vit))
     told = tower.provenance("float32") | {"source": "timm:vit_tiny_patch16_224.augreg_in21k"}
     card = model_card(random_model(tower, TextConfig(width=32, depth=1, heads=2), tower_json=told), "")
@@ -156,7 +156,7 @@ def test_the_card_of_a_known_tower(tiny_vit):
     assert cards(card).data.to_dict()["license"] == "apache-2.0"
 
 
-def test_a_damaged_receipt_is_one_line(trained_run, tmp_path, capsys):
+def test_export_with_a_damaged_receipt_fails_in_one_line(trained_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     (run / "receipt.json").write_text('{"hardware": 3}')
@@ -187,12 +187,12 @@ def refused(arguments, message, capsys):
         (["--push", "../name"], "not of the form OWNER/NAME"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_written(trained_run, tmp_path, capsys, options, message):
+def test_export_with_wrong_arguments_writes_nothing(trained_run, tmp_path, capsys, options, message):
     refused(["export", trained_run, "--out", tmp_path / "out", *options], message, capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_stays(trained_run, tmp_path, capsys):
+def test_export_into_an_existing_location_keeps_it(trained_run, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
     refused(["export", trained_run, "--out", tmp_path / "full"], "is not empty", capsys)
@@ -206,12 +206,12 @@ def test_what_is_there_stays(trained_run, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "empty").iterdir()) == FILES
 
 
-@pytest.mark.parametrize("name", ["native", "big_vision", "open_clip", "transformers", "onnx"])
-def test_a_full_disk_leaves_nothing(trained_run, tmp_path, name):
+@pytest.mark.parametrize("name", ["lit_fast", "big_vision", "open_clip", "transformers", "onnx"])
+def test_export_on_a_full_disk_leaves_nothing(trained_run, tmp_path, name):
     if name == "onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxruntime")
-    options = {"nearest_pixels": True} if name == "open_clip" else {}
+    options = ExportOptions(nearest_pixels=name == "open_clip")
     model = lit_fast.load(trained_run)
     _ = model.tower
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_nothing(trained_run, tmp_path, name):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
         with pytest.raises(UserError, match=r"--out \S+ cannot be written: .*[Ff]ile too large"):
-            write_folder(f"lit_fast.train.export.{name}", model, tmp_path / "out", options)
+            write_directory(name, model, str(tmp_path / "out"), options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_nothing(trained_run, tmp_path, name):
 
 
 @pytest.mark.parametrize("option", [{"step": 1}, {"average": True}, {"tower": "x.npz"}])
-def test_an_exported_model_takes_no_options_of_a_run(exported, option):
+def test_load_exported_model_refuses_options_of_a_run(exported, option):
     with pytest.raises(UserError, match=f"leave out {next(iter(option))}"):
         lit_fast.load(exported, **option)
 
@@ -257,9 +257,9 @@ def one_line(folder):
     ("file", "key", "value", "message"),
     [
         ("config.json", "format", "siglip", "neither a run nor a model that lit-fast export wrote"),
-        ("config.json", "version", 2, "of version 2"),
+        ("config.json", "version", 2, "has version 2"),
         ("config.json", "text", {"width": 10**18}, "width is '1000000000000000000'"),
-        ("config.json", "text", {"depth": 1 << 20}, "does not belong to the files beside it"),
+        ("config.json", "text", {"depth": 1 << 20}, "does not match the files beside it"),
         ("config.json", "text", {"wdith": 3}, "did you mean text.width"),
         ("config.json", "text", {"pooling": None}, "text.pooling is missing"),
         ("config.json", "loss", {"image_head": None}, "loss.image_head is missing"),
@@ -268,16 +268,16 @@ def one_line(folder):
         ("config.json", "loss", {"name": "softmax"}, "b has shape (1,), expected no such array"),
         ("tower.json", "width", 10**9, "width is '1000000000'"),
         ("tower.json", "width", 0, "width is '0'"),
-        ("tower.json", "identity", "a\nb", "describes another tower"),
-        ("tower.json", "depth", 3, "model.safetensors does not belong"),
+        ("tower.json", "identity", "a\nb", "its identity is that of another tower"),
+        ("tower.json", "depth", 3, "model.safetensors does not match"),
         ("tower.json", "heads", 5, "damaged: ValueError sizes"),
-        ("tower.json", "gelu", "tanh", "describes another tower"),
+        ("tower.json", "gelu", "tanh", "its identity is that of another tower"),
         ("tower.json", "preprocess", {"mean": None}, "damaged: KeyError"),
         ("tower.json", "dtype", "object", "damaged: ValueError dtype"),
         ("tower.json", "options", {"max_pixels": "all"}, "max_pixels is not a number"),
     ],
 )
-def test_a_lying_file_is_one_line(exported, tmp_path, file, key, value, message):
+def test_load_changed_json_fails_in_one_line(exported, tmp_path, file, key, value, message):
     folder = damaged(exported, tmp_path / "x")
     told = json.loads((folder / file).read_text())
     if isinstance(value, dict):  # None: without it
@@ -286,7 +286,7 @@ def test_a_lying_file_is_one_line(exported, tmp_path, file, key, value, message)
     assert message in one_line(folder)
 
 
-def test_weights_that_do_not_belong_or_are_damaged(exported, tmp_path):
+def test_load_wrong_or_damaged_weights_fails_in_one_line(exported, tmp_path):
     folder = damaged(exported, tmp_path / "x")
     weights = folder / "model.safetensors"
     arrays, whole = load_file(weights), weights.read_bytes()
@@ -315,7 +315,7 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), file=st.sampled_from(["config.json", "tower.json"]), value=ANYTHING)
-def test_no_value_in_the_folder_ends_in_a_traceback(exported, tmp_path, data, file, value):
+def test_load_any_json_value_never_raises_a_traceback(exported, tmp_path, data, file, value):
     folder = damaged(exported, tmp_path / "x")
     told = json.loads((folder / file).read_text())
     inside = data.draw(st.sampled_from([told, *(v for v in told.values() if v and isinstance(v, dict))]))
@@ -327,7 +327,7 @@ def test_no_value_in_the_folder_ends_in_a_traceback(exported, tmp_path, data, fi
 # --- a real tower and real photos
 
 
-def test_real_photos(realdata, tmp_path):
+def test_export_of_a_real_tower_embeds_real_photos_as_stored(realdata, tmp_path):
     with tarfile.open(realdata / "flickr8k/dev/00000.tar") as tar:
         tar.extractall(tmp_path / "all", filter="data")
     members = sorted((tmp_path / "all").iterdir())[: 24 * 3]

@@ -85,23 +85,23 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs", "Co", "M"], exclude_char
 @pytest.mark.parametrize("kind", MODELS)
 @settings(deadline=None, max_examples=150)
 @given(texts=st.lists(TEXTS | st.text("aAbdeghinorst ,.<>/nN▁ü½ﬁ日", max_size=40), max_size=8))
-def test_any_text(kind, texts):
+def test_ids_equal_sentencepiece_for_random_texts(kind, texts):
     same(trained(kind), texts)
 
 
 @settings(deadline=None, max_examples=150)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=24), max_size=8))
-def test_any_text_at_all_where_nothing_is_rewritten(texts):
+def test_ids_without_normalisation_equal_sentencepiece_for_any_text(texts):
     same(trained("bpe as it is"), texts)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_odd_texts(kind):
+def test_ids_equal_sentencepiece_for_odd_texts(kind):
     same(trained(kind), ODD)
 
 
 @pytest.mark.parametrize("file", ["c4_bpe_32k.model", "unigram_1k.model", "own"])
-def test_real_captions(file, realdata, tmp_path):
+def test_ids_equal_sentencepiece_for_real_captions(file, realdata, tmp_path):
     data = tmp_path / "d"
     command("index", realdata / "flickr8k/dev/00000.tar", "--out", data)
     captions = [c for block in open_dataset(data).iter_captions() for row in block for c in row]
@@ -114,10 +114,10 @@ def test_real_captions(file, realdata, tmp_path):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_transformers_loads_it(masked, tmp_path):
+def test_written_tokenizer_loads_in_transformers(masked, tmp_path):
     transformers = import_package("transformers")
     ours = Tokenizer(trained("unigram").model, 8, padding=0)
-    write_tokenizer(ours, tmp_path, masked=masked)
+    write_tokenizer(ours, str(tmp_path), masked=masked)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts = ["a red thing", "", "</s> a </s>", "blue things and green things and red things"]
     got = theirs(texts, padding="max_length", truncation=True, return_tensors="np")
@@ -138,7 +138,7 @@ def test_transformers_loads_it(masked, tmp_path):
         ({"user_defined_symbols": [f"<{i}>" for i in range(1001)], "vocab_size": 1400}, "1001 user-defined"),
     ],
 )
-def test_what_it_cannot_express(options, message, monkeypatch):
+def test_check_tokenizer_unsupported_model_raises(options, message, monkeypatch):
     monkeypatch.setitem(MODELS, str(options), options)
     with pytest.raises(UserError, match=message) as error:
         check_tokenizer(trained(str(options)))

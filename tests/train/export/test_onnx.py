@@ -30,6 +30,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from lit_fast.train.export.onnx import check, write  # noqa: E402
 from lit_fast.train.export.onnx_graph import Graph  # noqa: E402
 from lit_fast.train.export.onnx_towers import image_embeddings, text_embeddings  # noqa: E402
+from lit_fast.train.export.writer import ExportOptions  # noqa: E402
 
 SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=4)
 LENGTH = 6
@@ -80,7 +81,7 @@ def test_text_towers_equal_the_float64_reference(pooling, masked, tmp_path):
             embedding_width=embedding_width, projected=projected,
         )  # fmt: skip
         params = text_params(tower)
-        graph, path = Graph(), tmp_path / "text.onnx"
+        graph, path = Graph(), str(tmp_path / "text.onnx")
         output = text_embeddings(graph, "ids", tower, {"txt": params})
         graph.save(path, ("ids", np.int64, (LENGTH,)), output, tower.out_dim, {})
         want = unit(text_tower(ids, jax.tree.map(np.float64, params), pooling, seen))
@@ -99,30 +100,30 @@ def test_vision_towers_equal_the_float64_reference(kind, tmp_path):
         ({}, centred),
         ({"img": {"head": {"kernel": np.float32(kernel)}}}, unit(centred @ kernel)),
     ):
-        graph, path = Graph(), tmp_path / "vision.onnx"
+        graph, path = Graph(), str(tmp_path / "vision.onnx")
         output = image_embeddings(graph, "images", tower, {"mean": np.float32(mean), **head})
         graph.save(path, ("images", np.uint8, (SIZE, SIZE, 3)), output, tower.width, {})
         np.testing.assert_allclose(run(path, images), want, rtol=0, atol=CLOSE)
 
 
-def test_mean_and_std_of_each_channel_are_in_the_graph(tiny_vit, tmp_path):
+def test_vision_graph_normalises_each_channel(tiny_vit, tmp_path):
     tower, images = load_tower(str(tiny_vit)), pixels(2, 32)
     mean, std = (0.1, 0.4, 0.6), (0.2, 0.3, 0.5)
     tower = replace(tower, preprocess=replace(tower.preprocess, mean=mean, std=std))
-    graph, path = Graph(), tmp_path / "vision.onnx"
+    graph, path = Graph(), str(tmp_path / "vision.onnx")
     output = image_embeddings(graph, "images", tower, {"mean": np.zeros(32, np.float32)})
     graph.save(path, ("images", np.uint8, (32, 32, 3)), output, 32, {})
     want = unit(augreg_vit((images / 255 - mean) / std, tiny_vit_arrays(), "exact"))
     np.testing.assert_allclose(run(path, images), want, rtol=0, atol=CLOSE)
 
 
-def test_large_weights_lie_beside_the_graph(tiny_vit, tmp_path):
+def test_graph_with_large_weights_stores_them_in_a_second_file(tiny_vit, tmp_path):
     tower, images = load_tower(str(tiny_vit)), pixels(2, 32)
     got = []
     for name, largest in (("one", 1 << 31), ("two", 100_000)):
-        graph, path = Graph(), tmp_path / f"{name}.onnx"
+        graph, path = Graph(), str(tmp_path / f"{name}.onnx")
         output = image_embeddings(graph, "images", tower, {"mean": np.zeros(32, np.float32)})
-        graph.save(path, ("images", np.uint8, (32, 32, 3)), output, 32, {}, largest_file=largest)
+        graph.save(path, ("images", np.uint8, (32, 32, 3)), output, 32, {}, max_weight_bytes=largest)
         got.append(run(path, images))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.onnx", "two.onnx", "two.onnx.data"]
     assert (tmp_path / "two.onnx").stat().st_size < (tmp_path / "one.onnx").stat().st_size / 2
@@ -172,14 +173,18 @@ def exported(tokenizer, tiny_vit, tmp_path_factory):
         if loss == "sigmoid":
             (folder / "names").write_text("Red_cat\n  dog, hound \nbird\n")
             (folder / "templates").write_text("a photo of a {c}.\nthe {}\n")
-            options = {"vision": True, "classes": folder / "names", "templates": folder / "templates"}
-        check(model, **options)
-        write(model, folder, **options)
+            options = {
+                "vision": True,
+                "classes": str(folder / "names"),
+                "templates": str(folder / "templates"),
+            }
+        check(model, ExportOptions(**options))
+        write(model, str(folder), ExportOptions(**options))
         made[loss] = model, folder
     return made
 
 
-def test_zero_shot_head_is_the_classifier(exported):
+def test_zero_shot_head_equals_the_classifier(exported):
     model, folder = exported["sigmoid"]
     names, templates = ["Red_cat", "dog, hound", "bird"], ["a photo of a {c}.", "the {}"]
     assert (folder / "classes.txt").read_text().splitlines() == names
@@ -193,7 +198,7 @@ def test_zero_shot_head_is_the_classifier(exported):
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-def test_the_python_of_the_readme_runs_and_scores_as_the_model(loss, exported, monkeypatch):
+def test_card_python_runs_and_scores_as_the_model(loss, exported, monkeypatch):
     model, folder = exported[loss]
     image = picture(1, 32, 32)
     (folder / "image.jpg").write_bytes(encoded(image))
@@ -211,7 +216,7 @@ def test_the_python_of_the_readme_runs_and_scores_as_the_model(loss, exported, m
     np.testing.assert_allclose(found["probabilities"], want, rtol=0, atol=1e-2)
 
 
-def test_metadata_and_files(exported):
+def test_export_writes_metadata_and_files(exported):
     _, folder = exported["sigmoid"]
     text, vision = (
         onnxruntime.InferenceSession(folder / f"{name}.onnx").get_modelmeta().custom_metadata_map
@@ -230,27 +235,25 @@ def test_metadata_and_files(exported):
     assert names[1] - {"image.jpg"} == {"text.onnx", "tokenizer.model", "README.md"}
 
 
-def test_text_alone_does_not_open_the_vision_tower(tokenizer, tiny_vit):
+def test_check_without_vision_does_not_load_the_vision_tower(tokenizer, tiny_vit):
     def gone():
         raise UserError("the weights are gone")
 
     model = replace(make_model(tokenizer, tiny_vit, "softmax"), open_tower=gone)
-    check(model)
+    check(model, ExportOptions())
     with pytest.raises(UserError, match="the weights are gone"):
-        check(model, vision=True)
+        check(model, ExportOptions(vision=True))
 
 
-def test_a_graph_that_computes_something_else_is_refused(tokenizer, tiny_vit, tmp_path, monkeypatch):
+def test_write_with_a_wrong_graph_raises(tokenizer, tiny_vit, tmp_path, monkeypatch):
     from lit_fast.train.export import onnx_towers
 
     monkeypatch.setitem(onnx_towers._GELUS, "tanh", onnx_towers._GELUS["quick"])
     with pytest.raises(UserError, match=r"text\.onnx: onnxruntime .* from the tower's"):
-        write(make_model(tokenizer, tiny_vit, "softmax"), tmp_path)
+        write(make_model(tokenizer, tiny_vit, "softmax"), str(tmp_path), ExportOptions())
 
 
-def test_what_cannot_be_exported_is_said_before_anything_is_written(
-    tokenizer, tiny_vit, tmp_path, monkeypatch
-):
+def test_check_unusable_files_weights_and_packages_raise(tokenizer, tiny_vit, tmp_path, monkeypatch):
     model = make_model(tokenizer, tiny_vit, "softmax")
     names, bad = tmp_path / "names", tmp_path / "bad"
     names.write_text("rose\n")
@@ -265,10 +268,10 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(
         if content is not None:
             bad.write_bytes(content)
         with pytest.raises(UserError, match=message):
-            check(model, **options)
+            check(model, ExportOptions(**{key: str(path) for key, path in options.items()}))
     broken = replace(model, params=model.params | {"mean": np.full(32, np.nan, np.float32)})
     with pytest.raises(UserError, match="the model has weights that are not finite"):
-        check(broken)
+        check(broken, ExportOptions())
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r'onnxruntime; install it with: pip install "lit-fast\[onnx\]"'):
-        check(model)
+        check(model, ExportOptions())

@@ -20,6 +20,7 @@ from lit_fast.models.vit import ViT
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.tower import Tower, load_tower
 from lit_fast.train.export import open_clip as target
+from lit_fast.train.export.writer import ExportOptions
 from tests.helpers import picture
 from tests.reference import torch_vit
 from tests.torch_packages import import_package
@@ -84,8 +85,8 @@ def random_tower(a, size):
 
 def export(model, folder):
     folder.mkdir()
-    target.check(model)
-    target.write(model, folder)
+    target.check(model, ExportOptions())
+    target.write(model, str(folder), ExportOptions())
     return folder
 
 
@@ -134,19 +135,19 @@ def compare_texts(model, theirs):
 
 
 @pytest.mark.parametrize("case", VISION)
-def test_its_own_vision_transformer(case, towers, tmp_path):
+def test_vision_transformer_of_a_family_embeds_as_ours(case, towers, tmp_path):
     model = random_model(towers(case), MASKED, FULL)
     compare_images(model, loaded_by_open_clip(export(model, tmp_path / "out")), case)
 
 
-def test_the_mean_of_patches(tmp_path):
+def test_vision_transformer_with_mean_pooling_embeds_as_ours(tmp_path):
     weights, _, _, _, config = HUGGINGFACE["vit"]
     tower = load_tower(str(write_huggingface(tmp_path / "tower", weights, "vit", **config)), pool="gap")
     model = random_model(squashed(tower), MU, FULL)
     compare_images(model, loaded_by_open_clip(export(model, tmp_path / "out")))
 
 
-def test_a_projected_class_token(tmp_path):
+def test_vision_transformer_with_projection_embeds_as_ours(tmp_path):
     weights, _, _, _, _ = HUGGINGFACE["clip_vision_model"]
     path = write_huggingface(tmp_path / "tower", weights, "clip_vision_model", hidden_act="gelu")
     model = random_model(squashed(load_tower(str(path))), MU, FULL)
@@ -154,7 +155,7 @@ def test_a_projected_class_token(tmp_path):
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_a_tower_that_timm_has_a_name_for(name, tmp_path):
+def test_timm_tower_embeds_as_ours(name, tmp_path):
     size = int(name.rpartition("_")[2]) if name[-1].isdigit() and "dinov2" not in name else 518
     model = random_model(random_tower(BY_NAME[name], size), MU, FULL)
     theirs = loaded_by_open_clip(export(model, tmp_path / "out"))
@@ -163,7 +164,7 @@ def test_a_tower_that_timm_has_a_name_for(name, tmp_path):
 
 
 @pytest.mark.parametrize("case", TEXT)
-def test_every_text_tower(case, towers, tmp_path):
+def test_text_tower_embeds_as_ours(case, towers, tmp_path):
     tower = towers("vit")
     fields = TEXT[case] | ({"width": tower.width} if case == "no head" else {})
     model = random_model(tower, replace(MU, **fields), LossConfig(center=True))
@@ -173,7 +174,7 @@ def test_every_text_tower(case, towers, tmp_path):
     assert len(theirs[0].text.transformer.resblocks) == 2 + more
 
 
-def test_logits(towers, tmp_path):
+def test_logits_equal_ours(towers, tmp_path):
     import_package("open_clip")
     import torch
 
@@ -186,14 +187,14 @@ def test_logits(towers, tmp_path):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)  # a temperature of about 1
 
 
-def test_without_a_bias(towers, tmp_path):
+def test_logits_without_bias_equal_ours(towers, tmp_path):
     model = random_model(towers("vit"), MU, LossConfig(name="softmax"))
     folder = export(model, tmp_path / "out")
     assert loaded_by_open_clip(folder)[0].logit_bias is None
     assert "softmax over the texts" in (folder / "README.md").read_text()
 
 
-def test_clip_benchmark_classifies_real_photos_as_we_do(realdata, tmp_path):
+def test_clip_benchmark_classifies_real_photos_as_ours(realdata, tmp_path):
     """Of a ViT-Ti/16 and photos of all sizes; the texts are those that our evaluation makes."""
     import_package("open_clip")
     torch = pytest.importorskip("torch")
@@ -238,42 +239,42 @@ def test_clip_benchmark_classifies_real_photos_as_we_do(realdata, tmp_path):
         (
             {},
             {"method": "pil-crop", "resize": 40},
-            r"resizes to 40 pixels and cuts out \d+, which open_clip cannot",
+            r"resizes to 40 pixels and crops to \d+, which open_clip cannot",
         ),
         ({}, {"interpolation": "lanczos"}, "resizes with lanczos, open_clip only with bilinear or bicubic"),
     ],
 )
-def test_what_open_clip_does_not_have(text, preprocess, message, towers):
+def test_check_unsupported_pooling_or_preprocessing_raises(text, preprocess, message, towers):
     tower = towers("vit")
     tower = replace(tower, preprocess=replace(tower.preprocess, **preprocess))
     with pytest.raises(UserError, match=message) as error:
-        target.check(random_model(tower, replace(MU, **text)))
+        target.check(random_model(tower, replace(MU, **text)), ExportOptions())
     assert "\n" not in str(error.value)
     if preprocess:  # pixels may differ, if one wants that
-        target.check(random_model(tower, MU), nearest_pixels=True)
+        target.check(random_model(tower, MU), ExportOptions(nearest_pixels=True))
 
 
-def test_what_differs_is_in_the_card(towers, tmp_path):
+def test_card_lists_the_differences(towers, tmp_path):
     tower = towers("vit")
     own = replace(tower.preprocess, method="pil-crop", resize=40, interpolation="lanczos", reduced=True)
     model = random_model(replace(tower, preprocess=own), replace(MU, dtype="bfloat16"))
-    target.write(model, tmp_path, nearest_pixels=True)
+    target.write(model, str(tmp_path), ExportOptions(nearest_pixels=True))
     card = (tmp_path / "README.md").read_text()
     for part in (
-        "resized to 40", "resized with bicubic, for training it was lanczos", "JPEGs are decoded whole here",
+        "resized to 40", "resized with bicubic, for training with lanczos", "JPEGs are decoded at full size here",
         "stores features and computes this text tower in bfloat16",
     ):  # fmt: skip
         assert part in card
 
 
 @pytest.mark.parametrize("name", ["vit_giant_patch14_dinov2", "vit_base_patch16_siglip_224"])
-def test_towers_of_sizes_that_timm_has_no_name_for(name, tmp_path):
+def test_check_tower_without_timm_name_raises(name, tmp_path):
     tower = squashed(load_tower(str(write_timm(tmp_path / "tower", TIMM[name][0], name))))
     with pytest.raises(UserError, match=r"open_clip has no vision tower like this one.*export with"):
-        target.check(random_model(tower, MU))
+        target.check(random_model(tower, MU), ExportOptions())
 
 
-def test_a_refusal_writes_nothing(trained_run, tmp_path, capsys):
+def test_export_of_unsupported_model_writes_nothing(trained_run, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["export", str(trained_run), "--format", "open_clip", "--out", str(out)]) == 2
     error = capsys.readouterr().err

@@ -12,6 +12,7 @@ from lit_fast.errors import UserError
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.tower import load_tower
 from lit_fast.train.export import transformers as target
+from lit_fast.train.export.writer import ExportOptions
 from tests.helpers import picture
 from tests.reference import torch_vit
 from tests.torch_packages import import_package
@@ -52,8 +53,8 @@ TEXT = {
 
 def export(model, folder):
     folder.mkdir()
-    target.check(model)
-    target.write(model, folder)
+    target.check(model, ExportOptions())
+    target.write(model, str(folder), ExportOptions())
     return folder
 
 
@@ -121,27 +122,27 @@ def compare_all(model, theirs, case, bias=0):
 
 
 @pytest.mark.parametrize("case", VISION)
-def test_every_family_of_towers(case, towers, tmp_path):
+def test_vision_tower_of_a_family_embeds_as_ours(case, towers, tmp_path):
     model = random_model(towers(case), replace(MU, pooling="mean", mask_padding=True), FULL)
     theirs = loaded_by_transformers(export(model, tmp_path / "out"))
     assert type(theirs[0].vision_model).__name__ == VISION[case]
     compare_images(model, theirs, case)
 
 
-def test_both_towers_and_their_logits(towers, tmp_path):
+def test_embeddings_and_logits_equal_ours(towers, tmp_path):
     model = random_model(towers("vit"), replace(MU, pooling="mean", mask_padding=True), FULL)
     compare_all(model, loaded_by_transformers(export(model, tmp_path / "out")), "vit")
 
 
 @pytest.mark.parametrize("case", TEXT)
-def test_every_text_tower(case, towers, tmp_path):
+def test_text_tower_embeds_as_ours(case, towers, tmp_path):
     tower = towers("vit")
     fields = TEXT[case] | ({"width": tower.width} if case == "no head" else {})
     model = random_model(tower, replace(MU, **fields), CENTERED)
     compare_texts(model, loaded_by_transformers(export(model, tmp_path / "out")))
 
 
-def test_a_siglip_stays_one(towers, tmp_path):
+def test_siglip_tower_exports_as_siglip_model(towers, tmp_path):
     """Both towers as they are, with the bias; read again, they are the same."""
     tower = towers("siglip_vision_model")
     model = random_model(tower, MU, LossConfig())
@@ -156,7 +157,7 @@ def test_a_siglip_stays_one(towers, tmp_path):
     compare_all(centered, theirs, "siglip_vision_model")
 
 
-def test_the_result_does_not_depend_on_the_padding(towers, tmp_path):
+def test_masked_text_tower_is_independent_of_the_padding(towers, tmp_path):
     transformers = import_package("transformers")
     import torch
 
@@ -178,7 +179,7 @@ def test_the_result_does_not_depend_on_the_padding(towers, tmp_path):
         Preprocess("hf-crop", 32, 38, mean=(0.1, 0.2, 0.3)),
     ],
 )
-def test_pixels_are_the_same(preprocess, towers, tmp_path):
+def test_image_processor_pixels_equal_ours(preprocess, towers, tmp_path):
     """Of photos whose crops are even; with PIL to the last bit, before float32's rounding of mean and std."""
     transformers = import_package("transformers")
     model = random_model(replace(towers("vit"), preprocess=preprocess), MU)
@@ -191,17 +192,17 @@ def test_pixels_are_the_same(preprocess, towers, tmp_path):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
 
 
-def test_what_transformers_does_not_have(towers, tmp_path):
+def test_check_unsupported_towers_raises(towers, tmp_path):
     tower = towers("vit")
     with pytest.raises(UserError, match=r"text\.pooling 'max'; export with --format lit_fast"):
-        target.check(random_model(tower, replace(MU, pooling="max")))
+        target.check(random_model(tower, replace(MU, pooling="max")), ExportOptions())
     for name in ("vit_giant_patch14_dinov2", "vit_medium_patch16_reg4_gap_256"):
         other = load_tower(str(write_timm(tmp_path / name, TIMM[name][0], name)))
         with pytest.raises(UserError, match=r"vision tower.*export with --format lit_fast"):
-            target.check(random_model(other, MU))
+            target.check(random_model(other, MU), ExportOptions())
 
 
-def test_the_command(trained_run, tmp_path, capsys):
+def test_export_writes_all_files_once(trained_run, tmp_path, capsys):
     out = tmp_path / "out"
     command("export", trained_run, "--format", "transformers", "--out", out)
     assert {path.name for path in out.iterdir()} == {

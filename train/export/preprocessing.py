@@ -1,4 +1,4 @@
-"""How other code bases are told to make a tower's input, and what of it they cannot do.
+"""Express a tower's preprocessing in the configs of open_clip and transformers, with notes on the differences.
 
 open_clip resizes PIL images with torchvision, transformers with PIL or as tensors; all of them antialias.
 """
@@ -19,41 +19,40 @@ _ANTIALIASED = (
 _ZOOMED = (
     "The tower was trained on the centre {size} pixels of an image resized to {resize}. open_clip can only resize to "
     "{size}, so the model sees more of each image here: embeddings and figures differ somewhat from those of the run. "
-    "Pixels prepared as {resize}, cut to {size}, give the run's own."
+    "Pixels resized to {resize} and cropped to {size} give the same embeddings as the run."
 )
 _FILTERED = (
-    "Images are resized with {interpolation}, for training it was {own}: their embeddings differ somewhat."
+    "Images are resized with {interpolation}, for training with {own}: their embeddings differ somewhat."
 )
 _DECODED = (
-    "Large JPEGs are decoded whole here, for training they were at a fraction of their size: their embeddings differ "
-    "slightly."
+    "Large JPEGs are decoded at full size here, for training at a fraction: their embeddings differ slightly."
 )
-_TRANSPARENT = "Transparent images are laid on another background than the tower was trained with."
+_TRANSPARENT = "Transparent images are drawn on another background than for training."
 _TENSORS = (
-    'Without backend="pil" transformers resizes with torchvision where that is installed; a few pixels then differ by '
-    "a grey level."
+    'Without backend="pil" transformers resizes with torchvision if that is installed; a few pixels then differ by '
+    "one grey level."
 )
-_CORNER = "Where a centre crop cannot be even, it may lie one pixel beside lit_fast's."
+_CORNER = "If a centre crop cannot be even, it may be one pixel beside lit_fast's."
 
 
-def check_open_clip(preprocess: Preprocess) -> None:
-    """Raises UserError where open_clip's preprocessing would show the tower another part of the image."""
+def check_open_clip_preprocess(preprocess: Preprocess) -> None:
+    """Raise UserError if open_clip's preprocessing would crop or filter images differently."""
     p = preprocess
     if p.resize != p.size:
         raise UserError(
-            f"the tower's preprocessing resizes to {p.resize} pixels and cuts out {p.size}, which open_clip cannot; "
-            "export with --format transformers, embed with --preprocess pil-squash or tf-squash, or let the pictures "
-            "differ: --nearest-pixels"
+            f"the tower's preprocessing resizes to {p.resize} pixels and crops to {p.size}, which open_clip cannot; "
+            "export with --format transformers, embed with --preprocess pil-squash or tf-squash, or accept other "
+            "pixels: --nearest-pixels"
         )
     if p.interpolation not in _OPEN_CLIP_FILTERS:
         raise UserError(
             f"the tower's preprocessing resizes with {p.interpolation}, open_clip only with bilinear or bicubic; "
-            "export with --format transformers, or let the pictures differ: --nearest-pixels"
+            "export with --format transformers, or accept other pixels: --nearest-pixels"
         )
 
 
 def open_clip_preprocess(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
-    """open_clip's `preprocess_cfg`, and what differs in words."""
+    """Return open_clip's `preprocess_cfg` and notes on what differs."""
     p = preprocess
     config = {
         "size": p.size,
@@ -66,15 +65,15 @@ def open_clip_preprocess(preprocess: Preprocess) -> tuple[dict[str, Any], list[s
     notes = [_ZOOMED.format(size=p.size, resize=p.resize)] if p.resize != p.size else []
     if p.interpolation != config["interpolation"]:
         notes.append(_FILTERED.format(interpolation=config["interpolation"], own=p.interpolation))
-    return config, notes + _differences(p, p.method == "hf-crop", alpha="drop")
+    return config, notes + _differences(p, uneven_crop=p.method == "hf-crop", alpha="drop")
 
 
 def image_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
-    """transformers' `preprocessor_config.json`, and what differs in words."""
+    """Return transformers' `preprocessor_config.json` and notes on what differs."""
     p = preprocess
     square = {"height": p.resize, "width": p.resize}
     config = {
-        "image_processor_type": "CLIPImageProcessor",  # has all the steps, and does the ones that are named
+        "image_processor_type": "CLIPImageProcessor",  # has all steps, and applies those that are named
         "do_convert_rgb": True,
         "do_resize": True,
         "size": square if "squash" in p.method else {"shortest_edge": p.resize},
@@ -87,16 +86,16 @@ def image_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
         "image_mean": list(p.mean),
         "image_std": list(p.std),
     }
-    corner = p.method == "pil-crop" or (p.resize - p.size) % 2 == 1
-    return config, [_TENSORS, *_differences(p, corner, alpha="white")]
+    uneven_crop = p.method == "pil-crop" or (p.resize - p.size) % 2 == 1
+    return config, [_TENSORS, *_differences(p, uneven_crop=uneven_crop, alpha="white")]
 
 
-def _differences(p: Preprocess, corner: bool, alpha: str) -> list[str]:
-    """`corner`: crops may differ; `alpha`: what the code base does with transparency."""
-    found = {
+def _differences(p: Preprocess, *, uneven_crop: bool, alpha: str) -> list[str]:
+    """List notes that apply; `alpha` is the other code base's rule for transparent images."""
+    notes = {
         _ANTIALIASED.format(size=p.size): p.method == "tf-squash",
-        _CORNER: corner,
+        _CORNER: uneven_crop,
         _DECODED: p.reduced,
         _TRANSPARENT: p.alpha != alpha,
     }
-    return [note for note, applies in found.items() if applies]
+    return [note for note, applies in notes.items() if applies]
