@@ -44,6 +44,7 @@ class TextTile(NamedTuple):
     embeddings: jax.Array  # float32 [m, width], normalised
     side: TextSide
     valid: jax.Array  # bool [m]
+    inputs: Any = None  # of the loss formula, arrays [m, ...]
 
 
 class PairTile(NamedTuple):
@@ -83,10 +84,10 @@ def apply_head(features: jax.Array, head: jax.Array, precision: str) -> jax.Arra
     return jnp.where(nonzero, normalize(linear), 0.0)
 
 
-def make_text_tiles(config: LossConfig, params: LossParams, side: TextSide) -> TextTile:
+def make_text_tiles(config: LossConfig, params: LossParams, side: TextSide, inputs: Any = None) -> TextTile:
     """Split this device's texts into tiles, arrays [tiles, m, ...]."""
-    (embeddings, side), valid = to_text_tiles(config.tile, (params.texts, side))
-    return TextTile(embeddings, side, valid)
+    (embeddings, side, inputs), valid = to_text_tiles(config.tile, (params.texts, side, inputs))
+    return TextTile(embeddings, side, valid, inputs)
 
 
 def make_pair_tile(config: LossConfig, num_images: int, images: ImageTile, texts: TextTile) -> PairTile:
@@ -234,8 +235,7 @@ def accumulate_pair_loss(
     """
     scale, precision = jnp.exp(params.log_scale), config.precision
     num_images = len(images.rows) * num_devices
-    text_tiles = make_text_tiles(config, params, texts)
-    text_input_tiles, _ = to_text_tiles(config.tile, text_inputs) if text_inputs is not None else (None, None)
+    text_tiles = make_text_tiles(config, params, texts, text_inputs)
 
     def block_body(
         carry: _LocalCarry, block: tuple[ImageSide, Any], _: None, valid: jax.Array
@@ -245,13 +245,12 @@ def accumulate_pair_loss(
         image_tile, head_vjp = make_image_tile(config, params.head, image_side, valid)
 
         def tile_body(
-            carry: tuple[_Sums, jax.Array | None], dtexts: jax.Array, tile: tuple[TextTile, Any]
+            carry: tuple[_Sums, jax.Array | None], dtexts: jax.Array, text_tile: TextTile
         ) -> tuple[tuple[_Sums, jax.Array | None], jax.Array]:
             """Add the pairs of one image tile with one text tile; `dtexts` float32 [m, width] is of the latter."""
             sums, dimages = carry
-            text_tile, text_inputs = tile
             pairs = make_pair_tile(config, num_images, image_tile, text_tile)
-            loss, dlogits, logits, used = pair_loss(pairs, image_inputs, text_inputs)
+            loss, dlogits, logits, used = pair_loss(pairs, image_inputs, text_tile.inputs)
             if dimages is not None:
                 dimages += _einsum(precision, "nm,md->nd", dlogits, text_tile.embeddings)
             sums = _Sums(
@@ -262,9 +261,7 @@ def accumulate_pair_loss(
             return (sums, dimages), dtexts + _einsum(precision, "nm,nd->md", dlogits, image_tile.embeddings)
 
         dimages = None if head_vjp is None else jnp.zeros_like(image_tile.embeddings)
-        (sums, dimages), dtexts = scan_text_tiles(
-            tile_body, (carry.sums, dimages), carry.dtexts, (text_tiles, text_input_tiles)
-        )
+        (sums, dimages), dtexts = scan_text_tiles(tile_body, (carry.sums, dimages), carry.dtexts, text_tiles)
         dhead = carry.dhead
         if head_vjp is not None and dhead is not None:
             dhead += head_vjp(scale * dimages)[0]

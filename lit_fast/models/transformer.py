@@ -198,9 +198,8 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """`depth` blocks and, if `final_norm`, a LayerNorm.
 
-    The layers are one `lax.scan` over the stacked parameters and not `nn.scan(nn.remat(EncoderBlock))`: with
-    `output_positions` the last layer runs outside the loop, with its slice of the same stack, and `nn.scan` gives the
-    code outside the loop no access to a layer's parameters.
+    The layers are one `lax.scan` over the stacked parameters and not `nn.scan(nn.remat(EncoderBlock))`, which always
+    runs the whole stack: with `output_positions` the last layer runs outside the loop, with its slice of the stack.
     """
 
     shape: Shape

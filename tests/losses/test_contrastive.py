@@ -34,7 +34,7 @@ NAMES = [" ".join(str(v) for v in o.values()) or "default" for o in OPTIONS]
 
 
 def draw(seed, n, captions, width=16):
-    """Features, texts and their batch: some rows come twice, some captions several times."""
+    """Draw a batch, text embeddings and an image head; some rows and captions are repeated."""
     rng = np.random.default_rng(seed)
 
     def unit(k):
@@ -138,13 +138,13 @@ def test_loss_of_any_batch_equals_its_formula(options, num_devices, tile, case):
     config = LossConfig(tile=tile, precision="highest", **options)
     batch, texts, head = draw(seed, per_device * num_devices, captions)
     params = make_params(config, texts, head, log_scale, bias)
-    # Two negatives closer than a step of the search are kept together.
+    # The search does not separate negatives closer than its resolution.
     assume(config.negatives in ("all", "random") or margin(config, batch, params) > 3e-5)
     check(config, num_devices, batch, params)
 
 
 def margin(config, batch, params):
-    """How far apart, in cosine, the last negative that is kept and the first that is not are."""
+    """Return the difference in cosine between the last used negative and the first masked one."""
     names = ("texts", "log_scale", "head")
     everything = dense_loss(replace(config, negatives="all"), batch, **{k: params[k] for k in names})[3]
     cosine = np.sort(everything / np.exp(params["log_scale"])) * (1 if config.negatives == "hardest" else -1)
@@ -156,7 +156,7 @@ def margin(config, batch, params):
 @settings(max_examples=50, deadline=None)
 @given(options=st.sampled_from(OPTIONS), case=cases)
 def test_formula_gradients_equal_differences(options, case):
-    """The reference itself: its gradients against central differences of its value."""
+    """Check the reference itself: its gradients against central differences of its value."""
     seed, n, captions, log_scale, bias = case
     config = LossConfig(**options)
     batch, texts, head = draw(seed, n, captions, 6)
@@ -183,7 +183,7 @@ def test_formula_gradients_equal_differences(options, case):
 
 
 def test_sigmoid_at_initialisation_is_the_papers_value():
-    """At initialisation with orthogonal embeddings: 10.00005 + (n - 1) * 4.54e-5."""
+    """With orthogonal embeddings it is 10.00005 + (n - 1) * 4.54e-5."""
     n = 64
     batch = draw(0, n, 1, 2 * n)[0] | {
         "features": np.eye(2 * n, dtype=np.float32)[:n],
@@ -197,7 +197,7 @@ def test_sigmoid_at_initialisation_is_the_papers_value():
 
 
 def test_softmax_without_repeats_is_clips():
-    """Optax's cross-entropy over rows and columns, where no row and no image comes twice."""
+    """It equals optax's cross-entropy over rows and columns."""
     config = LossConfig(name="softmax", tile=5, precision="highest")
     batch, texts, _ = draw(1, 16, 1)
     batch["rows"] = np.arange(16, dtype=np.int32)
@@ -234,11 +234,11 @@ def test_negatives_are_as_many_as_configured(kind):
     counts = [int(run(config, d, batch, params)[2].sums.num_negatives) for d in (1, 4)]
     wanted = per_positive * n * captions
     if kind == "random":
-        # Binomial: one standard deviation is below sqrt(10 240) = 101. Which ones does not depend on the devices.
+        # Binomial: one standard deviation is below sqrt(10 240) = 101. The choice does not depend on the devices.
         assert abs(counts[0] - wanted) < 500
         assert counts[0] == counts[1]
     else:
-        # 130 560 negatives over a range of about 1.6: some 0.6 of them in a step of the search.
+        # 130 560 negatives over a range of about 1.6: some 0.6 of them within the resolution of the search.
         assert all(wanted <= count <= wanted + 8 for count in counts)
 
 
@@ -270,7 +270,7 @@ def test_hashes_of_different_captions_differ():
 
 @pytest.mark.parametrize("options", OPTIONS[1:], ids=NAMES[1:])
 def test_compiled_loss_has_no_all_gather_and_linear_memory(options):
-    """Of every option; the default is looked at in the whole step."""
+    """The default options are checked in the whole step."""
 
     def temporary(n, tile=32):
         config = LossConfig(tile=tile, precision="highest", **options)
@@ -284,7 +284,7 @@ def test_compiled_loss_has_no_all_gather_and_linear_memory(options):
     # Four times the batch needs at most four times the memory, which has in it a tile of 32 x 256 pairs in a
     # few copies; all pairs of a device in one array would need sixteen times.
     assert large <= 4.4 * small
-    if options == OPTIONS[1]:  # the same check sees them when there are
+    if options == OPTIONS[1]:  # the check finds an array of all pairs if there is one
         assert temporary(4096, 1024) > 4.4 * temporary(1024, 256)
 
 

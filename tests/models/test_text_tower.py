@@ -19,7 +19,7 @@ from tests.trained import words
 SHAPE = Shape(width=32, depth=3, mlp_dim=64, heads=4)
 
 
-def shaken(tower, seed=0):
+def perturbed_params(tower, seed=0):
     """Return parameters in which every one matters, biases and norms too."""
     rng = np.random.default_rng(seed)
     ids = jnp.zeros((1, tower.max_length), jnp.int32)
@@ -34,18 +34,18 @@ def test_tower_equals_the_float64_reference(pooling, masked):
     ids = np.random.default_rng(0).integers(2, 50, (4, 6))
     ids[1, 3:] = ids[2, 1:] = ids[3, :] = 1  # end of sentence and padding, down to an empty caption
     ids[0, 5] = 1
-    params = shaken(tower)
+    params = perturbed_params(tower)
     assert ("MAPHead_0" in params) == (pooling == "map")
-    seen = np.arange(6) <= np.array([5, 3, 1, 0])[:, None] if masked else None
+    mask = np.arange(6) <= np.array([5, 3, 1, 0])[:, None] if masked else None
     got = jax.jit(tower.apply)({"params": params}, ids)
-    want = text_tower(ids, jax.tree.map(np.float64, params), pooling, seen)
+    want = text_tower(ids, jax.tree.map(np.float64, params), pooling, mask)
     np.testing.assert_allclose(got, want, atol=3e-5)  # outputs of about 1, three float32 layers
 
 
 @pytest.mark.parametrize("options", [{"embedding_width": 8}, {"projected": False}])
 def test_tower_with_narrow_table_or_no_head_equals_the_reference(options):
     tower = TextTower(SHAPE, 50, 6, 32, **options)
-    params = shaken(tower)
+    params = perturbed_params(tower)
     ids = np.random.default_rng(0).integers(0, 50, (4, 6))
     want = text_tower(ids, jax.tree.map(np.float64, params), "last")
     np.testing.assert_allclose(jax.jit(tower.apply)({"params": params}, ids), want, atol=3e-5)
@@ -72,7 +72,7 @@ LONG = 12
 @pytest.fixture(scope="module", params=["last", "first", "mean", "max", "map"])
 def masked_embedder(request):
     tower = TextTower(SHAPE, 50, LONG, 12, pooling=request.param, eos_id=1)
-    params = shaken(tower)
+    params = perturbed_params(tower)
 
     def embed(ids):
         cut = params | {"pos_embedding": params["pos_embedding"][:, : ids.shape[1]]}
@@ -81,7 +81,7 @@ def masked_embedder(request):
     return jax.jit(embed)
 
 
-@settings(deadline=None)  # two programs are compiled
+@settings(deadline=None)  # compiles two programs
 @given(caption=st.lists(st.integers(2, 49), max_size=5), padding=st.integers(0, 49))
 def test_masked_padding_does_not_change_the_embedding(masked_embedder, caption, padding):
     """Neither its length nor its ids matter."""
@@ -89,7 +89,7 @@ def test_masked_padding_does_not_change_the_embedding(masked_embedder, caption, 
     ids[0, len(caption) + 1 :] = 1
     ids[:, : len(caption) + 1] = [*caption, 1]
     first, second = masked_embedder(ids)
-    # The same numbers: a hidden key has weight exp(-1e38) = 0 exactly, and a row is computed like any other.
+    # Bitwise: a masked key has weight exp(-1e38) = 0 exactly, and all rows are computed alike.
     np.testing.assert_array_equal(first, second)
     short = masked_embedder(ids[:, :6])[0]
     np.testing.assert_allclose(short, first, atol=1e-5)  # other sizes, so other orders of the float32 sums
@@ -113,7 +113,7 @@ def test_dropout_zeroes_a_share_and_keeps_the_mean():
 def test_dropout_of_a_row_depends_on_its_key_alone(pooling):
     """A row has the same mask in any batch, so microbatches and devices do not change it."""
     tower = TextTower(SHAPE, 50, 6, 12, pooling=pooling, dropout=0.3)
-    variables = {"params": shaken(tower)}
+    variables = {"params": perturbed_params(tower)}
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (8, 6)))
     embed = jax.jit(lambda ids, keys: tower.apply(variables, ids, dropout_keys=keys))
     whole = embed(ids, row_keys(0, 8))

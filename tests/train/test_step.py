@@ -20,7 +20,7 @@ from lit_fast.train.step import init_state, make_step
 WIDTH, LENGTH, VOCAB = 24, 8, 100
 SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=2)
 TOWER = TextTower(SHAPE, VOCAB, LENGTH, WIDTH)
-# Half of the compiler's work is machine code that runs fast, which a few steps do not need.
+# Without optimised machine code compiling takes half the time.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
@@ -120,7 +120,7 @@ def test_step_with_remat_and_microbatches_equals_the_plain_one(keep, microbatche
 
 
 def largest_buffer(text):
-    """Elements of the largest array in the compiled program."""
+    """Return the number of elements of the largest array in a compiled program."""
     shapes = re.findall(r"(?:f32|bf16|s32|u32|pred|u16)\[([\d,]+)\]", text)
     return max(int(np.prod([int(d) for d in s.split(",")])) for s in shapes)
 
@@ -129,7 +129,7 @@ def largest_buffer(text):
 def test_compiled_step_has_no_batch_by_batch_buffer_and_no_all_gather(devices, microbatches):
     batch = 4096
     text = build(devices, batch=batch, tile=64, microbatches=microbatches)[0].as_text()
-    # The largest thing is an activation, [texts of a device, length, mlp_dim], stacked for two layers.
+    # The largest array is an activation, [texts of a device, length, mlp_dim], stacked for two layers.
     assert largest_buffer(text) <= 2 * (batch // devices) * LENGTH * SHAPE.mlp_dim < batch**2
     assert "all-gather" not in text
     # Loss and gradients are summed over the devices once a step, not once per layer or microbatch. The only other
@@ -141,15 +141,15 @@ def test_compiled_step_has_no_batch_by_batch_buffer_and_no_all_gather(devices, m
     tiles = batch // devices // 64
     sent = set(re.findall(r"= (\w+\[[\d,]*\])\S* collective-permute\(", text))
     assert sent == ({f"f32[{tiles},64,{WIDTH}]", f"s32[{tiles},64]"} if devices > 1 else set())
-    if devices == 1:  # the same check sees the matrix when there is one
+    if devices == 1:  # the check finds the matrix if there is one
         assert largest_buffer(build(1, batch=batch, tile=batch)[0].as_text()) >= batch**2
 
 
 def test_compiled_step_needs_memory_linear_in_the_batch():
     steps = (build(4, batch=b, tile=64, microbatches=4)[0] for b in (1024, 4096))
     small, large = (step.memory_analysis().temp_size_in_bytes for step in steps)
-    # Give or take how buffers happen to be reused; a matrix of pairs (64 MiB of them at the end) would take
-    # sixteen times the memory for four times the batch.
+    # Up to differences in the reuse of buffers. A matrix of pairs (64 MiB at the end) would take sixteen times the
+    # memory for four times the batch.
     assert large <= 5 * small
 
 
@@ -168,7 +168,7 @@ def test_step_with_other_losses_agrees_on_one_and_four_devices(loss):
         state = state._replace(params=state.params | {"t": jnp.log(jnp.full((1,), 30.0))})
         for i in range(3):
             state, metrics = step(state, batch_of(i, 64, 2, mesh))
-            if i == 0:  # an update of nothing: the warm-up begins
+            if i == 0:  # the learning rate starts at 0
                 limit = loss.get("temperature_max", 30.0)
                 assert float(metrics["temperature"]) == pytest.approx(limit, rel=1e-6)
         results[devices] = {k: float(v) for k, v in metrics.items()}
@@ -185,7 +185,7 @@ def test_step_with_other_losses_agrees_on_one_and_four_devices(loss):
 
 
 def test_logit_metrics_equal_the_matrix_of_all_pairs():
-    """At the first step, against the matrix of all pairs."""
+    """Check the first step."""
     step, state, mesh = build(2, captions=2)
     params = jax.device_get(state.params)
     batch = batch_of(0, 64, 2, mesh)
@@ -200,7 +200,7 @@ def test_logit_metrics_equal_the_matrix_of_all_pairs():
             # float32 logits of about ten.
             want = getattr(logit[mask], figure)()
             assert float(metrics[f"{kind}_logit_{figure}"]) == pytest.approx(want, abs=5e-5)
-    assert "negatives" not in metrics  # all there are
+    assert "negatives" not in metrics  # no pairs are masked
 
 
 def test_step_that_is_not_finite_is_recorded_in_the_state():
@@ -214,7 +214,7 @@ def test_step_that_is_not_finite_is_recorded_in_the_state():
 
 
 def test_average_equals_its_definition():
-    """Three steps against the definition."""
+    """Check three steps."""
     decay = PLAIN["averaged"]
     step, state, mesh = build(1, **PLAIN)
     want = jax.tree.map(np.asarray, state.params)
