@@ -1,7 +1,7 @@
 """`lit-fast embed`: compute the features of one frozen tower for every row of a dataset, once.
 
-The shards of this process are embedded in order, in batches counted from the shard's first row, so that the rows that
-share a batch never depend on where a run was interrupted. See `lit_fast.embed.shard_writer` for what is written when.
+The shards of this process are embedded in order, in batches counted from the shard's first row, so that the rows of a
+batch never depend on where a run was interrupted. `lit_fast.embed.shard_writer` has the order of the writes.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def _remove_stale_files(features: Features) -> None:
 
 
 def _report(job: Job, rate: float | None) -> None:
-    """Print the last lines: what there is now, and which rows are invalid.
+    """Print the result: the numbers of valid and invalid rows, and the first invalid ones.
 
     Raises:
       UserError: all rows are invalid.
@@ -298,6 +298,6 @@ def _report_other_shares(job: Job) -> None:
     if left and not any(is_in_use(journal_path(job.features, shard)) for shard in left):
         command = embed_command(job.dataset, job.features.provenance, job.features.tower)
         status(
-            f"note: {len(left):,} shards of other shares are unfinished (first: {left[0]}) and nobody is at work on "
-            f"them; this does them: {command} --shard-of 0/1"
+            f"note: {len(left):,} shards of other shares are unfinished (first: {left[0]}) and no process is embedding "
+            f"them; embed them with: {command} --shard-of 0/1"
         )

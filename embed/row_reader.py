@@ -17,7 +17,7 @@ GROUP_ROWS = 4 * SHARD  # a group is complete after the source that reaches this
 
 
 class RowReader:
-    """Reads each source once.
+    """The rows of sources; each source is read once.
 
     Attributes:
       sources: the sources, with the layout of their images once they are read.
@@ -28,10 +28,12 @@ class RowReader:
     def __init__(
         self, sources: Sequence[Source], options: ColumnOptions, first_source: int, num_classes: int
     ) -> None:
-        """Args:
-        sources: `kind` of each is the name of its format.
-        first_source: number of the first source in the dataset.
-        num_classes: rows with a label of this or above are skipped; 0: none are.
+        """Make a reader; nothing is read yet.
+
+        Args:
+          sources: `kind` of each is the name of its format.
+          first_source: number of the first source in the dataset.
+          num_classes: rows with a label of this or above are skipped; 0: none are.
         """
         self.sources = list(sources)
         self.skipped = SkippedLog()

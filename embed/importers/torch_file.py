@@ -1,4 +1,4 @@
-"""Read the tensors of a file that `torch.save` wrote, without running what it holds."""
+"""Read the tensors of a file that `torch.save` wrote, without running any code in it."""
 
 from __future__ import annotations
 

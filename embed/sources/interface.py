@@ -78,7 +78,7 @@ Reader = Callable[[str, ColumnOptions], Iterator[Item]]
 
 A reader yields one `Layout` before the first `Sample`, then a `Sample` or a `Skipped` for every entry, in the order of
 the source. At damage it yields `Damage` and reads no further. It raises `UserError` if the source cannot be read at
-all or lacks a named column, and nothing else, whatever the file holds.
+all or lacks a named column; no content of a file makes it raise anything else.
 """
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import lit_fast.embed.shard_writer
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import Features, open_features
@@ -116,6 +120,29 @@ def test_shards_and_shares(
     capsys.readouterr()
     embed_dataset(dataset.path, str(tiny_vit), name="one", batch_size=8)
     assert "is complete: 2,500 rows, 2,496 valid, 4 invalid" in capsys.readouterr().out
+
+
+def test_embed_dataset_frees_the_features_of_finished_shards(
+    tmp_path: Path, tiny_vit: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Journal]] = []
+    most = 0
+
+    class CountedJournal(Journal):
+        def __init__(self, *args: Any) -> None:
+            nonlocal most
+            super().__init__(*args)
+            alive.append(weakref.ref(self))
+            gc.collect()
+            most = max(most, sum(journal() is not None for journal in alive))
+
+    monkeypatch.setattr(lit_fast.embed.shard_writer, "Journal", CountedJournal)
+    write_tar(tmp_path / "0.tar", [(f"{i}.{s}", b"x") for i in range(6000) for s in ("jpg", "txt")])
+    dataset = index_dataset([f"{tmp_path}/0.tar"], tmp_path / "d", seed=0)
+    with pytest.raises(UserError, match="none of the 6,000 images could be embedded"):
+        embed_dataset(dataset.path, str(tiny_vit), batch_size=64)
+    assert len(alive) == dataset.shards == 6
+    assert most <= 3  # the reader is ahead of the writer
 
 
 def start(dataset: Path, tower: Path, name: str) -> subprocess.Popen[bytes]:

@@ -26,7 +26,7 @@ from lit_fast.train.cost.flops import program_flops, step_flops
         {"eos_id": 1},
     ],
 )
-def test_formula_counts_every_product(options):
+def test_step_flops_counts_every_product_of_the_tower(options):
     model = TextTower(
         **{"shape": Shape(24, 3, 40, 2), "vocab_size": 50, "max_length": 7, "out_dim": 10} | options
     )
@@ -47,8 +47,8 @@ def test_formula_counts_every_product(options):
         ({"negatives": "hardest", "negatives_per_positive": 2.0}, 3),
     ],
 )
-def test_formula_counts_the_loss_without_what_is_worked_out_again(options, rounds, image_head):
-    """The program goes round `rounds` times more and compares all pairs anew, of which the formula knows nothing."""
+def test_step_flops_counts_the_loss_without_recomputation(options, rounds, image_head):
+    """The program computes all pairs `rounds` more times, which the formula does not count."""
     texts, images, width = 12, 6, 10
     config = LossConfig(**options, image_head=image_head)
 
@@ -81,8 +81,8 @@ def test_formula_counts_the_loss_without_what_is_worked_out_again(options, round
     ("keep", "share"),
     [("everything", 0.0), ("products", 0.0), ("hidden", 0.09), ("inputs", 0.22), ("embeddings", 0.33)],
 )
-def test_what_is_worked_out_again(keep, share):
-    """The shares that `lit_fast.config.TextConfig` names, of the L tower on 16 tokens."""
+def test_recomputation_of_each_remat_policy(keep, share):
+    """The shares in the help of `text.keep`, for the L tower with 16 tokens."""
     text = TextConfig(variant="L", depth=12, keep=keep)
     model = TextTower(text.shape, 32_000, 16, 768, remat_policy=text.encoder_remat)
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
@@ -90,5 +90,5 @@ def test_what_is_worked_out_again(keep, share):
     embed = jax.checkpoint(model.apply) if keep == "embeddings" else model.apply
     gradient = jax.make_jaxpr(jax.grad(lambda params, ids: embed(params, ids).sum()))
     again = program_flops(gradient(params, ids).jaxpr) / step_flops(model, 2, 0) - 1
-    # To a whole per cent, with the scores of "products", which are not kept.
+    # Rounded to 1 %; with "products" the attention scores are recomputed.
     assert abs(again - share) < 0.006
