@@ -20,7 +20,8 @@ import numpy as np
 
 from lit_fast.data.features import BFLOAT16
 from lit_fast.errors import UserError
-from lit_fast.storage.files import InUseError, Lock, exists, open_append, remove, sync
+from lit_fast.storage.files import exists, open_append, remove, sync
+from lit_fast.storage.lock import InUseError, Lock
 from lit_fast.storage.paths import StrPath
 
 _HEADER = struct.Struct("<4sIIIII")

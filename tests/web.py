@@ -18,6 +18,8 @@ import pytest
 
 from lit_fast.storage import remote
 
+_HUB_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "LIT_FAST_OFFLINE")
+
 BODY = np.random.default_rng(0).bytes(300_000)
 COMMIT = "a" * 40
 
@@ -198,6 +200,8 @@ def running_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     """A Hub that huggingface_hub takes for the real one, with an empty cache."""
     from huggingface_hub import HfFileSystem, constants
 
+    for name in _HUB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     hub = Hub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read from the environment at import
     monkeypatch.setattr(
@@ -216,8 +220,7 @@ def running_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "LIT_FAST_OFFLINE", "STORAGE_EMULATOR_HOST")
-    for name in (*names, "HUGGING_FACE_HUB_TOKEN"):
+    for name in (*_HUB_VARIABLES, "STORAGE_EMULATOR_HOST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")

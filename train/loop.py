@@ -21,7 +21,7 @@ from lit_fast.config import Config
 from lit_fast.models.two_towers import init_params, text_embedder, text_tower
 from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
-from lit_fast.storage.files import Lock
+from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
@@ -104,7 +104,7 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     # --- Train.
     batch = config.stream.global_batch
     pairs = batch * config.stream.captions_per_image
-    flops = step_flops(model, pairs, batch, config.loss.image_head, packing.tokens if packing else None)
+    flops = step_flops(model, pairs, batch, config.loss.image_head, packing.mean_tokens if packing else None)
     meter = ThroughputMeter(
         pairs, flops, mesh.size, start_step=start_step, cost_before=cost_before, started=started
     )

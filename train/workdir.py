@@ -18,8 +18,6 @@ from lit_fast.errors import UserError
 from lit_fast.models.two_towers import Params
 from lit_fast.runs.run import read_config
 from lit_fast.storage.files import (
-    InUseError,
-    Lock,
     exists,
     is_directory,
     is_file,
@@ -29,6 +27,7 @@ from lit_fast.storage.files import (
     write_atomic,
     write_json,
 )
+from lit_fast.storage.lock import InUseError, Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.train.input_pipeline.stream import Stream
 from lit_fast.weights.text import read_text_weights, start_from

@@ -26,8 +26,8 @@ from lit_fast.embed.sources.interface import ColumnOptions
 from lit_fast.embed.sources.parquet import read_row_group
 from lit_fast.embed.sources.tables import read_lines
 from lit_fast.errors import UserError, first_line
+from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import parent, stem
-from lit_fast.storage.read import open_binary
 
 _Choose = Callable[[Collection[str]], Columns]
 _Values = Iterator[tuple[dict[str, Any], Columns]]
@@ -61,7 +61,7 @@ def check_metadata(parts: list[Part]) -> None:
     """
     for part in parts:
         if part.metadata:
-            with open_binary(part.metadata) as file:
+            with open_read(part.metadata) as file:
                 try:
                     count = pq.ParquetFile(file).metadata.num_rows
                 except ERRORS:
@@ -137,7 +137,7 @@ def _read_table(path: str, choose: _Choose) -> _Values:
 
 
 def _read_parquet(path: str, choose: _Choose) -> _Values:
-    with open_binary(path) as file:
+    with open_read(path) as file:
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)
             columns = choose(parquet.schema_arrow.names)

@@ -16,10 +16,9 @@ from contextlib import suppress
 
 from lit_fast.errors import UserError
 from lit_fast.evaluation.known_sets import known_evaluations
-from lit_fast.storage.files import is_file, read_bytes
+from lit_fast.storage.files import is_file, read_bytes, read_text
 from lit_fast.storage.hub import AbsentError, Snapshot
-from lit_fast.storage.paths import is_url, parent
-from lit_fast.storage.read import beside
+from lit_fast.storage.paths import is_url, join, parent
 
 PREFIX = "wds:"
 _MAX_SHARDS = 100_000
@@ -35,7 +34,7 @@ def benchmark_tars(directory: str) -> list[str]:
       UserError: a local tar is missing.
     """
     directory = directory.rstrip("/")
-    text = beside(f"{directory}/test", "nshards.txt", limit=1000)
+    text = read_text(f"{directory}/{_COUNT}", limit=1000)
     if text is None:
         return []
     tars = [f"{directory}/{name}" for name in _tars(f"{directory}/{_COUNT}", text)]
@@ -77,9 +76,9 @@ def lines_near(directory: str, file: str) -> tuple[str, ...]:
     """Return the lines of a file in a directory or one level up; () if there is none."""
     if not directory:
         return ()
-    text = beside(directory, file)
+    text = read_text(join(directory, file))
     if text is None:
-        text = beside(parent(directory), file)
+        text = read_text(join(parent(directory), file))
     return tuple(line.strip() for line in (text or "").rstrip().splitlines())
 
 
@@ -93,7 +92,7 @@ def _check_classes(spec: str, name: str, directory: str) -> None:
     expected = known_evaluations().get(name, {}).get("classes")
     if expected is None:
         return
-    found = len((beside(directory, _TEXTS[0]) or "").rstrip().splitlines())
+    found = len((read_text(join(directory, _TEXTS[0])) or "").rstrip().splitlines())
     if found != expected:
         raise UserError(f"{spec} has {found} class names in {directory}/{_TEXTS[0]}, not {expected}")
 

@@ -14,7 +14,7 @@ from lit_fast.embed.sources.columns import Columns, parse_row, require_column
 from lit_fast.embed.sources.image_paths import image_directory, image_size, relative_path
 from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
 from lit_fast.errors import UserError
-from lit_fast.storage.read import open_binary
+from lit_fast.storage.files import open_read
 
 _MAX_JSON = 2 << 30  # bytes; all captions of COCO are 0.1 GB
 
@@ -88,7 +88,7 @@ def _load(path: str) -> Any:
     size, _ = size_and_etag(path)
     if size > _MAX_JSON:
         raise UserError(f"{path} has {size} bytes; JSON above 2 GiB is not read: make it a .jsonl")
-    with open_binary(path) as file:
+    with open_read(path) as file:
         try:
             return json.loads(file.read())
         except (ValueError, RecursionError):

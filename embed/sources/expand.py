@@ -11,7 +11,6 @@ from lit_fast.embed.sources.benchmark import PREFIX, benchmark_tars, hub_tars
 from lit_fast.embed.sources.formats import format_by_name
 from lit_fast.embed.sources.interface import IMAGE_SUFFIXES
 from lit_fast.errors import UserError
-from lit_fast.storage import remote
 from lit_fast.storage.files import (
     exists,
     is_directory,
@@ -77,7 +76,7 @@ def _remote(plain: str, pattern: str) -> list[str]:
         return [plain]
     if plain.endswith("/") and (tars := benchmark_tars(plain)):
         return tars
-    found = remote.listing(plain)
+    found = match_files(plain)
     if plain.endswith("/"):
         found = _of_one_format(plain, found)
     if not found:

@@ -7,6 +7,7 @@ import re
 from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources import coco, folders, noise, parquet, records, tables, tars
 from lit_fast.embed.sources.interface import Format
+from lit_fast.errors import UserError
 from lit_fast.storage.files import is_directory, open_read
 from lit_fast.storage.paths import is_url, name, suffix
 
@@ -52,5 +53,5 @@ def _first_bytes(path: str) -> bytes:
     try:
         with open_read(path) as file:
             return file.read(4)
-    except OSError:
+    except UserError:
         return b""

@@ -20,8 +20,8 @@ from lit_fast.embed.sources.image_paths import image_directory, image_size, rela
 from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
 from lit_fast.embed.sources.tables import refuse_key
 from lit_fast.errors import UserError, first_line
+from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import name, parent
-from lit_fast.storage.read import open_binary
 
 _BATCH_ROWS = 1024
 
@@ -32,7 +32,7 @@ def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
     Raises:
       UserError: the file lacks a column, or its row groups are too large.
     """
-    with open_binary(path) as file:
+    with open_read(path) as file:
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)  # pages are read one by one
             columns = _columns(path, options, parquet)
@@ -60,7 +60,7 @@ def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
 
 def class_names(path: str) -> tuple[str, ...]:
     """Return the names of Hugging Face's `ClassLabel` in the metadata; () without."""
-    with open_binary(path) as file:
+    with open_read(path) as file:
         try:
             metadata = pq.read_schema(file).metadata or {}
             features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]

@@ -25,8 +25,8 @@ from lit_fast.embed.sources.interface import (
     Skipped,
 )
 from lit_fast.errors import UserError
+from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import suffix
-from lit_fast.storage.read import open_binary
 
 MAX_LINE = 16 << 20  # characters
 
@@ -67,7 +67,7 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
       UserError: the file cannot be read.
     """
     json_lines = suffix(path) in (".jsonl", ".ndjson")
-    with open_binary(path) as file:
+    with open_read(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         try:
             yield from _json_lines(text) if json_lines else _csv_rows(text)

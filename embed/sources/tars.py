@@ -27,8 +27,8 @@ from lit_fast.embed.sources.interface import (
     is_utf8,
 )
 from lit_fast.errors import UserError
+from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import parent
-from lit_fast.storage.read import open_binary
 
 _TEXT_SUFFIXES = (".txt", ".json", ".cls")
 _MAX_TEXT = 1 << 20  # bytes of one member
@@ -63,7 +63,7 @@ def read_tar(path: str, options: ColumnOptions) -> Iterator[Item]:
     images = (f".{options.image.lower().lstrip('.')}",) if options.image else IMAGE_SUFFIXES
     last_key = ""
     try:
-        with open_binary(path) as file:
+        with open_read(path) as file:
             _refuse_compressed(path, file.read(6))
             size = file.seek(0, os.SEEK_END)
             for member in _members(file, size):

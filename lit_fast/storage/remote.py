@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.hub import hub_problem
-from lit_fast.storage.paths import SCHEMES, is_url
+from lit_fast.storage.paths import SCHEMES
 
 # s3fs retries a few times by itself, gcsfs six times, huggingface_hub five times.
 ATTEMPTS = {"http": 6, "https": 6, "s3": 3, "gs": 1, "hf": 1}
@@ -34,8 +34,6 @@ _NO_CREDENTIALS = {
 }
 
 T = TypeVar("T")
-
-is_remote = is_url
 
 
 def stat(url: str) -> tuple[int, str]:

@@ -130,22 +130,17 @@ def test_an_unknown_name_lists_the_known(hub: Hub) -> None:
 def test_real_labels_come_through_the_cache(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    table = tmp_path / "known.toml"
-    table.write_text(f'[real]\ntask = "labels"\nurl = "{server.url}/real.json"\n')
-    monkeypatch.setattr(known_sets, "_TABLE", table)
-    known_sets.known_evaluations.cache_clear()
+    table = {"real": {"task": "labels", "url": f"{server.url}/real.json"}}
+    monkeypatch.setattr(known_sets, "known_evaluations", lambda: table)
     server.answers["/real.json"] = Answer(b"[[1], [], [2, 3]]")
-    try:
-        path = resolve_labels("real")
-        assert path.read_bytes() == b"[[1], [], [2, 3]]"
-        server.requests.clear()
-        assert resolve_labels("real") == path
-        assert not server.requests
-    finally:
-        known_sets.known_evaluations.cache_clear()
+    path = resolve_labels("real")
+    assert Path(path).read_bytes() == b"[[1], [], [2, 3]]"
+    server.requests.clear()
+    assert resolve_labels("real") == path
+    assert not server.requests
     own = tmp_path / "own.json"
     own.write_text("{}")
-    assert resolve_labels(str(own)) == own
+    assert resolve_labels(str(own)) == str(own)
     with pytest.raises(UserError, match=r"is no file; give a JSON file or one of the known labels: real"):
         resolve_labels("reel")
 

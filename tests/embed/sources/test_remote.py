@@ -28,7 +28,7 @@ from lit_fast.errors import UserError
 from lit_fast.storage import remote
 from tests.embed.sources.servers import FileServer, file_server
 from tests.helpers import encoded, picture, samples, write_tar
-from tests.web import Hub, own_cache, running_hub  # noqa: F401
+from tests.web import Hub, running_hub  # noqa: F401
 
 
 @pytest.fixture
