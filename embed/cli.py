@@ -189,7 +189,9 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
     """
     parser.add_argument("dataset", metavar="D", help="a dataset made by lit-fast index")
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--tokenizer", metavar="FILE.model", help="a SentencePiece model")
+    model.add_argument(
+        "--tokenizer", metavar="FILE.model", help="a SentencePiece model, or that of hf:OWNER/NAME"
+    )
     model.add_argument(
         "--train-vocab", type=_whole(1), metavar="N", help="train a new model with N pieces on the captions"
     )
