@@ -28,8 +28,6 @@ def test_read_lines_of_other_content_raises(tmp_path: Path, data: bytes, message
 
 
 def test_read_lines_of_no_file_raises(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
-        read_lines(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         read_lines(tmp_path / "absent")
 
@@ -48,16 +46,19 @@ def test_replacing_directory_appears_at_the_end_with_readable_files(tmp_path: Pa
 
 
 def test_replacing_directory_after_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    def fail(directory: str) -> None:
+        Path(directory, "a").write_text("a")
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError), replacing_directory(tmp_path / "out") as temporary:
-        Path(temporary, "a").write_text("a")
-        _ = 1 / 0
+        fail(temporary)
     assert not os.listdir(tmp_path)
 
 
 def test_replacing_directory_of_a_full_directory_raises_and_keeps_it(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").write_text("kept")
-    with pytest.raises(OSError), replacing_directory(tmp_path / "out") as temporary:
+    with pytest.raises(OSError, match="not empty"), replacing_directory(tmp_path / "out") as temporary:
         Path(temporary, "a").write_text("a")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["kept"]
