@@ -26,7 +26,7 @@ from lit_fast.models.two_towers import text_tower
 from lit_fast.runtime import batch_sharding, make_mesh
 from lit_fast.train.cost.aot import compile_step
 from lit_fast.train.cost.memory import choose_remat
-from lit_fast.train.input_pipeline.packing import Packing, foreseen_row_tokens, true_lengths
+from lit_fast.train.input_pipeline.packing import Packing, required_row_tokens, true_lengths
 from lit_fast.train.optimizer import make_optimizer
 from lit_fast.train.step import abstract_training, init_state, make_step
 from lit_fast.utils.normalize import normalize
@@ -42,7 +42,7 @@ def _config(case: Case, ids: np.ndarray) -> Config:
     )  # fmt: skip
     if text.packed:
         texts = case.batch // case.devices
-        tokens = foreseen_row_tokens(true_lengths(ids, step_case.END), case.pack, texts)
+        tokens = required_row_tokens(true_lengths(ids, step_case.END), case.pack, texts)
         text = replace(text, row_tokens=tokens)
     return Config(
         steps=10**9,  # a constant learning rate
@@ -92,7 +92,9 @@ def ours(case: Case) -> Rival:
     }
     if text.packed:
         mean = float(true_lengths(ids, step_case.END).mean())
-        arrays = Packing(text.pack, text.row_tokens, step_case.END, mean, mesh.size, alone=True)(arrays)
+        arrays = Packing(text.pack, text.row_tokens, step_case.END, mean, mesh.size, single_process=True)(
+            arrays
+        )
         note += f", rows of {text.row_tokens} tokens"
     batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh), v) for k, v in arrays.items()}
     params = jax.tree.map(jnp.asarray, {"txt": make_weights(case), "mean": np.zeros(FEATURES, np.float32)})

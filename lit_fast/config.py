@@ -128,12 +128,6 @@ class LossConfig:
     image_head: bool = setting(
         False, "train a linear map of the image features, width x width, initialized to the identity"
     )
-    same_image: str = setting(
-        "positive",
-        "pairs of one dataset row that occurs twice in a batch: positives, or excluded (mask). Several captions of one "
-        "occurrence are always positives",
-        choices=("positive", "mask"),
-    )
     same_caption: str = setting(
         "negative",
         "texts that equal a caption of another image, id by id: negatives, or excluded (mask)",

@@ -104,7 +104,7 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     # --- Train.
     batch = config.stream.global_batch
     pairs = batch * config.stream.captions_per_image
-    flops = step_flops(model, pairs, batch, config.loss.image_head, packing.tokens if packing else None)
+    flops = step_flops(model, pairs, batch, config.loss.image_head, packing.mean_tokens if packing else None)
     meter = ThroughputMeter(
         pairs, flops, mesh.size, start_step=start_step, cost_before=cost_before, started=started
     )

@@ -17,12 +17,13 @@ from difflib import get_close_matches
 from urllib.parse import quote
 
 from lit_fast.errors import UserError
-from lit_fast.storage.cache import cached_file
-from lit_fast.storage.files import exists, is_directory, is_file, sha256
+from lit_fast.storage.cache import cache_directory, cached_file
+from lit_fast.storage.files import exists, is_directory, is_file, read_bytes, sha256, write_atomic
 from lit_fast.storage.hub import AbsentError, Snapshot
 from lit_fast.storage.paths import StrPath, absolute, join, name, parent, stem, suffix
 from lit_fast.weights.reader import part_names, parts
 from lit_fast.weights.registry import known_towers
+from lit_fast.weights.tokenizer_json import sentencepiece_model
 
 _BUCKETS = {"augreg": "vit_models/augreg", "big_vision": "big_vision"}
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -31,8 +32,8 @@ _AUGREG_FILE = re.compile(r"[A-Za-z0-9]+_\d+-i(1|21)k-\d+ep-lr_[\w.-]+")
 _SUFFIXES = (".npz", ".safetensors", ".safetensors.index.json")
 _FILE_SUFFIXES = (*_SUFFIXES, ".model", ".toml")  # a name with one is a path, not a repository
 _MAX_CONFIG_BYTES = 10_000_000
+_MAX_TOKENIZER_BYTES = 100_000_000
 _CONFIG, _PROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
-_EXPORTED = (_CONFIG, _WEIGHTS, "tokenizer.model", "tower.json")
 _TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _INDEX = f"{_WEIGHTS}.index.json"
 
@@ -60,22 +61,13 @@ def resolve(spec: str) -> str:
     )
 
 
-def resolve_model(location: StrPath) -> str:
-    """Return the local folder of a run or of an exported model, which may be in a repository of the Hub.
-
-    Raises:
-      UserError: the repository is not that of an exported model, or the download fails.
-    """
-    location = os.fspath(location)
-    snapshot = None if exists(location) else find_repository(location)
-    return fetch_folder(snapshot, _EXPORTED, ("receipt.json",)) if snapshot else location
-
-
 def resolve_tokenizer(location: StrPath) -> tuple[str, str]:
     """Return the local path of a sentencepiece model, which may be in a repository of the Hub, and a name for it.
 
+    A repository has it as a file, or as a `tokenizer.json` that is converted.
+
     Raises:
-      UserError: the repository has no sentencepiece model, or the download fails.
+      UserError: the repository has neither, `tokenizer.json` cannot be converted, or the download fails.
     """
     location = os.fspath(location)
     snapshot = None if exists(location) else find_repository(location)
@@ -86,7 +78,15 @@ def resolve_tokenizer(location: StrPath) -> tuple[str, str]:
             return _fetch(snapshot, file), name(snapshot.repository)
         except AbsentError:
             continue
-    raise UserError(f"{snapshot} has no {', '.join(_TOKENIZERS)}; give a sentencepiece model")
+    try:
+        path = snapshot.fetch("tokenizer.json", _MAX_TOKENIZER_BYTES)
+    except AbsentError:
+        names = ", ".join((*_TOKENIZERS, "tokenizer.json"))
+        raise UserError(f"{snapshot} has none of {names}; give a sentencepiece model") from None
+    model = sentencepiece_model(read_bytes(path), f"{snapshot}/tokenizer.json")
+    converted = join(cache_directory(), "tokenizers", f"{hashlib.sha256(model).hexdigest()}.model")
+    write_atomic(converted, model)
+    return converted, name(snapshot.repository)
 
 
 def find_repository(spec: str) -> Snapshot | None:

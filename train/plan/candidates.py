@@ -25,7 +25,7 @@ from lit_fast.train.cost.memory import (
     remat_candidates,
     try_compile,
 )
-from lit_fast.train.input_pipeline.packing import foreseen_row_tokens
+from lit_fast.train.input_pipeline.packing import required_row_tokens
 from lit_fast.train.inputs import check_batch
 from lit_fast.train.plan.data import PlanData, plan_data
 from lit_fast.train.plan.target import Target
@@ -73,7 +73,7 @@ class Planner:
         text = dataclasses.replace(text, pack=pack, row_tokens=0)
         if not text.packed:
             return text
-        return dataclasses.replace(text, row_tokens=foreseen_row_tokens(self.data.lengths, pack, self.texts))
+        return dataclasses.replace(text, row_tokens=required_row_tokens(self.data.lengths, pack, self.texts))
 
     def memory(self, text: TextConfig) -> MemoryEstimate:
         """Return the memory estimate for the packing of a text configuration."""

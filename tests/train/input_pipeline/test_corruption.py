@@ -63,9 +63,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_processes_get_slices_of_one_global_batch_in_any_order(place, config, name):
     config = replace(config, **CASES[name])
-    whole = opened(place, config).source
+    whole = opened(place, config).batches
     steps = (0, 1, 30, 5)
-    parts = [opened(place, config, part=(p, 4)).source for p in range(4)]
+    parts = [opened(place, config, part=(p, 4)).batches for p in range(4)]
     for step in steps:
         for key, value in whole[step].items():
             joined = np.concatenate([part[step][key] for part in parts])
@@ -81,8 +81,8 @@ def test_only_what_was_asked_for_changes(place, config):
     identities = {s.identity for s in (clean, *got.values())}
     assert len(identities) == 1 + len(CASES)
     for step in (0, 9):
-        want = clean.source[step]
-        batches = {name: stream.source[step] for name, stream in got.items()}
+        want = clean.batches[step]
+        batches = {name: stream.batches[step] for name, stream in got.items()}
         for batch in batches.values():  # a corrupted pair is the positive of its place
             np.testing.assert_array_equal(batch["rows"], want["rows"])
         for name in ("texts", "alignment"):
@@ -97,7 +97,7 @@ def test_only_what_was_asked_for_changes(place, config):
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_shares(place, config, share):
     options = {"corrupt_images": share, "corrupt_texts": share}
-    clean, noisy = opened(place, config).source, opened(place, replace(config, **options)).source
+    clean, noisy = opened(place, config).batches, opened(place, replace(config, **options)).batches
     images, texts, used = 0, 0, set()
     steps = 30
     for step in range(steps):
@@ -116,16 +116,16 @@ def test_shares(place, config, share):
 
 
 @settings(deadline=None)
-@given(batch=st.integers(1, 500), share=st.floats(0, 1), step=st.integers(0, 2**31 - 1))
-def test_the_share_of_the_batch_changes_places_and_nobody_stays(batch, share, step):
+@given(batch=st.integers(1, 500), share=st.floats(0, 1, exclude_min=True), step=st.integers(0, 2**31 - 1))
+def test_text_positions_move_the_share_of_the_batch(batch, share, step):
     drawn = Corruption(
         StreamConfig(global_batch=batch, corrupt_alignment=share), 0, None, np.empty(0), np.empty(0), ""
     )
-    origins = drawn.origins(step)
-    np.testing.assert_array_equal(np.sort(origins), np.arange(batch))
+    positions = drawn.text_positions(step)
+    np.testing.assert_array_equal(np.sort(positions), np.arange(batch))
     moved = round(share * batch)
-    assert (origins != np.arange(batch)).sum() == (moved if moved > 1 else 0)  # one alone has nowhere to go
-    np.testing.assert_array_equal(origins, drawn.origins(step))
+    assert (positions != np.arange(batch)).sum() == (moved if moved > 1 else 0)  # one alone has nowhere to go
+    np.testing.assert_array_equal(positions, drawn.text_positions(step))
 
 
 def test_random_texts_are_uniform_in_length_and_tokens(place):

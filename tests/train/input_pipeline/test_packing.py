@@ -14,13 +14,13 @@ from lit_fast.config import Config, LossConfig, OptimizerConfig, StreamConfig, T
 from lit_fast.data.tokens import decode_record, encode_record
 from lit_fast.errors import UserError
 from lit_fast.models.sizes import Shape
-from lit_fast.models.text_tower import TextTower, unpacked
+from lit_fast.models.text_tower import TextTower, unpack_captions
 from lit_fast.models.two_towers import init_params
 from lit_fast.runtime import batch_sharding, make_mesh
 from lit_fast.train.input_pipeline.packing import (
     Packing,
-    deal,
-    foreseen_row_tokens,
+    assign_rows,
+    required_row_tokens,
     sampled_lengths,
     true_lengths,
 )
@@ -66,10 +66,29 @@ def test_every_caption_is_in_its_slot(seed, pack, rows, devices):
     assert len(set(zip(np.arange(len(ids)) // (pack * rows), batch["slots"], strict=True))) == len(ids)
 
 
+def test_packing_of_the_documented_example_gives_its_arrays():
+    """The example in the docstring of the module."""
+    a, b, c, d, e, f = range(10, 16)
+    texts = [[a, a], [b] * 5, [c] * 3, [d], [e] * 4, [f] * 3]
+    ids = np.array([[*text[:-1], EOS] + [EOS] * (6 - len(text)) for text in texts], np.uint16)
+    lengths = true_lengths(ids, EOS)
+    np.testing.assert_array_equal(lengths, [2, 5, 3, 1, 4, 3])
+    np.testing.assert_array_equal(assign_rows(lengths, 2), [[1, 3], [4, 0], [2, 5]])
+    batch = packing(2, row_tokens=8)({"ids": ids})
+    np.testing.assert_array_equal(batch["lengths"], [[5, 1], [4, 2], [3, 3]])
+    np.testing.assert_array_equal(batch["slots"], [3, 0, 4, 1, 2, 5])
+    rows = [
+        [b, b, b, b, EOS, EOS, EOS, EOS],
+        [e, e, e, EOS, a, EOS, EOS, EOS],
+        [c, c, EOS, f, f, EOS, EOS, EOS],
+    ]
+    np.testing.assert_array_equal(batch["ids"], rows)
+
+
 def test_captions_can_be_taken_out_again():
     ids = captions(0, 12)
     batch = packing(3)({"ids": ids})
-    found = unpacked(*(jnp.asarray(batch[k]) for k in ("ids", "lengths", "slots")), LENGTH)
+    found = unpack_captions(*(jnp.asarray(batch[k]) for k in ("ids", "lengths", "slots")), LENGTH)
     inside = np.arange(LENGTH) < true_lengths(ids, EOS)[:, None]
     np.testing.assert_array_equal(found, np.where(inside, ids.astype(int), -1))
 
@@ -84,10 +103,10 @@ def test_four_fifths_of_the_padding_is_gone(longest, mean):
     """With the shares of padding of web alt-texts, in rows that are foreseen from other captions."""
     rng = np.random.default_rng(0)
     draw = lambda: np.clip(rng.gamma(4, mean / 4, 8192).round().astype(int), 2, longest)  # noqa: E731
-    row_tokens = foreseen_row_tokens(draw(), 16, 8192)
+    row_tokens = required_row_tokens(draw(), 16, 8192)
     for _ in range(20):
         lengths = draw()
-        assert lengths[deal(lengths, 16)].sum(axis=1).max() <= row_tokens
+        assert lengths[assign_rows(lengths, 16)].sum(axis=1).max() <= row_tokens
         padding = longest - lengths.mean()
         assert longest - row_tokens / 16 > 0.8 * padding
 
@@ -95,7 +114,7 @@ def test_four_fifths_of_the_padding_is_gone(longest, mean):
 def test_one_long_caption_has_room():
     lengths = np.full(4096, 8)
     lengths[17] = 64
-    assert foreseen_row_tokens(lengths, 4, 256) >= 64 + 3 * 8
+    assert required_row_tokens(lengths, 4, 256) >= 64 + 3 * 8
 
 
 def test_rows_of_many_captions_count_no_more_than_others():
@@ -114,7 +133,9 @@ def test_a_long_batch_gets_longer_rows_and_of_several_processes_an_error():
     batch = packing(4, row_tokens=40)({"ids": ids})
     assert batch["ids"].shape == (2, 48)
     np.testing.assert_array_equal(batch["lengths"], LENGTH)
-    with pytest.raises(UserError, match=r"rows of 48 tokens, more than the 40 .* --text.row_tokens 56"):
+    with pytest.raises(
+        UserError, match=r"rows of 48 tokens, more than the planned 40; .* --text.row_tokens 56"
+    ):
         packing(4, row_tokens=40, alone=False)({"ids": ids})
 
 
@@ -189,7 +210,7 @@ def test_the_step_is_the_same(devices, options):
             WIDTH,
             pooling=options["pooling"],
             eos_id=EOS,
-            keep=text.encoder_remat,
+            remat_policy=text.encoder_remat,
             pack=pack,
         )
         params = init_params(tower, config, np.zeros(WIDTH, np.float32))

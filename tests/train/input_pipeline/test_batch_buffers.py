@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_fast.data.features import BFLOAT16
-from lit_fast.train.input_pipeline.batch_memory import KEEP, BatchMemory
+from lit_fast.train.input_pipeline.stream import BatchBuffers
 
 SHAPE = (256, 64)
 
@@ -19,7 +19,7 @@ def place(array):
 
 
 def test_memory_is_given_out_again():
-    memory = BatchMemory(SHAPE)
+    memory = BatchBuffers(SHAPE)
     first = memory.empty()
     assert first.shape == SHAPE
     assert first.dtype == BFLOAT16
@@ -37,7 +37,7 @@ def test_memory_is_given_out_again():
 )
 def test_what_is_held_is_never_given_out(actions):
     """However an array is held: itself, or as a part or another view of it."""
-    memory, held = BatchMemory(SHAPE), []
+    memory, held = BatchBuffers(SHAPE), []
     for number, (action, which) in enumerate(actions):
         if action == "take" or not held:
             array = memory.empty()
@@ -55,7 +55,7 @@ def test_what_is_held_is_never_given_out(actions):
 
 def test_what_jax_uses_is_never_given_out():
     """JAX refers to an aligned array without copying it on CPU, and copies others later."""
-    memory = BatchMemory(SHAPE)
+    memory = BatchBuffers(SHAPE)
     on_device = []
     for number in range(40):
         batch = memory.empty()
@@ -76,14 +76,14 @@ def test_what_jax_uses_is_never_given_out():
 
 
 def test_few_free_blocks_are_kept():
-    memory = BatchMemory(SHAPE)
-    held = [memory.empty() for _ in range(3 * KEEP)]
+    memory = BatchBuffers(SHAPE)
+    held = [memory.empty() for _ in range(3 * BatchBuffers.KEEP)]
     held.clear()
-    assert len(memory._free) == KEEP
+    assert len(memory._free) == BatchBuffers.KEEP
 
 
 def test_threads_never_share_a_block():
-    memory, wrong = BatchMemory((64, 64)), []
+    memory, wrong = BatchBuffers((64, 64)), []
 
     def work(number):
         for _ in range(300):
