@@ -1,4 +1,4 @@
-"""The commands `index`, `embed`, `tokenize`, `verify` and `import-features`: their arguments.
+"""Arguments of `index`, `embed`, `tokenize`, `verify` and `import-features`.
 
 A command imports its implementation when it runs, so that `--help` is fast.
 """
@@ -12,7 +12,9 @@ Run = Callable[[argparse.Namespace], None]
 
 
 def index(parser: argparse.ArgumentParser) -> Run:
-    """Write the index of a dataset: images and captions in tars, parquet, tables, folders, array_records.
+    """Write the index of a dataset: its rows of images and captions, in their order.
+
+    Sources are tars, parquet files, tables, folders and array_records.
 
     SOURCE is a file, a directory or a pattern, local or at https://, s3:// or gs://: 'train/*.tar',
     's3://bucket/{00000..00099}.parquet', captions.csv, annotations/captions_val2017.json, imagenet/val.

@@ -31,7 +31,7 @@ def tokenize_dataset(
     pad_id: int | None = None,
     model_type: str = "unigram",
 ) -> None:
-    """Write `D/tokens/<name>` with a given sentencepiece model or one trained on the captions.
+    """Write `D/tokens/<name>` with a given tokenizer or one trained on the captions.
 
     Raises:
       UserError: no captions, an unusable model, or `name` already holds other tokens.

@@ -1,4 +1,4 @@
-"""The captions and keys of imported features, from tables with one row per row of features in the same order."""
+"""Read captions and keys of imported features: tables with a row per feature."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def imported_rows(parts: list[Part], table: str, options: ColumnOptions) -> Iter
 
 
 def check_metadata(parts: list[Part]) -> None:
-    """Raise UserError if a part's metadata has another number of rows; only footers are read."""
+    """Raise UserError if a part's metadata has another number of rows.
+
+    Only footers are read.
+    """
     for part in parts:
         if part.metadata:
             with open_read(part.metadata) as file:
@@ -105,7 +108,10 @@ def _check_count(table: str, count: int, wanted: int, features: str) -> None:
 
 
 def _chooser(table: str, options: ColumnOptions) -> _Choose:
-    """Return a function that chooses the columns of a table; a path of the image is the key if there is no other."""
+    """Return a function that chooses the columns of a table.
+
+    The path of the image is the key if there is no other.
+    """
 
     def choose(names: Collection[str]) -> Columns:
         columns = choose_columns(options, names, table, image=False)

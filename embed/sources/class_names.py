@@ -11,7 +11,7 @@ from lit_fast.storage.paths import parent
 
 
 def class_names(sources: Sequence[Source]) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Return the different pairs (class names, prompt templates) of the sources' directories.
+    """Return the different (class names, prompt templates) of the sources' directories.
 
     They are the lines of `classnames.txt` and `zeroshot_classification_templates.txt` beside a source or one level up,
     as CLIP_benchmark has them. Without the former, the class names are those that the first source of a directory has

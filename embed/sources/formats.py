@@ -25,8 +25,9 @@ _BY_SUFFIX = {suffix: format for format, entry in FORMATS.items() for suffix in 
 
 
 def format_of(path: str) -> str:
-    """Return the key in `FORMATS` of a file, directory or URL: by its suffix, else by its first bytes.
+    """Return the key in `FORMATS` of a file, directory or URL.
 
+    It is decided by the suffix, else by the first bytes.
     An unknown file counts as a tar; the reader of tars reports that it is none.
     """
     if is_noise(path):
@@ -40,7 +41,7 @@ def format_of(path: str) -> str:
 
 
 def format_by_name(path: str) -> str:
-    """Return the format that belongs to the suffix of a path or URL, "" for an unknown suffix."""
+    """Return the format of the suffix of a path or URL, "" for an unknown one."""
     if re.search(
         r"\.array_record-\d+-of-\d+$", name(path).lower()
     ):  # TFDS: train.array_record-00000-of-00004

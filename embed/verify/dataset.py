@@ -1,4 +1,4 @@
-"""`lit-fast verify`: check every stored byte of a dataset, and its features against the tower.
+"""`lit-fast verify`: check all stored bytes, and the features against the tower.
 
 Nothing is changed without `repair`.
 """

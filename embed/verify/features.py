@@ -1,4 +1,4 @@
-"""Check the features of one tower: the manifests, the stored bytes, and a sample of rows against the tower."""
+"""Check the features of one tower: manifests, stored bytes, and a sample of rows."""
 
 from __future__ import annotations
 

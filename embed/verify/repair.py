@@ -17,7 +17,7 @@ from lit_fast.storage.paths import join
 
 
 def repair_features(features: Features, wrong: Sequence[Finding], sample: int) -> Iterator[Finding]:
-    """Embed the shards of findings again, and yield the findings of a second check of them.
+    """Embed the shards of findings again, and yield the findings of a second check.
 
     The manifest is deleted first, so that a shard under repair never counts as finished.
 
