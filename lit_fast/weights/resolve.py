@@ -1,4 +1,4 @@
-"""From the name of a model to local files: the one place that knows the forms of names.
+"""Resolve names of models and tokenizers to local files, downloading them on first use. All forms of names are here.
 
 PATH                      a file or directory that exists
 augreg/NAME               a file of the AugReg bucket; `lit-fast towers` lists the usual ones
