@@ -110,7 +110,7 @@ def main() -> None:
             seconds: list[float] = []
             for _ in range(args.repeats):
                 if name == "ours, cold":
-                    forget(features.path)
+                    forget(Path(features.path))
                 began = time.perf_counter()
                 found = run()
                 seconds.append(time.perf_counter() - began)
