@@ -331,7 +331,7 @@ class Config:
 
 # Keys and sections that may change when a run is resumed: the parameters do not depend on them, or what they name is
 # compared by its contents.
-FREE = (
+MAY_CHANGE_ON_RESUME = (
     "evaluate",
     "checkpoint",
     "log",

@@ -66,4 +66,4 @@ def test_wheel_has_one_top_level_module_and_the_recipes(tmp_path):
     assert "siglit_b8_one_day" in shown.stdout
     done = run("train", "siglit_b8_one_day", "--workdir", "w", path=(installed,), cwd=tmp_path)
     assert done.returncode == 2
-    assert "no dataset: give --dataset D" in done.stderr
+    assert "no dataset is given; add --dataset D" in done.stderr

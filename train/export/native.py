@@ -22,7 +22,7 @@ _USAGE = """\
 ```python
 import lit_fast
 
-model = lit_fast.load(".")  # this folder; of the Hub: huggingface_hub.snapshot_download("OWNER/NAME")
+model = lit_fast.load(".")  # this folder; from the Hub: lit_fast.load("hf:OWNER/NAME")
 images = model.embed_image(["image.jpg"])  # float32 [1, {width}], of unit length
 texts = model.embed_text(["a dog", "a flower"])  # float32 [2, {width}]
 scores = model.score(["image.jpg"], ["a dog", "a flower"])  # float32 [1, 2]

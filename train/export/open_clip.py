@@ -32,7 +32,7 @@ from lit_fast.train.export.card import probability_function, rounding_note, writ
 from lit_fast.train.export.fold import centered_norm, image_projection, with_text_head
 from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
 from lit_fast.train.export.open_clip_timm import timm_name, timm_vision
-from lit_fast.train.export.pooling_layer import with_pooling_layer
+from lit_fast.train.export.pooling_layer import check_pooling, with_pooling_layer
 from lit_fast.train.export.preprocessing import check_open_clip_preprocess, open_clip_preprocess
 from lit_fast.train.export.writer import ExportOptions
 from lit_fast.weights import to_torch
@@ -77,11 +77,7 @@ _RANGE = "The text tower has one more layer, which pools, and needs float32 or b
 
 def check(model: Model, options: ExportOptions) -> None:
     """Raise UserError if open_clip cannot express the model or, without `nearest_pixels`, its preprocessing."""
-    pooling = model.config.pooling
-    if pooling in ("max", "map"):
-        raise UserError(
-            f"open_clip has no text tower of text.pooling {pooling!r}; export with --format lit_fast or onnx"
-        )
+    check_pooling(model.config.pooling, "open_clip")
     check_tokenizer(model.tokenizer)
     a, preprocess = model.tower.architecture, model.tower.preprocess
     if not options.nearest_pixels:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from lit_fast.errors import UserError
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.train.export.fold import with_text_head
 from lit_fast.weights.parameters import Params
@@ -43,6 +44,14 @@ class PooledTower(NamedTuple):
 
     params: Params  # under big_vision's names, with head; blocks stacked
     epsilon: float  # of every LayerNorm
+
+
+def check_pooling(pooling: str, library: str) -> None:
+    """Raise UserError if the pooling of a text tower cannot be expressed by one attention layer."""
+    if pooling in ("max", "map"):
+        raise UserError(
+            f"{library} has no text tower of text.pooling {pooling!r}; export with --format lit_fast or onnx"
+        )
 
 
 def with_pooling_layer(txt: Params, pooling: str, eos_id: int | None) -> PooledTower:

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from lit_fast.errors import UserError
 from lit_fast.inference.model import Model
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.storage.files import write_json
@@ -30,7 +29,7 @@ from lit_fast.storage.paths import join
 from lit_fast.train.export.card import probability_function, rounding_note, write_card
 from lit_fast.train.export.fold import image_projection, with_text_head
 from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
-from lit_fast.train.export.pooling_layer import with_pooling_layer
+from lit_fast.train.export.pooling_layer import check_pooling, with_pooling_layer
 from lit_fast.train.export.preprocessing import image_processor
 from lit_fast.train.export.transformers_vision import check_vision, vision_model
 from lit_fast.train.export.writer import ExportOptions
@@ -76,11 +75,7 @@ _RANGE = "The text tower has one more layer, which pools, and needs float32 or b
 
 def check(model: Model, options: ExportOptions) -> None:
     """Raise UserError if transformers cannot express the tokenizer or one of the towers."""
-    pooling = model.config.pooling
-    if pooling in ("max", "map"):
-        raise UserError(
-            f"transformers has no text tower of text.pooling {pooling!r}; export with --format lit_fast or onnx"
-        )
+    check_pooling(model.config.pooling, "transformers")
     check_tokenizer(model.tokenizer)
     check_vision(model.tower.architecture)
 
