@@ -18,9 +18,8 @@ from lit_fast.data.dataset_writer import DatasetWriter, Row, remove_other_genera
 from lit_fast.data.images.sources import check_sources, size_and_etag
 from lit_fast.embed.key_set import KeySet
 from lit_fast.embed.row_reader import RowReader
-from lit_fast.embed.sources.class_names import class_names
 from lit_fast.embed.sources.expand import expand
-from lit_fast.embed.sources.formats import format_of
+from lit_fast.embed.sources.formats import class_names, format_of
 from lit_fast.embed.sources.interface import ColumnOptions, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names, remove_tree

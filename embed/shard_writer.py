@@ -7,7 +7,6 @@ continues from the journal and produces identical bytes.
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -65,12 +64,6 @@ class ShardWriter:
     @property
     def done(self) -> int:
         return self._journal.done
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the journal."""

@@ -98,9 +98,7 @@ def _train(dataset: Dataset, name: str, vocab: int, model_type: str, max_length:
             minloglevel=2,
         )
     except (RuntimeError, OSError, ValueError) as error:
-        reason = (
-            str(error).strip().splitlines()[-1].rpartition("] ")[2]
-        )  # without the position in its source code
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # without the line of its code
         raise UserError(
             f"no tokenizer with {vocab} pieces can be trained on {dataset.path} ({reason}); give another number with "
             "--train-vocab"

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from urllib.parse import quote
 
@@ -51,7 +52,8 @@ def resolve(spec: str) -> str:
     if spec and exists(spec):
         return spec
     if snapshot := find_repository(spec):
-        return _fetch_tower(snapshot, optional=() if spec.startswith("timm:") else (_PROCESSOR,))
+        with _absent_path(spec):
+            return _fetch_tower(snapshot, optional=() if spec.startswith("timm:") else (_PROCESSOR,))
     family, _, rest = spec.partition("/")
     if family in _BUCKETS and rest:
         return _fetch_archive(spec, family, rest)
@@ -73,20 +75,8 @@ def resolve_tokenizer(location: StrPath) -> tuple[str, str]:
     snapshot = None if exists(location) else find_repository(location)
     if snapshot is None:
         return location, stem(location)
-    for file in _TOKENIZERS:
-        try:
-            return _fetch(snapshot, file), name(snapshot.repository)
-        except AbsentError:
-            continue
-    try:
-        path = snapshot.fetch("tokenizer.json", _MAX_TOKENIZER_BYTES)
-    except AbsentError:
-        names = ", ".join((*_TOKENIZERS, "tokenizer.json"))
-        raise UserError(f"{snapshot} has none of {names}; give a sentencepiece model") from None
-    model = sentencepiece_model(read_bytes(path), f"{snapshot}/tokenizer.json")
-    converted = join(cache_directory(), "tokenizers", f"{hashlib.sha256(model).hexdigest()}.model")
-    write_atomic(converted, model)
-    return converted, name(snapshot.repository)
+    with _absent_path(location):
+        return _fetch_tokenizer(snapshot), name(snapshot.repository)
 
 
 def find_repository(spec: str) -> Snapshot | None:
@@ -163,6 +153,15 @@ def weights_digest(path: StrPath) -> str:
     return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+@contextmanager
+def _absent_path(spec: str) -> Iterator[None]:
+    """Add to the error for a repository that a name without a prefix may have been meant as a path."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if ":" in spec else f"{spec} does not exist here, and {error}") from None
+
+
 def _fetch(snapshot: Snapshot, file: str) -> str:
     return snapshot.fetch(file, None if file.endswith(".safetensors") else _MAX_CONFIG_BYTES)
 
@@ -179,6 +178,23 @@ def _fetch_tower(snapshot: Snapshot, optional: Sequence[str]) -> str:
         for part in part_names(index):
             _fetch(snapshot, part)
     return directory
+
+
+def _fetch_tokenizer(snapshot: Snapshot) -> str:
+    for file in _TOKENIZERS:
+        try:
+            return _fetch(snapshot, file)
+        except AbsentError:
+            continue
+    try:
+        path = snapshot.fetch("tokenizer.json", _MAX_TOKENIZER_BYTES)
+    except AbsentError:
+        names = ", ".join((*_TOKENIZERS, "tokenizer.json"))
+        raise UserError(f"{snapshot} has none of {names}; give a sentencepiece model") from None
+    model = sentencepiece_model(read_bytes(path), f"{snapshot}/tokenizer.json")
+    converted = join(cache_directory(), "tokenizers", f"{hashlib.sha256(model).hexdigest()}.model")
+    write_atomic(converted, model)
+    return converted
 
 
 def _fetch_archive(spec: str, family: str, rest: str) -> str:

@@ -1,4 +1,4 @@
-"""Files that are read as lines, and directories that are complete or absent."""
+"""Files at paths and URLs, files that are read as lines, and directories that are complete or absent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,57 @@ from pathlib import Path
 import pytest
 
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_lines, replacing_directory
+from lit_fast.storage.files import (
+    open_read,
+    read_lines,
+    read_range,
+    read_text,
+    read_whole,
+    replacing_directory,
+    size_and_etag,
+    write_atomic,
+)
+from lit_fast.storage.lock import InUseError, Lock
+from tests.web import file_server
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_reads_of_a_path_and_of_a_url_are_equal(tmp_path: Path, remote: bool) -> None:
+    (tmp_path / "f.txt").write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9")
+    with file_server(tmp_path) as server:
+        root = server.url if remote else str(tmp_path)
+        with open_read(f"{root}/f.txt") as file:
+            assert (file.seek(3), file.read(3)) == (3, b"caf")
+        assert read_range(f"{root}/f.txt", 3, 6) == b"caf"
+        assert read_text(f"{root}/f.txt") == "café"
+        assert read_whole(f"{root}/f.txt", 8) == (tmp_path / "f.txt").read_bytes()
+        with pytest.raises(UserError, match="has more than 7 bytes"):
+            read_whole(f"{root}/f.txt", 7)
+        size, etag = size_and_etag(f"{root}/f.txt")
+        assert (size, bool(etag)) == (8, remote)
+        assert read_whole(f"{root}/absent", 1) is None
+        assert read_text(f"{root}/absent") is None
+        for function in (open_read, size_and_etag):
+            with pytest.raises(UserError, match=r"absent (cannot be read: No such file|does not exist)"):
+                function(f"{root}/absent")
+
+
+def test_a_url_of_an_unknown_scheme_is_refused_in_one_line(tmp_path: Path) -> None:
+    for function in (open_read, size_and_etag, lambda url: read_range(url, 0, 1), read_text):
+        with pytest.raises(
+            UserError, match=r"^ftp://host/f cannot be read; give a local path or a URL with https://"
+        ):
+            function("ftp://host/f")
+    with pytest.raises(
+        UserError, match=r"^s3://bucket/f is a URL, where only a local path can be used; give a path"
+    ):
+        write_atomic("s3://bucket/f", b"")
+
+
+def test_lock_is_held_by_one_until_it_is_released(tmp_path: Path) -> None:
+    with Lock(tmp_path / "lock"), pytest.raises(InUseError):
+        Lock(tmp_path / "lock")
+    Lock(tmp_path / "lock").release()
 
 
 def test_read_lines_returns_stripped_lines(tmp_path: Path) -> None:

@@ -157,3 +157,11 @@ def test_resolve_tokenizer_without_a_sentencepiece_model_is_one_line(hub: Hub) -
         UserError, match=r"hf:o/n has none of tokenizer\.model, .*; give a sentencepiece model"
     ):
         resolve_tokenizer("hf:o/n")
+
+
+def test_resolve_an_absent_path_that_looks_like_a_repository_says_both(hub: Hub) -> None:
+    for function in (resolve, resolve_tokenizer):
+        with pytest.raises(
+            UserError, match=r"^runs/b8 does not exist here, and hf:runs/b8 does not exist or is private"
+        ):
+            function("runs/b8")
