@@ -20,7 +20,7 @@ def check_vision(a: Architecture) -> None:
     """Raise UserError if transformers has no model that computes a tower."""
     if a.gelu == "swiglu":
         raise UserError(
-            "the vision tower has SwiGLU layers, which --format transformers lacks; export with --format lit_fast or onnx"
+            "transformers cannot express a vision tower with SwiGLU; export with --format lit_fast or onnx"
         )
     if _model_type(a) is None:
         raise UserError(
