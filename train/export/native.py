@@ -1,4 +1,7 @@
-"""Export as the directory that `lit_fast.load` reads; `lit_fast.inference.exported` describes its files."""
+"""Export as the directory that `lit_fast.load` reads.
+
+`lit_fast.inference.exported` describes its files.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,10 @@ def _config(model: Model) -> dict[str, Any]:
 
 
 def _file_names_only(value: Any) -> Any:
-    """Replace every absolute path in a JSON value by its last part, so that no directory of this machine leaks."""
+    """Replace every absolute path in a JSON value by its last part.
+
+    The export should not show the directories of this machine.
+    """
     if isinstance(value, dict):
         return {key: _file_names_only(item) for key, item in value.items()}
     if isinstance(value, list):

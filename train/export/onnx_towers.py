@@ -1,7 +1,7 @@
-"""Build the two towers as ONNX graphs, operator by operator as `lit_fast.models` computes them.
+"""Build the two towers as ONNX graphs.
 
-Everything is float32. Functions take parameters and the name of an input value, add operators to the graph and return
-the name of their output value.
+The operators are those by which `lit_fast.models` computes the towers. Everything is float32. Functions take
+parameters and the name of an input value, add operators to the graph and return the name of their output value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ SelectPosition = Callable[[str], str]
 
 @dataclass(frozen=True)
 class _Scope:
-    """A subtree of the parameters, its path, under which the graph stores it, and the sizes of the transformer."""
+    """A subtree of the parameters, with its path and the settings of the transformer.
+
+    The graph stores a parameter under its path.
+    """
 
     graph: Graph
     params: Params
@@ -48,7 +51,10 @@ class _Scope:
 
 
 def text_embeddings(graph: Graph, ids: str, tower: TextTower, params: Params) -> str:
-    """int64 [batch, length] -> normalised float32 [batch, width] (`lit_fast.models.two_towers.embed_ids`)."""
+    """Add `lit_fast.models.two_towers.embed_ids`.
+
+    int64 [batch, length] -> normalised float32 [batch, width].
+    """
     p = _Scope(graph, params["txt"], "txt", tower.shape.heads, text.GELU, text.EPSILON)
     x = graph.add("Gather", p["Embed_0"].weight("embedding"), ids)
     if tower.embedding_width:
@@ -73,9 +79,10 @@ def text_embeddings(graph: Graph, ids: str, tower: TextTower, params: Params) ->
 
 
 def image_embeddings(graph: Graph, images: str, tower: Tower, params: Params) -> str:
-    """uint8 [batch, size, size, 3] -> normalised float32 [batch, width].
+    """Add `Model.embed_image` of `lit_fast.inference.model`, without its rounding.
 
-    Features are centred and normalised; an image head, if there is one, maps them, and they are normalised again.
+    uint8 [batch, size, size, 3] -> normalised float32 [batch, width]. Features are centred and normalised; an image
+    head, if there is one, maps them, and they are normalised again.
     """
     a = tower.architecture
     p = _Scope(graph, tower.params, "vit", a.shape.heads, a.gelu, a.epsilon)
@@ -90,7 +97,7 @@ def image_embeddings(graph: Graph, images: str, tower: Tower, params: Params) ->
 
 
 def _features(p: _Scope, x: str, a: Architecture) -> str:
-    """Add `lit_fast.models.vit.ViT`: float32 [batch, size, size, 3] -> [batch, width]."""
+    """Add `lit_fast.models.vit.ViT`: [batch, size, size, 3] -> [batch, width]."""
     graph, width, num_prefix = p.graph, a.shape.width, a.class_token + a.registers
     x = graph.add("Transpose", x, perm=[0, 3, 1, 2])
     kernel = np.transpose(p.params["embedding"]["kernel"], (3, 2, 0, 1))
@@ -175,14 +182,14 @@ def _mlp(p: _Scope, x: str) -> str:
 
 
 def _map_head(p: _Scope, x: str, mask: str | None = None) -> str:
-    """Add `lit_fast.models.transformer.MAPHead`; its learned query is broadcast over the batch."""
+    """Add `lit_fast.models.transformer.MAPHead`."""
     x = _attention(p["MultiHeadDotProductAttention_0"], p.weight("probe"), x, mask)
     y = _mlp(p["MlpBlock_0"], _norm(p["LayerNorm_0"], x))
     return _squeeze(p.graph, p.graph.add("Add", x, y))
 
 
 def _dense(p: _Scope, x: str) -> str:
-    """Add `x @ kernel + bias`; the kernel's output axes, heads and head width, become one."""
+    """Add `x @ kernel + bias`; output axes, heads and head width, become one."""
     kernel = np.asarray(p.params["kernel"])
     x = p.graph.add("MatMul", x, p.graph.weight(f"{p.path}/kernel", kernel.reshape(len(kernel), -1)))
     if "bias" not in p.params:
@@ -208,7 +215,7 @@ def _valid(graph: Graph, ids: str, eos_id: int) -> str:
 
 
 def _text_position(graph: Graph, pooling: str, length: int, valid: str | None) -> SelectPosition | None:
-    """Return the selection of the pooled position, None if the pooling uses all positions."""
+    """Return the selection of the pooled position, None if all are pooled."""
     if pooling == "first":
         return _at(graph, 0)
     if pooling != "last":

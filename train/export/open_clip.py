@@ -1,4 +1,6 @@
-"""Export as a directory of open_clip, which `create_model_and_transforms("local-dir:DIR")` and CLIP_benchmark load.
+"""Export as a directory of open_clip.
+
+`create_model_and_transforms("local-dir:DIR")` and CLIP_benchmark load it.
 
     text tower                          in open_clip
     pooling "last", "first"             its TextTransformer, unchanged
@@ -76,7 +78,10 @@ _RANGE = "The text tower has one more layer, which pools, and needs float32 or b
 
 
 def check(model: Model, options: ExportOptions) -> None:
-    """Raise UserError if open_clip cannot express the model or, without `nearest_pixels`, its preprocessing."""
+    """Raise UserError if open_clip cannot express the model.
+
+    With `nearest_pixels` the preprocessing may differ.
+    """
     check_pooling(model.config.pooling, "open_clip")
     check_tokenizer(model.tokenizer)
     a, preprocess = model.tower.architecture, model.tower.preprocess
@@ -90,7 +95,7 @@ def check(model: Model, options: ExportOptions) -> None:
 
 
 def write(model: Model, directory: str, options: ExportOptions) -> None:
-    """Write open_clip_config.json, open_clip_model.safetensors, the tokenizer's files and the card."""
+    """Write the configuration, the weights, the tokenizer's files and the card."""
     preprocess, notes = open_clip_preprocess(model.tower.preprocess)
     text_config, text = _text(model)
     native_vision = _is_vision_transformer(model.tower.architecture)
@@ -165,7 +170,7 @@ def _text(model: Model) -> tuple[dict[str, Any], Tensors]:
 
 
 def _mlp_ratio(mlp_dim: int, width: int) -> float:
-    """Return the ratio for which `int(width * ratio)`, as open_clip computes it, is `mlp_dim`."""
+    """Return the ratio from which open_clip computes `int(width * ratio) == mlp_dim`."""
     ratio = mlp_dim / width
     return ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width
 
