@@ -30,11 +30,11 @@ from jax.sharding import Mesh
 from benchmarks.machine import describe
 from lit_fast.config import Config, LossConfig, TextConfig
 from lit_fast.config_io import load_config
-from lit_fast.losses.accumulate import Trained
-from lit_fast.losses.contrastive import pair_loss
-from lit_fast.losses.pairs import Images, Texts
+from lit_fast.losses.accumulate import LossParams
+from lit_fast.losses.contrastive import contrastive_loss
+from lit_fast.losses.pairs import ImageSide, TextSide
 from lit_fast.models.text_tower import TextTower
-from lit_fast.runtime import AXIS, batch_sharding, replicated
+from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, replicated, shard_map
 from lit_fast.train.cost.aot import CompiledStep, compile_step, tpu_mesh
 from lit_fast.train.cost.memory import choose_remat
 from lit_fast.train.step import abstract_training
@@ -49,7 +49,9 @@ GIB, MIB = 2**30, 2**20
 def tower(text: TextConfig) -> TextTower:
     """Return the text tower of a configuration, as training builds it."""
     dtype = jnp.dtype(text.dtype)
-    return TextTower(text.shape, VOCAB, LENGTH, WIDTH, keep=text.encoder_remat, pack=text.pack, dtype=dtype)
+    return TextTower(
+        text.shape, VOCAB, LENGTH, WIDTH, remat_policy=text.encoder_remat, pack=text.pack, dtype=dtype
+    )
 
 
 class Step(NamedTuple):
@@ -73,11 +75,11 @@ def whole_step(config: Config, mesh: Mesh, batch: int) -> Step:
 
 
 def ours(
-    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, devices: int
+    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, num_devices: int
 ) -> jax.Array:
     rows = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
-    return pair_loss(
-        LossConfig(), devices, Trained(texts, log_scale, bias), Images(images, rows), Texts(rows)
+    return contrastive_loss(
+        LossConfig(), num_devices, LossParams(texts, log_scale, bias), ImageSide(images, rows), TextSide(rows)
     )[0]
 
 
@@ -90,7 +92,7 @@ def _block(
 
 
 def matrix(
-    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, devices: int
+    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, num_devices: int
 ) -> jax.Array:
     everything = lax.all_gather(images, AXIS, tiled=True)
     logits = jnp.exp(log_scale) * jnp.einsum("nd,md->nm", texts, everything, precision="high") + bias
@@ -100,29 +102,29 @@ def matrix(
 
 
 def plain_ring(
-    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, devices: int
+    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, num_devices: int
 ) -> jax.Array:
     total = jnp.zeros(())
-    for rotation in range(devices):
+    for rotation in range(num_devices):
         total += _block(images, texts, log_scale, bias, jnp.array(rotation == 0))
-        images = lax.ppermute(images, AXIS, [(i, (i + 1) % devices) for i in range(devices)])
-    return total / (len(texts) * devices)
+        images = lax.ppermute(images, AXIS, [(i, (i + 1) % num_devices) for i in range(num_devices)])
+    return total / (len(texts) * num_devices)
 
 
 def loss_alone(loss: Callable, mesh: Mesh, batch: int) -> int | None:
     """Return the temporary bytes of the loss and its gradients; None: it does not fit."""
 
     def gradients(images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array) -> tuple:
-        return jax.value_and_grad(partial(loss, images, devices=mesh.size), (0, 1, 2))(texts, log_scale, bias)
+        return jax.value_and_grad(partial(loss, images, num_devices=mesh.size), (0, 1, 2))(
+            texts, log_scale, bias
+        )
 
-    spec = jax.sharding.PartitionSpec
-    mapped = jax.shard_map(
-        lambda *a: (lambda v, g: (lax.psum(v, AXIS), (g[0], *lax.psum(g[1:], AXIS))))(*gradients(*a)),
-        mesh=mesh,
-        in_specs=(spec(AXIS), spec(AXIS), spec(), spec()),
-        out_specs=(spec(), (spec(AXIS), spec(), spec())),
-        check_vma=False,
-    )
+    def compute(*arrays: jax.Array) -> tuple:
+        loss, (dtexts, *others) = gradients(*arrays)
+        return lax.psum(loss, AXIS), (dtexts, *lax.psum(others, AXIS))
+
+    specs = (SHARDED, SHARDED, REPLICATED, REPLICATED)
+    mapped = shard_map(compute, mesh, specs, (REPLICATED, specs[1:]))
     rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16, sharding=batch_sharding(mesh))
     texts = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=batch_sharding(mesh))
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))

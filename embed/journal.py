@@ -41,7 +41,7 @@ class Journal:
     """
 
     def __init__(self, path: StrPath, rows: int, width: int, identity: dict[str, Any]) -> None:
-        """Open the journal and read the records of an earlier process; those of other work are deleted.
+        """Open the journal and read its records; those of other work are deleted.
 
         Raises:
           UserError: another process holds the journal.
@@ -106,7 +106,11 @@ class Journal:
             view = view[self._file.write(view) :]
 
     def _recover(self, identity: dict[str, Any]) -> int:
-        """Read all complete records; return the position of their end, 0 if they belong to other work."""
+        """Read all complete records.
+
+        Returns:
+          The position of their end, 0 if they belong to other work.
+        """
         self._file.seek(0)
         first = self._next()
         if first is None or first[1:] != (0, b"", identity):
@@ -154,7 +158,7 @@ def _record(start: int, rows: int, data: bytes, value: dict[str, Any]) -> bytes:
 
 
 def _checksum(head: bytes, payload: bytes) -> int:
-    """Return the CRC-32 of a record without its last header field, which is the checksum itself."""
+    """Return the CRC-32 of a record without the checksum field of its header."""
     return zlib.crc32(payload, zlib.crc32(head[:-4]))
 
 

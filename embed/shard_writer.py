@@ -1,12 +1,12 @@
-"""Write the features of one shard: batch by batch to a journal, then as a whole to the array and its manifest.
+"""Write the features of one shard.
 
+Batches are appended to a journal. The whole shard is then written to the array, and its manifest last.
 A shard is finished when its manifest is written, which is the last step. If a process is killed, any later one
 continues from the journal and produces identical bytes.
 """
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class ShardWriter:
     def __init__(
         self, features: Features, array: ts.TensorStore, shard: int, settings: dict[str, Any]
     ) -> None:
-        """Open the journal of a shard and continue from it, or from a shard that had fewer rows.
+        """Continue from the journal of a shard, or from a stored shard of fewer rows.
 
         Args:
           array: `features.array()`.
@@ -64,12 +64,6 @@ class ShardWriter:
     @property
     def done(self) -> int:
         return self._journal.done
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the journal."""
@@ -158,7 +152,7 @@ def journal_path(features: Features, shard: int) -> str:
 
 
 def batch_spans(done: int, rows: int, device_rows: int, devices: int) -> list[tuple[int, int]]:
-    """Return (first row, rows) of the batches that cover the rows of a shard from `done` on.
+    """Return (first row, rows) of the batches that cover a shard from row `done` on.
 
     A batch begins at a multiple of `device_rows` from the shard's first row and has up to `devices` times as many. So
     the rows that share a device's batch, and with them the bits of the features, do not depend on `done` and `devices`.

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from lit_fast.config import Config, flatten, sections, settings, validate
+from lit_fast.config import Config, flatten, sections, settings
+from lit_fast.config_check import validate
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import exists, read_bytes
 from lit_fast.storage.paths import StrPath, name

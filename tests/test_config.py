@@ -143,7 +143,7 @@ def test_load_config_refuses_invalid_values(tmp_path, text, message):
 def test_recipe_header_names_command_hours_and_score(path):
     load_config(path)
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    for word in ("lit-fast train configs/" + path.name, "Hours:", "Score:"):
+    for word in (f"lit-fast train {path.stem} ", "Hours:", "Score:"):
         assert word in header
 
 

@@ -26,7 +26,7 @@ def cached_file(spec: str, url: str, place: str, sha256: str = "") -> str:
     """Return the path of a file in the cache, downloading it from `url` unless it is there.
 
     Args:
-      spec: what the user asked for, for messages.
+      spec: the name that the user gave, for messages.
       url: an http or https address.
       place: the file's path within the cache.
       sha256: its digest; "": it must have the MD5 that the server sends, if any.

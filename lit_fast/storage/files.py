@@ -179,7 +179,7 @@ def open_read(location: StrPath) -> io.BufferedReader:
 
 
 def open_append(location: StrPath) -> IO[bytes]:
-    """Open a local file for appending bytes, unbuffered; `sync` makes what was written durable."""
+    """Open a local file for appending bytes, unbuffered; `sync` makes the written bytes durable."""
     return open(_local(location), "a+b", buffering=0)
 
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from lit_fast.config import Config, TextConfig
 from lit_fast.errors import UserError
 from lit_fast.models.text_tower import TextTower
-from lit_fast.models.transformer import KEEP
+from lit_fast.models.transformer import REMAT_POLICIES
 from lit_fast.models.two_towers import embed_ids
 from lit_fast.train.cost.aot import CompiledStep, batch_shapes, compile_step
 from lit_fast.train.step import State
@@ -132,7 +132,7 @@ def remat_candidates(config: Config, num_devices: int, on_cpu: bool) -> Iterator
 
     if not on_cpu:  # small microbatches suit the caches of CPUs better
         yield candidate("everything", 1)
-    for keep in (*KEEP, "embeddings"):
+    for keep in (*REMAT_POLICIES, "embeddings"):
         # On CPUs, recomputing queries, keys and values is faster than reading them.
         if not (on_cpu and keep == "products"):
             yield candidate(keep, microbatches)

@@ -14,6 +14,8 @@ def export(parser: argparse.ArgumentParser) -> Run:
 
     lit_fast: a directory that `lit_fast.load` reads. big_vision: an .npz. open_clip and transformers: a directory
     that these packages load. onnx: graphs. If a format cannot express the model, the command fails before it writes.
+
+    Example: lit-fast export runs/b8 --format open_clip --out exported
     """
     parser.add_argument("run", metavar="W", help="directory of a run, or of an exported model")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")

@@ -1,4 +1,4 @@
-"""Vision towers as models of transformers, whose pooled output is the centred feature."""
+"""Vision towers as models of transformers that return the centred feature."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def check_vision(a: Architecture) -> None:
 
 
 def vision_model(tower: Tower, mean: np.ndarray) -> tuple[dict[str, Any], Tensors]:
-    """Return the configuration and tensors of a tower's model; `mean` [width] is subtracted from its output."""
+    """Return the configuration and tensors of a tower's model.
+
+    `mean` [width] is subtracted from its pooled output.
+    """
     a = tower.architecture
     model_type = _model_type(a)
     config = {

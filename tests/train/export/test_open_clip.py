@@ -100,7 +100,7 @@ def loaded_by_open_clip(folder):
 def compare_images(model, theirs, case=""):
     """Pixels, and embeddings of an image; returns its pixels for open_clip, and our embedding.
 
-    case: the tower's, where it is one of HUGGINGFACE as it stands; without it the tower itself computes.
+    case: the key in HUGGINGFACE of the tower; without one the tower's own embeddings are the reference.
     """
     import torch
 

@@ -94,7 +94,7 @@ def compare_texts(model, theirs):
 
     inputs = theirs[1](text=TEXTS, padding="max_length", truncation=True, return_tensors="pt")
     ids = inputs["input_ids"].numpy()
-    if model.config.mask_padding:  # what is hidden may be another id
+    if model.config.mask_padding:  # masked ids may differ
         seen = inputs["attention_mask"].numpy() == 1
         np.testing.assert_array_equal(seen.sum(1), [len(i) for i in model.tokenizer.encode(TEXTS)[0]])
         np.testing.assert_array_equal(ids[seen], model.tokenizer(TEXTS)[seen])

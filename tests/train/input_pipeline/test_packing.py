@@ -14,7 +14,7 @@ from lit_fast.config import Config, LossConfig, OptimizerConfig, StreamConfig, T
 from lit_fast.data.tokens import decode_record, encode_record
 from lit_fast.errors import UserError
 from lit_fast.models.sizes import Shape
-from lit_fast.models.text_tower import TextTower, unpacked
+from lit_fast.models.text_tower import TextTower, unpack_captions
 from lit_fast.models.two_towers import init_params
 from lit_fast.runtime import batch_sharding, make_mesh
 from lit_fast.train.input_pipeline.packing import (
@@ -88,7 +88,7 @@ def test_packing_of_the_documented_example_gives_its_arrays():
 def test_unpacked_returns_the_captions():
     ids = captions(0, 12)
     batch = packing(3)({"ids": ids})
-    found = unpacked(*(jnp.asarray(batch[k]) for k in ("ids", "lengths", "slots")), LENGTH)
+    found = unpack_captions(*(jnp.asarray(batch[k]) for k in ("ids", "lengths", "slots")), LENGTH)
     inside = np.arange(LENGTH) < true_lengths(ids, EOS)[:, None]
     np.testing.assert_array_equal(found, np.where(inside, ids.astype(int), -1))
 
@@ -210,7 +210,7 @@ def test_step_of_packed_batch_equals_padded_batch(devices, options):
             WIDTH,
             pooling=options["pooling"],
             eos_id=EOS,
-            keep=text.encoder_remat,
+            remat_policy=text.encoder_remat,
             pack=pack,
         )
         params = init_params(tower, config, np.zeros(WIDTH, np.float32))
