@@ -60,7 +60,7 @@ def _check_combinations(config: Config) -> None:
     _check_optimizer(config.optimizer)
     for name in config.log.trackers:
         if name not in TRACKERS:
-            raise UserError(f"log.report_to {name!r} is unknown; use some of {', '.join(TRACKERS)}")
+            raise UserError(f"log.report_to {name!r} is unknown; use some of {', '.join(TRACKERS)}, or none")
     if 0 < loss.temperature_max < loss.temperature_init:
         raise UserError(
             f"loss.temperature_init {loss.temperature_init} is above loss.temperature_max {loss.temperature_max}"

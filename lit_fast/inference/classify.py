@@ -22,7 +22,9 @@ _BATCH = 64
 def check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:
     """Raise UserError if labels or templates cannot be used."""
     if len(labels) < 2:
-        raise UserError("give at least two labels, as in --labels 'a cat,a dog'")
+        raise UserError(
+            "fewer than two labels were given; give at least two labels, as in --labels 'a cat,a dog'"
+        )
     names = canonical_names(labels)
     canonical_templates(templates)
     name, count = Counter(names).most_common(1)[0]

@@ -173,11 +173,14 @@ def _read_params(path: StrPath, shapes: Any, prefix: str, select: Callable[[str]
         found = {name: shape for name, shape in file.shapes.items() if select(name)}
         for name in sorted(expected.keys() | found.keys()):
             if name not in found:
-                raise UserError(f"{weights} does not match the files beside it: {name} is missing")
+                raise UserError(
+                    f"{weights} does not match the files beside it: {name} is missing; export the model again"
+                )
             if found[name] != expected.get(name):
                 wanted = expected.get(name, "no such array")
                 raise UserError(
-                    f"{weights} does not match the files beside it: {name} has shape {found[name]}, expected {wanted}"
+                    f"{weights} does not match the files beside it: {name} has shape {found[name]}, expected {wanted}; "
+                    "export the model again"
                 )
         return nested(((name.removeprefix(prefix), file.take(name)) for name in expected), weights)
 

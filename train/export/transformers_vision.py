@@ -19,7 +19,9 @@ from lit_fast.weights.to_torch import Tensors
 def check_vision(a: Architecture) -> None:
     """Raise UserError if transformers has no model that computes a tower."""
     if a.gelu == "swiglu":
-        raise UserError("SwiGLU vision towers export with --format lit_fast or onnx, not transformers")
+        raise UserError(
+            "transformers cannot express a vision tower with SwiGLU; export with --format lit_fast or onnx"
+        )
     if _model_type(a) is None:
         raise UserError(
             f'transformers has no vision tower like this one (pooling "{a.pool}", class token {a.class_token}, '

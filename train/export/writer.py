@@ -99,6 +99,6 @@ def write_directory(format_name: str, model: Model, out: str, options: ExportOpt
             exporter.write(model, temporary, options)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--out {out} cannot be written: {reason}") from None
+        raise UserError(f"--out {out} cannot be written: {reason}; name another directory") from None
     size, names = directory_size(out), ", ".join(list_names(out))
     result(f"exported step {model.step} to {out}: {size / 1e6:,.1f} MB in {names}")
