@@ -19,13 +19,13 @@ from lit_fast.data.features import Features, Manifest, embed_command
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.sources import check_sources
 from lit_fast.data.matching import with_views
-from lit_fast.embed.journal import is_in_use
 from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.embed.pipeline import StallTimer, run_tower
 from lit_fast.embed.shard_writer import ShardWriter, batch_spans, journal_path
 from lit_fast.errors import UserError
 from lit_fast.runtime import process_rank
 from lit_fast.storage.files import exists, read_object, remove, remove_tree, walk_files, write_json
+from lit_fast.storage.lock import is_locked
 from lit_fast.storage.paths import StrPath, join, name, suffix
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
@@ -212,13 +212,11 @@ def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
         """Yield (first row, rows) of all batches; open a shard at its first batch."""
         settings = {"batch_size": job.batch_size, "max_pixels": job.max_pixels}
         for shard in shards:
-            writer = ShardWriter(job.features, array, shard, settings)
+            writer = writers[shard] = ShardWriter(job.features, array, shard, settings)
+            writer.resume()
             if writer.finished:
+                del writers[shard]
                 continue
-            if writer.done == writer.rows:
-                writer.finish()
-                continue
-            writers[shard] = writer
             for lo, rows in batch_spans(writer.done, writer.rows, job.device_rows, devices):
                 yield writer.first + lo, rows
 
@@ -301,7 +299,7 @@ def _report_other_shares(job: Job) -> None:
     """Print the unfinished shards of other shares, unless a process embeds one of them."""
     finished = set(job.features.finished())
     left = [s for s in range(job.dataset.shards) if s not in finished]
-    if left and not any(is_in_use(journal_path(job.features, shard)) for shard in left):
+    if left and not any(is_locked(journal_path(job.features, shard)) for shard in left):
         command = embed_command(job.dataset, job.features.provenance, job.features.tower)
         status(
             f"note: {len(left):,} shards of other shares are unfinished (first: {left[0]}) and no process is embedding "

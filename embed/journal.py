@@ -20,14 +20,14 @@ import numpy as np
 
 from lit_fast.data.features import BFLOAT16
 from lit_fast.errors import UserError
-from lit_fast.storage.files import exists, open_append, remove, sync
+from lit_fast.storage.files import open_append, remove, sync
 from lit_fast.storage.lock import InUseError, Lock
 from lit_fast.storage.paths import StrPath
 
 _HEADER = struct.Struct("<4sIIIII")
 _MAGIC = b"LFJ1"
 _SYNC_SECONDS = 2.0  # work that a power cut may cost; a kill costs the batches in flight only
-_LOCK_SECONDS = 1.0  # `is_in_use` of other processes holds the lock for a moment
+_LOCK_SECONDS = 1.0  # `is_locked` in another process holds the lock for a moment
 
 
 class Journal:
@@ -137,17 +137,6 @@ class Journal:
         if len(payload) < data_bytes + json_bytes or crc != _checksum(head, payload):
             return None
         return start, rows, payload[:data_bytes], json.loads(payload[data_bytes:])
-
-
-def is_in_use(path: StrPath) -> bool:
-    """Whether another process holds the journal at `path`."""
-    if not exists(path):
-        return False
-    try:
-        Lock(path).release()
-    except InUseError:
-        return True
-    return False
 
 
 def _record(start: int, rows: int, data: bytes, value: dict[str, Any]) -> bytes:

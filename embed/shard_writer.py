@@ -1,8 +1,7 @@
 """Write the features of one shard.
 
-Batches are appended to a journal. The whole shard is then written to the array, and its manifest last.
-A shard is finished when its manifest is written, which is the last step. If a process is killed, any later one
-continues from the journal and produces identical bytes.
+Batches are appended to a journal. Then the whole shard is written to the array, and last its manifest, with which it is
+finished. If a process is killed, any later one continues from the journal and produces identical bytes.
 """
 
 from __future__ import annotations
@@ -30,19 +29,21 @@ class ShardWriter:
       done: number of known rows, from the shard's first on.
       rows: number of rows of the shard.
       finished: whether the shard has its manifest.
+
+    Call `resume` first, then `append` until `done` equals `rows`, then `finish`.
     """
 
     def __init__(
         self, features: Features, array: ts.TensorStore, shard: int, settings: dict[str, Any]
     ) -> None:
-        """Continue from the journal of a shard, or from a stored shard of fewer rows.
+        """Open the journal of a shard.
 
         Args:
           array: `features.array()`.
           settings: the settings that decide the bytes; a journal of others is discarded.
 
         Raises:
-          UserError: another process embeds this shard, or its stored features are damaged.
+          UserError: another process embeds this shard.
         """
         self._features, self._array, self._shard = features, array, shard
         self.first, self.rows = shard * SHARD, features.shard_rows(shard)
@@ -50,20 +51,32 @@ class ShardWriter:
         keys = features.dataset.shard_keys[shard]
         identity = {"identity": features.identity, "keys": keys} | settings
         self._journal = Journal(path, self.rows, array.shape[1], identity)
+        self.finished = False
         if self._journal.discarded:
             status(
                 f"note: {path} is of other settings and is discarded; shard {shard} is embedded from its first row"
             )
-        stored = features.manifest(shard) if exists(features.manifest_path(shard)) else None
-        self.finished = stored is not None and stored.rows >= self.rows
-        if self.finished:  # by another process, before this one held the journal
-            self._journal.remove()
-        elif stored is not None:
-            self._copy_stored(stored)
 
     @property
     def done(self) -> int:
         return self._journal.done
+
+    def resume(self) -> None:
+        """Copy the rows that were stored before the dataset grew; finish the shard if all its rows are known.
+
+        Raises:
+          UserError: the stored rows are damaged.
+        """
+        features, shard = self._features, self._shard
+        stored = features.manifest(shard) if exists(features.manifest_path(shard)) else None
+        if stored is not None and stored.rows >= self.rows:  # finished by another process meanwhile
+            self._journal.remove()
+            self.finished = True
+            return
+        if stored is not None:
+            self._copy_stored(stored)
+        if self.done == self.rows:
+            self.finish()
 
     def close(self) -> None:
         """Close the journal."""

@@ -198,7 +198,11 @@ class OptimizerConfig:
     momentum_dtype: str = setting(
         "float32", "dtype of the first moment or momentum", choices=("float32", "bfloat16")
     )
-    weight_decay: float = setting(1e-7, "decoupled weight decay")
+    weight_decay: float = setting(
+        1e-7,
+        "decoupled weight decay; the default is the paper's for Lion and hardly any in the convention of optax, where "
+        "1e-3 to 1e-1 are usual",
+    )
     weight_decay_convention: str = setting(
         "auto",
         "paper: decay is scaled by the schedule only, as in big_vision; optax: also by learning_rate, as in optax and "

@@ -80,10 +80,10 @@ def resolve_tokenizer(location: StrPath) -> tuple[str, str]:
 
 
 def find_repository(spec: str) -> Snapshot | None:
-    """Return the repository of the Hub that a name means, None if it has another form.
+    """Return the repository of the Hub that a name refers to, None for a name of another form.
 
     Raises:
-      UserError: a prefix of the Hub is followed by something else than a repository.
+      UserError: the name has a prefix of the Hub, but is not that of a repository.
     """
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in ("hf", "hf-hub", "timm"):
@@ -170,11 +170,11 @@ def _fetch_tower(snapshot: Snapshot, optional: Sequence[str]) -> str:
     directory = fetch_folder(snapshot, (_CONFIG,), optional)
     try:
         _fetch(snapshot, _WEIGHTS)
-    except AbsentError:
+    except AbsentError as absent:
         try:
             index = _fetch(snapshot, _INDEX)
-        except AbsentError as error:
-            raise UserError(f"{error}; weights in other formats than .safetensors are not read") from None
+        except AbsentError:
+            raise UserError(f"{absent}; only .safetensors weights are read") from None
         for part in part_names(index):
             _fetch(snapshot, part)
     return directory

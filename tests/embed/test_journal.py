@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lit_fast.embed.journal import Journal, is_in_use
+from lit_fast.embed.journal import Journal
 from lit_fast.errors import UserError
+from lit_fast.storage.lock import is_locked
 
 
 def make_journal(path: Path, records: int = 5, **belongs: int) -> Journal:
@@ -57,10 +58,10 @@ def test_two_processes_do_not_share_a_shard(tmp_path: Path) -> None:
         pass
 
 
-def test_is_in_use_while_a_process_holds_the_journal(tmp_path: Path) -> None:
+def test_journal_is_locked_while_it_is_open(tmp_path: Path) -> None:
     path = tmp_path / "j"
-    assert not is_in_use(path)
+    assert not is_locked(path)
     assert not path.exists()
     with Journal(path, 20, 4, {}):
-        assert is_in_use(path)
-    assert not is_in_use(path)
+        assert is_locked(path)
+    assert not is_locked(path)
