@@ -219,9 +219,9 @@ def main() -> None:
         # big_vision cannot mask padding. Captions packed by their true lengths have little of it.
         hidden = [replace(case, masked=True, pack=1) for case in best if case.rival != "big_vision"]
         hidden = [replace(hidden[0], pack=pack) for pack in (1, 4, 8)] + hidden[1:]
-        found += table("16 tokens, padding hidden", hidden, cpu)
+        found += table("16 tokens, padding masked", hidden, cpu)
         longer = [replace(case, length=64, batch=batch if cpu else batch // 4) for case in hidden]
-        found += table("64 tokens, padding hidden", longer, cpu)
+        found += table("64 tokens, padding masked", longer, cpu)
     if cpu and not args.quick:
         large = [replace(case, batch=32, **ONE_DAY) for case in best]
         found += table("The one-day tower: width 1024, 12 layers, 16 tokens", large, cpu)

@@ -1,4 +1,4 @@
-"""Read the rows of sources in groups, in an order of the sources that is drawn from a seed."""
+"""Read the rows of sources in groups, in a shuffled order of the sources."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RowReader:
         self.skipped.add(row.key, self.source_of(row).path, reason)
 
     def groups(self, seed: int) -> Iterator[list[Row]]:
-        """Yield the rows of all sources, in an order of the sources drawn from the seed, in groups of whole sources.
+        """Yield all rows in groups; the seed decides the order of the sources.
 
         A group ends after the source with which it reaches `GROUP_ROWS`, and within a source at twice this number, so
         that no more rows are in memory.
@@ -100,7 +100,7 @@ class _Group:
         self._by_file: dict[tuple[int, str], int] = {}
 
     def add(self, row: Row, *, merge: bool) -> None:
-        """Append a row; with `merge`, add its captions to the row of the same source and image file if there is one."""
+        """Append a row; with `merge`, add its captions to an earlier row of its image."""
         if not merge:
             self.rows.append(row)
             return

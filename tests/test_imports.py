@@ -18,7 +18,7 @@ GROUND_FLOOR = (
     ("version", "errors", "models.sizes"),
     ("utils",),
     ("runtime", "config"),
-    ("storage", "losses"),
+    ("storage", "losses", "config_check"),
     ("data", "config_io"),
     ("models", "evaluation"),
     ("weights", "runs"),

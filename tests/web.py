@@ -7,6 +7,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,7 +34,9 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 200
     redirect: str = ""
+    ranges: bool = True  # answer range requests
     cut: list[int] = field(default_factory=list)  # bytes after which each of the next answers ends
+    halved: bool = False  # the answer ends in the middle
 
 
 class Server:
@@ -51,7 +54,7 @@ class Server:
                 headers = {k.lower(): v for k, v in self.headers.items()}
                 body = self.rfile.read(int(headers.get("content-length", 0)))
                 outer.requests.append((self.command, self.path, headers))
-                outer.send(self, outer.answer(self.path, body))
+                outer.send(self, outer.answer(self.command, self.path, body))
 
             do_HEAD = do_POST = do_GET
 
@@ -63,8 +66,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
-    def answer(self, path: str, body: bytes) -> Answer:
-        """Return what a request for `path` gets."""
+    def answer(self, method: str, path: str, body: bytes) -> Answer:
+        """Return the answer to a request."""
         return self.answers.get(unquote(path), Answer(b"nothing", status=404))
 
     def send(self, to: BaseHTTPRequestHandler, answer: Answer) -> None:
@@ -74,7 +77,7 @@ class Server:
         first, _, last = to.headers.get("Range", "").removeprefix("bytes=").partition("-")
         if answer.redirect:
             status, body, headers["Location"] = 302, b"", answer.redirect
-        elif first and status == 200:
+        elif first and status == 200 and answer.ranges:
             end = min(int(last), len(body) - 1) if last else len(body) - 1
             headers["Content-Range"] = f"bytes {first}-{end}/{len(body)}"
             status, body = 206, body[int(first) : end + 1]
@@ -85,12 +88,41 @@ class Server:
         to.end_headers()
         if to.command == "HEAD":
             return
-        end = answer.cut.pop(0) if answer.cut and status in (200, 206) else len(body)
+        end = len(body) // 2 if answer.halved else len(body)
+        end = answer.cut.pop(0) if answer.cut and status in (200, 206) else end
         to.wfile.write(body[:end])
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+class FileServer(Server):
+    """A server of the files below a directory."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+        self.ranges = True
+        self.forbidden = False
+        self.statuses: list[int] = []  # of the next GET requests
+        self.cuts = 0  # the next GET requests whose answers end in the middle
+
+    @property
+    def downloads(self) -> int:
+        """The number of GET requests."""
+        return sum(method == "GET" for method, _, _ in self.requests)
+
+    def answer(self, method: str, path: str, body: bytes) -> Answer:
+        file = self.root / unquote(path.partition("?")[0]).lstrip("/")
+        if method == "GET" and self.statuses:
+            return Answer(b"", status=self.statuses.pop(0))
+        if self.forbidden or not file.is_file():
+            return Answer(b"", status=403 if self.forbidden else 404)
+        data = file.read_bytes()
+        halved = method == "GET" and self.cuts > 0
+        self.cuts -= halved
+        return Answer(data, f'"{sha(data)}"', ranges=self.ranges, halved=halved)
 
 
 class Hub(Server):
@@ -119,7 +151,7 @@ class Hub(Server):
         """The paths of the GET requests for files."""
         return [path for method, path, _ in self.requests if method == "GET" and "/api/" not in path]
 
-    def answer(self, path: str, body: bytes) -> Answer:
+    def answer(self, method: str, path: str, body: bytes) -> Answer:
         path = path.partition("?")[0]
         api = path.startswith("/api/")
         parts = path.removeprefix("/api").lstrip("/").removeprefix("models/" if api else "").split("/")
@@ -191,6 +223,15 @@ def _error(code: str, status: int, headers: dict[str, str] | None = None) -> Ans
 @pytest.fixture(name="server")
 def running_server() -> Iterator[Server]:
     server = Server()
+    yield server
+    server.close()
+
+
+@contextmanager
+def file_server(root: Path) -> Iterator[FileServer]:
+    """Run a `FileServer`, for which no server is known to answer range requests."""
+    remote._range_servers.clear()
+    server = FileServer(root)
     yield server
     server.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lit_fast.config import FREE, Config, flatten
+from lit_fast.config import MAY_CHANGE_ON_RESUME, Config, flatten
 from lit_fast.config_io import to_toml
 from lit_fast.data.features import Features
 from lit_fast.data.tokens import Tokens
@@ -63,7 +63,7 @@ def check_workdir(workdir: StrPath, config: Config) -> None:
         return
     old, new = flatten(read_config(workdir)), flatten(config)
     for key in new:
-        if old[key] != new[key] and not {key, key.partition(".")[0]} & set(FREE):
+        if old[key] != new[key] and not {key, key.partition(".")[0]} & set(MAY_CHANGE_ON_RESUME):
             raise UserError(
                 f"workdir {workdir} belongs to another config: {key} is {old[key]!r} there and {new[key]!r} now; "
                 "choose another --workdir or give that value"

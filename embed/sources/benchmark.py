@@ -1,4 +1,6 @@
-"""Find the tars of an evaluation set in CLIP_benchmark's layout: a directory, a URL or a name on the Hub.
+"""Find the tars of an evaluation set in CLIP_benchmark's layout.
+
+The set is a directory, a URL or a name on the Hub:
 
     classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt
     test/nshards.txt            number of tars
@@ -45,7 +47,9 @@ def benchmark_tars(directory: str) -> list[str]:
 
 
 def hub_tars(spec: str) -> list[str]:
-    """Return the tars of `wds:NAME`, the repository clip-benchmark/wds_NAME of the Hub, downloaded to its cache.
+    """Download the tars of `wds:NAME` to the cache of the Hub and return their paths.
+
+    The repository is clip-benchmark/wds_NAME.
 
     Raises:
       UserError: there is no such set, it cannot be downloaded, or it has another number of classes than is known.
@@ -69,7 +73,7 @@ def hub_tars(spec: str) -> list[str]:
 
 
 def lines_near(directory: str, file: str) -> tuple[str, ...]:
-    """Return the lines of a file in a directory or one level up; () if there is none or `directory` is ""."""
+    """Return the lines of a file in a directory or one level up; () if there is none."""
     if not directory:
         return ()
     text = read_text(join(directory, file))

@@ -1,4 +1,4 @@
-"""Read COCO's captions: one JSON with `images` and `annotations`, and a directory of image files.
+"""Read COCO's captions: one JSON and a directory of image files.
 
 The format is "Caption Annotations" (cocodataset.org, "Data format").
 """
@@ -73,7 +73,7 @@ def _sample(
 
 
 def _columns(path: str, options: ColumnOptions, images: list[Any], annotations: list[Any]) -> Columns:
-    """Return the key of the file's name in an image, and the other keys in an annotation."""
+    """Choose the key of the file's name in an image, the others in an annotation."""
     keys = list(next((i for i in images if isinstance(i, dict)), {}))
     require_column(options.image, keys, f"{path}: images")
     keys = list(next((a for a in annotations if isinstance(a, dict)), {}))

@@ -27,7 +27,7 @@ _BATCH_ROWS = 1024
 
 
 def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
-    """Yield one row per row, in order; a row without a key is named after its file and number.
+    """Yield all rows in order; a row without a key is named after its file and number.
 
     Raises:
       UserError: the file lacks a column, or its row groups are too large.
@@ -59,7 +59,7 @@ def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
 
 
 def class_names(path: str) -> tuple[str, ...]:
-    """Return the names of Hugging Face's `ClassLabel` in the file's metadata; () if there are none."""
+    """Return the names of Hugging Face's `ClassLabel` in the metadata; () without."""
     with open_read(path) as file:
         try:
             metadata = pq.read_schema(file).metadata or {}
@@ -75,7 +75,7 @@ def class_names(path: str) -> tuple[str, ...]:
 
 
 def read_row_group(parquet: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the values of each row of a row group by column; raises the types in `ERRORS` at damage."""
+    """Yield the values of each row of a row group by column; raises `ERRORS` at damage."""
     for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
         yield from batch.to_pylist()
 

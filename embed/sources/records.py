@@ -64,7 +64,10 @@ def read_records(path: str, options: ColumnOptions) -> Iterator[Item]:
 
 
 def class_names(path: str) -> tuple[str, ...]:
-    """Return the lines of the one `<label>.labels.txt` beside a file that belongs to a feature; () without it."""
+    """Return the lines of the `<label>.labels.txt` beside a file; () without one.
+
+    `<label>` must be a feature.
+    """
     for feature in dict.fromkeys([*_typed_features(path).get("ClassLabel", []), *LABEL]):
         if "/" not in feature and (text := read_text(join(parent(path), f"{feature}.labels.txt"))):
             return tuple(line.strip() for line in text.splitlines() if line.strip())
@@ -96,7 +99,7 @@ def _columns(path: str, options: ColumnOptions, values: dict[str, Any]) -> Colum
 
 
 def _typed_features(path: str) -> dict[str, list[str]]:
-    """Return the feature names in TFDS's features.json, lower-case, by type: "Image", "ClassLabel"."""
+    """Return the names in TFDS's features.json, lower-case, by type: "Image", ..."""
     found: dict[str, list[str]] = {}
     try:
         value = json.loads(read_text(join(parent(path), "features.json")) or "{}")

@@ -76,7 +76,7 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def refuse_key(options: ColumnOptions, where: str) -> None:
-    """Raise UserError if `options` name a key for a table of image files, whose path is the key."""
+    """Raise UserError if `options` name a key: that of an image file is its path."""
     if options.key:
         raise UserError(
             f"{where}: --key is not for tables of image files, where the path is the key; leave it out"
@@ -120,7 +120,7 @@ def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _lines_noting_end(text: IO[str], at_end: list[bool]) -> Iterator[str]:
-    """Yield the lines; fill `at_end` when one more was requested, as within an open quote."""
+    """Yield the lines; fill `at_end` when one more is requested (an open quote)."""
     yield from _lines(text)
     at_end.append(True)
 

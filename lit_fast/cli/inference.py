@@ -148,7 +148,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=os.environ.get(_MODEL) or None,
         metavar="W",
-        help=f"a run, or a directory of lit-fast export (default: ${_MODEL})",
+        help=f"a run, an exported model, or hf:OWNER/NAME (default: ${_MODEL})",
     )
     parser.add_argument(
         "--tower", metavar="NAME|PATH", help="weights of the vision tower, if they were moved"

@@ -1,7 +1,7 @@
-"""Find the rows of a dataset that are nearest to queries: all stored features are compared, in float32.
+"""Find the rows of a dataset that are nearest to queries.
 
-Threads read and score one block each. Memory holds `_IN_FLIGHT` blocks and the best rows, whatever the size of the
-dataset.
+All stored features are compared, in float32. Threads read and score one block each. Memory holds `_IN_FLIGHT` blocks
+and the best rows, whatever the size of the dataset.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Hit:
 
 
 class _Nearest:
-    """The best rows of every query so far, by decreasing cosine; unfilled entries have the cosine -inf.
+    """The best rows of every query so far, by decreasing cosine.
+
+    Unfilled entries have the cosine -inf.
 
     Attributes:
       rows: int64 [queries, top].
@@ -44,7 +46,10 @@ class _Nearest:
         self.cosines = np.full((num_queries, top), -np.inf, np.float32)
 
     def update(self, rows: np.ndarray, cosines: np.ndarray) -> None:
-        """Add rows int64 [n] with cosines float32 [n, queries]; they must be greater than all rows before."""
+        """Add rows int64 [n] with cosines float32 [n, queries].
+
+        Rows must be greater than all rows before.
+        """
         changed = np.flatnonzero(cosines.max(axis=0, initial=-np.inf) > self.cosines[:, -1])
         new_rows = np.broadcast_to(rows, (len(changed), len(rows)))
         rows = np.concatenate([self.rows[changed], new_rows], axis=1)
@@ -119,7 +124,7 @@ def search(
 
 
 def read_hits(dataset: Dataset, found: list[tuple[int, float]]) -> list[Hit]:
-    """Read the keys and captions of rows with their cosines, as `search` returns them."""
+    """Read the keys and captions of rows that `search` found."""
     index, captions = dataset.index_reader(), dataset.captions_reader()
     blocks = {row // BLOCK for row, _ in found}
     keys = {block: decode_block(index.read(block)).keys for block in blocks}

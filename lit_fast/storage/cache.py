@@ -26,7 +26,7 @@ def cached_file(spec: str, url: str, place: str, sha256: str = "") -> str:
     """Return the path of a file in the cache, downloading it from `url` unless it is there.
 
     Args:
-      spec: what the user asked for, for messages.
+      spec: the name that the user gave, for messages.
       url: an http or https address.
       place: the file's path within the cache.
       sha256: its digest; "": it must have the MD5 that the server sends, if any.
@@ -51,13 +51,15 @@ def _download(url: str, path: str, sha256: str) -> None:
     """Copy a remote file in ranges, each of which is retried, and check its digest before it gets its name."""
     with replacing(path) as temporary:
         with remote.open_remote(url) as source, open(temporary, "wb") as file:
-            size, _ = remote.stat(url)
+            size, etag = remote.stat(url)
             progress = Progress(f"download {name(path)}", size // 1_000_000, "MB")
             while chunk := source.read(_CHUNK):
                 file.write(chunk)
                 progress.advance(file.tell() // 1_000_000 - progress.done)
             if size >= 1_000_000:
                 progress.close()
+        if remote.stat(url) != (size, etag):
+            raise UserError(f"{url} changed while it was downloaded; try again")
         expected = sha256 or remote.md5(url)
         found = digest(temporary, "sha256" if sha256 else "md5")
         if expected and found != expected:

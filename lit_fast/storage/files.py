@@ -36,17 +36,17 @@ def local_path(location: StrPath) -> str:
 
 
 def exists(location: StrPath) -> bool:
-    """Whether there is a file or directory."""
+    """Return whether there is a file or directory."""
     return os.path.exists(_local(location))
 
 
 def is_file(location: StrPath) -> bool:
-    """Whether there is a regular file."""
+    """Return whether there is a regular file."""
     return os.path.isfile(_local(location))
 
 
 def is_directory(location: StrPath) -> bool:
-    """Whether there is a directory."""
+    """Return whether there is a directory."""
     return os.path.isdir(_local(location))
 
 
@@ -179,7 +179,7 @@ def open_read(location: StrPath) -> io.BufferedReader:
 
 
 def open_append(location: StrPath) -> IO[bytes]:
-    """Open a local file for appending bytes, unbuffered; `sync` makes what was written durable."""
+    """Open a local file for appending bytes, unbuffered; `sync` makes the written bytes durable."""
     return open(_local(location), "a+b", buffering=0)
 
 

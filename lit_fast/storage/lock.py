@@ -50,3 +50,17 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def is_locked(location: StrPath) -> bool:
+    """Whether a process holds the lock; False where there is no such file."""
+    try:
+        file = open(local_path(location), "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

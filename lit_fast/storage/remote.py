@@ -72,15 +72,12 @@ def read_range(url: str, offset: int, size: int) -> bytes:
 
 def read_whole(url: str, limit: int) -> bytes | None:
     """Return the content of a remote file of at most `limit` bytes; None where there is no such file."""
-    try:
-        info = _with_retries(url, lambda: _info(url), absent=True)
-        if info is None or info.get("type") == "directory":
-            return None
-        if (info.get("size") or 0) > limit:
-            raise UserError(f"{url} has more than {limit} bytes")
-        return _with_retries(url, lambda: _filesystem(url).cat_file(url), absent=True)
-    except FileNotFoundError:
+    info = _with_retries(url, lambda: _info(url), absent=True)
+    if info is None or info.get("type") == "directory":
         return None
+    if (info.get("size") or 0) > limit:
+        raise UserError(f"{url} has more than {limit} bytes")
+    return _with_retries(url, lambda: _filesystem(url).cat_file(url), absent=True)
 
 
 def open_remote(url: str) -> io.BufferedReader:

@@ -15,9 +15,18 @@ from lit_fast.errors import UserError
 from lit_fast.evaluation import known_sets
 from lit_fast.evaluation.known_sets import resolve_labels
 from lit_fast.storage import remote
-from tests.embed.sources.servers import FileServer, file_server
 from tests.helpers import encoded, picture, write_tar
-from tests.web import COMMIT, Answer, Hub, Server, own_cache, running_hub, running_server  # noqa: F401
+from tests.web import (  # noqa: F401
+    COMMIT,
+    Answer,
+    FileServer,
+    Hub,
+    Server,
+    file_server,
+    own_cache,
+    running_hub,
+    running_server,
+)
 
 NAMES, TEMPLATES = "red\ngreen\nblue\n", "a photo of a {c}.\n\n{c}\n"
 
@@ -74,7 +83,6 @@ def test_an_empty_line_among_class_names_keeps_its_number(tmp_path: Path) -> Non
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     pytest.importorskip("aiohttp")
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    remote._range_servers.clear()
     with file_server(benchmark_set(tmp_path / "files" / "wds_colours").parent) as server:
         yield server
 
