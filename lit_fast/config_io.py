@@ -14,7 +14,7 @@ from typing import Any
 from lit_fast.config import Config, flatten, sections, settings
 from lit_fast.config_check import validate
 from lit_fast.errors import UserError, first_line
-from lit_fast.storage.files import exists, read_bytes
+from lit_fast.storage.files import exists, is_directory, read_bytes
 from lit_fast.storage.paths import StrPath, name
 from lit_fast.utils.output import result
 
@@ -45,7 +45,8 @@ def load_config(location: StrPath, overrides: Sequence[str] = ()) -> Config:
       UserError: unreadable file, unknown key (the nearest known one is named), wrong type or value.
     """
     given = _parse_flags(overrides)
-    values = read_toml(location) if exists(location) else _read_recipe(str(location))
+    is_toml = exists(location) and not is_directory(location)  # `coco` may be a directory and a recipe
+    values = read_toml(location) if is_toml else _read_recipe(str(location))
     return build_config(values | given, f"in {location}")
 
 
@@ -60,8 +61,9 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if recipe not in known:
         near = difflib.get_close_matches(name(recipe).removesuffix(".toml"), known, 1, 0.5)
         hint = f"did you mean {near[0]}? " if near else ""
+        problem = "is a directory" if exists(recipe) else "does not exist"
         raise UserError(
-            f"config {recipe} does not exist; {hint}give a TOML file or the name of a recipe: {', '.join(known)}"
+            f"config {recipe} {problem}; {hint}give a TOML file or the name of a recipe: {', '.join(known)}"
         )
     file = resources.files("lit_fast") / "configs" / f"{recipe}.toml"
     return flatten_toml(tomllib.loads(file.read_bytes().decode()))
@@ -205,7 +207,7 @@ def reference() -> str:
             if key.rpartition(".")[0] == section:
                 kind, default, choices, text = describe(key)
                 text += f". One of {choices}" if choices else ""
-                cells = f"`{field.name}`", kind, f"`{default}`", text[0].upper() + text[1:]
+                cells = f"`{field.name}`", kind, f"`{default}`", text
                 rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         title = f"[{section}]" if section else "Keys without a section"
         parts.append(f"## {title}\n\n{cls.__doc__}\n\n" + "\n".join(rows))

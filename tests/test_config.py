@@ -65,6 +65,10 @@ def test_load_config_finds_packaged_recipes_by_name(tmp_path, monkeypatch):
     assert recipes() == [path.stem for path in RECIPES]
     monkeypatch.chdir(tmp_path)
     assert load_config("flickr8k_cpu") == load_config(ROOT / "configs/flickr8k_cpu.toml")
+    Path("coco").mkdir()
+    assert load_config("coco") == load_config(ROOT / "configs/coco.toml")
+    with pytest.raises(UserError, match=r"^config \. is a directory; give a TOML file"):
+        load_config(".")
     Path("flickr8k_cpu").write_text("steps = 7000")
     assert load_config("flickr8k_cpu").steps == 7000
     with pytest.raises(

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from lit_fast.errors import UserError
 from lit_fast.towers.tower import load_tower
 from tests.reference import torch_vit
+from tests.web import running_hub  # noqa: F401
 from tests.weights.checkpoints import HEADS, SIZE, WIDTH, random_weights, write_huggingface, write_timm
 from tests.weights.families import pixels
 
@@ -146,6 +147,15 @@ def test_load_tower_of_a_file_with_two_towers_takes_the_vision_tower(tmp_path):
         tower = load_tower(str(spec))
         np.testing.assert_array_equal(jax.jit(tower.embed)(tower.params, pixels(3, SIZE)), features)
     assert tower.sha256 != whole.sha256
+
+
+@pytest.mark.parametrize("spec", ["hf:owner/vit", "owner/vit@v1"])
+def test_load_tower_of_a_repository_equals_that_of_its_files(spec, hub, tmp_path):
+    directory = write_huggingface(tmp_path / "dinov2", HUGGINGFACE["dinov2"][0], "dinov2")
+    hub.add("owner/vit", directory)
+    tower, local = load_tower(spec), load_tower(str(directory))
+    assert tower.provenance("float32")["identity"] == local.provenance("float32")["identity"]
+    assert (tower.source, tower.name) == (spec, spec.removeprefix("hf:").replace("/", "-").replace("@", "-"))
 
 
 def test_load_tower_of_a_file_reads_the_configuration_beside_it(tmp_path):

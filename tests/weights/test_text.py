@@ -22,6 +22,7 @@ from lit_fast.models.two_towers import init_params
 from lit_fast.weights.text import read_text_weights, start_from
 from tests.reference import text_tower
 from tests.torch_packages import import_package
+from tests.web import running_hub  # noqa: F401
 from tests.weights.families import shaken
 
 SHAPE = Shape(width=24, depth=3, mlp_dim=40, heads=3)
@@ -159,6 +160,15 @@ def test_start_from_siglip_equals_the_reference(tmp_path):
     got, _, description = embedded(tower(), tmp_path, some_ids())
     np.testing.assert_allclose(got, text_tower(some_ids(), nested(arrays), "last"), atol=1e-4)
     assert description == "all parameters"
+
+
+@pytest.mark.parametrize("spec", ["hf:owner/siglip", "owner/siglip"])
+def test_read_text_weights_of_a_repository_equals_that_of_its_files(spec, hub, tmp_path):
+    save_siglip(tmp_path / "siglip", drawn(tower()))
+    hub.add("owner/siglip", tmp_path / "siglip")
+    remote, local = read_text_weights(spec), read_text_weights(str(tmp_path / "siglip"))
+    assert (remote.source, remote.sha256) == (spec, local.sha256)
+    jax.tree.map(np.testing.assert_array_equal, remote.params, local.params)
 
 
 SMALL = {

@@ -134,7 +134,7 @@ def _data(plan: dict[str, Any]) -> list[str]:
 
 
 def _candidates(plan: dict[str, Any]) -> list[str]:
-    rows = [("text.keep and its alternatives", "memory", "a step", "recomputation", "")]
+    rows = [("candidates (text.keep, text.microbatches, text.pack)", "memory", "a step", "recomputation", "")]
     for candidate in plan["ways"]:
         recomputation = candidate["executed_flops"] / plan["flops"]["model"] - 1
         rows.append(

@@ -221,8 +221,8 @@ def test_nothing_but_an_image_or_an_image_error(
         data = bytearray(encoded(image, "WEBP", save_all=True, append_images=[picture(8, 40, 33)]))
     else:
         data = bytearray(encoded(image, format))
-    for place, value in changes:
-        data[place % len(data)] = value
+    for position, value in changes:
+        data[position % len(data)] = value
     if length < len(data):
         del data[length:]
     reason = ""
