@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.embed.contents import patch_small_shards
+from tests.embed.contents import patch_shard_rows
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of 1024 rows, so that a small dataset has several."""
-    patch_small_shards(monkeypatch)
+    patch_shard_rows(monkeypatch)

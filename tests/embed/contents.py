@@ -27,9 +27,9 @@ def tree(path: Path | str) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(Path(path).rglob("*")) if p.is_file()}
 
 
-def patch_small_shards(patch: pytest.MonkeyPatch) -> None:
-    """Set the rows of a shard to 1024, one block, in all modules."""
+def patch_shard_rows(patch: pytest.MonkeyPatch, rows: int = 1024) -> None:
+    """Set the rows of a shard in all modules; by default a shard is one block."""
     for name, module in list(sys.modules.items()):
         if name.startswith("lit_fast.") and hasattr(module, "SHARD"):
-            patch.setattr(module, "SHARD", 1024)
-    patch.setattr("lit_fast.data.shards._BLOCKS", 1)
+            patch.setattr(module, "SHARD", rows)
+    patch.setattr("lit_fast.data.shards._BLOCKS", rows // 1024)

@@ -102,9 +102,7 @@ def test_fetch_offline_uses_the_cached_revision(hub: Hub, monkeypatch: pytest.Mo
     monkeypatch.setenv("LIT_FAST_OFFLINE", "1")
     hub.requests.clear()
     assert Path(Snapshot("o/n").fetch("config.json")).read_bytes() == b"{}"
-    with pytest.raises(
-        AbsentError, match=r'offline\); run "hf download o/m config.json" elsewhere and give the path'
-    ):
+    with pytest.raises(AbsentError, match=r'offline\); run "hf download o/m --local-dir DIR" elsewhere'):
         Snapshot("o/m").fetch("config.json")
     assert not hub.requests
 
