@@ -3,7 +3,7 @@
     python -m benchmarks.stream [--rows 2000000] [--growth 10000 100000 1000000 10000000 100000000]
 
 768-wide bfloat16 features with one caption of 16 tokens a row, batches of 32 768. Every line is measured in its
-own process: 24 batches, after 24 batches that touch all memory. Cold: the files were dropped from the page cache before.
+own process: 24 batches, after 24 batches that touch all memory. Cold: the files were dropped from the page cache.
 The lines up to the gap only move bytes: they do not shuffle rows or read captions, and only TensorStore compares
 checksums. The second table shows how the cost grows with the dataset; the larger ones are 64 wide and their shards are
 hard links to one file. benchmarks/stream.svg plots both. Takes five minutes on two idle cores and 7 GB of disk under
