@@ -1,5 +1,7 @@
 """`lit-fast export`: the format lit_fast, the parts that all formats share, wrong arguments and hostile files."""
 
+import importlib
+import inspect
 import json
 import resource
 import shutil
@@ -22,7 +24,7 @@ from lit_fast.runs.run import open_run
 from lit_fast.towers.tower import load_tower
 from lit_fast.train.export.card import model_card
 from lit_fast.train.export.native import write
-from lit_fast.train.export.writer import ExportOptions, write_directory
+from lit_fast.train.export.writer import FORMATS, ExportFormat, ExportOptions, write_directory
 from tests.helpers import picture
 from tests.trained import CONFIG, command, random_model, words
 from tests.weights.checkpoints import write_timm
@@ -164,15 +166,23 @@ def test_export_with_a_damaged_receipt_fails_in_one_line(trained_run, tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_format_module_has_the_functions_of_export_format(name):
+    module = importlib.import_module(FORMATS[name].module)
+    for function in ("check", "write"):
+        expected = list(inspect.signature(getattr(ExportFormat, function)).parameters)[1:]  # without self
+        assert list(inspect.signature(getattr(module, function)).parameters) == expected
+
+
 # --- errors, after which nothing is left behind
 
 
 def refused(arguments, message, capsys):
     capsys.readouterr()
     assert main([str(a) for a in arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -244,13 +254,13 @@ def copied(directory, target):
 
 def one_line(folder):
     """Load everything; return the text of the UserError, which must be one line."""
-    said = ""
+    text = ""
     try:
         _ = lit_fast.load(folder).tower
     except UserError as error:
-        said = str(error)
-    assert "\n" not in said
-    return said
+        text = str(error)
+    assert "\n" not in text
+    return text
 
 
 @pytest.mark.parametrize(
