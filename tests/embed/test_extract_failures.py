@@ -76,7 +76,7 @@ def test_a_full_disk_while_indexing(small_disk: Path, tmp_path: Path) -> None:
     ]
     sources = [str(write_tar(tmp_path / "many.tar", members))]
     with pytest.raises(
-        UserError, match=r"array_record cannot be written: .*No space left on device; mend that"
+        UserError, match=r"array_record cannot be written: .*No space left on device; fix the cause"
     ):
         index_dataset(sources, small_disk / "d")
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)

@@ -56,10 +56,10 @@ def test_new_rows_are_added_and_old_features_kept(
         embed_dataset(dataset.path, str(tiny_vit), name=name, batch_size=2)
     # values that no embedding makes: whoever embeds the old rows again destroys them
     marked = open_features(dataset, "marked")
-    told = marked.manifest(1)
-    values = np.arange(told.rows * 32).reshape(-1, 32).astype(BFLOAT16)
+    recorded = marked.manifest(1)
+    values = np.arange(recorded.rows * 32).reshape(-1, 32).astype(BFLOAT16)
     marked.array()[1024:1500].write(values).result()
-    marked.write_manifest(replace(told, features=features_digest(values)))
+    marked.write_manifest(replace(recorded, features=features_digest(values)))
     dataset = grow(tmp_path)
     for opening in (lambda f: f.invalid_rows(), lambda f: f.read_all(), lambda f: f.mean({})):
         with pytest.raises(

@@ -61,9 +61,9 @@ def rewrite(features: Features, first: int, values: np.ndarray, *, manifest: boo
     """Store other values, with right checksums; with `manifest`, declare them."""
     features.array()[first : first + len(values)].write(values).result()
     if manifest:
-        told = features.manifest(first // 1024)
-        stored = features.read_all()[told.first : told.first + told.rows]
-        features.write_manifest(replace(told, features=features_digest(stored)))
+        recorded = features.manifest(first // 1024)
+        stored = features.read_all()[recorded.first : recorded.first + recorded.rows]
+        features.write_manifest(replace(recorded, features=features_digest(stored)))
 
 
 def test_what_is_right_is_found_right_and_left_alone(
@@ -208,9 +208,9 @@ def test_features_of_other_weights_are_found(dataset, tmp_path, capsys) -> None:
     embed_dataset(dataset.path, str(tmp_path / "other.npz"), name="other")
     features, other = open_features(dataset, "tiny"), open_features(dataset, "other")
     for shard, first in enumerate((0, 1024)):
-        told = replace(other.manifest(shard), tower=features.identity)
+        recorded = replace(other.manifest(shard), tower=features.identity)
         rewrite(features, first, other.read_all()[first : first + 1024])
-        features.write_manifest(told)
+        features.write_manifest(recorded)
     assert not verify_dataset(dataset.path, tower="tiny")
     found = lines(capsys)
     assert len(found) == 2
@@ -234,9 +234,9 @@ def test_without_weights_or_images_the_rest_is_checked(dataset, made, tmp_path, 
     assert verify_dataset(dataset.path)
     assert "note  features tiny: no row was embedded again: tower" in lines(capsys)[0]
     tower.write_text(json.dumps(value))
-    told = json.loads((Path(dataset.path) / "dataset.json").read_text())
-    told["sources"][0]["path"] = str(tmp_path / "gone.tar")
-    (Path(dataset.path) / "dataset.json").write_text(json.dumps(told))
+    recorded = json.loads((Path(dataset.path) / "dataset.json").read_text())
+    recorded["sources"][0]["path"] = str(tmp_path / "gone.tar")
+    (Path(dataset.path) / "dataset.json").write_text(json.dumps(recorded))
     assert verify_dataset(dataset.path)
     assert "note  features tiny: no row was embedded again: source" in lines(capsys)[0]
     damage_flip(open_features(dataset))
