@@ -15,7 +15,7 @@ from lit_fast.weights.timm import BLOCKS, epsilon_of, gelu_of
 from lit_fast.weights.to_torch import Tensors
 
 # Image sizes of timm's models by family, variant and patch size.
-_SIZES = {
+_SIZES: dict[str, dict[tuple[str, int], tuple[int, ...]]] = {
     "reg4_dinov2": {("S", 14): (518,), ("B", 14): (518,), ("L", 14): (518,)},
     "clip_quickgelu": {("B", 16): (224,), ("B", 32): (224,), ("L", 14): (224, 336), ("H", 14): (224, 378)},
     "siglip": {
