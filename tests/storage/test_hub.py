@@ -117,7 +117,7 @@ def test_fetch_a_closed_server_uses_the_cache(hub: Hub) -> None:
 def test_hub_problem_of_an_unreachable_server_names_the_cause(hub: Hub) -> None:
     error = LocalEntryNotFoundError("An error happened")
     error.__cause__ = ConnectionRefusedError("refused\nagain")
-    message = (
-        f'cannot be downloaded from {hub.url}/o/n: refused; run "hf download o/n" elsewhere and give the path'
+    expected = (
+        f'cannot be downloaded from {hub.url}/o/n: refused; run "hf download o/n --local-dir DIR" elsewhere'
     )
-    assert hub_problem(error, "o/n") == f"{message} of the files"
+    assert hub_problem(error, "o/n") == f"{expected} and give DIR"
