@@ -1,11 +1,11 @@
-"""Zero-shot classification and retrieval beside open_clip's and CLIP_benchmark's own code, on the same embeddings.
+"""Compare zero-shot classification and retrieval with the code of open_clip and CLIP_benchmark.
 
     python -m benchmarks.evaluate [--images 50000] [--classes 1000] [--width 768] [--repeats 3] [--no-growth]
 
-The towers are left out: everything starts from embeddings, random ones whose images lie near their classes and
-texts. Retrieval has a tenth of the images, five texts each. The last tables and benchmarks/evaluate.svg show how
-time and memory grow with images, classes and texts. Memory is what the process held beyond the embeddings; a call
-of more than ten seconds is not repeated. Needs torch, open_clip_torch and clip_benchmark.
+All start from the same random embeddings, those of images near those of their classes and texts; towers are not
+measured. Retrieval has a tenth of the images, with five texts each. The last tables and benchmarks/evaluate.svg show
+the growth of time and memory with images, classes and texts. Memory is the peak beyond the embeddings. A call of more
+than ten seconds is not repeated. Needs torch, open_clip_torch and clip_benchmark.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ from benchmarks.evaluate_rivals import (
     open_clip_recalls,
 )
 from benchmarks.machine import Cost, describe, measure
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, open_dataset
-from lit_fast.evaluation.bootstrap import bootstrap, measured
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
+from lit_fast.evaluation.bootstrap import bootstrap, point_estimates
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.ranks import ranks
 from lit_fast.evaluation.retrieval import recall_table, recalls, retrieval_ranks
 from lit_fast.evaluation.zeroshot import accuracies, accuracy_table
 
 TEXTS = 5
-NOISE = 8.0  # the length of what is added to unit vectors: figures well between chance and one
+NOISE = 8.0  # length of the noise added to unit vectors: figures well between chance and one
 ENOUGH = 10.0  # seconds
 
 GROWING_IMAGES = (5_000, 50_000, 500_000)  # with 1000 classes
 GROWING_CLASSES = (100, 1_000, 10_000)  # with 50 000 images
 GROWING_PAIRS = (1_000, 10_000, 100_000)  # images with one text each
-MOST_PAIRS = 10_000  # for the others: both hold matrices of all scores
+MOST_PAIRS = 10_000  # for open_clip and CLIP_benchmark, which store the matrix of all scores
 
 OURS, OPEN_CLIP, CLIP_BENCHMARK = "ours, figures", "open_clip", "CLIP_benchmark"
 Cases = dict[str, Evaluation]
 
 
-# --- what is measured on
+# --- data
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -61,7 +62,7 @@ def random_units(rng: np.random.Generator, count: int, width: int) -> np.ndarray
 
 
 def near(rng: np.random.Generator, x: np.ndarray, distance: float) -> np.ndarray:
-    """Unit vectors around those of x."""
+    """Return unit vectors around those of x."""
     out = random_units(rng, *x.shape)
     out *= distance
     out += x
@@ -69,7 +70,7 @@ def near(rng: np.random.Generator, x: np.ndarray, distance: float) -> np.ndarray
 
 
 def make_dataset(path: Path, rows: int, classes: int = 0, texts: int = 0) -> Dataset:
-    """Rows with labels or captions that are numbers; no picture is needed to evaluate."""
+    """Write rows whose labels or captions are numbers; evaluation needs no pictures."""
     rng = np.random.default_rng(0)
     writer = DatasetWriter(path)
     for r in range(rows):
@@ -91,7 +92,7 @@ def our_table(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> np
 
 
 def our_accuracies(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> Figures:
-    return measured(partial(accuracies, len(classes)), our_table(images, classes, labels))
+    return point_estimates(partial(accuracies, len(classes)), our_table(images, classes, labels))
 
 
 def our_recalls(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> Figures:
@@ -103,7 +104,7 @@ def our_recalls(images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> Fig
 
 
 def print_table(title: str, cases: Cases, names: Sequence[str], repeats: int) -> None:
-    """Costs and figures; and what the figures of all that have them differ by."""
+    """Print costs and figures, and the largest difference between figures of the same name."""
     header = " | ".join(name.replace("_retrieval_recall", " R").replace("_", " ") for name in names)
     print(f"\n{title}\n\n| | seconds, median | lowest - highest | repeats | memory, MiB | {header} |")
     print(f"|---|---|---|---|---|{'---|' * len(names)}")
@@ -121,13 +122,13 @@ def print_table(title: str, cases: Cases, names: Sequence[str], repeats: int) ->
 
 
 def print_difference(groups: Sequence[Sequence[Figures]]) -> None:
-    """What the figures of any group differ by, each among those of the group that have it."""
+    """Print the largest difference between figures of the same name within a group."""
     worst = 0.0
     for found in groups:
         for name in {name for figures in found for name in figures}:
             values = [figures[name] for figures in found if name in figures]
             worst = max(worst, max(values) - min(values))
-    # Figures are ratios of whole numbers: what float64 and float32 division differ by is no difference.
+    # Figures are ratios of whole numbers; float64 and float32 division may differ.
     print("\nAll figures are equal." if worst < 1e-7 else f"\nFigures differ by up to {100 * worst:.4f} %.")
 
 
@@ -143,21 +144,21 @@ def classification(path: Path, rows: int, count: int, width: int, repeats: int) 
     labels = np.array([label for block in dataset.iter_blocks() for label in block.labels])
     classes = random_units(rng, count, width)
     images = near(rng, classes[labels], NOISE)
-    made = our_table(images, classes, labels)
+    table = our_table(images, classes, labels)
 
-    def ours_whole() -> Figures:
+    def our_command() -> Figures:
         evaluate = zero_shot_evaluation(dataset)
         embed_text = lambda texts: classes[[number(t) for t in texts]]  # noqa: E731
         return evaluate(np.arange(rows), images, embed_text)[0]["metrics"]
 
     def intervals() -> Figures:
-        bootstrap(partial(accuracies, count), made)
+        bootstrap(partial(accuracies, count), table)
         return {}
 
     cases: Cases = {
         OURS: partial(our_accuracies, images, classes, labels),
         "ours, their 95 % intervals": intervals,
-        "ours, `lit-fast eval` without the towers": ours_whole,
+        "ours, `lit-fast eval` without the towers": our_command,
         OPEN_CLIP: open_clip_accuracies(images, classes, labels),
         CLIP_BENCHMARK: clip_benchmark_accuracies(images, classes, labels, path / "classes.pt"),
     }
@@ -174,14 +175,14 @@ def retrieval(path: Path, rows: int, width: int, repeats: int) -> None:
     texts = np.empty((len(order), width), np.float32)  # by number
     texts[order] = near(rng, images[owner], NOISE)
 
-    def ours_whole() -> Figures:
+    def our_command() -> Figures:
         evaluate = retrieval_evaluation(dataset)
-        embed_text = lambda given: texts[[number(t) for t in given]]  # noqa: E731
+        embed_text = lambda captions: texts[[number(t) for t in captions]]  # noqa: E731
         return evaluate(np.arange(rows), images, embed_text)[0]["metrics"]
 
     cases: Cases = {
         OURS: partial(our_recalls, images, texts[order], owner),
-        "ours, `lit-fast eval` without the towers": ours_whole,
+        "ours, `lit-fast eval` without the towers": our_command,
         CLIP_BENCHMARK: clip_benchmark_recalls(images, texts, numbers),
     }
     print_table(f"Retrieval: {rows:,} images, {len(texts):,} texts, width {width}", cases, RECALLS, repeats)
@@ -203,7 +204,7 @@ def labelled(folder: Path, count: int, classes_count: int, width: int) -> Cases:
 
 
 def paired(count: int, width: int) -> Cases:
-    """Retrieval with one text per image, which is all that open_clip knows."""
+    """Return the cases of retrieval with one text per image, the only case in open_clip."""
     rng = np.random.default_rng(4)
     images = random_units(rng, count, width)
     texts = near(rng, images, NOISE)
@@ -216,11 +217,11 @@ def paired(count: int, width: int) -> Cases:
 
 
 def grow(
-    title: str, what: str, sizes: Iterable[int], make: Callable[[int], Cases], repeats: int
+    title: str, unit_name: str, sizes: Iterable[int], make: Callable[[int], Cases], repeats: int
 ) -> dict[str, dict[int, Cost]]:
-    """Print and return the costs of every case over the size."""
+    """Print and return the costs of every case by size."""
     names = (OURS, OPEN_CLIP, CLIP_BENCHMARK)
-    print(f"\n{title}\n\n| {what} | {' | '.join(f'{n}: seconds | MiB' for n in names)} |")
+    print(f"\n{title}\n\n| {unit_name} | {' | '.join(f'{n}: seconds | MiB' for n in names)} |")
     print(f"|---|{'---|---|' * len(names)}")
     costs: dict[str, dict[int, Cost]] = {name: {} for name in names}
     groups = []
@@ -243,7 +244,7 @@ def grow(
 
 
 def plot(panels: dict[str, dict[str, dict[int, Cost]]], out: Path) -> None:
-    """Seconds above and memory below, over each of the sizes, on logarithmic axes."""
+    """Plot seconds above memory over each of the sizes, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure((8.4, 4.6), layout="constrained")

@@ -1,6 +1,6 @@
-"""Figures from given embeddings by open_clip's and CLIP_benchmark's own code: the rivals of benchmarks.evaluate.
+"""Figures of embeddings by the code of open_clip and CLIP_benchmark, for benchmarks.evaluate.
 
-Each function prepares what its package wants to be given and returns the evaluation, which is what is timed.
+Each function prepares the inputs of its package and returns the evaluation, which the benchmark times.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from open_clip_train import zero_shot as open_clip_zero_shot
 from open_clip_train.train import get_clip_metrics
 
-# Both make numbers of arrays of one element by `float`, which numpy 2.4 refuses.
+# Both call `float` on arrays of one element, which numpy 2.4 refuses.
 for module in (open_clip_zero_shot, zeroshot_classification):
     module.float = lambda value: float(np.asarray(value).item())
 
 BATCH, RETRIEVAL_BATCH = 1024, 64
 RECALL_AT = [1, 5, 10]
-RECALLS = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in RECALL_AT]
+RECALLS = [f"{target}_retrieval_recall@{k}" for target in ("image", "text") for k in RECALL_AT]
 
 Figures = dict[str, float]
 Evaluation = Callable[[], Figures]
 
 
 class Identity:
-    """A model whose inputs are embeddings, as CLIP_benchmark calls one."""
+    """A model for CLIP_benchmark whose inputs are embeddings."""
 
     def encode_image(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -41,7 +41,7 @@ class Identity:
 
 
 class Batches:
-    """A loader of (images, labels or lists of texts)."""
+    """A data loader of (images, labels or lists of texts)."""
 
     def __init__(self, images: torch.Tensor, others: Any, batch: int, classes: int = 0) -> None:
         self.images, self.others, self.batch = images, others, batch
@@ -53,7 +53,7 @@ class Batches:
 
 
 def open_clip_accuracies(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> Evaluation:
-    """By batches of 1024; it has no recall per class."""
+    """Return open_clip's evaluation in batches of 1024; it has no recall per class."""
     loader = Batches(torch.from_numpy(images), torch.from_numpy(labels), BATCH)
     args = SimpleNamespace(device="cpu", precision="fp32", batch_size=BATCH)
     classifier = torch.from_numpy(classes).T.contiguous()
@@ -68,7 +68,7 @@ def open_clip_accuracies(images: np.ndarray, classes: np.ndarray, labels: np.nda
 def clip_benchmark_accuracies(
     images: np.ndarray, classes: np.ndarray, labels: np.ndarray, file: Path
 ) -> Evaluation:
-    """By batches of 1024. It takes classifiers from a file, which is written to `file`."""
+    """Return CLIP_benchmark's evaluation in batches of 1024; its classifier is written to `file`."""
     loader = Batches(torch.from_numpy(images), torch.from_numpy(labels), BATCH, len(classes))
     torch.save(torch.from_numpy(classes).T.contiguous(), file)
     return lambda: zeroshot_classification.evaluate(
@@ -77,13 +77,12 @@ def clip_benchmark_accuracies(
 
 
 def open_clip_recalls(images: np.ndarray, texts: np.ndarray) -> Evaluation:
-    """The i-th text is the i-th image's; it knows no other case."""
-    ways = ["text_to_image"] * len(RECALL_AT) + ["image_to_text"] * len(RECALL_AT)
-    theirs = [f"{way}_R@{k}" for way, k in zip(ways, RECALL_AT * 2, strict=True)]
+    """Return open_clip's evaluation; the i-th text belongs to the i-th image."""
+    theirs = [f"{direction}_R@{k}" for direction in ("text_to_image", "image_to_text") for k in RECALL_AT]
 
     def evaluate() -> Figures:
         got = get_clip_metrics(torch.from_numpy(images), torch.from_numpy(texts), 100.0)
-        return {name: float(got[own]) for name, own in zip(RECALLS, theirs, strict=True)}
+        return {name: float(got[their]) for name, their in zip(RECALLS, theirs, strict=True)}
 
     return evaluate
 
@@ -91,9 +90,9 @@ def open_clip_recalls(images: np.ndarray, texts: np.ndarray) -> Evaluation:
 def clip_benchmark_recalls(
     images: np.ndarray, texts: np.ndarray, texts_of: Sequence[Sequence[int]]
 ) -> Evaluation:
-    """By its default batch of 64 images, because its memory grows with the batch; `texts_of` by image."""
+    """Return CLIP_benchmark's evaluation in its default batches of 64 images; `texts_of` lists texts by image."""
     loader = Batches(torch.from_numpy(images), texts_of, RETRIEVAL_BATCH)
     their_texts = torch.from_numpy(texts)
     return lambda: zeroshot_retrieval.evaluate(
-        Identity(), loader, lambda given: their_texts[given], "cpu", amp=False, recall_k_list=RECALL_AT
+        Identity(), loader, lambda numbers: their_texts[numbers], "cpu", amp=False, recall_k_list=RECALL_AT
     )

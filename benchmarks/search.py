@@ -1,4 +1,4 @@
-"""Seconds for an exact search of a feature store: ours warm and cold, beside two that hold it all in memory.
+"""Seconds for an exhaustive search of a feature store: ours warm and cold, beside two that hold it all in memory.
 
     python -m benchmarks.search [--rows 10_000_000] [--queries 1]
 
@@ -23,9 +23,11 @@ import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.stream_store import forget
-from lit_fast.data.dataset import SHARD, DatasetWriter, Row
+from lit_fast.data.dataset import SHARD
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.inference.search import search
+from lit_fast.models.two_towers import centered
 from lit_fast.storage.files import write_json
 
 WIDTH, TOP = 768, 20
@@ -85,7 +87,8 @@ def main() -> None:
         mean = features.mean(())
 
         def ours() -> np.ndarray:
-            return np.array([[row for row, _ in found] for found in search(features, queries, mean, TOP)])
+            found = search(features, queries, TOP, lambda block: centered(block, mean))
+            return np.array([[row for row, _ in rows] for rows in found])
 
         cases: dict[str, Callable[[], np.ndarray]] = {"ours, warm": ours, "ours, cold": ours}
         if not args.ours:

@@ -9,7 +9,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from lit_fast.data.dataset import BLOCK, SHARD, Dataset, DatasetWriter, Row, open_dataset
+from lit_fast.data.dataset import BLOCK, SHARD, Dataset, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.data.records import FILE_RECORDS, RecordWriter
 from lit_fast.data.tokens import encode_record

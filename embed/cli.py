@@ -1,42 +1,47 @@
 """The commands `index`, `embed`, `tokenize`, `verify` and `import-features`: their arguments.
 
-What they import is imported when they run, so that `--help` is fast.
+A command imports its implementation when it runs, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 Run = Callable[[argparse.Namespace], None]
 
 
 def index(parser: argparse.ArgumentParser) -> Run:
-    """Fix the rows of a dataset: images and captions in tars, parquet, tables, folders, array_records.
+    """Write the index of a dataset: images and captions in tars, parquet, tables, folders, array_records.
 
     SOURCE is a file, a directory or a pattern, local or at https://, s3:// or gs://: 'train/*.tar',
     's3://bucket/{00000..00099}.parquet', captions.csv, annotations/captions_val2017.json, imagenet/val.
-    Sources are read where they lie and must stay there; rows are shuffled once, by the seed.
+    Images are not copied: sources must stay where they are. Rows are shuffled once, by the seed.
 
-    A directory stands for the files of the one format in it, or is a folder of images per class. A .json is
-    COCO's captions. Rows of a table with the same image file become one row with all captions, if no more than
-    some 260 000 rows lie between them; a later repeat is left out as a duplicate, as is any key seen before.
-    noise:1024 stands for 1024 pictures of uniform random noise, for the key stream.noise of a training.
+    Of a directory, the files of its one format are read; or it is a folder of images per class. A .json is
+    read as COCO's captions. Rows of a table with the same image file become one row with all captions, if at most
+    about 260 000 rows are between them; later repeats, and any repeated key, are left out as duplicates.
+    noise:1024 is 1024 images of uniform random noise, for the key stream.noise of a training.
 
-    CLIP_benchmark's evaluation sets: the directory or URL/ of one, or wds:NAME, which is fetched from the
+    CLIP_benchmark's evaluation sets: the directory or URL/ of one, or wds:NAME, which is downloaded from the
     Hugging Face Hub: wds:imagenet1k, wds:imagenetv2, wds:vtab/cifar10, wds:mscoco_captions, ...
 
     Names of columns are guessed. Captions: captions, caption, title, text, txt, sentences, raw, alt_text,
     captions/text. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded, or paths in filepath,
     file_path, image_path, path, file_name, filename, file. Keys: key, __key__, uid; the path of an image file.
     Labels: label, cls, class_id.
+
+    Example: lit-fast index 'cc12m/*.tar' --out cc12m_dataset
     """
     parser.add_argument("source", nargs="+", metavar="SOURCE", help="files, patterns or directories")
-    parser.add_argument("--out", required=True, type=Path, metavar="D", help="directory of the dataset")
-    parser.add_argument("--seed", type=_whole(0), default=0, help="order of the rows (default 0)")
+    parser.add_argument("--out", required=True, metavar="D", help="directory of the dataset")
+    parser.add_argument("--seed", type=_whole(0), default=0, help="seed of the order of the rows (default 0)")
     parser.add_argument(
-        "--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns or JSON keys"
+        "--captions",
+        type=_captions,
+        default=(),
+        metavar="[LANG=]NAME[,...]",
+        help="columns or JSON keys with captions",
     )
     parser.add_argument("--image", default="", metavar="NAME", help="column of the image or of its path")
     parser.add_argument("--key", default="", metavar="NAME", help="column of unique names of the rows")
@@ -46,16 +51,16 @@ def index(parser: argparse.ArgumentParser) -> Run:
         "--images",
         default="",
         metavar="DIR",
-        help="what paths are relative to (default: the table's directory)",
+        help="directory that paths of images are relative to (default: the table's directory)",
     )
     parser.add_argument("--append", action="store_true", help="add the rows of new sources to the dataset")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.index import index_dataset
-        from lit_fast.embed.sources.items import Names
+        from lit_fast.embed.sources.interface import ColumnOptions
 
-        names = Names(args.captions, args.image, args.key, args.label, args.language, args.images)
-        index_dataset(args.source, args.out, seed=args.seed, names=names, append=args.append)
+        options = ColumnOptions(args.captions, args.image, args.key, args.label, args.language, args.images)
+        index_dataset(args.source, args.out, seed=args.seed, options=options, append=args.append)
 
     return run
 
@@ -63,10 +68,12 @@ def index(parser: argparse.ArgumentParser) -> Run:
 def embed(parser: argparse.ArgumentParser) -> Run:
     """Embed every image of a dataset once with a frozen vision tower.
 
-    The same command again goes on where it was interrupted. Images that cannot be decoded keep their row
+    If the command is interrupted, the same command continues. Images that cannot be decoded keep their row
     and are marked invalid.
+
+    Example: lit-fast embed cc12m_dataset --tower augreg/B_8-224
     """
-    parser.add_argument("dataset", type=Path, metavar="D", help="a dataset made by lit-fast index")
+    parser.add_argument("dataset", metavar="D", help="a dataset made by lit-fast index")
     parser.add_argument("--tower", required=True, metavar="NAME|PATH", help="weights of the vision tower")
     parser.add_argument("--name", metavar="NAME", help="directory in D/features (default: the tower's name)")
     parser.add_argument(
@@ -74,32 +81,49 @@ def embed(parser: argparse.ArgumentParser) -> Run:
         metavar="NAME",
         help="pil-crop, pil-squash, hf-crop or tf-squash (default: the tower's own)",
     )
-    parser.add_argument("--resolution", type=_whole(1), metavar="N", help="pixels (default: the tower's own)")
-    parser.add_argument("--gelu", choices=("exact", "tanh", "quick"), help="default: the tower's own")
+    parser.add_argument(
+        "--resolution", type=_whole(1), metavar="N", help="side of the image in pixels (default: the tower's)"
+    )
+    parser.add_argument(
+        "--gelu", choices=("exact", "tanh", "quick"), help="form of the GELU (default: the tower's)"
+    )
     parser.add_argument(
         "--pool", metavar="NAME", help="tok, gap, map or projection (default: the tower's own)"
     )
     parser.add_argument(
         "--reduced-decode",
         action="store_true",
-        help="decode JPEGs much larger than needed at 1/2, 1/4 or 1/8",
+        help="decode JPEGs much larger than needed at 1/2, 1/4 or 1/8 of their size: faster, other pixels",
     )
     parser.add_argument(
-        "--views", type=_whole(1), default=1, metavar="K", help="vectors per image: itself and K - 1 crops"
+        "--views",
+        type=_whole(1),
+        default=1,
+        metavar="K",
+        help="vectors per image: of the whole image and of K - 1 crops (default 1)",
     )
     parser.add_argument(
         "--batch-size", type=_whole(1), metavar="N", help="images per device (default 64, 16 on CPU)"
     )
-    parser.add_argument("--workers", type=_whole(1), metavar="N", help="decoding threads (default: cores)")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16"
+        "--workers", type=_whole(1), metavar="N", help="decoding threads (default: one per core)"
     )
-    parser.add_argument("--max-pixels", type=_whole(1), metavar="N", help="larger images are invalid")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="dtype of the computation (default: float32 on CPU, else bfloat16)",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=_whole(1),
+        metavar="N",
+        help="mark larger images as invalid (default 64 000 000)",
+    )
     parser.add_argument(
         "--shard-of",
         type=_share,
         metavar="I/N",
-        help="do share I of N only, I from 0 on (default: this process's of the JAX cluster's)",
+        help="embed share I of N only, I from 0 on (default: the share of this process in the JAX cluster)",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -129,44 +153,58 @@ def embed(parser: argparse.ArgumentParser) -> Run:
 
 
 def verify(parser: argparse.ArgumentParser) -> Run:
-    """Check every stored byte of a dataset, and that its features are the tower's.
+    """Check every stored byte of a dataset, and its features against the tower.
 
-    Reads everything once: records, checksums, digests, and embeds a sample of the rows anew. One line per
-    finding; exit status 0 only if everything is right, 1 if something is wrong.
+    Reads everything once: records, checksums, digests; and embeds a sample of the rows again. Prints one line per
+    finding. Exit status 0 if everything is right, 1 if something is wrong.
+
+    Example: lit-fast verify cc12m_dataset
     """
-    parser.add_argument("dataset", type=Path, metavar="D", help="a dataset made by lit-fast index")
-    parser.add_argument("--tower", metavar="NAME", help="these features only (default: all)")
+    parser.add_argument("dataset", metavar="D", help="a dataset made by lit-fast index")
+    parser.add_argument("--tower", metavar="NAME", help="check these features only (default: all)")
     parser.add_argument(
-        "--sample", type=_whole(0), default=64, metavar="N", help="rows to embed anew per tower (default 64)"
+        "--sample", type=_whole(0), default=64, metavar="N", help="rows to embed again per tower (default 64)"
     )
-    parser.add_argument("--repair", action="store_true", help="embed the shards with wrong features anew")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the findings to a file")
+    parser.add_argument("--repair", action="store_true", help="embed the shards with wrong features again")
+    parser.add_argument("--json", metavar="OUT", help="write the findings to a file")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.verify.dataset import verify_dataset
 
-        right = verify_dataset(
+        is_right = verify_dataset(
             args.dataset, tower=args.tower, sample=args.sample, repair=args.repair, out=args.json
         )
-        if not right:
+        if not is_right:
             raise SystemExit(1)
 
     return run
 
 
 def tokenize(parser: argparse.ArgumentParser) -> Run:
-    """Turn the captions of a dataset into token ids, with a given or a new vocabulary."""
-    parser.add_argument("dataset", type=Path, metavar="D", help="a dataset made by lit-fast index")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tokenizer", type=Path, metavar="FILE.model", help="a SentencePiece model")
-    which.add_argument("--train-vocab", type=_whole(1), metavar="N", help="train a new one with N pieces")
-    parser.add_argument("--name", default="", metavar="NAME", help="directory in D/tokens")
-    parser.add_argument("--max-length", type=_whole(1), default=16, metavar="N", help="ids (default 16)")
+    """Turn the captions of a dataset into token ids, with a given or a new vocabulary.
+
+    Example: lit-fast tokenize cc12m_dataset --train-vocab 32000
+    """
+    parser.add_argument("dataset", metavar="D", help="a dataset made by lit-fast index")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--tokenizer", metavar="FILE.model", help="a SentencePiece model")
+    model.add_argument(
+        "--train-vocab", type=_whole(1), metavar="N", help="train a new model with N pieces on the captions"
+    )
+    parser.add_argument(
+        "--name", default="", metavar="NAME", help="directory in D/tokens (default: the model's name)"
+    )
+    parser.add_argument(
+        "--max-length", type=_whole(1), default=16, metavar="N", help="token ids per caption (default 16)"
+    )
     parser.add_argument(
         "--pad-id", type=_whole(0), metavar="N", help="padding (default: end-of-sentence; SigLIP 2: 0)"
     )
     parser.add_argument(
-        "--model-type", choices=("unigram", "bpe"), default="unigram", help="of a new vocabulary"
+        "--model-type",
+        choices=("unigram", "bpe"),
+        default="unigram",
+        help="type of a new model (default unigram)",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -188,22 +226,24 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
 def import_features(parser: argparse.ArgumentParser) -> Run:
     """Make a dataset of features that another program has computed.
 
-    clip-retrieval: SOURCE is the directory with img_emb/*.npy and, if there are any, metadata/*.parquet, whose
-    captions and keys are taken. sail: SOURCE is the directory with 0.pt, 1.pt, ..., the images' features; they are
-    read without unpickling.
+    clip-retrieval: SOURCE is the directory with img_emb/*.npy and optionally metadata/*.parquet, which has the
+    captions and keys. sail: SOURCE is the directory with 0.pt, 1.pt, ..., the features of the images; PyTorch must be
+    installed, and nothing is unpickled.
 
     Rows keep the order of the files. Captions may come from a table with one row per row of features, in the same
-    order. Nobody can tell from which model features are: --tower says it, and features of the same name and width
-    count as the same tower's. The same command again goes on where it was interrupted.
+    order. The model of the features cannot be checked: --tower names it, and features of the same name and width
+    count as the same tower's. If the command is interrupted, the same command continues.
+
+    Example: lit-fast import-features laion_b32 --out laion --tower clip_b32 --format clip-retrieval
     """
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="directory with the features")
-    parser.add_argument("--out", required=True, type=Path, metavar="D", help="directory of the dataset")
+    parser.add_argument("source", metavar="SOURCE", help="directory with the features")
+    parser.add_argument("--out", required=True, metavar="D", help="directory of the dataset")
     parser.add_argument("--tower", required=True, metavar="NAME", help="name of the model that made them")
     parser.add_argument(
-        "--format", required=True, choices=("clip-retrieval", "sail"), help="how they were written"
+        "--format", required=True, choices=("clip-retrieval", "sail"), help="program that wrote them"
     )
     parser.add_argument(
-        "--captions-table", type=Path, metavar="FILE", help="captions: .csv, .tsv, .jsonl or .parquet"
+        "--captions-table", metavar="FILE", help="table with captions: .csv, .tsv, .jsonl or .parquet"
     )
     parser.add_argument(
         "--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns with captions"
@@ -211,21 +251,21 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.importers.import_features import import_features
-        from lit_fast.embed.sources.items import Names
+        from lit_fast.embed.sources.interface import ColumnOptions
 
-        names = Names(args.captions)
+        options = ColumnOptions(args.captions)
         import_features(
-            args.source, args.out, args.tower, args.format, table=args.captions_table, names=names
+            args.source, args.out, args.tower, args.format, table=args.captions_table, options=options
         )
 
     return run
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(minimum: int) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
         return value
 
     return whole_number

@@ -1,54 +1,43 @@
-"""`lit-fast embed`: the features of one frozen tower for every row of a dataset, once.
+"""`lit-fast embed`: compute the features of one frozen tower for every row of a dataset, once.
 
-Rows go shard by shard, in batches counted from the shard's first row, so that what shares a batch never
-depends on where a run was interrupted. A finished batch goes to the shard's journal, a finished shard to
-the feature array in one write; its manifest comes last.
+The shards of this process are embedded in order, in batches counted from the shard's first row, so that the rows that
+share a batch never depend on where a run was interrupted. See `lit_fast.embed.shard_writer` for what is written when.
 """
 
 from __future__ import annotations
 
-import fcntl
 import re
-import shutil
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
-import numpy as np
-import tensorstore as ts
 
-from lit_fast.data.dataset import BLOCK, SHARD, Dataset, open_dataset
-from lit_fast.data.features import (
-    BFLOAT16,
-    Features,
-    Manifest,
-    embed_command,
-    features_digest,
-    first_line,
-    read_error,
-    with_views,
-)
+from lit_fast.data.dataset import SHARD, Dataset, open_dataset
+from lit_fast.data.features import Features, Manifest, embed_command
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.sources import check_sources
-from lit_fast.embed.journal import Journal
-from lit_fast.embed.pipeline import Batch, Images, Waiting, default_dtype, read_ahead, results
+from lit_fast.data.matching import with_views
+from lit_fast.embed.journal import is_in_use
+from lit_fast.embed.loader import ImageLoader, load_batches
+from lit_fast.embed.pipeline import StallTimer, run_tower
+from lit_fast.embed.shard_writer import ShardWriter, batch_spans, journal_path
 from lit_fast.errors import UserError
 from lit_fast.runtime import process_rank
-from lit_fast.storage.files import exists, read_object, write_json
+from lit_fast.storage.files import exists, read_object, remove, remove_tree, walk_files, write_json
+from lit_fast.storage.paths import StrPath, join, name, suffix
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
+from lit_fast.utils.output import result, status
 from lit_fast.utils.progress import Progress
-from lit_fast.utils.signals import held_back
+from lit_fast.utils.signals import defer_signals
 from lit_fast.utils.system import cpu_count
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process has to do."""
+    """The work of one process."""
 
     dataset: Dataset
     features: Features
@@ -60,13 +49,18 @@ class Job:
     max_pixels: int
 
     @property
-    def batch_rows(self) -> int:
-        """Rows per device; what shares a device's batch must not depend on the number of devices."""
+    def rows(self) -> int:
+        """Rows of the share."""
+        return sum(map(self.features.shard_rows, self.shards))
+
+    @property
+    def device_rows(self) -> int:
+        """Rows in the batch of one device."""
         return max(1, self.batch_size // self.features.views)
 
 
 def embed_dataset(
-    path: Path | str,
+    path: StrPath,
     tower_spec: str,
     *,
     name: str | None = None,
@@ -82,36 +76,36 @@ def embed_dataset(
     max_pixels: int = MAX_PIXELS,
     share: tuple[int, int] | None = None,
 ) -> None:
-    """Embed the shards `s` of a dataset with `s % share[1] == share[0]`; goes on with what is there.
+    """Embed the shards `s` of a dataset with `s % share[1] == share[0]`, except those that are finished.
 
     Args:
       preprocess, resolution, gelu, pool: as `load_tower`.
       reduced_decode: decode JPEGs much larger than needed at 1/2, 1/4 or 1/8, see `Preprocess.at_least`.
-      views: vectors per image, the first of the image as it is, the others of crops.
+      views: vectors per image: the first of the whole image, the others of crops.
       batch_size: images per device.
-      share: by default this process's place among those of the cluster.
+      share: by default the rank of this process and the number of processes of the cluster.
 
     Raises:
-      UserError: a source is missing, the name is taken by another tower, the disk is full, or no image
+      UserError: a source is missing, the name belongs to another tower, the disk is full, or no image
         could be decoded.
     """
-    with held_back() as signals:
+    with defer_signals() as signals:
         share = share or process_rank()
         dataset = open_dataset(path)
         check_sources(dataset)
-        chosen = {
+        given = {
             "preprocess": preprocess, "resolution": resolution, "gelu": gelu, "pool": pool,
             "reduced_decode": reduced_decode,
         }  # fmt: skip
-        options = {option: value for option, value in chosen.items() if value}
+        options = {option: value for option, value in given.items() if value}
         if max_pixels != MAX_PIXELS:  # decides which rows are invalid
             options["max_pixels"] = max_pixels
         tower = open_tower(tower_spec, options)
-        dtype = dtype or default_dtype()
+        dtype = dtype or _default_dtype()
         provenance = with_views(tower.provenance(dtype), views) | {"options": options}
         job = Job(
             dataset,
-            Features(dataset, checked_name(name or tower.name), provenance),
+            Features(dataset, check_store_name(name or tower.name), provenance),
             tower,
             shards=list(range(share[0], dataset.shards, share[1])),
             batch_size=batch_size or default_batch_size(),
@@ -120,53 +114,76 @@ def embed_dataset(
             max_pixels=max_pixels,
         )
         try:
-            _claim(job.features)
-            manifests = job.features.manifests()
-            for shard in job.shards:
-                if shard in manifests:
-                    _check_manifest(job, manifests[shard])
-            finished = set(job.features.finished())
-            todo = [s for s in job.shards if s not in finished]
-            rate = _embed_shards(job, todo, signals) if todo else None
+            _claim_store(job.features)
+            unfinished = _unfinished_shards(job)
+            rate = _embed_shards(job, unfinished, signals) if unfinished else None
             if signals:
                 return
-            _remove_stale(job.features)
+            _remove_stale_files(job.features)
             _report(job, rate)
-            _report_others(job)
+            _report_other_shares(job)
         except OSError as error:
             where = error.filename or job.features.path
-            raise UserError(f"{where}: {error.strerror}; mend that and run the same command again") from None
+            raise UserError(
+                f"{where}: {error.strerror}; fix the cause, then rerun the same command"
+            ) from None
         except MemoryError:
             raise UserError("out of memory; lower --batch-size, --workers or --max-pixels") from None
 
 
-def checked_name(name: str) -> str:
-    """A name that can be that of a feature directory; raises UserError for another."""
+def check_store_name(name: str) -> str:
+    """Return a name that can be that of a feature directory; raise UserError for another."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", name):
         raise UserError(f"{name!r} cannot be a directory's name; choose --name of letters, digits and ._=+-")
     return name
 
 
-def _claim(features: Features) -> None:
-    """Write tower.json, or check that the one there says the same."""
-    file = Path(features.path, "tower.json")
-    if not file.exists():
+def write_provenance(features: Features) -> list[str]:
+    """Write tower.json, unless there is one.
+
+    Returns:
+      The keys in which an existing tower.json of another identity differs; [] if the store belongs to `features`.
+    """
+    file = join(features.path, "tower.json")
+    if not exists(file):
         write_json(file, features.provenance)
-    there = read_object(file)  # read back: of two that begin at the same time, one finds the other's
-    if there.get("identity") != features.identity:
-        mine = features.provenance
-        without = ("identity", "first_view", "options", "versions", "name", "source")
-        other = [k for k in [*mine, "views"] if k not in without and there.get(k, 1) != mine.get(k, 1)]
+    stored = read_object(file)  # read again, since two processes may have written at the same time
+    if stored.get("identity") == features.identity:
+        return []
+    own = features.provenance
+    ignored = ("identity", "first_view", "options", "versions", "name", "source")
+    different = [k for k in [*own, "views"] if k not in ignored and stored.get(k, 1) != own.get(k, 1)]
+    return list(dict.fromkeys(different)) or ["identity"]
+
+
+def _claim_store(features: Features) -> None:
+    if different := write_provenance(features):
         raise UserError(
-            f"{features.path} holds features of another tower "
-            f"(other {', '.join(dict.fromkeys(other)) or 'identity'}); choose another --name"
+            f"{features.path} holds features of another tower (other {', '.join(different)}); choose another --name"
         )
 
 
+def _default_dtype() -> str:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _unfinished_shards(job: Job) -> list[int]:
+    """Return the unfinished shards of the share.
+
+    Raises:
+      UserError: a manifest of the share belongs to other rows or to another tower.
+    """
+    manifests = job.features.manifests()
+    for shard in job.shards:
+        if shard in manifests:
+            _check_manifest(job, manifests[shard])
+    finished = set(job.features.finished())
+    return [shard for shard in job.shards if shard not in finished]
+
+
 def _check_manifest(job: Job, manifest: Manifest) -> None:
-    """A finished shard, or one that was finished before the dataset grew, must be of these rows."""
     shard, keys = manifest.shard, job.dataset.shard_keys[manifest.shard]
-    if manifest.rows < job.features.shard_rows(shard):
+    if manifest.rows < job.features.shard_rows(shard):  # it was finished before the dataset grew
         keys = job.dataset.prefix_digest(shard, manifest.rows)
     if manifest.keys != keys or manifest.tower != job.features.identity:
         raise UserError(
@@ -176,192 +193,111 @@ def _check_manifest(job: Job, manifest: Manifest) -> None:
 
 
 def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
-    """Do the unfinished `shards`, in order, until a signal comes; images per second."""
-    done = sum(map(job.features.shard_rows, set(job.shards) - set(shards)))
-    total = sum(map(job.features.shard_rows, job.shards))
+    """Embed the unfinished `shards` in order, until a signal comes; return images per second."""
     array = job.features.array(create=True)
     run = compile_tower(job.tower, job.dtype)
-    images = Images(job.dataset, job.tower.preprocess, job.max_pixels, job.features.views)
-    rows = job.batch_rows * jax.local_device_count()
-    journals: dict[int, Journal] = {}
-    embedded, began, waiting = 0, time.monotonic(), Waiting()
+    loader = ImageLoader(job.dataset, job.tower.preprocess, job.max_pixels, job.features.views)
+    devices = jax.local_device_count()
+    batch_rows = job.device_rows * devices
+    finished_rows = job.rows - sum(map(job.features.shard_rows, shards))
+    writers: dict[int, ShardWriter] = {}  # of the shards that batches are loaded for
+
+    def spans() -> Iterator[tuple[int, int]]:
+        """Yield (first row, rows) of all batches; open a shard when its first batch is requested."""
+        settings = {"batch_size": job.batch_size, "max_pixels": job.max_pixels}
+        for shard in shards:
+            writer = ShardWriter(job.features, array, shard, settings)
+            if writer.finished:
+                continue
+            if writer.done == writer.rows:
+                writer.finish()
+                continue
+            writers[shard] = writer
+            for lo, rows in batch_spans(writer.done, writer.rows, job.device_rows, devices):
+                yield writer.first + lo, rows
+
+    embedded, start, stalls = 0, time.monotonic(), StallTimer()
     progress: Progress | None = None
-    with ExitStack() as stack:
-        spans = _spans(job, shards, rows, array, journals, stack)
-        batches = stack.enter_context(closing(read_ahead(images, spans, rows, job.workers)))
-        for batch, result in stack.enter_context(closing(results(batches, run, waiting))):
-            shard = batch.first // SHARD
-            journal = journals[shard]
-            if progress is None:
-                progress = Progress("embed", total, "images", start=done + journal.done)
-                waiting.restart()
-            new = _append(journal, batch, result.reshape(rows, -1), shard * SHARD)
-            progress.advance(new, waiting.note())
-            embedded += new
-            if journal.done == job.features.shard_rows(shard):
-                _commit(job, shard, array, journals.pop(shard))
-            if signals:
-                break
+    try:
+        with (
+            closing(load_batches(loader, spans(), batch_rows, job.workers)) as batches,
+            closing(run_tower(batches, run, stalls)) as outputs,
+        ):
+            for batch, output in outputs:
+                writer = writers[batch.first // SHARD]
+                if progress is None:
+                    progress = Progress("embed", job.rows, "images", start=finished_rows + writer.done)
+                    stalls.restart()
+                count = writer.append(batch, output.reshape(batch_rows, -1))
+                embedded += count
+                progress.advance(count, stalls.note())
+                if writer.done == writer.rows:
+                    writers.pop(batch.first // SHARD).finish()
+                if signals:
+                    break
+    finally:
+        for writer in writers.values():
+            writer.close()
     if progress is not None and not signals:
         progress.close()
-        if advice := waiting.advice():
-            print(advice, file=sys.stderr)
-    return embedded / (time.monotonic() - began)
+        if advice := stalls.advice():
+            status(advice)
+    return embedded / (time.monotonic() - start)
 
 
-def _spans(
-    job: Job,
-    shards: list[int],
-    batch_rows: int,
-    array: ts.TensorStore,
-    journals: dict[int, Journal],
-    stack: ExitStack,
-) -> Iterator[tuple[int, int]]:
-    """The batches to do, as (first row, rows); opens the journal of a shard when its turn has come."""
-    for shard in shards:
-        rows = job.features.shard_rows(shard)
-        belongs = {
-            "identity": job.features.identity,
-            "keys": job.dataset.shard_keys[shard],
-            "batch_size": job.batch_size,
-            "max_pixels": job.max_pixels,
-        }
-        path = journal_path(job.features, shard)
-        journal = stack.enter_context(Journal(path, rows, array.shape[1], belongs))
-        if journal.discarded:
-            print(f"note: {path} was begun with other settings; shard {shard} starts anew", file=sys.stderr)
-        known = job.features.manifest(shard) if exists(job.features.manifest_path(shard)) else None
-        if known is not None and known.rows >= rows:  # by another process, before the journal was ours
-            journal.remove()
-            continue
-        if known is not None:
-            _copy_known(job, known, array, journal)
-        if journal.done == rows:
-            _commit(job, shard, array, journal)
-            continue
-        journals[shard] = journal
-        # Batches begin where they would if nothing were known yet, so that the new rows get the same bits.
-        start = journal.done // job.batch_rows * job.batch_rows
-        for lo in range(start, rows, batch_rows):
-            yield shard * SHARD + lo, min(batch_rows, rows - lo)
-
-
-def _copy_known(job: Job, known: Manifest, array: ts.TensorStore, journal: Journal) -> None:
-    """Take over the features of a shard that was finished before the dataset grew."""
-    for lo in range(journal.done, known.rows, BLOCK):
-        hi = min(lo + BLOCK, known.rows)
-        try:
-            features = array[known.first + lo : known.first + hi].read().result()
-        except ValueError as error:
-            raise read_error(job.features.path, error) from None
-        invalid = {r - known.first: why for r, why in known.invalid.items() if lo <= r - known.first < hi}
-        journal.append(features, invalid)
-    if known.features and features_digest(journal.features[: known.rows]) != known.features:
-        journal.remove()
-        raise UserError(
-            f"{job.features.path}: shard {known.shard} does not hold the features that its manifest was written "
-            f"for; mend it with: lit-fast verify {job.dataset.path} --tower {job.features.tower} --repair"
-        )
-
-
-def _append(journal: Journal, batch: Batch, result: np.ndarray, first: int) -> int:
-    """Add a batch's features `[batch rows, views * width]` to the journal; how many rows are new."""
-    known = journal.done - (batch.first - first)
-    features = result[known : batch.rows].astype(BFLOAT16)
-    invalid = {r - first: why for r, why in batch.invalid.items() if r - first >= journal.done}
-    finite = np.isfinite(features.astype(np.float32)).all(axis=1)
-    for i in np.flatnonzero(~finite):
-        invalid.setdefault(journal.done + int(i), "non-finite feature")
-    for row in invalid:
-        features[row - journal.done] = 0
-    journal.append(features, invalid)
-    return len(features)
-
-
-def _commit(job: Job, shard: int, array: ts.TensorStore, journal: Journal) -> None:
-    """Write a complete shard, then its manifest, then forget the journal."""
-    first, rows = shard * SHARD, job.features.shard_rows(shard)
-    try:
-        # The future must be kept until its result is known: a dropped write is lost without a word.
-        future = array[first : first + rows].write(journal.features)
-        future.result()
-    except ValueError as error:
-        raise UserError(
-            f"{job.features.path} cannot be written: {first_line(error)}; mend that and run the same command again"
-        ) from None
-    invalid = {first + row: why for row, why in journal.invalid.items()}
-    keys, digest = job.dataset.shard_keys[shard], features_digest(journal.features)
-    job.features.write_manifest(Manifest(shard, first, rows, keys, job.features.identity, invalid, digest))
-    journal.remove()
-
-
-def journal_path(features: Features, shard: int) -> Path:
-    """Where the journal of an unfinished shard lies."""
-    return Path(features.path, "partial", f"{shard:05d}.journal")
-
-
-def _remove_stale(features: Features) -> None:
-    """Delete what killed processes left of unfinished writes, once all shards are there.
+def _remove_stale_files(features: Features) -> None:
+    """Delete the files of unfinished writes of killed processes, once all shards are finished.
 
     Not earlier: another process may be writing a shard of its share.
     """
     if len(features.finished()) < features.dataset.shards:
         return
-    root = Path(features.path)
-    for file in [*root.rglob("*.__lock"), *root.rglob(".*.tmp")]:
-        file.unlink(missing_ok=True)
-    # A kill between a shard's manifest and the end of its journal leaves the journal.
-    shutil.rmtree(root / "partial", ignore_errors=True)
+    for file in walk_files(features.path):
+        if suffix(file) == ".__lock" or (name(file).startswith(".") and suffix(file) == ".tmp"):
+            remove(join(features.path, file))
+    # A kill between the manifest of a shard and the end of its journal leaves the journal.
+    remove_tree(join(features.path, "partial"))
 
 
 def _report(job: Job, rate: float | None) -> None:
-    """The last lines on stdout: what there is now, and which rows are invalid."""
+    """Print the last lines: what there is now, and which rows are invalid.
+
+    Raises:
+      UserError: all rows are invalid.
+    """
     path = job.features.path
-    rows = sum(map(job.features.shard_rows, job.shards))
     invalid: dict[int, str] = {}
     for shard in job.shards:
         invalid |= job.features.manifest(shard).invalid
-    if rows and len(invalid) == rows:
-        why = next(iter(invalid.values()))
+    if job.rows and len(invalid) == job.rows:
+        reason = next(iter(invalid.values()))
         raise UserError(
-            f"none of the {rows:,} images could be embedded (first: {why}); mend that and delete {path}"
+            f"none of the {job.rows:,} images could be embedded (first: {reason}); fix the cause, then delete {path}"
         )
-    counts = f"{rows - len(invalid):,} valid, {len(invalid):,} invalid"
+    counts = f"{job.rows - len(invalid):,} valid, {len(invalid):,} invalid"
     if rate is None:
-        print(f"{path} is complete: {rows:,} rows, {counts}")
+        result(f"{path} is complete: {job.rows:,} rows, {counts}")
     else:
-        print(f"embedded {rows:,} rows with {job.tower.name} into {path}: {counts}, {rate:,.0f} images/s")
+        result(
+            f"embedded {job.rows:,} rows with {job.tower.name} into {path}: {counts}, {rate:,.0f} images/s"
+        )
     if invalid:
-        images = Images(job.dataset, job.tower.preprocess, job.max_pixels)
-        named = [_named(images, job.dataset, row, invalid[row]) for row in sorted(invalid)[:5]]
-        print(f"invalid: {'; '.join(named)}{'; ...' if len(invalid) > 5 else ''}")
+        rows = [_name_row(job, row, invalid[row]) for row in sorted(invalid)[:5]]
+        result(f"invalid: {'; '.join(rows)}{'; ...' if len(invalid) > 5 else ''}")
 
 
-def _report_others(job: Job) -> None:
-    """Name the unfinished shards of other shares, unless somebody is at work on them."""
+def _name_row(job: Job, row: int, reason: str) -> str:
+    block, i = ImageLoader(job.dataset, job.tower.preprocess, job.max_pixels).locate(row)
+    return f"{block.keys[i]} in {name(job.dataset.sources[block.sources[i]].path)}: {reason}"
+
+
+def _report_other_shares(job: Job) -> None:
+    """Print the number of unfinished shards of other shares, unless a process embeds one of them."""
     finished = set(job.features.finished())
     left = [s for s in range(job.dataset.shards) if s not in finished]
-    if left and not any(_at_work(job.features, s) for s in left):
+    if left and not any(is_in_use(journal_path(job.features, shard)) for shard in left):
         command = embed_command(job.dataset, job.features.provenance, job.features.tower)
-        print(
+        status(
             f"note: {len(left):,} shards of other shares are unfinished (first: {left[0]}) and nobody is at work on "
-            f"them; this does them: {command} --shard-of 0/1",
-            file=sys.stderr,
+            f"them; this does them: {command} --shard-of 0/1"
         )
-
-
-def _at_work(features: Features, shard: int) -> bool:
-    """Whether another process holds the journal of the shard."""
-    try:
-        with open(journal_path(features, shard), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
-def _named(images: Images, dataset: Dataset, row: int, why: str) -> str:
-    block, i = images.place(row)
-    return f"{block.keys[i]} in {Path(dataset.sources[block.sources[i]].path).name}: {why}"

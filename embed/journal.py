@@ -2,84 +2,97 @@
 
 A record is a fixed header (magic, first row in the shard, rows, bytes of the features, bytes of the JSON,
 CRC-32 of all that and of the payload) and a payload (bfloat16 features, then the invalid rows as JSON).
-The first record has no rows and says what the journal belongs to. After a kill everything up to the first
-record that is not whole is kept.
+The first record has no rows; its JSON identifies the work that the journal belongs to. After a kill, the records
+before the first incomplete one are kept.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import struct
 import time
 import zlib
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from lit_fast.data.features import BFLOAT16
 from lit_fast.errors import UserError
+from lit_fast.storage.files import InUseError, Lock, exists, open_append, remove, sync
+from lit_fast.storage.paths import StrPath
 
 _HEADER = struct.Struct("<4sIIIII")
 _MAGIC = b"LFJ1"
 _SYNC_SECONDS = 2.0  # work that a power cut may cost; a kill costs the batches in flight only
+_LOCK_SECONDS = 1.0  # `is_in_use` of other processes holds the lock for a moment
 
 
 class Journal:
-    """One shard's features as far as they are known, in memory and in the journal.
+    """The known features of one shard, in memory and in the journal.
 
     Attributes:
       features: bfloat16 `[rows, width]`.
       invalid: row in the shard -> reason.
-      done: rows known, from the shard's first on.
-      discarded: there was a journal that belonged to something else.
+      done: number of known rows, from the shard's first on.
+      discarded: whether there was a journal of other work.
     """
 
-    def __init__(self, path: Path, rows: int, width: int, belongs: dict[str, Any]) -> None:
-        """Open the journal and read what an earlier process left; one of something else is emptied.
+    def __init__(self, path: StrPath, rows: int, width: int, identity: dict[str, Any]) -> None:
+        """Open the journal and read the records of an earlier process; those of other work are deleted.
 
         Raises:
-          UserError: another process is at work on this shard.
+          UserError: another process holds the journal.
         """
-        self.path = path
+        self.path = os.fspath(path)
         self.features = np.zeros((rows, width), BFLOAT16)
         self.invalid: dict[int, str] = {}
         self.done = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.discarded = False
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  (closed by __exit__)
-        if not _lock(self._file):
-            self._file.close()
-            raise UserError(f"{path}: another process is embedding this shard; wait for it or stop it")
-        end = self._recover(belongs)
+        try:
+            self._lock = Lock(path, _LOCK_SECONDS)
+        except InUseError:
+            raise UserError(
+                f"{path} is in use: another process is embedding this shard; wait for it or stop it"
+            ) from None
+        self._file = open_append(path)
+        end = self._recover(identity)
         self._file.truncate(end)
         self._file.seek(end)
         self._synced = time.monotonic()
         if end == 0:
-            self._write(_record(0, 0, b"", belongs))
+            self._write(_record(0, 0, b"", identity))
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file and let other processes continue it."""
         self._file.close()
+        self._lock.release()
 
     def append(self, features: np.ndarray, invalid: dict[int, str]) -> None:
-        """Add the next rows: bfloat16 `[n, width]`, and row in the shard -> reason."""
+        """Append the next rows.
+
+        Args:
+          features: bfloat16 `[n, width]`.
+          invalid: row in the shard -> reason.
+        """
         self._keep(features, invalid)
-        stored = {str(row): why for row, why in invalid.items()}
-        self._write(_record(self.done - len(features), len(features), features.tobytes(), stored))
+        value = {str(row): reason for row, reason in invalid.items()}
+        self._write(_record(self.done - len(features), len(features), features.tobytes(), value))
         if time.monotonic() - self._synced > _SYNC_SECONDS:
-            os.fsync(self._file.fileno())
+            sync(self._file)
             self._synced = time.monotonic()
 
     def remove(self) -> None:
-        """Delete the file: the shard is safe elsewhere."""
-        self.path.unlink(missing_ok=True)
-        self._file.close()
+        """Delete the file and close it."""
+        remove(self.path)
+        self.close()
 
     def _keep(self, features: np.ndarray, invalid: dict[int, str]) -> None:
         self.features[self.done : self.done + len(features)] = features
@@ -91,11 +104,11 @@ class Journal:
         while view:
             view = view[self._file.write(view) :]
 
-    def _recover(self, belongs: dict[str, Any]) -> int:
-        """Read all whole records; where they end, 0 if the journal belongs to something else."""
+    def _recover(self, identity: dict[str, Any]) -> int:
+        """Read all complete records; return the position of their end, 0 if they belong to other work."""
         self._file.seek(0)
         first = self._next()
-        if first is None or first[1:] != (0, b"", belongs):
+        if first is None or first[1:] != (0, b"", identity):
             self.discarded = first is not None
             return 0
         end, width = self._file.tell(), self.features.shape[1]
@@ -103,9 +116,8 @@ class Journal:
             start, rows, data, invalid = record
             if start != self.done or start + rows > len(self.features) or len(data) != rows * width * 2:
                 break
-            self._keep(
-                np.frombuffer(data, BFLOAT16).reshape(rows, width), {int(r): w for r, w in invalid.items()}
-            )
+            features = np.frombuffer(data, BFLOAT16).reshape(rows, width)
+            self._keep(features, {int(row): reason for row, reason in invalid.items()})
             end = self._file.tell()
         return end
 
@@ -122,14 +134,14 @@ class Journal:
         return start, rows, payload[:data_bytes], json.loads(payload[data_bytes:])
 
 
-def _lock(file: Any) -> bool:
-    """Whether the file is ours now; tried for a second, since others may look whether it is locked."""
-    for _ in range(20):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.05)
+def is_in_use(path: StrPath) -> bool:
+    """Whether another process holds the journal at `path`."""
+    if not exists(path):
+        return False
+    try:
+        Lock(path).release()
+    except InUseError:
+        return True
     return False
 
 
@@ -141,12 +153,12 @@ def _record(start: int, rows: int, data: bytes, value: dict[str, Any]) -> bytes:
 
 
 def _checksum(head: bytes, payload: bytes) -> int:
-    """CRC-32 of a record without its last header field, which is the checksum itself."""
+    """Return the CRC-32 of a record without its last header field, which is the checksum itself."""
     return zlib.crc32(payload, zlib.crc32(head[:-4]))
 
 
-def _read(file: Any, count: int) -> bytes:
-    """Up to `count` bytes; fewer only at the end of the file."""
+def _read(file: IO[bytes], count: int) -> bytes:
+    """Read up to `count` bytes; fewer only at the end of the file."""
     parts = []
     while count > 0 and (part := file.read(count)):
         parts.append(part)

@@ -1,58 +1,54 @@
-"""What did not become a row, and why: for the report and for `left_out.jsonl`."""
+"""The log of skipped rows, with reasons: for the report and for `left_out.jsonl`."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
-from lit_fast.storage.files import write_atomic
-from lit_fast.storage.read import name
+from lit_fast.storage.files import remove, write_atomic
+from lit_fast.storage.paths import StrPath, join, name
 
 MAX_LISTED = 100_000  # lines of left_out.jsonl
 _MAX_KEY = 500  # characters
+_SHOWN = 5  # names per reason in the report
 
-damaged = "file damaged or cut off"
 
-
-class LeftOut:
-    """Counts by reason, names for the report and for left_out.jsonl."""
+class SkippedLog:
+    """Counts of skipped rows by reason, names for the report and lines for `left_out.jsonl`."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
-        self.names: dict[str, list[str]] = {}
-        self.lines: list[str] = []
+        self._names: dict[str, list[str]] = {}
+        self._lines: list[str] = []
 
     def add(self, key: str, source: str, reason: str) -> None:
-        """Count one and remember its name."""
+        """Count one skipped row of the file `source`."""
         key = key[:_MAX_KEY]
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        names = self.names.setdefault(reason, [])
-        if len(names) < 5:
+        names = self._names.setdefault(reason, [])
+        if len(names) < _SHOWN:
             names.append(f"{key if key.isprintable() else ascii(key)} in {name(source)}")
-        if len(self.lines) < MAX_LISTED:
-            self.lines.append(json.dumps({"key": key, "file": source, "reason": reason}))
+        if len(self._lines) < MAX_LISTED:
+            self._lines.append(json.dumps({"key": key, "file": source, "reason": reason}))
 
     def report(self) -> str:
-        """One line: counts by reason with up to five names each."""
+        """Return one line: counts by reason with up to five names each; "" if nothing was skipped."""
+        if not self.counts:
+            return ""
         parts = (
-            f"{n:,} {reason} ({', '.join(self.names[reason])}{', ...' if n > 5 else ''})"
+            f"{n:,} {reason} ({', '.join(self._names[reason])}{', ...' if n > _SHOWN else ''})"
             for reason, n in sorted(self.counts.items(), key=lambda item: -item[1])
         )
         return f"left out {sum(self.counts.values()):,}: {'; '.join(parts)}"
 
-    def why(self) -> str:
-        """The report as the end of a message; "" if there is nothing to report."""
-        return f"; {self.report()}" if self.counts else ""
-
-    def together(self, earlier: dict[str, int]) -> dict[str, int]:
-        """The counts with those of earlier generations."""
+    def total_counts(self, earlier: dict[str, int]) -> dict[str, int]:
+        """Return the counts by reason, added to those of earlier generations of the dataset."""
         return dict(Counter(earlier) + Counter(self.counts))
 
-    def write(self, out: Path, generation: int) -> None:
-        """`left_out.jsonl`, or `left_out-1.jsonl` for what the first growing left out, and so on."""
-        file = out / (f"left_out-{generation}.jsonl" if generation else "left_out.jsonl")
-        if self.lines:
-            write_atomic(file, ("\n".join(self.lines) + "\n").encode())
+    def write(self, out: StrPath, generation: int) -> None:
+        """Write `left_out.jsonl` of a dataset, `left_out-1.jsonl` for its first growth, and so on."""
+        file = join(out, f"left_out-{generation}.jsonl" if generation else "left_out.jsonl")
+        if self._lines:
+            write_atomic(file, ("\n".join(self._lines) + "\n").encode())
         else:
-            file.unlink(missing_ok=True)
+            remove(file)

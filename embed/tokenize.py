@@ -1,11 +1,11 @@
-"""Tokenizing a dataset's captions, once."""
+"""`lit-fast tokenize`: turn the captions of a dataset into token ids, once."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -14,14 +14,16 @@ from lit_fast.data.records import RecordWriter
 from lit_fast.data.tokenizer import Tokenizer, load_tokenizer, lower
 from lit_fast.data.tokens import encode_record
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_json, sha256, write_atomic, write_json
+from lit_fast.storage.files import is_file, read_json, sha256, write_atomic, write_json
+from lit_fast.storage.paths import StrPath, join, stem
+from lit_fast.utils.output import result
 from lit_fast.utils.progress import Progress
 
 
 def tokenize_dataset(
-    path: Path,
+    path: StrPath,
     *,
-    tokenizer: Path | None = None,
+    tokenizer: StrPath | None = None,
     train_vocab: int | None = None,
     name: str | None = None,
     max_length: int = 16,
@@ -35,41 +37,41 @@ def tokenize_dataset(
     """
     dataset = open_dataset(path)
     if not dataset.captions:
-        raise UserError(f"dataset {path} has no captions to tokenize")
+        raise UserError(f"dataset {path} has no captions to tokenize; index captions with it")
     if tokenizer is not None:
-        name = name or tokenizer.stem
-        made = load_tokenizer(tokenizer, max_length, pad_id)
+        name = name or stem(tokenizer)
+        model = load_tokenizer(tokenizer, max_length, pad_id)
     else:
         assert train_vocab is not None
         name = name or f"{model_type}-{train_vocab}"
-        made = replace(_trained(dataset, name, train_vocab, model_type, max_length), padding=pad_id)
+        model = replace(_train(dataset, name, train_vocab, model_type, max_length), padding=pad_id)
     if "/" in name or name.startswith("."):
         raise UserError(f"tokenizer name {name!r} cannot be a directory name; give another with --name")
-    directory = Path(dataset.path, "tokens", name)
-    done = directory / "tokens.json"
-    if done.is_file():
-        meta = read_json(done)
-        if meta["identity"] != made.identity:
+    directory = join(dataset.path, "tokens", name)
+    if is_file(join(directory, "tokens.json")):
+        meta = read_json(join(directory, "tokens.json"))
+        if meta["identity"] != model.identity:
             raise UserError(f"{directory} holds tokens of another tokenizer or length; choose another --name")
         if tuple(meta["shard_keys"]) == dataset.shard_keys:
-            print(f"{directory} is complete: {meta['captions']:,} captions")
+            result(f"{directory} is complete: {meta['captions']:,} captions")
             return
-        # The dataset has grown. Until the last write tokens.json tells of fewer rows, and nobody reads these.
-    meta = _write(dataset, made, directory)
-    print(
+        # The dataset has grown. Until the last write tokens.json has other keys, so that no reader takes these tokens.
+    meta = _write(dataset, model, directory)
+    result(
         f"tokenized {meta['captions']:,} captions into {directory}: {meta['ids'] / meta['captions']:.1f} tokens "
         f"each with end-of-sentence, {meta['truncated']:,} cut at {max_length}"
     )
 
 
-def _trained(dataset: Dataset, name: str, vocab: int, model_type: str, max_length: int) -> Tokenizer:
-    """Train on the dataset's captions, or take the model that an earlier call trained."""
-    kept = Path(dataset.path, "tokens", name, "tokenizer.model")
-    if (kept.parent / "tokens.json").is_file():
-        made = load_tokenizer(kept, max_length)
-        if made.vocab_size != vocab:
-            raise UserError(f"{kept} has {made.vocab_size} pieces, not {vocab}; choose another --name")
-        return made
+def _train(dataset: Dataset, name: str, vocab: int, model_type: str, max_length: int) -> Tokenizer:
+    """Train on the dataset's captions, or load the model that an earlier call trained."""
+    directory = join(dataset.path, "tokens", name)
+    if is_file(join(directory, "tokens.json")):
+        stored = join(directory, "tokenizer.model")
+        tokenizer = load_tokenizer(stored, max_length)
+        if tokenizer.vocab_size != vocab:
+            raise UserError(f"{stored} has {tokenizer.vocab_size} pieces, not {vocab}; choose another --name")
+        return tokenizer
 
     def sentences() -> Iterator[str]:
         for block in dataset.iter_captions():
@@ -94,16 +96,19 @@ def _trained(dataset: Dataset, name: str, vocab: int, model_type: str, max_lengt
             minloglevel=2,
         )
     except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # without the place in the source
+        reason = (
+            str(error).strip().splitlines()[-1].rpartition("] ")[2]
+        )  # without the position in its source code
         raise UserError(
-            f"no tokenizer with {vocab} pieces can be trained on {dataset.path}: {reason}"
+            f"no tokenizer with {vocab} pieces can be trained on {dataset.path} ({reason}); give another number with "
+            "--train-vocab"
         ) from None
     return Tokenizer(model.getvalue(), max_length)
 
 
-def _write(dataset: Dataset, tokenizer: Tokenizer, directory: Path) -> dict:
+def _write(dataset: Dataset, tokenizer: Tokenizer, directory: str) -> dict[str, Any]:
     writer = RecordWriter(directory)
-    write_atomic(directory / "tokenizer.model", tokenizer.model)
+    write_atomic(join(directory, "tokenizer.model"), tokenizer.model)
     progress = Progress("tokenize", dataset.captions, "captions")
     ids = truncated = 0
     for block in dataset.iter_captions():
@@ -118,7 +123,7 @@ def _write(dataset: Dataset, tokenizer: Tokenizer, directory: Path) -> dict:
     progress.close()
     meta = {
         "identity": tokenizer.identity,
-        "sha256": sha256(directory / "tokenizer.model"),
+        "sha256": sha256(join(directory, "tokenizer.model")),
         "vocab_size": tokenizer.vocab_size,
         "max_length": tokenizer.max_length,
         "lower": "ascii",
@@ -130,5 +135,5 @@ def _write(dataset: Dataset, tokenizer: Tokenizer, directory: Path) -> dict:
         "truncated": truncated,
         "shard_keys": list(dataset.shard_keys),
     }
-    write_json(directory / "tokens.json", meta)
+    write_json(join(directory, "tokens.json"), meta)
     return meta

@@ -9,15 +9,12 @@ from lit_fast.version import __version__
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lit_fast.inference.model import Model
+    from lit_fast.storage.paths import StrPath
 
 
-def load(
-    path: str | Path, *, step: int | None = None, average: bool = False, tower: str | None = None
-) -> Model:
-    """A trained model from a run or an exported folder, see `lit_fast.inference.model.load`."""
-    from lit_fast.inference import model  # a light import keeps `lit-fast --help` fast
+def load(path: StrPath, *, step: int | None = None, average: bool = False, tower: str | None = None) -> Model:
+    """Load a trained model from the directory of a run or of an export, see `lit_fast.inference.model.load`."""
+    from lit_fast.inference import model  # imported late, so that `lit-fast --help` does not import JAX
 
     return model.load(path, step=step, average=average, tower=tower)

@@ -199,8 +199,12 @@ class OptimizerConfig:
 
     name: str = setting(
         "lion",
-        "optimizer; adafactor is that of Scaling Vision Transformers, with b2 as upper limit of its decay",
-        choices=("lion", "adam", "adafactor"),
+        "optimizer. adafactor: that of Scaling Vision Transformers, with b2 as upper limit of its decay. adamw, muon, "
+        "schedule_free: those of optax. muon orthogonalizes the kernels of each layer, scaled to Adam's update, and "
+        "uses Adam for all other parameters; b1 is the momentum of both, usually 0.95. schedule_free is AdamW with a "
+        "running average of the weights instead of a decay, interpolation b1; it needs schedule = constant, and what "
+        "is evaluated, saved and exported is the average",
+        choices=("lion", "adam", "adafactor", "adamw", "muon", "schedule_free"),
     )
     learning_rate: float = setting(1e-4, "peak learning rate")
     b1: float = setting(0.9, "decay rate of the first moment", minimum=0, below=1)
@@ -210,9 +214,10 @@ class OptimizerConfig:
     )
     weight_decay: float = setting(1e-7, "decoupled weight decay")
     weight_decay_convention: str = setting(
-        "paper",
-        "paper: decay is scaled by the schedule only, as in big_vision; optax: also by learning_rate",
-        choices=("paper", "optax"),
+        "auto",
+        "paper: decay is scaled by the schedule only, as in big_vision; optax: also by learning_rate, as in optax and "
+        "PyTorch; auto: optax for adamw, muon and schedule_free, paper for the others",
+        choices=("auto", "paper", "optax"),
     )
     clip_norm: float = setting(1.0, "global norm to which gradients are clipped; 0: no clipping")
     average_decay: float = setting(
@@ -223,8 +228,9 @@ class OptimizerConfig:
     )
     schedule: str = setting(
         "cosine",
-        "learning-rate schedule after warm-up: cosine or linear to zero, or rsqrt with timescale and cooldown_steps",
-        choices=("cosine", "linear", "rsqrt"),
+        "learning-rate schedule after warm-up: cosine or linear to zero, rsqrt with timescale and cooldown_steps, or "
+        "constant",
+        choices=("cosine", "linear", "rsqrt", "constant"),
     )
     warmup_steps: int = setting(6_500, "steps of linear warm-up")
     cooldown_steps: int = setting(0, "steps of linear decay to zero at the end, multiplied with the schedule")
@@ -237,6 +243,13 @@ class OptimizerConfig:
         "factors of weight decay by parameter name, REGEX=FACTOR; parameters without a match do not decay",
     )
     freeze: tuple[str, ...] = setting((), "regular expressions of the names of frozen parameters")
+
+    @property
+    def decay_convention(self) -> str:
+        """The convention that weight_decay is in, "paper" or "optax"."""
+        if self.weight_decay_convention != "auto":
+            return self.weight_decay_convention
+        return "optax" if self.name in ("adamw", "muon", "schedule_free") else "paper"
 
 
 @dataclass(frozen=True)
@@ -262,12 +275,27 @@ class CheckpointConfig:
     )
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
 @dataclass(frozen=True)
 class LogConfig:
     """Metrics of the training."""
 
     every_steps: int = setting(50, "interval in steps", minimum=1)
-    wandb: str = setting("", "project of Weights & Biases that receives the metrics; empty: none")
+    report_to: str = setting(
+        "tensorboard",
+        "trackers that receive the metrics, separated by commas: tensorboard, wandb, trackio; empty: none. "
+        "metrics.jsonl is always written",
+    )
+    project: str = setting(
+        "lit-fast", "project at wandb and trackio; WANDB_PROJECT and TRACKIO_PROJECT override it"
+    )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in report_to, without repetitions."""
+        return tuple(dict.fromkeys(name for part in self.report_to.split(",") if (name := part.strip())))
 
 
 @dataclass(frozen=True)
@@ -386,6 +414,10 @@ def _check_combinations(config: Config) -> None:
         steps = getattr(config.optimizer, key)
         if steps >= config.steps > 1:
             raise UserError(f"optimizer.{key} {steps} must be below steps {config.steps}")
+    _check_optimizer(config.optimizer)
+    for name in config.log.trackers:
+        if name not in TRACKERS:
+            raise UserError(f"log.report_to {name!r} is unknown; use some of {', '.join(TRACKERS)}")
     if 0 < loss.temperature_max < loss.temperature_init:
         raise UserError(
             f"loss.temperature_init {loss.temperature_init} is above loss.temperature_max {loss.temperature_max}"
@@ -403,4 +435,22 @@ def _check_combinations(config: Config) -> None:
     elif not loss.negatives_per_positive:
         raise UserError(
             f'loss.negatives = "{loss.negatives}" needs loss.negatives_per_positive above 0, such as 1.6'
+        )
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    if optimizer.name != "schedule_free":
+        return
+    needed = 'optimizer.name = "schedule_free" needs'
+    if optimizer.schedule != "constant":
+        raise UserError(
+            f'{needed} optimizer.schedule = "constant"; its average of the weights replaces the decay'
+        )
+    if not optimizer.b1:
+        raise UserError(f"{needed} optimizer.b1 above 0, such as 0.9")
+    if optimizer.average_decay:
+        raise UserError(f"{needed} optimizer.average_decay = 0; it averages the weights itself")
+    if optimizer.momentum_dtype != "float32":
+        raise UserError(
+            f'{needed} optimizer.momentum_dtype = "float32"; it has weights instead of a momentum'
         )

@@ -22,6 +22,7 @@ RENAMED = {
     "text.parts": "text.microbatches",
     "stream.streams": "stream.shuffle_streams",
     "stream.window_blocks": "stream.shuffle_window_blocks",
+    "log.wandb": "log.report_to",
 }
 _TYPES = {
     int: "a whole number",

@@ -104,6 +104,8 @@ def initialize_distributed() -> None:
             raise
         return
     except RuntimeError as error:
+        if process is None and "before any JAX" in str(error):
+            return  # JAX is in use in this process already, and nothing describes a job
         name = f"process {process.rank} of {process.num_processes}" if process else "a process"
         raise UserError(
             f"{name} cannot connect to {address or 'the first one'}: {first_line(error)}; start all processes together"

@@ -8,7 +8,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from lit_fast.data.dataset import SHARD, Dataset, DatasetWriter, Row, Source, open_dataset
+from lit_fast.data.dataset import SHARD, Dataset, Source, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.embed.tokenize import tokenize_dataset
 from lit_fast.storage.files import write_json

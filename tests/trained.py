@@ -1,4 +1,4 @@
-"""A small run trained by the commands on real pictures, and models of random weights, for tests that use them."""
+"""A small run trained by the commands on pictures, and models with random weights."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ every_steps = 2
 """
 
 
-def train_run(place: Path, tower: Path) -> Path:
-    """A run of four steps with image head, centring and average; its dataset `place/d` has 24 pictures."""
-    write_tar(place / "pairs.tar", samples(24))
-    (place / "c.toml").write_text(CONFIG)
-    data, run = place / "d", place / "run"
-    command("index", place / "pairs.tar", "--out", data)
+def train_run(directory: Path, tower: Path) -> Path:
+    """Train four steps with image head, centring and average; the dataset `directory/d` has 24 pictures."""
+    write_tar(directory / "pairs.tar", samples(24))
+    (directory / "c.toml").write_text(CONFIG)
+    data, run = directory / "d", directory / "run"
+    command("index", directory / "pairs.tar", "--out", data)
     command("embed", data, "--tower", tower)
     command("tokenize", data, "--train-vocab", 284, "--name", "words", "--max-length", 12)
-    command("train", place / "c.toml", "--workdir", run, "--dataset", data, "--evaluate.retrieval", data)
+    command("train", directory / "c.toml", "--workdir", run, "--dataset", data, "--evaluate.retrieval", data)
     return run
 
 
 def command(*arguments: object) -> None:
-    """`lit-fast` with these arguments, which has to succeed."""
+    """Run `lit-fast` with these arguments; it must succeed."""
     assert main([str(a) for a in arguments]) == 0
 
 
 def random_model(tower: Tower, text: TextConfig, loss: LossConfig = LossConfig(), **about: Any) -> Model:  # noqa: B008
-    """A model in whose text tower, mean and image head every parameter matters."""
+    """Return a model with random text tower, mean and image head."""
     module = text_tower(text, words(), tower.width)
     mean = jax.ShapeDtypeStruct((tower.width,), np.float32)
     config = Config(text=text, loss=loss)
@@ -70,7 +70,7 @@ def random_model(tower: Tower, text: TextConfig, loss: LossConfig = LossConfig()
 
 
 def reference_texts(model: Model, texts: list[str]) -> np.ndarray:
-    """The model's embeddings of texts in float64, by tests/reference.py."""
+    """Return the embeddings of texts in float64, computed by tests/reference.py."""
     ids, seen = model.tokenizer(texts), None
     if model.config.mask_padding:
         lengths = np.array([len(kept) for kept in model.tokenizer.encode(texts)[0]])
@@ -82,7 +82,7 @@ def reference_texts(model: Model, texts: list[str]) -> np.ndarray:
 
 @cache
 def words() -> Tokenizer:
-    """A tokenizer of 300 pieces and 8 tokens."""
+    """Return a tokenizer with 300 pieces and 8 tokens."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a red thing", "a green one", "blue things", "not a thing"] * 5),

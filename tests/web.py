@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import parse_qs, quote, unquote
 
 import numpy as np
 import pytest
@@ -142,13 +142,11 @@ class Hub(Server):
                 folder = "/".join(rest[2:])
                 names = [n for n in files if n.startswith(folder and f"{folder}/")]
                 parents = {n[:i] for n in names for i, c in enumerate(n) if c == "/" and i > len(folder)}
-                found = [
-                    {"type": "directory", "path": p, "oid": "d" * 40, "size": 0} for p in sorted(parents)
-                ]
-                return _json(found + [_entry(n, files[n]) for n in names])
+                if not names:
+                    return _error("EntryNotFound", 404)
+                return _json([_entry(n, files) for n in (*sorted(parents), *names)])
             case ["paths-info"]:
-                values = json.loads(body)["paths"]
-                return _json([_entry(n, files[n]) for n in values if n in files])
+                return _json([_entry(n, files) for n in parse_qs(body.decode())["paths"] if _entry(n, files)])
         return _json({"id": "x/y", "sha": commit, "siblings": [], "tags": []})
 
     def _file(self, repository: str, files: dict[str, bytes], commit: str, name: str) -> Answer:
@@ -172,8 +170,12 @@ def _oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _entry(name: str, data: bytes) -> dict[str, Any]:
-    return {"type": "file", "path": name, "oid": _oid(data), "size": len(data)}
+def _entry(name: str, files: dict[str, bytes]) -> dict[str, Any]:
+    """Return the metadata of a file or directory of a repository, {} where there is none."""
+    if name in files:
+        return {"type": "file", "path": name, "oid": _oid(files[name]), "size": len(files[name])}
+    is_directory = any(n.startswith(f"{name}/") for n in files)
+    return {"type": "directory", "path": name, "oid": "d" * 40, "size": 0} if is_directory else {}
 
 
 def _json(value: Any) -> Answer:

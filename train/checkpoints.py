@@ -1,76 +1,90 @@
-"""Save and restore the training state."""
+"""Save and restore the training state; only committed steps exist."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from lit_fast.config import CheckpointConfig
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, first_line
 from lit_fast.runs.checkpoint import abstract, open_manager, restore, restore_last, save
+from lit_fast.storage.paths import StrPath
+from lit_fast.train.optimizer import evaluation_params
 from lit_fast.train.step import State
-from lit_fast.train.tracking.console import _say
+from lit_fast.utils.output import status
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, run: Path, config: CheckpointConfig) -> None:
-        self._run, self._best = run, config.best
+    def __init__(self, workdir: StrPath, config: CheckpointConfig) -> None:
+        self._workdir, self._best = os.fspath(workdir), config.best
         self._manager = open_manager(
-            run, keep=config.keep, keep_every=config.keep_every, best=bool(config.best)
+            workdir, keep=config.keep, keep_every=config.keep_every, best=bool(config.best)
         )
 
-    def save(self, number: int, state: State, figures: dict[str, float]) -> None:
-        """Begin to save; the writing goes on in the background. `figures` are an evaluation's, if any."""
-        if number in self._manager.all_steps():  # a run that was stopped right after it had saved
+    def save(self, step: int, state: State, metrics: dict[str, float]) -> None:
+        """Copy the state and write it in the background; `metrics` are those of an evaluation, if any."""
+        if step in self._manager.all_steps():  # a run that was stopped right after it had saved
             return
-        with self._disk():
-            save(self._manager, number, _trees(state), {"figures": figures}, figures.get(self._best))
+        with self._writing():
+            save(self._manager, step, _to_trees(state), {"figures": metrics}, metrics.get(self._best))
 
     def restore_last(self, state: State) -> tuple[int, State]:
-        """The number of completed steps and the state after them, in the layout of `state`."""
+        """Return the number of completed steps and the state after them, with the shardings of `state`.
 
-        def read(number: int) -> tuple[int, State]:
-            trees, _ = restore(self._manager, number, abstract(_trees(state)))
-            return number, State(trees["params"], average=trees.get("average", {}), **trees["rest"])
+        Without a checkpoint that is (0, state).
+        """
 
-        warn = lambda line: _say(f"warning: {line}")  # noqa: E731
-        return restore_last(self._manager, read, warn) or (0, state)
+        def read(step: int) -> tuple[int, State]:
+            trees, _ = restore(self._manager, step, abstract(_to_trees(state)))
+            return step, _from_trees(trees)
 
-    def check(self, state: State) -> None:
-        """Raises UserError if a step was not finite; such a state is never saved."""
+        return restore_last(self._manager, read, lambda line: status(f"warning: {line}")) or (0, state)
+
+    def check_finite(self, state: State) -> None:
+        """Raise UserError if a step was not finite; such a state is never saved."""
         bad = int(state.bad_step)
         if bad >= 0:
-            with self._disk():
+            with self._writing():
                 self._manager.wait_until_finished()
             last = self._manager.latest_step()
             raise UserError(
-                f"loss or gradient became non-finite at step {bad + 1}; {self._run} has "
+                f"loss or gradient became non-finite at step {bad + 1}; {self._workdir} has "
                 + (f"step {last} as its last good checkpoint" if last else "no checkpoint yet")
                 + "; try a lower optimizer.learning_rate in another --workdir"
             )
 
     def close(self) -> None:
         """Wait until everything is on the disk."""
-        with self._disk():
+        with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
 
     @contextmanager
-    def _disk(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:  # Orbax passes on what TensorStore says
-            reason = str(error).strip().splitlines()[0][:200]
+        except (OSError, ValueError, RuntimeError) as error:  # Orbax passes TensorStore's errors on
             raise UserError(
-                f"{self._manager.directory} cannot be written: {reason}; mend that and run the same command again"
+                f"{self._manager.directory} cannot be written: {first_line(error)}; fix the cause, then rerun the "
+                "same command"
             ) from None
 
 
-def _trees(state: State) -> dict[str, Any]:
-    """The state as a checkpoint holds it."""
+def _to_trees(state: State) -> dict[str, Any]:
+    """Return the state in the parts that a checkpoint holds.
+
+    "params" are the parameters to evaluate. Where the optimizer updates others, those are in "rest".
+    """
+    params = evaluation_params(state.opt, state.params)
     rest = {"opt": state.opt, "step": state.step, "bad_step": state.bad_step}
-    return {"params": state.params, "rest": rest} | ({"average": state.average} if state.average else {})
+    if params is not state.params:
+        rest["params"] = state.params
+    return {"params": params, "rest": rest} | ({"average": state.average} if state.average else {})
+
+
+def _from_trees(trees: dict[str, Any]) -> State:
+    return State(**({"params": trees["params"], "average": trees.get("average", {})} | trees["rest"]))

@@ -1,9 +1,8 @@
-"""What a run is trained on: opened and checked before anything is written."""
+"""Open and check the inputs of a run before anything is written."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +14,8 @@ from lit_fast.data.features import Features, open_features
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.data.tokens import Tokens, open_tokens
 from lit_fast.errors import UserError
-from lit_fast.train.evaluator import Evaluation
+from lit_fast.storage.paths import StrPath
+from lit_fast.train.evaluator import Evaluator
 from lit_fast.train.input_pipeline.packing import Packing, open_packing
 from lit_fast.train.input_pipeline.stream import Stream, open_stream
 from lit_fast.train.workdir import check_identity, check_workdir
@@ -23,53 +23,52 @@ from lit_fast.train.workdir import check_identity, check_workdir
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one run."""
+    """The dataset of a run, its order, and the evaluation sets."""
 
     features: Features
     tokens: Tokens
     tokenizer: Tokenizer
     stream: Stream
     packing: Packing | None
-    evaluation: Evaluation
+    evaluator: Evaluator
 
     def mean(self, center: bool) -> np.ndarray:
-        """What is subtracted from the features: their mean float32 [width], or zero."""
+        """Return the vector that is subtracted from the features, float32 [width]: their mean, or zero."""
         features = self.features
         mean = features.mean(features.invalid_rows()) if center else np.zeros(features.width)
         return mean.astype(np.float32)
 
 
-def open_inputs(config: Config, run: Path, mesh: Mesh) -> Inputs:
+def open_inputs(config: Config, workdir: StrPath, mesh: Mesh) -> Inputs:
     """Open the dataset, its stream and the evaluation sets.
 
     Raises:
-      UserError: the configuration, the datasets, the devices and the run directory do not fit each other.
+      UserError: the configuration, the datasets, the devices or the run directory do not match.
     """
     if not config.dataset:
-        raise UserError("no dataset: give --dataset D, or the key dataset in the config")
+        raise UserError("no dataset is given; add --dataset D, or the key dataset to the config")
     dataset = open_dataset(config.dataset)
     features = open_features(dataset, config.tower)
     tokens = open_tokens(dataset, config.tokenizer)
     tokenizer = tokens.tokenizer()
     check_batch(config, mesh.size)
-    check_workdir(run, config)
-    check_identity(run, "tower", features.identity)
-    check_identity(run, "tokens", tokenizer.identity)
-    evaluation = Evaluation(config, features.provenance)
-    part = (jax.process_index(), jax.process_count())
-    stream = open_stream(features, tokens, config.stream, config.seed, part)
-    check_identity(run, "stream", stream.identity)
+    check_workdir(workdir, config)
+    check_identity(workdir, "tower", features.identity)
+    check_identity(workdir, "tokens", tokenizer.identity)
+    evaluator = Evaluator(config, features.provenance)
+    rank = (jax.process_index(), jax.process_count())
+    stream = open_stream(features, tokens, config.stream, config.seed, rank)
+    check_identity(workdir, "stream", stream.identity)
     packing = open_packing(config, tokens, tokenizer.eos_id, mesh) if config.text.packed else None
-    return Inputs(features, tokens, tokenizer, stream, packing, evaluation)
+    return Inputs(features, tokens, tokenizer, stream, packing, evaluator)
 
 
 def check_batch(config: Config, devices: int) -> None:
-    """Raises UserError where a batch does not divide into equal parts of the devices."""
-    batch = config.stream.global_batch
+    """Raise UserError if the batch cannot be split equally over devices and microbatches."""
+    batch, text = config.stream.global_batch, config.text
     if batch % devices:
         raise UserError(f"stream.global_batch {batch} is not divisible by the {devices} devices")
     pairs = batch * config.stream.captions_per_image
-    text = config.text
     if pairs % (devices * text.microbatches * text.pack):
         pack = f" x text.pack {text.pack}" if text.pack > 1 else ""
         raise UserError(

@@ -1,11 +1,12 @@
-"""What a run directory holds, and who may go on in it."""
+"""Create, lock and check the directory of a run, and load the parameters that a run starts from.
+
+A run resumes only with its own configuration and inputs. `check_*` compare them before anything is written;
+`write_workdir` records them once all checks have passed.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import os
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 
@@ -16,118 +17,125 @@ from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
 from lit_fast.models.two_towers import Params
 from lit_fast.runs.run import read_config
-from lit_fast.storage.files import read_json, read_object, write_atomic, write_json
+from lit_fast.storage.files import (
+    InUseError,
+    Lock,
+    exists,
+    is_directory,
+    is_file,
+    list_names,
+    read_json,
+    read_object,
+    write_atomic,
+    write_json,
+)
+from lit_fast.storage.paths import StrPath, join
 from lit_fast.train.input_pipeline.stream import Stream
 from lit_fast.weights.text import read_text_weights, start_from
 
-# The parameters that a run starts from.
+_TEXT_INIT = "text_init.json"
 
 
-_NAME = "text_init.json"
+def lock_workdir(workdir: StrPath) -> Lock | None:
+    """Lock the directory against other trainings until the lock is released or this process ends.
 
-
-def starting_params(run: Path, source: str, fresh: Params) -> tuple[Params, dict[str, Any] | None]:
-    """Fresh parameters with the published ones of `source` in their place, and what to write down about them.
-
-    Without `source`, or once the run has a checkpoint, the fresh ones and None; nothing is read then.
+    Only the first process of a training locks it; the others get None.
 
     Raises:
-      UserError: they cannot be read, do not fit, or are not those that this run was begun with.
-    """
-    checkpoints = run / "checkpoints"
-    if not source or (checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())):
-        return fresh, None
-    weights = read_text_weights(source)
-    file = run / _NAME
-    if file.is_file() and read_object(file, "sha256")["sha256"] != weights.sha256:
-        raise UserError(
-            f"workdir {run} was begun with other weights than {weights.path} holds now; choose another --workdir"
-        )
-    params, taken = start_from(weights, fresh)
-    return params, {"source": source, "sha256": weights.sha256, "taken": taken}
-
-
-def write_start(run: Path, begun: dict[str, Any]) -> None:
-    """Write down what the run was begun with."""
-    write_json(run / _NAME, begun)
-
-
-def check_start(run: Path, source: str, done: int, begun: dict[str, Any] | None) -> None:
-    """A run whose checkpoints all turned out to be damaged must not go on from fresh parameters.
-
-    Raises:
-      UserError: it would.
-    """
-    if source and not done and begun is None:
-        raise UserError(
-            f"no checkpoint of {run} can be read; the same command again begins anew from {source}"
-        )
-
-
-def lock_workdir(run: Path) -> IO[str]:
-    """Keep other trainings out of the directory until the returned file is closed, at the latest by exit.
-
-    Only the first process of several locks it.
-
-    Raises:
-      UserError: another process is training there.
+      UserError: another training holds the lock.
     """
     if jax.process_index() != 0:
-        return open(os.devnull)
-    run.mkdir(parents=True, exist_ok=True)
-    file = open(run / ".lock", "a")  # noqa: SIM115  (the caller closes it)
+        return None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"workdir {run}: another process is training there; wait for it or stop it") from None
-    return file
+        return Lock(join(workdir, ".lock"))
+    except InUseError:
+        raise UserError(
+            f"workdir {workdir} is in use: another process is training there; wait for it or stop it"
+        ) from None
 
 
-def check_workdir(run: Path, config: Config) -> None:
-    """A run goes on only with its own configuration.
-
-    Raises:
-      UserError: the directory belongs to something else.
-    """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"workdir {run} is a file; choose another --workdir")
-    if not (run / "config.toml").is_file():
-        if run.is_dir() and any(not p.name.startswith(".") for p in run.iterdir()):
-            raise UserError(f"workdir {run} is not empty and is not a run; choose another --workdir")
+def check_workdir(workdir: StrPath, config: Config) -> None:
+    """Raise UserError if the directory holds anything but a run of this configuration."""
+    if exists(workdir) and not is_directory(workdir):
+        raise UserError(f"workdir {workdir} is a file; choose another --workdir")
+    if not is_file(join(workdir, "config.toml")):
+        if any(not name.startswith(".") for name in list_names(workdir)):
+            raise UserError(f"workdir {workdir} is not empty and is not a run; choose another --workdir")
         return
-    old, new = flatten(read_config(run)), flatten(config)
+    old, new = flatten(read_config(workdir)), flatten(config)
     for key in new:
         if old[key] != new[key] and not {key, key.partition(".")[0]} & set(FREE):
             raise UserError(
-                f"workdir {run} belongs to another config: {key} is {old[key]!r} there and {new[key]!r} now; "
+                f"workdir {workdir} belongs to another config: {key} is {old[key]!r} there and {new[key]!r} now; "
                 "choose another --workdir or give that value"
             )
 
 
-def check_identity(run: Path, name: str, identity: str) -> None:
-    """What the run was begun with, by `name` ("tower", "tokens" or "stream"), is what there is now.
-
-    Raises:
-      UserError: it is not.
-    """
-    file = run / f"{name}.json"
-    value = read_json(file) if file.is_file() else {"identity": identity}
-    if not isinstance(value, dict) or "identity" not in value:
+def check_identity(workdir: StrPath, name: str, identity: str) -> None:
+    """Raise UserError if the run started with another "tower", "tokens" or "stream" than this identity."""
+    file = join(workdir, f"{name}.json")
+    record = read_json(file) if is_file(file) else {"identity": identity}
+    if not isinstance(record, dict) or "identity" not in record:
         raise UserError(f"{file} is damaged; choose another --workdir")
-    if value["identity"] != identity:
+    if record["identity"] != identity:
         raise UserError(
-            f"workdir {run} was begun with another {name} than the dataset has now; choose another --workdir"
+            f"workdir {workdir} was started with another {name} than the dataset has now; choose another --workdir"
         )
 
 
-def write_workdir(run: Path, config: Config, features: Features, tokens: Tokens, stream: Stream) -> None:
-    """Write down what the run is made of."""
-    run.mkdir(parents=True, exist_ok=True)
-    # First, because it makes the directory a run: a kill after it leaves something to go on with.
-    write_atomic(run / "config.toml", to_toml(config).encode())
-    write_json(run / "tower.json", features.provenance)
-    write_json(run / "tokens.json", {k: v for k, v in tokens.meta.items() if k != "shard_keys"})
+def write_workdir(
+    workdir: StrPath,
+    config: Config,
+    features: Features,
+    tokens: Tokens,
+    stream: Stream,
+    text_init: dict[str, Any] | None,
+) -> None:
+    """Write the configuration and the records of the inputs; `text_init` is that of `load_initial_params`."""
+    # First, because this file makes the directory a run: after a kill the run can be resumed.
+    write_atomic(join(workdir, "config.toml"), to_toml(config).encode())
+    write_json(join(workdir, "tower.json"), features.provenance)
+    write_json(join(workdir, "tokens.json"), {k: v for k, v in tokens.meta.items() if k != "shard_keys"})
     digest = {"dataset": features.dataset.digest}
-    write_json(run / "stream.json", {"identity": stream.identity, "description": stream.description} | digest)
-    write_atomic(run / "tokenizer.model", tokens.tokenizer().model)
+    write_json(
+        join(workdir, "stream.json"),
+        {"identity": stream.identity, "description": stream.description} | digest,
+    )
+    write_atomic(join(workdir, "tokenizer.model"), tokens.tokenizer().model)
+    if text_init:
+        write_json(join(workdir, _TEXT_INIT), text_init)
+
+
+def load_initial_params(
+    workdir: StrPath, source: str, params: Params
+) -> tuple[Params, dict[str, Any] | None]:
+    """Replace random parameters with the pretrained ones of `source`.
+
+    Without a source, and if the run has a checkpoint, nothing is read.
+
+    Returns:
+      The parameters, and the record of what was loaded; None: nothing.
+
+    Raises:
+      UserError: the weights cannot be read, do not fit, or are not those that this run started with.
+    """
+    if not source or any(name.isdigit() for name in list_names(join(workdir, "checkpoints"))):
+        return params, None
+    weights = read_text_weights(source)
+    record = join(workdir, _TEXT_INIT)
+    if is_file(record) and read_object(record, "sha256")["sha256"] != weights.sha256:
+        raise UserError(
+            f"workdir {workdir} was started with other weights than {weights.path} has now; choose another --workdir"
+        )
+    params, taken = start_from(weights, params)
+    return params, {"source": source, "sha256": weights.sha256, "taken": taken}
+
+
+def check_initial_params(
+    workdir: StrPath, source: str, start_step: int, text_init: dict[str, Any] | None
+) -> None:
+    """Raise UserError if all checkpoints were damaged and the run would start from random parameters."""
+    if source and not start_step and text_init is None:
+        raise UserError(
+            f"workdir {workdir} has no readable checkpoint; rerun the same command to start again from {source}"
+        )

@@ -1,3 +1,4 @@
-"""The formats that `lit-fast index` reads: one module each, all yielding the same items."""
+"""The source formats that `lit-fast index` reads.
 
-from __future__ import annotations
+`interface` describes a reader, `formats` is the table of all formats, and each format has a module of its own.
+"""

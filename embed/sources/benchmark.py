@@ -1,23 +1,22 @@
-"""Finds the tars of an evaluation set in CLIP_benchmark's layout: a directory, a URL or a name on the Hub.
+"""Find the tars of an evaluation set in CLIP_benchmark's layout: a directory, a URL or a name on the Hub.
 
     classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt
-    test/nshards.txt            how many tars there are
+    test/nshards.txt            number of tars
     test/0.tar, test/1.tar, ...
 
-The split is `test`, as CLIP_benchmark takes it. The layout is its `build_wds_dataset`.
+The split is `test`, as CLIP_benchmark takes it. The layout is that of its `build_wds_dataset`.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import suppress
 
 from lit_fast.errors import UserError
 from lit_fast.evaluation.known_sets import known_evaluations
-from lit_fast.storage import remote
-from lit_fast.storage.files import read_bytes
+from lit_fast.storage.files import is_file, read_bytes
 from lit_fast.storage.hub import AbsentError, Snapshot
+from lit_fast.storage.paths import is_url, parent
 from lit_fast.storage.read import beside
 
 PREFIX = "wds:"
@@ -28,7 +27,7 @@ _COUNT = "test/nshards.txt"
 
 
 def benchmark_tars(directory: str) -> list[str]:
-    """The tars of a directory or URL in this layout; [] if it has another.
+    """Return the tars of a directory or URL in this layout; [] if it has another.
 
     Raises:
       UserError: a local tar is missing.
@@ -38,9 +37,11 @@ def benchmark_tars(directory: str) -> list[str]:
     if text is None:
         return []
     tars = [f"{directory}/{name}" for name in _tars(f"{directory}/{_COUNT}", text)]
-    missing = [tar for tar in tars if not remote.is_remote(tar) and not os.path.isfile(tar)]
+    missing = [tar for tar in tars if not is_url(tar) and not is_file(tar)]
     if missing:
-        raise UserError(f"{missing[0]} is missing: {directory}/{_COUNT} says that there are {len(tars)} tars")
+        raise UserError(
+            f"{missing[0]} is missing, of the {len(tars)} tars in {directory}/{_COUNT}; restore it"
+        )
     return tars
 
 
@@ -68,9 +69,19 @@ def hub_tars(spec: str) -> list[str]:
     return benchmark_tars(directory)
 
 
+def lines_near(directory: str, file: str) -> tuple[str, ...]:
+    """Return the lines of a file in a directory or one level up; () if there is none or `directory` is ""."""
+    if not directory:
+        return ()
+    text = beside(directory, file)
+    if text is None:
+        text = beside(parent(directory), file)
+    return tuple(line.strip() for line in (text or "").rstrip().splitlines())
+
+
 def _tars(file: str, text: str) -> list[str]:
     if not (re.fullmatch(r"\s*\d{1,6}\s*", text, re.ASCII) and 0 < int(text) <= _MAX_SHARDS):
-        raise UserError(f"{file} says {text.strip()[:40]!r}, which is no number of tars")
+        raise UserError(f"{file} holds {text.strip()[:40]!r}, which is no number of tars; restore it")
     return [f"test/{number}.tar" for number in range(int(text))]
 
 
@@ -78,9 +89,9 @@ def _check_classes(spec: str, name: str, directory: str) -> None:
     expected = known_evaluations().get(name, {}).get("classes")
     if expected is None:
         return
-    have = len((beside(directory, _TEXTS[0]) or "").rstrip().splitlines())
-    if have != expected:
-        raise UserError(f"{spec} has {have} class names in {directory}/{_TEXTS[0]}, not {expected}")
+    found = len((beside(directory, _TEXTS[0]) or "").rstrip().splitlines())
+    if found != expected:
+        raise UserError(f"{spec} has {found} class names in {directory}/{_TEXTS[0]}, not {expected}")
 
 
 def _known() -> str:

@@ -1,6 +1,6 @@
-"""Reads COCO's captions: one JSON with `images` and `annotations`, beside a directory of image files.
+"""Read COCO's captions: one JSON with `images` and `annotations`, and a directory of image files.
 
-The format is COCO's "Caption Annotations" (cocodataset.org, "Data format").
+The format is "Caption Annotations" (cocodataset.org, "Data format").
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from lit_fast.data.images.sources import size_and_etag
-from lit_fast.embed.sources.fields import Fields, require, texts
-from lit_fast.embed.sources.items import Damage, Item, Layout, LeftOut, Names, Sample
-from lit_fast.embed.sources.paths import file_size, image_directory, inside
+from lit_fast.embed.sources.columns import Columns, parse_row, require_column
+from lit_fast.embed.sources.image_paths import image_directory, image_size, relative_path
+from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
 from lit_fast.errors import UserError
 from lit_fast.storage.read import open_binary
 
-MAX_JSON = 2 << 30  # bytes; all captions of COCO are 0.1 GB
+_MAX_JSON = 2 << 30  # bytes; all captions of COCO are 0.1 GB
 
 
-def read_coco(path: str, names: Names) -> Iterator[Item]:
-    """One row per image, with all its captions, in the order of the images' ids.
+def read_coco(path: str, options: ColumnOptions) -> Iterator[Item]:
+    """Yield one row per image, with all its captions, in the order of the images' ids.
 
     Raises:
       UserError: the file cannot be read, is too large, or is another JSON.
     """
-    if names.key:
+    if options.key:
         raise UserError(f"{path}: --key is not for COCO, where the path is the key; leave it out")
-    directory = image_directory(names.images, path)
+    directory = image_directory(options.images, path)
     yield Layout("folder", images=directory)
     value = _load(path)
     if value is None:
@@ -37,54 +37,56 @@ def read_coco(path: str, names: Names) -> Iterator[Item]:
         value.get(n) if isinstance(value, dict) else None for n in ("images", "annotations")
     )
     if not isinstance(images, list) or not isinstance(annotations, list):
-        raise UserError(f"{path} is not in COCO's format: it needs the lists `images` and `annotations`")
-    captions: dict[Any, list[dict[str, Any]]] = {}
+        raise UserError(
+            f"{path} is not in COCO's format, which has the lists `images` and `annotations`; give another file"
+        )
+    by_image: dict[Any, list[dict[str, Any]]] = {}
     for annotation in annotations:
         if isinstance(annotation, dict) and isinstance(annotation.get("image_id"), int | str):
-            captions.setdefault(annotation["image_id"], []).append(annotation)
-    column, fields = _fields(path, names, images, annotations)
-    rows = [i for i in images if isinstance(i, dict) and isinstance(i.get("id"), int | str)]
-    if len(rows) < len(images):
-        yield LeftOut("images", "image without an id")
-    for image in sorted(rows, key=lambda i: (isinstance(i["id"], str), i["id"])):
-        yield _sample(directory, image, captions.get(image["id"], []), column, fields)
+            by_image.setdefault(annotation["image_id"], []).append(annotation)
+    columns = _columns(path, options, images, annotations)
+    with_id = [i for i in images if isinstance(i, dict) and isinstance(i.get("id"), int | str)]
+    if len(with_id) < len(images):
+        yield Skipped("images", "image without an id")
+    for image in sorted(with_id, key=lambda i: (isinstance(i["id"], str), i["id"])):
+        yield _sample(directory, image, by_image.get(image["id"], []), columns)
 
 
 def _sample(
-    directory: str, image: dict[str, Any], annotations: list[dict[str, Any]], column: str, fields: Fields
+    directory: str, image: dict[str, Any], annotations: list[dict[str, Any]], columns: Columns
 ) -> Item:
-    inner, problem = inside(directory, image.get(column))
+    path, problem = relative_path(directory, image.get(columns.image))
     size = 0
     if not problem:
-        size, problem = file_size(directory, inner)
-    # The annotations of one image as one row: each named field a list of the values.
-    values: dict[str, Any] = {name: [a.get(name) for a in annotations] for name in fields.columns()}
-    if fields.label:
-        labels = {v for v in values[fields.label] if isinstance(v, int)}
-        values[fields.label] = next(iter(labels)) if len(labels) == 1 else image.get(fields.label)
-    if fields.language:
-        values[fields.language] = [v if isinstance(v, str) else "" for v in values[fields.language]]
-    captions, languages, label, wrong = texts(values, fields)
-    if problem or wrong:
-        return LeftOut(inner or f"image {image['id']}", problem or wrong)
-    return Sample(inner, 0, size, captions, label, languages)
+        size, problem = image_size(directory, path)
+    # The annotations of one image as one row: each column has the list of their values.
+    values: dict[str, Any] = {name: [a.get(name) for a in annotations] for name in columns.names()}
+    if columns.label:
+        labels = {v for v in values[columns.label] if isinstance(v, int)}
+        values[columns.label] = next(iter(labels)) if len(labels) == 1 else image.get(columns.label)
+    if columns.language:
+        values[columns.language] = [v if isinstance(v, str) else "" for v in values[columns.language]]
+    row = parse_row(values, columns)
+    if problem := problem or row.problem:
+        return Skipped(path or f"image {image['id']}", problem)
+    return Sample(path, 0, size, row.captions, row.label, row.languages)
 
 
-def _fields(path: str, names: Names, images: list[Any], annotations: list[Any]) -> tuple[str, Fields]:
-    """The key of the file's name in an image, and those in an annotation."""
-    columns = list(next((i for i in images if isinstance(i, dict)), {}))
-    require(names.image, columns, f"{path}: images")
-    columns = list(next((a for a in annotations if isinstance(a, dict)), {}))
-    captions = names.captions or (("", "caption"),)
-    for name in [*(n for _, n in captions), names.label, names.language]:
-        if annotations:
-            require(name, columns, f"{path}: annotations")
-    return names.image or "file_name", Fields("", captions, "", names.label, names.language)
+def _columns(path: str, options: ColumnOptions, images: list[Any], annotations: list[Any]) -> Columns:
+    """Return the key of the file's name in an image, and the other keys in an annotation."""
+    keys = list(next((i for i in images if isinstance(i, dict)), {}))
+    require_column(options.image, keys, f"{path}: images")
+    keys = list(next((a for a in annotations if isinstance(a, dict)), {}))
+    captions = options.captions or (("", "caption"),)
+    if annotations:
+        for name in [*(n for _, n in captions), options.label, options.language]:
+            require_column(name, keys, f"{path}: annotations")
+    return Columns(options.image or "file_name", captions, "", options.label, options.language)
 
 
 def _load(path: str) -> Any:
     size, _ = size_and_etag(path)
-    if size > MAX_JSON:
+    if size > _MAX_JSON:
         raise UserError(f"{path} has {size} bytes; JSON above 2 GiB is not read: make it a .jsonl")
     with open_binary(path) as file:
         try:

@@ -1,34 +1,32 @@
-"""Which files the SOURCE arguments of `lit-fast index` mean, and of what format each is."""
+"""Expand the SOURCE arguments of `lit-fast index` to files, directories and URLs."""
 
 from __future__ import annotations
 
-import glob
 import itertools
 import os
 import re
 
 from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources.benchmark import PREFIX, benchmark_tars, hub_tars
-from lit_fast.embed.sources.items import IMAGE_SUFFIXES
+from lit_fast.embed.sources.formats import format_by_name
+from lit_fast.embed.sources.interface import IMAGE_SUFFIXES
 from lit_fast.errors import UserError
 from lit_fast.storage import remote
+from lit_fast.storage.files import (
+    exists,
+    is_directory,
+    is_file,
+    list_directories,
+    list_names,
+    match_files,
+)
+from lit_fast.storage.paths import is_pattern, is_url, join, name, parent, suffix
 
-_FORMATS = {
-    ".tar": "tar",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".csv": "table",
-    ".tsv": "table",
-    ".jsonl": "table",
-    ".ndjson": "table",
-    ".json": "coco",
-    ".array_record": "array_record",
-}
 _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
 
 def expand(patterns: list[str]) -> list[str]:
-    """The files that SOURCE arguments mean: absolute or URLs, naturally sorted, each once.
+    """Return the files of SOURCE arguments: absolute paths or URLs, naturally sorted, each once.
 
     An argument is a file, a directory (see `_in_directory`), a pattern with `*`, `?`, `[..]`, `{00000..00005}`,
     `{a,b}`, or one of CLIP_benchmark's sets: a directory or URL of its layout, or `wds:NAME`. A directory of
@@ -39,72 +37,41 @@ def expand(patterns: list[str]) -> list[str]:
     """
     files: set[str] = set()
     for pattern in patterns:
-        if is_noise(pattern) and not os.path.exists(pattern):
+        if not is_url(pattern) and exists(pattern):
+            files.update(_local(pattern, pattern))
+        elif is_noise(pattern):
             files.add(pattern)
-            continue
-        if pattern.startswith("pipe:") and not os.path.exists(pattern):
+        elif pattern.startswith("pipe:"):
             raise UserError(f"source {pattern}: commands are not run; give files or URLs")
-        if pattern.startswith(PREFIX) and not os.path.exists(pattern):
+        elif pattern.startswith(PREFIX):
             files.update(hub_tars(pattern))
-            continue
-        for plain in [pattern] if os.path.exists(pattern) else _braces(pattern):
-            if remote.is_remote(plain) and not os.path.exists(plain):
-                files.update(_remote(plain, pattern))
-            else:
-                files.update(os.path.abspath(f) for f in _local(plain, pattern))
+        else:
+            for plain in _braces(pattern):
+                found = _remote if is_url(plain) else _local
+                files.update(found(plain, pattern))
     return sorted(files, key=natural)
 
 
 def natural(path: str) -> list[tuple[int, int, str]]:
-    """Sort key in which `2.tar` comes before `10.tar`."""
+    """Return a sort key that puts `2.tar` before `10.tar`."""
     parts = re.split(r"(\d+)", path)
     return [(1, int(p), p) if p.isascii() and p.isdigit() and len(p) < 100 else (0, 0, p) for p in parts]
 
 
-def format_of(path: str) -> str:
-    """noise, tar, parquet, table, coco, array_record or folder: by the suffix, else by the first bytes.
-
-    What is nothing known is taken for a tar, whose reader says so.
-    """
-    if is_noise(path):
-        return "noise"
-    if not remote.is_remote(path) and os.path.isdir(path):
-        return "folder"
-    name = os.path.basename(path.partition("?")[0] if remote.is_remote(path) else path).lower()
-    if by_name := _by_name(name):
-        return by_name
-    if not remote.is_remote(path):
-        try:
-            with open(path, "rb") as file:
-                start = file.read(4)
-        except OSError:
-            return "tar"
-        if start == b"PAR1":
-            return "parquet"
-    return "tar"
-
-
-def _by_name(name: str) -> str:
-    if re.search(r"\.array_record(-\d+-of-\d+)?$", name):  # TFDS: name-train.array_record-00000-of-00004
-        return "array_record"
-    return _FORMATS.get(os.path.splitext(name)[1], "")
-
-
 def _local(plain: str, pattern: str) -> list[str]:
-    if os.path.isdir(plain):
-        return benchmark_tars(plain) or _in_directory(plain)
-    if os.path.exists(plain):
-        return [plain]
-    found = [f for f in glob.glob(plain, recursive=True) if os.path.isfile(f)]
+    path = os.path.abspath(plain)
+    if is_directory(path):
+        return benchmark_tars(path) or _in_directory(path)
+    found = [path] if exists(path) else match_files(path)
     if not found:
         where = "" if plain == pattern else f" (from {pattern})"
-        hint = "matches no file" if glob.has_magic(plain) else "does not exist"
-        raise UserError(f"source {plain}{where} {hint}; give files, a pattern or a directory")
+        problem = "matches no file" if is_pattern(plain) else "does not exist"
+        raise UserError(f"source {plain}{where} {problem}; give files, a pattern or a directory")
     return found
 
 
 def _remote(plain: str, pattern: str) -> list[str]:
-    if not plain.endswith("/") and not (glob.has_magic(plain) and not plain.startswith("http")):
+    if not plain.endswith("/") and not (is_pattern(plain) and not plain.startswith("http")):
         return [plain]
     if plain.endswith("/") and (tars := benchmark_tars(plain)):
         return tars
@@ -119,61 +86,57 @@ def _remote(plain: str, pattern: str) -> list[str]:
 
 
 def _in_directory(directory: str) -> list[str]:
-    """The files of the one format in a directory, else in its subdirectories, else the directory itself.
+    """Return the files of the one format in a directory, else in its subdirectories, else the directory itself.
 
-    COCO's `.json` must be named, since many things are called so.
+    COCO's `.json` must be named, since many other files have this suffix.
 
     Raises:
-      UserError: several formats or several splits lie there, or nothing that can be read.
+      UserError: there are several formats or several splits, or no readable file.
     """
-    escaped = glob.escape(directory)
-    for depth in (["*"], ["*", "*"]):
-        below = glob.iglob(os.path.join(escaped, *depth))
+    subdirectories = list_directories(directory)
+    for folders in ([directory], [join(directory, d) for d in subdirectories if not d.startswith(".")]):
+        files = [join(folder, file) for folder in folders for file in list_names(folder)]
         found = _of_one_format(
-            directory, [f for f in below if _by_name(os.path.basename(f).lower()) and os.path.isfile(f)]
+            directory, [f for f in files if not name(f).startswith(".") and format_by_name(f) and is_file(f)]
         )
-        folders = {os.path.basename(os.path.dirname(f)) for f in found}
-        if len(depth) == 2 and len(folders & _SPLITS) > 1:
-            raise UserError(
-                f"source {directory} holds the splits {', '.join(sorted(folders))}; name one of them"
-            )
         if found:
+            if folders != [directory]:
+                _refuse_several_splits(directory, {name(parent(f)) for f in found})
             return found
-    subdirectories = sorted(e.name for e in os.scandir(directory) if e.is_dir())
-    if len(set(subdirectories) & _SPLITS) > 1:
-        raise UserError(f"source {directory} holds the splits {', '.join(subdirectories)}; name one of them")
-    if any(_has_images(os.path.join(directory, name)) for name in itertools.islice(subdirectories, 100)):
+    _refuse_several_splits(directory, set(subdirectories))
+    if any(_has_images(join(directory, name)) for name in itertools.islice(subdirectories, 100)):
         return [directory]
     raise UserError(
         f"source {directory}: there is no .tar, .parquet, .csv, .tsv, .jsonl or .array_record in this directory or "
-        f"one level below, and no folder of images per class"
+        "one level below, and no folder of images per class"
     )
+
+
+def _refuse_several_splits(directory: str, folders: set[str]) -> None:
+    if len(folders & _SPLITS) > 1:
+        raise UserError(f"source {directory} holds the splits {', '.join(sorted(folders))}; name one of them")
 
 
 def _of_one_format(directory: str, found: list[str]) -> list[str]:
     files: dict[str, list[str]] = {}
     for file in found:
-        files.setdefault(_by_name(os.path.basename(file).lower()), []).append(file)
+        files.setdefault(format_by_name(file), []).append(file)
     files.pop("", None)
     files.pop("coco", None)
     stems = {os.path.splitext(f)[0] for f in files.get("tar", [])}
     if stems and all(os.path.splitext(f)[0] in stems for f in files.get("parquet", [])):
         files.pop("parquet", None)  # img2dataset's log beside each tar
     if len(files) > 1:
-        kinds = " and ".join(
-            sorted({os.path.splitext(f)[1] or f for group in files.values() for f in group[:1]})
-        )
+        suffixes = sorted({suffix(f) or f for group in files.values() for f in group[:1]})
         raise UserError(
-            f"source {directory} holds {kinds} files; name those to read, as in {directory.rstrip('/')}/*.tar"
+            f"source {directory} holds {' and '.join(suffixes)} files; name those to read, as in "
+            f"{directory.rstrip('/')}/*.tar"
         )
     return next(iter(files.values()), [])
 
 
 def _has_images(directory: str) -> bool:
-    with os.scandir(directory) as entries:
-        return any(
-            os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES for e in itertools.islice(entries, 1000)
-        )
+    return any(suffix(file) in IMAGE_SUFFIXES for file in list_names(directory)[:1000])
 
 
 def _braces(pattern: str) -> list[str]:

@@ -1,31 +1,33 @@
-"""Reads parquet files with image bytes or with paths of image files.
+"""Read parquet files with image bytes or with paths of image files.
 
-The image is a binary column, Hugging Face's struct of `bytes` and `path`, or a string column of paths. The
-bytes are not read here: a row's place is its row group and its number in it.
+The image is a binary column, Hugging Face's struct of `bytes` and `path`, or a string column of paths. The bytes are
+not read here: a row is located by its row group and its number in it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_fast.data.images.parquet import ERRORS, check_row_group
-from lit_fast.embed.sources.fields import Fields, choose, key_text, texts
-from lit_fast.embed.sources.items import Damage, Item, Layout, LeftOut, Names, Sample
-from lit_fast.embed.sources.paths import file_size, image_directory, inside
-from lit_fast.embed.sources.tables import path_fields
-from lit_fast.errors import UserError
-from lit_fast.storage.read import folder, name, open_binary
+from lit_fast.embed.sources.columns import Columns, choose_columns, parse_key, parse_row
+from lit_fast.embed.sources.image_paths import image_directory, image_size, relative_path
+from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
+from lit_fast.embed.sources.tables import refuse_key
+from lit_fast.errors import UserError, first_line
+from lit_fast.storage.paths import name, parent
+from lit_fast.storage.read import open_binary
 
-_ROWS = 1024  # decoded at a time
+_BATCH_ROWS = 1024
 
 
-def read_parquet(path: str, names: Names) -> Iterator[Item]:
-    """One row per row, in order; a row without a key is called by its file and number.
+def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
+    """Yield one row per row, in order; a row without a key is named after its file and number.
 
     Raises:
       UserError: the file lacks a column, or its row groups are too large.
@@ -33,30 +35,31 @@ def read_parquet(path: str, names: Names) -> Iterator[Item]:
     with open_binary(path) as file:
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)  # pages are read one by one
-            image, fields = _columns(path, names, parquet)
-            is_path = _is_path(path, parquet.schema_arrow, image)
+            columns = _columns(path, options, parquet)
+            is_path = _is_path(path, parquet.schema_arrow, columns.image)
         except ERRORS:
             yield Damage(f"{path} is damaged or is not a parquet file")
             return
-        layout = (
-            Layout("folder", images=image_directory(names.images, path))
-            if is_path
-            else Layout("parquet", image=image)
-        )
+        if is_path:
+            layout = Layout("folder", images=image_directory(options.images, path))
+        else:
+            layout = Layout("parquet", image=columns.image)
         yield layout
-        wanted = fields.columns() + ([image] if is_path else [])
+        wanted = columns.names() + ([columns.image] if is_path else [])
         for group in range(parquet.num_row_groups):
             try:
                 check_row_group(path, parquet, group)
-                yield from _row_group(path, parquet, group, wanted, image, layout, fields)
+                for number, values in enumerate(read_row_group(parquet, group, wanted)):
+                    yield _sample(path, values, group, number, layout, columns)
             except ERRORS as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                yield Damage(f"{path} is damaged in row group {group}: the rest of it is not read ({reason})")
+                yield Damage(
+                    f"{path} is damaged in row group {group}: the rest of it is not read ({first_line(error)})"
+                )
                 return
 
 
 def class_names(path: str) -> tuple[str, ...]:
-    """The names of Hugging Face's `ClassLabel` in the file's metadata; () if there are none."""
+    """Return the names of Hugging Face's `ClassLabel` in the file's metadata; () if there are none."""
     with open_binary(path) as file:
         try:
             metadata = pq.read_schema(file).metadata or {}
@@ -71,69 +74,57 @@ def class_names(path: str) -> tuple[str, ...]:
             return ()
 
 
-def _row_group(
-    path: str,
-    parquet: pq.ParquetFile,
-    group: int,
-    wanted: list[str],
-    image: str,
-    layout: Layout,
-    fields: Fields,
-) -> Iterator[Item]:
-    batches = parquet.iter_batches(batch_size=_ROWS, row_groups=[group], columns=wanted, use_threads=False)
-    number = 0
-    for batch in batches:
-        for values in batch.to_pylist():
-            yield _item(path, values, (group, number), image, layout, fields)
-            number += 1
+def read_row_group(parquet: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the values of each row of a row group by column; raises the types in `ERRORS` at damage."""
+    for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+        yield from batch.to_pylist()
 
 
-def _item(
-    path: str, values: dict[str, Any], place: tuple[int, int], image: str, layout: Layout, fields: Fields
+def _sample(
+    path: str, values: dict[str, Any], group: int, number: int, layout: Layout, columns: Columns
 ) -> Item:
-    captions, languages, label, problem = texts(values, fields)
-    # The folder too, since file names repeat from folder to folder.
-    own = f"{name(folder(path))}/{name(path)}/{place[0]}/{place[1]}"
-    key, wrong = own, ""
+    row = parse_row(values, columns)
+    # With the directory, since the names of files repeat in other directories.
+    own_key = f"{name(parent(path))}/{name(path)}/{group}/{number}"
+    key, problem, offset, size = own_key, "", group, number
     if layout.kind == "folder":
-        size = 0
-        key, wrong = inside(layout.images, _value(values, image))
-        if not wrong:
-            size, wrong = file_size(layout.images, key)
-        place = (0, size)
-    elif fields.key:
-        key, wrong = key_text(values.get(fields.key))
-    if wrong or problem:
-        return LeftOut(key or own, wrong or problem)
-    return Sample(key, *place, captions, label, languages)
+        offset, size = 0, 0
+        key, problem = relative_path(layout.images, _value(values, columns.image))
+        if not problem:
+            size, problem = image_size(layout.images, key)
+    elif columns.key:
+        key, problem = parse_key(values.get(columns.key))
+    if problem := problem or row.problem:
+        return Skipped(key or own_key, problem)
+    return Sample(key, offset, size, row.captions, row.label, row.languages)
 
 
 def _value(values: dict[str, Any], column: str) -> Any:
-    """A value of a row, or of a struct in it."""
+    """Return the value of a column, or of a field of a struct."""
     outer, _, inner = column.partition(".")
     return values[column] if column in values else (values.get(outer) or {}).get(inner)
 
 
-def _columns(path: str, names: Names, parquet: pq.ParquetFile) -> tuple[str, Fields]:
-    """The image's column, dotted within a struct, and the others."""
-    image, schema = "", parquet.schema_arrow
-    columns = schema.names
-    if names.image and names.image not in columns:
-        outer, _, inner = names.image.partition(".")
-        if (
-            outer in columns
-            and pa.types.is_struct(kind := schema.field(outer).type)
-            and kind.get_field_index(inner) >= 0
-        ):
-            image = names.image
-            names = Names(names.captions, outer, names.key, names.label, names.language, names.images)
-    fields = choose(names, columns, path)
-    image = image or _image_column(path, schema, fields.image, parquet)
+def _columns(path: str, options: ColumnOptions, parquet: pq.ParquetFile) -> Columns:
+    """Choose the columns; that of the image is dotted where it is a field of a struct."""
+    schema = parquet.schema_arrow
+    image, outer = "", options.image
+    if outer and outer not in schema.names:
+        outer, _, inner = options.image.partition(".")
+        kind = schema.field(outer).type if outer in schema.names else None
+        if kind is not None and pa.types.is_struct(kind) and kind.get_field_index(inner) >= 0:
+            image = options.image
+        else:
+            outer = options.image
+    columns = choose_columns(replace(options, image=outer), schema.names, path)
+    # The image of a struct is no caption, whatever its name.
+    captions = tuple((language, name) for language, name in columns.captions if name != columns.image)
+    image = image or _image_column(path, schema, columns.image, parquet)
+    columns = replace(columns, image=image, captions=captions)
     if _is_path(path, schema, image):
-        path_fields(names, columns, path)  # refuses --key
-        fields = Fields(fields.image, fields.captions, "", fields.label, fields.language)
-    captions = tuple((language, column) for language, column in fields.captions if column != fields.image)
-    return image, Fields(fields.image, captions, fields.key, fields.label, fields.language)
+        refuse_key(options, path)
+        columns = replace(columns, key="")
+    return columns
 
 
 def _image_column(path: str, schema: pa.Schema, column: str, parquet: pq.ParquetFile) -> str:
@@ -160,7 +151,7 @@ def _all_null(parquet: pq.ParquetFile, leaf: str) -> bool:
 
 
 def _is_path(path: str, schema: pa.Schema, image: str) -> bool:
-    """Whether a column holds paths; bytes otherwise.
+    """Whether a column holds paths and not bytes.
 
     Raises:
       UserError: it holds neither.

@@ -1,4 +1,4 @@
-"""Reads CSV, TSV and JSON lines whose rows name an image file and its captions.
+"""Read CSV, TSV and JSON lines whose rows name an image file and its captions.
 
 The default columns of open_clip's CSV are `filepath` and `title`, of Hugging Face's image folders
 `file_name` and `text`. A CSV with a tab in its first line is separated by tabs.
@@ -9,92 +9,99 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import IO, Any
 
-from lit_fast.embed.sources.fields import IMAGE, PATHS, Fields, choose, texts
-from lit_fast.embed.sources.items import MAX_CAPTION, Damage, Item, Layout, LeftOut, Names, Sample
-from lit_fast.embed.sources.paths import file_size, image_directory, inside
+from lit_fast.embed.sources.columns import IMAGE, PATHS, Columns, choose_columns, guess_column, parse_row
+from lit_fast.embed.sources.image_paths import image_directory, image_size, relative_path
+from lit_fast.embed.sources.interface import (
+    MAX_CAPTION,
+    ColumnOptions,
+    Damage,
+    Item,
+    Layout,
+    Sample,
+    Skipped,
+)
 from lit_fast.errors import UserError
-from lit_fast.storage.read import name, open_binary
+from lit_fast.storage.paths import suffix
+from lit_fast.storage.read import open_binary
 
 MAX_LINE = 16 << 20  # characters
 
 
-def read_table(path: str, names: Names) -> Iterator[Item]:
-    """One row per line; repeats of an image are merged by the caller.
+def read_table(path: str, options: ColumnOptions) -> Iterator[Item]:
+    """Yield one row per line; the caller merges repeats of an image.
 
     Raises:
       UserError: the file cannot be read, or lacks a column.
     """
-    directory = image_directory(names.images, path)
+    directory = image_directory(options.images, path)
     yield Layout("folder", images=directory)
+    columns: Columns | None = None
+    for number, values in read_lines(path):
+        if isinstance(values, str):
+            yield Skipped(f"line {number}", values)
+            continue
+        columns = columns or _columns(path, options, list(values))
+        image, problem = relative_path(directory, values.get(columns.image))
+        if columns.image == "image/key" and not suffix(image):
+            image += ".jpg"  # Crossmodal-3600 omits it
+        size = 0
+        if not problem:
+            size, problem = image_size(directory, image)
+        row = parse_row(values, columns)
+        if problem := problem or row.problem:
+            yield Skipped(image or f"line {number}", problem)
+        else:
+            yield Sample(image, 0, size, row.captions, row.label, row.languages)
+    if columns is None:
+        yield Damage(f"{path} has no rows")
+
+
+def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield the number of each line, and its values by column or the problem with it.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    json_lines = suffix(path) in (".jsonl", ".ndjson")
     with open_binary(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         try:
-            yield from _rows(path, names, directory, text)
+            yield from _json_lines(text) if json_lines else _csv_rows(text)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _rows(path: str, names: Names, directory: str, text: IO[str]) -> Iterator[Item]:
-    fields: Fields | None = None
-    for number, values in numbered_rows(path, text):
-        if isinstance(values, str):
-            yield LeftOut(f"line {number}", values)
-            continue
-        if fields is None:
-            fields = path_fields(names, values, path)
-        inner, problem = inside(directory, values.get(fields.image))
-        if fields.image == "image/key" and not os.path.splitext(inner)[1]:
-            inner += ".jpg"  # Crossmodal-3600 leaves it away
-        size = 0
-        if not problem:
-            size, problem = file_size(directory, inner)
-        captions, languages, label, wrong = texts(values, fields)
-        if problem or wrong:
-            yield LeftOut(inner or f"line {number}", problem or wrong)
-        else:
-            yield Sample(inner, 0, size, captions, label, languages)
-    if fields is None:
-        yield Damage(f"{path} has no rows")
-
-
-def numbered_rows(path: str, text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Line number and the fields by name, or what is wrong with the line."""
-    json_lines = name(path).lower().endswith((".jsonl", ".ndjson"))
-    return _json_lines(text) if json_lines else _csv_rows(text)
-
-
-def path_fields(names: Names, columns: Iterable[str], where: str) -> Fields:
-    """The columns of a table whose images are files: their path is the key."""
-    if names.key:
+def refuse_key(options: ColumnOptions, where: str) -> None:
+    """Raise UserError if `options` name a key for a table of image files, whose path is the key."""
+    if options.key:
         raise UserError(
             f"{where}: --key is not for tables of image files, where the path is the key; leave it out"
         )
-    columns = list(columns)
-    if not names.image:
-        lowered = {c.lower(): c for c in reversed(columns)}
-        found = next((lowered[c] for c in (*PATHS, *IMAGE) if c in lowered), "")
-        names = Names(names.captions, found, "", names.label, names.language, names.images)
-    return choose(names, columns, where)
+
+
+def _columns(path: str, options: ColumnOptions, names: list[str]) -> Columns:
+    refuse_key(options, path)
+    image = options.image or guess_column((*PATHS, *IMAGE), names)
+    return replace(choose_columns(replace(options, image=image), names, path), key="")
 
 
 def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     csv.field_size_limit(MAX_CAPTION)
     first = text.readline(MAX_LINE)
-    text_lines = _lines(text)
-    reader = csv.reader([first], delimiter="\t" if "\t" in first else ",")
+    delimiter = "\t" if "\t" in first else ","
     try:
-        header = [column.strip() for column in next(reader, [])]
+        header = [column.strip() for column in next(csv.reader([first], delimiter=delimiter), [])]
     except csv.Error as error:
         yield 1, f"not CSV: {error}"
         return
     if not any(header):
         return
-    ended: list[bool] = []
-    rows = csv.reader(_until(text_lines, ended), delimiter="\t" if "\t" in first else ",")
+    at_end: list[bool] = []
+    rows = csv.reader(_lines_noting_end(text, at_end), delimiter=delimiter)
     while True:
         begin = rows.line_num + 2
         try:
@@ -104,7 +111,7 @@ def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
         except csv.Error as error:
             yield rows.line_num + 1, f"not CSV: {error}"
             continue
-        if ended:
+        if at_end:
             yield begin, "not CSV: a quote that is never closed; all after it is not read"
         elif len(row) > len(header):
             yield rows.line_num + 1, f"{len(row)} fields, where the first line has {len(header)}"
@@ -112,10 +119,10 @@ def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield rows.line_num + 1, dict(zip(header, row, strict=False))
 
 
-def _until(lines: Iterator[str], ended: list[bool]) -> Iterator[str]:
-    """The lines; `ended` gets an entry when one more was asked for, as within an open quote."""
-    yield from lines
-    ended.append(True)
+def _lines_noting_end(text: IO[str], at_end: list[bool]) -> Iterator[str]:
+    """Yield the lines; fill `at_end` when one more was requested, as within an open quote."""
+    yield from _lines(text)
+    at_end.append(True)
 
 
 def _json_lines(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -131,7 +138,7 @@ def _json_lines(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _lines(text: IO[str]) -> Iterator[str]:
-    """Lines; what of one is longer than `MAX_LINE` is dropped, so that no file fills the memory."""
+    """Yield lines, cut at `MAX_LINE` characters, so that no file fills the memory."""
     while line := text.readline(MAX_LINE):
         yield line
         while not line.endswith(("\n", "\r")) and (line := text.readline(MAX_LINE)):

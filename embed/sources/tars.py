@@ -1,8 +1,7 @@
-"""Reads webdataset tars as img2dataset and CLIP_benchmark write them, without unpacking anything.
+"""Read webdataset tars as img2dataset and CLIP_benchmark write them, without unpacking anything.
 
 A row is all members with one key: the path up to the first dot of the file name. `.jpg`, `.jpeg`, `.png`
-and `.webp` are the image, `.txt` and `.json` hold captions, `.cls` a class number. What cannot become a
-row is left out with a reason, never silently.
+and `.webp` are the image, `.txt` and `.json` hold captions, `.cls` a class number.
 """
 
 from __future__ import annotations
@@ -15,115 +14,121 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from lit_fast.data.images.decode import MAX_IMAGE
-from lit_fast.embed.sources.fields import Fields, choose, key_text, texts
-from lit_fast.embed.sources.items import IMAGE_SUFFIXES, Damage, Item, Layout, LeftOut, Names, Sample, is_text
+from lit_fast.embed.sources.benchmark import lines_near
+from lit_fast.embed.sources.columns import Columns, choose_columns, parse_key, parse_row
+from lit_fast.embed.sources.interface import (
+    IMAGE_SUFFIXES,
+    ColumnOptions,
+    Damage,
+    Item,
+    Layout,
+    Sample,
+    Skipped,
+    is_utf8,
+)
 from lit_fast.errors import UserError
+from lit_fast.storage.paths import parent
 from lit_fast.storage.read import open_binary
 
-TEXTS = (".txt", ".json", ".cls")
-MAX_TEXT = 1 << 20
+_TEXT_SUFFIXES = (".txt", ".json", ".cls")
+_MAX_TEXT = 1 << 20  # bytes of one member
 _MAX_HEADER = 1 << 20  # bytes of one extended header
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError)
 
 
 @dataclass
-class Members:
-    """The members of one key while a tar is read."""
+class _Members:
+    """The members of one key."""
 
     key: str
     offset: int = -1  # of the image
     size: int = 0
     texts: dict[str, bytes] = field(default_factory=dict)  # suffix -> content
-    problem: str = ""  # why it cannot become a row
+    problem: str = ""  # why this cannot be a row
 
 
-def read_tar(path: str, names: Names, *, lines: bool = False) -> Iterator[Item]:
-    """All rows of a tar, in the order in which their keys first appear.
+def read_tar(path: str, options: ColumnOptions) -> Iterator[Item]:
+    """Yield all rows of a tar, in the order in which their keys first appear.
 
-    With `lines`, each line of a `.txt` is a caption (CLIP_benchmark's retrieval sets). `names` are keys of
-    the `.json`, `txt`, `cls` or, for the image, a suffix.
+    `options` name keys of the `.json`, `txt`, `cls` or, for the image, a suffix. Beside a `dataset_type.txt` that says
+    `retrieval`, as in CLIP_benchmark's sets, each line of a `.txt` is a caption.
 
     Raises:
-      UserError: the tar is compressed, cannot be opened, or no row has what `names` says.
+      UserError: the tar is compressed, cannot be opened, or no row has a named key.
     """
     yield Layout("tar")
-    samples: dict[str, Members] = {}
-    images = (f".{names.image.lower().lstrip('.')}",) if names.image else IMAGE_SUFFIXES
-    last = ""
+    rows: dict[str, _Members] = {}
+    images = (f".{options.image.lower().lstrip('.')}",) if options.image else IMAGE_SUFFIXES
+    last_key = ""
     try:
         with open_binary(path) as file:
             _refuse_compressed(path, file.read(6))
             size = file.seek(0, os.SEEK_END)
-            for step in _members(file, size):
-                if isinstance(step, str):
-                    yield Damage(f"{path} {step}")
-                    if last in samples:
-                        # Part of it may lie in what could not be read.
-                        samples[last].problem = "cut off by damage of the tar"
+            for member in _members(file, size):
+                if isinstance(member, str):
+                    yield Damage(f"{path} {member}")
+                    if last_key in rows:
+                        # More of its members may be in the damaged part.
+                        rows[last_key].problem = "cut off by damage of the tar"
                     break
-                key, twice = _add_member(samples, step, file, images)
-                if twice:
-                    yield LeftOut(key, "duplicate key")
-                last = key or last
+                key, is_repeat = _add_member(rows, member, file, images)
+                if is_repeat:
+                    yield Skipped(key, "duplicate key")
+                last_key = key or last_key
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    yield from _rows(path, samples, names, lines, images)
+    yield from _samples(path, rows, options, images)
 
 
-def _rows(
-    path: str, samples: dict[str, Members], names: Names, lines: bool, images: tuple[str, ...]
+def _samples(
+    path: str, rows: dict[str, _Members], options: ColumnOptions, images: tuple[str, ...]
 ) -> Iterator[Item]:
-    wanted = {n for n in (*(n for _, n in names.captions), names.key, names.label, names.language) if n}
-    seen: dict[str, None] = {}
-    kinds = (
-        "no image (.jpg, .jpeg, .png, .webp, .gif or .bmp)"
-        if images is IMAGE_SUFFIXES
-        else f"no image ({images[0]})"
-    )
-    for sample in samples.values():
-        problem = sample.problem or ("" if sample.offset >= 0 else kinds)
+    lines = lines_near(parent(path), "dataset_type.txt") == ("retrieval",)
+    named = any((options.captions, options.key, options.label, options.language))
+    names: dict[str, None] = {}  # of all rows, in order
+    suffixes = ".jpg, .jpeg, .png, .webp, .gif or .bmp" if images is IMAGE_SUFFIXES else images[0]
+    for members in rows.values():
+        problem = members.problem or ("" if members.offset >= 0 else f"no image ({suffixes})")
         if problem:
-            yield LeftOut(sample.key, problem)
+            yield Skipped(members.key, problem)
             continue
-        values = _values(sample, lines)
-        if wanted:
-            seen |= dict.fromkeys(values)
-        fields = _fields(values, names)
-        captions, languages, label, problem = texts(values, fields)
-        key = sample.key
-        if names.key and not problem:
-            key, problem = key_text(values.get(names.key))
+        values = _values(members, lines)
+        if named:
+            names |= dict.fromkeys(values)
+        row = parse_row(values, _columns(values, options))
+        key, problem = members.key, row.problem
+        if options.key and not problem:
+            key, problem = parse_key(values.get(options.key))
         if problem:
-            yield LeftOut(key or sample.key, problem)
+            yield Skipped(key or members.key, problem)
         else:
-            yield Sample(key, sample.offset, sample.size, captions, label, languages)
-    if seen:
-        choose(names, list(seen), path, image=False)
+            yield Sample(key, members.offset, members.size, row.captions, row.label, row.languages)
+    if names:
+        choose_columns(options, list(names), path, image=False)  # refuses a name that no row has
 
 
-def _values(sample: Members, lines: bool) -> dict[str, Any]:
-    """The fields of the `.json` with the other members as `txt` and `cls`."""
+def _values(members: _Members, lines: bool) -> dict[str, Any]:
+    """Return the fields of the `.json`, and the other members as `txt` and `cls`."""
     values: dict[str, Any] = {}
-    if ".json" in sample.texts:
+    if ".json" in members.texts:
         try:
-            value = json.loads(sample.texts[".json"])
+            value = json.loads(members.texts[".json"])
         except (ValueError, RecursionError):
             value = None
         values = value if isinstance(value, dict) else {}
-    if ".txt" in sample.texts:
-        text = sample.texts[".txt"]
-        values["txt"] = (
-            text.removeprefix(b"\xef\xbb\xbf").splitlines() if lines else text.removeprefix(b"\xef\xbb\xbf")
-        )
-    if ".cls" in sample.texts:
-        values["cls"] = sample.texts[".cls"]
+    if ".txt" in members.texts:
+        text = members.texts[".txt"].removeprefix(b"\xef\xbb\xbf")
+        values["txt"] = text.splitlines() if lines else text
+    if ".cls" in members.texts:
+        values["cls"] = members.texts[".cls"]
     return values
 
 
-def _fields(values: dict[str, Any], names: Names) -> Fields:
-    """What was named; else `captions`, `caption` or the `.txt`, whichever has a text first, and the `.cls`."""
-    captions = names.captions
+def _columns(values: dict[str, Any], options: ColumnOptions) -> Columns:
+    """Return the named columns, by default the first of `captions`, `caption` and `txt` with a text, and `cls`."""
+    captions = options.captions
     if not captions:
         for name in ("captions", "caption", "txt"):
             found = values.get(name)
@@ -131,15 +136,15 @@ def _fields(values: dict[str, Any], names: Names) -> Fields:
             if any(isinstance(part, str | bytes) and part.strip() for part in parts):
                 captions = (("", name),)
                 break
-    return Fields("", captions, names.key, names.label or ("cls" if "cls" in values else ""), names.language)
+    label = options.label or ("cls" if "cls" in values else "")
+    return Columns("", captions, options.key, label, options.language)
 
 
 def _refuse_compressed(path: str, start: bytes) -> None:
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
             raise UserError(
-                f"{path} is compressed with {name}; decompress it first, since images are read by their "
-                f"place in the tar"
+                f"{path} is compressed with {name}, where images cannot be read by their offset; decompress it"
             )
 
 
@@ -156,31 +161,30 @@ class _Headers:
 
 
 def _members(file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo | str]:
-    """The members of an open tar; then, if it ends in damage, one text that says where.
+    """Yield the members of an open tar, then a description of the damage, if there is any.
 
-    tarfile takes a bad header in mid-file for the end of the archive, so where it stopped is looked at.
+    tarfile takes a bad header in mid-file for the end of the archive, so the position where it stopped is checked.
     """
     file.seek(0)
     try:
         tar = tarfile.open(fileobj=_Headers(file), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115  (it owns nothing: the caller closes the file)
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError):
+    except _TAR_ERRORS:
         yield "is not a tar file"
         return
     end = -1
     while True:
         try:
             member = tar.next()
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError, OSError):
+        except (*_TAR_ERRORS, OSError):
             break
         if member is None or member.offset <= end or member.size < 0:
             break  # a header that points backwards would be read for ever
         end = member.offset
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+        yield member
         if member.offset_data + member.size > size:
-            yield member
             yield f"is cut off at byte {size}, inside {member.name!a}: the rest of it is missing"
             return
-        yield member
     stopped = tar.offset
     file.seek(min(max(stopped, 0), size))
     if file.read(512).strip(b"\0"):
@@ -188,39 +192,43 @@ def _members(file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo | str]:
 
 
 def _add_member(
-    samples: dict[str, Members], member: tarfile.TarInfo, file: IO[bytes], images: tuple[str, ...]
+    rows: dict[str, _Members], member: tarfile.TarInfo, file: IO[bytes], images: tuple[str, ...]
 ) -> tuple[str, bool]:
-    """Put one member into its sample; the sample's key ("": none), and whether it is one image too many."""
+    """Add one member to its row.
+
+    Returns:
+      The row's key ("" = the member is ignored), and whether the row had an image already.
+    """
     folder, _, name = member.name.rpartition("/")
     stem, dot, rest = name.partition(".")
     if not stem or not dot or member.isdir():
         return "", False
     key = f"{folder}/{stem}" if folder else stem
     suffix = f".{rest.lower()}"
-    if suffix not in images and suffix not in TEXTS:
+    if suffix not in images and suffix not in _TEXT_SUFFIXES:
         return "", False
-    sample = samples.get(key) or samples.setdefault(key, Members(key))
+    row = rows.get(key) or rows.setdefault(key, _Members(key))
     if not member.isreg() or member.issparse():
-        sample.problem = sample.problem or "not a regular file (a link or the like)"
+        row.problem = row.problem or "not a regular file (a link or the like)"
     elif suffix in images:
-        return key, _add_image(sample, member)
-    elif suffix not in sample.texts:
-        if member.size > MAX_TEXT:
-            sample.problem = sample.problem or f"{suffix} above 1 MiB"
+        return key, _add_image(row, member)
+    elif suffix not in row.texts:
+        if member.size > _MAX_TEXT:
+            row.problem = row.problem or f"{suffix} above 1 MiB"
         else:
             file.seek(member.offset_data)
-            sample.texts[suffix] = file.read(member.size)
+            row.texts[suffix] = file.read(member.size)
     return key, False
 
 
-def _add_image(sample: Members, member: tarfile.TarInfo) -> bool:
-    if sample.offset >= 0:
+def _add_image(row: _Members, member: tarfile.TarInfo) -> bool:
+    if row.offset >= 0:
         return True
-    sample.offset, sample.size = member.offset_data, member.size
+    row.offset, row.size = member.offset_data, member.size
     if member.size == 0:
-        sample.problem = sample.problem or "empty image file"
+        row.problem = row.problem or "empty image file"
     elif member.size > MAX_IMAGE:
-        sample.problem = sample.problem or "image file above 256 MiB"
-    elif not is_text(sample.key):
-        sample.problem = sample.problem or "file name is not UTF-8"
+        row.problem = row.problem or "image file above 256 MiB"
+    elif not is_utf8(row.key):
+        row.problem = row.problem or "file name is not UTF-8"
     return False

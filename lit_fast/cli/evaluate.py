@@ -87,11 +87,11 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from lit_fast.data.dataset import open_dataset
-    from lit_fast.data.features import rows_without_features
+    from lit_fast.data.matching import rows_without_features
     from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
     from lit_fast.evaluation.few_shot import check_few_shot, evaluate_few_shot
     from lit_fast.evaluation.known_sets import resolve_labels
-    from lit_fast.evaluation.table import format_table
+    from lit_fast.evaluation.table import format_results
     from lit_fast.report.evaluation_page import (
         MAX_PICTURES,
         evaluation_page,
@@ -157,7 +157,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             page.append(section(found, dataset, *embedded, max_pictures=MAX_PICTURES // len(jobs)))
     results += [result | told for result in few_shot]
     page += [few_shot_section(result) for result in few_shot]
-    print(f"{run.name}, step {run.step}, tower {run.tower}\n\n{format_table(results)}")
+    print(f"{run.name}, step {run.step}, tower {run.tower}\n\n{format_results(results)}")
     _write_results(args.json, results)
     if args.page:
         about = f"{told['pretrained']}, tower {run.tower}"

@@ -36,7 +36,13 @@ def classify(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.cli.options import enable_compilation_cache
-        from lit_fast.inference.classify import as_json, check_labels, expand_images, format_scores, meaning
+        from lit_fast.inference.classify import (
+            as_json,
+            check_labels,
+            describe_scores,
+            expand_images,
+            format_scores,
+        )
         from lit_fast.inference.classify import classify as scores_of
         from lit_fast.inference.model import load
         from lit_fast.storage.files import read_lines
@@ -53,7 +59,7 @@ def classify(parser: argparse.ArgumentParser) -> Run:
         enable_compilation_cache()
         model = load(args.model, tower=args.tower)
         scores, problems = scores_of(model, images, labels, templates)
-        print(f"{model.name}: {meaning(model)}\n{format_scores(images, labels, scores)}")
+        print(f"{model.name}: {describe_scores(model)}\n{format_scores(images, labels, scores)}")
         write_json_output(args.json, as_json(model, images, labels, scores, problems))
         if problems:
             for problem in list(problems.values())[1:]:
@@ -107,10 +113,10 @@ def _search(args: argparse.Namespace) -> None:
 
     from lit_fast.cli.options import enable_compilation_cache
     from lit_fast.data.dataset import open_dataset
-    from lit_fast.data.features import matching_features
     from lit_fast.data.images.reader import ImageReader
+    from lit_fast.data.matching import matching_features
     from lit_fast.inference.model import load
-    from lit_fast.inference.search import describe, search
+    from lit_fast.inference.search import read_hits, search
     from lit_fast.inference.search_page import Answer, as_json, format_answers, search_page
 
     dataset = open_dataset(args.dataset)
@@ -123,16 +129,15 @@ def _search(args: argparse.Namespace) -> None:
         queries = np.concatenate([queries, model.embed_image(args.image)])
     if args.queries:
         queries = np.concatenate([queries, model.embed_text(args.queries)])
-    head = model.params["img"]["head"]["kernel"] if "img" in model.params else None
     answers = []
     texts = [("image", str(file)) for file in args.image] + [("text", query) for query in args.queries]
     for (kind, query), found in zip(
-        texts, search(features, queries, model.params["mean"], args.top, head), strict=True
+        texts, search(features, queries, args.top, model.embed_features), strict=True
     ):
         probabilities = np.zeros(0)
         if kind == "text" and model.loss.name == "sigmoid":
             probabilities = model.probabilities(np.array([[c] for _, c in found], np.float32))[:, 0]
-        answers.append(Answer(query, kind, tuple(describe(dataset, found)), tuple(probabilities.tolist())))
+        answers.append(Answer(query, kind, tuple(read_hits(dataset, found)), tuple(probabilities.tolist())))
     print(format_answers(answers, shutil.get_terminal_size((160, 24)).columns))
     write_json_output(args.json, as_json(answers))
     if args.page:

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from lit_fast.errors import UserError
 from lit_fast.utils.output import failure
+from lit_fast.utils.signals import SIGNALS, install_handler
 from lit_fast.version import __version__
 
 Run = Callable[[argparse.Namespace], None]
@@ -72,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, stop)
+        install_handler(stop, [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN])
         _dispatch(argv)
         sys.stdout.flush()
     except BaseException as error:

@@ -1,7 +1,7 @@
-"""A list of byte records, one per block of rows, in array_record files.
+"""Lists of byte records, one per block of rows, in array_record files.
 
-Record `b` belongs to block `b`. A file holds up to 4096 records, because looking a record up in
-array_record costs time that grows with the file.
+Record `b` belongs to block `b`. A file holds up to 4096 records, because the time to look a record up in array_record
+grows with the size of the file.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from lit_fast.storage.paths import StrPath, join
 FILE_RECORDS = 4096
 
 
-def _file(directory: StrPath, number: int) -> str:
+def _record_file(directory: StrPath, number: int) -> str:
     return join(directory, f"{number:05d}.array_record")
 
 
 class RecordWriter:
-    """Appends records to a directory that is emptied of older array_record files first.
+    """Appends records to a directory, after deleting the array_record files in it.
 
-    With `after`, another directory, its first `count` records come first: complete files are linked, only
-    the last one is written anew.
+    With `after`, another directory, its first `count` records come first: full files are linked, only the last one
+    is copied record by record.
 
     Raises:
       UserError: a file cannot be written; from any method.
@@ -51,7 +51,11 @@ class RecordWriter:
         if after is None:
             return
         for number in range(count // FILE_RECORDS):
-            _link(_file(after, number), _file(directory, number))
+            source = _record_file(after, number)
+            try:
+                link_or_copy(source, _record_file(directory, number))
+            except FileNotFoundError:
+                raise UserError(f"{source} is missing; restore it or make the dataset again") from None
         self._count = count // FILE_RECORDS * FILE_RECORDS
         reader = RecordReader(after, count)
         for number in range(self._count, count):
@@ -61,40 +65,33 @@ class RecordWriter:
         """Append one record."""
         if self._count % FILE_RECORDS == 0:
             self.close()
-        path = _file(self._directory, self._count // FILE_RECORDS)
-        with _written(path):
+        path = _record_file(self._directory, self._count // FILE_RECORDS)
+        with _write_errors(path):
             self._writer = self._writer or ArrayRecordWriter(local_path(path), "group_size:1,zstd")
             self._writer.write(record)
         self._count += 1
 
     def close(self) -> None:
-        """Finish the current file and bring it to the disk."""
+        """Finish the current file and flush it to disk."""
         if self._writer is None:
             return
-        path = _file(self._directory, (self._count - 1) // FILE_RECORDS)
-        with _written(path):
+        path = _record_file(self._directory, (self._count - 1) // FILE_RECORDS)
+        with _write_errors(path):
             self._writer.close()
         self._writer = None
         sync_path(path)
 
 
 @contextmanager
-def _written(path: str) -> Iterator[None]:
-    """The writer's errors as one line; it speaks of a full disk as of anything else."""
+def _write_errors(path: str) -> Iterator[None]:
+    """Raise the writer's errors, a full disk for example, as `UserError`."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition(";")[0]
         raise UserError(
-            f"{path} cannot be written: {reason}; mend that and run the same command again"
+            f"{path} cannot be written: {reason}; fix the cause, then rerun the same command"
         ) from None
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        link_or_copy(source, target)
-    except FileNotFoundError:
-        raise UserError(f"{source} is missing; restore it or make the dataset anew") from None
 
 
 class RecordReader:
@@ -106,23 +103,24 @@ class RecordReader:
         self._lock = threading.Lock()
 
     def read(self, number: int) -> bytes:
-        """Record `number`.
+        """Return record `number`.
 
         Raises:
           UserError: the file is missing or damaged.
         """
         if not 0 <= number < self._count:
             raise IndexError(number)
-        path = _file(self._directory, number // FILE_RECORDS)
+        file, record = divmod(number, FILE_RECORDS)
+        path = _record_file(self._directory, file)
         try:
             with self._lock:
-                reader = self._readers.get(number // FILE_RECORDS)
+                reader = self._readers.get(file)
                 if reader is None:
                     if not is_file(path):
-                        raise UserError(f"{path} is missing; restore it or make the dataset anew")
-                    reader = ArrayRecordReader(local_path(path))
-                    self._readers[number // FILE_RECORDS] = reader
-                start = number % FILE_RECORDS
-                return bytes(reader.read(start, start + 1)[0])
+                        raise UserError(f"{path} is missing; restore it or make the dataset again")
+                    reader = self._readers[file] = ArrayRecordReader(local_path(path))
+                return bytes(reader.read(record, record + 1)[0])
         except (ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"{path} is damaged at record {number % FILE_RECORDS}: {error}") from None
+            raise UserError(
+                f"{path} is damaged at record {record}: {error}; restore it or make the dataset again"
+            ) from None

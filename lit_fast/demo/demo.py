@@ -18,7 +18,6 @@ from importlib import resources
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, read_json, replacing_directory, write_atomic
 from lit_fast.storage.paths import StrPath, join
-from lit_fast.utils.format import format_duration
 from lit_fast.utils.output import result, status
 
 TOWER = str(resources.files(__package__) / "scenes_vit.npz")
@@ -46,7 +45,7 @@ def run_demo(out: StrPath) -> None:
     seconds = None if resumed else time.monotonic() - start
     page = join(out, "index.html")
     _write_page(out, page, [as_typed(c) for c in commands], seconds)
-    duration = "" if seconds is None else f" after {format_duration(seconds)}"
+    duration = "" if seconds is None else f" after {seconds:.0f} s"
     result(f"\ndone{duration}; open {page} in a browser")
 
 

@@ -1,4 +1,4 @@
-"""Drawing a scene with PIL; places, sizes, angles, hues, backgrounds and noise vary with every picture."""
+"""Draw scenes with PIL; positions, sizes, angles, hues, backgrounds and noise vary with every picture."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Spot:
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as a 64 x 64 RGB picture; places, sizes, angles, hues and noise vary with `rng`."""
+    """Draw the scene as a 64 x 64 RGB picture; positions, sizes, angles, hues and noise vary with `rng`."""
     return draw(scene, arrange(scene, rng), rng)
 
 
 def arrange(scene: Scene, rng: random.Random) -> list[Spot]:
-    """Where each shape of each thing goes; shapes of one scene do not overlap."""
+    """Choose the position of each shape; the shapes of a scene do not overlap."""
     spots = []
     for number, thing in enumerate(scene.things):
         left, top, right, bottom = PLACES[thing.place]
@@ -38,10 +38,10 @@ def arrange(scene: Scene, rng: random.Random) -> list[Spot]:
         large = thing.size == "large"
         radius = rng.choice((9.0, 9.5, 10.0)) if large else rng.choice((5.5, 6.0, 6.5))
         if thing.place == "middle" and rng.random() < 0.5:
-            left, top, right, bottom = top, left, bottom, right  # upright instead of lying
+            left, top, right, bottom = top, left, bottom, right  # vertical instead of horizontal
         if thing.place == "middle" and count < 3:  # keep near the centre
             left, top, right, bottom = max(left, 10), max(top, 10), min(right, 54), min(bottom, 54)
-        if len(scene.things) == 1 and count == 1:  # "on the left" shall not mean a corner
+        if len(scene.things) == 1 and count == 1:  # "on the left" must not be a corner
             left, right = (left + 16, right - 16) if right - left == SIZE else (left, right)
             top, bottom = (top + 16, bottom - 16) if bottom - top == SIZE else (top, bottom)
         columns, rows = _slots(right - left, bottom - top, count)
@@ -55,14 +55,14 @@ def arrange(scene: Scene, rng: random.Random) -> list[Spot]:
 
 
 def _slots(width: float, height: float, count: int) -> tuple[int, int]:
-    """Columns and rows of slots for `count` shapes."""
+    """Return the columns and rows of slots for `count` shapes."""
     if width == height:
         return (1, 1) if count == 1 else (2, 2)
     return (count, 1) if width > height else (1, count)
 
 
 def draw(scene: Scene, spots: Sequence[Spot], rng: random.Random) -> Image.Image:
-    """Background, shapes and noise as a 64 x 64 RGB picture."""
+    """Draw background, shapes and noise as a 64 x 64 RGB picture."""
     image = _background(BACKGROUNDS[scene.background], rng)
     angles = [rng.randrange(-4, 5) * 5 for _ in scene.things]
     inks = [_jitter(COLOURS[t.colour], 16, rng) for t in scene.things]
@@ -82,14 +82,14 @@ def _jitter(colour: tuple[int, ...], amount: int, rng: random.Random) -> tuple[i
 
 
 def _background(colour: tuple[int, ...], rng: random.Random) -> Image.Image:
-    """Two shades of one colour, mixed by a gradient, a cloud or nothing."""
+    """Mix two shades of one colour by a gradient, a cloud or nothing."""
     one, other = (Image.new("RGB", (SIZE, SIZE), _jitter(_jitter(colour, 8, rng), 10, rng)) for _ in range(2))
     return Image.composite(one, other, rng.choice(_shades()))
 
 
 @functools.cache
 def _shades() -> tuple[Image.Image, ...]:
-    """Masks that mix two shades: flat, gradients in sixteen directions, clouds, stripes."""
+    """Return masks that mix two shades: flat, gradients in sixteen directions, clouds, stripes."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE - 0.5
     fields = [np.zeros_like(x)] * 8
@@ -106,7 +106,7 @@ def _shades() -> tuple[Image.Image, ...]:
 
 @functools.cache
 def _noise() -> tuple[Image.Image, ...]:
-    """Noise of several strengths around 128, twice as wide as a picture, to be cut at random."""
+    """Return noise of several strengths around 128, twice as wide as a picture, for random crops."""
     rng = np.random.default_rng(1)
     tiles = []
     for sigma in (2, 4, 6, 8, 10, 12):
@@ -117,9 +117,9 @@ def _noise() -> tuple[Image.Image, ...]:
 
 @functools.cache
 def _mask(shape: str, fill: str, diameter: int, angle: int) -> Image.Image:
-    """Coverage of one shape, 8-bit, drawn at eight times the size and averaged down."""
+    """Return the 8-bit coverage of one shape, drawn at eight times the size and averaged."""
     scale = 8
-    side = diameter + 4  # room for corners that a rotation turns outward
+    side = diameter + 4  # space for corners after the rotation
     canvas = Image.new("L", (side * scale, side * scale))
     middle, radius = side * scale / 2, diameter * scale / 2
     pen = ImageDraw.Draw(canvas)
@@ -144,8 +144,8 @@ def _mask(shape: str, fill: str, diameter: int, angle: int) -> Image.Image:
     elif shape == "triangle":
         polygon([(0, -1), (1, 0.8), (-1, 0.8)])
     elif shape == "star":
-        turns = [(math.pi * k / 5, 1.08 if k % 2 == 0 else 0.44) for k in range(10)]
-        polygon([(r * math.sin(a), -r * math.cos(a)) for a, r in turns])
+        corners = [(math.pi * k / 5, 1.08 if k % 2 == 0 else 0.44) for k in range(10)]
+        polygon([(r * math.sin(a), -r * math.cos(a)) for a, r in corners])
     elif shape == "cross":
         polygon([(-0.32, -1), (0.32, -1), (0.32, 1), (-0.32, 1)])
         polygon([(-1, -0.32), (1, -0.32), (1, 0.32), (-1, 0.32)])

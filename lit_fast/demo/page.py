@@ -48,7 +48,7 @@ def build_page(
         "demo.html",
         title="lit-fast demo",
         duration=None if seconds is None else format_duration(seconds),
-        figures=figures_table(results, [_group(result) for result in results]),
+        figures=figures_table(results, [_group(result) for result in results], "brief"),
         panels=[
             Panel("Loss", chart([Series("loss", curve(list(metrics), "loss"))])),
             Panel(

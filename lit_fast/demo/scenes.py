@@ -1,9 +1,8 @@
-"""Captioned scenes: coloured shapes, described in several true English sentences.
+"""Captioned scenes: coloured shapes and true English sentences about them.
 
-A scene holds one to three things; a thing is one, two or three equal shapes of one size, colour and fill
-in one place. One in four pairs of colour and shape (`NOVEL`) is kept out of everything that is trained on,
-while every colour and every shape occurs, so that recognising "a purple heart" means having learnt
-"purple" and "heart". Everything is a function of the seed.
+A scene has one to three things. A thing is one, two or three equal shapes of one size, colour and fill in one place.
+One in four pairs of colour and shape (`NOVEL`) occurs in no training scene, while every colour and every shape does:
+a model that recognises "a purple heart" has learnt "purple" and "heart". All scenes are a function of the seed.
 """
 
 from __future__ import annotations
@@ -75,14 +74,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the captions may speak of; jitter, shading and noise are the drawing's affair."""
+    """The facts that captions state; jitter, shading and noise are added by `lit_fast.demo.drawing`."""
 
     things: tuple[Thing, ...]
     background: str
 
 
 def sample(rng: random.Random, pairs: Sequence[Pair] = KNOWN, kinds: int = 0) -> Scene:
-    """A random scene of `kinds` things (0: one, two or three) whose colour-shape pairs come from `pairs`."""
+    """Draw a scene of `kinds` things (0: one, two or three) with colour-shape pairs from `pairs`."""
     kinds = kinds or rng.choices((1, 2, 3), (3, 5, 2))[0]
     if kinds == 1:
         places = [rng.choice(tuple(PLACES))]
@@ -93,7 +92,7 @@ def sample(rng: random.Random, pairs: Sequence[Pair] = KNOWN, kinds: int = 0) ->
     things = []
     for place, (colour, shape) in zip(places, rng.sample(pairs, kinds), strict=True):
         size = rng.choice(SIZES)
-        # A corner has room for one large shape or three small ones; three things are told briefly.
+        # A corner has room for one large shape or three small ones; captions of three things are brief.
         single = kinds == 3 or (size == "large" and place in CORNERS)
         count = "one" if single else rng.choice(COUNTS)
         fill = "striped" if kinds < 3 and rng.random() < 0.3 else "solid"
@@ -102,9 +101,9 @@ def sample(rng: random.Random, pairs: Sequence[Pair] = KNOWN, kinds: int = 0) ->
 
 
 def captions(scene: Scene, rng: random.Random, count: int = 3, complete: bool = False) -> list[str]:
-    """`count` true sentences about the scene, the first one complete; all of them if `complete`.
+    """Return `count` true sentences about the scene; the first is complete, all of them if `complete`.
 
-    An incomplete caption leaves out the background, a size, a fill, the places or a whole thing.
+    An incomplete caption omits the background, a size, a fill, the places or a whole thing.
     """
     out: list[str] = []
     while len(out) < count:
@@ -136,7 +135,7 @@ def _sentence(scene: Scene, rng: random.Random, full: bool) -> str:
 
 
 def _phrase(thing: Thing, rng: random.Random, detail: float) -> str:
-    """For example "two small striped red stars"."""
+    """Return, for example, "two small striped red stars"."""
     words = []
     if rng.random() < detail:
         words.append(thing.size if rng.random() < 0.75 else {"small": "little", "large": "big"}[thing.size])
@@ -166,7 +165,7 @@ def _single(thing: Thing, phrase: str, rng: random.Random, full: bool) -> str:
 
 
 def _double(first: Thing, second: Thing, phrases: dict[Thing, str], rng: random.Random, full: bool) -> str:
-    """The two things stand left and right, or at the top and the bottom."""
+    """Describe two things, which are left and right, or at the top and the bottom."""
     a, b = phrases[first], phrases[second]
     if not full and rng.random() < 0.3:
         return f"{a} and {b}" if rng.random() < 0.5 else f"{b} and {a}"

@@ -1,3 +1,1 @@
-"""Zero-shot classification, retrieval and few-shot evaluation of embeddings, with their tables and page."""
-
-from __future__ import annotations
+"""Zero-shot classification, retrieval and few-shot evaluation of embeddings, with their tables."""

@@ -1,11 +1,11 @@
 """Evaluation of one embedded dataset, with chance levels and confidence intervals.
 
-A result is the JSON of CLIP_benchmark, `{"dataset", "model", "pretrained", "task", "metrics", "language"}`,
-and beside it what one needs to trust its figures: how much was counted, the expected figures of a random
-order (`chance`) and 95 % intervals (`interval_95`).
+A result is the JSON of CLIP_benchmark, `{"dataset", "model", "pretrained", "task", "metrics", "language"}`, with the
+numbers of images, texts and classes, the expected figures of a random order (`chance`) and 95 % intervals
+(`interval_95`).
 
-Whatever can be wrong with a dataset is found when its evaluation is made; the evaluation itself is a function
-of embeddings, so that training runs the same code as the command.
+A dataset is checked when its evaluation is made. The evaluation is a function of embeddings, so training and the
+command `eval` run the same code.
 """
 
 from __future__ import annotations
@@ -13,55 +13,58 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lit_fast.data.dataset import BLOCK, Dataset
 from lit_fast.errors import UserError
-from lit_fast.evaluation.bootstrap import bootstrap, measured
+from lit_fast.evaluation.bootstrap import bootstrap, point_estimates
 from lit_fast.evaluation.ranks import ranks
 from lit_fast.evaluation.retrieval import COLUMNS, chance_recalls, recall_table, recalls, retrieval_ranks
 from lit_fast.evaluation.zeroshot import EmbedText, accuracies, accuracy_table, chance_accuracies, classifier
 from lit_fast.evaluation.zeroshot_set import ZeroShotSet, zero_shot_set
+from lit_fast.storage.paths import StrPath, absolute, name, parent
 
 AVERAGE = "average"  # in place of a language
 SETTINGS = ("template_set", "class_names", "labels", "candidates")  # of a zero-shot result, see `ZeroShotSet`
 
 Evaluate = Callable[[np.ndarray, np.ndarray, EmbedText], list[dict[str, Any]]]
-"""Of (rows int64 [n], rising, that have an embedding, their normalised embeddings float32 [n, D], texts to
-normalised float32 [n, D]) to results."""
+"""(rows, images, embed_text) -> results.
+
+`rows` int64 [n] are the rows that have an embedding, increasing; `images` float32 [n, D] are their normalised
+embeddings; `embed_text` maps texts to normalised float32 [m, D].
+"""
 
 InvalidRows = Callable[[], Collection[int]]
+"""Returns the rows without an embedding; called after all other checks."""
 
 
 def zero_shot_evaluation(dataset: Dataset, invalid: InvalidRows = tuple, **files: Any) -> Evaluate:
-    """Zero-shot classification of the rows that have a label.
+    """Make the zero-shot classification of the rows that have a label.
 
-    Without templates a dataset is evaluated with the bare class names.
+    A dataset without templates is evaluated with the bare class names.
 
     Args:
       dataset: with labels and class names.
-      invalid: says which rows have no embedding; asked when the rest is known to be right.
+      invalid: see `InvalidRows`.
       files: class names and so on in place of the dataset's, see `zero_shot_set`.
 
     Raises:
-      UserError: see `zero_shot_set`, or no row has both label and embedding. The evaluation raises it for
-        embeddings that are not finite.
+      UserError: see `zero_shot_set`, or no row has both label and embedding. The evaluation raises it for embeddings
+        that are not finite.
     """
-    asked = zero_shot_set(dataset, **files)
-    _check_rows(dataset, set(asked.row_of.tolist()), invalid, "a label")
-    return partial(_zero_shot, dataset, asked)
+    task = zero_shot_set(dataset, **files)
+    _check_rows(dataset, set(task.row_of.tolist()), invalid, "a label")
+    return partial(_zero_shot, dataset, task)
 
 
 def retrieval_evaluation(dataset: Dataset, invalid: InvalidRows = tuple) -> Evaluate:
-    """Retrieval in both directions among the rows that have captions, with all their captions.
+    """Make the retrieval in both directions among the rows that have captions, with all their captions.
 
-    If the dataset knows several languages of its captions there is a result for each, whose candidates are
-    the captions in that language and the images that have one, and last the average over them, each language
-    counting the same. That is how Crossmodal-3600 is reported; CLIP_benchmark takes of each image the first
-    caption only.
+    A dataset with several languages has a result for each, whose candidates are the captions in that language and the
+    images that have one, and last their unweighted average. Crossmodal-3600 is reported so; CLIP_benchmark uses the
+    first caption of each image only.
 
     Arguments and errors as for `zero_shot_evaluation`, with captions for labels.
     """
@@ -73,81 +76,80 @@ def retrieval_evaluation(dataset: Dataset, invalid: InvalidRows = tuple) -> Eval
 
 
 def _zero_shot(
-    dataset: Dataset, asked: ZeroShotSet, rows: np.ndarray, images: np.ndarray, embed_text: EmbedText
+    dataset: Dataset, task: ZeroShotSet, rows: np.ndarray, images: np.ndarray, embed_text: EmbedText
 ) -> list[dict[str, Any]]:
-    pairs = np.isin(asked.row_of, rows)
-    counted, image_of = np.unique(asked.row_of[pairs], return_inverse=True)
-    class_of, count = asked.class_of[pairs], len(asked.classnames)
-    if len(counted) < len(rows):  # else they are the same, and a copy would be as large as all embeddings
-        images = images[np.searchsorted(rows, counted)]
-    classes = classifier(asked.classnames, asked.templates, embed_text)
+    pairs = np.isin(task.row_of, rows)
+    labelled, image_of = np.unique(task.row_of[pairs], return_inverse=True)
+    class_of, count = task.class_of[pairs], len(task.classnames)
+    if len(labelled) < len(rows):  # otherwise a copy would double the memory of the embeddings
+        images = images[np.searchsorted(rows, labelled)]
+    classes = classifier(task.classnames, task.templates, embed_text)
     _check_finite(dataset, images, classes)
-    best = ranks(images, classes, image_of, class_of)
-    labels = np.full(len(images), -1) if asked.several else class_of
-    right = np.bincount(image_of) if asked.several else None
-    told = {
+    image_ranks = ranks(images, classes, image_of, class_of)
+    labels = np.full(len(images), -1) if task.multilabel else class_of
+    counts = {
         "images": len(images),
         "classes": count,
-        "templates": len(asked.templates),
-        "template_set": asked.template_set,
-        **asked.given,
+        "templates": len(task.templates),
+        "template_set": task.template_set,
+        **task.overrides,
     }
-    measure, table = partial(accuracies, count), accuracy_table(best, labels)
-    figures, intervals = measured(measure, table), bootstrap(measure, table)
-    chance = chance_accuracies(count, right)
-    return [_result(dataset, "zeroshot_classification", "en", told, figures, intervals, chance)]
+    statistics, table = partial(accuracies, count), accuracy_table(image_ranks, labels)
+    figures, intervals = point_estimates(statistics, table), bootstrap(statistics, table)
+    chance = chance_accuracies(count, np.bincount(image_of) if task.multilabel else None)
+    return [_result(dataset, "zeroshot_classification", "en", counts, figures, intervals, chance)]
 
 
 def _retrieval(
     dataset: Dataset, rows: np.ndarray, images: np.ndarray, embed_text: EmbedText
 ) -> list[dict[str, Any]]:
     captions = captions_by_language(dataset, rows)
-    told: list[dict[str, Any]] = []
+    counts: list[dict[str, Any]] = []
     tables, chances = [], []
-    for own in captions.values():
-        with_text, owner = np.unique([image for image, _ in own], return_inverse=True)
-        texts = embed_text([text for _, text in own])
-        _check_finite(dataset, images[with_text], texts)
+    for pairs in captions.values():
+        captioned, owner = np.unique([image for image, _ in pairs], return_inverse=True)
+        texts = embed_text([text for _, text in pairs])
+        _check_finite(dataset, images[captioned], texts)
         table = np.zeros((len(images), COLUMNS), np.int64)
-        table[with_text] = recall_table(*retrieval_ranks(images[with_text], texts, owner), owner)
+        table[captioned] = recall_table(*retrieval_ranks(images[captioned], texts, owner), owner)
         tables.append(table)
         chances.append(chance_recalls(np.bincount(owner)))
-        told.append({"images": len(with_text), "texts": len(texts)})
+        counts.append({"images": len(captioned), "texts": len(texts)})
     names, table = list(captions), np.concatenate(tables, axis=1)
     table = table[table.any(axis=1)]
     if len(names) > 1:
-        texts_together = sum(len(own) for own in captions.values())
-        told.append({"images": len(table), "texts": texts_together, "languages": list(captions)})
-        chances.append({name: float(np.mean([c[name] for c in chances])) for name in chances[0]})
+        total = sum(len(pairs) for pairs in captions.values())
+        counts.append({"images": len(table), "texts": total, "languages": list(captions)})
+        chances.append({metric: float(np.mean([c[metric] for c in chances])) for metric in chances[0]})
         names.append(AVERAGE)
-    measure = partial(_recalls, names)
-    figures, intervals = measured(measure, table), bootstrap(measure, table)
+    statistics = partial(_recalls, names)
+    figures, intervals = point_estimates(statistics, table), bootstrap(statistics, table)
     return [
         _result(
             dataset,
             "zeroshot_retrieval",
             language,
-            counted,
+            count,
             {metric: figures[f"{language}/{metric}"] for metric in chance},
             {metric: intervals[f"{language}/{metric}"] for metric in chance},
             chance,
         )
-        for language, counted, chance in zip(names, told, chances, strict=True)
+        for language, count, chance in zip(names, counts, chances, strict=True)
     ]
 
 
 def captions_by_language(dataset: Dataset, rows: np.ndarray) -> dict[str, list[tuple[int, str]]]:
-    """By language, every caption with the number of its image among the embedded ones.
+    """Return (index in `rows`, caption) of all captions by language.
 
-    Where no language is known all captions are "en", as CLIP_benchmark has it; where some are, the others
-    are "und", ISO 639's word for undetermined.
+    If no language is known, all captions are "en", as in CLIP_benchmark; if some are, the others are "und", which is
+    ISO 639's code for undetermined.
     """
-    number = {row: i for i, row in enumerate(rows.tolist())}
+    index = {row: i for i, row in enumerate(rows.tolist())}
     unknown = "und" if dataset.languages else "en"
     found: dict[str, list[tuple[int, str]]] = {}
     for b, (block, lists) in enumerate(zip(dataset.iter_blocks(), dataset.iter_captions(), strict=True)):
         for i, texts in enumerate(lists):
-            image = number.get(b * BLOCK + i)
+            image = index.get(b * BLOCK + i)
             if image is None:
                 continue
             languages = (block.languages[i] if block.languages else ()) or [""] * len(texts)
@@ -157,37 +159,44 @@ def captions_by_language(dataset: Dataset, rows: np.ndarray) -> dict[str, list[t
 
 
 def _recalls(languages: Sequence[str], rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Recalls by `language/metric`; the last of several languages is the average over the others."""
+    """Return recalls by `language/metric`; the last of several languages is the average of the others."""
     sums = (weights @ rows.astype(np.float64)).reshape(len(weights), -1, COLUMNS)
-    each = [recalls(sums[:, i]) for i in range(sums.shape[1])]
+    by_language = [recalls(sums[:, i]) for i in range(sums.shape[1])]
     if len(languages) > 1:
         with np.errstate(invalid="ignore"):
-            each.append({name: np.nanmean([one[name] for one in each], axis=0) for name in each[0]})
+            metrics = by_language[0]
+            by_language.append(
+                {m: np.nanmean([values[m] for values in by_language], axis=0) for m in metrics}
+            )
     return {
-        f"{l}/{name}": value for l, one in zip(languages, each, strict=True) for name, value in one.items()
+        f"{language}/{metric}": value
+        for language, values in zip(languages, by_language, strict=True)
+        for metric, value in values.items()
     }
 
 
-def _check_rows(dataset: Dataset, wanted: set[int], invalid: InvalidRows, what: str) -> None:
-    if not wanted.difference(invalid()):
-        raise UserError(f"dataset {dataset.path} has no image with both {what} and a valid feature")
+def _check_rows(dataset: Dataset, rows: set[int], invalid: InvalidRows, required: str) -> None:
+    if not rows.difference(invalid()):
+        raise UserError(
+            f"dataset {dataset.path} has no image with both {required} and a valid feature; choose another"
+        )
 
 
 def _check_finite(dataset: Dataset, images: np.ndarray, texts: np.ndarray) -> None:
-    # A NaN is neither above nor below anything: its rank would be the best of all.
-    for name, array in (("image", images), ("text", texts)):
-        if not np.isfinite(array).all():
-            raise UserError(
-                f"evaluation of {dataset.path}: {name} embeddings are not finite; the "
-                + ("features are damaged, embed them anew" if name == "image" else "weights are not usable")
-            )
+    # All comparisons with NaN are false, so its rank would be the best.
+    if not np.isfinite(images).all():
+        raise UserError(f"image embeddings of {dataset.path} are not finite; embed the dataset again")
+    if not np.isfinite(texts).all():
+        raise UserError(
+            f"text embeddings of {dataset.path} are not finite; evaluate another checkpoint with --step N"
+        )
 
 
 def _result(
     dataset: Dataset,
     task: str,
     language: str,
-    counted: dict[str, Any],
+    counts: dict[str, Any],
     figures: dict[str, float],
     intervals: dict[str, list[float]],
     chance: dict[str, float],
@@ -200,14 +209,17 @@ def _result(
         "metrics": figures,
         "language": language,
         "rows": dataset.rows,
-        **counted,
+        **counts,
         "chance": chance,
         "interval_95": intervals,
     }
 
 
-def distinct_names(paths: Iterable[Path | str]) -> list[str]:
-    """The directories' names; with the parent's where two of them have the same."""
-    resolved = [Path(path).resolve() for path in paths]
-    count = Counter(path.name for path in set(resolved))
-    return [p.name if count[p.name] == 1 else f"{p.parent.name}/{p.name}" for p in resolved]
+def distinct_names(locations: Iterable[StrPath]) -> list[str]:
+    """Return the names of directories, with the parent's where two directories have the same name."""
+    resolved = [absolute(location) for location in locations]
+    count = Counter(name(location) for location in set(resolved))
+    return [
+        name(location) if count[name(location)] == 1 else f"{name(parent(location))}/{name(location)}"
+        for location in resolved
+    ]

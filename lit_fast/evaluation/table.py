@@ -1,4 +1,4 @@
-"""Results of evaluations as a table for the terminal."""
+"""Evaluation results as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -6,38 +6,31 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lit_fast.evaluation.evaluate import AVERAGE, SETTINGS
+from lit_fast.utils.format import format_table
 
 _TASKS = {
     "zeroshot_classification": "zero-shot",
     "zeroshot_retrieval": "retrieval",
     "few_shot_classification": "few-shot",
 }
+_HEADER = ("dataset", "task", "metric", "%", "95 % interval", "chance")
 
 
-def format_table(results: Sequence[dict[str, Any]]) -> str:
-    """Results as a table in percent, a line on what was counted under it."""
-    header = ("dataset", "task", "metric", "%", "95 % interval", "chance")
+def format_results(results: Sequence[dict[str, Any]]) -> str:
+    """Return a table in percent, and below it a line per result with its counts."""
     names = _names(results)
-    table = [header, *(line for n, r in zip(names, results, strict=True) for line in _lines(n, r))]
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column < 3 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in table
-    ]
-    return "\n".join([*text, "", *map(_counted, names, results)])
+    rows = [_HEADER, *(row for n, r in zip(names, results, strict=True) for row in _rows(n, r))]
+    return "\n".join([format_table(rows, left=(0, 1, 2)), "", *map(_counts, names, results)])
 
 
 def without_languages(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results but for those of single languages, where their average is there too."""
+    """Drop the results of single languages where their average is present."""
     averaged = _averaged(results)
     return [r for r in results if r["language"] == AVERAGE or (r["dataset"], r["task"]) not in averaged]
 
 
 def _names(results: Sequence[dict[str, Any]]) -> list[str]:
-    """The datasets, with the language where there are several, and with what was learnt from."""
+    """Return the datasets, with the language where there are several, and with the few-shot training set."""
     averaged = _averaged(results)
     return [
         r["dataset"]
@@ -51,7 +44,7 @@ def _averaged(results: Sequence[dict[str, Any]]) -> set[tuple[str, str]]:
     return {(r["dataset"], r["task"]) for r in results if r["language"] == AVERAGE}
 
 
-def _lines(name: str, result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+def _rows(name: str, result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for metric, value in result["metrics"].items():
         low, high = result["interval_95"][metric]
         yield (
@@ -64,11 +57,10 @@ def _lines(name: str, result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _counted(name: str, result: dict[str, Any]) -> str:
-    counted = [what for what in ("images", "texts", "classes", "templates") if what in result]
-    numbers = [f"{what} {result[what]:,}" for what in counted]
-    named = [f"{what.replace('_', ' ')} {result[what]}" for what in SETTINGS if what in result]
-    left = result["rows"] - result["images"]
-    without = "label" if "classes" in result else "caption"
-    skipped = f"; {left:,} rows without {without} or valid image were skipped" if left else ""
-    return f"{name} {_TASKS[result['task']]}: {', '.join(numbers + named)}{skipped}"
+def _counts(name: str, result: dict[str, Any]) -> str:
+    counts = [f"{k} {result[k]:,}" for k in ("images", "texts", "classes", "templates") if k in result]
+    counts += [f"{k.replace('_', ' ')} {result[k]}" for k in SETTINGS if k in result]
+    skipped = result["rows"] - result["images"]
+    missing = "label" if "classes" in result else "caption"
+    note = f"; {skipped:,} rows without {missing} or valid image were skipped" if skipped else ""
+    return f"{name} {_TASKS[result['task']]}: {', '.join(counts)}{note}"

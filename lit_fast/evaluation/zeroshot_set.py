@@ -1,19 +1,18 @@
-"""What a zero-shot classification asks of each row: class names, prompt templates and right classes.
+"""The classes, prompt templates and right answers of a zero-shot classification.
 
 They come from the dataset, or from files:
 
     class names   text, one per line, as many as the dataset has
     templates     text, one per line, "{c}" or "{}" for the class name
-    labels        JSON, several classes per image: an object from keys to lists of class numbers, or ReaL's
-                  list of lists, whose i-th belongs to the image ILSVRC2012_val_0000000i, counted from 1
+    labels        JSON, several classes per image: an object from keys to lists of class numbers, or ReaL's list of
+                  lists, whose i-th belongs to the image ILSVRC2012_val_0000000i, counted from 1
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,25 +21,26 @@ from lit_fast.data.dataset import Dataset
 from lit_fast.errors import UserError
 from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates
 from lit_fast.storage.files import read_json, read_lines
+from lit_fast.storage.paths import StrPath, name, stem
 
 BARE_NAMES = "class_name_only"  # big_vision's word for no template at all
 OWN_TEMPLATES = ("dataset", BARE_NAMES)
-_AGREEMENT = 0.5  # of ReaL's labels and ImageNet's own it is 0.9, of shuffled ones 0.001
+_MIN_AGREEMENT = 0.5  # of the file's labels with the dataset's; 0.9 for ReaL and ImageNet, 0.001 if shuffled
 
 
 @dataclass(frozen=True)
 class ZeroShotSet:
-    """Classes and answers of a dataset, checked.
+    """The classes and right answers of a dataset, checked.
 
     Attributes:
-      classnames: as they were written.
-      templates: as they were written; the bare name where there are none.
-      template_set: where the templates come from: "dataset", a file's name or `BARE_NAMES`.
-      row_of: int64 [p], rising; with `class_of` the pairs of a row and a right class.
+      classnames: as written.
+      templates: as written; the bare name where there are none.
+      template_set: origin of the templates: "dataset", a file's name or `BARE_NAMES`.
+      row_of: int64 [p], non-decreasing; with `class_of` the pairs of a row and a right class.
       class_of: int64 [p].
-      several: whether a row may have several right classes.
-      given: what is not the dataset's own, by its key in a result: "class_names" and "labels" from a file, by
-        its name without suffix, and "candidates" if not all classes are.
+      multilabel: whether a row may have several right classes.
+      overrides: settings that differ from the dataset's own, by their key in a result: the stem of the file of
+        "class_names" or "labels", and "candidates" if not all classes are.
     """
 
     classnames: tuple[str, ...]
@@ -48,66 +48,78 @@ class ZeroShotSet:
     template_set: str
     row_of: np.ndarray
     class_of: np.ndarray
-    several: bool = False
-    given: dict[str, str] = field(default_factory=dict)
+    multilabel: bool = False
+    overrides: dict[str, str] = field(default_factory=dict)
 
 
 def zero_shot_set(
     dataset: Dataset,
     *,
-    classnames: Path | None = None,
-    templates: Path | None = None,
-    labels: Path | None = None,
+    classnames: StrPath | None = None,
+    templates: StrPath | None = None,
+    labels: StrPath | None = None,
     present: bool = False,
 ) -> ZeroShotSet:
-    """The zero-shot classification of a dataset; reads its index, and the files given in place of what it has.
+    """Read the zero-shot classification of a dataset from its index, and from files in place of its own.
 
-    With `present`, only the classes that are right for some row are candidates: ImageNet-A and -R, when
-    labelled with the classes of ImageNet, are classified among their 200.
+    Args:
+      dataset: with labels, unless they are given.
+      classnames: text file in place of the dataset's class names.
+      templates: text file in place of the dataset's templates.
+      labels: JSON file in place of the dataset's labels.
+      present: only classes of some row are candidates: ImageNet-A and -R, labelled with the classes of ImageNet, are
+        classified among their 200.
 
     Raises:
-      UserError: something is missing, or does not fit the rest.
+      UserError: a part is missing, or does not fit the rest.
     """
     names = read_lines(classnames) if classnames else dataset.classnames
-    lacking = [n for n, have in (("labels", labels or dataset.labelled), ("class names", names)) if not have]
-    if lacking:
+    missing = [n for n, have in (("labels", labels or dataset.labelled), ("class names", names)) if not have]
+    if missing:
         raise UserError(
-            f"dataset {dataset.path} has no {' and no '.join(lacking)} for zero-shot classification; index tars "
-            f"with a class number per image (key.cls) and a classnames.txt beside them"
+            f"dataset {dataset.path} has no {' and no '.join(missing)} for zero-shot classification; index tars with a "
+            "class number per image (key.cls) and a classnames.txt beside them"
         )
     if classnames and dataset.classnames and len(names) != len(dataset.classnames):
         raise UserError(
             f"{classnames} has {len(names)} class names, but {dataset.path} has {len(dataset.classnames)} classes; "
-            f"give a name for each, in their order"
+            "give one name per class, in the same order"
         )
     prompts = (read_lines(templates) if templates else dataset.templates) or ("{c}",)
     _check_texts(dataset, classnames, canonical_names, names)
     _check_texts(dataset, templates, canonical_templates, prompts)
-    row_of, class_of = _labels_of(dataset, labels)
+    row_of, class_of = _labels(dataset, labels)
     if len(class_of) and class_of.max() >= len(names):
         raise UserError(
             f"{labels or f'dataset {dataset.path}'} has label {class_of.max()} but only {len(names)} class names "
-            f"(numbered from 0)"
+            "(numbered from 0); add the missing names"
         )
     if present:
-        found, class_of = np.unique(class_of, return_inverse=True)
-        names = tuple(names[number] for number in found)
-    where = templates.name if templates else "dataset" if dataset.templates else BARE_NAMES
-    given = {what: file.stem for what, file in (("class_names", classnames), ("labels", labels)) if file}
-    given |= {"candidates": "present"} if present else {}
-    return ZeroShotSet(tuple(names), tuple(prompts), where, row_of, class_of, labels is not None, given)
+        classes, class_of = np.unique(class_of, return_inverse=True)
+        names = tuple(names[label] for label in classes)
+    template_set = name(templates) if templates else "dataset" if dataset.templates else BARE_NAMES
+    overrides = {key: stem(file) for key, file in (("class_names", classnames), ("labels", labels)) if file}
+    overrides |= {"candidates": "present"} if present else {}
+    return ZeroShotSet(
+        tuple(names), tuple(prompts), template_set, row_of, class_of, labels is not None, overrides
+    )
 
 
-def _check_texts(dataset: Dataset, file: Path | None, check: Any, texts: Sequence[str]) -> None:
+def _check_texts(
+    dataset: Dataset, file: StrPath | None, check: Callable[[Sequence[str]], Any], texts: Sequence[str]
+) -> None:
     try:
         check(texts)
     except UserError as error:
-        where = file or f"classnames.txt or templates of dataset {dataset.path}"
-        raise UserError(f"{where}: {error}{'' if file else ' and index it anew'}") from None
+        if file:
+            raise UserError(f"{file}: {error}") from None
+        raise UserError(
+            f"classnames.txt or templates of dataset {dataset.path}: {error}, then index it again"
+        ) from None
 
 
-def _labels_of(dataset: Dataset, file: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of a row and a right class, by row."""
+def _labels(dataset: Dataset, file: StrPath | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs of a row and a right class, sorted by row."""
     keys, own = [], []
     for block in dataset.iter_blocks():
         keys += block.keys
@@ -116,52 +128,62 @@ def _labels_of(dataset: Dataset, file: Path | None) -> tuple[np.ndarray, np.ndar
     if file is None:
         rows = np.flatnonzero(labels >= 0)
         return rows, labels[rows]
-    lists = _lists(dataset, file, keys)
-    row_of = np.repeat(np.arange(len(lists)), [len(found) for found in lists])
-    class_of = np.array([number for found in lists for number in found], np.int64)
+    lists = _read_lists(dataset, file, keys)
+    row_of = np.repeat(np.arange(len(lists)), [len(classes) for classes in lists])
+    class_of = np.array([label for classes in lists for label in classes], np.int64)
     _check_agreement(dataset, file, labels, lists)
     return row_of, class_of
 
 
-def _lists(dataset: Dataset, file: Path, keys: list[str]) -> list[list[int]]:
-    """The classes of each row, each once; none for a row that does not count."""
+def _read_lists(dataset: Dataset, file: StrPath, keys: list[str]) -> list[list[int]]:
+    """Return the distinct classes of each row; [] for a row that does not count."""
     value = read_json(file)
-    found = []
+    if not isinstance(value, dict | list):
+        raise UserError(
+            f"{file} is neither a JSON list of lists nor an object from keys to lists; give one of them"
+        )
+    lists = []
     for key in keys:
-        if isinstance(value, dict):
-            if key not in value:
-                raise UserError(f"{file} has no entry for row {key!r} of {dataset.path}; [] leaves a row out")
+        if isinstance(value, list):
+            labels = _imagenet_entry(dataset, file, value, key)
+        elif key in value:
             labels = value[key]
-        elif isinstance(value, list):
-            labels = _by_number(dataset, file, value, key)
         else:
-            raise UserError(f"{file} is neither a JSON list of lists nor an object from keys to lists")
+            raise UserError(
+                f"{file} has no entry for row {key!r} of {dataset.path}; add one ([] leaves the row out)"
+            )
         if not (isinstance(labels, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in labels)):
             raise UserError(
-                f"{file} has {str(labels)[:80]} for row {key!r}, which is no list of class numbers"
+                f"{file} has {str(labels)[:80]} for row {key!r}, which is no list of class numbers; give one"
             )
-        found.append(list(dict.fromkeys(labels)))
-    return found
+        lists.append(list(dict.fromkeys(labels)))
+    return lists
 
 
-def _by_number(dataset: Dataset, file: Path, value: list[Any], key: str) -> Any:
+def _imagenet_entry(dataset: Dataset, file: StrPath, entries: list[Any], key: str) -> Any:
     match = re.search(r"ILSVRC2012_val_(\d{8})(?!\d)", key)
     if not match:
         raise UserError(
-            f"{file} is a list in the order of ILSVRC2012_val_*.JPEG, but row {key!r} of {dataset.path} is not "
-            f"called so; index the photos under their own names, or give an object from keys to lists"
+            f"{file} is a list in the order of ILSVRC2012_val_*.JPEG, but row {key!r} of {dataset.path} has another "
+            "name; index the photos under their own names, or give an object from keys to lists"
         )
     number = int(match[1])
-    if not 1 <= number <= len(value):
-        raise UserError(f"{file} has {len(value)} entries, but {dataset.path} has the row {key!r}")
-    return value[number - 1]
-
-
-def _check_agreement(dataset: Dataset, file: Path, labels: np.ndarray, lists: list[list[int]]) -> None:
-    """Refuse labels in another order, or of other classes, than the dataset's own."""
-    both = [own in found for own, found in zip(labels.tolist(), lists, strict=True) if own >= 0 and found]
-    if both and sum(both) < _AGREEMENT * len(both):
+    if not 1 <= number <= len(entries):
         raise UserError(
-            f"{file} does not fit {dataset.path}: of {len(both)} images with labels in both, only {sum(both)} "
-            f"have their own label in the file; its order or its classes are others"
+            f"{file} has {len(entries)} entries, but {dataset.path} has the row {key!r}; give a complete file"
+        )
+    return entries[number - 1]
+
+
+def _check_agreement(dataset: Dataset, file: StrPath, labels: np.ndarray, lists: list[list[int]]) -> None:
+    """Refuse labels in another order, or of other classes, than the dataset's own."""
+    agrees = [
+        label in classes
+        for label, classes in zip(labels.tolist(), lists, strict=True)
+        if label >= 0 and classes
+    ]
+    if agrees and sum(agrees) < _MIN_AGREEMENT * len(agrees):
+        raise UserError(
+            f"{file} does not fit {dataset.path}: of {len(agrees)} images with labels in both, only {sum(agrees)} have "
+            "their own label in the file; give a file with the same order and classes"
         )

@@ -1,10 +1,9 @@
-"""Labels for images that are no dataset: `lit-fast classify`."""
+"""Classify images that are not in a dataset: the command `lit-fast classify`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,16 @@ import numpy as np
 from lit_fast.errors import UserError
 from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates, classifier
 from lit_fast.inference.model import Model
+from lit_fast.storage.files import is_directory, is_file, list_names
+from lit_fast.storage.paths import StrPath, join, suffix
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-_SHOWN = 5  # labels of an image in the table
+_MAX_SHOWN = 5  # labels of an image in the table
 _BATCH = 64
 
 
 def check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:
-    """Raises UserError for labels or templates that cannot be used."""
+    """Raise UserError if labels or templates cannot be used."""
     if len(labels) < 2:
         raise UserError("give at least two labels, as in --labels 'a cat,a dog'")
     names = canonical_names(labels)
@@ -27,89 +28,93 @@ def check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise UserError(
-            f"{count} labels mean {name!r} (case and punctuation do not count); leave one of them"
+            f"{count} labels are equal to {name!r} without case and punctuation; remove all but one of them"
         )
 
 
-def expand_images(paths: Sequence[Path]) -> list[Path]:
-    """The files that are named, and for a directory the image files in it by name.
+def expand_images(paths: Sequence[StrPath]) -> list[str]:
+    """Return the files, and for each directory the image files directly in it, sorted by name.
 
     Raises:
-      UserError: a directory holds none.
+      UserError: a directory has no image files.
     """
-    files: list[Path] = []
+    files: list[str] = []
     for path in paths:
-        if not path.is_dir():
-            files.append(path)
+        if not is_directory(path):
+            files.append(str(path))
             continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
-        if not inside:
-            raise UserError(f"{path} has no image files ({', '.join(_SUFFIXES)})")
-        files += inside
+        inside = [join(path, name) for name in list_names(path) if suffix(name) in _SUFFIXES]
+        images = [file for file in inside if is_file(file)]
+        if not images:
+            raise UserError(f"{path} has no image files ({', '.join(_SUFFIXES)}); name another directory")
+        files += images
     return files
 
 
 def classify(
-    model: Model, images: Sequence[Path], labels: Sequence[str], templates: Sequence[str]
+    model: Model, images: Sequence[StrPath], labels: Sequence[str], templates: Sequence[str]
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Scores float32 [images, labels] as `Model.compare` gives them, and why some images have none (rows of NaN).
+    """Score labels for images.
 
-    A label becomes an embedding as in zero-shot evaluation: the mean over the templates, each with the label in
-    the place of {c}.
+    A label is embedded as in zero-shot evaluation: the mean over the templates, in each of which it replaces "{c}".
+
+    Returns:
+      Scores float32 [images, labels] of `Model.compare`, NaN for images that cannot be used, and the error messages
+      of these by the image's index.
 
     Raises:
-      UserError: the vision tower's weights cannot be had, or see `check_labels`.
+      UserError: the vision tower's weights are absent, or see `check_labels`.
     """
     check_labels(labels, templates)
-    _ = model.tower  # a missing tower is no image's fault
+    _ = model.tower  # raise an error about the tower here, not once per image
     classes = classifier(labels, templates, model.embed_text)
     scores = np.full((len(images), len(labels)), np.nan, np.float32)
-    problems: dict[int, str] = {}
-    for lo in range(0, len(images), _BATCH):
-        part = range(lo, min(lo + _BATCH, len(images)))
+    errors: dict[int, str] = {}
+    for start in range(0, len(images), _BATCH):
+        batch = range(start, min(start + _BATCH, len(images)))
+        embeddings: dict[int, np.ndarray] = {}
         try:
-            embedded = {i: e for i, e in zip(part, model.embed_image([images[j] for j in part]), strict=True)}
-        except UserError:
-            embedded = {}
-            for i in part:
+            embeddings = dict(zip(batch, model.embed_image([images[i] for i in batch]), strict=True))
+        except UserError:  # an image of the batch cannot be used
+            for i in batch:
                 try:
-                    embedded[i] = model.embed_image([images[i]])[0]
+                    embeddings[i] = model.embed_image([images[i]])[0]
                 except UserError as error:
-                    problems[i] = str(error)
-        if embedded:
-            scores[list(embedded)] = model.compare(np.stack(list(embedded.values())), classes)
-    return scores, problems
+                    errors[i] = str(error)
+        if embeddings:
+            scores[list(embeddings)] = model.compare(np.stack(list(embeddings.values())), classes)
+    return scores, errors
 
 
-def meaning(model: Model) -> str:
-    """What the model's scores are, in a few words."""
+def describe_scores(model: Model) -> str:
+    """Return the meaning of the model's scores in one line."""
     if model.loss.name == "softmax":
-        return "shares of the labels given, which add up to 100 %"
-    return "each label's own probability, whatever the others are"
+        return "shares of the given labels, which add up to 100 %"
+    return "each label's own probability, independent of the other labels"
 
 
-def format_scores(images: Sequence[Path], labels: Sequence[str], scores: np.ndarray) -> str:
-    """A line per image that could be read: its name, then the labels by falling score."""
+def format_scores(images: Sequence[StrPath], labels: Sequence[str], scores: np.ndarray) -> str:
+    """Return a line for each image without error: its name, then the labels by decreasing score."""
     lines = []
     width = max((len(str(image)) for image in images), default=0)
     for image, row in zip(images, scores, strict=True):
         if np.isnan(row).any():
             continue
         order = np.argsort(-row, kind="stable")
-        best = ", ".join(f"{labels[i]} {100 * row[i]:.3g} %" for i in order[:_SHOWN])
-        more = f" and {len(labels) - _SHOWN:,} more" if len(labels) > _SHOWN else ""
+        best = ", ".join(f"{labels[i]} {100 * row[i]:.3g} %" for i in order[:_MAX_SHOWN])
+        more = f" and {len(labels) - _MAX_SHOWN:,} more" if len(labels) > _MAX_SHOWN else ""
         lines.append(f"{image!s:{width}}  {best}{more}")
     return "\n".join(lines)
 
 
 def as_json(
-    model: Model, images: Sequence[Path], labels: Sequence[str], scores: np.ndarray, problems: dict[int, str]
+    model: Model, images: Sequence[StrPath], labels: Sequence[str], scores: np.ndarray, errors: dict[int, str]
 ) -> dict[str, Any]:
-    """The scores of all labels, for a file."""
+    """Return the scores of all labels as a JSON object."""
     entries: list[dict[str, Any]] = []
     for i, (image, row) in enumerate(zip(images, scores, strict=True)):
-        if i in problems:
-            entries.append({"image": str(image), "error": problems[i]})
+        if i in errors:
+            entries.append({"image": str(image), "error": errors[i]})
         else:
             entries.append({"image": str(image), "scores": dict(zip(labels, row.tolist(), strict=True))})
     kind = "share" if model.loss.name == "softmax" else "probability"

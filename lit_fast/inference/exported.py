@@ -1,19 +1,18 @@
-"""The folder of a trained model, as `lit-fast export` writes it: everything in it, nothing outside of it needed.
+"""Read the directory of a trained model that `lit-fast export` writes; it is complete without any other file.
 
     DIR/config.json         text tower, loss, rules of the tokenizer
     DIR/model.safetensors   float32 under big_vision's names: txt/... and img/... the towers, t, b, mean, img/head
     DIR/tokenizer.model     sentencepiece
-    DIR/tower.json          provenance of the features, from which the vision tower is built again
+    DIR/tower.json          provenance of the features, from which the vision tower is built
     DIR/receipt.json        of the run, if it had one
     DIR/README.md           model card
 
-Nothing in it is trusted: sizes are compared with the headers of the weights before anything is allocated.
+The files are not trusted: sizes are compared with the headers of the weights before anything is allocated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,42 +21,38 @@ from flax.traverse_util import flatten_dict
 
 from lit_fast.config import Config, LossConfig, TextConfig
 from lit_fast.config_io import build_config, flatten_toml
-from lit_fast.data.features import first_view, tower_options
+from lit_fast.data.features import tower_options
+from lit_fast.data.matching import first_view
 from lit_fast.data.tokenizer import Tokenizer, load_tokenizer
 from lit_fast.errors import UserError
 from lit_fast.models.two_towers import Params, init_params, text_tower
 from lit_fast.models.vit import ViT
 from lit_fast.runs.run import read_tower
-from lit_fast.storage.files import read_object
+from lit_fast.storage.files import is_file, read_object
+from lit_fast.storage.hub import Snapshot
+from lit_fast.storage.paths import StrPath, join
 from lit_fast.towers.tower import Tower, from_provenance
 from lit_fast.weights.parameters import nested
 from lit_fast.weights.reader import open_safetensors
+from lit_fast.weights.resolve import fetch_folder
 
 FORMAT = "lit_fast"
 VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
-TOWER, RECEIPT, CARD = "tower.json", "receipt.json", "README.md"
+TOWER, RECEIPT = "tower.json", "receipt.json"
 
-# What a run's config says of the trained model; the other keys are about its training.
+# The config keys that define the trained model; the others are about its training.
 TEXT_KEYS = (
-    "width",
-    "depth",
-    "mlp_dim",
-    "heads",
-    "pooling",
-    "mask_padding",
-    "embedding_width",
-    "head",
-    "dtype",
-)
+    "width", "depth", "mlp_dim", "heads", "pooling", "mask_padding", "embedding_width", "head", "dtype",
+)  # fmt: skip
 LOSS_KEYS = ("name", "bias", "center", "image_head")
 
-# Larger numbers in a config are refused before anything is made of them.
-_LARGEST = 1 << 20
+# Larger numbers in a config are refused before anything is allocated.
+_MAX_SIZE = 1 << 20
 
 
-class Exported(NamedTuple):
-    """What the folder holds but the vision tower's weights; fields as of lit_fast.inference.model.Model."""
+class ExportedModel(NamedTuple):
+    """All of the directory except the vision tower's weights; fields as in `lit_fast.inference.model.Model`."""
 
     step: int
     average: bool
@@ -69,121 +64,137 @@ class Exported(NamedTuple):
     receipt: dict[str, Any] | None
 
 
-def is_exported(path: Path) -> bool:
-    """Whether a directory is to be read as an exported model rather than as a run."""
-    return (path / CONFIG).is_file() and not (path / "config.toml").is_file()
+def is_exported(path: StrPath) -> bool:
+    """Whether a directory is an exported model rather than a run."""
+    return is_file(join(path, CONFIG)) and not is_file(join(path, "config.toml"))
 
 
-def is_vision(name: str) -> bool:
-    """Whether a parameter is one of the vision tower; the image head is not."""
-    return name.startswith("img/") and not name.startswith("img/head/")
-
-
-def read_exported(path: Path) -> Exported:
-    """Read the folder, but for the vision tower's weights, see `read_vision_tower`.
+def download_exported(snapshot: Snapshot) -> str:
+    """Return the directory of an exported model of the Hugging Face Hub in the local cache.
 
     Raises:
-      UserError: it is something else or damaged.
+      UserError: the repository is not an exported model, or the download fails.
     """
-    told = read_object(path / CONFIG, "format")
-    if told["format"] != FORMAT:
+    return fetch_folder(snapshot, (CONFIG, TOWER, TOKENIZER, WEIGHTS), optional=(RECEIPT,))
+
+
+def read_exported(path: StrPath) -> ExportedModel:
+    """Read the directory except the vision tower's weights, see `read_vision_tower`.
+
+    Raises:
+      UserError: it is not an exported model, or it is damaged.
+    """
+    config_path, tokenizer_path, receipt_path = (join(path, name) for name in (CONFIG, TOKENIZER, RECEIPT))
+    if (found := read_object(config_path, "format")["format"]) != FORMAT:
         raise UserError(
-            f"{path} holds neither a run nor a model that lit-fast export wrote ({CONFIG} has no format {FORMAT!r})"
+            f"{path} is neither a run nor a model that lit-fast export wrote ({CONFIG} has format {str(found)[:40]!r}, "
+            f"not {FORMAT!r}); name another directory"
         )
-    told = read_object(
-        path / CONFIG, "version", "step", "average", "text", "loss", "tokenizer",
+    model = read_object(
+        config_path, "version", "step", "average", "text", "loss", "tokenizer",
         version=int, step=int, average=bool, text=dict, loss=dict, tokenizer=dict,
     )  # fmt: skip
-    if told["version"] != VERSION:
-        raise UserError(f"{path / CONFIG} is of version {told['version']}, which this lit_fast cannot read")
-    config = _config(path / CONFIG, told)
-    length, padding = (_size(path / CONFIG, told["tokenizer"], key) for key in ("max_length", "pad_id"))
-    tokenizer = load_tokenizer(path / TOKENIZER, length, padding)
-    if tokenizer.identity != told["tokenizer"].get("identity"):
-        raise UserError(
-            f"{path / TOKENIZER} is not the tokenizer that the model was trained with; restore it"
-        )
+    if model["version"] != VERSION:
+        raise UserError(f"{config_path} has version {model['version']}; load it with a newer lit_fast")
+    config = _config(config_path, model)
+    length, pad_id = (_size(config_path, model["tokenizer"], key) for key in ("max_length", "pad_id"))
+    tokenizer = load_tokenizer(tokenizer_path, length, pad_id)
+    if tokenizer.identity != model["tokenizer"].get("identity"):
+        raise UserError(f"{tokenizer_path} is not the tokenizer that the model was trained with; restore it")
     tower = read_tower(path)
-    mean = jax.ShapeDtypeStruct((_size(path / TOWER, tower, "width", least=1),), jnp.float32)
+    mean = jax.ShapeDtypeStruct((_size(join(path, TOWER), tower, "width", minimum=1),), jnp.float32)
     module = text_tower(config.text, tokenizer, tower["width"])
-    want = jax.eval_shape(lambda mean: init_params(module, config, mean), mean)
-    params = _weights(path / WEIGHTS, want, "", lambda name: not is_vision(name))
-    receipt = path / RECEIPT
-    return Exported(
-        step=told["step"],
-        average=told["average"],
+    shapes = jax.eval_shape(lambda mean: init_params(module, config, mean), mean)
+    return ExportedModel(
+        step=model["step"],
+        average=model["average"],
         tower_json=tower,
         config=config.text,
         loss=config.loss,
         tokenizer=tokenizer,
-        params=params,
-        receipt=read_object(receipt) if receipt.is_file() else None,
+        params=_read_params(path, shapes, "", lambda name: not _is_vision(name)),
+        receipt=read_object(receipt_path) if is_file(receipt_path) else None,
     )
 
 
-def read_vision_tower(path: Path, told: dict[str, Any]) -> Tower:
-    """The vision tower of the folder, as its `tower.json` describes it.
+def read_vision_tower(path: StrPath, provenance: dict[str, Any]) -> Tower:
+    """Read the vision tower that the directory's `tower.json` describes.
 
     Raises:
-      UserError: the description is damaged, or the weights are not those of such a tower.
+      UserError: `tower.json` is damaged, or the weights are not those of such a tower.
     """
+    tower_path = join(path, TOWER)
     try:
-        architecture, preprocess = from_provenance(told)
-        if told["dtype"] not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {told['dtype']!r}")
-        if type(tower_options(told).get("max_pixels", 0)) is not int:
+        architecture, preprocess = from_provenance(provenance)
+        if provenance["dtype"] not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {provenance['dtype']!r}")
+        if type(tower_options(provenance).get("max_pixels", 0)) is not int:
             raise TypeError("max_pixels is not a number")
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / TOWER} is damaged: {type(error).__name__} {error}") from None
+        raise UserError(
+            f"{tower_path} is damaged: {type(error).__name__} {error}; export the model again"
+        ) from None
     images = jax.ShapeDtypeStruct((1, preprocess.size, preprocess.size, 3), jnp.float32)
-    want = jax.eval_shape(ViT(architecture).init, jax.random.key(0), images)["params"]
+    shapes = jax.eval_shape(ViT(architecture).init, jax.random.key(0), images)["params"]
     tower = Tower(
-        name=told["name"],
+        name=provenance["name"],
         source=str(path),
-        sha256=str(told.get("sha256")),
+        sha256=str(provenance.get("sha256")),
         architecture=architecture,
         preprocess=preprocess,
-        params=_weights(path / WEIGHTS, want, "img/", is_vision),
-        resampled=told.get("positions"),
+        params=_read_params(path, shapes, "img/", _is_vision),
+        resampled=provenance.get("positions"),
     )
-    if tower.provenance(told["dtype"])["identity"] != first_view(told):
-        raise UserError(f"{path / TOWER} is damaged: it describes another tower than its identity is of")
+    if tower.provenance(provenance["dtype"])["identity"] != first_view(provenance):
+        raise UserError(
+            f"{tower_path} is damaged: its identity is that of another tower; export the model again"
+        )
     return tower
 
 
-def _weights(path: Path, want: Any, prefix: str, mine: Callable[[str], bool]) -> Params:
-    """The arrays that are `mine`, nested; nothing is read unless all have the names and shapes of `want`."""
-    expected = {prefix + name: leaf.shape for name, leaf in flatten_dict(want, sep="/").items()}
-    with open_safetensors(path) as file:
-        found = {name: shape for name, shape in file.shapes.items() if mine(name)}
+def _is_vision(name: str) -> bool:
+    """Whether a parameter belongs to the vision tower; the image head does not."""
+    return name.startswith("img/") and not name.startswith("img/head/")
+
+
+def _read_params(path: StrPath, shapes: Any, prefix: str, select: Callable[[str], bool]) -> Params:
+    """Read the parameters whose names `select` accepts, without the prefix of their names.
+
+    Nothing is read unless all have the names and shapes of the tree `shapes`.
+    """
+    weights = join(path, WEIGHTS)
+    expected = {prefix + name: leaf.shape for name, leaf in flatten_dict(shapes, sep="/").items()}
+    with open_safetensors(weights) as file:
+        found = {name: shape for name, shape in file.shapes.items() if select(name)}
         for name in sorted(expected.keys() | found.keys()):
-            have, wanted = found.get(name), expected.get(name)
-            if have != wanted:
-                what = (
-                    "is missing"
-                    if have is None
-                    else f"has shape {have}, expected {wanted or 'no such array'}"
+            if name not in found:
+                raise UserError(f"{weights} does not match the files beside it: {name} is missing")
+            if found[name] != expected.get(name):
+                wanted = expected.get(name, "no such array")
+                raise UserError(
+                    f"{weights} does not match the files beside it: {name} has shape {found[name]}, expected {wanted}"
                 )
-                raise UserError(f"{path} does not belong to the files beside it: {name} {what}")
-        return nested(((name.removeprefix(prefix), file.take(name)) for name in expected), path)
+        return nested(((name.removeprefix(prefix), file.take(name)) for name in expected), weights)
 
 
-def _config(where: Path, told: dict[str, Any]) -> Config:
-    """What a run's config would say of the text tower and the loss."""
-    for part, keys in (("text", TEXT_KEYS), ("loss", LOSS_KEYS)):
-        if missing := [key for key in keys if key not in told[part]]:  # a default would be another model
-            raise UserError(f"{where} is damaged: {part}.{missing[0]} is missing")
-    for key, value in told["text"].items():
+def _config(path: str, model: dict[str, Any]) -> Config:
+    """Build the config of the text tower and the loss from the content of `config.json`."""
+    for section, keys in (("text", TEXT_KEYS), ("loss", LOSS_KEYS)):
+        if missing := [
+            key for key in keys if key not in model[section]
+        ]:  # a default would give another model
+            raise UserError(f"{path} is damaged: {section}.{missing[0]} is missing; export the model again")
+    for key, value in model["text"].items():
         if type(value) is int:
-            _size(where, told["text"], key)
-    config = build_config(flatten_toml({"text": told["text"], "loss": told["loss"]}), f"in {where}")
+            _size(path, model["text"], key)
+    config = build_config(flatten_toml({"text": model["text"], "loss": model["loss"]}), f"in {path}")
     if config.text.shape.heads < 1 or config.text.shape.width % config.text.shape.heads:
-        raise UserError(f"{where} is damaged: {config.text.shape}")
+        raise UserError(f"{path} is damaged: {config.text.shape}; export the model again")
     return config
 
 
-def _size(where: Path, value: dict[str, Any], key: str, least: int = 0) -> int:
-    size = value.get(key)
-    if type(size) is not int or not least <= size <= _LARGEST:
-        raise UserError(f"{where} is damaged: {key} is {str(size)[:40]!r}")
+def _size(path: str, values: dict[str, Any], key: str, minimum: int = 0) -> int:
+    size = values.get(key)
+    if type(size) is not int or not minimum <= size <= _MAX_SIZE:
+        raise UserError(f"{path} is damaged: {key} is {str(size)[:40]!r}; export the model again")
     return size

@@ -1,26 +1,24 @@
-"""Exact search in a dataset's stored features: the rows nearest to each query.
+"""Find the rows of a dataset that are nearest to queries: all stored features are compared, in float32.
 
-Blocks are read straight from TensorStore, several at a time, while others are scored: a block becomes float32, is
-centred and normalised, and one matrix product gives its cosines with all queries. Only what may still be among the
-best is looked at again, in float64, so that the result does not depend on where in a block a row stands: equal
-features get equal scores, and of equal scores the lower row comes first. Memory holds some blocks and the best
-rows, whatever the size of the dataset.
+Blocks are read with TensorStore while others are scored. Memory holds `_IN_FLIGHT` blocks and the best rows, whatever
+the size of the dataset.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, Dataset, decode_block, decode_captions
-from lit_fast.data.features import Features, read_error
+from lit_fast.data.features import Features
+from lit_fast.data.shards import read_error
 from lit_fast.errors import UserError
-from lit_fast.utils.normalize import EPSILON
 from lit_fast.utils.system import cpu_count
 
 _IN_FLIGHT = 16  # blocks that are being read or scored
@@ -36,147 +34,90 @@ class Hit:
     captions: tuple[str, ...]
 
 
-def search(
-    features: Features, queries: np.ndarray, mean: np.ndarray, top: int, head: np.ndarray | None = None
-) -> list[list[tuple[int, float]]]:
-    """Per query the rows with the greatest cosines, greatest first, with these; invalid rows are never among them.
+class _Nearest(NamedTuple):
+    """Per query the best rows, by decreasing cosine."""
 
-    The cosine is that of the query with the row's embedding: view 0 of its features minus `mean`, normalised, and
-    with `head` multiplied by it and normalised again. Cosines are rounded to float32, and of equal ones the lower
-    row comes first.
+    rows: np.ndarray  # int64 [queries, n]
+    cosines: np.ndarray  # float32 [queries, n]
+
+
+def search(
+    features: Features, queries: np.ndarray, top: int, embed: Callable[[np.ndarray], np.ndarray]
+) -> list[list[tuple[int, float]]]:
+    """Find the rows with the greatest cosines; invalid rows are left out.
+
+    Cosines are float32 sums, accurate to about 1e-6. Of equal cosines the lower row comes first. Rows whose cosines
+    differ by less than the rounding, such as those of duplicate images, may come in either order, which is the same
+    every time.
 
     Args:
-      features: complete.
-      queries: normalised float32 [q, width].
-      mean: float32 [width].
-      top: rows per query; fewer where the dataset has fewer valid rows.
-      head: float32 [width, width], the image head.
+      features: complete; of several views the first is compared.
+      queries: normalised float32 [queries, width].
+      top: rows per query; fewer are returned if the dataset has fewer valid rows.
+      embed: from stored features bfloat16 [n, width] to normalised embeddings float32 [n, width], see
+        `lit_fast.inference.model.Model.embed_features`.
+
+    Returns:
+      Per query the rows and their cosines, by decreasing cosine.
 
     Raises:
       UserError: a shard is missing or damaged, or a feature is not finite.
     """
-    best = _Best(features, queries, mean, top, head)
-    array, rows = features.array(), features.dataset.rows
+    array, num_rows = features.array(), features.dataset.rows
+    valid = np.ones(num_rows, bool)
+    valid[list(features.invalid_rows())] = False
+
+    def search_block(first: int, read: ts.Future[np.ndarray]) -> _Nearest:
+        block = read.result()
+        rows = first + np.flatnonzero(valid[first : first + len(block)])
+        if len(rows) < len(block):
+            block = block[rows - first]
+        with np.errstate(invalid="ignore", over="ignore"):
+            cosines = queries @ embed(block).T
+        if not np.isfinite(cosines).all():
+            row = rows[np.argmin(np.isfinite(cosines).all(axis=0))]
+            raise UserError(
+                f"{features.path}: the features of row {row:,} are not finite; find and fix damaged shards with: "
+                f"lit-fast verify {features.dataset.path} --tower {features.tower} --repair"
+            )
+        return _largest(np.broadcast_to(rows, cosines.shape), cosines, top)
+
+    nearest = _Nearest(np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32))
+    pending: deque[Future[_Nearest]] = deque()
     pool = ThreadPoolExecutor(cpu_count(), thread_name_prefix="search")
-    scoring: deque[Future[None]] = deque()
     try:
-        for first in range(0, rows, BLOCK):
-            reading = array[first : min(first + BLOCK, rows), : features.width].read()
-            scoring.append(pool.submit(best.look, first, reading))
-            if len(scoring) == _IN_FLIGHT:
-                scoring.popleft().result()
-        for scored in scoring:
-            scored.result()
-    except ValueError as error:  # TensorStore compares the checksums
+        for first in range(0, num_rows, BLOCK):
+            read = array[first : min(first + BLOCK, num_rows), : features.width].read()
+            pending.append(pool.submit(search_block, first, read))
+            if len(pending) == _IN_FLIGHT:
+                nearest = _merge(nearest, pending.popleft().result(), top)
+        for block_nearest in pending:
+            nearest = _merge(nearest, block_nearest.result(), top)
+    except ValueError as error:  # TensorStore found a wrong checksum
         raise read_error(features.path, error) from None
     finally:
         pool.shutdown(cancel_futures=True)
-    return [
-        list(zip(r.tolist(), c.tolist(), strict=True)) for r, c in zip(best.rows, best.cosines, strict=True)
-    ]
+    return [list(zip(r.tolist(), c.tolist(), strict=True)) for r, c in zip(*nearest, strict=True)]
 
 
-class _Best:
-    """The best rows so far of every query; `look` may be called from any thread, in any order of the blocks."""
-
-    def __init__(
-        self, features: Features, queries: np.ndarray, mean: np.ndarray, top: int, head: np.ndarray | None
-    ) -> None:
-        self._features, self._top, self._head = features, top, head
-        self._mean = np.asarray(mean, np.float32)
-        self._queries = np.ascontiguousarray(queries, np.float32)
-        self._invalid = np.array(sorted(features.invalid_rows()), np.int64)
-        # How far a float32 cosine of unit vectors may be off: width + 4 roundings of 2^-24 in the product and in
-        # the lengths, for the row and for the one it is compared with, and as much again for a head.
-        self._slack = (4 if head is None else 8) * (features.width + 4) * 2.0**-24
-        self._lock = Lock()
-        self.rows = [np.zeros(0, np.int64) for _ in self._queries]
-        self.cosines = [np.zeros(0, np.float32) for _ in self._queries]
-        # The worst of the best, once there are `top` of them.
-        self._floor = np.full(len(self._queries), -np.inf)
-
-    def look(self, first: int, reading: Any) -> None:
-        """Take in a block: its first row, and the future of its bfloat16 features [n, width]."""
-        block = reading.result()
-        rows = np.arange(first, first + len(block))
-        cosines = self._cosines(_float32(block))
-        valid = np.ones(len(rows), bool)
-        lo, hi = np.searchsorted(self._invalid, (first, first + len(rows)))
-        valid[self._invalid[lo:hi] - first] = False
-        if not np.isfinite(cosines[valid]).all():
-            row = rows[valid][~np.isfinite(cosines[valid]).all(axis=1)][0]
-            raise UserError(
-                f"{self._features.path}: the features of row {row:,} are not finite; lit-fast verify --repair "
-                "finds and mends what is damaged"
-            )
-        cosines[~valid] = -np.inf
-        floor = self._floor - self._slack
-        if len(cosines) > self._top:
-            inside = np.partition(cosines, -self._top, axis=0)[-self._top]
-            floor = np.maximum(floor, inside - self._slack)
-        near = (cosines >= floor) & valid[:, None]
-        for query in np.flatnonzero(near.any(axis=0)).tolist():
-            places = np.flatnonzero(near[:, query])
-            exact = self._embeddings(block[places].astype(np.float64))
-            # A sum per row, since a matrix product's last bits depend on the row's place in it.
-            found = (exact * self._queries[query].astype(np.float64)).sum(axis=1).astype(np.float32)
-            self._keep(query, rows[places], found)
-
-    def _cosines(self, x: np.ndarray) -> np.ndarray:
-        """Of features float32 [n, width], which are overwritten, with all queries: [n, q], up to the slack."""
-        if self._head is not None:
-            return self._embeddings(x) @ self._queries.T
-        x -= self._mean
-        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found and named afterwards
-            return (x @ self._queries.T) / _lengths(x)  # cheaper than to normalise the rows
-
-    def _embeddings(self, x: np.ndarray) -> np.ndarray:
-        """Normalised embeddings of features [n, width], in their dtype and in their place."""
-        x -= self._mean
-        _normalize(x)
-        if self._head is None:
-            return x
-        x = x @ self._head if x.dtype == np.float32 else _row_by_row(x, self._head)
-        _normalize(x)
-        return x
-
-    def _keep(self, query: int, rows: np.ndarray, cosines: np.ndarray) -> None:
-        with self._lock:
-            rows = np.concatenate([self.rows[query], rows])
-            cosines = np.concatenate([self.cosines[query], cosines])
-            order = np.lexsort((rows, -cosines))[: self._top]
-            self.rows[query], self.cosines[query] = rows[order], cosines[order]
-            if len(order) == self._top:
-                self._floor[query] = cosines[order[-1]]
+def _merge(earlier: _Nearest, later: _Nearest, top: int) -> _Nearest:
+    """Merge the results of earlier and of later rows."""
+    rows, cosines = (np.concatenate(pair, axis=1) for pair in zip(earlier, later, strict=True))
+    return _largest(rows, cosines, top)
 
 
-def _float32(block: np.ndarray) -> np.ndarray:
-    """bfloat16 as float32: its bits are the upper half of a float32's."""
-    words: np.ndarray = np.left_shift(block.view(np.uint16), np.uint32(16), dtype=np.uint32)
-    return words.view(np.float32)
+def _largest(rows: np.ndarray, cosines: np.ndarray, top: int) -> _Nearest:
+    """Select the greatest cosines of each query; of equal ones the first."""
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :top]
+    return _Nearest(np.take_along_axis(rows, order, axis=1), np.take_along_axis(cosines, order, axis=1))
 
 
-def _row_by_row(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """`x @ matrix` in float64, the same for a row wherever it stands."""
-    wide = matrix.astype(np.float64)
-    return np.stack([row @ wide for row in x])
-
-
-def _normalize(x: np.ndarray) -> None:
-    with np.errstate(invalid="ignore", over="ignore"):
-        x /= _lengths(x)
-
-
-def _lengths(x: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.einsum("ij,ij->i", x, x))[:, None] + EPSILON
-
-
-def describe(dataset: Dataset, found: list[tuple[int, float]]) -> list[Hit]:
-    """Rows and cosines, as `search` gives them, with the rows' keys and captions."""
+def read_hits(dataset: Dataset, found: list[tuple[int, float]]) -> list[Hit]:
+    """Read the keys and captions of rows with their cosines, as `search` returns them."""
     index, captions = dataset.index_reader(), dataset.captions_reader()
-    numbers = {row // BLOCK for row, _ in found}
-    keys = {b: decode_block(index.read(b)).keys for b in numbers}
-    texts = {b: decode_captions(captions.read(b)) for b in numbers}
+    blocks = {row // BLOCK for row, _ in found}
+    keys = {block: decode_block(index.read(block)).keys for block in blocks}
+    texts = {block: decode_captions(captions.read(block)) for block in blocks}
     return [
         Hit(row, cosine, keys[row // BLOCK][row % BLOCK], tuple(texts[row // BLOCK][row % BLOCK]))
         for row, cosine in found

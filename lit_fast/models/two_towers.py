@@ -16,7 +16,7 @@ from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import batch_sharding, replicated
-from lit_fast.utils.normalize import EPSILON, normalize
+from lit_fast.utils.normalize import normalize
 
 Params = dict[str, Any]
 """{"txt": the text tower, "t": log temperature [1], "b": bias [1], "mean": image mean [width],
@@ -112,15 +112,11 @@ def text_embedder(
 
 def centered(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Features [n, width], as they are stored, less `mean` and normalised, float32."""
-    return _normalized(features.astype(np.float32) - mean)
+    return normalize(features.astype(np.float32) - mean)
 
 
 def apply_image_head(params: Params, images: np.ndarray) -> np.ndarray:
     """Normalised embeddings float32 [n, width] of centred and normalised features, by the head if there is one."""
     if "img" not in params:
         return images
-    return _normalized(images @ np.asarray(params["img"]["head"]["kernel"]))
-
-
-def _normalized(x: np.ndarray) -> np.ndarray:
-    return x / (np.linalg.norm(x, axis=1, keepdims=True) + EPSILON)
+    return normalize(images @ np.asarray(params["img"]["head"]["kernel"]))

@@ -198,10 +198,12 @@ def ticks(low: float, high: float, zero: bool = True) -> list[float]:
 
 
 def _brief(value: float, digits: int) -> str:
-    """Return a short number: 46.5k, 3e-06."""
+    """Return a short number: 46.5k, 1,012, 3e-06."""
     for size, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= size:
             return f"{value / unit:.{digits}g}{letter}"
+    if abs(value) >= 10**digits:
+        return f"{value:,.0f}"
     return f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.{min(digits, 2)}g}"
 
 

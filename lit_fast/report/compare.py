@@ -7,29 +7,28 @@ and runs that were killed can be compared as well.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lit_fast.config_io import flatten_toml
+from lit_fast.config_io import read_toml
 from lit_fast.errors import UserError
 from lit_fast.report.charts import TITLES, Panel, Series, panel, title
 from lit_fast.report.page import Table, render
 from lit_fast.runs.metrics import (
     Best,
     Lines,
-    Spent,
+    RunCost,
     best,
     curve,
     evaluations,
-    names,
+    mean_speed,
+    metric_names,
     read_metrics,
-    speed,
-    spent,
+    run_cost,
 )
 from lit_fast.storage import paths
-from lit_fast.storage.files import exists, is_file, read_bytes, read_object
+from lit_fast.storage.files import exists, is_file, read_object
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.utils.format import format_duration, format_table
 
@@ -68,7 +67,7 @@ class Record:
     devices: str
     memory: dict[str, Any]
     config: dict[str, Any]
-    spent: Spent
+    spent: RunCost
     speed: dict[str, float]
     final: dict[str, float]
     best: dict[str, Best]
@@ -97,12 +96,12 @@ def read_record(path: StrPath) -> Record:
         name=paths.name(paths.absolute(path)),
         path=join(path),
         status=str(receipt["status"]) if current else "unfinished",
-        steps=(receipt["steps_done"] if current else done, int(config["steps"])),
+        steps=(receipt["steps_done"] if current else done, config["steps"]),
         devices=devices,
         memory=receipt.get("memory", {}),
         config=config,
-        spent=spent([*lines, receipt]),
-        speed=speed(lines),
+        spent=run_cost([*lines, receipt]),
+        speed=mean_speed(lines),
         final=evaluated[-1]["figures"] if evaluated else {},
         best=best(lines),
         lines=lines,
@@ -114,12 +113,9 @@ def _read_config(path: StrPath) -> dict[str, Any]:
     if not is_file(file):
         problem = "is not a run (no config.toml)" if exists(path) else "does not exist"
         raise UserError(f"{path} {problem}; give directories that lit-fast train made")
-    try:
-        values = flatten_toml(tomllib.loads(read_bytes(file).decode()))
-        config = json.loads(json.dumps(values, default=str))  # TOML has dates, JSON does not
-        int(config["steps"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    config = json.loads(json.dumps(read_toml(file), default=str))  # TOML has dates, JSON does not
+    if type(config.get("steps")) is not int:
+        raise UserError(f"{file} cannot be read: steps is no whole number")
     return config
 
 
@@ -220,7 +216,7 @@ def format_comparison(records: Sequence[Record], width: int) -> str:
 
 def comparison_page(records: Sequence[Record]) -> str:
     """Render the table and the overlaid curves of all runs as one HTML page."""
-    recorded = dict.fromkeys(name for r in records for name in names(r.lines))
+    recorded = dict.fromkeys(name for r in records for name in metric_names(r.lines))
 
     def draw(name: str, *, hours: bool = False) -> Panel:
         series = [Series(r.name, curve(r.lines, name, hours=hours)) for r in records]

@@ -220,7 +220,7 @@ def _recalls(classnames: Sequence[str], labels: np.ndarray, predicted: np.ndarra
 def _confusions(classnames: Sequence[str], labels: np.ndarray, predicted: np.ndarray) -> tuple[Table, str]:
     """Return the confusion matrix, or of many classes the most frequent confusions, and a note."""
     if len(classnames) <= _MATRIX:
-        note = "Rows: what is on the picture; columns: what it was called."
+        note = "Rows: the class of the picture; columns: the predicted class."
         return _matrix(classnames, labels, predicted), note
     images = np.bincount(labels, minlength=len(classnames))
     wrong = labels != predicted
@@ -259,7 +259,7 @@ def _pictures_note(figures: Sequence[Figure]) -> str:
     if not figures:
         return "With so many datasets on one page there is no room for pictures."
     if any(figure.source is None for figure in figures):
-        return "A box stands for a picture that could not be read from where it was indexed."
+        return "A box replaces a picture that could not be read from its source."
     return ""
 
 

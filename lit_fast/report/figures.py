@@ -38,10 +38,10 @@ def figures_section(title: str, results: Sequence[dict[str, Any]]) -> Markup:
     return fragment("figures.html", title=title, note=note, figures=figures_table(results, groups))
 
 
-def figures_table(results: Sequence[dict[str, Any]], groups: Sequence[str]) -> Table:
-    """Return the figures of results, each group below its heading where that is not empty."""
+def figures_table(results: Sequence[dict[str, Any]], groups: Sequence[str], classes: str = "") -> Table:
+    """Return the figures of results, each below the heading of its group where that is not empty."""
     draws = any("seeds" in result for result in results)
-    bars = Cell(classes="bars")
+    bars, interval = Cell(classes="bars"), Cell("95 % interval", "number range")
     rows: list[tuple[str | Cell, ...]] = []
     for group, result in zip(groups, results, strict=True):
         if group:
@@ -49,9 +49,13 @@ def figures_table(results: Sequence[dict[str, Any]], groups: Sequence[str]) -> T
         for name, value in result["metrics"].items():
             low, high = result["interval_95"][name]
             chance = result["chance"][name]
-            cells = [percent(value), f"{100 * low:.1f} to {100 * high:.1f} %", percent(chance)]
+            cells: list[str | Cell] = [
+                percent(value),
+                interval._replace(text=f"{100 * low:.1f} to {100 * high:.1f} %"),
+                percent(chance),
+            ]
             if draws:
                 cells.insert(1, ", ".join(f"{100 * v:.1f}" for v in result["seeds"][name]))
             label = Cell(LABELS.get(name, name), title=name)
             rows.append((label, *cells, bars._replace(bar=(value, chance))))
-    return Table(("figure", "reached", *(["draws"] * draws), "95 % interval", "chance", bars), rows)
+    return Table(("figure", "reached", *(["draws"] * draws), interval, "chance", bars), rows, classes)

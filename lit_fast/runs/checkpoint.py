@@ -1,12 +1,12 @@
-"""Checkpoints by Orbax, behind the few functions that are needed.
+"""Save and restore checkpoints with Orbax.
 
-    W/checkpoints/<step>/params     the weights, which evaluation reads alone
-    W/checkpoints/<step>/average    their moving average, where one is kept
+    W/checkpoints/<step>/params     the weights; evaluation reads them alone
+    W/checkpoints/<step>/average    their moving average, if one is kept
     W/checkpoints/<step>/rest       the optimizer's state
-    W/checkpoints/<step>/meta       JSON: digests of them, and what else the caller keeps
+    W/checkpoints/<step>/meta       JSON: digests of these trees, and other values of the caller
 
-Only committed steps are seen; nothing is unpickled. Orbax does not notice a flipped bit in an array, so each
-tree's digest is kept beside it and compared when it is read.
+Only committed steps are visible; nothing is unpickled. Orbax does not detect a flipped bit in an array, so the
+digest of each tree is stored beside it and compared when it is read.
 """
 
 from __future__ import annotations
@@ -20,26 +20,30 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from lit_fast.errors import UserError
-from lit_fast.storage.files import is_directory, list_names, make_directory, rename
+from lit_fast.errors import UserError, first_line
+from lit_fast.storage.files import is_directory, list_names, local_path, make_directory, rename
 from lit_fast.storage.paths import StrPath, absolute, join, parent
 
-# Orbax explains every save on the root logger's INFO, warns of absent sharding files, and prints a traceback
-# of what it also raises.
+# Orbax logs every save at INFO of the root logger, warns of absent sharding files, and prints tracebacks of
+# exceptions that it also raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-class Damaged(UserError):
-    """A checkpoint that cannot be read or does not hold what was written."""
+class DamagedCheckpointError(UserError):
+    """A checkpoint that cannot be read or whose content differs from what was saved."""
 
 
 def open_manager(
     run: StrPath, *, keep: int | None = None, keep_every: int = 0, best: bool = False
 ) -> ocp.CheckpointManager:
-    """The checkpoints of a run directory.
+    """Open the checkpoints of a run directory, for reading or, with `keep`, for writing.
 
-    With `keep`, for the one who writes: all but the last `keep`, every `keep_every`-th step and, if `best`,
-    the one saved with the highest score are deleted when a new one is there; half-written ones at once.
+    Args:
+      run: the run directory.
+      keep: number of latest checkpoints to keep; others are deleted after a new one is committed, incomplete ones at
+        once. None: for reading; nothing is deleted.
+      keep_every: keep every step that is a multiple of this as well; 0: none.
+      best: keep the checkpoint with the highest score as well.
     """
     if keep is None:
         options = ocp.CheckpointManagerOptions(create=True)
@@ -54,7 +58,7 @@ def open_manager(
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies), create=True, cleanup_tmp_directories=True
         )
-    return ocp.CheckpointManager(absolute(join(run, "checkpoints")), options=options)
+    return ocp.CheckpointManager(local_path(absolute(join(run, "checkpoints"))), options=options)
 
 
 def save(
@@ -64,7 +68,7 @@ def save(
     meta: dict[str, Any],
     score: float | None = None,
 ) -> None:
-    """Begin to save; the arrays are copied before this returns, the writing goes on in the background."""
+    """Copy the arrays, then save them in the background."""
     digests = {name: digest(tree) for name, tree in trees.items()}
     args = ocp.args.Composite(
         meta=ocp.args.JsonSave(meta | {"digests": digests}),
@@ -73,31 +77,40 @@ def save(
     manager.save(step, args=args, metrics=None if score is None else {"score": score})
 
 
-def restore(manager: ocp.CheckpointManager, step: int, trees: dict[str, Any]) -> tuple[dict[str, Any], dict]:
-    """The trees, in the shapes, types and shardings of those given, and `meta`.
+def restore(
+    manager: ocp.CheckpointManager, step: int, abstract_trees: dict[str, Any]
+) -> tuple[dict[str, Any], dict]:
+    """Return trees with the shapes, dtypes and shardings of `abstract_trees`, and `meta`.
 
     Raises:
-      Damaged: they cannot be read, or are not what was written.
+      DamagedCheckpointError: a tree cannot be read or its digest differs from the saved one.
     """
     args = ocp.args.Composite(
         meta=ocp.args.JsonRestore(),
-        **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()},
+        **{name: ocp.args.StandardRestore(tree) for name, tree in abstract_trees.items()},
     )
+    location = f"{manager.directory}/{step}"
     try:
-        found = manager.restore(step, args=args)
-    except Exception as error:  # Orbax raises bare ones too
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Damaged(f"checkpoint {manager.directory}/{step} cannot be read: {reason[:200]}") from None
-    meta = found["meta"]
-    written = meta.get("digests") if isinstance(meta, dict) else None
-    for name in trees:
-        if not isinstance(written, dict) or written.get(name) != digest(found[name]):
-            raise Damaged(f"checkpoint {manager.directory}/{step} is damaged: {name} is not what was written")
-    return {name: found[name] for name in trees}, meta
+        restored = manager.restore(step, args=args)
+    except Exception as error:  # Orbax raises Exception itself too
+        raise DamagedCheckpointError(f"checkpoint {location} cannot be read: {first_line(error)}") from None
+    meta = restored["meta"]
+    digests = meta.get("digests") if isinstance(meta, dict) else None
+    for name in abstract_trees:
+        if not isinstance(digests, dict) or digests.get(name) != digest(restored[name]):
+            raise DamagedCheckpointError(
+                f"checkpoint {location} is damaged: {name} differs from what was saved"
+            )
+    return {name: restored[name] for name in abstract_trees}, meta
 
 
-def restore_params(run: StrPath, step: int | None, params: Any, name: str = "params") -> tuple[int, Any]:
-    """Only the weights of `step`, or of the last one, or their "average": (step, tree as `params`).
+def restore_params(
+    run: StrPath, step: int | None, abstract_params: Any, name: str = "params"
+) -> tuple[int, Any]:
+    """Restore only the weights, or with `name` "average" their moving average.
+
+    Returns:
+      The step, by default the last one, and a tree like `abstract_params`.
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
@@ -114,7 +127,7 @@ def restore_params(run: StrPath, step: int | None, params: Any, name: str = "par
                 f"run {run} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
             )
         step = steps[-1] if step is None else step
-        return step, restore(manager, step, {name: params})[0][name]
+        return step, restore(manager, step, {name: abstract_params})[0][name]
     finally:
         manager.close()
 
@@ -122,26 +135,26 @@ def restore_params(run: StrPath, step: int | None, params: Any, name: str = "par
 def restore_last(
     manager: ocp.CheckpointManager, read: Callable[[int], Any], warn: Callable[[str], None]
 ) -> Any:
-    """What `read` makes of the newest good step, None if there is none.
+    """Return `read(step)` of the newest step that is not damaged; None if there is none.
 
-    Damaged ones are moved to W/damaged, where they are in nobody's way.
+    Damaged checkpoints are moved to W/damaged.
     """
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             return read(step)
-        except Damaged as error:
+        except DamagedCheckpointError as error:
             directory = str(manager.directory)
-            away = join(parent(directory), "damaged")
-            warn(f"{error}; moved to {away}, going on from the one before")
+            damaged = join(parent(directory), "damaged")
+            warn(f"{error}; moved to {damaged}, continuing from the previous checkpoint")
             if jax.process_index() == 0:
-                make_directory(away)
-                rename(join(directory, str(step)), join(away, f"{step}-{len(list_names(away))}"))
+                make_directory(damaged)
+                rename(join(directory, str(step)), join(damaged, f"{step}-{len(list_names(damaged))}"))
             manager.reload()
     return None
 
 
 def digest(tree: Any) -> int:
-    """A 32-bit sum over all bits that any single changed bit changes; equal trees have equal digests."""
+    """Return a 32-bit sum over all bits of a tree of arrays; any single changed bit changes it."""
     return int(_digest(tree))
 
 
@@ -153,11 +166,11 @@ def _digest(tree: Any) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width])
         bits = bits.astype(jnp.uint32).reshape(-1)
         # Odd factors have inverses modulo 2**32, so a change of one word is never lost.
-        place = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
-        total += (2 * jnp.uint32(number) + 1) * jnp.sum(bits * place, dtype=jnp.uint32)
+        factors = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
+        total += (2 * jnp.uint32(number) + 1) * jnp.sum(bits * factors, dtype=jnp.uint32)
     return total
 
 
 def abstract(tree: Any) -> Any:
-    """Shapes, types and shardings of a tree of arrays."""
+    """Return the shapes, dtypes and shardings of a tree of arrays."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)

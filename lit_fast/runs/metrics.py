@@ -1,14 +1,14 @@
-"""Reading a run's `metrics.jsonl`, and what its lines say about the whole run.
+"""Read a run's `metrics.jsonl` and summarize it.
 
-Every line has "step", the number of completed updates, and one of
+Every line has "step", the number of completed updates, and belongs to one of three kinds:
 
-    training    "loss" and the other figures of the step; since the line before "pairs_per_second",
-                "seconds_per_step", "data_wait_share" (0 to 1) and, on known chips, "mfu" (0 to 1); since the run
-                began "elapsed_seconds" and "chip_hours"
-    evaluation  figures named "<dataset>/<metric>", 0 to 1, the higher the better
-    a restart   "elapsed_seconds" and "chip_hours" of the parts before, "step" the one that it goes on after
+    training    "loss" and other figures of the step; since the previous line "pairs_per_second",
+                "seconds_per_step", "data_wait_share" (0 to 1) and, on known chips, "mfu" (0 to 1); since the start
+                of the run "elapsed_seconds" and "chip_hours"
+    evaluation  figures named "<dataset>/<metric>", 0 to 1, higher is better
+    restart     "elapsed_seconds" and "chip_hours" until the restart; "step" is the step that was restored
 
-What is not a finite number is null.
+Values that are not finite numbers are null.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ Lines = list[dict[str, Any]]
 _SPEED = ("seconds_per_step", "pairs_per_second", "data_wait_share", "mfu")
 
 
-class Spent(NamedTuple):
-    """What a run has taken so far, all its parts added up."""
+class RunCost(NamedTuple):
+    """The time that a run has taken, over all its restarts."""
 
     seconds: float = 0.0  # wall clock; compilation, evaluation and repeated steps included
-    chip_hours: float = 0.0  # the same, times the devices there were
+    chip_hours: float = 0.0  # wall clock times the number of devices
 
 
 class Best(NamedTuple):
-    """The best value of a figure and when it was reached."""
+    """The best value of a metric and its step."""
 
     value: float
     step: int
 
 
-def read_metrics(path: StrPath) -> Lines:
-    """The lines of a `metrics.jsonl` up to the first that is not whole: a killed run tears its last one."""
-    lines = []
-    data = read_bytes(path) if is_file(path) else b""
+def read_metrics(location: StrPath) -> Lines:
+    """Return the lines of a `metrics.jsonl` up to the first incomplete one, which a killed run may leave."""
+    lines: Lines = []
+    data = read_bytes(location) if is_file(location) else b""
     for text in data.decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
@@ -56,23 +56,23 @@ def read_metrics(path: StrPath) -> Lines:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def curve(lines: Lines, name: str, *, hours: bool = False) -> list[tuple[float, float]]:
-    """(step, value) or (hours since the run began, value), wherever the figure is there and finite."""
+    """Return (step, value), or (hours since the start, value), of every line with a finite figure `name`."""
     points, elapsed = [], 0.0
     for line in lines:
         if is_number(line.get("elapsed_seconds")):
-            elapsed = line["elapsed_seconds"]  # an evaluation's line comes after its step's
+            elapsed = line["elapsed_seconds"]  # the line of an evaluation follows that of its step
         if is_number(line.get(name)):
             points.append((elapsed / 3600 if hours else line["step"], line[name]))
     return points
 
 
-def names(lines: Lines) -> list[str]:
-    """The figures that occur, in the order in which they first do."""
+def metric_names(lines: Lines) -> list[str]:
+    """Return the names of all figures in the order of their first occurrence."""
     found: dict[str, None] = {}
     for line in lines:
         found |= dict.fromkeys(line)
@@ -80,7 +80,7 @@ def names(lines: Lines) -> list[str]:
 
 
 def evaluations(lines: Lines) -> list[dict[str, Any]]:
-    """Per evaluated step `{"step", "figures"}`; the names of figures of an evaluation have a slash."""
+    """Return `{"step", "figures"}` of every evaluated step; only names of evaluation figures have a slash."""
     found: dict[int, dict[str, float]] = {}
     for line in lines:
         figures = {name: value for name, value in line.items() if "/" in name and is_number(value)}
@@ -90,7 +90,7 @@ def evaluations(lines: Lines) -> list[dict[str, Any]]:
 
 
 def best(lines: Lines) -> dict[str, Best]:
-    """The highest value of every figure of the evaluations, the first of equal ones."""
+    """Return the highest value of every evaluation figure; of equal values the first."""
     found: dict[str, Best] = {}
     for evaluation in evaluations(lines):
         for name, value in evaluation["figures"].items():
@@ -99,37 +99,38 @@ def best(lines: Lines) -> dict[str, Best]:
     return found
 
 
-def speed(lines: Lines) -> dict[str, float]:
-    """Means of the figures of speed over the steps, each step once; those that were never recorded are left out.
+def mean_speed(lines: Lines) -> dict[str, float]:
+    """Return the means of the recorded figures of speed, each step counted once.
 
-    Compilation, evaluation and saving are not in them.
+    Compilation, evaluation and checkpoints are not included. "seconds_per_step" is the mean over steps, the other
+    figures are means over time.
     """
     seconds = dict.fromkeys(_SPEED, 0.0)
     steps = dict.fromkeys(_SPEED, 0.0)
     sums = dict.fromkeys(_SPEED, 0.0)
-    before = 0
+    previous = 0
     for line in lines:
-        count = line["step"] - before
-        before = line["step"]
+        count = line["step"] - previous
+        previous = line["step"]
         if count <= 0 or not is_number(line.get("seconds_per_step")):
             continue
-        took = count * line["seconds_per_step"]
+        duration = count * line["seconds_per_step"]
         for name in _SPEED:
             if is_number(line.get(name)):
-                seconds[name] += took
+                seconds[name] += duration
                 steps[name] += count
-                sums[name] += took * line[name]
+                sums[name] += duration * line[name]
     means = {name: sums[name] / seconds[name] for name in _SPEED if seconds[name] > 0}
-    if means:  # the mean over the steps, not over the time
+    if means:
         means["seconds_per_step"] = seconds["seconds_per_step"] / steps["seconds_per_step"]
     return means
 
 
-def spent(lines: Iterable[dict[str, Any]]) -> Spent:
-    """The most that any line, or receipt, knows of."""
+def run_cost(lines: Iterable[dict[str, Any]]) -> RunCost:
+    """Return the highest cost recorded in any of the lines or receipts."""
     known = [
-        Spent(line["elapsed_seconds"], line["chip_hours"])
+        RunCost(line["elapsed_seconds"], line["chip_hours"])
         for line in lines
         if is_number(line.get("elapsed_seconds")) and is_number(line.get("chip_hours"))
     ]
-    return max(known, default=Spent())
+    return max(known, default=RunCost())

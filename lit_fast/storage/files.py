@@ -9,12 +9,14 @@ Writes are atomic: a reader, or a machine that lost power, finds all of the data
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import io
 import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -33,18 +35,25 @@ class InUseError(Exception):
 class Lock:
     """An exclusive lock, held until `release`, the end of the `with` block or the end of the process.
 
+    Where another process holds it, it is tried again for `wait` seconds.
+
     Raises:
       InUseError: another process holds it.
     """
 
-    def __init__(self, location: StrPath) -> None:
+    def __init__(self, location: StrPath, wait: float = 0.0) -> None:
         make_directory(parent(location))
         self._file = open(_local(location), "a")  # noqa: SIM115  (closed by release)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise InUseError(os.fspath(location)) from None
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() >= deadline:
+                    self._file.close()
+                    raise InUseError(os.fspath(location)) from None
+            time.sleep(0.05)
 
     def release(self) -> None:
         """Let other processes take the lock."""
@@ -118,6 +127,34 @@ def list_names(location: StrPath) -> list[str]:
         return sorted(os.listdir(_local(location)))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def match_files(pattern: StrPath) -> list[str]:
+    """Return the regular files that match a pattern with `*`, `**`, `?` or `[..]`, sorted."""
+    return sorted(f for f in glob.glob(_local(pattern), recursive=True) if os.path.isfile(f))
+
+
+def list_directories(location: StrPath) -> list[str]:
+    """Return the names of the directories directly in a directory, sorted; raises OSError where there is none."""
+    with os.scandir(_local(location)) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def walk_files(location: StrPath) -> Iterator[str]:
+    """Yield the relative paths of all files below a directory, sorted; links to directories are not followed.
+
+    Raises:
+      OSError: a directory cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    root = _local(location)
+    for directory, folders, names in os.walk(root, onerror=refuse):
+        folders.sort()
+        for name in sorted(names):
+            yield os.path.relpath(os.path.join(directory, name), root)
 
 
 def make_directory(location: StrPath) -> None:
@@ -237,6 +274,31 @@ def read_range(location: StrPath, start: int, stop: int) -> bytes:
             parts.append(part)
             start += len(part)
         return b"".join(parts)
+
+
+def read_tail(location: StrPath, size: int) -> bytes:
+    """Return the last `size` bytes of a file, fewer where it is shorter; raises OSError."""
+    with open(_local(location), "rb", buffering=0) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read()
+
+
+def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
+    """Fill writable buffers of bytes, one after the other, with the bytes of a file from `start` on.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: the file ends earlier.
+    """
+    with open(_local(location), "rb", buffering=0) as file:
+        file.seek(start)
+        for buffer in buffers:
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done:])
+                if not count:
+                    raise ValueError(f"{location} ends early")
+                done += count
 
 
 def write_atomic(location: StrPath, data: bytes) -> None:

@@ -6,6 +6,7 @@ Code outside `lit_fast/storage/` treats a location as an opaque `str` and uses t
 
 from __future__ import annotations
 
+import glob
 import os
 import posixpath
 import re
@@ -20,6 +21,11 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 def is_url(location: StrPath) -> bool:
     """Whether a location begins with a scheme, like `s3://`; whether it is one of `SCHEMES` shows when it is opened."""
     return _SCHEME.match(os.fspath(location)) is not None
+
+
+def is_pattern(location: StrPath) -> bool:
+    """Whether a location has `*`, `?` or `[..]`."""
+    return glob.has_magic(os.fspath(location))
 
 
 def join(location: StrPath, *names: str) -> str:

@@ -101,10 +101,7 @@ def listing(pattern: str) -> list[str]:
         raise UserError(
             f"source {pattern} cannot be listed over {scheme}; name the files, as in {{00000..00099}}.tar"
         )
-    search = f"{pattern}*" if pattern.endswith("/") else pattern
-    if scheme == "hf":
-        _filesystem(pattern).invalidate_cache()
-    found = _with_retries(pattern, lambda: _filesystem(pattern).glob(search, detail=True))
+    found = _with_retries(pattern, lambda: _glob(f"{pattern}*" if pattern.endswith("/") else pattern))
     return sorted(f"{scheme}://{name}" for name, info in found.items() if info.get("type") == "file")
 
 
@@ -155,11 +152,10 @@ def _with_retries(url: str, work: Callable[[], T], *, absent: bool = False) -> T
         except ImportError:
             raise UserError(f"{url} needs more packages; run: pip install 'lit-fast[remote]'") from None
         except Exception as raised:  # the packages under fsspec raise many kinds
-            error = _true_error(raised)
-            problem = _permanent_problem(url, error)
-            if absent and isinstance(error, FileNotFoundError) and problem in ("", "does not exist"):
+            error = _true_error(raised) if url.startswith("http") else raised
+            if absent and isinstance(error, FileNotFoundError):
                 return None
-            if problem:
+            if problem := _permanent_problem(url, error):
                 raise UserError(f"{url} {problem}") from None
             last = error
         if attempt < attempts - 1:
@@ -226,6 +222,10 @@ def _filesystem(url: str) -> Any:
         raise UserError(
             f"{url} cannot be read; give a local path or a URL with {', '.join(f'{s}://' for s in SCHEMES)}"
         )
+    if url.startswith("hf://buckets/"):
+        raise UserError(
+            f"{url} is in a bucket of the Hub; give a repository, as in hf://datasets/OWNER/NAME/FILE"
+        )
     return _open_filesystem(scheme)
 
 
@@ -255,10 +255,6 @@ def _info(url: str) -> Mapping[str, Any]:
     from huggingface_hub.hf_api import RepoFolder
 
     at = files.resolve_path(url)
-    if not hasattr(at, "repo_id"):
-        raise UserError(
-            f"{url} is in a bucket of the Hub; give a repository, as in hf://datasets/OWNER/NAME/FILE"
-        )
     found = HfApi().get_paths_info(
         at.repo_id, [at.path_in_repo], revision=at.revision, repo_type=at.repo_type
     )
@@ -267,6 +263,14 @@ def _info(url: str) -> Mapping[str, Any]:
     if isinstance(found[0], RepoFolder):
         return {"type": "directory"}
     return {"size": found[0].size, "etag": found[0].blob_id, "type": "file"}
+
+
+def _glob(pattern: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return the metadata of the files and directories that match a pattern, never from a cache."""
+    files = _filesystem(pattern)
+    if urlsplit(pattern).scheme == "hf":
+        files.invalidate_cache()
+    return files.glob(pattern, detail=True)
 
 
 _range_servers: set[tuple[str, str]] = set()  # scheme and address of servers that are known to answer ranges

@@ -1,4 +1,4 @@
-"""A tower at work: from image files to features, on the devices of this process."""
+"""Compute features of images with a tower, on the devices of this process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from PIL import Image
 
 from lit_fast.data.features import BFLOAT16
 from lit_fast.data.images.decode import MAX_PIXELS, ImageError, decode, rgb
 from lit_fast.errors import UserError
-from lit_fast.runtime import AXIS, batch_sharding, make_mesh, replicated
+from lit_fast.runtime import REPLICATED, SHARDED, batch_sharding, make_mesh, replicated, shard_map
 from lit_fast.storage.files import exists, is_file, read_bytes, size
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.tower import Tower, load_tower
@@ -26,19 +25,19 @@ from lit_fast.utils.system import cpu_count
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """An image file, a PIL image, or its pixels uint8 [height, width, 3]."""
 
-MAX_FILE = 256 << 20  # bytes
+_MAX_FILE = 256 << 20  # bytes
 
 
 def open_tower(spec: str, options: dict[str, Any]) -> Tower:
-    """The tower of a specification and of the options of `lit-fast embed` that change it.
+    """Load a tower with those options of `lit-fast embed` that affect it.
 
-    Those are `preprocess`, `resolution`, `gelu`, `pool` and `reduced_decode`; others are not its.
+    They are `preprocess`, `resolution`, `gelu`, `pool` and `reduced_decode`; others are ignored.
 
     Raises:
       UserError: as `load_tower`.
     """
-    own = ("preprocess", "resolution", "gelu", "pool")
-    tower = load_tower(spec, **{name: value for name, value in options.items() if name in own})
+    names = ("preprocess", "resolution", "gelu", "pool")
+    tower = load_tower(spec, **{name: value for name, value in options.items() if name in names})
     if not options.get("reduced_decode"):
         return tower
     try:
@@ -48,29 +47,30 @@ def open_tower(spec: str, options: dict[str, Any]) -> Tower:
 
 
 def default_batch_size() -> int:
-    """Images per device. On a CPU large batches are slow: 98 images/s by 16 and 32, 36 by 64 (ViT-Ti/16)."""
+    """Return the images per device.
+
+    On CPUs large batches are slow: ViT-Ti/16 embeds 98 images/s in batches of 16 or 32, 36 images/s in batches of 64.
+    """
     return 16 if jax.default_backend() == "cpu" else 64
 
 
 def compile_tower(tower: Tower, dtype: str) -> Callable[[np.ndarray], jax.Array]:
-    """The tower over all local devices: uint8 `[n, size, size, 3]` to float32 `[n, width]`.
+    """Compile a tower for all local devices.
 
-    `n` is a multiple of the number of devices. Each runs the same program on its own images, so that a
-    vector depends on the images per device and not on the number of devices.
+    Each device runs the same program on its own images, so that a feature depends on the images per device and not on
+    the number of devices.
+
+    Returns:
+      A function of uint8 [n, size, size, 3] to float32 [n, width], where n is a multiple of the number of devices.
     """
     mesh = make_mesh(jax.local_devices())
     params = jax.device_put(tower.params, replicated(mesh))
-    embed = jax.jit(
-        jax.shard_map(
-            lambda p, x: tower.embed(p, x, jnp.dtype(dtype)),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
-            out_specs=PartitionSpec(AXIS),
-            check_vma=False,
-        )
+    function = shard_map(
+        lambda p, x: tower.embed(p, x, jnp.dtype(dtype)), mesh, (REPLICATED, SHARDED), out_specs=SHARDED
     )
-    split = batch_sharding(mesh)
-    return lambda images: embed(params, jax.device_put(images, split))
+    embed = jax.jit(function)
+    sharding = batch_sharding(mesh)
+    return lambda images: embed(params, jax.device_put(images, sharding))
 
 
 def embed_images(
@@ -80,17 +80,20 @@ def embed_images(
     width: int,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Features as `lit-fast embed` stores them, bfloat16 `[n, width]`.
+    """Embed images as `lit-fast embed` does.
 
     Args:
-      run: the compiled tower.
+      run: the result of `compile_tower`.
       images: decoded batch by batch, in threads.
-      preprocess: of the tower.
-      width: of a feature.
-      max_pixels: as `decode`.
+      preprocess: that of the tower.
+      width: length of a feature.
+      max_pixels: see `decode`.
+
+    Returns:
+      bfloat16 [n, width].
 
     Raises:
-      UserError: an image cannot be used; the message names the file, or the image's place.
+      UserError: an image cannot be used; the message names the file or the position of the image.
     """
     batch = default_batch_size() * jax.local_device_count()
     side = preprocess.size
@@ -99,10 +102,9 @@ def embed_images(
         for lo in range(0, len(images), batch):
             part = range(lo, min(lo + batch, len(images)))
             pixels = np.zeros((batch, side, side, 3), np.uint8)
-            for place, taken in enumerate(
-                pool.map(lambda i: read_pixels(images[i], f"image {i}", preprocess, max_pixels), part)
-            ):
-                pixels[place] = taken
+            decoded = pool.map(lambda i: read_pixels(images[i], f"image {i}", preprocess, max_pixels), part)
+            for position, image in enumerate(decoded):
+                pixels[position] = image
             out[part.start : part.stop] = np.asarray(run(pixels))[: len(part)].astype(BFLOAT16)
     return out
 
@@ -110,29 +112,34 @@ def embed_images(
 def read_pixels(
     image: ImageLike, name: str, preprocess: Preprocess, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """An image as the tower takes it, uint8 `[size, size, 3]`.
+    """Decode and preprocess one image.
 
     Args:
-      image: a file is treated as one of a dataset, see `decode`.
-      name: of an image that is not a file, for messages.
+      image: a file is decoded as one of a dataset, see `decode`.
+      name: for messages, if the image is not a file.
+      preprocess: that of the tower.
+      max_pixels: see `decode`.
+
+    Returns:
+      uint8 [size, size, 3].
 
     Raises:
-      UserError: it cannot be used.
+      UserError: the image cannot be used.
     """
     try:
-        return preprocess.apply(_opened(image, preprocess, max_pixels))
+        return preprocess.apply(_open_image(image, preprocess, max_pixels))
     except (ImageError, OSError) as error:
         where = image if isinstance(image, str | os.PathLike) else name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{where} cannot be embedded: {reason}") from None
 
 
-def _opened(image: ImageLike, preprocess: Preprocess, max_pixels: int) -> Image.Image:
+def _open_image(image: ImageLike, preprocess: Preprocess, max_pixels: int) -> Image.Image:
     if isinstance(image, str | os.PathLike):
-        if not is_file(image):  # a FIFO or a device would never end
+        if not is_file(image):  # a pipe or a device might never end
             raise ImageError("it is a directory or a device" if exists(image) else "there is no such file")
-        if size(image) > MAX_FILE:
-            raise ImageError(f"the file is larger than {MAX_FILE >> 20} MiB")
+        if size(image) > _MAX_FILE:
+            raise ImageError(f"the file is larger than {_MAX_FILE >> 20} MiB")
         data = read_bytes(image)
         return decode(data, max_pixels=max_pixels, at_least=preprocess.at_least, alpha=preprocess.alpha)
     if isinstance(image, Image.Image):

@@ -1,7 +1,6 @@
-"""From the bytes of an image file to the uint8 pixels that a vision tower expects.
+"""Resize and crop images to the uint8 pixels that a vision tower was trained with.
 
-Weights come with a convention of resizing and cropping; the methods below are those of the families that
-publish towers. Normalisation by mean and std happens on the device.
+The methods are those of the code bases that publish towers. Mean and std are applied on the device.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ from lit_fast.data.images.decode import ImageError, full_size
 METHODS = ("pil-crop", "pil-squash", "hf-crop", "tf-squash")
 INTERPOLATIONS = {f.name.lower(): f for f in Image.Resampling}
 
-# `decode` has its own cap, checked before any pixel is decoded; PIL's would print warnings below its limit
-# and forbid a higher one.
+# `decode` has its own limit, checked before any pixel is decoded. PIL's would print warnings and forbid a higher one.
 Image.MAX_IMAGE_PIXELS = None
 
-# Of odd tags and palettes PIL warns; in millions of pictures from the web there are always some.
+# PIL warns of invalid tags and palettes, which some images of the web have.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
-# A 1 x 30 000 pixel image has few pixels, but resized to a short side of 248 it has 1.8 thousand million.
+# A 1 x 30 000 pixel image has few pixels, but 1.8e9 when its short side is resized to 248.
 _MAX_RESIZED_PIXELS = 64_000_000
 
 # Random-resized crops of `view`: share of the area, and sides at most 4:3.
@@ -40,19 +38,18 @@ _REDUCED = 2
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How images become a tower's input.
+    """A recipe of resizing and cropping.
 
-    Equal pixel for pixel to the processors named here where those resize with PIL. The `Pil` processors of
-    transformers 5 are the definition of the Hugging Face families, as their models were published with
-    them; those that resize tensors with torchvision differ by one grey level in 0.2 to 0.4 % of the values
-    (measured on two photos of 640 x 427 reduced to 224).
+    The pixels are equal to those of the processors named here where they resize with PIL. For Hugging Face families
+    these are the `Pil` processors of transformers 5, as the models were published with them. Processors that resize
+    with torchvision differ by one grey level in 0.2 to 0.4 % of the values (two photos of 640 x 427 resized to 224).
 
     Attributes:
       method: "pil-crop": short side to `resize`, then the centre `size` x `size`, its corner rounded half to
         even (torchvision; timm's crop mode "center").
         "pil-squash": both sides to `resize`, the aspect ratio is lost; then the centre as above (Hugging
         Face ViT, DeiT and SigLIP; timm's "squash").
-        "hf-crop": as "pil-crop", but the corner is rounded down and what lies outside of the image is black
+        "hf-crop": as "pil-crop", but the corner is rounded down and pixels outside of the image are black
         (Hugging Face CLIP and DINOv2).
         "tf-squash": both sides to `size`, not antialiased (big_vision).
       size: height and width of the result, pixels.
@@ -62,11 +59,11 @@ class Preprocess:
       interpolation: filter of PIL's antialiased resize, a key of `INTERPOLATIONS`; "" is "bicubic". Always
         "bilinear" for tf-squash.
       reduced: JPEGs much larger than needed are decoded at 1/2, 1/4 or 1/8 (see `at_least`).
-      alpha: what becomes of transparency: "drop" leaves the colours as they are (timm, torchvision, big_vision),
-        "white" lays the picture on white (Hugging Face CLIP, SigLIP and DINOv2).
+      alpha: of transparent images: "drop" ignores it (timm, torchvision, big_vision), "white" blends with a white
+        background (Hugging Face CLIP, SigLIP and DINOv2).
 
     Raises:
-      ValueError: there is no such method or filter, or a number makes no sense.
+      ValueError: there is no such method or filter, or a number is out of range.
     """
 
     method: str
@@ -83,11 +80,11 @@ class Preprocess:
             raise ValueError(f"preprocess method {self.method!r}; there are {', '.join(METHODS)}")
         if self.alpha not in ("drop", "white"):
             raise ValueError(f"alpha {self.alpha!r}; there are drop, white")
-        own = _interpolation(self.method)
+        default = _interpolation(self.method)
         if self.interpolation not in ("", *INTERPOLATIONS):
             raise ValueError(f"interpolation {self.interpolation!r}; there are {', '.join(INTERPOLATIONS)}")
-        if self.method == "tf-squash" and self.interpolation not in ("", own):
-            raise ValueError(f"tf-squash is {own}; interpolation {self.interpolation} needs pil-squash")
+        if self.method == "tf-squash" and self.interpolation not in ("", default):
+            raise ValueError(f"tf-squash is {default}; for interpolation {self.interpolation} use pil-squash")
         if self.method == "tf-squash" and self.reduced:
             raise ValueError("tf-squash samples single pixels, so JPEGs cannot be decoded reduced for it")
         for name, value in (("size", self.size), ("resize", self.resize)):
@@ -97,32 +94,33 @@ class Preprocess:
             raise ValueError(f"preprocess: resize {self.resize} is smaller than size {self.size}")
         for name, values, least in (("mean", self.mean, -math.inf), ("std", self.std, 0)):
             if len(values) != 3 or not all(math.isfinite(v) and v > least for v in values):
-                raise ValueError(f"preprocess: {name} is {list(values)}, not three sensible numbers")
-        # One meaning must have one spelling.
-        object.__setattr__(self, "interpolation", self.interpolation or own)
+                raise ValueError(f"preprocess: {name} is {list(values)}, not three numbers in range")
+        # Equal recipes must be equal, as they are part of a tower's identity.
+        object.__setattr__(self, "interpolation", self.interpolation or default)
         if self.method == "tf-squash":  # there is no crop
             object.__setattr__(self, "resize", self.size)
 
     @property
     def at_least(self) -> int | None:
-        """Short side in pixels that `decode` has to leave a JPEG; None: all of it.
+        """Return the short side in pixels that a reduced JPEG must keep; None: no reduction.
 
-        Twice the side that it is resized to. Cosine of ViT-Ti/16's features with those of exact decoding,
-        mean and least: at twice 0.9992 and 0.9979, at once 0.992 and 0.971 (9 and 15 pictures of 400 to 1411
-        pixels, features at 112); on 160 photos of 224 pixels with features at 48, at twice 0.998 and 0.958.
-        tf-squash, which samples single pixels, falls to 0.94 and 0.82 there, so it has no reduced decoding.
+        It is twice the side after resizing. The cosine of ViT-Ti/16's features with those of exact decoding, mean and
+        minimum, is 0.9992 and 0.9979 with a factor of 2, and 0.992 and 0.971 with a factor of 1 (images of 400 to
+        1411 pixels, features at 112 pixels). On 160 photos of 224 pixels with features at 48 pixels it is 0.998 and
+        0.958 with a factor of 2. tf-squash samples single pixels and falls to 0.94 and 0.82 there, so that it has no
+        reduced decoding.
         """
         return _REDUCED * max(self.resize, self.size) if self.reduced else None
 
     def apply(self, image: Image.Image) -> np.ndarray:
-        """An RGB image as uint8 `[size, size, 3]`.
+        """Resize and crop an RGB image; returns uint8 [size, size, 3].
 
         Raises:
           ImageError: the image is too long and thin to be resized.
         """
         if self.method == "tf-squash":
             return tf_squash(np.asarray(image), self.size)
-        # Of a reduced JPEG the last row and column cover only a part of a pixel.
+        # The last row and column of a reduced JPEG cover only a part of a pixel.
         full, box = full_size(image)
         new = (self.resize, self.resize) if self.method == "pil-squash" else self._resized(*full)
         if new != image.size or box:
@@ -131,12 +129,12 @@ class Preprocess:
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
 
     def view(self, image: Image.Image, key: str, number: int) -> np.ndarray:
-        """One of many views of an RGB image as uint8 `[size, size, 3]`; view 0 is `apply`'s.
+        """Return one of many views of an RGB image, uint8 [size, size, 3].
 
-        The others are random-resized crops: 35 to 100 % of the area, sides at most 4:3, resized without
-        regard to the aspect ratio (Inception's augmentation, with less cut away than for classification,
-        since a caption speaks of the whole picture). Never mirrored: captions say left and right, and
-        pictures hold text. The crop depends on `key` (of the row), `number` and the size of the image only.
+        View 0 is the result of `apply`. Others are random-resized crops (Inception's augmentation) of 35 to 100 % of
+        the area, more than for classification, as captions describe whole images. Views are not mirrored, as captions
+        say left and right and images contain text. A crop depends on the size of the image, `key` (that of the row)
+        and `number` only.
 
         Raises:
           ImageError: as `apply`, view 0 only.
@@ -149,10 +147,9 @@ class Preprocess:
         return np.asarray(crop.resize((self.size, self.size), INTERPOLATIONS[self.interpolation]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for provenance; the inverse of `from_dict`.
+        """Return plain values for provenance; the inverse of `from_dict`.
 
-        A tower's identity is a digest over them, so a field younger than the first feature stores is only
-        there when it is not what it was before it existed.
+        They are part of a tower's identity: optional fields are absent where they have their defaults.
         """
         value = self.__dict__ | {"mean": list(self.mean), "std": list(self.std)}
         if self.interpolation == _interpolation(self.method):
@@ -165,11 +162,11 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Preprocess:
-        """Build from `to_dict`'s result, also of an earlier version."""
+        """Build from `to_dict`'s result."""
         return cls(**(value | {"mean": tuple(value["mean"]), "std": tuple(value["std"])}))
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height when the short side is `resize`; the long one is truncated, as torchvision does."""
+        """Return width and height with `resize` as the short side; the long one is truncated, as in torchvision."""
         short, long = min(width, height), max(width, height)
         new_long = int(self.resize * long / short)
         if self.resize * new_long > _MAX_RESIZED_PIXELS:
@@ -177,7 +174,7 @@ class Preprocess:
         return (self.resize, new_long) if width <= height else (new_long, self.resize)
 
     def _corner(self, gap: int) -> int:
-        """Where the crop begins; torchvision rounds half to even here, as Python does."""
+        """Return the first pixel of the crop; torchvision rounds half to even, as Python does."""
         return gap // 2 if self.method == "hf-crop" else round(gap / 2)
 
 
@@ -186,17 +183,17 @@ def _interpolation(method: str) -> str:
 
 
 def random_crop(width: int, height: int, key: str, number: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of crop `number` of an image, drawn from blake2b of `key` and `number`.
+    """Draw the left, top, right and bottom of a crop from the hash of `key` and `number`.
 
-    As torchvision's RandomResizedCrop: ten attempts, then the whole image cut to the allowed ratio. Only
-    arithmetic that IEEE 754 defines to the last bit, so that every machine draws the same.
+    As torchvision's RandomResizedCrop: ten attempts, then the whole image cut to the allowed ratio. All arithmetic is
+    exact under IEEE 754, so that every machine draws the same crop.
     """
     for attempt in range(10):
         text = f"{number} {attempt} {key}".encode("utf-8", "surrogatepass")
         words = np.frombuffer(blake2b(text, digest_size=32).digest(), "<u8")
         share, shape, x, y = (int(word >> np.uint64(11)) / 2**53 for word in words)
         area = width * height * (_VIEW_AREA + (1 - _VIEW_AREA) * share)
-        # Twice the fraction says how far from square, its whole part in which direction.
+        # The fraction of 2 * shape is the distance from square, its whole part selects wide or high.
         ratio = 1 + (_VIEW_RATIO - 1) * (2 * shape % 1)
         ratio = ratio if shape < 0.5 else 1 / ratio
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -210,10 +207,10 @@ def random_crop(width: int, height: int, key: str, number: int) -> tuple[int, in
 
 
 def tf_squash(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 `[h, w, c]` to `[size, size, c]`: `tf.image.resize(antialias=False)`, truncated to uint8.
+    """Resize uint8 [h, w, c] to [size, size, c] as `tf.image.resize(antialias=False)`, truncated to uint8.
 
-    Bilinear with half-pixel centres, in float32, along x and then along y, as TensorFlow computes it. An
-    image that has the size already is returned unchanged.
+    Bilinear with half-pixel centres, in float32, along x and then along y. An image of that size is returned
+    unchanged.
     """
     height, width = image.shape[:2]
     if (height, width) == (size, size):
@@ -232,7 +229,7 @@ def tf_squash(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two source positions and the weight of the second, each `[size]`, for one axis."""
+    """Return the two source positions and the weight of the second, each [size], for one axis."""
     scale = np.float32(length) / np.float32(size)
     position = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
     floor = np.floor(position)

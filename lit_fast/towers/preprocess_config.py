@@ -1,7 +1,7 @@
-"""Preprocessing as the configurations that come with weights describe it.
+"""Read preprocessing from the configurations of published weights.
 
-What they say in full is followed to the pixel; what `Preprocess` cannot express is refused, since features
-of other pixels are features of another tower.
+A configuration is followed exactly. One that `Preprocess` cannot express is refused, as other pixels give other
+features.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _HALF = (0.5, 0.5, 0.5)
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
-# Defaults of transformers 5, models/*/image_processing_pil_*.py; a number as size is both sides of a square
-# where `square`, else the short side.
+# Defaults of transformers 5, models/*/image_processing_pil_*.py; if `square`, a number as size is both sides of a
+# square, else the short side.
 _SQUARE_224 = {"height": 224, "width": 224}
 _COMMON: dict[str, Any] = {
     "resample": 3, "image_mean": _HALF, "image_std": _HALF, "square": True, "do_convert_rgb": False,
@@ -43,56 +43,56 @@ _SUFFIXES = ("ImageProcessorPil", "ImageProcessorFast", "ImageProcessor", "Featu
 
 
 def huggingface(config: dict[str, Any], path: str) -> Preprocess:
-    """Preprocessing of a `preprocessor_config.json`, whose content is `config` and whose name is `path`.
+    """Convert the content of a `preprocessor_config.json`; `path` is for messages.
 
-    The processors of ViT, DeiT, SigLIP, CLIP and Bit (which DINOv2 uses), old and new spellings. A rescale
-    factor other than 1/255 goes into mean and std.
+    Known are the processors of ViT, DeiT, SigLIP, CLIP and Bit (used by DINOv2), with old and new names of keys. A
+    rescale factor other than 1/255 is included in mean and std.
 
     Raises:
-      UserError: another processor, or a transform that cannot be expressed.
+      UserError: it is another processor, or a transform cannot be expressed.
     """
     name = config.get("image_processor_type") or config.get("feature_extractor_type")
     suffix = next((s for s in _SUFFIXES if isinstance(name, str) and name.endswith(s)), "")
     known = PROCESSORS.get(name.removesuffix(suffix)) if suffix and isinstance(name, str) else None
     if known is None:
         raise _refusal(
-            path, f"image processor {name!r} is unknown; there are those of {', '.join(PROCESSORS)}"
+            path, f"image processor {name!r} is unknown; known are those of {', '.join(PROCESSORS)}"
         )
-    given = known | {k: v for k, v in config.items() if v is not None}
+    settings = known | {k: v for k, v in config.items() if v is not None}
     for key in ("do_pad", "do_flip_channel_order", "do_rescale_offset", "rescale_offset"):
-        if given.get(key):
+        if settings.get(key):
             raise _refusal(path, f"{key} cannot be done")
-    if not given.get("do_resize", True):
+    if not settings.get("do_resize", True):
         raise _refusal(path, "do_resize is false, but all images must come out in one size")
-    method, resize = _size(given["size"], known["square"], path)
-    size = _side(given.get("crop_size"), "crop_size", path) if given.get("do_center_crop") else resize
-    if method == "hf-crop" and not given.get("do_center_crop"):
+    method, resize = _size(settings["size"], known["square"], path)
+    size = _side(settings.get("crop_size"), "crop_size", path) if settings.get("do_center_crop") else resize
+    if method == "hf-crop" and not settings.get("do_center_crop"):
         raise _refusal(path, "short side without centre crop: the images would not be square")
     if method == "pil-squash" and (resize < size or (resize - size) // 2 != round((resize - size) / 2)):
         raise _refusal(path, f"a centre crop of {size} out of {resize} x {resize} pixels cannot be done")
-    mean, std = _normalisation(given, path)
-    how = _preprocess(path, method, size, resize, mean, std, _filter(given["resample"], path))
-    return replace(how, alpha="white" if given["do_convert_rgb"] else "drop")
+    mean, std = _normalisation(settings, path)
+    preprocess = _preprocess(path, method, size, resize, mean, std, _filter(settings["resample"], path))
+    return replace(preprocess, alpha="white" if settings["do_convert_rgb"] else "drop")
 
 
 def timm(pretrained_cfg: dict[str, Any], path: str) -> Preprocess:
-    """Preprocessing of timm's `pretrained_cfg`, which stands in `path`, as timm evaluates the model.
+    """Convert timm's `pretrained_cfg` to the preprocessing of timm's evaluation; `path` is for messages.
 
-    From timm/data/config.py and transforms_factory.py: the short side, or both for the crop mode "squash",
-    becomes `floor(size / crop_pct)`. The crop mode "border", which no ViT of timm 1.0.31 has, is refused.
+    The short side, or both for the crop mode "squash", becomes `floor(size / crop_pct)` (timm/data/config.py and
+    transforms_factory.py). The crop mode "border", which no ViT of timm 1.0.31 has, is refused.
 
     Raises:
-      UserError: a transform that cannot be expressed.
+      UserError: a transform cannot be expressed.
     """
-    given = {k: v for k, v in pretrained_cfg.items() if v}  # timm takes its default for what is falsy
-    shape = given.get("input_size", (3, 224, 224))
+    settings = {k: v for k, v in pretrained_cfg.items() if v}  # timm takes its default for falsy values
+    shape = settings.get("input_size", (3, 224, 224))
     if not isinstance(shape, list | tuple) or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
         raise _refusal(path, f"input_size {shape!r} is not that of square RGB images")
-    fraction = given.get("crop_pct", 0.875)
+    fraction = settings.get("crop_pct", 0.875)
     if not _is_number(fraction) or not 0.1 <= fraction <= 1:
         raise _refusal(path, f"crop_pct {fraction!r} is not a fraction")
-    size = _whole(shape[1], "input_size", path)
-    mode = given.get("crop_mode", "center")
+    size = _pixels(shape[1], "input_size", path)
+    mode = settings.get("crop_mode", "center")
     if mode not in ("center", "squash"):
         raise _refusal(path, f"crop_mode {mode!r}; there are 'center' and 'squash'")
     return _preprocess(
@@ -100,9 +100,9 @@ def timm(pretrained_cfg: dict[str, Any], path: str) -> Preprocess:
         "pil-crop" if mode == "center" else "pil-squash",
         size,
         math.floor(size / fraction),
-        _triple(given.get("mean", _IMAGENET[0]), "mean", path),
-        _triple(given.get("std", _IMAGENET[1]), "std", path),
-        given.get("interpolation", "bicubic"),
+        _triple(settings.get("mean", _IMAGENET[0]), "mean", path),
+        _triple(settings.get("std", _IMAGENET[1]), "std", path),
+        settings.get("interpolation", "bicubic"),
     )
 
 
@@ -114,25 +114,25 @@ def _preprocess(path: str, *fields: Any) -> Preprocess:
 
 
 def _size(value: Any, square: bool, path: str) -> tuple[str, int]:
-    """The method and its `resize`, from `size` in any spelling."""
+    """Return the method and its `resize` for any form of `size`."""
     if isinstance(value, dict) and value.keys() == {"shortest_edge"}:
-        return "hf-crop", _whole(value["shortest_edge"], "size", path)
+        return "hf-crop", _pixels(value["shortest_edge"], "size", path)
     if isinstance(value, int) and not square:
-        return "hf-crop", _whole(value, "size", path)
+        return "hf-crop", _pixels(value, "size", path)
     return "pil-squash", _side(value, "size", path)
 
 
 def _side(value: Any, name: str, path: str) -> int:
-    """The side of a square, from 224, [224, 224] or {"height": 224, "width": 224}."""
+    """Return the side of a square given as 224, [224, 224] or {"height": 224, "width": 224}."""
     if isinstance(value, dict) and value.keys() == {"height", "width"}:
         value = [value["height"], value["width"]]
     sides = value if isinstance(value, list | tuple) else [value]
     if len(sides) not in (1, 2) or sides[0] != sides[-1]:
         raise _refusal(path, f"{name} {value!r} is not the side of a square")
-    return _whole(sides[0], name, path)
+    return _pixels(sides[0], name, path)
 
 
-def _whole(value: Any, name: str, path: str) -> int:
+def _pixels(value: Any, name: str, path: str) -> int:
     if type(value) is not int:
         raise _refusal(path, f"{name} {value!r} is not a number of pixels")
     return value
@@ -145,12 +145,12 @@ def _filter(value: Any, path: str) -> str:
     raise _refusal(path, f"resample {value!r} is not one of PIL's filters")
 
 
-def _normalisation(given: dict[str, Any], path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of pixels in [0, 1], whatever `rescale_factor` makes of them before."""
+def _normalisation(settings: dict[str, Any], path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std for pixels in [0, 1], with `rescale_factor` included."""
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if given.get("do_normalize", True):
-        mean, std = (_triple(given[k], k, path) for k in ("image_mean", "image_std"))
-    factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1
+    if settings.get("do_normalize", True):
+        mean, std = (_triple(settings[k], k, path) for k in ("image_mean", "image_std"))
+    factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1
     if not _is_number(factor) or factor <= 0:
         raise _refusal(path, f"rescale_factor {factor!r} is not a positive number")
     if math.isclose(factor, 1 / 255, rel_tol=1e-6):
@@ -169,5 +169,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _refusal(path: str, what: str) -> UserError:
-    return UserError(f"{path}: {what}; give --preprocess")
+def _refusal(path: str, problem: str) -> UserError:
+    return UserError(f"{path}: {problem}; give --preprocess")

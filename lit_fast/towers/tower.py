@@ -1,7 +1,7 @@
-"""Towers: frozen vision models with everything that decides their features.
+"""Frozen vision towers: weights, architecture, preprocessing and pooling.
 
-A tower is weights + architecture + preprocessing + pooling. `provenance` writes that down, and its
-`identity` is a digest over all of it, so that two stores with one identity hold the same features.
+`Tower.provenance` records all of them. Its `identity` is a digest over the record, so that two feature stores with the
+same identity have the same features. Layouts of files are in `lit_fast/towers/layouts.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lit_fast.weights.positions import resample_positions
 from lit_fast.weights.resolve import local_weights, weights_digest
 
 GELUS = ("exact", "tanh", "quick")
-# A resolution beyond these would ask for more memory than any machine has.
+# Larger values in a file would need more memory than any machine has.
 _MAX_RESOLUTION = 4096
 _MAX_GRID = 256
 _MAX_SIZE = 1 << 20
@@ -43,25 +43,41 @@ _MAX_SIZE = 1 << 20
 
 @dataclass(frozen=True)
 class Tower:
-    """A frozen vision tower, ready to embed."""
+    """A frozen vision tower.
 
-    name: str  # default name of the feature directory
-    source: str  # the file or name that `load_tower` takes
-    sha256: str  # of the weights; of several parts, a digest of theirs
+    Attributes:
+      name: default name of the feature directory.
+      source: the argument of `load_tower`, as an absolute path or a name.
+      sha256: digest of the weights; of several parts, a digest of their digests.
+      architecture: shapes, pooling and non-linearity.
+      preprocess: from the bytes of an image to pixels.
+      params: float32 numpy arrays under big_vision's names.
+      resampled: rule by which the positions were resampled; None: they were not.
+    """
+
+    name: str
+    source: str
+    sha256: str
     architecture: Architecture
     preprocess: Preprocess
-    params: Params  # float32 numpy arrays
-    resampled: str | None  # rule by which the positions were resampled, if they were
+    params: Params
+    resampled: str | None
 
     @property
     def width(self) -> int:
-        """Length of a feature vector."""
+        """Return the length of a feature vector."""
         return self.architecture.width
 
     def embed(self, params: Params, images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-        """Features of uint8 images [n, size, size, 3] as float32 [n, width]; pure, for jit.
+        """Compute the features of images; a pure function for `jax.jit`.
 
-        `dtype` is the precision of the matrix products; LayerNorm statistics and softmax are float32.
+        Args:
+          params: those of the tower, on the devices.
+          images: uint8 [n, size, size, 3].
+          dtype: precision of the matrix products; LayerNorm statistics and softmax are float32.
+
+        Returns:
+          float32 [n, width].
         """
         mean, std = (np.asarray(v, np.float32) for v in (self.preprocess.mean, self.preprocess.std))
         x = (images.astype(jnp.float32) / 255.0 - mean) / std
@@ -71,10 +87,10 @@ class Tower:
             return model.apply({"params": params}, x)  # type: ignore[return-value]
 
     @cached_property
-    def _recipe(self) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         a = self.architecture
-        # What plain ViTs do not have is named only where it is: a digest must not change by a new field.
-        further = {
+        # Absent where they have the values of a plain ViT, so that a new field changes no digest.
+        optional = {
             "encoder_width": a.shape.width if a.width != a.shape.width else None,
             "class_token": a.class_token if a.class_token != (a.pool == "tok") else None,
             "registers": a.registers or None,
@@ -92,18 +108,18 @@ class Tower:
             "gelu": a.gelu,
             "layer_norm_epsilon": a.epsilon,
             "preprocess": self.preprocess.to_dict(),
-            **{name: value for name, value in further.items() if value is not None},
+            **{name: value for name, value in optional.items() if value is not None},
         }
 
     def provenance(self, dtype: str) -> dict[str, Any]:
-        """The content of `tower.json`; `identity` covers all that decides the features."""
-        recipe = self._recipe | {"dtype": dtype}
-        text = json.dumps(recipe, sort_keys=True).encode()
+        """Return the content of `tower.json`; `identity` is a digest of everything that affects the features."""
+        record = self._record | {"dtype": dtype}
+        text = json.dumps(record, sort_keys=True).encode()
         return {
             "name": self.name,
             "source": self.source,
             "identity": hashlib.blake2b(text, digest_size=16).hexdigest(),
-            **recipe,
+            **record,
             "versions": {"lit_fast": __version__, "jax": jax.__version__},
         }
 
@@ -112,7 +128,7 @@ def from_provenance(provenance: dict[str, Any]) -> tuple[Architecture, Preproces
     """Return the architecture and preprocessing that `Tower.provenance` recorded in `tower.json`.
 
     Raises:
-      KeyError, TypeError, ValueError: something is missing or makes no sense.
+      KeyError, TypeError, ValueError: a value is missing or invalid.
     """
     width, pool, gelu = provenance["width"], provenance["pool"], provenance["gelu"]
     if provenance["architecture"] != "vit" or pool not in POOLS or gelu not in (*GELUS, "swiglu"):
@@ -154,24 +170,23 @@ def load_tower(
     resolution: int | None = None,
     gelu: str | None = None,
 ) -> Tower:
-    """Load a vision tower from a file, a directory or a name that `lit_fast.storage.hub` knows.
+    """Load a vision tower from a file, a directory or a name, see `lit_fast.weights.resolve`.
 
     * `.npz`: AugReg and big_vision, old and new names, with or without head. Defaults are timm's for these
       weights (bicubic resize and centre crop by 0.9, from 384 pixels on 1.0; exact GELU); with a MAP head
-      (ViT-g, ViT-G, SigLIP) big_vision's (squash; tanh). `gelu="tanh"` is the function that AugReg's weights
-      were trained with.
-    * a directory with `config.json` and `model.safetensors`, whole or in parts, or one of these files: ViT,
-      DeiT, DINOv2, CLIP, SigLIP as transformers or timm write them, with their own preprocessing.
+      (ViT-g, ViT-G, SigLIP) big_vision's (squash; tanh). AugReg's weights were trained with `gelu="tanh"`.
+    * A directory with `config.json` and `model.safetensors`, whole or in parts, or one of these files: ViT, DeiT,
+      DINOv2, CLIP and SigLIP of transformers or timm, with their own preprocessing.
 
     Args:
       spec: path or name.
-      pool: one of `POOLS` instead of the family's own; the weights must hold what it needs.
+      pool: one of `POOLS` instead of the family's own; the weights must have its parameters.
       preprocess: a method of `lit_fast.towers.preprocess` instead of the tower's own.
-      resolution: pixels; the positions are resampled by the rule of the weights' own code.
+      resolution: pixels; positions are resampled by the rule of the family.
       gelu: one of `GELUS` instead of the family's own.
 
     Raises:
-      UserError: no such file or name, not a ViT, or an option that does not fit it.
+      UserError: there is no such file or name, it is no ViT, or an option does not fit it.
     """
     if resolution is not None and not 0 < resolution <= _MAX_RESOLUTION:
         raise UserError(f"resolution {resolution} is not between 1 and {_MAX_RESOLUTION} pixels")
@@ -200,30 +215,30 @@ def load_tower(
 
 
 def _with_options(weights: Weights, pool: str | None, gelu: str | None, path: str) -> Architecture:
-    """The weights' architecture with the user's choices."""
+    """Return the architecture of the weights with the user's options."""
     a, params = weights.architecture, weights.params
     if gelu is not None and gelu != a.gelu:
         if gelu not in GELUS:
             raise UserError(f"gelu must be one of {', '.join(GELUS)}, not {gelu!r}")
         if a.gelu == "swiglu":
-            raise UserError(f"{path} has SwiGLU layers; gelu {gelu!r} does not fit them")
+            raise UserError(f"{path} has SwiGLU layers, which gelu {gelu!r} does not fit; leave it out")
         a = dataclasses.replace(a, gelu=gelu)
     if pool is None:
         return a
-    possible = {
+    available = {
         "tok": a.class_token,
         "gap": True,
         "map": "MAPHead_0" in params,
         "projection": "projection" in params,
     }
-    if not possible.get(pool):
-        there = ", ".join(p for p in POOLS if possible[p])
-        raise UserError(f"pool {pool!r} does not fit {path}, whose weights allow {there}")
+    if not available.get(pool):
+        choices = ", ".join(p for p in POOLS if available[p])
+        raise UserError(f"pool {pool!r} does not fit the weights of {path}; choose from {choices}")
     return dataclasses.replace(a, pool=pool)
 
 
 def _without_unused_heads(params: Params, a: Architecture) -> Params:
-    """The parameters without those of poolings that were not chosen."""
+    """Return the parameters without those of other poolings."""
     unused = {"MAPHead_0": "map", "projection": "projection"}
     return {name: tree for name, tree in params.items() if unused.get(name) in (None, a.pool)}
 
@@ -250,7 +265,11 @@ def _name(spec: str, path: str) -> str:
 
 
 def _check_shapes(params: Params, a: Architecture, grid: int, path: str) -> None:
-    """Every parameter of the model must be in the file, in the right shape, and nothing else."""
+    """Check that the parameters are exactly those of the model, with its shapes.
+
+    Raises:
+      UserError: names the first that differs.
+    """
     images = jax.ShapeDtypeStruct((1, grid * a.patch, grid * a.patch, 3), jnp.float32)
     wanted = jax.eval_shape(ViT(a).init, jax.random.key(0), images)["params"]
     want = {k: v.shape for k, v in flatten_dict(wanted, sep="/").items()}

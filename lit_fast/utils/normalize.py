@@ -1,14 +1,20 @@
-"""Embeddings of unit length."""
+"""Scale vectors to unit length."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 EPSILON = 1e-8
 
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
-def normalize(x: jax.Array) -> jax.Array:
-    """`x / (|x| + 1e-8)` along the last axis, in float32 (big_vision, two_towers.py)."""
-    x = x.astype(jnp.float32)
-    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + EPSILON)
+
+def normalize(x: Array) -> Array:
+    """Return `x / (|x| + 1e-8)` along the last axis in float32, of a JAX or NumPy array (big_vision, two_towers.py)."""
+    xp = jnp if isinstance(x, jax.Array) else np
+    x = x.astype(np.float32)
+    return x / (xp.linalg.norm(x, axis=-1, keepdims=True) + EPSILON)

@@ -1,4 +1,4 @@
-"""Permutations and random numbers that are the same on every machine and with every version of numpy."""
+"""Permutations and random numbers that are the same on every machine and with every version of NumPy."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import numpy as np
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
-    """A permutation of `range(n)`, int64 `[n]`, that depends on `n` and the non-negative ints `key` only.
+    """Return a permutation of `range(n)`, int64 `[n]`, that depends on `n` and the non-negative integers `key` only.
 
-    numpy does not promise that `Generator.permutation` stays the same across versions; it does promise the
-    raw stream of Philox and the words of SeedSequence, so the order is a stable sort of raw words.
+    NumPy guarantees the raw stream of Philox and the words of SeedSequence across versions, but not
+    `Generator.permutation`. The order is therefore a stable sort of raw words.
     """
     return np.argsort(random_words(n, *key), kind="stable")
 
 
 def random_words(n: int, *key: int) -> np.ndarray:
-    """Random uint64 `[n]` that depend on the non-negative ints `key` only; the first ones whatever `n` is."""
-    # SeedSequence takes [3] and [3, 0] for the same, hence the length.
+    """Return random uint64 `[n]` that depend on the non-negative integers `key` only.
+
+    A longer result begins with a shorter one of the same key.
+    """
+    # The length is part of the seed because SeedSequence treats [3] and [3, 0] alike.
     return np.random.Philox(np.random.SeedSequence([len(key), *key])).random_raw(n)

@@ -1,4 +1,4 @@
-"""From PyTorch's layout of a transformer's weights to big_vision's: transposed kernels, heads apart."""
+"""Convert a transformer's weights from PyTorch's layout to big_vision's: transposed kernels, separate heads."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ from lit_fast.weights.reader import WeightsFile
 
 
 class BlockNames(NamedTuple):
-    """What one code base calls the parts of a block; `fc1` and `fc2` may have alternatives."""
+    """The names that a code base gives to the parts of a block.
 
-    block: str  # before the number
+    Attributes:
+      block: prefix before the block's number.
+      norms: of attention and of the MLP.
+      attention: query, key, value, out; equal names of the first three: one matrix for all.
+      mlps: alternatives for the two dense layers.
+      scales: alternatives for the two LayerScales; a block may have none.
+    """
+
+    block: str
     norms: tuple[str, str]
-    attention: tuple[str, str, str, str]  # query, key, value, out
+    attention: tuple[str, str, str, str]
     mlps: tuple[tuple[str, str], ...]
-    scales: tuple[tuple[str, str], ...] = ()  # LayerScale, absent in some families
+    scales: tuple[tuple[str, str], ...] = ()
 
 
 def embedding(file: WeightsFile, name: str, bias: bool) -> Params:
-    """Patch embedding [width, 3, patch, patch] as a convolution kernel [patch, patch, 3, width].
+    """Convert the patch embedding [width, 3, patch, patch] to a convolution kernel [patch, patch, 3, width].
 
     Raises:
-      UserError: it is missing or not that of square patches of RGB images.
+      UserError: it is missing, or patches are not square.
     """
     kernel = file.take(f"{name}.weight", None, 3, None, None).transpose(2, 3, 1, 0)
     if kernel.shape[0] != kernel.shape[1]:
@@ -42,23 +50,23 @@ def embedding(file: WeightsFile, name: str, bias: bool) -> Params:
 
 
 def norm(file: WeightsFile, name: str, width: int) -> Params:
-    """A LayerNorm."""
+    """Convert a LayerNorm."""
     return {"scale": file.take(f"{name}.weight", width), "bias": file.take(f"{name}.bias", width)}
 
 
 def dense(file: WeightsFile, name: str, inputs: int | None, outputs: int | None) -> Params:
-    """A dense layer [outputs, inputs] with bias."""
+    """Convert a dense layer [outputs, inputs] with bias to the kernel [inputs, outputs]."""
     kernel = file.take(f"{name}.weight", outputs, inputs).T
     return {"kernel": kernel, "bias": file.take(f"{name}.bias", kernel.shape[1])}
 
 
 def mlp(file: WeightsFile, fc1: str, fc2: str, width: int) -> Params:
-    """Two dense layers."""
+    """Convert the two dense layers of an MLP."""
     return {"Dense_0": dense(file, fc1, width, None), "Dense_1": dense(file, fc2, None, width)}
 
 
 def attention(query_key_value: Sequence[Params], out: Params, heads: int) -> Params:
-    """Four dense layers [width, width] as big_vision's multi-head attention."""
+    """Convert four dense layers [width, width] to multi-head attention with kernels [width, heads, width / heads]."""
     width = len(out["bias"])
     query, key, value = query_key_value
 
@@ -77,7 +85,7 @@ def attention(query_key_value: Sequence[Params], out: Params, heads: int) -> Par
 
 
 def packed(file: WeightsFile, weight: str, bias: str, parts: int, width: int) -> list[Params]:
-    """Dense layers [width, width] that share one matrix [parts * width, width]; without bias, zeros."""
+    """Split one matrix [parts * width, width] into dense layers [width, width]; a missing bias is zeros."""
     kernels = np.split(file.take(weight, parts * width, width), parts)
     if bias in file.shapes:
         biases = np.split(file.take(bias, parts * width), parts)
@@ -87,20 +95,20 @@ def packed(file: WeightsFile, weight: str, bias: str, parts: int, width: int) ->
 
 
 def scaled(layer: Params, gamma: np.ndarray) -> Params:
-    """A dense layer with the LayerScale behind it folded in; rounded once, from the exact product."""
+    """Fold a LayerScale into the dense layer before it; rounded once, from the product in float64."""
     return {k: (layer[k].astype(np.float64) * gamma).astype(np.float32) for k in ("kernel", "bias")}
 
 
 def blocks(file: WeightsFile, names: BlockNames, width: int, heads: int, qkv_bias: bool = True) -> Params:
-    """All blocks, stacked on a leading axis, with LayerScale folded into the layers before it.
+    """Convert all blocks and stack them on a leading axis, with LayerScale folded into the layers before it.
 
     Raises:
-      UserError: a block or a part of one is missing or has another shape than that of the first.
+      UserError: a block or a part of one is missing, or has another shape than the first block's.
     """
     number = re.compile(re.escape(names.block) + r"(\d{1,4})\.")
     found = {int(m[1]) for m in map(number.match, file.shapes) if m}
     if not found:
-        raise UserError(f"{file.path} does not hold the blocks of a ViT: {names.block}0 is missing")
+        raise UserError(f"{file.path} has no blocks of a ViT: {names.block}0 is missing")
     if len(found) != max(found) + 1:
         missing = min(set(range(max(found))) - found)
         raise UserError(f"{file.path}: {names.block}{missing} is missing")
@@ -149,5 +157,5 @@ def _stacked(layers: list[Params], file: WeightsFile) -> Params:
     flat = [leaves(layer) for layer in layers]
     for name in flat[0]:
         if len({layer[name].shape for layer in flat}) > 1:
-            raise UserError(f"{file.path}: {name} has not the same shape in every block")
+            raise UserError(f"{file.path}: {name} does not have the same shape in every block")
     return nested(((name, np.stack([layer[name] for layer in flat])) for name in flat[0]), file.path)

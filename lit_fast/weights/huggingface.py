@@ -1,4 +1,4 @@
-"""Vision towers in the layout of Hugging Face's transformers: `config.json` beside `.safetensors`.
+"""Read vision towers in the layout of transformers: `config.json` beside `.safetensors`. The table is `FAMILIES`.
 
 Names and defaults are those of transformers' model files and configuration classes (models/vit, deit,
 dinov2, dinov2_with_registers, clip, siglip).
@@ -48,9 +48,17 @@ ACTIVATION_NAMES = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quic
 
 
 class Family(NamedTuple):
-    """What the configuration class of a family leaves unsaid, and its names."""
+    """A family of models with one `model_type`.
 
-    prefixes: tuple[str, ...]  # of a model inside of another one, longest first
+    Attributes:
+      prefixes: of the tower's names where it is part of another model, longest first.
+      blocks: names of the parts of a block.
+      gelu: default of `hidden_act`.
+      epsilon: default of `layer_norm_eps`.
+      resampling: rule of `lit_fast.weights.positions`.
+    """
+
+    prefixes: tuple[str, ...]
     blocks: BlockNames
     gelu: str
     epsilon: float
@@ -67,7 +75,7 @@ FAMILIES = {
     "clip_vision_model": Family(("vision_model.", ""), CLIP_BLOCKS, "quick_gelu", 1e-5),
     "siglip_vision_model": Family(("vision_model.", ""), CLIP_BLOCKS, "gelu_pytorch_tanh", 1e-6),
 }
-# Classifiers, poolers that are no features here, buffers, text towers, what joins two towers.
+# Classifiers, poolers that are no features here, buffers, text towers, temperature and bias.
 _IGNORED = re.compile(
     r"(\w*classifier|pooler|decoder|text_model|text_projection)\..*"
     r"|.*\b(mask_token|position_ids)|logit_scale|logit_bias"
@@ -75,14 +83,19 @@ _IGNORED = re.compile(
 
 
 def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
-    """A ViT, DeiT, DINOv2, CLIP or SigLIP tower as its `config.json` (which lies at `where`) describes it.
+    """Read a ViT, DeiT, DINOv2, CLIP or SigLIP tower.
 
     The feature is the class token after the final LayerNorm (`last_hidden_state[:, 0]`) of ViT, DeiT and
     DINOv2, the projected one of CLIP where the weights hold the projection (`image_embeds`), the MAP head's
     output of SigLIP (`pooler_output`).
 
+    Args:
+      path: the weights.
+      config: content of `config.json`.
+      where: path of `config.json`, for messages.
+
     Raises:
-      UserError: another kind of model, or something is missing, in excess or of another shape.
+      UserError: it is another kind of model, or an array is missing, in excess or of another shape.
     """
     kind = config.get("model_type")
     if kind in ("clip", "siglip"):
@@ -92,8 +105,8 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
         kind, config = f"{kind}_vision_model", vision
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{where}: model type {kind!r} is not supported; there are ViT, DeiT, DINOv2 (also with registers), "
-            f"CLIP and SigLIP (also SigLIP 2 of fixed resolution)"
+            f"{where}: model type {kind!r} is not supported; give ViT, DeiT, DINOv2 (also with registers), "
+            f"CLIP or SigLIP (also SigLIP 2 of fixed resolution)"
         )
     family = FAMILIES[kind]
     heads = config.get("num_attention_heads", 12)
@@ -104,7 +117,9 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
     if not isinstance(epsilon, float) or not 0 < epsilon < 1e-2:
         raise UserError(f"{where}: layer_norm_eps is {epsilon!r}")
     if not isinstance(gelu, str) or gelu not in _ACTIVATIONS:
-        raise UserError(f"{where}: hidden_act {gelu!r} is none of {', '.join(_ACTIVATIONS)}")
+        raise UserError(
+            f"{where}: hidden_act {gelu!r} is not supported; supported are {', '.join(_ACTIVATIONS)}"
+        )
     with open_safetensors(path) as file:
         prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in file.shapes)), "")
         names = family.blocks._replace(block=prefix + family.blocks.block)
@@ -135,7 +150,7 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
 
 
 def _tokens(file: WeightsFile, prefix: str, width: int, kind: str) -> Params:
-    """Positions, class token, registers. Tokens take over their own positions, which come first."""
+    """Convert positions, class token and registers; the first positions are those of tokens and are added to them."""
     start = f"{prefix}embeddings."
     if kind == "siglip_vision_model":
         positions = file.take(f"{start}position_embedding.weight", None, width)

@@ -1,4 +1,4 @@
-"""AugReg and big_vision `.npz` files, old and new, in big_vision's current names.
+"""Read vision towers from `.npz` files of AugReg and big_vision, with old or current names of arrays.
 
 Old names come from pre-Linen Flax, where sub-modules were numbered across classes (LayerNorm_0,
 MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3). Nothing is unpickled.
@@ -25,7 +25,7 @@ from lit_fast.weights.parameters import Params, Weights, architecture_of, nested
 from lit_fast.weights.reader import WeightsFile
 
 _PREFIXES = ("", "params/", "opt/target/", "img/", "params/img/", "opt/target/img/")
-# What may lie beside the tower: its classifier, the other tower, the optimizer.
+# Arrays beside the tower: its classifier, the other tower, the optimizer, temperature and bias.
 _IGNORED = re.compile(r"(head|pre_logits|txt|opt)/.*|[tb]")
 # The largest public ViT has 16 GiB, and weights hardly compress: a file that unpacks to more is hostile.
 _BYTES_LIMIT = 20 << 30
@@ -34,13 +34,13 @@ _SMALL = 64 << 20
 
 
 def load_npz(path: StrPath) -> Weights:
-    """A ViT from an AugReg or big_vision `.npz`; `head` and `pre_logits` are left out.
+    """Read a ViT from a `.npz`, without its classifier (`head`, `pre_logits`).
 
-    Without a MAP head the choices are timm's for these weights (exact GELU), with one (ViT-g, ViT-G,
-    SigLIP) big_vision's own (tanh).
+    Without a MAP head the GELU is exact, as timm runs these weights; with one (ViT-g, ViT-G, SigLIP) it is tanh's
+    approximation, as in big_vision.
 
     Raises:
-      UserError: not such a file, or something in it is missing, in excess or of another shape.
+      UserError: the file is not such a `.npz`, or an array is missing, in excess or of another shape.
     """
     path = os.fspath(path)
     with open_npz(path) as file:
@@ -55,10 +55,10 @@ def load_npz(path: StrPath) -> Weights:
 
 @contextmanager
 def open_npz(path: StrPath) -> Iterator[WeightsFile]:
-    """The arrays of an `.npz`, without pickle; bfloat16, which numpy writes as two opaque bytes, included.
+    """Open a `.npz` without unpickling; bfloat16, which numpy writes as two opaque bytes, becomes float32.
 
     Raises:
-      UserError: not an npz, or it holds objects, more than its headers say, or a decompression bomb.
+      UserError: it is no `.npz`, or it has objects, arrays larger than their data, or a decompression bomb.
     """
 
     def refuse(error: object) -> UserError:
@@ -98,7 +98,7 @@ def open_npz(path: StrPath) -> Iterator[WeightsFile]:
 
 
 def _claimed_shape(member: IO[bytes], size: int) -> tuple[int, ...]:
-    """Shape in the header of an `.npy` member; numpy would allocate what the header claims."""
+    """Return the shape in the header of an `.npy` member, checked, as numpy allocates that many bytes."""
     version = npy.read_magic(member)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"version {version} of the format")
@@ -119,12 +119,12 @@ def _prefix(names: Iterable[str], path: str) -> str:
 
 
 def current_names(names: Iterable[str], path: str) -> dict[str, str]:
-    """big_vision's current name of each array of the tower -> its name in the file.
+    """Map big_vision's current name of each array of the tower to its name in the file.
 
     The order of the fixes is that of big_vision (models/vit.py, fix_old_checkpoints).
 
     Raises:
-      UserError: no ViT, or two arrays have the same name.
+      UserError: there is no ViT, or two arrays have the same name.
     """
     prefix = _prefix(names, path)
     inside = {tuple(n.removeprefix(prefix).split("/")): n for n in names if n.startswith(prefix)}
@@ -143,7 +143,7 @@ def current_names(names: Iterable[str], path: str) -> dict[str, str]:
 
 
 def _renumbered(names: dict[tuple[str, ...], str]) -> dict[tuple[str, ...], str]:
-    """Modules `<Class>_<number>` counted from 0 for each class, as Linen does."""
+    """Number modules `<Class>_<number>` from 0 for each class, as Linen does; returns new name -> name in the file."""
     numbered = re.compile(r"([A-Z]\w*)_(\d+)")
     numbers: dict[tuple[tuple[str, ...], str], set[int]] = {}
     for parts in names:
@@ -165,10 +165,18 @@ def _renumbered(names: dict[tuple[str, ...], str]) -> dict[tuple[str, ...], str]
 
 
 def stack_blocks(file: WeightsFile, names: dict[str, str], encoder: str) -> dict[str, np.ndarray]:
-    """Takes the arrays of `names` (current name -> name in the file), the encoder's blocks stacked if they are not.
+    """Take the arrays of `names` and stack the encoder's blocks, unless they are stacked in the file.
+
+    Args:
+      file: an open weights file.
+      names: current name -> name in the file.
+      encoder: the module of the blocks, as in `Transformer/encoderblock_0/...`.
+
+    Returns:
+      float32 arrays by current name; blocks as `<encoder>/encoderblock/...`, stacked on a leading axis.
 
     Raises:
-      UserError: a block lacks something.
+      UserError: a block lacks an array, or its shapes differ from the first block's.
     """
     block = re.compile(rf"{encoder}/encoderblock_(\d{{1,4}})/(.+)")
     parts: dict[str, dict[int, str]] = {}
@@ -184,13 +192,13 @@ def stack_blocks(file: WeightsFile, names: dict[str, str], encoder: str) -> dict
         if missing:
             raise UserError(f"{file.path}: encoderblock_{missing[0]}/{leaf} is missing")
         if len({file.shapes[n] for n in found.values()}) > 1:
-            raise UserError(f"{file.path}: {leaf} has not the same shape in every block")
+            raise UserError(f"{file.path}: {leaf} does not have the same shape in every block")
         flat[f"{encoder}/encoderblock/{leaf}"] = np.stack([file.take(found[i]) for i in range(depth)])
     return flat
 
 
 def _fold_positions(flat: dict[str, np.ndarray], path: str) -> None:
-    """The class token takes over its row of the old positional embedding, as in big_vision."""
+    """Add the class token's row of an old positional embedding to the class token, as big_vision does."""
     positions = flat.get("pos_embedding")
     if positions is None:
         raise UserError(f"{path} does not hold a ViT: pos_embedding is missing")

@@ -1,4 +1,4 @@
-"""Parameters under big_vision's names, whatever file they come from."""
+"""The result of reading a weights file: parameters under big_vision's names, and their architecture."""
 
 from __future__ import annotations
 
@@ -17,15 +17,27 @@ Params = dict[str, Any]
 
 
 class Weights(NamedTuple):
-    """What a file holds: everything it can pool with, and its family's own choices."""
+    """A vision tower's weights, including those of poolings that the architecture does not use.
 
-    params: Params  # float32 arrays, nested under big_vision's names, blocks stacked
+    Attributes:
+      params: float32 arrays, nested under big_vision's names; blocks are stacked on a leading axis.
+      architecture: that of the family, before options of the user.
+      resampling: rule of `lit_fast.weights.positions` for other resolutions.
+    """
+
+    params: Params
     architecture: Architecture
-    resampling: str  # rule of lit_fast.weights.positions for other resolutions
+    resampling: str
 
 
 def architecture_of(params: Params, gelu: str, epsilon: float, pool: str | None = None) -> Architecture:
-    """The architecture that the shapes of parameters show; `pool` only if the family has a choice.
+    """Return the architecture that follows from the shapes of parameters.
+
+    Args:
+      params: nested under big_vision's names.
+      gelu: see `Architecture`; SwiGLU is recognised by its shapes.
+      epsilon: of LayerNorm.
+      pool: see `Architecture`; by default the MAP head, else the class token, else the mean, whichever exists.
 
     Raises:
       KeyError, ValueError: the parameters are not those of a ViT.
@@ -56,10 +68,10 @@ def architecture_of(params: Params, gelu: str, epsilon: float, pool: str | None 
 
 
 def nested(flat: Iterable[tuple[str, np.ndarray]], path: StrPath) -> Params:
-    """Arrays under `/`-joined names as nested dicts.
+    """Return arrays with `/`-joined names as nested dicts; `path` is for messages.
 
     Raises:
-      UserError: one name is the beginning of another.
+      UserError: one name is a prefix of another.
     """
     tree: Params = {}
     for name, array in flat:
@@ -68,7 +80,7 @@ def nested(flat: Iterable[tuple[str, np.ndarray]], path: StrPath) -> Params:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise UserError(f"{path}: {name} lies inside of an array")
+                raise UserError(f"{path}: {name} is inside of an array")
         if leaf in node:
             raise UserError(f"{path}: {name} is both an array and a group of arrays")
         node[leaf] = array
@@ -76,14 +88,14 @@ def nested(flat: Iterable[tuple[str, np.ndarray]], path: StrPath) -> Params:
 
 
 def square_grid(positions: int, path: str) -> int:
-    """Side of a square grid of positions.
+    """Return the side of a square grid of positions; `path` is for messages.
 
     Raises:
-      UserError: it is not square.
+      UserError: the number is not a square.
     """
     side = math.isqrt(positions)
     if side < 1 or side * side != positions:
         raise UserError(
-            f"{path}: {positions} positions are not a square grid; only square ones are supported"
+            f"{path}: {positions} positions are not a square grid; give weights with square images"
         )
     return side

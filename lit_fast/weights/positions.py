@@ -1,4 +1,4 @@
-"""Positional embeddings for another resolution, by the rule of the code that the weights come from."""
+"""Resample positional embeddings to another resolution, by the rule of the code base that published the weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import scipy.ndimage
 
 
 def resample_positions(positions: np.ndarray, grid: int, rule: str) -> np.ndarray:
-    """Positional embedding float32 [1, old*old, width] for another grid: [1, grid*grid, width].
+    """Resample a positional embedding to another grid.
 
-    `rule` is "linear": corner-aligned, as big_vision and vision_transformer do (their utils);
-    "bicubic": torch's `interpolate(mode="bicubic", align_corners=False)`, as transformers does for ViT,
-    DeiT, DINOv2, CLIP and SigLIP; "bicubic-antialias": the same with `antialias=True`, as timm does for
-    everything and transformers for DINOv2 with registers.
+    Args:
+      positions: float32 [1, old * old, width].
+      grid: positions per side of the result.
+      rule: "linear": corner-aligned (big_vision, vision_transformer); "bicubic": torch's
+        `interpolate(mode="bicubic", align_corners=False)` (transformers: ViT, DeiT, DINOv2, CLIP, SigLIP);
+        "bicubic-antialias": the same with `antialias=True` (timm; transformers: DINOv2 with registers).
+
+    Returns:
+      float32 [1, grid * grid, width].
     """
     old = round(positions.shape[1] ** 0.5)
     if old == grid:
@@ -28,7 +33,7 @@ def resample_positions(positions: np.ndarray, grid: int, rule: str) -> np.ndarra
 
 
 def _cubic_matrix(old: int, new: int, antialias: bool) -> np.ndarray:
-    """float64 [new, old]: each row the weights of the old positions, half-pixel centres.
+    """Return the interpolation matrix float64 [new, old], with half-pixel centres.
 
     torch uses Keys' kernel with a = -0.75 and repeats the edge; with antialias a = -0.5, stretched when
     shrinking, cut off at the edge and normalised (ATen, UpSample.h and UpSampleKernel.cpp).
@@ -47,7 +52,7 @@ def _cubic_matrix(old: int, new: int, antialias: bool) -> np.ndarray:
 
 
 def _keys(x: np.ndarray, a: float) -> np.ndarray:
-    """Keys' cubic convolution kernel."""
+    """Evaluate Keys' cubic convolution kernel."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x**2 + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a

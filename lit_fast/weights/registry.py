@@ -1,4 +1,4 @@
-"""The public towers that have a name here, from `known_towers.toml`."""
+"""The table of public vision towers, `known_towers.toml`, and its printed form."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lit_fast.utils.format import format_table
 
 @dataclass(frozen=True)
 class KnownTower:
-    """A public tower and what is known of it before it is downloaded.
+    """A public tower, as far as it is known before it is downloaded.
 
     Attributes:
-      name: what `--tower` takes.
+      name: the value of `--tower`.
       family: the models it belongs to.
-      licence: of the weights.
+      licence: that of the weights.
       source: bucket and path at Google Cloud Storage, or the repository of the Hugging Face Hub.
       resolution: height and width of its images, pixels.
-      architecture: what the table's figures are computed from.
-      sha256: of the weights, "" if unknown.
+      architecture: from which the table's figures are computed.
+      sha256: digest of the weights, "" if unknown.
     """
 
     name: str
@@ -38,13 +38,13 @@ class KnownTower:
 
     @property
     def address(self) -> str:
-        """`source` as users write it."""
+        """Return `source` with its host."""
         return f"{'hf.co/' if self.name.startswith(('hf:', 'timm:')) else 'gs://'}{self.source}"
 
 
 @cache
 def known_towers() -> tuple[KnownTower, ...]:
-    """All of them, in the order of the file."""
+    """Return all towers, in the order of the file."""
     file = resources.files("lit_fast.weights").joinpath("known_towers.toml")
     table = tomllib.loads(file.read_text(encoding="utf-8"))
     return tuple(_tower(family | row) for family in table["family"] for row in family["towers"])
@@ -74,7 +74,7 @@ def _tower(row: dict[str, Any]) -> KnownTower:
 
 
 def format_towers(towers: Sequence[KnownTower]) -> str:
-    """A table with a line per tower: what it makes, what it costs, whose it is.
+    """Format a table with a line per tower.
 
     Parameters are those without head; GFLOPs count two operations per multiply-add.
     """

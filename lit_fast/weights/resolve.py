@@ -20,7 +20,7 @@ from lit_fast.errors import UserError
 from lit_fast.storage.cache import cached_file
 from lit_fast.storage.files import exists, is_directory, is_file, sha256
 from lit_fast.storage.hub import AbsentError, Snapshot
-from lit_fast.storage.paths import StrPath, absolute, join, name, parent, suffix
+from lit_fast.storage.paths import StrPath, absolute, join, name, parent, stem, suffix
 from lit_fast.weights.reader import part_names, parts
 from lit_fast.weights.registry import known_towers
 
@@ -29,8 +29,11 @@ _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPOSITORY = re.compile(rf"({_WORD}/{_WORD})(?:@({_WORD}(?:/{_WORD})*))?")
 _AUGREG_FILE = re.compile(r"[A-Za-z0-9]+_\d+-i(1|21)k-\d+ep-lr_[\w.-]+")
 _SUFFIXES = (".npz", ".safetensors", ".safetensors.index.json")
+_FILE_SUFFIXES = (*_SUFFIXES, ".model", ".toml")  # a name with one is a path, not a repository
 _MAX_CONFIG_BYTES = 10_000_000
 _CONFIG, _PROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+_EXPORTED = (_CONFIG, _WEIGHTS, "tokenizer.model", "tower.json")
+_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _INDEX = f"{_WEIGHTS}.index.json"
 
 
@@ -57,6 +60,35 @@ def resolve(spec: str) -> str:
     )
 
 
+def resolve_model(location: StrPath) -> str:
+    """Return the local folder of a run or of an exported model, which may be in a repository of the Hub.
+
+    Raises:
+      UserError: the repository is not that of an exported model, or the download fails.
+    """
+    location = os.fspath(location)
+    snapshot = None if exists(location) else find_repository(location)
+    return fetch_folder(snapshot, _EXPORTED, ("receipt.json",)) if snapshot else location
+
+
+def resolve_tokenizer(location: StrPath) -> tuple[str, str]:
+    """Return the local path of a sentencepiece model, which may be in a repository of the Hub, and a name for it.
+
+    Raises:
+      UserError: the repository has no sentencepiece model, or the download fails.
+    """
+    location = os.fspath(location)
+    snapshot = None if exists(location) else find_repository(location)
+    if snapshot is None:
+        return location, stem(location)
+    for file in _TOKENIZERS:
+        try:
+            return _fetch(snapshot, file), name(snapshot.repository)
+        except AbsentError:
+            continue
+    raise UserError(f"{snapshot} has no {', '.join(_TOKENIZERS)}; give a sentencepiece model")
+
+
 def find_repository(spec: str) -> Snapshot | None:
     """Return the repository of the Hub that a name means, None if it has another form.
 
@@ -72,7 +104,7 @@ def find_repository(spec: str) -> Snapshot | None:
             )
         return Snapshot(match[1], match[2] or "main")
     match = _REPOSITORY.fullmatch(spec)
-    if not match or spec.partition("/")[0] in _BUCKETS or match[1].endswith(_SUFFIXES):
+    if not match or spec.partition("/")[0] in _BUCKETS or match[1].endswith(_FILE_SUFFIXES):
         return None
     return Snapshot(match[1], match[2] or "main")
 

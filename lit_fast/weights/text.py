@@ -1,4 +1,4 @@
-"""Published text towers to start from: SigLIP and SigLIP 2, as big_vision or transformers write them.
+"""Read published text towers of SigLIP and SigLIP 2, from files of big_vision or transformers, to start a run from.
 
 big_vision (models/proj/image_text/text_transformer.py): a `.npz` with the tower alone or under `txt/`, blocks
 stacked or one by one. transformers (models/siglip, siglip2): a directory with config.json and
@@ -26,30 +26,38 @@ from lit_fast.weights.resolve import local_weights, weights_digest
 
 _ROOTS = ("", "params/", "opt/target/")
 _TOWER = re.compile(r"(Embed_0|embedding_projection|Encoder_0|MAPHead_0|head)/.+|pos_embedding")
-# What may lie beside a tower: the other one, the optimizer, temperature and bias.
-_BESIDE = re.compile(r"(img|opt)/.*|[tb]")
+# Arrays beside the text tower: the image tower, the optimizer, temperature and bias.
+_IGNORED = re.compile(r"(img|opt)/.*|[tb]")
 _BLOCK = "Encoder_0/encoderblock/"
-# T5's vocabularies hold this many pieces that no caption yields, and big_vision's tables have no rows for them.
+# T5's vocabularies end with this many pieces that no caption has, and big_vision's tables have no rows for them.
 _SENTINELS = 100
 
 
 class TextWeights(NamedTuple):
-    """A text tower's parameters under big_vision's names, and the loss's, where they are known."""
+    """A published text tower.
 
-    source: str  # as given
+    Attributes:
+      source: path or name, as the user gave it.
+      path: of the local weights file.
+      sha256: digest of the weights.
+      params: float32 arrays, nested under big_vision's names; blocks are stacked on a leading axis.
+      loss: those of "t", log temperature [1], and "b", bias [1], that the file has.
+    """
+
+    source: str
     path: str
     sha256: str
-    params: Params  # float32 arrays, blocks stacked
-    loss: dict[str, np.ndarray]  # "t": log temperature [1], "b": bias [1]
+    params: Params
+    loss: dict[str, np.ndarray]
 
 
 def read_text_weights(source: str) -> TextWeights:
-    """Read a text tower from a file, a directory or a name that `lit_fast.storage.hub` knows.
+    """Read a text tower from a file, a directory or a name, see `lit_fast.weights.resolve`.
 
-    `source` may end in `:txt`, big_vision's way of naming the text tower in a file that holds both.
+    `source` may end in `:txt`, as in big_vision, where a file has both towers.
 
     Raises:
-      UserError: no such file or name, or not such a tower.
+      UserError: there is no such file or name, or it is not such a tower.
     """
     path = local_weights(source.removesuffix(":txt"))
     flat, loss = _read_npz(path) if suffix(path) == ".npz" else _read_safetensors(path)
@@ -62,31 +70,40 @@ def read_text_weights(source: str) -> TextWeights:
 
 
 def start_from(weights: TextWeights, fresh: Params) -> tuple[Params, str]:
-    """A run's fresh parameters with published ones in their place, and in words what was not simply taken.
+    """Replace a run's initial parameters by published ones.
 
     * Longer positional embeddings are cut, as transformers does for shorter captions.
-    * The head is taken if it leads to the features' width, and temperature and bias with it: they belong to
-      its embeddings. Otherwise all three stay fresh.
+    * The head is replaced if its output has the features' width, and temperature and bias with it, as they belong to
+      its embeddings. Otherwise all three keep their initial values.
+
+    Args:
+      weights: see `read_text_weights`.
+      fresh: the initial parameters, see `lit_fast.models.two_towers`.
+
+    Returns:
+      The parameters, and a description of those that were replaced.
 
     Raises:
-      UserError: the tower is not the one that the configuration and the tokens describe.
+      UserError: the tower differs from that of the configuration and the tokens.
     """
     have = flatten_dict(weights.params, sep="/")
     want = flatten_dict(fresh["txt"], sep="/")
     notes = ["all parameters"]
-    there, here = (_text_config(flat, weights.path) for flat in (have, want))
-    if here["text.head"] and _output_width(have) != _output_width(want):
+    published, configured = (_text_config(flat, weights.path) for flat in (have, want))
+    if configured["text.head"] and _output_width(have) != _output_width(want):
         have = {name: a for name, a in have.items() if not name.startswith("head/")}
         have |= {name: a for name, a in want.items() if name.startswith("head/")}
-        there["text.head"] = True
+        published["text.head"] = True
         notes = ["all parameters but the head"]
         loss = {}
     else:
         loss = {name: a for name, a in weights.loss.items() if name in fresh}
-    wrong = [f"{key} = {json.dumps(value)}" for key, value in there.items() if here[key] != value]
+    wrong = [f"{key} = {json.dumps(value)}" for key, value in published.items() if configured[key] != value]
     if wrong:
-        raise UserError(f"the text tower of {weights.path} is not the configured one; set {', '.join(wrong)}")
-    have["Embed_0/embedding"] = _table(have, want, weights.path)
+        raise UserError(
+            f"the text tower of {weights.path} differs from the configured one; set {', '.join(wrong)}"
+        )
+    have["Embed_0/embedding"] = _embedding(have, want, weights.path)
     length, wanted = (flat["pos_embedding"].shape[1] for flat in (have, want))
     if length < wanted:
         raise UserError(
@@ -113,19 +130,19 @@ def _read_npz(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         prefix = next((p for p in prefixes if f"{p}Embed_0/embedding" in file.shapes), None)
         if prefix is None:
             raise UserError(
-                f"{path} does not hold a text tower: Embed_0/embedding is missing (LiT's BERT towers are not "
-                f"supported)"
+                f"{path} has no text tower: Embed_0/embedding is missing; give one of SigLIP (LiT's BERT towers are "
+                "not supported)"
             )
         inside = {n.removeprefix(prefix): n for n in file.shapes if n.startswith(prefix)}
         flat = stack_blocks(file, {n: full for n, full in inside.items() if _TOWER.fullmatch(n)}, "Encoder_0")
         root = prefix.removesuffix("txt/")
         loss = {name: file.take(root + name) for name in ("t", "b") if root + name in file.shapes}
-        file.refuse_unused(lambda n: not n.startswith(prefix) or _BESIDE.fullmatch(n.removeprefix(prefix)))
-    again = flat.pop("Encoder_0/pos_embedding", None)
-    if again is not None:  # some old runs added positions twice
-        if again.shape != getattr(flat.get("pos_embedding"), "shape", None):
-            raise UserError(f"{path}: Encoder_0/pos_embedding has not the shape of pos_embedding")
-        flat["pos_embedding"] = flat["pos_embedding"] + again
+        file.refuse_unused(lambda n: not n.startswith(prefix) or _IGNORED.fullmatch(n.removeprefix(prefix)))
+    second = flat.pop("Encoder_0/pos_embedding", None)
+    if second is not None:  # some old runs added positions twice
+        if second.shape != getattr(flat.get("pos_embedding"), "shape", None):
+            raise UserError(f"{path}: Encoder_0/pos_embedding does not have the shape of pos_embedding")
+        flat["pos_embedding"] = flat["pos_embedding"] + second
     return flat, loss
 
 
@@ -139,16 +156,14 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.nd
             raise UserError(f"{where}: text_config is missing")
         config = text
     elif kind not in ("siglip_text_model", "siglip2_text_model"):
-        raise UserError(
-            f"{where}: model type {kind!r} has no supported text tower; there are SigLIP and SigLIP 2"
-        )
+        raise UserError(f"{where}: model type {kind!r} has no supported text tower; give SigLIP or SigLIP 2")
     heads = config.get("num_attention_heads", 12)
     if not isinstance(heads, int) or not 0 < heads <= 256:
         raise UserError(f"{where}: num_attention_heads is {heads!r}")
-    # The text tower that is trained has one activation and one epsilon, those of all published towers.
+    # TextTower has one activation and one epsilon, those of all published towers.
     for key, value in {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}.items():
         if config.get(key, value) != value:
-            raise UserError(f"{where}: {key} is {config[key]!r}, only {value!r} is supported")
+            raise UserError(f"{where}: {key} is {config[key]!r}; only {value!r} is supported")
     with open_safetensors(path) as file:
         prefix = "text_model." if any(n.startswith("text_model.") for n in file.shapes) else ""
         table = file.take(f"{prefix}embeddings.token_embedding.weight", None, None)
@@ -165,23 +180,23 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.nd
         if f"{prefix}head.weight" in file.shapes:
             params["head"] = dense(file, f"{prefix}head", width, None)
         pairs = {"t": "logit_scale", "b": "logit_bias"}
-        loss = {name: file.take(theirs) for name, theirs in pairs.items() if theirs in file.shapes}
+        loss = {name: file.take(key) for name, key in pairs.items() if key in file.shapes}
         file.refuse_unused(re.compile(r"vision_model\..*|.*\bposition_ids").fullmatch)
     return flatten_dict(params, sep="/"), loss
 
 
 def _output_width(flat: Params) -> int:
-    """Of the head, or without head that of the tower itself."""
+    """Return the width of an embedding: that of the head, without one that of the tower."""
     return flat["head/kernel" if "head/kernel" in flat else "pos_embedding"].shape[-1]
 
 
 def _text_config(flat: Params, path: str) -> dict[str, Any]:
-    """The configuration that the shapes of a tower show."""
+    """Return the keys of the configuration that follow from the shapes of a tower."""
 
     def size(name: str, rank: int, axis: int) -> int:
         shape = flat[name].shape if name in flat else ()
         if len(shape) != rank:
-            raise UserError(f"{path} does not hold a text tower: {name} has shape {shape or None}")
+            raise UserError(f"{path} has no text tower: {name} has shape {shape or None}")
         return int(shape[axis])
 
     depth = size(f"{_BLOCK}LayerNorm_0/scale", 2, 0)
@@ -194,18 +209,19 @@ def _text_config(flat: Params, path: str) -> dict[str, Any]:
         "text.mlp_dim": size(f"{_BLOCK}MlpBlock_0/Dense_0/kernel", 3, 2),
         "text.heads": size(f"{_BLOCK}MultiHeadDotProductAttention_0/query/kernel", 4, 2),
         "text.embedding_width": table if "embedding_projection/kernel" in flat else 0,
-        "text.pooling": "map" if "MAPHead_0/probe" in flat else "last",  # the others have no parameters
+        "text.pooling": "map" if "MAPHead_0/probe" in flat else "last",  # other poolings have no parameters
         "text.head": "head/kernel" in flat,
     }
 
 
-def _table(have: Params, want: Params, path: str) -> np.ndarray:
+def _embedding(have: Params, want: Params, path: str) -> np.ndarray:
+    """Return the published table of token embeddings, with initial rows for T5's last pieces if it has none."""
     table, fresh = have["Embed_0/embedding"], want["Embed_0/embedding"]
     missing = len(fresh) - len(table)
     if not 0 <= missing <= _SENTINELS:
         raise UserError(
-            f"{path} has a vocabulary of {len(table)} pieces, the tokens one of {len(fresh)}; make tokens with the "
-            f"vocabulary it was trained with: lit-fast tokenize --tokenizer FILE.model"
+            f"{path} has a vocabulary of {len(table)} pieces, the tokens one of {len(fresh)}; make tokens with its "
+            f"vocabulary: lit-fast tokenize --tokenizer FILE.model"
         )
     if missing and table.shape[1] == fresh.shape[1]:  # another width is refused with the other shapes
         table = np.concatenate([table, np.asarray(fresh[len(table) :])])

@@ -1,7 +1,7 @@
-"""Vision towers in timm's layout: `config.json` with `architecture` and `pretrained_cfg`.
+"""Read vision towers in timm's layout: `config.json` with `architecture` and `pretrained_cfg`.
 
-Sizes come from the tensors. What leaves no trace in them (heads, non-linearity, epsilon) follows from the
-architecture's name, as timm defines it (models/vision_transformer.py, models/deit.py).
+Sizes come from the tensors. Heads, non-linearity and epsilon, which have no tensors, follow from the architecture's
+name, as timm defines it (models/vision_transformer.py, models/deit.py).
 """
 
 from __future__ import annotations
@@ -42,33 +42,43 @@ _HARMLESS = {
 
 
 def load_timm(path: str, config: dict[str, Any], where: str) -> Weights:
-    """A ViT, DeiT, DeiT III, DINOv2, CLIP or SigLIP tower as timm's `config.json` (at `where`) describes it.
+    """Read a ViT, DeiT, DeiT III, DINOv2, CLIP or SigLIP tower.
 
     The feature is timm's own (`num_classes=0`), except for CLIP, whose projection timm keeps as a classifier
     without bias: it is applied, as everywhere else for CLIP. Of a distilled DeiT it is the class token, as in
     transformers; timm takes the mean of it and the distillation token.
 
+    Args:
+      path: the weights.
+      config: content of `config.json`.
+      where: path of `config.json`, for messages.
+
     Raises:
-      UserError: another kind of model, or something is missing, in excess or of another shape.
+      UserError: it is another kind of model, or an array is missing, in excess or of another shape.
     """
     name = str(config.get("architecture")).partition(".")[0]
     if not supported(name):
         raise UserError(
-            f"{where}: architecture {name} is not supported; there are timm's plain ViT, DeiT, DeiT III, "
-            f"DINOv2 (also reg4), CLIP and SigLIP"
+            f"{where}: architecture {name} is not supported; give timm's plain ViT, DeiT, DeiT III, "
+            f"DINOv2 (also reg4), CLIP or SigLIP"
         )
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise UserError(f"{where}: model_args is not an object")
     unknown = arguments.keys() - _HARMLESS - {"num_heads", "act_layer", "global_pool"}
     if unknown:
-        raise UserError(f"{where}: the model argument {min(unknown)} is not supported")
+        raise UserError(f"{where}: the model argument {min(unknown)} is not supported; give another model")
     gelu = _ACTIVATIONS.get(str(arguments["act_layer"])) if "act_layer" in arguments else gelu_of(name)
     pooling = arguments.get("global_pool", config.get("global_pool"))
     if gelu is None:
-        raise UserError(f"{where}: act_layer {arguments['act_layer']!r} is none of {', '.join(_ACTIVATIONS)}")
+        names = ", ".join(_ACTIVATIONS)
+        raise UserError(
+            f"{where}: act_layer {arguments['act_layer']!r} is not supported; supported are {names}"
+        )
     if pooling is not None and str(pooling) not in _POOLS:
-        raise UserError(f"{where}: global_pool {pooling!r} is none of {', '.join(_POOLS)}")
+        raise UserError(
+            f"{where}: global_pool {pooling!r} is not supported; supported are {', '.join(_POOLS)}"
+        )
     with open_safetensors(path) as file:
         params: Params = {
             "embedding": embedding(file, "patch_embed.proj", bias="norm_pre.weight" not in file.shapes)
@@ -97,17 +107,17 @@ def load_timm(path: str, config: dict[str, Any], where: str) -> Weights:
 
 
 def supported(name: str) -> bool:
-    """Whether an architecture's name is that of a plain ViT, which this module can read."""
+    """Return whether a name is that of a plain ViT, which this module can read."""
     return _SUPPORTED.fullmatch(name) is not None and not _UNSUPPORTED.search(name)
 
 
 def epsilon_of(name: str) -> float:
-    """LayerNorm's epsilon in an architecture."""
+    """Return LayerNorm's epsilon in an architecture."""
     return 1e-5 if "_clip" in name else 1e-6
 
 
 def gelu_of(name: str) -> str:
-    """The non-linearity of an architecture without SwiGLU, as in `Architecture.gelu`."""
+    """Return the non-linearity of an architecture without SwiGLU, as in `Architecture.gelu`."""
     if "quickgelu" in name:
         return "quick"
     # SigLIP's later sizes; the first ones are exact in timm, though trained with tanh.
@@ -118,14 +128,14 @@ def gelu_of(name: str) -> str:
 
 
 def heads_of(name: str, width: int) -> int:
-    """The number of attention heads of an architecture."""
+    """Return the number of attention heads of an architecture."""
     if width in (1152, 1280, 1408, 1664) or "giantopt" in name or name == "vit_base_patch16_gap_224":
         return 16
     return max(width // 64, 1)
 
 
 def _tokens(file: WeightsFile, width: int) -> Params:
-    """Positions, class, distillation and register tokens; these take over their positions, if they have any."""
+    """Convert positions and class, distillation and register tokens; positions of tokens are added to them."""
     front = [
         file.take(name, 1, None, width)[0]
         for name in ("cls_token", "dist_token", "reg_token", "register_tokens")

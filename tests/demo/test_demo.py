@@ -1,4 +1,4 @@
-"""The demo's own part: which commands it runs, how it stops, what it shows."""
+"""The demo: its commands, its behaviour when stopped, its examples."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, st
     return made
 
 
-def test_a_failing_command_stops_the_demo(small: None, calls: list, tmp_path: Path, capfd: Any) -> None:
+def test_demo_stops_at_a_failing_command(small: None, calls: list, tmp_path: Path, capfd: Any) -> None:
     with pytest.raises(UserError, match="`lit-fast embed` ended with status 2"):
         demo.run_demo(tmp_path / "demo")
     assert [command[0] for command, _ in calls] == ["index", "index", "index", "embed", "embed"]
@@ -57,7 +57,7 @@ def test_draw_scenes_keeps_sets_that_exist(small: None, tmp_path: Path) -> None:
     assert (tmp_path / "train" / "00000.tar").stat().st_mtime_ns == first
 
 
-def test_only_training_is_given_four_devices(calls: list, tmp_path: Path) -> None:
+def test_run_command_gives_training_four_devices(calls: list, tmp_path: Path) -> None:
     commands = demo.demo_commands(tmp_path)
     assert [c[0] for c in commands] == [*["index"] * 3, *["embed"] * 3, "tokenize", "train", "eval"]
     for command in (commands[0], commands[-2]):
@@ -68,7 +68,7 @@ def test_only_training_is_given_four_devices(calls: list, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("stop", "passed_on"), [(KeyboardInterrupt, []), (SystemExit, ["terminate"])])
-def test_a_stopped_demo_waits_until_the_command_has_saved_its_work(
+def test_run_command_when_stopped_waits_for_the_process(
     stop: type[BaseException], passed_on: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
@@ -86,18 +86,18 @@ def test_a_stopped_demo_waits_until_the_command_has_saved_its_work(
     assert done == ["wait", *passed_on, "wait"]
 
 
-def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
+def test_demo_in_unwritable_directory_raises_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write into"):
         demo.run_demo(tmp_path / "file" / "demo")
 
 
-def test_the_shipped_config_is_valid() -> None:
+def test_demo_config_is_valid() -> None:
     config = load_config(demo.CONFIG)
     assert config.stream.global_batch % 4 == 0
 
 
-def test_the_shipped_tower_is_small_and_what_pretraining_computes() -> None:
+def test_demo_tower_is_small_and_equals_the_pretrained_model() -> None:
     assert Path(demo.TOWER).stat().st_size <= 2_000_000
     tower = load_tower(demo.TOWER, preprocess="tf-squash")
     assert (tower.preprocess.size, tower.architecture) == (64, pretrain.MODEL.architecture)
@@ -106,7 +106,7 @@ def test_the_shipped_tower_is_small_and_what_pretraining_computes() -> None:
     np.testing.assert_allclose(features, pretrain.tokens(tower.params, images)[:, 0], rtol=0, atol=2e-5)
 
 
-def test_weights_survive_being_written_in_augreg_names(tmp_path: Path) -> None:
+def test_augreg_npz_round_trips_the_weights(tmp_path: Path) -> None:
     vit = pretrain.init(0)["vit"]
     path = tmp_path / "vit.npz"
     path.write_bytes(pretrain.augreg_npz(vit))

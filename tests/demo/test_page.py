@@ -7,19 +7,17 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-import pytest
 from PIL import Image
 
 from lit_fast.demo.page import build_page, curves
-from lit_fast.report.charts import Series, chart
 from lit_fast.report.gallery import Figure, thumbnail
 
 VOID = {"meta", "img"}
 
 
-def picture(format: str = "JPEG") -> bytes:
+def picture() -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (64, 64), (200, 10, 10)).save(file, format)
+    Image.new("RGB", (64, 64), (200, 10, 10)).save(file, "JPEG")
     return file.getvalue()
 
 
@@ -88,7 +86,7 @@ class Balance(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_is_well_formed_and_loads_nothing() -> None:
+def test_demo_page_is_well_formed_and_loads_nothing() -> None:
     text = page()
     balance = Balance()
     balance.feed(text)
@@ -100,7 +98,7 @@ def test_page_is_well_formed_and_loads_nothing() -> None:
     assert "url(" not in text
 
 
-def test_every_figure_stands_beside_its_chance_level_and_interval() -> None:
+def test_demo_page_shows_chance_levels_and_intervals() -> None:
     text = page()
     for value in ("75.0 %", "50.0 %", "90.0 %", "10.0 %", "70.0 to 80.0 %", "45.0 to 55.0 %"):
         assert value in text
@@ -108,7 +106,7 @@ def test_every_figure_stands_beside_its_chance_level_and_interval() -> None:
     assert "took" not in page(seconds=None)
 
 
-def test_text_is_escaped() -> None:
+def test_demo_page_escapes_text() -> None:
     text = page(commands=["lit-fast index 'a & <b>'"])
     assert "a blue &lt;ring&gt; &amp; &#34;more&#34;" in text
     assert "&#39;a &amp; &lt;b&gt;&#39;" in text
@@ -116,31 +114,15 @@ def test_text_is_escaped() -> None:
     assert "<b>'" not in text
 
 
-def test_the_right_picture_is_framed_and_shown_with_its_place_when_it_is_late() -> None:
+def test_demo_page_frames_the_right_picture() -> None:
     text = page()
     assert text.count('class="right"') == 2
     assert "no. 42" in text
     assert "There is none." in page(wrong=[])
 
 
-def test_curves_take_the_evaluations_and_their_chance_levels() -> None:
+def test_curves_have_evaluations_and_chance_levels() -> None:
     lines = curves(METRICS, RESULTS)
     assert [line.points for line in lines] == [[(100, 0.5), (200, 0.75)], [(100, 0.25), (200, 0.5)]]
     assert [line.chance for line in lines] == [0.1, 0.1]
     assert curves(METRICS[:2], RESULTS) == []
-
-
-@pytest.mark.parametrize("points", [[], [(1.0, 0.0)], [(0.0, 3.0), (5.0, float("nan")), (9.0, 1e-5)]])
-def test_charts_survive_what_a_run_may_record(points: list[tuple[float, float]]) -> None:
-    text = chart([Series("loss", points)], percent=False)
-    assert "nan" not in text
-    coordinates = re.findall(r'points="([^"]*)"', text)
-    assert len(coordinates) == bool(points)
-
-
-def test_chart_is_drawn_to_scale() -> None:
-    text = chart([Series("first", [(0, 0.0), (100, 1.0)], chance=0.5)], percent=True)
-    (start, end) = re.findall(r"([\d.]+),([\d.]+)", re.findall(r'points="([^"]*)"', text)[0])
-    middle = re.findall(r'class="chance s1" x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)"', text)[0]
-    assert (float(start[0]), float(end[0])) == (float(middle[0]), float(middle[1]))
-    assert float(middle[2]) == pytest.approx((float(start[1]) + float(end[1])) / 2)

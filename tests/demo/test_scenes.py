@@ -1,4 +1,4 @@
-"""Scenes: what is drawn, what is said about it, and what is kept from training."""
+"""Scenes: drawings, captions, and the pairs excluded from training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scenes(count: int, **options: object) -> list[Scene]:
     return [sample(rng, **options) for _ in range(count)]  # type: ignore[arg-type]
 
 
-def test_novel_pairs_leave_every_colour_and_every_shape_to_training() -> None:
+def test_novel_pairs_keep_every_colour_and_shape_in_training() -> None:
     assert set(KNOWN) | set(NOVEL) == set(PAIRS)
     assert not set(KNOWN) & set(NOVEL)
     for values in (COLOURS, SHAPES):
@@ -52,14 +52,14 @@ def test_novel_pairs_leave_every_colour_and_every_shape_to_training() -> None:
             assert sum(value in pair for pair in KNOWN) == 6
 
 
-def test_training_scenes_never_hold_a_novel_pair_and_novel_scenes_nothing_else() -> None:
+def test_sample_uses_the_given_pairs_only() -> None:
     for scene in scenes(500):
         assert all((t.colour, t.shape) in KNOWN for t in scene.things)
     for scene in scenes(500, pairs=NOVEL):
         assert all((t.colour, t.shape) in NOVEL for t in scene.things)
 
 
-def test_every_attribute_occurs() -> None:
+def test_sample_covers_every_attribute() -> None:
     things = [t for s in scenes(2000) for t in s.things]
     for name, values in (
         ("count", COUNTS),
@@ -74,7 +74,7 @@ def test_every_attribute_occurs() -> None:
     assert {len(s.things) for s in scenes(2000)} == {1, 2, 3}
 
 
-def test_pictures_are_the_towers_size_and_a_function_of_the_seed() -> None:
+def test_render_has_the_tower_size_and_depends_on_the_seed() -> None:
     scene = scenes(1)[0]
     one, same, other = (render(scene, random.Random(seed)) for seed in (5, 5, 6))
     assert one.size == (SIZE, SIZE)
@@ -83,7 +83,7 @@ def test_pictures_are_the_towers_size_and_a_function_of_the_seed() -> None:
     assert one.tobytes() != other.tobytes()
 
 
-def test_shapes_stand_in_their_place_and_do_not_overlap() -> None:
+def test_arrange_keeps_places_without_overlap() -> None:
     rng = random.Random(0)
     for scene in scenes(500):
         spots = arrange(scene, rng)
@@ -99,7 +99,7 @@ def test_shapes_stand_in_their_place_and_do_not_overlap() -> None:
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_a_shape_has_its_colour(colour: str) -> None:
+def test_draw_uses_the_colour(colour: str) -> None:
     rng = random.Random(1)
     scene = Scene((Thing("one", "large", "solid", colour, "square", "middle"),), "grey")
     spots = arrange(scene, rng)
@@ -109,7 +109,7 @@ def test_a_shape_has_its_colour(colour: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_look_different(shape: str) -> None:
+def test_draw_makes_shapes_differ(shape: str) -> None:
     """The same drawing with another shape differs in many pixels."""
     spots = arrange(LEFT_RIGHT, random.Random(0))
     right = spots[-1]
@@ -124,7 +124,7 @@ def test_shapes_look_different(shape: str) -> None:
         assert (np.abs(drawn(shape) - drawn(other)).max(-1) > 60).mean() > 0.06
 
 
-def test_complete_captions_say_everything() -> None:
+def test_captions_if_complete_state_all_facts() -> None:
     rng = random.Random(0)
     for text in captions(LEFT_RIGHT, rng, 50, complete=True):
         words = text.replace(",", "").split()
@@ -137,23 +137,23 @@ def test_complete_captions_say_everything() -> None:
         assert "a orange" not in text
 
 
-def test_incomplete_captions_say_nothing_false() -> None:
+def test_captions_if_incomplete_are_true() -> None:
     rng = random.Random(0)
     vocabulary = {*COLOURS, *BACKGROUNDS, *SHAPES, *(s + "s" for s in SHAPES), "crosses"}
     for scene in scenes(300):
-        told = {scene.background, *(t.colour for t in scene.things)}
+        facts = {scene.background, *(t.colour for t in scene.things)}
         for thing in scene.things:
-            told.add(thing.shape if thing.count == "one" else thing.shape + "s")
-            told.add("crosses" if thing.shape == "cross" and thing.count != "one" else thing.shape)
+            facts.add(thing.shape if thing.count == "one" else thing.shape + "s")
+            facts.add("crosses" if thing.shape == "cross" and thing.count != "one" else thing.shape)
         for text in captions(scene, rng, 4):
             words = set(text.replace(",", "").split())
-            assert words & vocabulary <= told
+            assert words & vocabulary <= facts
             assert ("striped" not in words) or any(t.fill == "striped" for t in scene.things)
             for verb, number in re.findall(r"there (is|are) (\w+)", text):
                 assert (verb == "are") == (number in ("two", "three"))
 
 
-def test_tars_have_the_layout_of_img2dataset_and_no_scene_twice(tmp_path: Path) -> None:
+def test_write_captioned_has_the_img2dataset_layout_and_distinct_scenes(tmp_path: Path) -> None:
     write_captioned(tmp_path / "a", 50, 7, NOVEL, per_tar=20)
     write_captioned(tmp_path / "b", 50, 7, NOVEL, per_tar=20)
     assert [p.name for p in sorted((tmp_path / "a").iterdir())] == ["00000.tar", "00001.tar", "00002.tar"]
@@ -171,7 +171,7 @@ def test_tars_have_the_layout_of_img2dataset_and_no_scene_twice(tmp_path: Path) 
     assert len(set(texts)) == 50
 
 
-def test_labelled_pictures_show_novel_pairs_in_the_layout_of_clip_benchmark(tmp_path: Path) -> None:
+def test_write_classification_has_novel_pairs_in_the_clip_benchmark_layout(tmp_path: Path) -> None:
     write_classification(tmp_path, 2 * len(NOVEL), 1)
     names = (tmp_path / "classnames.txt").read_text().splitlines()
     assert names == [f"{colour} {shape}" for colour, shape in PAIRS]

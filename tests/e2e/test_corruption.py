@@ -1,4 +1,4 @@
-"""A training on corrupted data by the commands, with noise that the run's own tower has embedded."""
+"""Training on corrupted data by the commands, with noise embedded by the tower of the run."""
 
 import shutil
 
@@ -16,7 +16,7 @@ CORRUPT = ["--stream.corrupt_images=0.5", "--stream.corrupt_texts=0.25", "--stre
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_vit):
+def directory(tmp_path_factory, tiny_vit):
     path = tmp_path_factory.mktemp("corruption")
     write_tar(path / "0.tar", samples(40))
     (path / "c.toml").write_text(CONFIG)
@@ -27,28 +27,35 @@ def place(tmp_path_factory, tiny_vit):
     return path
 
 
-def train(place, run, *more):
-    command = ["train", str(place / "c.toml"), "--workdir", str(place / run), "--dataset", str(place / "d")]
+def train(directory, run, *more):
+    command = [
+        "train",
+        str(directory / "c.toml"),
+        "--workdir",
+        str(directory / run),
+        "--dataset",
+        str(directory / "d"),
+    ]
     return main([*command, *more])
 
 
-def test_train_and_go_on_with_noise_that_was_moved(place, tiny_vit, capsys):
-    noise = [*CORRUPT, "--stream.noise", str(place / "n")]
-    assert train(place, "w", *noise) == 2
+def test_training_on_corrupted_data_resumes_with_noise_that_was_moved(directory, tiny_vit, capsys):
+    noise = [*CORRUPT, "--stream.noise", str(directory / "n")]
+    assert train(directory, "w", *noise) == 2
     assert "no features of the run's tower tiny; make them with: lit-fast embed" in capsys.readouterr().err
-    assert not (place / "w").exists()
-    assert main(["embed", str(place / "n"), "--tower", str(tiny_vit)]) == 0
+    assert not (directory / "w").exists()
+    assert main(["embed", str(directory / "n"), "--tower", str(tiny_vit)]) == 0
     capsys.readouterr()
-    assert train(place, "w", *noise) == 0
-    said = capsys.readouterr().err
-    assert "corrupted: 0.5 of the images, 0.25 of the texts, 0.5 of the alignment" in said
+    assert train(directory, "w", *noise) == 0
+    log = capsys.readouterr().err
+    assert "corrupted: 0.5 of the images, 0.25 of the texts, 0.5 of the alignment" in log
 
-    whole = open_run(place / "w").params
-    shutil.rmtree(place / "w/checkpoints/4")
-    (place / "n").rename(place / "moved")
-    moved = [*CORRUPT, "--stream.noise", str(place / "moved")]
-    assert train(place, "w", *moved) == 0
-    jax.tree.map(np.testing.assert_array_equal, open_run(place / "w").params, whole)
+    whole = open_run(directory / "w").params
+    shutil.rmtree(directory / "w/checkpoints/4")
+    (directory / "n").rename(directory / "moved")
+    moved = [*CORRUPT, "--stream.noise", str(directory / "moved")]
+    assert train(directory, "w", *moved) == 0
+    jax.tree.map(np.testing.assert_array_equal, open_run(directory / "w").params, whole)
     capsys.readouterr()
-    assert train(place, "w", *moved, "--stream.corrupt_texts=0.3") == 2
+    assert train(directory, "w", *moved, "--stream.corrupt_texts=0.3") == 2
     assert "stream.corrupt_texts is 0.25 there and 0.3 now" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The whole way by the commands, on tars of real pictures."""
+"""The main job by the commands: index, embed, tokenize, train, evaluate, on tars of pictures."""
 
 import io
 import json
@@ -30,7 +30,7 @@ every_steps = 10
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_vit):
+def directory(tmp_path_factory, tiny_vit):
     path = tmp_path_factory.mktemp("job")
     for i in range(2):
         write_tar(path / f"pairs/{i:05d}.tar", samples(24, first=24 * i))
@@ -48,17 +48,17 @@ def run(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_from_tars_to_figures(place, tiny_vit, capsys):
-    d, e, w = place / "d", place / "e", place / "w"
-    out = run(capsys, "index", f"{place}/pairs/{{00000..00001}}.tar", "--out", d)
+def test_commands_from_tars_to_results_skip_completed_work(directory, tiny_vit, capsys):
+    d, e, w = directory / "d", directory / "e", directory / "w"
+    out = run(capsys, "index", f"{directory}/pairs/{{00000..00001}}.tar", "--out", d)
     assert "indexed 48 rows with 96 captions from 2 files" in out
-    run(capsys, "index", place / "wds", "--out", e)
+    run(capsys, "index", directory / "wds", "--out", e)
     for dataset in (d, e):
         out = run(capsys, "embed", dataset, "--tower", tiny_vit, "--preprocess", "tf-squash")
         assert "0 invalid" in out
     run(capsys, "tokenize", d, "--train-vocab", 285, "--name", "words")
     sets = ["--evaluate.zero_shot", e, "--evaluate.retrieval", d]
-    out = run(capsys, "train", place / "c.toml", "--workdir", w, "--dataset", d, *sets)
+    out = run(capsys, "train", directory / "c.toml", "--workdir", w, "--dataset", d, *sets)
     assert "trained 30 steps" in out
     assert "image_retrieval_recall@1" in out
 
@@ -74,7 +74,7 @@ def test_from_tars_to_figures(place, tiny_vit, capsys):
     assert "global_batch = 32" in (w / "config.toml").read_text()
     assert json.loads((w / "receipt.json").read_text())["pairs_seen"] == 30 * 32
 
-    result = place / "results.json"
+    result = directory / "results.json"
     out = run(capsys, "eval", w, "--zero-shot", e, "--retrieval", d, "--json", result)
     classification, retrieval = json.loads(result.read_text())
     assert classification["task"] == "zeroshot_classification"
@@ -84,14 +84,14 @@ def test_from_tars_to_figures(place, tiny_vit, capsys):
 
     assert "48 valid and 0 invalid rows" in run(capsys, "info", d)
     assert "30 of 30, finished" in run(capsys, "info", w)
-    # Everything again: nothing is done twice.
-    assert "already indexed" in run(capsys, "index", f"{place}/pairs/*.tar", "--out", d)
+    # The same commands again do no work twice.
+    assert "already indexed" in run(capsys, "index", f"{directory}/pairs/*.tar", "--out", d)
     assert "is complete" in run(capsys, "embed", d, "--tower", tiny_vit, "--preprocess", "tf-squash")
     assert "is complete" in run(capsys, "tokenize", d, "--train-vocab", 285, "--name", "words")
-    assert "is complete" in run(capsys, "train", place / "c.toml", "--workdir", w, "--dataset", d)
+    assert "is complete" in run(capsys, "train", directory / "c.toml", "--workdir", w, "--dataset", d)
 
 
-def test_the_real_towers_own_head_reads_the_stored_features(realdata, tmp_path, capsys):
+def test_stored_features_of_a_real_tower_fit_its_own_head(realdata, tmp_path, capsys):
     """A daisy is one of ImageNet's classes (985); sunflowers, tulips, roses and dandelions are not."""
     weights = realdata / "vit/Ti_16-augreg-i21k-i1k-224.npz"
     chosen = tmp_path / "t/0.tar"

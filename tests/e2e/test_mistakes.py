@@ -1,4 +1,4 @@
-"""Every mistake a user can make: one clear line, status 2, nothing written or broken."""
+"""Mistakes of users: one line on stderr, status 2, and nothing is written or damaged."""
 
 import re
 import shutil
@@ -14,8 +14,8 @@ CONFIG = f"steps = 4{TINY}every_steps = 2\n"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A dataset, one like it of other rows, a finished run, tars, a config."""
+def directory(tmp_path_factory):
+    """Make datasets, a finished run, a tar and a config."""
     path = tmp_path_factory.mktemp("mistakes")
     make_dataset(path / "d", 40)
     make_dataset(path / "other", 50, seed=1)
@@ -39,15 +39,15 @@ def snapshot(path):
     return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in path.rglob("*")}
 
 
-def mistake(capsys, place, command):
-    """Run a command that must fail; its one line of error."""
-    before = snapshot(place)
+def mistake(capsys, directory, command):
+    """Run a command that must fail and return its one line of error."""
+    before = snapshot(directory)
     capsys.readouterr()
-    status = main(command.format(p=place).split())
+    status = main(command.format(p=directory).split())
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lit-fast: error: ")]
     assert status == 2
     assert len(errors) == 1
-    assert snapshot(place) == before  # nothing written
+    assert snapshot(directory) == before  # nothing written
     return errors[0]
 
 
@@ -74,7 +74,7 @@ PLAN = "plan {p}/c.toml --topology "
         ("tokenize {p}/d --train-vocab 100000", "no tokenizer with 100000 pieces"),
         ("tokenize {p}/d --train-vocab 270 --name words", "choose another --name"),
         ("train {p}/none.toml --workdir {p}/new", "config {p}/none.toml does not exist"),
-        ("train {p}/c.toml --workdir {p}/new", "no dataset: give --dataset"),
+        ("train {p}/c.toml --workdir {p}/new", "no dataset is given; add --dataset"),
         ("train {p}/c.toml --dataset {p}/d", "--workdir"),
         (TRAIN + " --dataset {p}/none", "dataset {p}/none does not exist"),
         (TRAIN + " --tower B_8", "no features of tower 'B_8', only of tower"),
@@ -97,9 +97,9 @@ PLAN = "plan {p}/c.toml --topology "
         ("train {p}/c.toml --workdir {p}/run --dataset {p}/d --seed 1", "seed is 0 there and 1 now"),
         (
             "train {p}/c.toml --workdir {p}/run --dataset {p}/other",
-            "was begun with another t",
+            "was started with another t",
         ),
-        ("train {p}/c.toml --workdir {p}/run --dataset {p}/like", "begun with another stream"),
+        ("train {p}/c.toml --workdir {p}/run --dataset {p}/like", "started with another stream"),
         ("train {p}/c.toml --workdir {p}/d --dataset {p}/d", "is not a run; choose another --workdir"),
         ("train {p}/c.toml --workdir {p}/0.tar --dataset {p}/d", "is a file"),
         ("eval {p}/run", "nothing to evaluate"),
@@ -133,28 +133,28 @@ PLAN = "plan {p}/c.toml --topology "
         ("demo --out {p}/0.tar", "0.tar"),
     ],
 )
-def test_one_line_status_two_nothing_written(capsys, place, command, message):
+def test_mistake_is_one_line_with_status_two_and_writes_nothing(capsys, directory, command, message):
     if "retrieval {p}/other" in command:  # the same name, another tower
-        tower = place / "other/features/tower/tower.json"
+        tower = directory / "other/features/tower/tower.json"
         tower.write_text(tower.read_text().replace('"identity": "', '"identity": "x'))
-    assert message.format(p=place) in mistake(capsys, place, command)
+    assert message.format(p=directory) in mistake(capsys, directory, command)
 
 
-def test_the_tpus_compiler_is_asked_for_where_it_is_missing(capsys, place, monkeypatch):
-    """Whatever is installed here: JAX says so in this way when it is not."""
+def test_plan_for_a_tpu_without_libtpu_names_the_extra(capsys, directory, monkeypatch):
+    """JAX raises this error where libtpu is missing."""
 
     def missing(*_, **__):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology. See https://...")
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
-    assert "pip install 'lit-fast[tpu]'" in mistake(capsys, place, PLAN + "v4:2x2x1")
+    assert "pip install 'lit-fast[tpu]'" in mistake(capsys, directory, PLAN + "v4:2x2x1")
 
 
-def test_damaged_files_are_named(capsys, place, tmp_path):
+def test_damaged_file_is_named(capsys, directory, tmp_path):
     def damaged(file, content, command):
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(place, copy)
+        shutil.copytree(directory, copy)
         (copy / file).write_bytes(content)
         return mistake(capsys, copy, command)
 

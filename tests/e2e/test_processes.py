@@ -56,20 +56,20 @@ def start_processes(path, workdir, count, *more):
 def assert_same_course(path, a, b):
     one, two = metrics(path / a), metrics(path / b)
     assert list(one) == list(two)
-    # Sums in another order: each step differs by rounding, 1e-7, and Adam carries it on.
+    # The order of sums differs, so each step differs by rounding, 1e-7, which Adam accumulates.
     np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=1e-4)
     name = "e/image_retrieval_recall@5"
     assert metrics(path / a, name).keys() == metrics(path / b, name).keys() == {15, 30}
 
 
-def test_processes_train_as_one_does(case):
+def test_several_processes_train_as_one_does(case):
     first, *others = finish(*start_processes(case, "of4", 4))
     assert "trained 30 steps" in first
-    assert not any("step" in text for text in others)  # one tells
+    assert not any("step" in text for text in others)  # only the first process prints
     assert_same_course(case, "one", "of4")
 
 
-def test_processes_share_the_windows_of_a_dataset_that_is_not_held_in_memory(case):
+def test_several_processes_share_the_windows_of_a_large_dataset(case):
     make_dataset(case / "large", 4 * BLOCK)
     options = [
         "--dataset=large",
@@ -78,14 +78,14 @@ def test_processes_share_the_windows_of_a_dataset_that_is_not_held_in_memory(cas
         "--stream.shuffle_window_blocks=1",
     ]
     options += ["--text.dropout=0", "--text.mask_padding=true"]
-    (said,) = finish(start(case, "windows", *options))
-    assert "shuffled in windows of 2,048 rows" in said
+    (log,) = finish(start(case, "windows", *options))
+    assert "shuffled in windows of 2,048 rows" in log
     first, _ = finish(*start_processes(case, "windows-of2", 2, *options, "--text.pack=4"))
-    assert "4 captions of " in first  # side by side, as another way to work out the same
+    assert "4 captions of " in first  # packing computes the same loss
     assert_same_course(case, "windows", "windows-of2")
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(case):
+def test_signal_to_one_process_stops_all_after_the_same_step(case):
     processes = start_processes(case, "stopped", 2)
     path = case / "stopped" / "metrics.jsonl"
     while not (path.exists() and '"step": 5' in path.read_text()):
@@ -96,5 +96,5 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(case):
     (step,) = [int(p.name) for p in (case / "stopped/checkpoints").iterdir()]
     assert f"stopped after step {step}" in out
     assert step < 30
-    finish(start(case, "stopped"))  # on in one process: the batches are the same
+    finish(start(case, "stopped"))  # resumes in one process with the same batches
     assert_same_course(case, "one", "stopped")

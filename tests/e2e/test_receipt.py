@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, receipt, report, profile; stopped on the way, gone on, and compared."""
+"""Metrics, receipt, report and profile of a run that was stopped and resumed, and `lit-fast compare`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,15 +24,13 @@ import jax
 import pytest
 
 from lit_fast.cli.main import main
-from lit_fast.config_io import load_config
 from lit_fast.data.dataset import open_dataset
-from lit_fast.runs.metrics import Spent, read_metrics
-from lit_fast.train.tracking.metrics_writer import MetricsWriter
-from lit_fast.train.tracking.receipt import spent_before
+from lit_fast.runs.metrics import read_metrics
 from lit_fast.train.tracking.report import write_report
-from lit_fast.utils.progress import duration
+from lit_fast.utils.format import format_duration
 from tests.synthetic import make_dataset
 
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 [text]
 variant = "mu"
@@ -52,7 +53,7 @@ STEPS = 200
 
 
 def strict_json(text: str) -> Any:
-    """Parse JSON as the standard has it, without NaN and Infinity."""
+    """Parse standard JSON, which has no NaN and Infinity."""
 
     def refuse(word: str) -> None:
         raise ValueError(word)
@@ -70,12 +71,12 @@ def stop_after(step: int, metrics: Path, stopped: threading.Event) -> None:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """A run that was stopped after some steps, a copy of it as it lay there, and the same gone on to its end."""
+    """Train a run that is stopped after some steps, copy it, and resume it to its end."""
     path = tmp_path_factory.mktemp("receipt")
     make_dataset(path / "d", 300, captions=3, invalid=(17,))
     (path / "c.toml").write_text(CONFIG)
     run = path / "<run> & co"
-    # The overrides stand before the config: their order does not matter.
+    # Overrides may precede the config.
     command = ["train", "--steps", str(STEPS), "--evaluate.zero_shot", str(path / "d")]
     command += [str(path / "c.toml"), "--evaluate.retrieval", str(path / "d"), "--workdir", str(run)]
     command += ["--dataset", str(path / "d"), "--profile-steps", f"{STEPS - 20}:{STEPS - 17}"]
@@ -101,7 +102,7 @@ def receipt_of(run: Path) -> dict[str, Any]:
     return strict_json((run / "receipt.json").read_text())
 
 
-def test_the_receipt_of_a_stopped_run(case):
+def test_receipt_of_a_stopped_run_counts_its_steps(case):
     receipt, lines = receipt_of(case.stopped), read_metrics(case.stopped / "metrics.jsonl")
     (saved,) = (int(p.name) for p in (case.stopped / "checkpoints").iterdir())
     assert 20 <= saved < STEPS
@@ -113,7 +114,7 @@ def test_the_receipt_of_a_stopped_run(case):
     assert receipt["config"]["steps"] == STEPS
 
 
-def test_the_receipt_of_a_finished_run_adds_the_parts_up(case):
+def test_receipt_of_a_resumed_run_adds_up_its_parts(case):
     before, receipt = receipt_of(case.stopped), receipt_of(case.run)
     lines = read_metrics(case.run / "metrics.jsonl")
     assert (receipt["status"], receipt["steps_done"]) == ("finished", STEPS)
@@ -126,10 +127,10 @@ def test_the_receipt_of_a_finished_run_adds_the_parts_up(case):
     assert receipt["elapsed_seconds"] >= elapsed[-1]
     assert receipt["chip_hours"] == pytest.approx(4 * receipt["elapsed_seconds"] / 3600)  # four devices
     assert f"trained {STEPS} steps in " in case.shown.out
-    told = re.findall(r"steps in (\w+);", case.shown.out)[0]
-    assert told in {duration(receipt["elapsed_seconds"] + d) for d in (-1, 0, 1)}
+    shown = re.findall(r"steps in (\w+);", case.shown.out)[0]
+    assert shown in {format_duration(receipt["elapsed_seconds"] + d) for d in (-1, 0, 1)}
 
-    # Only the time of the steps is in the speed: the pairs of a second cannot be fewer than those of all the time.
+    # The speed counts the time of steps only, so it is above the average over all time.
     assert receipt["pairs_per_second"] > receipt["pairs_seen"] / receipt["elapsed_seconds"]
     assert receipt["seconds_per_step"] * receipt["pairs_per_second"] == pytest.approx(64 * 2, rel=0.5)
     assert 0 <= receipt["data_wait_share"] <= 1
@@ -148,7 +149,7 @@ def test_the_receipt_of_a_finished_run_adds_the_parts_up(case):
     }
 
 
-def test_the_receipt_names_what_the_run_was_made_of(case):
+def test_receipt_names_inputs_hardware_and_versions(case):
     receipt = receipt_of(case.run)
     dataset = open_dataset(case.path / "d")
     tower = json.loads((case.path / "d/features/tower/tower.json").read_text())
@@ -159,41 +160,37 @@ def test_the_receipt_names_what_the_run_was_made_of(case):
     assert digests["tokens"] == tokens["identity"]
     assert re.fullmatch(r"[0-9a-f]{32}", digests["stream"])
     assert receipt["hardware"]["devices"] == 4
-    memory = receipt["memory"]  # there is room for what is fastest on a CPU
+    memory = receipt["memory"]  # the fastest policy on a CPU fits
     assert (memory["keep"], memory["parts"], memory["bytes_by"]) == ("hidden", 1, "estimate")
     assert 0 < memory["bytes"] < memory["limit_bytes"]
     assert receipt["hardware"]["host_cores"] == os.cpu_count()
     assert receipt["versions"]["jax"] == jax.__version__
+    libraries = {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy"}
+    assert set(receipt["versions"]) == {"lit_fast", "python"} | libraries
 
 
-def test_metrics_are_json_whatever_was_measured(tmp_path):
-    (tmp_path / "c.toml").write_text("")
-    config = load_config(tmp_path / "c.toml")
-    writer = MetricsWriter(tmp_path, config, 0, Spent())
-    writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "bias": -10.0})
-    writer.close()
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert strict_json(line) == {"step": 1, "loss": None, "grad_norm": None, "bias": -10.0}
-
-
-def test_time_of_steps_that_a_kill_undid_is_kept(tmp_path):
-    """Killed after step 30 with its last checkpoint at step 20, and again before the first line."""
-    (tmp_path / "c.toml").write_text("")
-    config = load_config(tmp_path / "c.toml")
-    writer = MetricsWriter(tmp_path, config, 0, Spent())
-    for step in (10, 20, 30):
-        writer.write(step, {"loss": 1.0, "elapsed_seconds": 10.0 * step, "chip_hours": 0.1 * step})
-    writer.close()
-    for _ in range(2):
-        before = spent_before(tmp_path)
-        assert before == Spent(300.0, 3.0)
-        MetricsWriter(tmp_path, config, 20, before).close()
-        lines = read_metrics(tmp_path / "metrics.jsonl")
-        assert [line["step"] for line in lines if "loss" in line] == [10, 20]
+def test_receipt_names_the_commit_only_of_code_that_is_a_checkout(case, tmp_path):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = receipt_of(case.run)["git"]
+    assert (git and git["commit"]) == (head.stdout.strip() or None)
+    # The same package, untracked inside another repository, as in a .venv.
+    code = "from lit_fast.train.tracking.receipt import git_revision; print(git_revision())"
+    shutil.copytree(ROOT / "lit_fast", tmp_path / "lit_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    python = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run(["git", "init", "-q"])
+    assert run(python, env=environment).stdout == "None\n"
+    run(["git", "add", "lit_fast"])
+    run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "All"])
+    commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+    assert run(python, env=environment).stdout == f"{{'commit': '{commit}', 'dirty': False}}\n"
+    (tmp_path / "lit_fast/errors.py").open("a").write("# changed")
+    assert run(python, env=environment).stdout == f"{{'commit': '{commit}', 'dirty': True}}\n"
 
 
 class Elements(HTMLParser):
-    """The elements of a page, which must be closed in order."""
+    """Collects the elements of a page and checks that they are closed in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +225,7 @@ def elements(text: str) -> Elements:
     return found
 
 
-def test_the_report(case):
+def test_report_has_all_charts_and_the_final_metrics(case):
     text = (case.run / "report.html").read_text()
     found = elements(text)
     assert "".join(found.headings).startswith("<run> & co")
@@ -247,7 +244,7 @@ def test_the_report(case):
     assert "stopped" in (case.stopped / "report.html").read_text()
 
 
-def test_a_report_of_very_many_lines_stays_small(case, tmp_path):
+def test_report_of_very_many_lines_stays_small(case, tmp_path):
     run = tmp_path / "long"
     shutil.copytree(case.run, run, ignore=shutil.ignore_patterns("checkpoints", "profile"))
     last = json.dumps({"step": 10**9, "loss": 7.25})
@@ -263,7 +260,7 @@ def test_a_report_of_very_many_lines_stays_small(case, tmp_path):
     assert "7.25" in text
 
 
-def test_the_profile_has_the_steps_that_were_asked_for(case):
+def test_profile_has_the_requested_steps(case):
     (file,) = case.run.glob("profile/**/*.trace.json.gz")
     assert list(case.run.glob("profile/**/*.xplane.pb"))
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
@@ -284,7 +281,7 @@ def test_the_profile_has_the_steps_that_were_asked_for(case):
         ("190:201", "must be within 2:200"),
     ],
 )
-def test_what_cannot_be_profiled_is_refused(case, capsys, given, message):
+def test_profile_of_invalid_steps_is_refused(case, capsys, given, message):
     command = ["train", str(case.path / "c.toml"), "--workdir", str(case.path / "new"), "--dataset", "none"]
     assert main([*command, "--steps", "200", f"--profile-steps={given}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -302,13 +299,13 @@ def test_what_cannot_be_profiled_is_refused(case, capsys, given, message):
         ("--workdir w --steps=0 {c}", "steps must be at least 1"),
     ],
 )
-def test_overrides_may_stand_anywhere(case, capsys, given, message):
+def test_overrides_before_the_config_are_checked(case, capsys, given, message):
     assert main(["train", *given.format(c=case.path / "c.toml").split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 
-def test_compare(case, capsys, tmp_path, monkeypatch):
+def test_compare_shows_differing_keys_and_results(case, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     killed = tmp_path / "killed"
     shutil.copytree(case.stopped, killed)
@@ -342,7 +339,7 @@ def test_compare(case, capsys, tmp_path, monkeypatch):
     assert "Loss" in found.headings
     assert "d/acc1, against hours" in found.headings
 
-    monkeypatch.setenv("COLUMNS", "60")  # too narrow for three: two tables, one below the other
+    monkeypatch.setenv("COLUMNS", "60")  # too narrow for three runs: two tables
     assert main(["compare", *runs]) == 0
     narrow = capsys.readouterr().out
     assert narrow.count("\nstatus") == 2
@@ -350,7 +347,7 @@ def test_compare(case, capsys, tmp_path, monkeypatch):
     assert max(map(len, narrow.splitlines())) <= 60
 
 
-def test_what_cannot_be_compared(case, capsys, tmp_path):
+def test_compare_of_a_damaged_run_is_refused(case, capsys, tmp_path):
     def mistake(*arguments: object) -> str:
         assert main(["compare", *map(str, arguments)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -365,7 +362,7 @@ def test_what_cannot_be_compared(case, capsys, tmp_path):
         (copy / "config.toml").write_text(content)
         assert "copy/config.toml cannot be read" in mistake(case.run, copy)
     (copy / "config.toml").write_text("steps = 3")
-    assert main(["compare", str(copy)]) == 0  # it has just begun
+    assert main(["compare", str(copy)]) == 0  # a run without metrics
     for content in ("{", "[]", '{"status": "x", "steps_done": "x", "hardware": 3}'):
         (copy / "receipt.json").write_text(content)
         assert "copy/receipt.json is damaged" in mistake(copy)

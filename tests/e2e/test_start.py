@@ -1,4 +1,4 @@
-"""A run that starts from published weights: they are taken as they are, read once, and never mixed up."""
+"""Runs that start from a pretrained text tower, which is loaded once and never exchanged."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ CONFIG = f"steps = 3{TINY}every_steps = 1\nkeep = 3\n"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("start")
     make_dataset(path / "d", 40)
     (path / "c.toml").write_text(CONFIG)
@@ -36,17 +36,17 @@ def write_weights(path, seed=0):
     return arrays
 
 
-def train(place, run, weights, *more):
-    command = ["train", str(place / "c.toml"), "--workdir", str(run), "--dataset", str(place / "d")]
+def train(directory, run, weights, *more):
+    command = ["train", str(directory / "c.toml"), "--workdir", str(run), "--dataset", str(directory / "d")]
     return main([*command, "--text.init", f"{weights}:txt", *more])
 
 
-def test_weights_are_taken_once(place, capsys):
-    weights, run = place / "w.npz", place / "run"
+def test_pretrained_text_tower_is_loaded_once(directory, capsys):
+    weights, run = directory / "w.npz", directory / "run"
     arrays = write_weights(weights)
-    assert train(place, run, weights) == 0
-    said = capsys.readouterr().err
-    assert "all parameters, the first 8 of 10 positions, temperature 12.18, bias -7\n" in said
+    assert train(directory, run, weights) == 0
+    log = capsys.readouterr().err
+    assert "all parameters, the first 8 of 10 positions, temperature 12.18, bias -7\n" in log
     first = open_run(run, 1).params  # the learning rate of the first step is 0
     jax.tree.map(np.testing.assert_array_equal, first["txt"], jax.tree.map(np.float32, nested(arrays)))
     assert (float(first["t"][0]), float(first["b"][0])) == (2.5, -7.0)
@@ -55,35 +55,35 @@ def test_weights_are_taken_once(place, capsys):
     assert json.loads((run / "receipt.json").read_text())["text_init"] == record
     last = open_run(run).params
 
-    # Going on needs the file no more, and ends with the same bits.
+    # Resuming does not need the file and ends with the same bits.
     shutil.rmtree(run / "checkpoints/3")
-    weights.rename(place / "kept.npz")
-    assert train(place, run, weights) == 0
+    weights.rename(directory / "kept.npz")
+    assert train(directory, run, weights) == 0
     jax.tree.map(np.testing.assert_array_equal, open_run(run).params, last)
 
-    # A fresh start takes only the weights that the run was begun with.
+    # Without a checkpoint only the weights that the run started with are accepted.
     shutil.rmtree(run / "checkpoints")
     write_weights(weights, seed=1)
-    assert train(place, run, weights) == 2
-    assert "was begun with other weights than" in capsys.readouterr().err
-    (place / "kept.npz").rename(weights)
-    assert train(place, run, weights) == 0
+    assert train(directory, run, weights) == 2
+    assert "was started with other weights than" in capsys.readouterr().err
+    (directory / "kept.npz").rename(weights)
+    assert train(directory, run, weights) == 0
     jax.tree.map(np.testing.assert_array_equal, open_run(run).params, last)
 
-    # All checkpoints damaged: it does not quietly begin from fresh parameters.
+    # If all checkpoints are damaged, the run does not silently start from random parameters.
     for step in range(1, 4):
         shutil.rmtree(run / f"checkpoints/{step}/params")
     capsys.readouterr()
-    assert train(place, run, weights) == 2
-    assert "the same command again begins anew from" in capsys.readouterr().err
+    assert train(directory, run, weights) == 2
+    assert "rerun the same command to start again from" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_found_before_anything_is_written(place, capsys):
-    write_weights(place / "x.npz")
-    assert train(place, place / "none", place / "x.npz", "--text.depth", "2") == 2
+def test_pretrained_text_tower_that_does_not_fit_is_refused_before_writing(directory, capsys):
+    write_weights(directory / "x.npz")
+    assert train(directory, directory / "none", directory / "x.npz", "--text.depth", "2") == 2
     assert "set text.depth = 1\n" in capsys.readouterr().err
-    assert train(place, place / "none", place / "y.npz") == 2
+    assert train(directory, directory / "none", directory / "y.npz") == 2
     assert "y.npz" in capsys.readouterr().err
-    assert train(place, place / "none", "", "--text.init", "", "--text.head", "false") == 2
+    assert train(directory, directory / "none", "", "--text.init", "", "--text.head", "false") == 2
     assert "set text.width = 16" in capsys.readouterr().err
-    assert not (place / "none").exists()
+    assert not (directory / "none").exists()

@@ -1,4 +1,4 @@
-"""The commands `classify` and `search` with a trained run and with what it exports."""
+"""The commands `classify` and `search` with a run and with its export."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def command(*arguments):
     return main([str(a) for a in arguments])
 
 
-def test_search_finds_what_evaluation_ranks_first(model, trained_run, tmp_path, capsys):
+def test_search_ranks_as_evaluation_does(model, trained_run, tmp_path, capsys):
     data, out, page = trained_run.parent / "d", tmp_path / "out.json", tmp_path / "page.html"
     image = tmp_path / "5.jpg"
     image.write_bytes(encoded(picture(5)))
@@ -46,7 +46,7 @@ def test_search_finds_what_evaluation_ranks_first(model, trained_run, tmp_path, 
     for column, answer in enumerate(answers[1:]):
         found = answer["results"]
         assert [r["row"] for r in found] == rows[np.argsort(-cosines[:, column])[:6]].tolist()
-        # float32 sums of 32 products, in another order.
+        # Sums of 32 float32 products in another order.
         np.testing.assert_allclose(
             [r["cosine"] for r in found], np.sort(cosines[:, column])[::-1][:6], atol=1e-5
         )
@@ -55,14 +55,14 @@ def test_search_finds_what_evaluation_ranks_first(model, trained_run, tmp_path, 
         assert found[0]["captions"][0] in text
 
     keys = [key for block in open_dataset(data).iter_blocks() for key in block.keys]
-    nearest = answers[0]["results"][0]  # the picture itself: only the rounding to bfloat16 lies between
+    nearest = answers[0]["results"][0]  # the picture itself, rounded to bfloat16
     assert keys[nearest["row"]] == nearest["key"] == "000000005"
     assert nearest["cosine"] == pytest.approx(1, abs=1e-4)
     assert "probability" not in nearest
     assert page.read_text().count("data:image/jpeg") == 3 * 6 + 1
 
 
-def test_classify_goes_on_after_a_broken_image(model, tmp_path, capsys, monkeypatch):
+def test_classify_continues_after_a_broken_image(model, tmp_path, capsys, monkeypatch):
     for i in range(2):
         (tmp_path / f"{i}.jpg").write_bytes(encoded(picture(i)))
     (tmp_path / "broken.jpg").write_bytes(encoded(picture(3))[:500])
@@ -88,7 +88,7 @@ def test_classify_goes_on_after_a_broken_image(model, tmp_path, capsys, monkeypa
     assert capsys.readouterr().out == one
 
 
-def test_a_tower_or_tokenizer_that_is_not_the_run_s(trained_run, tmp_path, capsys):
+def test_another_tower_or_tokenizer_than_the_runs_is_refused(trained_run, tmp_path, capsys):
     run, other, data = tmp_path / "run", tmp_path / "other.npz", trained_run.parent / "d"
     shutil.copytree(trained_run, run)
     np.savez(other, **(tiny_vit_arrays() | {"cls": np.ones((1, 1, 32), np.float32)}))
@@ -125,7 +125,7 @@ def test_a_tower_or_tokenizer_that_is_not_the_run_s(trained_run, tmp_path, capsy
         ("classify x.jpg --labels a,b", "no model; add --model W"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, trained_run, tmp_path, capsys, monkeypatch):
+def test_mistake_with_a_model_is_one_line(arguments, message, trained_run, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("LIT_FAST_MODEL", raising=False)
     line = arguments.format(d=trained_run.parent / "d", w=trained_run, t=tmp_path)
     assert command(*line.split()) == 2

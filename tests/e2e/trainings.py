@@ -1,4 +1,4 @@
-"""Trainings of a tiny tower, as processes of their own, and what they leave."""
+"""Train a tiny tower in separate processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_fast.runs.metrics import read_metrics
 
-# The first keys of [checkpoint] may follow, and `steps` comes before.
+# A test puts `steps` before it and may add keys of [checkpoint] after it.
 TINY = """
 [text]
 variant = "mu"
@@ -25,7 +25,7 @@ warmup_steps = 1
 def start(
     path: Path, workdir: str, *more: str, devices: int = 1, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """`lit-fast train` in the directory `path`, on its config.toml and by default its dataset d."""
+    """Start `lit-fast train` in the directory `path`, with its config.toml and its dataset d."""
     command = [
         sys.executable,
         "-m",
@@ -49,12 +49,12 @@ def start(
 
 
 def finish(*processes: subprocess.Popen[str], status: int = 0) -> list[str]:
-    """What each of the processes of one training said; they must end with `status`."""
+    """Return the output of each process of a training; all must end with `status`."""
     outputs = [p.communicate(timeout=300)[0] for p in processes]
     assert [p.returncode for p in processes] == [status] * len(processes), "\n".join(outputs)
     return outputs
 
 
 def metrics(run: Path, name: str = "loss") -> dict[int, float]:
-    """One of the logged figures by step."""
+    """Return a logged metric by step."""
     return {line["step"]: line[name] for line in read_metrics(run / "metrics.jsonl") if name in line}

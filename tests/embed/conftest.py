@@ -7,8 +7,9 @@ import pytest
 import lit_fast.data.dataset
 import lit_fast.data.features
 import lit_fast.embed.extract
-import lit_fast.embed.verify.dataset
-import lit_fast.embed.verify.features
+import lit_fast.embed.shard_writer
+import lit_fast.embed.verify.records
+import lit_fast.embed.verify.sample
 
 
 @pytest.fixture
@@ -18,7 +19,8 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
         lit_fast.data.dataset,
         lit_fast.data.features,
         lit_fast.embed.extract,
-        lit_fast.embed.verify.dataset,
-        lit_fast.embed.verify.features,
+        lit_fast.embed.shard_writer,
+        lit_fast.embed.verify.records,
+        lit_fast.embed.verify.sample,
     ):
         monkeypatch.setattr(module, "SHARD", 1024)

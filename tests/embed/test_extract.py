@@ -319,7 +319,7 @@ def test_full_disk_is_one_line_and_the_work_goes_on(dataset: Dataset, tiny_vit: 
         done = subprocess.run([sys.executable, "-c", script, limit, *command], capture_output=True, text=True)
         assert done.returncode == 2, done.stderr
         assert "File too large" in done.stderr
-        assert "run the same command again" in done.stderr
+        assert "rerun the same command" in done.stderr
         assert "Traceback" not in done.stderr
     assert main(command) == 0
     assert set(open_features(dataset).invalid_rows().values()) != set()
@@ -343,7 +343,7 @@ def test_unwritable_directory(dataset: Dataset, tiny_vit: Path) -> None:
         (Path(dataset.path) / "features").write_text("a file where the directory should be")
     else:
         (Path(dataset.path) / "features").mkdir(mode=0o500)
-    with pytest.raises(UserError, match="mend that and run the same command again"):
+    with pytest.raises(UserError, match="fix the cause, then rerun the same command"):
         embed_dataset(dataset.path, str(tiny_vit))
 
 

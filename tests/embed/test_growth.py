@@ -41,7 +41,6 @@ def grow(tmp_path: Path) -> Dataset:
 @pytest.fixture
 def dataset(tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """1500 rows, one and a half small shards."""
-    monkeypatch.setattr("lit_fast.embed.index.SHARD", 1024)
     return index_dataset([str(part(tmp_path / "0.tar", 0, 1500))], tmp_path / "d", seed=0)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import lit_fast.embed.index
+import lit_fast.embed.row_reader
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import open_dataset
 from lit_fast.embed.index import index_dataset
@@ -66,7 +66,7 @@ def test_order_depends_on_the_seed_and_not_on_the_arguments(tars: Path, tmp_path
 
 
 def test_groups_keep_files_together(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lit_fast.embed.index, "GROUP_ROWS", 15)
+    monkeypatch.setattr(lit_fast.embed.row_reader, "GROUP_ROWS", 15)
     dataset = index_dataset([str(tars)], tmp_path / "d", seed=0)
     files = [int(key) // 10 for key in keys(dataset)]
     assert len(set(files[:20])) == len(set(files[20:])) == 2
@@ -163,13 +163,13 @@ def test_refusals_leave_nothing_behind(tars: Path, tmp_path: Path) -> None:
 
 def test_killed_indexing_leaves_no_dataset_and_can_be_redone(tars: Path, tmp_path: Path) -> None:
     script = (
-        "import sys, time, lit_fast.embed.index as e\n"
-        "e.GROUP_ROWS = 10\n"
-        "read = e.read_source\n"
-        "def slow(*a, **k):\n    time.sleep(0.2); return read(*a, **k)\n"
-        "e.read_source = slow\n"
-        "from pathlib import Path\n"
-        "e.index_dataset([sys.argv[1]], Path(sys.argv[2]), seed=0)\n"
+        "import dataclasses, sys, time, lit_fast.embed.row_reader as r\n"
+        "r.GROUP_ROWS = 10\n"
+        "tar = r.FORMATS['tar']\n"
+        "def slow(*a):\n    time.sleep(0.2); return tar.read(*a)\n"
+        "r.FORMATS['tar'] = dataclasses.replace(tar, read=slow)\n"
+        "from lit_fast.embed.index import index_dataset\n"
+        "index_dataset([sys.argv[1]], sys.argv[2], seed=0)\n"
     )
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(

@@ -16,7 +16,8 @@ import pytest
 import lit_fast.data.dataset
 import lit_fast.data.records
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import Row, Source, open_dataset
+from lit_fast.data.dataset import Source, open_dataset
+from lit_fast.data.dataset_writer import Row
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.tokens import open_tokens
 from lit_fast.embed.index import index_dataset
@@ -150,11 +151,11 @@ def test_killed_while_writing(tars: Path, tmp_path: Path) -> None:
     index_dataset([f"{tars}/0.tar"], out, seed=0)
     before = tree(out)
     script = (
-        "import sys, time, lit_fast.embed.index as e\n"
-        "e.GROUP_ROWS = 10\n"
-        "read = e.read_source\n"
-        "def slow(*a, **k):\n    time.sleep(0.3); return read(*a, **k)\n"
-        "e.read_source = slow\n"
+        "import dataclasses, sys, time, lit_fast.embed.row_reader as r\n"
+        "r.GROUP_ROWS = 10\n"
+        "tar = r.FORMATS['tar']\n"
+        "def slow(*a):\n    time.sleep(0.3); return tar.read(*a)\n"
+        "r.FORMATS['tar'] = dataclasses.replace(tar, read=slow)\n"
         "from lit_fast.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
@@ -177,7 +178,9 @@ def test_tokens_are_made_anew(tars: Path, tmp_path: Path) -> None:
     tokenize_dataset(out, train_vocab=282, name="words")
     before = open_tokens(open_dataset(out)).tokenizer().model
     grown = index_dataset([str(tars)], out, seed=0, append=True)
-    with pytest.raises(UserError, match="may have grown; make it anew with: lit-fast tokenize") as error:
+    with pytest.raises(
+        UserError, match="may have grown; make the tokens again with: lit-fast tokenize"
+    ) as error:
         open_tokens(grown)
     assert main(shlex.split(str(error.value).partition("with: lit-fast ")[2])) == 0
     assert open_tokens(grown).meta["captions"] == 60

@@ -11,8 +11,9 @@ import pytest
 
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import Dataset
-from lit_fast.data.features import embed_command, matching_features, open_features, with_views
+from lit_fast.data.features import embed_command, open_features
 from lit_fast.data.images.decode import decode
+from lit_fast.data.matching import matching_features, with_views
 from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
 from lit_fast.errors import UserError
@@ -72,7 +73,7 @@ def test_views_lie_side_by_side(dataset: Dataset, tiny_vit: Path, capsys: pytest
     with pytest.raises(UserError, match=r"other views\); choose another --name"):
         embed_dataset(dataset.path, str(tiny_vit), name="one", views=2)
     assert main(["verify", str(dataset.path)]) == 0
-    assert "features three: 19 rows embedded anew" in capsys.readouterr().out
+    assert "features three: 19 rows embedded again" in capsys.readouterr().out
 
 
 def test_view_zero_does_not_make_the_run_need_views_elsewhere(dataset: Dataset, tiny_vit: Path) -> None:

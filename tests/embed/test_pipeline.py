@@ -1,4 +1,4 @@
-"""Decoding ahead: every row once, in order, with the pixels that preprocessing makes of it."""
+"""The image loader: every row once, in order, with the pixels that preprocessing makes of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from lit_fast.data.images.decode import MAX_PIXELS, decode
 from lit_fast.embed.index import index_dataset
-from lit_fast.embed.pipeline import Images, read_ahead
+from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.towers.preprocess import Preprocess
 from tests.helpers import encoded, picture, write_tar
 
@@ -26,8 +26,8 @@ def test_batches_hold_the_rows_of_their_spans(views: int, workers: int, tmp_path
     dataset = index_dataset([str(tmp_path / "0.tar")], tmp_path / "d", seed=0)
     [block] = dataset.iter_blocks()
     spans = [(0, 20), (20, 20), (44, 7)]
-    images = Images(dataset, HOW, MAX_PIXELS, views)
-    for batch, (first, rows) in zip(read_ahead(images, iter(spans), 20, workers), spans, strict=True):
+    loader = ImageLoader(dataset, HOW, MAX_PIXELS, views)
+    for batch, (first, rows) in zip(load_batches(loader, iter(spans), 20, workers), spans, strict=True):
         assert (batch.first, batch.rows) == (first, rows)
         pixels = batch.images.reshape(20, views, 16, 16, 3)
         assert not pixels[rows:].any()

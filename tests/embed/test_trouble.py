@@ -18,7 +18,8 @@ import pytest
 from lit_fast.data.dataset import Dataset
 from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
-from lit_fast.embed.pipeline import Batch, Waiting, results
+from lit_fast.embed.loader import Batch
+from lit_fast.embed.pipeline import StallTimer, run_tower
 from lit_fast.errors import UserError
 from tests.embed.test_extract import SMALL_SHARDS, many, tree
 from tests.helpers import write_tar
@@ -42,7 +43,7 @@ def stopped(done: subprocess.CompletedProcess[str], reason: str, remedy: str) ->
     return reason in errors[0] and remedy in errors[0]
 
 
-AGAIN = "mend that and run the same command again"
+AGAIN = "fix the cause, then rerun the same command"
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_a_device_without_enough_memory() -> None:
     """What JAX raises when an array of 64 TiB does not fit; a limit on the process makes XLA hang instead."""
     batch = Batch(0, 1, np.zeros((1, 4, 4, 3), np.uint8), {})
     with pytest.raises(UserError, match="out of memory; lower --batch-size"):
-        list(results(iter([batch]), lambda images: jax.numpy.zeros(1 << 46, jax.numpy.uint8), Waiting()))
+        list(run_tower(iter([batch]), lambda images: jax.numpy.zeros(1 << 46, jax.numpy.uint8), StallTimer()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row
+from lit_fast.data.dataset import Dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import BFLOAT16, Features, Manifest
 from lit_fast.storage.files import write_json
 

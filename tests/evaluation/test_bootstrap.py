@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from lit_fast.evaluation.bootstrap import bootstrap, measured
+from lit_fast.evaluation.bootstrap import bootstrap, point_estimates
 
 
 def share(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -19,9 +19,9 @@ def ratio(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     return {"ratio": weights @ rows[:, 0] / (weights @ rows[:, 1])}
 
 
-def test_the_interval_of_a_share_is_binomial_and_repeatable() -> None:
+def test_bootstrap_of_a_share_is_binomial_and_deterministic() -> None:
     table = (np.arange(500) < 150).astype(np.int64)[:, None]
-    assert measured(share, table) == {"share": 0.3}
+    assert point_estimates(share, table) == {"share": 0.3}
     got = bootstrap(share, table)
     # Two percentiles of 1000 draws, each with a standard error near 0.002.
     np.testing.assert_allclose(got["share"], binom.ppf((0.025, 0.975), 500, 0.3) / 500, atol=0.01)
@@ -29,7 +29,7 @@ def test_the_interval_of_a_share_is_binomial_and_repeatable() -> None:
     assert got == bootstrap(share, table[::-1])
 
 
-def test_a_ratio_as_if_every_image_were_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bootstrap_of_a_ratio_equals_drawing_images(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     texts = rng.integers(1, 6, 300)
     table = np.stack([rng.binomial(texts, 0.4), texts], axis=1)
@@ -38,7 +38,7 @@ def test_a_ratio_as_if_every_image_were_drawn(monkeypatch: pytest.MonkeyPatch) -
     want = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
     # The ratio's standard deviation is about 0.017; of its percentiles from 4000 draws 0.0007 is the error.
     np.testing.assert_allclose(bootstrap(ratio, table, 4000)["ratio"], want, atol=0.003)
-    monkeypatch.setattr("lit_fast.evaluation.bootstrap._COUNTS", 1000)  # a few resamples at a time
+    monkeypatch.setattr("lit_fast.evaluation.bootstrap._MAX_COUNTS", 1000)  # a few resamples at a time
     np.testing.assert_allclose(bootstrap(ratio, table, 4000)["ratio"], want, atol=0.003)
 
 
@@ -58,7 +58,7 @@ def resampled(table: np.ndarray, resamples: int, cores: int) -> np.ndarray:
 
 @given(st.integers(0, 1000), st.integers(1, 300), st.integers(1, 70), st.integers(2, 16))
 @settings(max_examples=30, deadline=None)
-def test_a_resample_has_as_many_images_and_is_the_same_for_any_number_of_threads(
+def test_bootstrap_resamples_all_images_independently_of_threads(
     seed: int, images: int, resamples: int, cores: int
 ) -> None:
     table = np.random.default_rng(seed).integers(0, 3, (images, 2))
@@ -68,12 +68,12 @@ def test_a_resample_has_as_many_images_and_is_the_same_for_any_number_of_threads
     np.testing.assert_array_equal(got, resampled(table, resamples, 1))
 
 
-def test_what_threads_draw_differs() -> None:
+def test_bootstrap_threads_draw_different_resamples() -> None:
     got = resampled(np.arange(100)[:, None], 100, 2)
     assert len(np.unique(got, axis=0)) == 100  # the same seed twice would draw the same resamples again
 
 
-def test_what_is_alike_has_no_width_and_nothing_is_no_figure() -> None:
+def test_bootstrap_of_equal_rows_has_no_width_and_ignores_nan() -> None:
     assert bootstrap(share, np.ones((40, 1), np.int64)) == {"share": [1.0, 1.0]}
 
     def lonely(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:

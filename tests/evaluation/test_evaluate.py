@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import DatasetWriter, Row
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.errors import UserError
 from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
-from lit_fast.evaluation.table import format_table, without_languages
+from lit_fast.evaluation.table import format_results, without_languages
 from lit_fast.storage.files import write_json
 from tests.evaluation.sets import (
     WIDTH,
@@ -49,7 +49,7 @@ def test_zero_shot_counts_labelled_valid_rows(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_without_templates_the_bare_name_is_used(tmp_path: Path) -> None:
+def test_zero_shot_without_templates_uses_bare_names(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", [0, 1], [(), ()], classnames=["Red", "Green"])
     seen: list[str] = []
 
@@ -73,7 +73,7 @@ def test_without_templates_the_bare_name_is_used(tmp_path: Path) -> None:
         ([0, 1], {"classnames": ["a", "b"], "templates": ["photo"]}, "prompt template 'photo'"),
     ],
 )
-def test_what_zero_shot_lacks_is_named(
+def test_zero_shot_with_missing_parts_names_them(
     tmp_path: Path, labels: list[int], options: dict[str, Any], message: str
 ) -> None:
     data = make_dataset(tmp_path / "set", labels, [(), ()], **options)
@@ -81,7 +81,7 @@ def test_what_zero_shot_lacks_is_named(
         zero_shot_evaluation(data)
 
 
-def test_labels_beyond_the_names_and_no_labelled_embedding(tmp_path: Path) -> None:
+def test_zero_shot_with_unusable_labels_raises_user_error(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", [-1, 7], [(), ()], classnames=["red", "green"])
     with pytest.raises(UserError, match="label 7 but only 2 class names"):
         zero_shot_evaluation(data)
@@ -110,7 +110,7 @@ def test_retrieval_counts_captioned_valid_rows(tmp_path: Path) -> None:
     assert (fewer["images"], fewer["texts"]) == (2, 4)
 
 
-def test_a_dataset_without_captions_is_named(tmp_path: Path) -> None:
+def test_retrieval_without_captions_raises_user_error(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "set", [0], [()], classnames=["a"])
     with pytest.raises(UserError, match=r"/set has no captions"):
         retrieval_evaluation(data)
@@ -119,7 +119,7 @@ def test_a_dataset_without_captions_is_named(tmp_path: Path) -> None:
         retrieval_evaluation(data, lambda: {1})
 
 
-def test_each_language_by_itself_and_their_average(tmp_path: Path) -> None:
+def test_retrieval_of_languages_has_each_and_the_average(tmp_path: Path) -> None:
     data = multilingual(tmp_path / "xm")
     images = np.eye(3, dtype=np.float32)
     german, english, _, average = results = retrieval_evaluation(data)(np.arange(3), images, embed_colours)
@@ -137,7 +137,7 @@ def test_each_language_by_itself_and_their_average(tmp_path: Path) -> None:
         assert value == pytest.approx(np.mean([r["metrics"][name] for r in results[:3]]))
         low, high = average["interval_95"][name]
         assert low <= value <= high
-    # A language by itself gives what the whole set gives for it.
+    # A dataset of one language has the figures of that language.
     writer = DatasetWriter(tmp_path / "en")
     for i, captions in enumerate((("red",), ("green", "red"), ("blue",))):
         writer.add(Row(f"k{i}", 0, 0, 0, captions, -1, ("en",) * len(captions)))
@@ -145,14 +145,14 @@ def test_each_language_by_itself_and_their_average(tmp_path: Path) -> None:
     assert alone["language"] == "en"
     assert alone["metrics"] == english["metrics"]
     assert without_languages([*results, alone]) == [average, alone]
-    lines = format_table([*results, alone]).splitlines()
+    lines = format_results([*results, alone]).splitlines()
     assert lines[1].startswith("xm de ")
     assert lines[19].startswith("xm average ")
     assert lines[-1].startswith("en retrieval: images 3, texts 4")
 
 
 @pytest.mark.parametrize("where", ["image", "text"])
-def test_not_a_number_is_never_a_hit(tmp_path: Path, where: str) -> None:
+def test_evaluation_of_nan_raises_user_error(tmp_path: Path, where: str) -> None:
     data = make_dataset(tmp_path / "d", [0, 1], [("red",), ("green",)], classnames=["red", "green"])
     images = np.eye(3, dtype=np.float32)[:2]
     images[0, 0] = np.nan if where == "image" else 1
@@ -161,19 +161,19 @@ def test_not_a_number_is_never_a_hit(tmp_path: Path, where: str) -> None:
         return embed_colours(texts) * np.float32(np.nan if where == "text" else 1)
 
     for evaluation in (zero_shot_evaluation, retrieval_evaluation):
-        with pytest.raises(UserError, match=f"{where} embeddings are not finite"):
+        with pytest.raises(UserError, match=rf"{where} embeddings of \S+ are not finite"):
             evaluation(data)(np.arange(2), images, embed)
 
 
 # --- names and table
 
 
-def test_names_tell_datasets_apart(tmp_path: Path) -> None:
+def test_distinct_names_add_the_parent_to_equal_names(tmp_path: Path) -> None:
     paths = [tmp_path / "a" / "val", tmp_path / "b" / "val", tmp_path / "c", tmp_path / "a" / "val"]
     assert distinct_names(paths) == ["a/val", "b/val", "c", "a/val"]
 
 
-def test_table() -> None:
+def test_format_results_aligns_figures_and_counts() -> None:
     result = {
         "dataset": "flowers", "language": "en",
         "task": "zeroshot_classification", "rows": 400, "images": 398, "classes": 5,
@@ -195,7 +195,7 @@ dev      retrieval  image_retrieval_recall@1   17.0   15.9 -  18.1     0.1
 flowers zero-shot: images 398, classes 5, templates 3, template set t.txt, labels real; \
 2 rows without label or valid image were skipped
 dev retrieval: images 1,000, texts 5,000"""
-    assert format_table([result, other]) == want
+    assert format_results([result, other]) == want
 
 
 # --- the command
@@ -245,7 +245,7 @@ def test_eval_prints_a_table_and_writes_json(
     assert results[1]["metrics"]["image_retrieval_recall@5"] == 1  # five candidates
     stdout = capsys.readouterr().out
     assert stdout.startswith("tiny-run, step 7, tower tiny\n")
-    assert stdout.endswith(format_table(results) + "\n")
+    assert stdout.endswith(format_results(results) + "\n")
 
     assert main(["eval", str(run), "--zero-shot", d, "--step", "3", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["pretrained"] == "step 3"
@@ -253,7 +253,7 @@ def test_eval_prints_a_table_and_writes_json(
     assert "no checkpoint of step 4; there are 3, 7" in capsys.readouterr().err
 
 
-def test_a_directory_gets_a_file_per_result(run: Path, tmp_path: Path) -> None:
+def test_eval_into_directory_writes_a_file_per_result(run: Path, tmp_path: Path) -> None:
     for parent in ("a", "b"):
         add_features(coloured(tmp_path / parent / "set"))
     sets = [str(tmp_path / parent / "set") for parent in ("a", "b")]
@@ -279,7 +279,7 @@ def test_a_directory_gets_a_file_per_result(run: Path, tmp_path: Path) -> None:
     assert all((out / name).read_bytes() == data for name, data in before.items())
 
 
-def test_files_in_place_of_what_the_dataset_has(run: Path, tmp_path: Path) -> None:
+def test_eval_with_files_replaces_names_templates_and_labels(run: Path, tmp_path: Path) -> None:
     add_features(coloured(tmp_path / "set"))
     names, templates, labels = tmp_path / "n.txt", tmp_path / "t.txt", tmp_path / "l.json"
     names.write_text("thing\nred\nblue\n")
@@ -295,7 +295,7 @@ def test_files_in_place_of_what_the_dataset_has(run: Path, tmp_path: Path) -> No
     assert result["chance"]["acc1"] == pytest.approx((3 + 1 + 3 + 2 + 1) / 5 / 3)
 
 
-def test_mistakes_are_found_before_the_weights_are_loaded(
+def test_eval_mistakes_are_found_before_loading_weights(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any) -> None:
@@ -315,7 +315,7 @@ def test_mistakes_are_found_before_the_weights_are_loaded(
         (["--zero-shot", good.path, bare.path], "/bare has no features of the run's tower tiny"),
         (["--retrieval", good.path, other.path], "/other has no features of the run's tower tiny"),
         (["--retrieval", good.path, "--labels", "real"], "--labels and --classes are for --zero-shot E"),
-        (["--zero-shot", good.path, "--labels", "unreal"], "none of the known labels: real"),
+        (["--zero-shot", good.path, "--labels", "unreal"], "one of the known labels: real"),
         (["--zero-shot", good.path, "--classnames", file], "/file is empty"),
         (["--zero-shot", good.path, "--templates", tmp_path], "cannot be read: Is a directory"),
         (["--retrieval", good.path, "--json", file / "out.json"], "is not a writable directory"),

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, open_dataset
-from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest, open_features, with_views
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
+from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest, open_features
+from lit_fast.data.matching import with_views
 from lit_fast.errors import UserError
 from lit_fast.evaluation import few_shot
 from lit_fast.evaluation.few_shot import (
@@ -24,10 +26,10 @@ from lit_fast.evaluation.few_shot import (
     SHOTS,
     check_few_shot,
     classify,
-    draw,
     evaluate_few_shot,
-    first,
     intervals,
+    shuffle_by_class,
+    take_shots,
 )
 from lit_fast.storage.files import write_json
 from tests.helpers import write_tar
@@ -54,7 +56,7 @@ def by_least_squares(few: np.ndarray, labels: np.ndarray, images: np.ndarray, cl
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 6), st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**32 - 1))
-def test_equals_least_squares(classes: int, n: int, width: int, seed: int) -> None:
+def test_classify_equals_least_squares(classes: int, n: int, width: int, seed: int) -> None:
     """More images than features and fewer: both forms of the solution."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(classes, width)) * 3
@@ -72,7 +74,7 @@ def test_equals_least_squares(classes: int, n: int, width: int, seed: int) -> No
 
 
 @pytest.mark.parametrize(("n", "d"), [(5, 30), (30, 30), (300, 30)])
-def test_weights_equal_those_of_scikit_learn(n: int, d: int) -> None:
+def test_ridge_equals_scikit_learn(n: int, d: int) -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(n)
     x, y = np.pad(rng.normal(size=(n, d - 1)), ((0, 0), (0, 1)), constant_values=100), rng.normal(size=(n, 3))
@@ -81,7 +83,7 @@ def test_weights_equal_those_of_scikit_learn(n: int, d: int) -> None:
     np.testing.assert_allclose(few_shot.ridge(x, y), want, rtol=1e-9, atol=1e-13)
 
 
-def test_scores_do_not_depend_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classify_does_not_depend_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     few, images = rng.normal(size=(10, 4)), rng.normal(size=(37, 4))
     labels = np.arange(10) % 3
@@ -95,29 +97,30 @@ def test_scores_do_not_depend_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> No
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 5))
-def test_draws_are_nested_and_of_their_class(labels: list[int], seed: int) -> None:
+def test_take_shots_is_nested_and_keeps_small_classes_whole(labels: list[int], seed: int) -> None:
     array = np.array(labels)
-    order = draw(array, 5, seed)
+    order = shuffle_by_class(array, 5, seed)
     assert [sorted(positions.tolist()) for positions in order] == [
         np.flatnonzero(array == k).tolist() for k in range(5)
     ]
-    before: list[set[int]] = [set() for _ in order]
+    smaller: set[int] = set()
     for shots in SHOTS:
-        chosen = first(order, shots)
-        for number, positions in enumerate(chosen):
-            assert len(positions) == min(shots, labels.count(number))  # with fewer it keeps what it has
-            assert before[number] <= set(positions.tolist())
-        before = [set(positions.tolist()) for positions in chosen]
+        taken = take_shots(order, shots)
+        assert np.bincount(array[taken], minlength=5).tolist() == [
+            min(shots, labels.count(k)) for k in range(5)
+        ]
+        assert smaller <= set(taken.tolist())
+        smaller = set(taken.tolist())
 
 
-def test_draws_are_those_of_one_generator() -> None:
+def test_shuffle_by_class_uses_one_generator_for_all_classes() -> None:
     labels = np.repeat(np.arange(4), (30, 5, 1, 20))
     generator = np.random.default_rng(2)
-    for number, positions in enumerate(draw(labels, 4, 2)):
+    for number, positions in enumerate(shuffle_by_class(labels, 4, 2)):
         own = np.flatnonzero(labels == number)
         generator.shuffle(own)
         np.testing.assert_array_equal(positions, own)
-    assert not np.array_equal(draw(labels, 4, 0)[0], draw(labels, 4, 1)[0])
+    assert not np.array_equal(shuffle_by_class(labels, 4, 0)[0], shuffle_by_class(labels, 4, 1)[0])
 
 
 # --- intervals
@@ -195,7 +198,7 @@ def caches(dataset: Dataset) -> list[Path]:
     return sorted(Path(dataset.path).glob("features/*/few_shot/*"))
 
 
-def test_figures_equal_the_procedure_step_by_step(pair: tuple[Dataset, Dataset]) -> None:
+def test_few_shot_equals_the_procedure_step_by_step(pair: tuple[Dataset, Dataset]) -> None:
     got = evaluate_few_shot(*pair, TOWER)
     data = []
     for dataset, invalid in zip(pair, ((0, 50), (1,)), strict=True):
@@ -218,11 +221,11 @@ def test_figures_equal_the_procedure_step_by_step(pair: tuple[Dataset, Dataset])
         assert low < got["metrics"][name] < high
         assert got["chance"][name] == 1 / 3
     assert got["metrics"]["acc1_25shot"] > got["metrics"]["acc1_1shot"] > 1 / 3
-    told = ("dataset", "train_dataset", "task", "rows", "images", "classes", "train_images")
-    assert [got[key] for key in told] == ["test", "train", "few_shot_classification", 120, 89, 3, 76]
+    keys = ("dataset", "train_dataset", "task", "rows", "images", "classes", "train_images")
+    assert [got[key] for key in keys] == ["test", "train", "few_shot_classification", 120, 89, 3, 76]
 
 
-def test_figures_are_computed_once_per_tower(
+def test_few_shot_is_computed_once_per_tower(
     pair: tuple[Dataset, Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = evaluate_few_shot(*pair, TOWER)
@@ -232,12 +235,12 @@ def test_figures_are_computed_once_per_tower(
     def never(*_: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(few_shot, "_measure", never)
+    monkeypatch.setattr(few_shot, "_evaluate", never)
     assert evaluate_few_shot(*pair, TOWER) == want
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"digest": "x"}', "cut", "changed", "folder"])
-def test_a_damaged_cache_is_computed_anew(pair: tuple[Dataset, Dataset], damage: str) -> None:
+def test_few_shot_with_damaged_cache_computes_again(pair: tuple[Dataset, Dataset], damage: str) -> None:
     want = evaluate_few_shot(*pair, TOWER)
     (file,) = caches(pair[1])
     whole = file.read_text()
@@ -254,7 +257,7 @@ def test_a_damaged_cache_is_computed_anew(pair: tuple[Dataset, Dataset], damage:
     assert caches(pair[1]) == [file]
 
 
-def test_the_cache_knows_rows_labels_features_and_procedure(
+def test_few_shot_cache_depends_on_rows_labels_features_and_procedure(
     pair: tuple[Dataset, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, test = pair
@@ -273,12 +276,12 @@ def test_the_cache_knows_rows_labels_features_and_procedure(
     assert len(caches(test)) == 6
 
 
-def test_a_dataset_that_cannot_be_written_to_is_evaluated(pair: tuple[Dataset, Dataset]) -> None:
+def test_few_shot_of_read_only_dataset_is_evaluated(pair: tuple[Dataset, Dataset]) -> None:
     (Path(pair[1].path) / "features" / "tiny" / "few_shot").write_bytes(b"in the way")
     assert evaluate_few_shot(*pair, TOWER)["images"] == 89
 
 
-def test_without_class_names_the_labels_are_enough(tmp_path: Path) -> None:
+def test_few_shot_without_class_names_uses_labels(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = [0, 1, 2] * 9
     sets = [
@@ -287,7 +290,7 @@ def test_without_class_names_the_labels_are_enough(tmp_path: Path) -> None:
     assert evaluate_few_shot(sets[0], sets[1], TOWER)["classes"] == 3
 
 
-def test_of_several_views_the_first_counts(tmp_path: Path) -> None:
+def test_few_shot_of_several_views_uses_the_first(tmp_path: Path) -> None:
     labels = [0, 1, 2] * 9
     found = []
     for views in (1, 3):
@@ -323,7 +326,7 @@ def test_of_several_views_the_first_counts(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, train: Any, test: Any, message: str) -> None:
+def test_few_shot_mistakes_are_named(tmp_path: Path, train: Any, test: Any, message: str) -> None:
     zeros = np.zeros((2, WIDTH))
     sets = [labelled(tmp_path / n, v[0], zeros, **v[1]) for n, v in (("train", train), ("test", test))]
     with pytest.raises(UserError, match=message) as caught:
@@ -332,14 +335,14 @@ def test_mistakes_are_named(tmp_path: Path, train: Any, test: Any, message: str)
     assert not caches(sets[1])
 
 
-def test_the_same_rows_twice_and_another_tower(pair: tuple[Dataset, Dataset]) -> None:
+def test_few_shot_with_equal_rows_or_another_tower_raises_user_error(pair: tuple[Dataset, Dataset]) -> None:
     with pytest.raises(UserError, match=r"/train and .*/train have the same rows"):
         check_few_shot(pair[0], pair[0])
     with pytest.raises(UserError, match="/train has no features of the run's tower"):
         evaluate_few_shot(*pair, TOWER | {"identity": "other"})
 
 
-def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_few_shot_of_nan_features_raises_user_error(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = [0, 1, 2] * 3
     values = gaussian(rng, labels)
@@ -352,7 +355,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 # --- real flowers
 
 
-def test_real_flowers(realdata: Path, tmp_path: Path) -> None:
+def test_few_shot_of_real_flowers_reaches_the_known_accuracy(realdata: Path, tmp_path: Path) -> None:
     """200 photos, a hundred to learn from: the known linear probe of these features reaches 92.8 %."""
     import tarfile
 

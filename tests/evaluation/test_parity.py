@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row
-from lit_fast.evaluation.bootstrap import measured
+from lit_fast.data.dataset import Dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
+from lit_fast.evaluation.bootstrap import point_estimates
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.ranks import ranks
 from lit_fast.evaluation.zeroshot import accuracies, accuracy_table
@@ -42,7 +43,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class Embedded:
-    """What CLIP_benchmark takes for a model: images and texts are their own embeddings."""
+    """A model for CLIP_benchmark whose images and texts are embeddings."""
 
     def encode_image(self, images: Any) -> Any:
         return images
@@ -52,7 +53,7 @@ class Embedded:
 
 
 class TextVectors:
-    """A vector for every text, the same for the same text; stands for tokenizer and text tower."""
+    """A vector for every text, equal for equal texts, in place of tokenizer and text tower."""
 
     def __init__(self) -> None:
         self._known: dict[str, np.ndarray] = {}
@@ -133,7 +134,7 @@ def test_accuracy_equals_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
         100.0 * torch.from_numpy(images) @ torch.from_numpy(classes).T, torch.from_numpy(labels), topk=(1, 5)
     )
     table = accuracy_table(ranks(images, classes, np.arange(400), labels), labels)
-    got = measured(partial(accuracies, 50), table)
+    got = point_estimates(partial(accuracies, 50), table)
     assert (got["acc1"], got["acc5"]) == (one / 400, five / 400)
 
 

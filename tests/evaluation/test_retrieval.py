@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lit_fast.evaluation.ranks import count_columns, count_rows, ranks
 from lit_fast.evaluation.retrieval import (
-    chance_of_any,
+    chance_of_hit,
     chance_recalls,
     recall_table,
     recalls,
@@ -18,7 +18,7 @@ from lit_fast.evaluation.retrieval import (
 
 
 def sorted_ranks(scores: np.ndarray, right: list[list[int]]) -> list[int]:
-    """Where the first right candidate stands when Python sorts by falling score, then by number."""
+    """Ranks of the first relevant candidates by Python's sort: decreasing score, then increasing index."""
     out = []
     for row, own in zip(scores.tolist(), right, strict=True):
         order = sorted(range(len(row)), key=lambda j: (-row[j], j))
@@ -92,15 +92,15 @@ def test_recalls_equal_argsort_in_float64(seed: int, tile: tuple[int, int]) -> N
 
 @given(st.integers(0, 100), st.integers(1, 600), st.integers(1, 40))
 @settings(max_examples=30, deadline=None)
-def test_counts_of_marks(seed: int, rows: int, columns: int) -> None:
+def test_count_rows_and_columns_equal_sums(seed: int, rows: int, columns: int) -> None:
     marks = np.random.default_rng(seed).random((rows, columns)) < 0.9
     assert count_rows(marks).tolist() == marks.sum(axis=1).tolist()
     assert count_columns(marks).tolist() == marks.sum(axis=0).tolist()
 
 
-def test_two_images_four_texts_one_misranked() -> None:
+def test_recalls_of_one_misranked_text() -> None:
     images = np.eye(2, dtype=np.float32)
-    # The fourth text belongs to image 1 but lies nearer to image 0.
+    # The fourth text belongs to image 1 but is nearer to image 0.
     texts = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.8, 0.2]], np.float32)
     owner = np.array([0, 0, 1, 1])
     got = all_recalls(*retrieval_ranks(images, texts, owner), owner)
@@ -110,7 +110,7 @@ def test_two_images_four_texts_one_misranked() -> None:
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (2, 2), (9, 9)])
-def test_equal_scores_go_to_the_lower_number(tile: tuple[int, int]) -> None:
+def test_ranks_of_equal_scores_prefer_the_lower_index(tile: tuple[int, int]) -> None:
     ones, numbers = np.ones((3, 1), np.float32), np.arange(3)
     got = retrieval_ranks(ones, ones, numbers, tile=tile)
     assert [r.tolist() for r in got] == [[0, 1, 2], [0, 1, 2]]
@@ -119,18 +119,18 @@ def test_equal_scores_go_to_the_lower_number(tile: tuple[int, int]) -> None:
     assert right.tolist() == [1]
 
 
-def test_one_image_is_always_found() -> None:
+def test_retrieval_ranks_of_one_image_are_zero() -> None:
     got = retrieval_ranks(np.ones((1, 4), np.float32), -np.ones((2, 4), np.float32), np.array([0, 0]))
     assert [r.tolist() for r in got] == [[0, 0], [0]]
 
 
 @pytest.mark.parametrize("owner", [[0, 0, 0], [0, 1], [0, 1, 2], [0, 1, 0], [1, 0, 1]])
-def test_owners_must_fit(owner: list[int]) -> None:
+def test_retrieval_ranks_of_invalid_owners_raises_value_error(owner: list[int]) -> None:
     with pytest.raises(ValueError, match=r"owners of|in order"):
         retrieval_ranks(np.ones((2, 2), np.float32), np.ones((3, 2), np.float32), np.array(owner))
 
 
-def test_memory_stays_below_the_matrix() -> None:
+def test_ranks_need_less_memory_than_the_matrix() -> None:
     import tracemalloc
 
     rng = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def test_memory_stays_below_the_matrix() -> None:
         assert peak < 2.5 * 4 * (1 << 18)
 
 
-def test_an_image_counts_with_its_texts() -> None:
+def test_recall_table_counts_an_image_with_its_texts() -> None:
     table = recall_table(np.array([0, 3, 0]), np.array([0, 7]), np.array([0, 1, 1]))
     assert table.tolist() == [[1, 1, 1, 1, 1, 1, 1, 1], [1, 2, 1, 2, 2, 0, 0, 1]]
     got = recalls(np.array([1.0, 2.0]) @ table)  # the second image twice
@@ -159,7 +159,7 @@ def test_an_image_counts_with_its_texts() -> None:
     assert got["text_retrieval_recall@5"] == pytest.approx(1 / 3)
 
 
-def test_chance_is_the_formula_and_what_random_scores_reach() -> None:
+def test_chance_recalls_equal_the_formula_and_random_scores() -> None:
     counts = np.array([1, 2, 5, 3, 1, 4, 2])
     n, m = len(counts), int(counts.sum())
     want = chance_recalls(counts)
@@ -180,8 +180,8 @@ def test_chance_is_the_formula_and_what_random_scores_reach() -> None:
         assert np.mean([r[name] for r in reached]) == pytest.approx(value, abs=0.03), name
 
 
-def test_chance_with_fewer_candidates_than_k() -> None:
+def test_chance_recalls_with_fewer_candidates_than_k_are_one() -> None:
     with np.errstate(all="raise"):
         assert set(chance_recalls(np.array([2])).values()) == {1.0}
         assert chance_recalls(np.array([1, 2]))["text_retrieval_recall@1"] == pytest.approx(0.5)
-        assert chance_of_any(np.array([1, 3]), 3, 5) == 1.0
+        assert chance_of_hit(np.array([1, 3]), 3, 5) == 1.0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_fast.errors import UserError
-from lit_fast.evaluation.bootstrap import measured
+from lit_fast.evaluation.bootstrap import point_estimates
 from lit_fast.evaluation.ranks import ranks
 from lit_fast.evaluation.zeroshot import (
     accuracies,
@@ -48,22 +48,22 @@ def test_canonicalize_is_idempotent_on_ascii(text: str) -> None:
     assert canonicalize(once) == once
 
 
-def test_first_alias_only() -> None:
+def test_canonical_names_keep_the_first_alias() -> None:
     assert canonical_names(["Great_White, man-eater", "T-shirt", "a , b"]) == ["great white", "tshirt", "a"]
 
 
-def test_templates_in_both_spellings() -> None:
+def test_canonical_templates_accept_both_spellings() -> None:
     got = canonical_templates(["A photo of a {c}.", "{}", "{c}, or {c}!", "a_{c}_b"])
     assert got == ["a photo of a {}", "{}", "{} or {}", "a {} b"]
 
 
-def test_a_template_without_a_place_for_the_name_is_refused() -> None:
+def test_canonical_templates_without_the_name_raise_user_error() -> None:
     with pytest.raises(UserError, match=r"'a photo of a \{name\}\.'.*\{c\}"):
         canonical_templates(["{c}", "a photo of a {name}."])
 
 
 @pytest.mark.parametrize("name", ["?!", "", ", rose"])
-def test_an_empty_name_is_refused(name: str) -> None:
+def test_canonical_names_of_empty_name_raise_user_error(name: str) -> None:
     with pytest.raises(UserError, match="number 1"):
         canonical_names(["rose", name])
 
@@ -92,7 +92,7 @@ def test_classifier_is_the_normalised_mean_of_normalised_prompts(monkeypatch: py
 
 def figures(best: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
     """The accuracies of all images."""
-    return measured(partial(accuracies, classes), accuracy_table(best, labels))
+    return point_estimates(partial(accuracies, classes), accuracy_table(best, labels))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 12))
@@ -116,7 +116,7 @@ def test_accuracies_equal_a_full_sort_with_ties(seed: int, classes: int) -> None
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=50, deadline=None)
-def test_any_of_several_labels_is_right(seed: int) -> None:
+def test_accuracies_of_multilabel_images_accept_any_label(seed: int) -> None:
     """ReaL accuracy as big_vision has it: the prediction is among the image's labels."""
     rng = np.random.default_rng(seed)
     n, classes = 30, 9
@@ -130,7 +130,7 @@ def test_any_of_several_labels_is_right(seed: int) -> None:
     assert got == {"acc1": pytest.approx(want[1]), "acc5": pytest.approx(want[5])}
 
 
-def test_uneven_classes_and_weights() -> None:
+def test_accuracies_of_uneven_classes_and_weights() -> None:
     best, labels = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 2])
     got = figures(best, labels, 3)
     assert got == {"acc1": 0.75, "mean_per_class_recall": 0.5}  # class 1 has no image and does not count
@@ -140,7 +140,7 @@ def test_uneven_classes_and_weights() -> None:
     assert drawn["mean_per_class_recall"].tolist() == [0.5, 0.5, 1.0]
 
 
-def test_chance() -> None:
+def test_chance_accuracies_equal_the_formula() -> None:
     assert chance_accuracies(10) == {"acc1": 0.1, "acc5": 0.5, "mean_per_class_recall": 0.1}
     assert "acc5" not in chance_accuracies(4)
     # One and three right ones of ten: the first is right with 0.1 and 0.3.

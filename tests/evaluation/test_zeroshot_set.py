@@ -1,4 +1,4 @@
-"""Class names, templates and labels from files, and what does not fit."""
+"""Class names, templates and labels from files, and files that do not fit."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row
+from lit_fast.data.dataset import Dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.errors import UserError
 from lit_fast.evaluation.zeroshot_set import zero_shot_set
 
@@ -32,20 +33,20 @@ def write(path: Path, value: object) -> Path:
     return path
 
 
-def test_the_datasets_own(tmp_path: Path) -> None:
+def test_zero_shot_set_reads_the_dataset(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", [2, -1, 0, 2], templates=["a {c}"])
     got = zero_shot_set(data)
     assert (got.classnames, got.templates, got.template_set) == (NAMES, ("a {c}",), "dataset")
-    assert (got.row_of.tolist(), got.class_of.tolist(), got.several) == ([0, 2, 3], [2, 0, 2], False)
+    assert (got.row_of.tolist(), got.class_of.tolist(), got.multilabel) == ([0, 2, 3], [2, 0, 2], False)
 
 
-def test_present_classes_only(tmp_path: Path) -> None:
+def test_zero_shot_set_of_present_classes(tmp_path: Path) -> None:
     got = zero_shot_set(make_dataset(tmp_path / "d", [4, -1, 1, 4]), present=True)
     assert got.classnames == ("goldfish", "cock")
     assert got.class_of.tolist() == [1, 0, 1]
 
 
-def test_names_and_templates_from_files(tmp_path: Path) -> None:
+def test_zero_shot_set_reads_names_and_templates_from_files(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", [0, 4])
     names = write(tmp_path / "names.txt", "\ufeffA\nB\r\n C \nD, d\nE\n\n")
     templates = write(tmp_path / "clip.txt", "a {}.\n{c}")
@@ -54,20 +55,20 @@ def test_names_and_templates_from_files(tmp_path: Path) -> None:
     assert (got.templates, got.template_set) == (("a {}.", "{c}"), "clip.txt")
 
 
-def test_reals_list_goes_by_the_number_of_the_photo(tmp_path: Path) -> None:
+def test_zero_shot_set_matches_real_labels_by_photo_number(tmp_path: Path) -> None:
     real = write(tmp_path / "real.json", [[0, 3], [], [2], [1, 1, 4]])
     keys = photos(4)
     order = [3, 0, 2, 1]
     data = make_dataset(tmp_path / "d", [1, 0, 2, 3], [keys[i] for i in order])
     got = zero_shot_set(data, labels=real)
-    assert got.several
+    assert got.multilabel
     # The photo without labels does not count; a class named twice counts once.
     pairs = list(zip(got.row_of.tolist(), got.class_of.tolist(), strict=True))
     assert pairs == [(0, 1), (0, 4), (1, 0), (1, 3), (2, 2)]
     assert zero_shot_set(data, labels=real, present=True).classnames == NAMES
 
 
-def test_labels_by_key_need_none_of_the_datasets(tmp_path: Path) -> None:
+def test_zero_shot_set_with_labels_by_key_needs_no_own_labels(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", [-1, -1, -1])
     got = zero_shot_set(
         data, labels=write(tmp_path / "l.json", {"k0": [2], "k1": [], "k2": [0, 4], "x": [9]})
@@ -85,7 +86,9 @@ def test_labels_by_key_need_none_of_the_datasets(tmp_path: Path) -> None:
         (b"\xff\xfe", r"names\.txt is not UTF-8"),
     ],
 )
-def test_class_names_that_do_not_fit(tmp_path: Path, names: str | bytes, message: str) -> None:
+def test_zero_shot_set_with_wrong_class_names_raises_user_error(
+    tmp_path: Path, names: str | bytes, message: str
+) -> None:
     file = tmp_path / "names.txt"
     file.write_bytes(names if isinstance(names, bytes) else names.encode())
     with pytest.raises(UserError, match=message):
@@ -108,19 +111,21 @@ def test_class_names_that_do_not_fit(tmp_path: Path, names: str | bytes, message
         ("[[", None, "is damaged: not JSON"),
     ],
 )
-def test_labels_that_do_not_fit(tmp_path: Path, labels: object, keys: list[str] | None, message: str) -> None:
+def test_zero_shot_set_with_wrong_labels_raises_user_error(
+    tmp_path: Path, labels: object, keys: list[str] | None, message: str
+) -> None:
     data = make_dataset(tmp_path / "d", [2, 3, 2, 3] if keys is None else [0] * 4, keys)
     with pytest.raises(UserError, match=message) as caught:
         zero_shot_set(data, labels=write(tmp_path / "labels.json", labels))
     assert "\n" not in str(caught.value)
 
 
-def test_shuffled_labels_are_noticed(tmp_path: Path) -> None:
+def test_zero_shot_set_with_shuffled_labels_raises_user_error(tmp_path: Path) -> None:
     """ReaL's list read in the order of the classes would fit by its length."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, 200)
     data = make_dataset(tmp_path / "d", labels.tolist(), photos(200))
     right = [[int(label)] for label in labels]
     zero_shot_set(data, labels=write(tmp_path / "right.json", right))
-    with pytest.raises(UserError, match="its order or its classes are others"):
+    with pytest.raises(UserError, match="a file with the same order and classes"):
         zero_shot_set(data, labels=write(tmp_path / "wrong.json", sorted(right)))

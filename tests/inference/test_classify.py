@@ -7,6 +7,7 @@ from lit_fast.config import LossConfig, TextConfig
 from lit_fast.errors import UserError
 from lit_fast.inference.classify import as_json, check_labels, classify, expand_images, format_scores
 from lit_fast.storage.files import read_lines
+from lit_fast.storage.paths import name
 from lit_fast.towers.tower import load_tower
 from tests.helpers import encoded, picture
 from tests.trained import random_model
@@ -17,22 +18,22 @@ LABELS = ["a red thing", "Green_ones!", "blue"]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    place = tmp_path_factory.mktemp("pictures")
+    directory = tmp_path_factory.mktemp("pictures")
     for i in range(3):
-        (place / f"{i}.jpg").write_bytes(encoded(picture(i)))
-    (place / "1b.PNG").write_bytes(b"broken")
-    (place / "notes.txt").write_text("no image")
-    return place
+        (directory / f"{i}.jpg").write_bytes(encoded(picture(i)))
+    (directory / "1b.PNG").write_bytes(b"broken")
+    (directory / "notes.txt").write_text("no image")
+    return directory
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
-def test_scores_are_those_of_the_mean_over_the_templates(name, tiny_vit, pictures):
-    model = random_model(load_tower(str(tiny_vit)), SMALL, LossConfig(name=name))
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_classify_scores_equal_the_mean_over_the_templates(loss, tiny_vit, pictures):
+    model = random_model(load_tower(str(tiny_vit)), SMALL, LossConfig(name=loss))
     files = expand_images([pictures])
-    assert [f.name for f in files] == ["0.jpg", "1.jpg", "1b.PNG", "2.jpg"]
-    scores, problems = classify(model, files, LABELS, ["{c}", "a photo of {c}."])
-    assert list(problems) == [2]
-    assert "1b.PNG cannot be embedded" in problems[2]
+    assert [name(f) for f in files] == ["0.jpg", "1.jpg", "1b.PNG", "2.jpg"]
+    scores, errors = classify(model, files, LABELS, ["{c}", "a photo of {c}."])
+    assert list(errors) == [2]
+    assert "1b.PNG cannot be embedded" in errors[2]
     assert np.isnan(scores[2]).all()
 
     names = ["a red thing", "green ones", "blue"]
@@ -40,7 +41,7 @@ def test_scores_are_those_of_the_mean_over_the_templates(name, tiny_vit, picture
     classes = np.stack([t / np.linalg.norm(t) for t in texts])
     images = model.embed_image([files[0], files[1], files[3]]).astype(np.float64)
     logits = np.exp(model.params["t"][0].astype(np.float64)) * (images @ classes.T)
-    if name == "sigmoid":
+    if loss == "sigmoid":
         want = 1 / (1 + np.exp(-(logits + model.params["b"][0])))
     else:
         want = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -51,8 +52,8 @@ def test_scores_are_those_of_the_mean_over_the_templates(name, tiny_vit, picture
     assert len(table) == 3
     best = LABELS[int(want[0].argmax())]
     assert table[0].split("0.jpg", 1)[1].strip().startswith(best)
-    value = as_json(model, files, LABELS, scores, problems)
-    assert value["score"] == {"sigmoid": "probability", "softmax": "share"}[name]
+    value = as_json(model, files, LABELS, scores, errors)
+    assert value["score"] == {"sigmoid": "probability", "softmax": "share"}[loss]
     assert "error" in value["images"][2]
     assert list(value["images"][0]["scores"]) == LABELS
 
@@ -62,17 +63,17 @@ def test_scores_are_those_of_the_mean_over_the_templates(name, tiny_vit, picture
     [
         (["a cat"], ["{c}"], "at least two labels"),
         (["a cat", "!?"], ["{c}"], "neither letters nor digits"),
-        (["a cat", "A  Cat."], ["{c}"], "2 labels mean 'a cat'"),
+        (["a cat", "A  Cat."], ["{c}"], "2 labels are equal to 'a cat'"),
         (["a", "b"], ["a photo"], "no place for the class name"),
     ],
 )
-def test_labels_that_cannot_be_used(labels, templates, message):
+def test_check_labels_unusable_labels_raise(labels, templates, message):
     with pytest.raises(UserError, match=message) as caught:
         check_labels(labels, templates)
     assert ".txt" not in str(caught.value)
 
 
-def test_files_of_labels(tmp_path):
+def test_read_lines_of_labels_strips_and_refuses_other_files(tmp_path):
     file = tmp_path / "labels.txt"
     file.write_text("\ufeffa cat\n  a dog \n\n", "utf-8")
     assert read_lines(file) == ("a cat", "a dog")

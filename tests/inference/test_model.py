@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import lit_fast
+from lit_fast.cli.main import main
 from lit_fast.config import LossConfig, TextConfig
 from lit_fast.data.dataset import open_dataset
 from lit_fast.errors import UserError
@@ -19,6 +20,7 @@ from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.tower import load_tower
 from tests.helpers import encoded, picture, tiny_vit_arrays
 from tests.trained import random_model
+from tests.web import running_hub  # noqa: F401
 
 SMALL = TextConfig(width=32, depth=1, heads=2, dtype="float32")
 
@@ -28,15 +30,15 @@ def model(trained_run):
     return lit_fast.load(trained_run)
 
 
-def files(place, count=24):
-    """The pictures of the run's dataset, as `samples` made them."""
-    place.mkdir(exist_ok=True)
+def files(directory, count=24):
+    """Write the pictures of the run's dataset, as `samples` draws them."""
+    directory.mkdir(exist_ok=True)
     for i in range(count):
-        (place / f"{i}.jpg").write_bytes(encoded(picture(i)))
-    return [place / f"{i}.jpg" for i in range(count)]
+        (directory / f"{i}.jpg").write_bytes(encoded(picture(i)))
+    return [directory / f"{i}.jpg" for i in range(count)]
 
 
-def test_images_are_embedded_as_they_were_stored(model, trained_run, tmp_path):
+def test_embed_image_equals_the_stored_features(model, trained_run, tmp_path):
     data = open_dataset(trained_run.parent / "d")
     keys = [key for block in data.iter_blocks() for key in block.keys]  # in the order of the rows
     paths = files(tmp_path / "pictures")
@@ -50,7 +52,7 @@ def test_images_are_embedded_as_they_were_stored(model, trained_run, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
 
 
-def test_paths_pictures_and_arrays_are_the_same_image(model, tmp_path):
+def test_embed_image_of_paths_pictures_and_arrays_is_equal(model, tmp_path):
     path = files(tmp_path, 1)[0]
     with Image.open(path) as image:
         same = [path, str(path), image, np.asarray(image)]
@@ -62,7 +64,14 @@ def test_paths_pictures_and_arrays_are_the_same_image(model, tmp_path):
     )
 
 
-def test_any_number_of_images_and_texts(model, trained_run):
+def test_encode_image_and_text_are_embed_image_and_text(model):
+    """CLIP's users call them by these names."""
+    images, texts = [picture(0), picture(1)], ["a", "b c"]
+    np.testing.assert_array_equal(model.encode_image(images), model.embed_image(images))
+    np.testing.assert_array_equal(model.encode_text(texts), model.embed_text(texts))
+
+
+def test_embeddings_are_independent_of_the_batch(model, trained_run):
     many = [np.asarray(picture(i)) for i in range(70)]  # more than a batch on four devices
     alone = np.concatenate([model.embed_image(many[i : i + 1]) for i in (0, 63, 64, 69)])
     np.testing.assert_allclose(model.embed_image(many)[[0, 63, 64, 69]], alone, atol=2**-7)
@@ -76,7 +85,7 @@ def test_any_number_of_images_and_texts(model, trained_run):
 
 @pytest.mark.parametrize("name", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_scores_are_the_probabilities_of_the_loss(tiny_vit, name, bias):
+def test_score_equals_the_probabilities_of_the_loss(tiny_vit, name, bias):
     if name == "softmax" and bias:
         return
     model = random_model(load_tower(str(tiny_vit)), SMALL, LossConfig(name=name, bias=bias))
@@ -92,7 +101,7 @@ def test_scores_are_the_probabilities_of_the_loss(tiny_vit, name, bias):
     assert model.score(images, texts).dtype == np.float32
 
 
-def test_scores_far_from_certain_do_not_overflow(tiny_vit):
+def test_compare_with_extreme_logits_does_not_overflow(tiny_vit):
     model = random_model(load_tower(str(tiny_vit)), SMALL, LossConfig())
     model.params["t"][:] = np.log(1000)
     one = np.eye(model.width, dtype=np.float32)[:1]
@@ -123,7 +132,7 @@ def test_scores_far_from_certain_do_not_overflow(tiny_vit):
         (lambda d: 3, "image 1 cannot be embedded: .* is needed, not int"),
     ],
 )
-def test_a_bad_image_is_named(model, tmp_path, make, message):
+def test_embed_image_bad_image_is_named(model, tmp_path, make, message):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "cut.jpg").write_bytes(encoded(picture(0))[:-200])
@@ -135,7 +144,7 @@ def test_a_bad_image_is_named(model, tmp_path, make, message):
     assert "\n" not in str(caught.value)
 
 
-def test_one_alone_is_not_a_list(model):
+def test_embed_of_a_single_item_raises(model):
     for single in ("a.jpg", Path("a.jpg"), picture(0)):
         with pytest.raises(UserError, match="give a list"):
             model.embed_image(single)
@@ -143,7 +152,7 @@ def test_one_alone_is_not_a_list(model):
         model.embed_text("a dog")
 
 
-def test_text_needs_no_vision_weights_and_moved_ones_can_be_named(trained_run, tiny_vit, tmp_path):
+def test_moved_vision_weights_are_needed_for_images_only(trained_run, tiny_vit, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     weights, other = tmp_path / "moved.npz", tmp_path / "other.npz"
@@ -151,8 +160,8 @@ def test_text_needs_no_vision_weights_and_moved_ones_can_be_named(trained_run, t
     arrays = tiny_vit_arrays()
     arrays["cls"] += 1
     np.savez(other, **arrays)
-    told = (run / "tower.json").read_text()
-    (run / "tower.json").write_text(told.replace(str(tiny_vit), str(tmp_path / "gone.npz")))
+    tower_json = (run / "tower.json").read_text()
+    (run / "tower.json").write_text(tower_json.replace(str(tiny_vit), str(tmp_path / "gone.npz")))
     model = lit_fast.load(run)
     assert model.embed_text(["a"]).shape == (1, model.width)
     with pytest.raises(
@@ -165,7 +174,7 @@ def test_text_needs_no_vision_weights_and_moved_ones_can_be_named(trained_run, t
     np.testing.assert_array_equal(moved, lit_fast.load(trained_run).embed_image([picture(0)]))
 
 
-def test_steps_and_averages_are_the_run_s(trained_run):
+def test_load_step_or_average_equals_the_run(trained_run):
     for options in ({"step": 2}, {"average": True}):
         model, run = lit_fast.load(trained_run, **options), open_run(trained_run, **options)
         np.testing.assert_array_equal(model.embed_text(["a b"]), run.embed_text(["a b"]))
@@ -174,7 +183,7 @@ def test_steps_and_averages_are_the_run_s(trained_run):
         lit_fast.load(trained_run, step=3)
 
 
-def test_features_that_were_not_made_here_have_no_vision_tower(tiny_vit, trained_run, tmp_path):
+def test_load_run_with_imported_features_embeds_text_only(tiny_vit, trained_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     (run / "tower.json").write_text(
@@ -186,14 +195,36 @@ def test_features_that_were_not_made_here_have_no_vision_tower(tiny_vit, trained
         model.embed_image([picture(0)])
 
 
-def test_what_is_no_model_is_refused(tmp_path):
+def test_load_other_directories_raises(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         lit_fast.load(tmp_path / "none")
     with pytest.raises(UserError, match="is not a run"):
         lit_fast.load(str(tmp_path))
 
 
-def test_importing_the_package_imports_nothing_heavy():
+@pytest.mark.parametrize("spec", ["hf:owner/model", "owner/model"])
+def test_load_from_the_hub_gives_the_exported_model(hub, trained_run, tmp_path, spec):
+    assert main(["export", str(trained_run), "--out", str(tmp_path / "out")]) == 0
+    hub.add("owner/model", tmp_path / "out")
+    model, exported = lit_fast.load(spec), lit_fast.load(tmp_path / "out")
+    assert model.name == "owner/model"
+    np.testing.assert_array_equal(model.score([picture(0)], ["a"]), exported.score([picture(0)], ["a"]))
+    assert not any("README.md" in path for path in hub.downloads)
+
+
+def test_load_from_the_hub_without_an_exported_model_fails_in_one_line(hub):
+    hub.add("owner/other", {"config.json": b"{}"})
+    for spec, message in (
+        ("hf:owner/other", "has no tower.json"),
+        ("owner/none", "does not exist or is private"),
+    ):
+        with pytest.raises(
+            UserError, match=f"{spec} is not a directory here, and as a repository .*{message}"
+        ):
+            lit_fast.load(spec)
+
+
+def test_import_lit_fast_imports_no_jax():
     code = (
         "import sys, lit_fast; lit_fast.load; print(any(m in sys.modules for m in ('jax', 'numpy', 'PIL')))"
     )
@@ -201,7 +232,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout == "False\n"
 
 
-def test_reduced_decoding_is_the_tower_s(tiny_vit, tmp_path):
+def test_open_tower_with_reduced_decode_changes_pixels(tiny_vit, tmp_path):
     tower = load_tower(str(tiny_vit))
     large = tmp_path / "large.jpg"
     large.write_bytes(encoded(picture(0, 800, 700)))

@@ -18,7 +18,7 @@ HITS = (
 ANSWER = Answer("a <i>red</i> boat", "text", HITS, (0.75, 0.01, 1e-6))
 
 
-def test_the_table_has_a_line_per_row_and_nothing_a_terminal_obeys():
+def test_format_answers_has_a_line_per_row_without_control_characters():
     text = format_answers([ANSWER, Answer("cat.jpg", "image", HITS[:1])], 200)
     lines = text.splitlines()
     assert lines[0] == "a <i>red</i> boat"
@@ -31,7 +31,7 @@ def test_the_table_has_a_line_per_row_and_nothing_a_terminal_obeys():
     assert max(map(len, format_answers([ANSWER], 30).splitlines()[1:])) <= 30
 
 
-def test_json_has_everything():
+def test_as_json_has_all_fields():
     found = as_json([ANSWER])[0]
     assert (found["query"], found["kind"]) == ("a <i>red</i> boat", "text")
     assert found["results"][0] == {
@@ -40,7 +40,7 @@ def test_json_has_everything():
     }  # fmt: skip
 
 
-def test_the_page_shows_pictures_and_escapes_every_text(tmp_path):
+def test_search_page_shows_pictures_and_escapes_texts(tmp_path):
     query = tmp_path / "query.png"
     query.write_bytes(encoded(picture(1), "PNG"))
     files = {7: encoded(picture(7)), 2: b"no image"}
@@ -58,7 +58,7 @@ def test_the_page_shows_pictures_and_escapes_every_text(tmp_path):
     assert "1. cosine 0.500\nprobability 75\N{NO-BREAK SPACE}%\na/7\nfirst" in page
 
 
-def test_a_page_stays_small():
+def test_search_page_of_many_hits_stays_small():
     many = Answer("q", "text", tuple(Hit(r, 0.0, f"{r}", ("x" * 100_000,)) for r in range(300)))
     page = search_page("t", "n", [many], lambda row: None)
     assert page.count("<figure") == 100

@@ -16,7 +16,7 @@ finite = st.floats(-1e12, 1e12, allow_nan=False)
 
 
 @given(finite, finite, st.booleans())
-def test_ticks_are_few_and_reach_over_the_values(a: float, b: float, zero: bool) -> None:
+def test_ticks_are_few_and_cover_the_values(a: float, b: float, zero: bool) -> None:
     low, high = sorted((a, b))
     marks = ticks(low, high, zero)
     assert 2 <= len(marks) <= 8
@@ -32,7 +32,7 @@ def test_ticks_are_few_and_reach_over_the_values(a: float, b: float, zero: bool)
 
 
 @given(st.lists(finite, max_size=3000), st.integers(10, 500))
-def test_thinning_keeps_the_ends_the_order_and_the_extremes(values: list[float], most: int) -> None:
+def test_thin_keeps_ends_order_and_extremes(values: list[float], most: int) -> None:
     points = [(float(i), value) for i, value in enumerate(values)]
     kept = thin(points, most)
     assert len(kept) <= most
@@ -45,7 +45,7 @@ def test_thinning_keeps_the_ends_the_order_and_the_extremes(values: list[float],
 
 
 @given(st.lists(st.tuples(finite, finite), min_size=1, max_size=9), st.booleans(), st.booleans())
-def test_every_point_is_inside_the_picture(
+def test_chart_draws_every_point_inside_the_picture(
     values: list[tuple[float, float]], percent: bool, zero: bool
 ) -> None:
     series = [Series(f"<{i}>", [(0.0, a), (7.0, b)]) for i, (a, b) in enumerate(values)]
@@ -64,3 +64,19 @@ def test_chart_of_more_lines_than_colours_repeats_them_dashed() -> None:
     text = chart([Series(f"run {i}", [(0, i), (1, i)]) for i in range(COLOURS + 1)])
     assert text.count('class="line s1"') == text.count('class="line s1 again"') == 1
     assert f"run {COLOURS}" in text
+
+
+@pytest.mark.parametrize("points", [[], [(1.0, 0.0)], [(0.0, 3.0), (5.0, float("nan")), (9.0, 1e-5)]])
+def test_chart_of_degenerate_series_is_valid(points: list[tuple[float, float]]) -> None:
+    text = chart([Series("loss", points)], percent=False)
+    assert "nan" not in text
+    coordinates = re.findall(r'points="([^"]*)"', text)
+    assert len(coordinates) == bool(points)
+
+
+def test_chart_is_drawn_to_scale() -> None:
+    text = chart([Series("first", [(0, 0.0), (100, 1.0)], chance=0.5)], percent=True)
+    (start, end) = re.findall(r"([\d.]+),([\d.]+)", re.findall(r'points="([^"]*)"', text)[0])
+    middle = re.findall(r'class="chance s1" x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)"', text)[0]
+    assert (float(start[0]), float(end[0])) == (float(middle[0]), float(middle[1]))
+    assert float(middle[2]) == pytest.approx((float(start[1]) + float(end[1])) / 2)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, open_dataset
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.report import evaluation_page as page_module
 from lit_fast.report.evaluation_page import (
@@ -146,7 +147,7 @@ def retrieval(dataset: Dataset, rows: np.ndarray, images: np.ndarray, pictures: 
     )
 
 
-def test_zero_shot_shows_what_was_called_what(tmp_path: Path) -> None:
+def test_zero_shot_section_shows_figures_recalls_confusions_and_examples(tmp_path: Path) -> None:
     dataset = coloured(tmp_path)
     labels = labels_of(dataset)
     wrong = tuple(np.flatnonzero(labels == 1)[:4].tolist()) + tuple(np.flatnonzero(labels == 2)[:1].tolist())
@@ -166,7 +167,7 @@ def test_zero_shot_shows_what_was_called_what(tmp_path: Path) -> None:
     }
     shares = [float(row[2].removesuffix(" %")) for row in recalls]
     assert shares == sorted(shares)
-    matrix = page.titled("what is called what")["cells"]
+    matrix = page.titled("confusions")["cells"]
     for k, name in enumerate(NAMES):
         want = dict.fromkeys(range(3), "")
         want[k] = str(right[name])
@@ -184,27 +185,27 @@ def test_zero_shot_shows_what_was_called_what(tmp_path: Path) -> None:
         assert called == NAMES[(NAMES.index(own) + 1) % 3]
 
 
-def test_captions_find_pictures_and_the_right_one_is_framed(tmp_path: Path) -> None:
+def test_retrieval_section_frames_the_right_picture(tmp_path: Path) -> None:
     dataset = coloured(tmp_path)
     rows, images = looks(dataset)
     page = Page(retrieval(dataset, rows, images))
     found = page.titled("pictures found by captions")
     queries = [text for text, _ in found["items"]]
     figures = found["figures"]
-    place = 0
+    position = 0
     assert len(queries) == 8
     for query in queries:
         # Ten pictures of the right colour are all as near, so often the right one is not among the first five.
-        own = figures[place : place + 5]
-        place += 5
+        own = figures[position : position + 5]
+        position += 5
         assert {colour_of(source) for _, _, source in own} == {next(c for c in COLOURS if c in query)}
         if not any(kind == "right" for _, kind, _ in own):
-            caption, kind, _ = figures[place]
-            place += 1
+            caption, kind, _ = figures[position]
+            position += 1
             assert kind == "right"
             number = int(re.match(r"no\. (\d+), ", caption)[1])  # type: ignore[index]
             assert 6 <= number <= 10
-    assert place == len(figures)
+    assert position == len(figures)
 
     described = page.titled("captions found by pictures")
     lists = described["items"]
@@ -217,7 +218,7 @@ def test_captions_find_pictures_and_the_right_one_is_framed(tmp_path: Path) -> N
     assert sum(kind == "described" for _, kind in lists) == 8
 
 
-def test_texts_are_never_markup(tmp_path: Path) -> None:
+def test_evaluation_page_with_hostile_texts_shows_them_as_text(tmp_path: Path) -> None:
     dataset = coloured(tmp_path)
     rows, images = looks(dataset)
     file = tmp_path / "names.txt"
@@ -229,11 +230,11 @@ def test_texts_are_never_markup(tmp_path: Path) -> None:
     page = Page(evaluation_page("<u>run</u>", "</main>", sections) + retrieval(dataset, rows, images))
     assert not page.tags & {"script", "u", "link", "iframe"}
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
-    assert page.titled("what is called what")["cells"][1][0] == "1 red <script>alert(1)</script>"
+    assert page.titled("confusions")["cells"][1][0] == "1 red <script>alert(1)</script>"
     assert any("<u>thing</u>" in text for text, _ in page.titled("pictures found by captions")["items"])
 
 
-def test_nothing_is_loaded_from_elsewhere_and_the_page_is_the_same_each_time(tmp_path: Path) -> None:
+def test_evaluation_page_loads_nothing_and_is_deterministic(tmp_path: Path) -> None:
     dataset = coloured(tmp_path)
     rows, images = looks(dataset, wrong=(0, 1, 2))
     text = zero_shot(dataset, rows, images) + retrieval(dataset, rows, images)
@@ -242,7 +243,7 @@ def test_nothing_is_loaded_from_elsewhere_and_the_page_is_the_same_each_time(tmp
 
 
 @pytest.mark.parametrize("allowed", [0, 2, 7, 30, MAX_PICTURES])
-def test_no_more_pictures_than_allowed(tmp_path: Path, allowed: int) -> None:
+def test_sections_respect_max_pictures(tmp_path: Path, allowed: int) -> None:
     dataset = coloured(tmp_path)
     rows, images = looks(dataset, wrong=tuple(range(15)))
     images[::2] = images[::-2]
@@ -250,11 +251,11 @@ def test_no_more_pictures_than_allowed(tmp_path: Path, allowed: int) -> None:
         assert len(Page(text).sources) <= allowed
         assert ("no room for pictures" in text) == (allowed == 0 or (allowed == 2 and "recall@1" in text))
         assert "There is none" not in text
-    # What the whole page may hold: two megabytes.
+    # The limit of the whole page: two megabytes.
     assert MAX_PICTURES * MAX_BYTES * 4 / 3 < 2e6
 
 
-def test_without_the_sources_boxes_stand_for_pictures(tmp_path: Path) -> None:
+def test_sections_without_sources_show_boxes(tmp_path: Path) -> None:
     dataset = coloured(tmp_path)
     rows, images = looks(dataset, wrong=(0, 1))
     (tmp_path / "tars" / "0.tar").unlink()
@@ -262,10 +263,10 @@ def test_without_the_sources_boxes_stand_for_pictures(tmp_path: Path) -> None:
         page = Page(text)
         assert not page.sources
         assert "no picture" in text
-        assert "A box stands for a picture" in text
+        assert "A box replaces a picture" in text
 
 
-def test_of_many_classes_the_ends_and_the_worst_confusions_are_shown(tmp_path: Path) -> None:
+def test_zero_shot_section_of_many_classes_shows_ends_and_worst_confusions(tmp_path: Path) -> None:
     count = 60
     writer = DatasetWriter(tmp_path / "d")
     labels = np.repeat(np.arange(count), 4)
@@ -287,7 +288,7 @@ def test_of_many_classes_the_ends_and_the_worst_confusions_are_shown(tmp_path: P
         ("class 7", "0.0 %"), ("class 8", "25.0 %"), ("class 30", "75.0 %"),
     ]  # fmt: skip
     assert recalls[20] == ["..."]
-    assert page.titled("what is called what")["cells"] == [
+    assert page.titled("confusions")["cells"] == [
         ["on the picture", "called", "times", "of its images"],
         ["class 7", "class 9", "4", "100.0 %"],
         ["class 8", "class 1", "3", "75.0 %"],
@@ -295,7 +296,7 @@ def test_of_many_classes_the_ends_and_the_worst_confusions_are_shown(tmp_path: P
     ]
 
 
-def test_of_several_right_classes_any_will_do(tmp_path: Path) -> None:
+def test_zero_shot_section_of_multilabel_images_accepts_any_label(tmp_path: Path) -> None:
     dataset = coloured(tmp_path, 6)
     keys = [key for block in dataset.iter_blocks() for key in block.keys]
     own = labels_of(dataset)
@@ -312,7 +313,7 @@ def test_of_several_right_classes_any_will_do(tmp_path: Path) -> None:
     assert not page.titled("named wrong")["figures"]
 
 
-def test_languages_take_turns(tmp_path: Path) -> None:
+def test_retrieval_section_of_several_languages_alternates(tmp_path: Path) -> None:
     writer = DatasetWriter(tmp_path / "d")
     for i in range(6):
         texts = (f"{NAMES[i % 3]} {i}", f"rot {NAMES[i % 3]} {i}")
@@ -325,7 +326,7 @@ def test_languages_take_turns(tmp_path: Path) -> None:
     assert len(queries) == 8
     drawn = {l: [q[-1] for q in queries if q.startswith(l)] for l in ("en", "de")}
     assert drawn["en"] != drawn["de"]  # not the same pictures in every language
-    # An English caption never stands among the German ones.
+    # An English caption is never among the German ones.
     for text, kind in page.titled("captions found by pictures")["items"]:
         if kind != "described":
             assert ("de: " in text) == ("rot" in text)
@@ -348,7 +349,7 @@ def test_memoized_embeds_texts_once(first: list[str], second: list[str]) -> None
     assert asked == ([first] if first == second else [first, second])
 
 
-def test_few_shot_shows_each_draw() -> None:
+def test_few_shot_section_shows_each_draw() -> None:
     result = {
         "dataset": "pets", "train_dataset": "pets-train", "images": 3669, "classes": 37, "train_images": 3680,
         "metrics": {"acc1_1shot": 0.5}, "seeds": {"acc1_1shot": [0.4, 0.5, 0.6]}, "chance": {"acc1_1shot": 1 / 37},
@@ -360,7 +361,7 @@ def test_few_shot_shows_each_draw() -> None:
     ]  # fmt: skip
 
 
-def test_long_captions_are_cut() -> None:
+def test_shorten_cuts_long_captions() -> None:
     assert page_module._shorten("x" * 10_000) == "x" * 197 + "..."
 
 
@@ -416,7 +417,7 @@ def test_eval_writes_page_and_figures(
     assert len(list((tmp_path / "many").iterdir())) == 4
 
 
-def test_few_shot_alone_and_mistakes(
+def test_eval_few_shot_alone_and_mistakes(
     trained_run: Path, sets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train, test = sets

@@ -29,7 +29,7 @@ def opened(source: str | None) -> Image.Image:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(["JPEG", "PNG", "WEBP"]))
-def test_a_thumbnail_keeps_the_shape_and_fits(width: int, height: int, format: str) -> None:
+def test_thumbnail_keeps_the_aspect_ratio_and_fits(width: int, height: int, format: str) -> None:
     small = opened(thumbnail(encoded(picture(0, width, height), format)))
     assert (small.format, small.mode) == ("JPEG", "RGB")
     if max(width, height) <= SIDE:
@@ -41,7 +41,7 @@ def test_a_thumbnail_keeps_the_shape_and_fits(width: int, height: int, format: s
     assert abs(min(small.size) - want) <= 1
 
 
-def test_a_thumbnail_shows_the_picture() -> None:
+def test_thumbnail_shows_the_picture() -> None:
     image = picture(3, 400, 300)
     small = np.asarray(opened(thumbnail(encoded(image, "PNG"))), np.float64)
     want = np.asarray(image.resize((SIDE, 96), Image.Resampling.BICUBIC), np.float64)
@@ -49,14 +49,14 @@ def test_a_thumbnail_shows_the_picture() -> None:
     assert np.abs(small - want).mean() < 3
 
 
-def test_noise_is_no_larger_than_anything_else() -> None:
+def test_thumbnail_of_noise_respects_max_bytes() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     source = thumbnail(encoded(Image.fromarray(noise), "PNG"))
     assert source is not None
     assert len(base64.b64decode(source.removeprefix(PREFIX))) <= MAX_BYTES
 
 
-def test_nothing_but_pixels_is_taken_over() -> None:
+def test_thumbnail_keeps_pixels_only() -> None:
     exif = Image.Exif()
     exif[0x010E] = "GEHEIM"  # ImageDescription
     file = encoded(picture(0), "JPEG", exif=exif, comment="GEHEIM", icc_profile=b"GEHEIM" * 20)
@@ -69,7 +69,7 @@ def test_nothing_but_pixels_is_taken_over() -> None:
     assert b"ICC_PROFILE" not in data
 
 
-def test_transparency_is_white() -> None:
+def test_thumbnail_of_transparent_pixels_is_white() -> None:
     small = opened(thumbnail(encoded(Image.new("RGBA", (20, 20), (255, 0, 0, 0)), "PNG")))
     assert np.asarray(small).min() >= 250
 
@@ -90,7 +90,7 @@ def bomb() -> bytes:
     [None, b"", b"<svg onload='alert(1)'/>", encoded(picture(0))[:200], bomb(), encoded(picture(0), "TIFF")],
     ids=["none", "empty", "svg", "truncated", "bomb", "tiff"],
 )
-def test_what_cannot_be_shown_is_none(data: bytes | None) -> None:
+def test_thumbnail_of_invalid_data_is_none(data: bytes | None) -> None:
     assert thumbnail(data) is None
 
 

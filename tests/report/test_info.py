@@ -9,10 +9,12 @@ import pytest
 from lit_fast.cli.main import main
 from lit_fast.config import Config
 from lit_fast.config_io import to_toml
-from lit_fast.data.dataset import SHARD, Dataset, DatasetWriter, Row, Source
+from lit_fast.data.dataset import SHARD, Dataset, Source
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.errors import UserError
-from lit_fast.report.info import format_info, gather
+from lit_fast.report.info import gather
+from lit_fast.report.info_text import format_info
 from lit_fast.storage.files import write_json
 
 PROVENANCE: dict[str, Any] = {
@@ -22,6 +24,7 @@ PROVENANCE: dict[str, Any] = {
     "width": 32,
     "dtype": "float32",
     "gelu": "exact",
+    "options": {"preprocess": "pil-crop", "resolution": 32, "gelu": "exact"},
     "preprocess": {"method": "pil-crop", "size": 32, "resize": 35},
 }
 
@@ -60,7 +63,7 @@ def add_tokens(data: Dataset, **changes: Any) -> None:
     write_json(Path(data.path) / "tokens" / "bpe" / "tokens.json", meta | changes)
 
 
-def test_a_new_dataset_says_what_to_do_next(tmp_path: Path) -> None:
+def test_info_of_new_dataset_lists_next_commands(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "my data")
     value = gather(data.path)
     assert value["kind"] == "dataset"
@@ -78,13 +81,13 @@ def test_a_new_dataset_says_what_to_do_next(tmp_path: Path) -> None:
         "5, shards 1, order by seed 4",
         "8, 1.6 per row; rows without: 1",
         "rows 5, class names 3, templates 1",
-        "files 2, 3.5 kB; all in place",
+        "files 2, 3.5 kB; all present",
         "2: no image 2",
     ):
         assert part in text
 
 
-def test_a_complete_dataset_lacks_nothing(tmp_path: Path) -> None:
+def test_info_of_complete_dataset_has_no_todo(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d")
     features = add_features(data, [0])
     add_tokens(data)
@@ -103,7 +106,7 @@ def test_a_complete_dataset_lacks_nothing(tmp_path: Path) -> None:
     assert len(text.splitlines()) < 24
 
 
-def test_missing_shards_come_with_the_command_that_makes_them(tmp_path: Path) -> None:
+def test_info_of_missing_shards_gives_the_command(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d", rows=2 * SHARD + 3)
     add_features(data, [0, 2])
     add_tokens(data)
@@ -118,7 +121,7 @@ def test_missing_shards_come_with_the_command_that_makes_them(tmp_path: Path) ->
     ]
 
 
-def test_the_command_is_one_that_embed_accepts(tmp_path: Path) -> None:
+def test_info_gives_a_command_that_embed_accepts(tmp_path: Path) -> None:
     import argparse
     import shlex
 
@@ -134,7 +137,7 @@ def test_the_command_is_one_that_embed_accepts(tmp_path: Path) -> None:
     assert (args.resolution, args.preprocess, args.gelu, args.dtype) == (32, "pil-crop", "exact", "float32")
 
 
-def test_sources_that_went_or_changed_are_problems(tmp_path: Path) -> None:
+def test_info_of_missing_or_changed_sources_reports_problems(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d")
     (tmp_path / "a.tar").unlink()
     (tmp_path / "b.tar").write_bytes(b"short")
@@ -144,7 +147,7 @@ def test_sources_that_went_or_changed_are_problems(tmp_path: Path) -> None:
     assert f"1 of 2 sources missing: {tmp_path}/a.tar" in format_info(value)
 
 
-def test_damage_is_shown_beside_the_rest(tmp_path: Path) -> None:
+def test_info_of_damaged_parts_shows_the_rest(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "d")
     add_features(data, [0], tower="another")
     add_tokens(data, shard_keys=["other rows"])
@@ -164,7 +167,7 @@ def test_damage_is_shown_beside_the_rest(tmp_path: Path) -> None:
 
 
 def make_run(path: Path, checkpoints: list[int], metrics: str, steps: int = 100) -> Path:
-    """What the training leaves behind, without weights."""
+    """Write the files of a training run, without weights."""
     path.mkdir()
     (path / "config.toml").write_text(to_toml(Config(dataset=str(path.parent), steps=steps)))
     write_json(path / "tower.json", PROVENANCE)
@@ -185,7 +188,7 @@ LINES = [
 WHOLE = "".join(json.dumps(line) + "\n" for line in LINES)
 
 
-def test_an_unfinished_run(tmp_path: Path) -> None:
+def test_info_of_unfinished_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "w", [20, 30], WHOLE)
     value = gather(run)
     assert (value["kind"], value["step"], value["steps"], value["finished"]) == ("run", 40, 100, False)
@@ -213,7 +216,7 @@ def test_an_unfinished_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 45, 4))
-def test_a_torn_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
+def test_info_ignores_a_torn_last_line(tmp_path: Path, cut: int) -> None:
     torn = json.dumps({"step": 99, "loss": 1.0, "dev/acc1": 0.99}).encode() + "…".encode()
     run = make_run(tmp_path / "w", [30], "")
     (run / "metrics.jsonl").write_bytes(WHOLE.encode() + torn[:cut])
@@ -222,7 +225,7 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
     assert gather(run)["step"] == 30
 
 
-def test_a_finished_run_and_one_that_has_just_begun(tmp_path: Path) -> None:
+def test_info_of_finished_and_of_new_run(tmp_path: Path) -> None:
     value = gather(make_run(tmp_path / "done", [100], WHOLE))
     assert value["finished"]
     assert value["todo"] == []
@@ -232,7 +235,7 @@ def test_a_finished_run_and_one_that_has_just_begun(tmp_path: Path) -> None:
     assert "checkpoints  none" in format_info(value)
 
 
-def test_what_a_run_lacks_is_a_problem(tmp_path: Path) -> None:
+def test_info_of_incomplete_run_reports_problems(tmp_path: Path) -> None:
     run = make_run(tmp_path / "w", [30], WHOLE)
     (run / "tower.json").unlink()
     (run / "tokens.json").write_text("{}")
@@ -248,7 +251,7 @@ def test_what_a_run_lacks_is_a_problem(tmp_path: Path) -> None:
 # --- the command
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_command_prints_text_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_dataset(tmp_path / "d")
     out = tmp_path / "info.json"
     assert main(["info", str(data.path), "--json", str(out)]) == 0

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lit_fast.runs.checkpoint import Damaged, abstract, digest, open_manager, restore, restore_last, save
+from lit_fast.runs.checkpoint import (
+    DamagedCheckpointError,
+    abstract,
+    digest,
+    open_manager,
+    restore,
+    restore_last,
+    save,
+)
 from lit_fast.storage.files import read_json
 
 
@@ -70,12 +78,12 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_taken(tmp_path, item):
     data[len(data) // 2] ^= 16
     file.write_bytes(data)
     manager, warnings = open_manager(tmp_path, keep=3), []
-    with pytest.raises(Damaged, match="checkpoints/2"):
+    with pytest.raises(DamagedCheckpointError, match="checkpoints/2"):
         read(manager, 2)
     found, meta = restore_last(manager, lambda step: read(manager, step), warnings.append)
     assert meta["note"] == 1
     np.testing.assert_array_equal(found["params"]["kernel"], trees(1)[0]["kernel"])
-    assert "going on from the one before" in warnings[0]
+    assert "continuing from the previous checkpoint" in warnings[0]
     assert list(manager.all_steps()) == [1]
     assert len(list((tmp_path / "damaged").iterdir())) == 1  # it is not thrown away
     save(manager, 2, both(2), {"note": 2})  # and its step can be done again
@@ -106,5 +114,5 @@ def test_meta_without_digests_is_damage(tmp_path):
     value = read_json(file)
     file.write_text('{"note": 1}')
     assert "digests" in value
-    with pytest.raises(Damaged, match="not what was written"):
+    with pytest.raises(DamagedCheckpointError, match="differs from what was saved"):
         read(manager, 1)

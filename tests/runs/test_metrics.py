@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_fast.runs.metrics import Best, Spent, best, curve, evaluations, names, read_metrics, speed, spent
+from lit_fast.runs.metrics import (
+    Best,
+    RunCost,
+    best,
+    curve,
+    evaluations,
+    mean_speed,
+    metric_names,
+    read_metrics,
+    run_cost,
+)
 
 LINES: list[dict[str, Any]] = [
     {"step": 1, "loss": 5.0, "elapsed_seconds": 36.0, "chip_hours": 0.04},
@@ -25,7 +35,7 @@ def test_curves_against_steps_and_hours() -> None:
     assert curve(LINES, "loss") == [(1, 5.0), (20, 3.0)]
     assert curve(LINES, "loss", hours=True) == [(0.01, 5.0), (0.03, 3.0)]
     assert curve(LINES, "dev/acc5", hours=True) == [(0.02, 0.75), (0.03, 0.7)]  # when its step was done
-    assert names(LINES) == ["loss", "elapsed_seconds", "chip_hours", "dev/acc1", "dev/acc5"]
+    assert metric_names(LINES) == ["loss", "elapsed_seconds", "chip_hours", "dev/acc1", "dev/acc5"]
 
 
 def test_final_and_best_evaluation() -> None:
@@ -35,9 +45,9 @@ def test_final_and_best_evaluation() -> None:
 
 
 def test_spent_is_the_most_that_is_known() -> None:
-    assert spent([]) == Spent(0.0, 0.0)
-    assert spent([*LINES, {"elapsed_seconds": 100.0, "chip_hours": 9.0}]) == Spent(108.0, 0.12)
-    assert spent([*LINES, {"elapsed_seconds": 110.0, "chip_hours": 0.13}]) == Spent(110.0, 0.13)
+    assert run_cost([]) == RunCost(0.0, 0.0)
+    assert run_cost([*LINES, {"elapsed_seconds": 100.0, "chip_hours": 9.0}]) == RunCost(108.0, 0.12)
+    assert run_cost([*LINES, {"elapsed_seconds": 110.0, "chip_hours": 0.13}]) == RunCost(110.0, 0.13)
 
 
 intervals = st.lists(
@@ -66,14 +76,14 @@ def test_speed_is_all_pairs_over_all_seconds(parts: list[tuple[int, float, float
             }
         )
         lines.append({"step": step, "dev/acc1": 0.5})
-    assert speed(lines) == pytest.approx(
+    assert mean_speed(lines) == pytest.approx(
         {
             "seconds_per_step": seconds / steps,
             "pairs_per_second": pairs * steps / seconds,
             "data_wait_share": waited / seconds,
         }
     )
-    assert speed([]) == {}
+    assert mean_speed([]) == {}
 
 
 @pytest.mark.parametrize(

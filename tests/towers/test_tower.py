@@ -157,7 +157,7 @@ def test_weights_that_cannot_be_used_are_refused(tmp_path, arrays, message):
 
 
 def test_files_that_are_no_weights_are_refused(tiny_vit, tmp_path):
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is neither a file nor a name"):
         load_tower(str(tmp_path / "none.npz"))
     (tmp_path / "cut.npz").write_bytes(tiny_vit.read_bytes()[:5000])
     (tmp_path / "text.npz").write_text("hello")

@@ -1,4 +1,4 @@
-"""Who may train in a run's directory."""
+"""One training at a time in a run directory."""
 
 import subprocess
 import sys
@@ -9,13 +9,13 @@ from lit_fast.errors import UserError
 from lit_fast.train.workdir import lock_workdir
 
 
-def test_one_training_at_a_time(tmp_path):
-    code = "from pathlib import Path; from lit_fast.train.workdir import lock_workdir; "
-    code += f"lock_workdir(Path({str(tmp_path)!r}))"
+def test_lock_workdir_admits_one_training(tmp_path):
+    code = "from lit_fast.train.workdir import lock_workdir; "
+    code += f"lock = lock_workdir({str(tmp_path)!r})"
     with lock_workdir(tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "another process is training there" in other.stderr
         with pytest.raises(UserError, match="wait for it or stop it"):
             lock_workdir(tmp_path)
     subprocess.run([sys.executable, "-c", code], check=True)
-    lock_workdir(tmp_path).close()
+    lock_workdir(tmp_path).release()

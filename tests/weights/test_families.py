@@ -96,7 +96,7 @@ def test_the_pooling_can_be_chosen(pool, tmp_path):
     assert tower.width == WIDTH
     check(tower, weights, gelu, epsilon, pool)
     with pytest.raises(
-        UserError, match=r"pool 'map' does not fit .*clip.*, whose weights allow tok, gap, projection"
+        UserError, match=r"pool 'map' does not fit the weights of .*clip.*; choose from tok, gap, projection"
     ):
         load_tower(path, pool="map")
 

@@ -48,7 +48,9 @@ def test_the_mean_instead_of_the_map_head(tmp_path):
     want = torch_vit(pixels(3, SIZE) / 127.5 - 1, MAP, HEADS, "exact", 1e-6, "gap")
     np.testing.assert_allclose(features(tower), want, rtol=0, atol=2e-5)
     assert tower.preprocess == load_tower(path).preprocess
-    with pytest.raises(UserError, match=r"pool 'tok' does not fit .*map\.npz, whose weights allow gap, map"):
+    with pytest.raises(
+        UserError, match=r"pool 'tok' does not fit the weights of .*map\.npz; choose from gap, map"
+    ):
         load_tower(path, pool="tok")
 
 
@@ -99,7 +101,7 @@ QUERY = "Transformer__encoderblock_{}__MultiHeadDotProductAttention_1__query__ke
         (changed(Transformer__posembed_input__pos_embedding=None), "pos_embedding is missing"),
         (changed(pos_embedding=np.zeros((1, 17, 32))), "are the same array"),
         (changed(Transformer__encoderblock_7__LayerNorm_0__bias=np.zeros(32)), "encoderblock_2/.* is missing"),
-        (changed(**{QUERY.format(1): np.zeros((32, 4, 8))}), "has not the same shape in every block"),
+        (changed(**{QUERY.format(1): np.zeros((32, 4, 8))}), "does not have the same shape in every block"),
         (changed(**{QUERY.format(i): np.zeros((32, 3, 8)) for i in (0, 1)}), "3 heads"),
         (changed(**{QUERY.format(i): np.zeros(32) for i in (0, 1)}), "encoder blocks"),
         (changed(conv_root__kernel=np.zeros((7, 7, 3, 64))), "conv_root/kernel, which this kind of ViT does not have"),

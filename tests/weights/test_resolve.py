@@ -9,7 +9,7 @@ import pytest
 
 from lit_fast.errors import UserError
 from lit_fast.storage.cache import cache_directory
-from lit_fast.weights.resolve import resolve, weights_digest
+from lit_fast.weights.resolve import resolve, resolve_model, resolve_tokenizer, weights_digest
 from tests.web import BODY, COMMIT, Answer, Hub, Server, own_cache, running_hub, running_server, sha  # noqa: F401
 
 FILES = {"config.json": b"{}", "model.safetensors": BODY, "preprocessor_config.json": b"{}"}
@@ -136,3 +136,32 @@ def test_weights_digest_a_damaged_cache_is_refused(hub: Hub) -> None:
     path.resolve().write_bytes(BODY[:-1])
     with pytest.raises(UserError, match="is damaged; delete it to have it downloaded again"):
         weights_digest(path)
+
+
+def test_resolve_model_takes_the_files_of_an_export(hub: Hub, tmp_path: Path) -> None:
+    assert resolve_model(tmp_path) == str(tmp_path)
+    names = {"config.json", "model.safetensors", "tokenizer.model", "tower.json"}
+    hub.add("o/n", dict.fromkeys([*names, "README.md"], b"{}"))
+    assert {p.name for p in Path(resolve_model("hf:o/n")).iterdir()} == names
+    hub.add("o/m", {"config.json": b"{}", "model.safetensors": BODY})
+    with pytest.raises(UserError, match=r"hf:o/m has no tokenizer\.model"):
+        resolve_model("hf:o/m")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
+def test_resolve_tokenizer_finds_the_sentencepiece_model(hub: Hub, file: str) -> None:
+    hub.add("owner/name", {"config.json": b"{}", file: b"model"})
+    path, name = resolve_tokenizer("hf:owner/name")
+    assert (Path(path).read_bytes(), name) == (b"model", "name")
+
+
+def test_resolve_tokenizer_of_a_path_is_itself(hub: Hub, tmp_path: Path) -> None:
+    for path in (tmp_path / "spm.model", "absent/spm.model"):
+        assert resolve_tokenizer(path) == (str(path), "spm")
+    assert not hub.requests
+
+
+def test_resolve_tokenizer_without_a_sentencepiece_model_is_one_line(hub: Hub) -> None:
+    hub.add("o/n", {"vocab.txt": b"[PAD]"})
+    with pytest.raises(UserError, match=r"hf:o/n has no tokenizer\.model, .*; give a sentencepiece model"):
+        resolve_tokenizer("hf:o/n")

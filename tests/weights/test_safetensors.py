@@ -79,7 +79,7 @@ def test_tensors_that_make_no_tower(vit, tensors, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "dinov3_vit"}, "'dinov3_vit' is not supported; there are ViT, DeiT, DINOv2"),
+        ({"model_type": "dinov3_vit"}, "'dinov3_vit' is not supported; give ViT, DeiT, DINOv2"),
         ({"model_type": "swin"}, "'swin' is not supported"),
         ({"model_type": ["vit"]}, "is not supported"),
         ({"model_type": None}, "is not supported"),
@@ -91,8 +91,8 @@ def test_tensors_that_make_no_tower(vit, tensors, message):
         ({"num_attention_heads": True}, "num_attention_heads is True"),
         ({"layer_norm_eps": 5}, "layer_norm_eps is 5"),
         ({"layer_norm_eps": None}, "layer_norm_eps is None"),
-        ({"hidden_act": "relu"}, "hidden_act 'relu' is none of"),
-        ({"hidden_act": {}}, "hidden_act {} is none of"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
+        ({"hidden_act": {}}, "hidden_act {} is not supported"),
         ({"architecture": "vit_base_patch16_dinov3", "pretrained_cfg": {}}, "vit_base_patch16_dinov3 is not supported"),
         ({"architecture": "eva02_base_patch14_224", "pretrained_cfg": {}}, "eva02_base_patch14_224 is not supported"),
         ({"architecture": 3, "pretrained_cfg": {}}, "architecture 3 is not supported"),
@@ -110,8 +110,8 @@ def test_configurations_of_other_models(vit, config, message):
         ({"model_args": {"num_heads": 7}}, "cannot be split into 7 heads"),
         ({"model_args": {"qk_norm": True}}, "the model argument qk_norm is not supported"),
         ({"model_args": [3]}, "model_args is not an object"),
-        ({"model_args": {"act_layer": "relu"}}, "act_layer 'relu' is none of gelu"),
-        ({"global_pool": "avgmax"}, "global_pool 'avgmax' is none of token"),
+        ({"model_args": {"act_layer": "relu"}}, "act_layer 'relu' is not supported; supported are gelu"),
+        ({"global_pool": "avgmax"}, "global_pool 'avgmax' is not supported; supported are token"),
         ({"global_pool": "map"}, "MAPHead_0.* is missing"),
     ],
 )

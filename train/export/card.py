@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lit_fast.errors import UserError
-from lit_fast.evaluation.table import format_table
+from lit_fast.evaluation.table import format_results
 from lit_fast.inference.model import Model
 from lit_fast.storage.files import write_atomic
 from lit_fast.storage.paths import join
@@ -150,7 +150,7 @@ def _evaluation(model: Model) -> str:
         return "These weights were not evaluated; the run's figures are of its last step.\n"
     return (
         "Intervals cover the choice of images; they do not cover the variation between trainings.\n\n"
-        f"```\n{format_table(results)}\n```\n"
+        f"```\n{format_results(results)}\n```\n"
     )
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from lit_fast.config import StreamConfig
-from lit_fast.data.blocks import read_block
 from lit_fast.data.dataset import BLOCK
 from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.data.tokens import Tokens
@@ -144,6 +143,7 @@ class WindowSource:
         self._config, self._seed, self._corruption = config, seed, corruption
         features.array()  # refuses an array of another shape or layout
         self._records = tokens.reader()
+        self._block_reader = features.block_reader()
         self._readers = ThreadPoolExecutor(READERS, "stream")
         self._lock = threading.Lock()
         self._windows: dict[tuple[int, int, int], _Window] = {}
@@ -244,7 +244,7 @@ class WindowSource:
         # Steps that come far out of turn may need a slot more.
         buffer = self._free.pop() if self._free else np.empty(self._shape, BFLOAT16)
         parts = buffer.reshape(-1, BLOCK, buffer.shape[1])[: len(blocks)]
-        reads = [submit(read_block, self._features, int(b), p) for b, p in zip(blocks, parts, strict=True)]
+        reads = [submit(self._block_reader.read, int(b), p) for b, p in zip(blocks, parts, strict=True)]
         return _Window(buffer, last, table, reads)
 
     def _table(self, blocks: np.ndarray, key: tuple[int, int, int]) -> _Table:

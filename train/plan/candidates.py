@@ -23,7 +23,7 @@ from lit_fast.train.inputs import check_batch
 from lit_fast.train.plan.data import Data, known_data
 from lit_fast.train.plan.target import Target
 from lit_fast.train.step import abstract_training, make_step
-from lit_fast.utils.progress import duration
+from lit_fast.utils.format import format_duration
 
 # Ways to use the devices' memory: what each takes, by the compiler or by estimate, and the search for the fastest.
 
@@ -222,7 +222,7 @@ def _try(planner: Planner, text: TextConfig, ways: list[Way]) -> None:
         return
     if planner.target.mesh is not None:
         took = max((way.compiled.seconds for way in ways if way.compiled), default=60)
-        left = duration((COMPILES - planner.compiles) * took)
+        left = format_duration((COMPILES - planner.compiles) * took)
         count = f"{planner.compiles + 1} of at most {COMPILES}"
         planner.say(f"compiling {described(text)}, {count}; at most about {left} left")
     ways.append(planner.measure(text))

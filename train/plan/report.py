@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_fast.utils.progress import duration
+from lit_fast.utils.format import format_duration
 
 _GIB = 2**30
 _LIMITS = {
@@ -26,7 +26,7 @@ def format_plan(plan: dict[str, Any]) -> str:
 def _head(plan: dict[str, Any]) -> list[str]:
     data, chip = plan["data"], plan["chip"]
     by = (
-        f"by the compiler, in {duration(plan['compile_seconds'])}"
+        f"by the compiler, in {format_duration(plan['compile_seconds'])}"
         if plan["by"] == "compiler"
         else "an analytic ESTIMATE: "
         + (
@@ -134,8 +134,8 @@ def _data(plan: dict[str, Any]) -> list[str]:
     ]
     if store["embedding_seconds"] is not None:
         lines.append(
-            f"embedding them with {data['tower']}: {duration(store['embedding_seconds'])} at {share} of the peak "
-            "(arithmetic; decoding the images may be slower)"
+            f"embedding them with {data['tower']}: {format_duration(store['embedding_seconds'])} at {share} of the "
+            "peak (arithmetic; decoding the images may be slower)"
         )
     return lines
 
@@ -199,4 +199,4 @@ def _seconds(value: float) -> str:
 
 
 def _hours(value: float) -> str:
-    return f"{value:.1f} h" if value >= 1 else duration(3600 * value)
+    return f"{value:.1f} h" if value >= 1 else format_duration(3600 * value)

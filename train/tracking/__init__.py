@@ -1,1 +1,6 @@
-"""Records of a training: metrics, console, throughput, profile, receipt, report."""
+"""Metrics, console lines, throughput, profiles, receipts and reports of a training.
+
+To add a metric of the step, add a float32 scalar to `metrics` in `lit_fast.train.step`; to add one that is measured on
+the host, add it to `ThroughputMeter.read`. Both are then in metrics.jsonl, in every tracker and in report.html.
+`TITLES` in `lit_fast.report.charts` gives a chart its title, `lit_fast.runs.metrics` documents all names.
+"""

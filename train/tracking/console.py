@@ -1,4 +1,4 @@
-"""What a training shows while it works: a bar on a terminal, elsewhere a line per log interval."""
+"""Show the progress of a training: a bar on a terminal, elsewhere one line per log interval."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import sys
 import time
 from collections.abc import Mapping
 
-import jax
-
-from lit_fast.utils.progress import Progress, duration
+from lit_fast.utils.format import format_duration
+from lit_fast.utils.output import status
+from lit_fast.utils.progress import Progress
 
 
 class Console:
-    """Shows the steps of one part of a run on stderr; `start` were done by earlier parts."""
+    """Shows steps and metrics on stderr.
 
-    def __init__(self, steps: int, start: int) -> None:
+    Args:
+      steps: of the whole run.
+      start_step: the step from which the run starts or resumes.
+    """
+
+    def __init__(self, steps: int, start_step: int) -> None:
         self._steps = steps
-        self._first: tuple[int, float] | None = None  # step and time of the first line: compilation is over
-        self._bar = Progress("train", steps, "steps", start=start) if sys.stderr.isatty() else None
+        self._first: tuple[int, float] | None = None  # step and time of the first line, after compilation
+        self._bar = Progress("train", steps, "steps", start=start_step) if sys.stderr.isatty() else None
         self._note = ""
 
     def advance(self) -> None:
@@ -26,42 +31,34 @@ class Console:
         if self._bar:
             self._bar.advance(1, self._note)
 
-    def log(self, number: int, values: Mapping[str, float]) -> None:
-        """Show the figures after step `number`, which may lag behind the steps that were counted."""
-        figures = _figures(values)
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the metrics after `step`, which may be an earlier one than the last that was counted."""
+        columns = _columns(values)
         if self._bar:
-            self._note = "  ".join(part.strip() for part in figures)
+            self._note = "  ".join(column.strip() for column in columns)
             return
         now = time.monotonic()
-        first, then = self._first = self._first or (number, now)
-        left = (self._steps - number) * (now - then) / (number - first) if number > first else math.inf
+        first_step, first_time = self._first = self._first or (step, now)
+        left = math.inf
+        if step > first_step:
+            left = (self._steps - step) * (now - first_time) / (step - first_step)
         width = len(f"{self._steps:,}")
-        parts = [f"step {number:{width},}/{self._steps:,}", *figures, f"{duration(left):>6} left"]
-        print("  ".join(parts), file=sys.stderr, flush=True)
+        parts = [f"step {step:{width},}/{self._steps:,}", *columns, f"{format_duration(left):>6} left"]
+        status("  ".join(parts))
 
     def close(self) -> None:
-        """End the bar."""
+        """End the line of the bar."""
         if self._bar:
             self._bar.close(self._note)
 
 
-def _figures(values: Mapping[str, float]) -> list[str]:
-    """In columns, so that lines stand under each other; not a number is printed as nan."""
-    figures = [
+def _columns(values: Mapping[str, float]) -> list[str]:
+    """Format the main metrics in columns of fixed width."""
+    columns = [
         f"loss {values['loss']:8.4f}",
         f"{values['pairs_per_second']:9,.0f} pairs/s",
         f"data wait {100 * values['data_wait_share']:5.1f} %",
     ]
     if "mfu" in values:
-        figures.insert(2, f"MFU {100 * values['mfu']:4.1f} %")
-    return figures
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _report(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text)
+        columns.insert(2, f"MFU {100 * values['mfu']:4.1f} %")
+    return columns

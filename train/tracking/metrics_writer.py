@@ -1,58 +1,102 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard events and, if wanted, Weights & Biases."""
+"""Write the metrics of a run to `metrics.jsonl` and its trackers."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
-from tensorboardX import SummaryWriter
+import jax
 
 from lit_fast.config import Config
-from lit_fast.runs.metrics import Spent, is_number, read_metrics
-from lit_fast.storage.files import write_atomic
-from lit_fast.train.tracking.wandb import WeightsAndBiases
+from lit_fast.runs.metrics import RunCost, is_number, read_metrics
+from lit_fast.storage.files import open_append, write_atomic
+from lit_fast.storage.paths import StrPath, join
+from lit_fast.train.tracking.console import Console
+from lit_fast.train.tracking.throughput import ThroughputMeter
+from lit_fast.train.tracking.trackers import Trackers
 
 
 class MetricsWriter:
-    """Appends one JSON object per call; everything after `step` that an earlier process wrote is dropped.
+    """Appends one JSON object per call to `metrics.jsonl`, and sends the same to the trackers.
 
-    An earlier process may have got further than its last checkpoint; those steps will be done, and
-    written, again. What they took is kept in the line of the restart.
+    An earlier process may have continued after its last checkpoint. Those steps are repeated, so their lines are
+    removed; the time they took is kept in a line of the restart.
 
     Args:
-      step: the one that the run goes on after.
-      before: what the earlier parts of the run have taken.
+      start_step: the step from which the run starts or resumes.
+      cost_before: time and chip-hours of the earlier parts of the run.
     """
 
-    def __init__(self, run: Path, config: Config, step: int, before: Spent) -> None:
-        path = run / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        if before.seconds:
-            kept.append({"step": step, "elapsed_seconds": before.seconds, "chip_hours": before.chip_hours})
-        write_atomic(path, "".join(map(_json_line, kept)).encode())
-        self._file = open(path, "a")  # noqa: SIM115  (closed by close)
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1, flush_secs=5)
-        self._tracker = WeightsAndBiases(run, config) if config.log.wandb else None
+    def __init__(self, workdir: StrPath, config: Config, start_step: int, cost_before: RunCost) -> None:
+        workdir = os.fspath(workdir)
+        path = join(workdir, "metrics.jsonl")
+        lines = read_metrics(path)
+        kept = [line for line in lines if line["step"] <= start_step]
+        if cost_before.seconds:
+            seconds, chip_hours = cost_before
+            kept.append({"step": start_step, "elapsed_seconds": seconds, "chip_hours": chip_hours})
+        write_atomic(path, b"".join(map(_json_line, kept)))
+        self._file = open_append(path)
+        self._trackers = Trackers(workdir, config, start_step, lines[-1]["step"] if lines else 0)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """`step` is the number of completed updates; the names are those in `lit_fast.runs.metrics`."""
+        """Write metrics by the names in `lit_fast.runs.metrics`; `step` is the number of completed updates."""
         self._file.write(_json_line({"step": step} | values))
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        if self._tracker:
-            self._tracker.write(step, values)
+        self._trackers.write(step, values)
 
     def close(self) -> None:
-        """Bring everything to the disk."""
+        """Close the file and all trackers."""
         self._file.close()
-        self._events.close()
-        if self._tracker:
-            self._tracker.close()
+        self._trackers.close()
 
 
-def _json_line(line: dict[str, Any]) -> str:
-    """JSON has neither NaN nor infinity."""
+def _json_line(line: dict[str, Any]) -> bytes:
+    """Return a line of JSON; numbers that are not finite become null."""
     clean = {k: v if is_number(v) or not isinstance(v, float) else None for k, v in line.items()}
-    return json.dumps(clean, allow_nan=False) + "\n"
+    return (json.dumps(clean, allow_nan=False) + "\n").encode()
+
+
+class TrainingLog:
+    """Logs the metrics of a training to `metrics.jsonl`, the trackers and the terminal, in the first process only."""
+
+    def __init__(
+        self, workdir: str, config: Config, start_step: int, cost_before: RunCost, meter: ThroughputMeter
+    ) -> None:
+        self._meter = meter
+        self._writer: MetricsWriter | None = None
+        self._console: Console | None = None
+        if jax.process_index() == 0:
+            self._writer = MetricsWriter(workdir, config, start_step, cost_before)
+            self._console = Console(config.steps, start_step)
+
+    def log_step(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
+        """Log the metrics of a step together with the throughput since the last call.
+
+        Returns:
+          Whether the loss is finite, in every process.
+        """
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values |= self._meter.read(step)
+        if self._writer and self._console:
+            self._writer.write(step, values)
+            self._console.log(step, values)
+        return math.isfinite(values["loss"])
+
+    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of an evaluation after `step`."""
+        if self._writer:
+            self._writer.write(step, metrics)
+
+    def advance(self) -> None:
+        """Count a step on the terminal."""
+        if self._console:
+            self._console.advance()
+
+    def close(self) -> None:
+        """Close the files, the trackers and the line on the terminal."""
+        if self._writer and self._console:
+            self._console.close()
+            self._writer.close()

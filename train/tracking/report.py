@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_fast.report.charts import TITLES, Panel, Series, panel, title
 from lit_fast.report.page import Table, percent, render
-from lit_fast.runs.metrics import Lines, curve, names, read_metrics
+from lit_fast.runs.metrics import Lines, curve, metric_names, read_metrics
 from lit_fast.storage.files import read_bytes, read_object, write_atomic
 from lit_fast.storage.paths import absolute, join, name
 from lit_fast.utils.format import format_duration
@@ -39,7 +39,7 @@ def write_report(run: str | os.PathLike[str]) -> None:
 
 def _training_charts(lines: Lines) -> list[Panel]:
     """Draw a chart per metric, and one for the minimum, mean and maximum of a metric."""
-    recorded = [n for n in names(lines) if "/" not in n and n not in _NO_CHART and curve(lines, n)]
+    recorded = [n for n in metric_names(lines) if "/" not in n and n not in _NO_CHART and curve(lines, n)]
     spreads = dict.fromkeys(match[1] for n in recorded if (match := _SPREAD.fullmatch(n)))
     single = [n for n in recorded if not _SPREAD.fullmatch(n)]
     order = {name: i for i, name in enumerate(TITLES)}
@@ -53,7 +53,7 @@ def _training_charts(lines: Lines) -> list[Panel]:
 
 def _evaluation_charts(lines: Lines) -> list[Panel]:
     """Draw two charts per evaluated dataset, one against steps and one against hours."""
-    figures = [n for n in names(lines) if "/" in n]
+    figures = [n for n in metric_names(lines) if "/" in n]
     panels = []
     for dataset in dict.fromkeys(n.rpartition("/")[0] for n in figures):
         own = [n for n in figures if n.rpartition("/")[0] == dataset]

@@ -1,4 +1,4 @@
-"""How fast a run is, how much of it is waiting for data, and what it has taken in all."""
+"""Measure the speed of a training, the share of time that it waits for data, and its total cost."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import time
 
 import jax
 
-from lit_fast.runs.metrics import Spent
+from lit_fast.runs.metrics import RunCost
 from lit_fast.train.cost.hardware import peak_flops
 
 
-class Span:
-    """Adds up stretches of time: `with span: ...`."""
+class Stopwatch:
+    """Sums the time spent in its `with` blocks, in seconds."""
 
     def __init__(self) -> None:
         self.total = 0.0
 
     def __enter__(self) -> None:
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        self.total += time.monotonic() - self._began
+        self.total += time.monotonic() - self._started
 
 
-class Meter:
-    """Speed since the last reading, and what the run has taken.
+class ThroughputMeter:
+    """Measures throughput between two readings, and the cost of the run.
 
-    Time under `paused` (compilation, checkpoints, evaluation) does not count as speed; time under `waiting` is
-    waiting for data.
+    Time under `paused` (compilation, checkpoints, evaluation) is excluded from the throughput; time under `waiting`
+    is waiting for data.
 
     Args:
-      flops_per_step: of the model, over all devices.
-      start: the step that this part of the run goes on after.
-      before: what the earlier parts have taken.
-      began: `time.monotonic()` when this part began.
+      flops_per_step: model FLOPs of one step on all devices together.
+      start_step: the step from which the run starts or resumes.
+      cost_before: time and chip-hours of the earlier parts of the run.
+      started: `time.monotonic()` at the start of this part of the run.
     """
 
     def __init__(
@@ -42,38 +42,40 @@ class Meter:
         flops_per_step: float,
         devices: int,
         *,
-        start: int,
-        before: Spent,
-        began: float,
+        start_step: int,
+        cost_before: RunCost,
+        started: float,
     ) -> None:
-        self.waiting, self.paused = Span(), Span()
+        self.waiting, self.paused = Stopwatch(), Stopwatch()
         self._pairs, self._devices = pairs_per_step, devices
         peak = peak_flops(jax.devices()[0])
         self._mfu_per_rate = flops_per_step / (peak * devices) if peak else None
-        self._before, self._began = before, began
-        self._last = time.monotonic()
-        self._seen = (0.0, 0.0)
-        self._number = start
+        self._cost_before, self._started = cost_before, started
+        # Step, time, paused and waiting seconds at the last reading.
+        self._last = (start_step, time.monotonic(), 0.0, 0.0)
 
-    def spent(self) -> Spent:
-        """By this part of the run and those before."""
-        seconds = time.monotonic() - self._began
-        return Spent(self._before.seconds + seconds, self._before.chip_hours + seconds * self._devices / 3600)
+    def cost(self) -> RunCost:
+        """Return the cost of this part of the run and those before it."""
+        seconds = time.monotonic() - self._started
+        before = self._cost_before
+        return RunCost(before.seconds + seconds, before.chip_hours + seconds * self._devices / 3600)
 
-    def read(self, number: int) -> dict[str, float]:
-        """Figures over the steps since the last reading; their names and units are in `lit_fast.runs.metrics`."""
-        now = time.monotonic()
-        took = now - self._last - (self.paused.total - self._seen[0])
-        waited = self.waiting.total - self._seen[1]
-        rate = (number - self._number) / max(took, 1e-9)
-        self._last, self._number = now, number
-        self._seen = (self.paused.total, self.waiting.total)
+    def read(self, step: int) -> dict[str, float]:
+        """Return metrics of the steps since the last reading, by the names in `lit_fast.runs.metrics`.
+
+        To add a metric that is measured on the host, add it here.
+        """
+        now = (step, time.monotonic(), self.paused.total, self.waiting.total)
+        steps, seconds, paused, waiting = (a - b for a, b in zip(now, self._last, strict=True))
+        self._last = now
+        seconds = max(seconds - paused, 1e-9)
+        rate = steps / seconds
         values = {
             "pairs_per_second": rate * self._pairs,
             "seconds_per_step": 1 / rate,
-            "data_wait_share": min(1.0, waited / max(took, 1e-9)),
+            "data_wait_share": min(1.0, waiting / seconds),
         }
         if self._mfu_per_rate is not None:
             values["mfu"] = self._mfu_per_rate * rate
-        spent = self.spent()
-        return values | {"elapsed_seconds": spent.seconds, "chip_hours": spent.chip_hours}
+        cost = self.cost()
+        return values | {"elapsed_seconds": cost.seconds, "chip_hours": cost.chip_hours}

@@ -1,4 +1,4 @@
-"""Decode an image file to RGB, within limits of size."""
+"""Decode image files to RGB, within limits of size."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MAX_IMAGE = 256 << 20  # bytes
 
 MAX_PIXELS = 64_000_000
 
-# Each scan of a progressive JPEG passes over all pixels, however few bytes it has. Encoders write about ten.
+# Each scan of a progressive JPEG costs a pass over all pixels, whatever its size. Encoders write about ten scans.
 _MAX_SCANS = 100
 _DRAFT: Any = ("draft",)  # key in `Image.info`; no file can set it, since the keys of files are strings
 
 
 class ImageError(ValueError):
-    """An image file that cannot be used; the message is a short reason without the file's name."""
+    """An image file that cannot be decoded; the message is a short reason without the name of the file."""
 
 
 def decode(
@@ -27,14 +27,13 @@ def decode(
 ) -> Image.Image:
     """Decode an image file into an RGB image.
 
-    * The format is sniffed from the content: JPEG, PNG, WebP, GIF or BMP, nothing else, whatever the file's
-      name.
-    * The size in the header must be at most `max_pixels`; this is checked before anything is decoded.
-      JPEGs of more than 100 scans and PNGs with more than 1 MB of compressed text are refused.
-    * Of an animation the first frame is taken. The EXIF rotation is ignored, as timm and torchvision do
-      (transformers' `load_image` turns the picture).
-    * Other modes become RGB by `rgb`; CMYK JPEGs are taken as inverted, as Adobe writes them, and of 16-bit
-      colour the high byte is taken, as PIL does.
+    * The format is recognized by the content: JPEG, PNG, WebP, GIF or BMP. The name of the file does not matter.
+    * The size in the header must be at most `max_pixels`, which is checked before anything is decoded. JPEGs of more
+      than 100 scans and PNGs with more than 1 MB of compressed text are refused.
+    * The first frame of an animation is decoded. The EXIF rotation is ignored, as in timm and torchvision;
+      transformers' `load_image` applies it.
+    * Other modes are converted by `rgb`. CMYK JPEGs are treated as inverted, as Adobe writes them; 16-bit colour is
+      reduced to its high byte, as in PIL.
     * With `at_least` libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 if its short side keeps that many pixels.
 
     Raises:
@@ -42,7 +41,7 @@ def decode(
     """
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS:
         raise ImageError(f"JPEG with more than {_MAX_SCANS} scans")
-    if data[8:16] == b"WEBPVP8X":  # PIL makes the canvas when it opens the file
+    if data[8:16] == b"WEBPVP8X":  # PIL allocates the canvas when it opens the file
         width, height = (1 + int.from_bytes(data[i : i + 3], "little") for i in (24, 27))
         _check_pixels(width, height, max_pixels)
     try:
@@ -60,7 +59,7 @@ def decode(
     except Image.UnidentifiedImageError:
         raise ImageError("not a JPEG, PNG, WebP, GIF or BMP image") from None
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, IndexError, ...
-        # No address of an object may stay in the reason: it is stored, and must be the same each time.
+        # The reason is stored and must be reproducible: remove the addresses of objects.
         reason = re.sub(r"\s*<.*?>", "", " ".join(str(error).split()))[:100]
         raise ImageError(f"damaged image: {reason or type(error).__name__}") from None
 
@@ -74,11 +73,11 @@ def full_size(image: Image.Image) -> tuple[tuple[int, int], tuple[float, float, 
 
 
 def rgb(image: Image.Image, alpha: str = "drop") -> Image.Image:
-    """A PIL image of any mode in RGB.
+    """Convert a PIL image of any mode to RGB.
 
-    * Grey, palette and CMYK by PIL's `convert("RGB")`, as everywhere; colour profiles are ignored.
-      Transparency: see `Preprocess.alpha`.
-    * 16-bit grey is scaled to 8 bits (value / 257, rounded), where PIL's conversion would clip.
+    * Grey, palette and CMYK by PIL's `convert("RGB")`; colour profiles are ignored. For transparency see
+      `Preprocess.alpha`.
+    * 16-bit grey is scaled to 8 bits (value / 257, rounded); PIL's conversion would clip it.
     """
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.uint32).clip(0, 65_535)

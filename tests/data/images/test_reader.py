@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lit_fast.cli.main import main
-from lit_fast.data.dataset import Dataset, DatasetWriter, Row, Source, open_dataset
+from lit_fast.data.dataset import Dataset, Source, open_dataset
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.images.reader import ImageReader
 from tests.helpers import samples, write_tar
 

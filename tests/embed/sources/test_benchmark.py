@@ -50,7 +50,7 @@ def test_a_directory_stands_for_its_test_split(tmp_path: Path) -> None:
     assert index_dataset([str(root / "train")], tmp_path / "e", seed=0).rows == 8
     (root / "test" / "1.tar").unlink()
     with pytest.raises(
-        UserError, match=r"test/1\.tar is missing: \S*nshards\.txt says that there are 2 tars"
+        UserError, match=r"test/1\.tar is missing, of the 2 tars in \S*nshards\.txt; restore it"
     ):
         expand([str(root)])
 
@@ -146,7 +146,7 @@ def test_real_labels_come_through_the_cache(
     own = tmp_path / "own.json"
     own.write_text("{}")
     assert resolve_labels(str(own)) == own
-    with pytest.raises(UserError, match=r"is no file and none of the known labels: real"):
+    with pytest.raises(UserError, match=r"is no file; give a JSON file or one of the known labels: real"):
         resolve_labels("reel")
 
 

@@ -14,22 +14,22 @@ import pyarrow.parquet as pq
 import pytest
 
 import lit_fast.data.images.parquet
-import lit_fast.embed.index
+import lit_fast.embed.row_reader
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.images.decode import ImageError
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.index import index_dataset
-from lit_fast.embed.sources.items import Names
+from lit_fast.embed.sources.interface import ColumnOptions
 from lit_fast.errors import UserError
 from tests.helpers import encoded, picture, samples, tar_bytes, write_tar
 
 FILES = [encoded(picture(i)) for i in range(12)]
 
 
-def index(source: Path | str, out: Path, **names: Any) -> Dataset:
-    return index_dataset([str(source)], out, seed=0, names=Names(**names))
+def index(source: Path | str, out: Path, **options: Any) -> Dataset:
+    return index_dataset([str(source)], out, seed=0, options=ColumnOptions(**options))
 
 
 def rows(dataset: Dataset) -> dict[str, tuple[Any, ...]]:
@@ -167,7 +167,7 @@ def test_open_clips_table(images: Path, tmp_path: Path) -> None:
 def test_a_repeat_in_a_later_group_is_a_duplicate(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lit_fast.embed.index, "GROUP_ROWS", 3)
+    monkeypatch.setattr(lit_fast.embed.row_reader, "GROUP_ROWS", 3)
     lines = [f"images/{i}.jpg,text {i}\n" for i in [*range(12), 0]]
     (tmp_path / "t.csv").write_text("filepath,title\n" + "".join(lines))
     dataset = index(tmp_path / "t.csv", tmp_path / "d")

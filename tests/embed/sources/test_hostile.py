@@ -20,8 +20,8 @@ from lit_fast.data.images.decode import ImageError
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.tf_examples import ExampleError, parse_example
 from lit_fast.embed.index import index_dataset
-from lit_fast.embed.sources.items import Damage, Item, Layout, LeftOut, Names, Sample
-from lit_fast.embed.sources.read import read_source
+from lit_fast.embed.sources.formats import FORMATS, format_of
+from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
 from lit_fast.errors import UserError
 from tests.embed.sources.examples import example
 from tests.helpers import tar_bytes
@@ -60,10 +60,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in base.iterdir()}
 
 
-FORMATS = ("a.parquet", "b.parquet", "t.csv", "t.jsonl", "c.json", "0.tar", "r.array_record")
+FILES = ("a.parquet", "b.parquet", "t.csv", "t.jsonl", "c.json", "0.tar", "r.array_record")
 
 
-def place(tmp_path_factory: pytest.TempPathFactory, whole: dict[str, bytes], name: str) -> Path:
+def path_for(tmp_path_factory: pytest.TempPathFactory, whole: dict[str, bytes], name: str) -> Path:
     folder = tmp_path_factory.getbasetemp() / f"fuzz-{name}"
     if not folder.exists():
         folder.mkdir()
@@ -80,20 +80,20 @@ def check(error: UserError, path: Path) -> None:
 
 
 def items(path: Path) -> list[Item]:
-    return list(read_source(str(path), Names()))
+    return list(FORMATS[format_of(str(path))].read(str(path), ColumnOptions()))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FILES)
 def test_whole_files_give_all_rows(
     name: str, whole: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """So that the damaged ones below are damaged copies of something that can be read."""
-    path = place(tmp_path_factory, whole, name)
+    path = path_for(tmp_path_factory, whole, name)
     path.write_bytes(whole[name])
     assert Counter(type(item) for item in items(path)) == {Layout: 1, Sample: ROWS}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FILES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_damage_gives_rows_reasons_or_one_line(
@@ -112,7 +112,7 @@ def test_any_damage_gives_rows_reasons_or_one_line(
         del damaged[start : start + data.draw(st.integers(1, 40))]
     if data.draw(st.booleans()):
         del damaged[data.draw(st.integers(0, len(damaged))) :]
-    path = place(tmp_path_factory, whole, name)
+    path = path_for(tmp_path_factory, whole, name)
     path.write_bytes(damaged)
     try:
         found = items(path)
@@ -124,10 +124,10 @@ def test_any_damage_gives_rows_reasons_or_one_line(
             assert item.key.encode()
             assert item.captions or item.label >= 0
             assert all(caption.encode() and caption.strip() == caption for caption in item.captions)
-        elif isinstance(item, LeftOut):
+        elif isinstance(item, Skipped):
             assert item.reason
         elif isinstance(item, Damage):
-            assert item.where.startswith(str(path))
+            assert item.description.startswith(str(path))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "0.tar", "r.array_record"])
@@ -137,7 +137,7 @@ def test_damage_after_indexing(
     name: str, whole: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     """Reading images of a file that was damaged later: bytes, a bad image or one line."""
-    path = place(tmp_path_factory, whole, name)
+    path = path_for(tmp_path_factory, whole, name)
     path.write_bytes(whole[name])
     out = path.parent / "d"
     dataset = index_dataset([str(path)], out, seed=0)
@@ -207,7 +207,7 @@ def test_deep_and_wrong_json(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(
         f'{good}\n{deep}\n{{"path": {deep}\n17\n{{"path": ["x.jpg", 3], "text": "a"}}\n'
     )
-    assert [i.reason for i in items(tmp_path / "t.jsonl") if isinstance(i, LeftOut)] == [
+    assert [i.reason for i in items(tmp_path / "t.jsonl") if isinstance(i, Skipped)] == [
         "line is not JSON",
         "line is not JSON",
         "line is not a JSON object",
@@ -232,7 +232,7 @@ def test_huge_fields_nuls_and_open_quotes(tmp_path: Path) -> None:
     text.write("x.jpg,a\0b\nx\0.jpg,c\nx.jpg,d,e\nx.jpg\n")
     text.write('x.jpg,"never closed\n' + "x.jpg,text\n" * 200_000)
     (tmp_path / "t.csv").write_text(text.getvalue())
-    found = Counter(i.reason for i in items(tmp_path / "t.csv") if isinstance(i, LeftOut))
+    found = Counter(i.reason for i in items(tmp_path / "t.csv") if isinstance(i, Skipped))
     assert found.pop("not CSV: field larger than field limit (1048576)") >= 2
     assert found == {
         "path is not UTF-8 text": 1,
@@ -245,10 +245,10 @@ def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
     """What it swallows is not one long caption."""
     (tmp_path / "x.jpg").write_bytes(b"x")
     (tmp_path / "t.csv").write_text('filepath,title\nx.jpg,"a\nb"\nx.jpg,"c\nx.jpg,d\nx.jpg,e')
-    _, sample, left_out = items(tmp_path / "t.csv")
+    _, sample, skipped = items(tmp_path / "t.csv")
     assert isinstance(sample, Sample)
     assert sample.captions == ("a\nb",)
-    assert left_out == LeftOut("line 4", "not CSV: a quote that is never closed; all after it is not read")
+    assert skipped == Skipped("line 4", "not CSV: a quote that is never closed; all after it is not read")
 
 
 def test_sources_that_are_no_files(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_an_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "t.jsonl").write_text(
         '{"path": "x.jpg", "text": "%s"}\n{"path": "x.jpg", "text": "b"}' % ("a" * 5000)
     )
-    assert [type(i) for i in items(tmp_path / "t.jsonl")] == [Layout, LeftOut, Sample]
+    assert [type(i) for i in items(tmp_path / "t.jsonl")] == [Layout, Skipped, Sample]
 
 
 def test_an_extended_header_of_absurd_size(tmp_path: Path) -> None:
@@ -291,8 +291,8 @@ def test_an_extended_header_of_absurd_size(tmp_path: Path) -> None:
         file.truncate(4 << 30)
     found = items(tmp_path / "0.tar")
     # What comes last before the damage might go on after it.
-    assert [i.reason for i in found if isinstance(i, LeftOut)] == ["cut off by damage of the tar"]
-    assert "is damaged at byte 2048" in found[1].where
+    assert [i.reason for i in found if isinstance(i, Skipped)] == ["cut off by damage of the tar"]
+    assert "is damaged at byte 2048" in found[1].description
 
 
 def test_a_row_group_that_no_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from lit_fast.data.dataset import open_dataset
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.noise import noise_image
 from lit_fast.data.images.reader import ImageReader
-from lit_fast.embed.pipeline import Images
+from lit_fast.embed.loader import ImageLoader
 from lit_fast.towers.preprocess import Preprocess
 from tests.embed.contents import keys
 
@@ -32,7 +32,7 @@ def test_rows_are_numbered_and_have_no_captions(noise):
 @pytest.mark.parametrize("how", [("pil-crop", 32, 40), ("tf-squash", 24, 24), ("hf-crop", 17, 19)])
 def test_the_tower_sees_unblurred_uniform_noise(noise, how):
     out = np.empty((70, 1, how[1], how[1], 3), np.uint8)
-    assert Images(noise, Preprocess(*how), MAX_PIXELS).fill(0, 70, out) == {}
+    assert ImageLoader(noise, Preprocess(*how), MAX_PIXELS).load(0, 70, out) == {}
     values = out.reshape(-1).astype(np.float64)
     # The mean of n uniform bytes varies by 73.9 / sqrt(n), their variance by 5300 / sqrt(n): five times each.
     assert abs(values.mean() - 127.5) < 5 * 73.9 / np.sqrt(len(values))
@@ -70,8 +70,8 @@ def test_it_is_embedded_and_verified_like_any_other(noise, tiny_vit, capsys, mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["noise:0"], "a number of pictures from 1 to"),
-        (["noise:99999999999999999999999"], "a number of pictures from 1 to"),
+        (["noise:0"], "a number of images from 1 to"),
+        (["noise:99999999999999999999999"], "a number of images from 1 to"),
         (["noise:-1"], "does not exist"),
         (["noise:5", "--captions", "text"], "no columns that options could name"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -27,8 +28,7 @@ from lit_fast.errors import UserError
 from lit_fast.storage import remote
 from tests.embed.sources.servers import FileServer, file_server
 from tests.helpers import encoded, picture, samples, write_tar
-
-pytest.importorskip("aiohttp")
+from tests.web import Hub, own_cache, running_hub  # noqa: F401
 
 
 @pytest.fixture
@@ -256,3 +256,68 @@ def test_images_come_by_range_from_many_threads(server: FileServer, files: Path,
     # One request per image and time from the tar; each of the four row groups is read once, in one request
     # for the footer and one for the column (8 MiB are read ahead).
     assert server.requests["GET"] <= 2 * 12 + 4 * 2
+
+
+def test_hf_equals_local(files: Path, hub: Hub, tmp_path: Path, tiny_vit: Path) -> None:
+    hub.add(
+        "datasets/owner/pairs", {f"data/{n}": d for n, d in contents_of(files).items()} | {"README.md": b"#"}
+    )
+    url = "hf://datasets/owner/pairs"
+    assert_equals_local(f"{url}/data", files, tmp_path, tiny_vit)
+    nested = index_dataset(
+        [f"{url}/**/0000?.tar", f"{url}@main/data/rest.parquet"], tmp_path / "nested", seed=0
+    )
+    assert nested.rows == 40
+    with pytest.raises(UserError, match=r"b/\*.tar .* matches no file"):
+        index_dataset([f"{url}/b/*.tar"], tmp_path / "no", seed=0)
+
+
+def test_hf_a_changed_file_is_noticed(files: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.add("datasets/owner/pairs", files)
+    dataset = index_dataset(["hf://datasets/owner/pairs/00000.tar"], tmp_path / "d", seed=0)
+    check_sources(dataset)
+    data = hub.repositories["datasets/owner/pairs"]["00000.tar"]
+    hub.repositories["datasets/owner/pairs"]["00000.tar"] = data[:-1] + b"x"
+    with pytest.raises(UserError, match="its ETag changed"):
+        check_sources(dataset)
+
+
+def test_hf_a_gated_dataset_needs_a_token(
+    files: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("datasets/owner/pairs", files)
+    hub.gated.add("datasets/owner/pairs")
+    url = "hf://datasets/owner/pairs/00000.tar"
+    with pytest.raises(
+        UserError, match=rf"is gated; accept its licence at {hub.url}/datasets/owner/pairs and run"
+    ):
+        index_dataset([url], tmp_path / "d", seed=0)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert index_dataset([url], tmp_path / "d", seed=0).rows == 12
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (
+            "datasets/owner/absent/a.tar",
+            "does not exist or is private .*; check the name, or run: hf auth login",
+        ),
+        ("datasets/owner/pairs@v9/a.tar", "has no such revision"),
+        ("datasets/owner/pairs/data", "is a directory; name the files in it or give a pattern"),
+        ("buckets/owner/pairs/a.tar", "is in a bucket of the Hub|does not exist or is private"),
+        ("datasets/owner", "cannot be read"),
+    ],
+)
+def test_hf_an_absent_file_is_one_line(
+    files: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str, message: str
+) -> None:
+    hub.add("datasets/owner/pairs", {f"data/{n}": d for n, d in contents_of(files).items()})
+    assert main(["index", f"hf://{url}", "--out", str(tmp_path / "d")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.count("\n") == 1, error
+
+
+def contents_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}

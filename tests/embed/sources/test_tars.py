@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lit_fast.embed.sources import tars
 from lit_fast.embed.sources.expand import expand
-from lit_fast.embed.sources.items import Damage, LeftOut, Names, Sample
+from lit_fast.embed.sources.interface import ColumnOptions, Damage, Sample, Skipped
 from lit_fast.errors import UserError
 from tests.helpers import samples, tar_bytes, write_tar
 
@@ -29,12 +29,12 @@ class Found:
     damage: str
 
 
-def read_tar(path: Path, names: Names | None = None, *, lines: bool = False) -> Found:
-    found = list(tars.read_tar(str(path), names or Names(), lines=lines))
+def read_tar(path: Path) -> Found:
+    found = list(tars.read_tar(str(path), ColumnOptions()))
     return Found(
         [(i.key, i.offset, i.size, i.captions, i.label) for i in found if isinstance(i, Sample)],
-        [(i.key, i.reason) for i in found if isinstance(i, LeftOut)],
-        "".join(i.where for i in found if isinstance(i, Damage)),
+        [(i.key, i.reason) for i in found if isinstance(i, Skipped)],
+        "".join(i.description for i in found if isinstance(i, Damage)),
     )
 
 
@@ -144,8 +144,9 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
 
 def test_retrieval_sets_have_a_caption_per_line(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", [("k.jpg", b"x"), ("k.txt", b"one\ntwo\r\n\nthree")])
-    assert read_tar(path, lines=True).rows[0][3] == ("one", "two", "three")
     assert read_tar(path).rows[0][3] == ("one\ntwo\r\n\nthree",)
+    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
+    assert read_tar(path).rows[0][3] == ("one", "two", "three")
 
 
 def header(data: bytes, name: str) -> int:
@@ -195,7 +196,7 @@ def test_other_files_are_reported_as_such(tmp_path: Path, data: bytes) -> None:
 def test_compressed_tars_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "0.tar.gz"
     path.write_bytes(gzip.compress(tar_bytes(samples(1))))
-    with pytest.raises(UserError, match=r"compressed with gzip; decompress it"):
+    with pytest.raises(UserError, match=r"compressed with gzip.*; decompress it"):
         read_tar(path)
 
 

@@ -20,7 +20,7 @@ from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.tokenize import tokenize_dataset
 from lit_fast.embed.verify.dataset import verify_dataset
-from lit_fast.embed.verify.features import row_hashes
+from lit_fast.embed.verify.shard_scan import row_hashes
 from lit_fast.errors import UserError
 from tests.embed.test_extract import tree
 from tests.helpers import encoded, picture, tiny_vit_arrays, write_tar
@@ -39,7 +39,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path) -> Path:
     write_tar(root / "0.tar", members)
     shutil.copy(tiny_vit, root / "tiny.npz")
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("lit_fast.data.dataset", "lit_fast.data.features", "lit_fast.embed.extract"):
+        for module in (
+            "lit_fast.data.dataset",
+            "lit_fast.data.features",
+            "lit_fast.embed.extract",
+            "lit_fast.embed.shard_writer",
+        ):
             patch.setattr(f"{module}.SHARD", 1024)
         index_dataset([str(root / "0.tar")], root / "d", seed=0)
         embed_dataset(root / "d", str(root / "tiny.npz"), batch_size=16)
@@ -74,7 +79,7 @@ def test_what_is_right_is_found_right_and_left_alone(
     capsys.readouterr()
     assert main(["verify", str(dataset.path)]) == 0
     out = capsys.readouterr().out
-    assert "rows embedded anew, smallest cosine 0.9999" in out or "smallest cosine 1.0000" in out
+    assert "rows embedded again, smallest cosine 0.9999" in out or "smallest cosine 1.0000" in out
     assert f"{dataset.path} is right: 1,500 rows; index, captions, tokens words, features tiny" in out
     assert main(["verify", str(dataset.path), "--repair"]) == 0
     assert tree(dataset.path) == before
@@ -182,7 +187,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damaged_features_are_found_and_mended(damage, dataset, capsys) -> None:
+def test_damaged_features_are_found_and_repaired(damage, dataset, capsys) -> None:
     features = open_features(dataset)
     before = tree(dataset.path)
     damage(features)
@@ -215,7 +220,7 @@ def test_features_of_other_weights_are_found(dataset, tmp_path, capsys) -> None:
     assert not verify_dataset(dataset.path, tower="tiny")
     found = lines(capsys)
     assert len(found) == 2
-    assert all("of the rows embedded anew are not what is stored (row" in line for line in found)
+    assert all("of the rows embedded again are not what is stored (row" in line for line in found)
     assert verify_dataset(dataset.path, tower="tiny", sample=0)
     # other weights under the name of the file that tower.json names: refused, nothing is removed
     np.savez(tmp_path / "other.npz", **tiny_vit_arrays())
@@ -223,7 +228,7 @@ def test_features_of_other_weights_are_found(dataset, tmp_path, capsys) -> None:
     capsys.readouterr()
     assert not verify_dataset(dataset.path, tower="other")
     assert "holds other weights than those that made the features; restore" in lines(capsys)[0]
-    with pytest.raises(UserError, match=r"cannot be mended: .*holds other weights"):
+    with pytest.raises(UserError, match=r"cannot be repaired: .*holds other weights"):
         verify_dataset(dataset.path, tower="other", repair=True)
     assert tree(dataset.path) == before
 
@@ -233,13 +238,13 @@ def test_without_weights_or_images_the_rest_is_checked(dataset, made, tmp_path, 
     value = json.loads(tower.read_text())
     tower.write_text(json.dumps(value | {"source": str(tmp_path / "gone.npz")}))
     assert verify_dataset(dataset.path)
-    assert "note  features tiny: no row was embedded anew: tower" in lines(capsys)[0]
+    assert "note  features tiny: no row was embedded again: tower" in lines(capsys)[0]
     tower.write_text(json.dumps(value))
     told = json.loads((Path(dataset.path) / "dataset.json").read_text())
     told["sources"][0]["path"] = str(tmp_path / "gone.tar")
     (Path(dataset.path) / "dataset.json").write_text(json.dumps(told))
     assert verify_dataset(dataset.path)
-    assert "note  features tiny: no row was embedded anew: source" in lines(capsys)[0]
+    assert "note  features tiny: no row was embedded again: source" in lines(capsys)[0]
     damage_flip(open_features(dataset))
     before = tree(dataset.path)
     assert not verify_dataset(dataset.path)
@@ -264,17 +269,14 @@ def test_rows_that_could_not_be_embedded_anew_are_not_counted(dataset, capsys) -
     capsys.readouterr()
     assert main(["verify", str(dataset.path), "--sample", "400"]) == 1
     out = capsys.readouterr().out
-    row = int(re.search(r"row ([\d,]+) and those after it were not embedded anew", out)[1].replace(",", ""))
+    row = int(re.search(r"row ([\d,]+) and those after it were not embedded again", out)[1].replace(",", ""))
     assert row >= 1024  # those of the first record were, as far as they were not still on the device
-    assert int(re.search(r"(\d+) rows embedded anew", out)[1]) < 400
+    assert int(re.search(r"(\d+) rows embedded again", out)[1]) < 400
 
 
 def test_records_of_other_rows_are_found(dataset, made, capsys) -> None:
     """Whole records of an equally long dataset, which no checksum betrays."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lit_fast.embed.index.SHARD", 1024)
-        tar = made.parent / "0.tar"
-        index_dataset([str(tar)], Path(dataset.path).parent / "seed1", seed=1)
+    index_dataset([str(made.parent / "0.tar")], Path(dataset.path).parent / "seed1", seed=1)
     shutil.rmtree(Path(dataset.path) / "index")
     shutil.copytree(Path(dataset.path).parent / "seed1/index", Path(dataset.path) / "index")
     assert main(["verify", str(dataset.path), "--sample", "0"]) == 1

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lit_fast.config import StreamConfig
 from lit_fast.data.dataset import BLOCK
-from lit_fast.data.features import Features, Manifest, open_features, with_views
+from lit_fast.data.features import Features, Manifest, open_features
+from lit_fast.data.matching import with_views
 from lit_fast.data.tokens import open_tokens
 from lit_fast.errors import UserError
 from lit_fast.storage.files import write_json
@@ -206,7 +207,7 @@ def test_missing_shard_and_foreign_rows_are_refused(tmp_path):
     with pytest.raises(UserError, match="made from other rows"):
         opened(dataset, MEMORY)
     write_features(dataset, np.zeros((40, 8)), tower="second")
-    with pytest.raises(UserError, match="features of second, tower; say which"):
+    with pytest.raises(UserError, match="features of second, tower; choose one"):
         opened(dataset, MEMORY)
 
 

@@ -1,4 +1,4 @@
-"""What a training shows while it works."""
+"""Lines and bar of a training on the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_fast.train.tracking.console import Console
 VALUES = {"loss": 3.25, "pairs_per_second": 1234.5, "data_wait_share": 0.012}
 
 
-def test_console_lines_stand_under_each_other(capsys):
+def test_console_lines_are_aligned(capsys):
     console = Console(65_000, 0)
     console.log(50, VALUES)
     console.log(65_000, {"loss": float("nan"), "pairs_per_second": 1e6, "data_wait_share": 1.0})
@@ -21,7 +21,7 @@ def test_console_lines_stand_under_each_other(capsys):
     assert "  MFU 45.6 %  data wait   1.2 %" in three
 
 
-def test_a_terminal_has_a_bar_of_one_line(capsys, monkeypatch):
+def test_console_on_a_terminal_is_one_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "70")
     console = Console(10, 0)

@@ -1,50 +1,49 @@
-"""Image files that a table names: their paths within the directory of images.
+"""Paths of image files in a table: relative to one directory and inside it.
 
-A path is judged by its text: normalised, it must lie inside. Links in the directory are the owner's own and
-are followed.
+Only the text of a path is checked: normalised, it must be inside the directory. Symbolic links in the directory are
+followed.
 """
 
 from __future__ import annotations
 
 import os
 import posixpath
-import stat as modes
 
 from lit_fast.data.images.decode import MAX_IMAGE
-from lit_fast.embed.sources.items import is_text
+from lit_fast.embed.sources.interface import is_utf8
 from lit_fast.errors import UserError
-from lit_fast.storage import remote
-from lit_fast.storage.read import folder
+from lit_fast.storage.files import file_status, is_directory
+from lit_fast.storage.paths import is_url, join, parent
 
 
 def image_directory(images: str, table: str) -> str:
-    """What the paths in `table` are relative to: `images` if given, else where the table lies.
+    """Return the directory that the paths in `table` are relative to: `images`, or by default the table's own.
 
     Raises:
       UserError: there is no such directory.
     """
-    directory = images or folder(table)
-    if remote.is_remote(directory):
+    directory = images or parent(table)
+    if is_url(directory):
         return directory.rstrip("/")
     directory = os.path.abspath(directory)
-    if not os.path.isdir(directory):
+    if not is_directory(directory):
         raise UserError(
             f"--images {directory} is not a directory; give the one that the paths in {table} start from"
         )
     return directory
 
 
-def inside(directory: str, path: object) -> tuple[str, str]:
-    """A path relative to the directory of images, normalised, and what is wrong with it."""
+def relative_path(directory: str, path: object) -> tuple[str, str]:
+    """Return a path relative to the directory of images, normalised, and why it cannot be used ("" = it can)."""
     if isinstance(path, list) and len(path) == 1:
         path = path[0]
     if isinstance(path, bytes):
         path = path.decode("utf-8", "surrogateescape")
     if not isinstance(path, str) or not path.strip() or len(path) > 4096:
         return "", "no path of an image"
-    if not is_text(path) or "\0" in path:
+    if not is_utf8(path) or "\0" in path:
         return path, "path is not UTF-8 text"
-    if remote.is_remote(path) or path.startswith("/"):
+    if is_url(path) or path.startswith("/"):
         start = directory.rstrip("/") + "/"
         if not path.startswith(start):
             return path, f"path outside {directory}"
@@ -55,16 +54,16 @@ def inside(directory: str, path: object) -> tuple[str, str]:
     return inner, ""
 
 
-def file_size(directory: str, inner: str) -> tuple[int, str]:
-    """Bytes of an image file (0 = remote, not asked) and why it cannot be used."""
-    if remote.is_remote(directory):
+def image_size(directory: str, path: str) -> tuple[int, str]:
+    """Return the bytes of an image file (0 = remote, not requested), and why it cannot be used ("" = it can)."""
+    if is_url(directory):
         return 0, ""
     try:
-        status = os.stat(os.path.join(directory, inner))
+        status = file_status(join(directory, path))
     except OSError:
         return 0, f"image file not found in {directory}"
-    if not modes.S_ISREG(status.st_mode):
+    if not status.is_file:
         return 0, "not a regular file"
-    if status.st_size == 0:
+    if not status.size:
         return 0, "empty image file"
-    return status.st_size, "image file above 256 MiB" if status.st_size > MAX_IMAGE else ""
+    return status.size, "image file above 256 MiB" if status.size > MAX_IMAGE else ""

@@ -1,4 +1,4 @@
-"""Whole blocks read straight from shard files: what TensorStore reads, or an error."""
+"""Whole blocks of shard files: equal to what TensorStore reads, or an error."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_fast.data.blocks import read_block
 from lit_fast.data.dataset import BLOCK, SHARD, Dataset
 from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.errors import UserError
@@ -19,7 +18,7 @@ BYTES = BLOCK * VIEWS * WIDTH * 2 + 4  # of a block with its crc32c
 def make_features(path, rows):
     """Features alone: reading blocks needs no manifest."""
     shards = -(-rows // SHARD)
-    dataset = Dataset(path, rows, rows, 0, 0, 0, (), ("0" * 32,) * shards)
+    dataset = Dataset(str(path), rows, rows, 0, 0, 0, (), ("0" * 32,) * shards)
     return Features(dataset, "t", {"width": WIDTH, "views": VIEWS})
 
 
@@ -36,7 +35,7 @@ def features(tmp_path_factory):
 
 def block(features, number):
     out = np.full((BLOCK, VIEWS * WIDTH), 9, BFLOAT16)
-    read_block(features, number, out)
+    features.block_reader().read(number, out)
     return out
 
 

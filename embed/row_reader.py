@@ -1,0 +1,119 @@
+"""Read the rows of sources in groups, in an order of the sources that is drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from lit_fast.data.dataset import SHARD, Source
+from lit_fast.data.dataset_writer import Row
+from lit_fast.embed.skipped import SkippedLog
+from lit_fast.embed.sources.formats import FORMATS
+from lit_fast.embed.sources.interface import ColumnOptions, Damage, Layout, Sample, Skipped
+from lit_fast.utils.permutation import permutation
+from lit_fast.utils.progress import Progress
+
+GROUP_ROWS = 4 * SHARD  # a group is complete after the source that reaches this number
+
+
+class RowReader:
+    """Reads each source once.
+
+    Attributes:
+      sources: the sources, with the layout of their images once they are read.
+      skipped: the rows that were skipped so far.
+      damages: descriptions of the damage found so far.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], options: ColumnOptions, first_source: int, num_classes: int
+    ) -> None:
+        """Args:
+        sources: `kind` of each is the name of its format.
+        first_source: number of the first source in the dataset.
+        num_classes: rows with a label of this or above are skipped; 0: none are.
+        """
+        self.sources = list(sources)
+        self.skipped = SkippedLog()
+        self.damages: list[str] = []
+        self._options, self._first, self._num_classes = options, first_source, num_classes
+
+    def source_of(self, row: Row) -> Source:
+        """Return the source of a row."""
+        return self.sources[row.source - self._first]
+
+    def skip(self, row: Row, reason: str) -> None:
+        """Log a row of a group as skipped."""
+        self.skipped.add(row.key, self.source_of(row).path, reason)
+
+    def groups(self, seed: int) -> Iterator[list[Row]]:
+        """Yield the rows of all sources, in an order of the sources drawn from the seed, in groups of whole sources.
+
+        A group ends after the source with which it reaches `GROUP_ROWS`, and within a source at twice this number, so
+        that no more rows are in memory.
+        """
+        progress = Progress("index", len(self.sources), "files")
+        group = _Group()
+        total = 0
+        for number in permutation(len(self.sources), seed, 0).tolist():
+            for row in self._rows(number):
+                group.add(row, merge=self.sources[number].kind == "folder")
+                if len(group.rows) >= 2 * GROUP_ROWS:
+                    total += len(group.rows)
+                    progress.advance(0, f"{total:,} rows")
+                    yield group.rows
+                    group = _Group()
+            progress.advance(1, f"{total + len(group.rows):,} rows")
+            if len(group.rows) >= GROUP_ROWS:
+                total += len(group.rows)
+                yield group.rows
+                group = _Group()
+        if group.rows:
+            yield group.rows
+        progress.close()
+
+    def _rows(self, number: int) -> Iterator[Row]:
+        source = self.sources[number]
+        for item in FORMATS[source.kind].read(source.path, self._options):
+            match item:
+                case Layout(kind, image, images):
+                    self.sources[number] = replace(source, kind=kind, image=image, images=images)
+                case Skipped(key, reason):
+                    self.skipped.add(key, source.path, reason)
+                case Damage(description):
+                    self.damages.append(description)
+                    self.skipped.add("the rest", source.path, "file damaged or cut off")
+                case Sample() if self._num_classes and item.label >= self._num_classes:
+                    reason = f"label outside the {self._num_classes} class names"
+                    self.skipped.add(item.key, source.path, reason)
+                case Sample(key, offset, size, captions, label, languages):
+                    yield Row(key, self._first + number, offset, size, captions, label, languages)
+
+
+class _Group:
+    """The rows of one group."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self._by_file: dict[tuple[int, str], int] = {}
+
+    def add(self, row: Row, *, merge: bool) -> None:
+        """Append a row; with `merge`, add its captions to the row of the same source and image file if there is one."""
+        if not merge:
+            self.rows.append(row)
+            return
+        position = self._by_file.setdefault((row.source, row.key), len(self.rows))
+        if position == len(self.rows):
+            self.rows.append(row)
+        else:
+            self.rows[position] = _merge(self.rows[position], row)
+
+
+def _merge(first: Row, second: Row) -> Row:
+    # A row without languages has captions of unknown ones.
+    one, two = (row.languages or ("",) * len(row.captions) for row in (first, second))
+    language_of = dict(zip(second.captions, two, strict=True)) | dict(zip(first.captions, one, strict=True))
+    captions = tuple(dict.fromkeys((*first.captions, *second.captions)))
+    languages = tuple(language_of[caption] for caption in captions)
+    label = first.label if first.label >= 0 else second.label
+    return replace(first, captions=captions, languages=languages if any(languages) else (), label=label)

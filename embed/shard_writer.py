@@ -1,0 +1,168 @@
+"""Write the features of one shard: batch by batch to a journal, then as a whole to the array and its manifest.
+
+A shard is finished when its manifest is written, which is the last step. If a process is killed, any later one
+continues from the journal and produces identical bytes.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from lit_fast.data.dataset import BLOCK, SHARD
+from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest
+from lit_fast.data.shards import read_error, tensorstore_reason
+from lit_fast.embed.journal import Journal
+from lit_fast.embed.loader import Batch
+from lit_fast.errors import UserError
+from lit_fast.storage.files import exists
+from lit_fast.storage.paths import join
+from lit_fast.utils.output import status
+
+
+class ShardWriter:
+    """An unfinished shard of a feature store.
+
+    Attributes:
+      done: number of known rows, from the shard's first on.
+      rows: number of rows of the shard.
+      finished: whether the shard has its manifest.
+    """
+
+    def __init__(
+        self, features: Features, array: ts.TensorStore, shard: int, settings: dict[str, Any]
+    ) -> None:
+        """Open the journal of a shard and continue from it, or from a shard that had fewer rows.
+
+        Args:
+          array: `features.array()`.
+          settings: the settings that decide the bytes; a journal of others is discarded.
+
+        Raises:
+          UserError: another process embeds this shard, or its stored features are damaged.
+        """
+        self._features, self._array, self._shard = features, array, shard
+        self.first, self.rows = shard * SHARD, features.shard_rows(shard)
+        path = journal_path(features, shard)
+        keys = features.dataset.shard_keys[shard]
+        identity = {"identity": features.identity, "keys": keys} | settings
+        self._journal = Journal(path, self.rows, array.shape[1], identity)
+        if self._journal.discarded:
+            status(
+                f"note: {path} is of other settings and is discarded; shard {shard} is embedded from its first row"
+            )
+        stored = features.manifest(shard) if exists(features.manifest_path(shard)) else None
+        self.finished = stored is not None and stored.rows >= self.rows
+        if self.finished:  # by another process, before this one held the journal
+            self._journal.remove()
+        elif stored is not None:
+            self._copy_stored(stored)
+
+    @property
+    def done(self) -> int:
+        return self._journal.done
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
+
+    def append(self, batch: Batch, result: np.ndarray) -> int:
+        """Append the new rows of a batch.
+
+        Args:
+          batch: the next batch; its first rows may be known already.
+          result: features, float32 `[batch rows, views * width]`.
+
+        Returns:
+          The number of new rows.
+        """
+        known = self.done - (batch.first - self.first)
+        features = result[known : batch.rows].astype(BFLOAT16)
+        invalid = {
+            row - self.first: reason for row, reason in batch.invalid.items() if row - self.first >= self.done
+        }
+        finite = np.isfinite(features.astype(np.float32)).all(axis=1)
+        for i in np.flatnonzero(~finite):
+            invalid.setdefault(self.done + int(i), "non-finite feature")
+        for row in invalid:
+            features[row - self.done] = 0
+        self._journal.append(features, invalid)
+        return len(features)
+
+    def finish(self) -> None:
+        """Write the complete shard and its manifest, then delete the journal."""
+        invalid = {self.first + row: reason for row, reason in self._journal.invalid.items()}
+        write_shard(self._features, self._array, self._shard, self._journal.features, invalid)
+        self._journal.remove()
+        self.finished = True
+
+    def _copy_stored(self, stored: Manifest) -> None:
+        """Append the features that were stored before the dataset grew."""
+        for lo in range(self.done, stored.rows, BLOCK):
+            hi = min(lo + BLOCK, stored.rows)
+            try:
+                features = self._array[self.first + lo : self.first + hi].read().result()
+            except ValueError as error:
+                raise read_error(self._features.path, error) from None
+            invalid = {row - self.first: reason for row, reason in stored.invalid.items()}
+            self._journal.append(features, {row: r for row, r in invalid.items() if lo <= row < hi})
+        if stored.features and features_digest(self._journal.features[: stored.rows]) != stored.features:
+            self._journal.remove()
+            raise UserError(
+                f"{self._features.path}: shard {self._shard} does not hold the features that its manifest was written "
+                f"for; repair it with: lit-fast verify {self._features.dataset.path} --tower {self._features.tower} "
+                "--repair"
+            )
+
+
+def write_shard(
+    features: Features, array: ts.TensorStore, shard: int, values: np.ndarray, invalid: dict[int, str]
+) -> None:
+    """Write all rows of a shard in one write, then its manifest.
+
+    Args:
+      values: bfloat16 `[rows, views * width]`.
+      invalid: row of the dataset -> reason.
+
+    Raises:
+      UserError: the array cannot be written.
+    """
+    first = shard * SHARD
+    try:
+        # Keep the future until its result is known: a write whose future is dropped may be lost silently.
+        future = array[first : first + len(values)].write(values)
+        future.result()
+    except ValueError as error:
+        raise UserError(
+            f"{features.path} cannot be written: {tensorstore_reason(error)}; fix the cause, then rerun "
+            "the same command"
+        ) from None
+    keys = features.dataset.shard_keys[shard]
+    features.write_manifest(
+        Manifest(shard, first, len(values), keys, features.identity, invalid, features_digest(values))
+    )
+
+
+def journal_path(features: Features, shard: int) -> str:
+    """Return the path of the journal of an unfinished shard."""
+    return join(features.path, "partial", f"{shard:05d}.journal")
+
+
+def batch_spans(done: int, rows: int, device_rows: int, devices: int) -> list[tuple[int, int]]:
+    """Return (first row, rows) of the batches that cover the rows of a shard from `done` on.
+
+    A batch begins at a multiple of `device_rows` from the shard's first row and has up to `devices` times as many. So
+    the rows that share a device's batch, and with them the bits of the features, do not depend on `done` and `devices`.
+    """
+    batch_rows = device_rows * devices
+    start = done // device_rows * device_rows
+    return [(lo, min(batch_rows, rows - lo)) for lo in range(start, rows, batch_rows)] if done < rows else []

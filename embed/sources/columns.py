@@ -1,0 +1,200 @@
+"""The columns, JSON keys or features of a source: choose them, and parse the captions and the label of a row."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lit_fast.embed.sources.interface import MAX_CAPTION, ColumnOptions, is_utf8
+from lit_fast.errors import UserError
+
+# Tried in this order, without regard to case.
+CAPTIONS = ("captions", "caption", "title", "text", "txt", "sentences", "raw", "alt_text", "captions/text")
+IMAGE = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image/encoded")
+PATHS = (
+    "filepath",
+    "file_path",
+    "image_path",
+    "path",
+    "file_name",
+    "filename",
+    "file",
+    "image path",
+    "image/key",
+)
+URLS = ("url", "image_url")
+KEY = ("key", "__key__", "uid")
+LABEL = ("label", "cls", "class_id")
+
+NO_TEXT = "no caption and no label"
+NO_KEY = "no key"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one source; "" or empty = it has none."""
+
+    image: str = ""
+    captions: tuple[tuple[str, str], ...] = ()  # (language or "", column)
+    key: str = ""
+    label: str = ""
+    language: str = ""
+
+    def names(self) -> list[str]:
+        """Return all columns but the image's, each once."""
+        names = [*(name for _, name in self.captions), self.key, self.label, self.language]
+        return [name for name in dict.fromkeys(names) if name]
+
+
+class ParsedRow(NamedTuple):
+    """The captions and the label of one row."""
+
+    captions: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()  # empty, or one per caption
+    label: int = -1  # -1 = none
+    problem: str = ""  # why this cannot be a row
+
+
+def choose_columns(
+    options: ColumnOptions, columns: Collection[str], where: str, *, image: bool = True
+) -> Columns:
+    """Return the columns that `options` name, and guesses for those that it does not name.
+
+    Raises:
+      UserError: a name is not among `columns`; or, with `image`, there is no column for the image, or neither one for
+        captions nor one for labels.
+    """
+    for name in [*(n for _, n in options.captions), options.key, options.label, options.language]:
+        require_column(name, columns, where)
+    chosen = options.image
+    if image:
+        require_column(chosen, columns, where)
+        chosen = chosen or guess_column((*IMAGE, *PATHS), columns)
+        if not chosen and (url := guess_column(URLS, columns)):
+            raise UserError(
+                f"{where} has only URLs ({url}); download the images with img2dataset, then index its tars"
+            )
+        if not chosen:
+            raise UserError(
+                f"{where} has no column for the image among {some(columns)}; name it with --image"
+            )
+    captions = options.captions
+    if not captions and (found := guess_column(CAPTIONS, columns)):
+        captions = (("", found),)
+    key = options.key or guess_column(KEY, columns)
+    label = options.label or guess_column(LABEL, columns)
+    if image and not captions and not label:
+        raise UserError(
+            f"{where} has no column for captions or labels among {some(columns)}; name it with --captions or --label"
+        )
+    return Columns(chosen, captions, key, label, options.language)
+
+
+def require_column(name: str, columns: Collection[str], where: str) -> None:
+    """Raise UserError if a name is not among `columns`; the message lists these, the nearest first."""
+    if name and name not in columns:
+        near = difflib.get_close_matches(name, list(columns), n=len(columns) or 1, cutoff=0.0)
+        raise UserError(f"{where} has no {name!r}; it has {some(near)}")
+
+
+def guess_column(candidates: Collection[str], columns: Collection[str]) -> str:
+    """Return the first candidate that is a column, without regard to case; "" if none is."""
+    lowered = {column.lower(): column for column in reversed(list(columns))}
+    return next((lowered[c] for c in candidates if c in lowered), "")
+
+
+def some(names: Collection[str]) -> str:
+    """Return up to twenty names as text for a message."""
+    shown = [name if name.isprintable() else ascii(name) for name in list(names)[:20]]
+    return ", ".join(shown) + (", ..." if len(names) > 20 else "") if shown else "nothing"
+
+
+def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
+    """Parse captions, languages and label of one row.
+
+    A caption may be a string, bytes, a list of them, or objects with `raw`, `caption` or `text`. Repeated and empty
+    captions are dropped.
+    """
+    label, problem = _parse_label(values.get(columns.label)) if columns.label else (-1, "")
+    language_values = values.get(columns.language) if columns.language else None
+    found: dict[str, str] = {}  # caption -> language
+    for language, column in columns.captions:
+        texts = _strings(values.get(column))
+        if columns.language and not language:
+            languages = _languages(language_values, len(texts))
+        else:
+            languages = [language] * len(texts)
+        for text, code in zip(texts, languages, strict=True):
+            if text is None or not is_utf8(text) or not is_utf8(code):
+                return ParsedRow(problem="caption is not UTF-8")
+            if len(text) > MAX_CAPTION:
+                return ParsedRow(problem="caption above 1 MiB")
+            if text.strip():
+                found.setdefault(text.strip(), code)
+    if problem:
+        return ParsedRow(problem=problem)
+    if not found and label < 0:
+        return ParsedRow(problem=NO_TEXT)
+    codes = tuple(found.values())
+    return ParsedRow(tuple(found), codes if any(codes) else (), label)
+
+
+def parse_key(value: Any) -> tuple[str, str]:
+    """Return the key of a row, and why it cannot be one ("" = it can)."""
+    value = _single(value)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value or len(value) > 4096:
+        return "", NO_KEY
+    return (value, "") if is_utf8(value) else (value, "key is not UTF-8")
+
+
+def _parse_label(value: Any) -> tuple[int, str]:
+    """Return a class number, -1 for none, and the problem with it."""
+    value = _single(value)
+    if value is None or value == "" or value != value:  # pandas writes a column with gaps as floats
+        return -1, ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bytes | str):
+        text = value.strip() if isinstance(value, bytes) else value.strip().encode("utf-8", "replace")
+        value = int(text) if re.fullmatch(rb"[0-9]{1,9}", text) else None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1_000_000_000:
+        return -1, "label is not a number from 0 on"
+    return value, ""
+
+
+def _strings(value: Any) -> list[str | None]:
+    """Return the texts in a value, None for one that is not UTF-8; other types are ignored."""
+    found: list[str | None] = []
+    parts = value if isinstance(value, list) else [value]
+    if isinstance(value, dict) and isinstance(value.get("caption"), list):  # Crossmodal-3600
+        parts = value["caption"]
+    for part in parts:
+        if isinstance(part, dict):
+            part = next((part[n] for n in ("raw", "caption", "text") if isinstance(part.get(n), str)), None)
+        if isinstance(part, str):
+            found.append(part)
+        elif isinstance(part, bytes):
+            try:
+                found.append(part.decode())
+            except UnicodeDecodeError:
+                found.append(None)
+    return found
+
+
+def _languages(value: Any, count: int) -> list[str]:
+    """Return `count` languages from one for all captions or one for each; "" where they are unknown."""
+    given = [text or "" for text in _strings(value)]
+    if len(given) == count:
+        return given
+    return given * count if len(given) == 1 else [""] * count
+
+
+def _single(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

@@ -1,0 +1,100 @@
+"""The interface of a source format: the options that its reader takes and the items that it yields.
+
+To add a format, write a module beside this one and add a line to `lit_fast.embed.sources.formats.FORMATS`. If its
+images are located in a new manner, add a kind to `lit_fast.data.dataset.Source` and its reader to
+`lit_fast/data/images/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+MAX_CAPTION = 1 << 20  # characters
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+@dataclass(frozen=True)
+class ColumnOptions:
+    """The options of `lit-fast index` that name columns, JSON keys or features; "" = guess."""
+
+    captions: tuple[tuple[str, str], ...] = ()  # (language or "", name)
+    image: str = ""
+    key: str = ""
+    label: str = ""
+    language: str = ""
+    images: str = ""  # directory
+
+    def as_options(self) -> tuple[str, ...]:
+        """Return `name=value` for each option that was given, to be compared with a later call."""
+        captions = ",".join(f"{l}={n}" if l else n for l, n in self.captions)
+        given = {"captions": captions} | {
+            n: getattr(self, n) for n in ("image", "key", "label", "language", "images")
+        }
+        return tuple(f"{name}={value}" for name, value in given.items() if value)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the images of a source are located: the fields of `lit_fast.data.dataset.Source` with these names."""
+
+    kind: str
+    image: str = ""
+    images: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A row of a source; the fields are those of `lit_fast.data.dataset.Row`."""
+
+    key: str
+    offset: int
+    size: int
+    captions: tuple[str, ...]
+    label: int = -1
+    languages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An entry that cannot be a row, and the reason."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Where a source cannot be read any further; the text begins with its path."""
+
+    description: str
+
+
+Item = Layout | Sample | Skipped | Damage
+
+Reader = Callable[[str, ColumnOptions], Iterator[Item]]
+"""Read a source, given by its path or URL, lazily and once.
+
+A reader yields one `Layout` before the first `Sample`, then a `Sample` or a `Skipped` for every entry, in the order of
+the source. At damage it yields `Damage` and reads no further. It raises `UserError` if the source cannot be read at
+all or lacks a named column, and nothing else, whatever the file holds.
+"""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A source format: its reader, the suffixes of its files, and the class names that a source itself has."""
+
+    read: Reader
+    suffixes: tuple[str, ...] = ()
+    class_names: Callable[[str], tuple[str, ...]] = lambda path: ()
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text has no lone surrogates, which file names and JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
