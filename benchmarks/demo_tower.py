@@ -1,22 +1,22 @@
-"""The program that made `scenes_vit.npz`, the demo's vision tower: a small ViT, pretrained on attributes.
+"""Pretrain `scenes_vit.npz`, the demo's vision tower: a small ViT that predicts attributes.
 
     python -m benchmarks.demo_tower --out scenes_vit.npz
 
-Pictures are drawn on the fly and never hold a colour-shape pair of `scenes.NOVEL`; captions play no part.
-The first 900 steps see crowds, pictures full of shapes, and teach every patch the attributes of the thing
-that covers it; the others see scenes, and from the class token the attributes of the things and their
-pairs ("red" with "large", "star" with "left", "red" with "star") are told apart as well. The weight of a
-pair is a product of one factor per attribute, so that it is defined for pairs never seen. The heads are
-thrown away; the rest is rounded to bfloat16's precision, which compresses, and written with AugReg's names.
+Pictures are drawn on the fly and contain no colour-shape pair of `scenes.NOVEL`; captions are not used. The first 900
+steps train on crowds, pictures full of shapes: each patch predicts the attributes of the thing that covers it. The
+others train on scenes, where the class token also predicts the attributes of the things and their pairs ("red" with
+"large", "star" with "left", "red" with "star"). The weight of a pair is a product of one factor per attribute, so it
+is defined for pairs that never occur. The heads are discarded. The tower is rounded to bfloat16's precision, which
+compresses well, and written with AugReg's names.
 
-The file in the package: 3600 steps of 64 pictures, 27 minutes on two CPU cores that were shared. A linear
-probe on its class token finds colour and shape of single things in 99.6 % of known and 98.5 % of novel
-pairs (chance 1.6 %).
+The packaged file took 3600 steps of 64 pictures, 27 minutes on two shared CPU cores. A linear probe on its class token
+finds colour and shape of single things in 99.6 % of known and 98.5 % of novel pairs (chance 1.6 %).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import itertools
 import queue
@@ -61,6 +61,8 @@ from lit_fast.storage.files import write_atomic
 PATCH = 8
 GRID = SIZE // PATCH
 MODEL = ViT(Architecture(Shape(width=128, depth=4, mlp_dim=256, heads=4), PATCH))
+# The same parameters; average pooling needs all tokens of the last layer, class token pooling only one.
+ALL_TOKENS = ViT(dataclasses.replace(MODEL.architecture, pool="gap"))
 RANK = 128  # of the factors of the pairs
 
 # The attributes of a thing, in groups; a thing has one value of every group.
@@ -75,7 +77,7 @@ Params = dict[str, Any]
 
 
 class Batch(NamedTuple):
-    """Pictures and what is on them."""
+    """Pictures and their labels."""
 
     images: np.ndarray  # uint8 [n, 64, 64, 3]
     things: np.ndarray  # bool [n, 3, VALUES], the attributes of up to three things
@@ -85,7 +87,7 @@ class Batch(NamedTuple):
 
 
 def attributes(thing: Thing) -> list[int]:
-    """The numbers of a thing's six values."""
+    """Return the indices of a thing's six values."""
     values = (thing.count, thing.size, thing.fill, thing.colour, thing.shape, thing.place)
     return [int(s) + g.index(v) for s, g, v in zip(STARTS, GROUPS, values, strict=False)]
 
@@ -116,7 +118,7 @@ def make_batch(
 
 
 def crowd(rng: random.Random) -> tuple[Scene, list[Spot]]:
-    """A picture full of shapes, all different: three times the lesson for the patches."""
+    """Draw a picture full of different shapes, with three times as many labelled patches as a scene."""
     side = rng.choice((3, 4))
     cell = SIZE / side
     things, spots = [], []
@@ -142,7 +144,7 @@ def _mark_patches(scene: Scene, spots: Sequence[Spot], out: np.ndarray) -> None:
 
 
 def batches(seed: int, size: int, crowds: int) -> Iterator[Batch]:
-    """Endless batches, the first `crowds` of them crowds, drawn by a thread while the last is trained on."""
+    """Yield batches forever, the first `crowds` of them crowds; a thread draws them in advance."""
     ready: queue.Queue[Batch] = queue.Queue(maxsize=4)
 
     def work() -> None:
@@ -156,7 +158,7 @@ def batches(seed: int, size: int, crowds: int) -> Iterator[Batch]:
 
 
 def init(seed: int) -> Params:
-    """Parameters of the tower and of the heads."""
+    """Initialise the parameters of the tower and of the heads."""
     keys = jax.random.split(jax.random.key(seed), 5)
     width = MODEL.architecture.width
 
@@ -182,7 +184,7 @@ def init(seed: int) -> Params:
 
 
 def sincos(width: int) -> np.ndarray:
-    """float32 [1, 64, width]: a start for the positional embedding from which neighbours find each other."""
+    """Return sine-cosine positional embeddings, float32 [1, 64, width]."""
     y, x = np.mgrid[:GRID, :GRID].reshape(2, -1, 1)
     omega = 100.0 ** -(np.arange(width // 4) / (width // 4 - 1))
     waves = [f(v * omega) for v in (x, y) for f in (np.sin, np.cos)]
@@ -190,19 +192,19 @@ def sincos(width: int) -> np.ndarray:
 
 
 def tokens(vit: Params, images: Any) -> jax.Array:
-    """All tokens after the final norm, float32 [n, 65, width], of uint8 images; the class token is first."""
+    """Return all tokens after the final norm, float32 [n, 65, width], of uint8 images; the class token is first."""
     x = (jnp.asarray(images, jnp.float32) / 255 - 0.5) / 0.5
-    _, kept = MODEL.apply(
+    _, state = ALL_TOKENS.apply(
         {"params": vit},
         x,
         capture_intermediates=lambda module, _: isinstance(module, Encoder),
         mutable=["intermediates"],
     )
-    return kept["intermediates"]["Transformer"]["__call__"][0]
+    return state["intermediates"]["Transformer"]["__call__"][0]
 
 
 def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sum of the binary cross-entropies of an average picture, and its parts."""
+    """Return the summed binary cross-entropies, averaged over the pictures, and the terms."""
     heads = params["heads"]
     x = tokens(params["vit"], batch.images)
     things = batch.things.astype(jnp.float32)
@@ -218,16 +220,16 @@ def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]
     factors = pair["factor"][FIRST] * pair["factor"][SECOND]
     pair_logits = (x[:, 0] @ pair["kernel"]) @ factors.T + pair["bias"]
     patch_logits = dense("patches", x[:, 1:])
-    # In a crowd nothing is counted and nothing has a place.
-    told = jnp.where(batch.scene[:, None, None], 1.0, np.isin(GROUP_OF, (SIZE_OF, FILL, COLOUR, SHAPE)))
+    # Things of a crowd have no count and no place.
+    has_label = jnp.where(batch.scene[:, None, None], 1.0, np.isin(GROUP_OF, (SIZE_OF, FILL, COLOUR, SHAPE)))
     shape = slice(STARTS[SHAPE], STARTS[SHAPE + 1])
     covered = batch.patches[..., shape].any(-1)
     hit = patch_logits[..., shape].argmax(-1) == batch.patches[..., shape].argmax(-1)
     parts = {
         "values": binary(dense("values", x[:, 0]), batch.things.any(1)) * batch.scene,
-        # A pair that is never drawn must not be learnt as absent.
+        # Pairs that are never drawn must not be learnt as absent.
         "pairs": 0.2 * binary(pair_logits, pairs, _known_pairs()) * batch.scene,
-        "patches": 4 * binary(patch_logits, batch.patches, told).mean(1),
+        "patches": 4 * binary(patch_logits, batch.patches, has_label).mean(1),
         "background": optax.softmax_cross_entropy_with_integer_labels(
             dense("background", x[:, 0]), batch.background
         ),
@@ -237,7 +239,7 @@ def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]
 
 
 def _known_pairs() -> np.ndarray:
-    """float32 [pairs], 0 for the colour-shape pairs of `NOVEL`."""
+    """Return a mask of the pairs, float32 [pairs]: 0 for the colour-shape pairs of `NOVEL`."""
     novel = {
         (int(STARTS[COLOUR]) + list(COLOURS).index(c), int(STARTS[SHAPE]) + SHAPES.index(s)) for c, s in NOVEL
     }
@@ -247,7 +249,7 @@ def _known_pairs() -> np.ndarray:
 
 
 def matrices(params: Params) -> Params:
-    """Which axes of a parameter are the rows and the columns of a matrix; None: not a matrix of the tower."""
+    """Return the row and column axes of the tower's matrices; None for other parameters."""
 
     def axes(path: tuple[Any, ...], leaf: jax.Array) -> Any:
         names = [part.key for part in path]
@@ -261,7 +263,7 @@ def matrices(params: Params) -> Params:
 
 
 def train(steps: int, crowds: int, batch_size: int, seed: int, out: Path) -> None:
-    """Pretrain, the first `crowds` steps on crowds; the tower is written every 1000 steps and at the end."""
+    """Pretrain, the first `crowds` steps on crowds; write the tower every 1000 steps and at the end."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(400, steps // 10 + 1), steps)
     muon = optax.contrib.muon(
         schedule, consistent_rms=0.2, adam_b2=0.98, muon_weight_dimension_numbers=matrices
@@ -276,12 +278,12 @@ def train(steps: int, crowds: int, batch_size: int, seed: int, out: Path) -> Non
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, parts
 
-    source, began = batches(seed + 1, batch_size, crowds), time.monotonic()
+    source, start = batches(seed + 1, batch_size, crowds), time.monotonic()
     for number in range(1, steps + 1):
         params, state, parts = step(params, state, next(source))
         if number % 100 == 0 or number == steps:
             text = "  ".join(f"{k} {float(v):.3f}" for k, v in parts.items())
-            print(f"step {number}  {time.monotonic() - began:.0f} s  {text}", flush=True)
+            print(f"step {number}  {time.monotonic() - start:.0f} s  {text}", flush=True)
         if number % 1000 == 0 or number == steps:
             vit = jax.tree.map(rounded, params["vit"])
             write_atomic(out, augreg_npz(vit))
@@ -289,13 +291,13 @@ def train(steps: int, crowds: int, batch_size: int, seed: int, out: Path) -> Non
 
 
 def rounded(x: jax.Array) -> np.ndarray:
-    """float32 with bfloat16's precision: half of the bits are zero and compress away."""
+    """Round to bfloat16's precision, in float32; half of the bits become zero and compress well."""
     return np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def augreg_npz(vit: Params) -> bytes:
-    """The tower in AugReg's `.npz` layout."""
-    # The class token's own position is 0: it is part of `cls` here.
+    """Return the tower in AugReg's `.npz` layout."""
+    # The class token's position is 0: it is part of `cls` here.
     positions = np.pad(vit["pos_embedding"], ((0, 0), (1, 0), (0, 0)))
     flat = {"cls": vit["cls"], "Transformer/posembed_input/pos_embedding": positions}
     for leaf, array in vit["embedding"].items():
@@ -319,10 +321,10 @@ def augreg_npz(vit: Params) -> bytes:
 
 
 def probe(vit: Params, scenes: int = 4000) -> str:
-    """How well a linear map finds colour and shape in the features, for known and for novel pairs.
+    """Measure how well a linear map predicts colour and shape from the features, for known and novel pairs.
 
-    Ridge regression from class-token features of known scenes to the presence of colours and shapes;
-    tested on new scenes of one thing: colour and shape must both come first.
+    It is a ridge regression from the class-token features of known scenes to the presence of colours and shapes,
+    tested on new scenes of one thing, where both colour and shape must rank first.
     """
     embed = jax.jit(lambda images: tokens(vit, images)[:, 0])
     rng = random.Random(99)
@@ -337,14 +339,14 @@ def probe(vit: Params, scenes: int = 4000) -> str:
     x, y = features(KNOWN, 0, scenes)
     weights = np.linalg.solve(x.T @ x + 1e-2 * np.eye(x.shape[1]), x.T @ y.astype(np.float32))
     colour, shape = (slice(STARTS[g], STARTS[g + 1]) for g in (COLOUR, SHAPE))
-    said = []
+    lines = []
     for name, pairs in (("known", KNOWN), ("novel", NOVEL)):
         x, y = features(pairs, 1, 1000)
         guess = x @ weights
         right = [guess[:, g].argmax(1) == y[:, g].argmax(1) for g in (colour, shape)]
         both = (right[0] & right[1]).mean()
-        said.append(f"{name} pairs {both:.1%} (colour {right[0].mean():.1%}, shape {right[1].mean():.1%})")
-    return f"linear probe, chance {1 / len(PAIRS):.1%}: " + ", ".join(said)
+        lines.append(f"{name} pairs {both:.1%} (colour {right[0].mean():.1%}, shape {right[1].mean():.1%})")
+    return f"linear probe, chance {1 / len(PAIRS):.1%}: " + ", ".join(lines)
 
 
 def main() -> None:

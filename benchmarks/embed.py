@@ -31,7 +31,7 @@ SIZES = {"500 x 375": (500, 375), "1600 x 1200": (1600, 1200)}
 
 
 def draw_photo(rng: np.random.Generator, width: int, height: int) -> bytes:
-    """A JPEG with smooth shapes, edges and grain, about as large as a photo of its size."""
+    """Return a JPEG with smooth shapes, edges and grain, about as large as a photo of its size."""
     pixels = np.zeros((height, width, 3), np.float32)
     for cells, strength in ((3, 60), (12, 35), (60, 20)):
         field = rng.standard_normal((cells, cells, 3)).astype(np.float32)
@@ -47,7 +47,7 @@ def draw_photo(rng: np.random.Generator, width: int, height: int) -> bytes:
 
 
 def draw_tars(folder: Path, images: int) -> list[Path]:
-    """Tars of 500 drawn photos each, in the webdataset layout."""
+    """Write tars of 500 drawn photos each, in the webdataset layout."""
     rng = np.random.default_rng(0)
     tars = []
     for first in range(0, images, 500):
@@ -63,7 +63,7 @@ def draw_tars(folder: Path, images: int) -> list[Path]:
 
 
 def save_model(model_name: str, folder: Path) -> None:
-    """timm's model with random weights, in the layout of its repositories on the hub."""
+    """Write timm's model with random weights, in the layout of its repositories on the Hub."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -89,18 +89,18 @@ def timm_model(model_name: str, folder: Path, device: str):
 
 
 def spread(function: Callable[[], object], repetitions: int) -> tuple[float, float, float]:
-    """Median, lowest and highest seconds of a call, after two calls for warming up."""
+    """Return the median, lowest and highest seconds of a call, after two warm-up calls."""
     function(), function()
     seconds = []
     for _ in range(repetitions):
-        began = time.perf_counter()
+        start = time.perf_counter()
         function()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), min(seconds), max(seconds)
 
 
 def decoders(size: int) -> dict[str, Callable[[bytes], np.ndarray]]:
-    """From the bytes of a file to `[size, size, 3]`: short side to size / 0.9, centre crop."""
+    """Return functions of the bytes of a file to `[size, size, 3]`: short side to size / 0.9, centre crop."""
     from lit_fast.data.images.decode import decode
     from lit_fast.towers.preprocess import Preprocess
 
@@ -188,28 +188,28 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
 
 
 class Photos:
-    """The images of tars for a DataLoader: member by member, with timm's transform."""
+    """The images of tars for a DataLoader, with timm's transform."""
 
     def __init__(self, tars: list[str], transform: Callable) -> None:
-        self.transform, self.places = transform, []
+        self.transform, self.positions = transform, []
         for path in tars:
             with tarfile.open(path) as tar:
-                self.places += [
+                self.positions += [
                     (path, m.offset_data, m.size) for m in tar if m.name.endswith((".jpg", ".png", ".jpeg"))
                 ]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
     def __getitem__(self, i: int):
-        path, offset, size = self.places[i]
+        path, offset, size = self.positions[i]
         with open(path, "rb") as file:
             file.seek(offset)
             return self.transform(Image.open(io.BytesIO(file.read(size))).convert("RGB"))
 
 
 def plain_loop(model_name: str, folder: Path, tars: list[str], out: Path, batch: int, workers: int) -> None:
-    """What one writes in an afternoon: DataLoader, model, list of arrays, numpy.save."""
+    """Embed tars with a plain loop: DataLoader, model, list of arrays, `numpy.save`."""
     import timm
     import torch
 
@@ -228,7 +228,7 @@ def plain_loop(model_name: str, folder: Path, tars: list[str], out: Path, batch:
 
 
 def whole_job_table(model_name: str, folder: Path, tars: list[Path], batch: int, repetitions: int) -> None:
-    """Whole processes, from their start to the features on the disk."""
+    """Measure whole processes, from their start to the features on the disk."""
 
     work, images = folder.parent, 0
     workers = cpu_count()
@@ -258,9 +258,9 @@ def whole_job_table(model_name: str, folder: Path, tars: list[Path], batch: int,
             "timm, DataLoader without workers": [*rival, "--workers", "0"],
         }
         for name, command in cases.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            results.setdefault(name, []).append(time.perf_counter() - began)
+            results.setdefault(name, []).append(time.perf_counter() - start)
     print(
         f"\n| {images:,} photos, process start to features on disk | images/s | lowest - highest |\n|---|---|---|"
     )

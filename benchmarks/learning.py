@@ -1,10 +1,10 @@
-"""What the loss and its initial values do on real photos: the paper's table 4 and its figure 2, small.
+"""Effect of the loss and its initial values on retrieval: the paper's table 4 and figure 2, on real photos, small.
 
     python -m benchmarks.learning --dataset D --dev E --zero-shot Z [--tokenizer NAME] [--runs DIR]
 
-D, E and Z are embedded as the header of configs/flickr8k_cpu.toml says (its training and dev split, and a
-labelled set). Every run is `lit-fast train` with that recipe, cut to 102 400 pairs and without dropout; those
-that are finished are not trained again. Three seeds each: mean and, after ±, the standard deviation.
+Embed D, E and Z as the header of configs/flickr8k_cpu.toml says (its training split, its dev split, a labelled set).
+Every run is `lit-fast train` with that recipe, cut to 102 400 pairs and without dropout; finished runs are reused.
+Tables have the mean of three seeds and, after ±, the standard deviation.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its runs, without the seed."""
+        """Name of the run directories, without the seed."""
         return f"{self.loss}-batch{self.batch}-bias{self.bias}-temperature{self.temperature:g}"
 
     def options(self) -> list[str]:
-        """The learning rate grows with the root of the batch, as Adam's noise falls."""
+        """Return the flags of a run; the learning rate grows with the square root of the batch."""
         steps = PAIRS // self.batch
         options = {
             "steps": steps,
@@ -75,7 +75,7 @@ def figure_2() -> list[Setting]:
 
 
 def train(setting: Setting, seed: int, runs: Path, options: Sequence[str]) -> dict[str, float]:
-    """The figures of a finished run, which is trained if there is none."""
+    """Train a run unless it is finished; return its metrics in per cent."""
     run = runs / f"{setting.name}-seed{seed}"
     receipt = run / "receipt.json"
     if not receipt.is_file() or json.loads(receipt.read_text())["status"] != "finished":
@@ -99,7 +99,7 @@ METRICS = {
 
 
 def measure(settings: Sequence[Setting], runs: Path, options: Sequence[str]) -> dict[Setting, list[dict]]:
-    """By setting the figures of every seed; seed after seed, so that a table is whole early."""
+    """Return the metrics of every seed by setting; all settings of one seed are run before the next seed."""
     found: dict[Setting, list[dict]] = {setting: [] for setting in settings}
     for seed in SEEDS:
         for setting in settings:
@@ -108,13 +108,13 @@ def measure(settings: Sequence[Setting], runs: Path, options: Sequence[str]) -> 
 
 
 def cells(figures: Sequence[dict[str, float]]) -> str:
-    """Mean and standard deviation of every metric."""
+    """Format mean and standard deviation of every metric."""
     columns = [[f[metric] for f in figures] for metric in METRICS.values()]
     return " | ".join(f"{statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for c in columns)
 
 
 def plot(found: dict[Setting, list[dict]], out: Path) -> None:
-    """Recall over the batch for both losses, with the seeds' standard deviation."""
+    """Plot recall over the batch for both losses, with the standard deviation over the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure((5.2, 3.2), layout="constrained")

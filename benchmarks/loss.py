@@ -1,16 +1,15 @@
-"""Loss and gradients alone over the batch, beside one JAX matrix of all pairs, open_clip's losses and Inf-CLIP's.
+"""Time and memory of loss and gradients by batch size: ours, one JAX matrix of all pairs, open_clip and Inf-CLIP.
 
     python -m benchmarks.loss [--batches 512 2048 ...] [--repeats 5] [--open-clip-loss FILE]
 
-Gradients are by texts, temperature and bias (Inf-CLIP: texts and temperature), as a frozen image tower needs
-them; images and texts are float32, width 768. "No labels" is the sum of softplus over all pairs less the
-logits of the positive ones, which is less to compute than a matrix of labels. Each case runs in a process of
-its own. Memory is what that process held at most beyond its inputs, on a GPU what the allocator gave out
-beyond them; a JAX program also has the temporaries that the compiler reserves for it, which is all there is
-to say of batches that would take too long. A call of more than ten seconds is not repeated. open_clip's
-`chunk_size` came after its release 3.3; FILE is a newer src/open_clip/loss.py. Inf-CLIP is Triton, needs
-CUDA, and has a softmax loss alone. Losses and gradients are compared with ours, and the exit status says
-whether they agree.
+Gradients are by texts, temperature and bias (Inf-CLIP: texts and temperature), as training with a frozen image tower
+needs them. Images and texts are float32, width 768. "No labels" sums softplus over all pairs minus the logits of the
+positive ones, which needs no matrix of labels. Each case runs in its own process. Memory is the peak beyond the inputs:
+of the process, or on a GPU of the allocator. JAX programs also report the temporaries that the compiler reserves; for
+the largest batches this is all that is measured. A call of more than ten seconds is not repeated.
+
+`chunk_size` of open_clip is newer than release 3.3; FILE is a newer src/open_clip/loss.py. Inf-CLIP needs CUDA and has
+a softmax loss only. Losses and gradients are compared with ours; the exit status is 1 if they differ.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ Result = dict[str, Any]
 
 
 def inputs(batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and texts float32 [batch, width], normalised, each text near its image."""
+    """Draw images and texts float32 [batch, width], normalised, each text near its image."""
     rng = np.random.default_rng(0)
 
     def unit(x: np.ndarray) -> np.ndarray:
@@ -56,8 +55,8 @@ def inputs(batch: int) -> tuple[np.ndarray, np.ndarray]:
     return images, unit(images + 2 * unit(rng.standard_normal((batch, WIDTH), np.float32)))
 
 
-def shown_gradients(loss: Any, texts: Any, *others: Any) -> Result:
-    """What is compared: the loss, the gradients of two texts, and those of temperature and bias."""
+def gradient_sample(loss: Any, texts: Any, *others: Any) -> Result:
+    """Return the values to compare: the loss, the gradients by two texts and those by temperature and bias."""
     return {
         "loss": float(loss),
         "texts": np.asarray(texts[:2]).tolist(),
@@ -66,28 +65,35 @@ def shown_gradients(loss: Any, texts: Any, *others: Any) -> Result:
 
 
 def jax_case(form: str, batch: int, devices: int, repeats: int) -> Result:
-    """Ours or one matrix; without repeats it is compiled and not run."""
+    """Measure our loss or that of one matrix; with `repeats` 0 only compile it."""
     import jax
     import jax.numpy as jnp
     from jax import lax
-    from jax.sharding import PartitionSpec
 
     from lit_fast.config import LossConfig
-    from lit_fast.losses.accumulate import Trained
-    from lit_fast.losses.contrastive import pair_loss
-    from lit_fast.losses.pairs import Images, Texts
-    from lit_fast.runtime import AXIS, batch_sharding, make_mesh, replicated
+    from lit_fast.losses.accumulate import LossParams
+    from lit_fast.losses.contrastive import contrastive_loss
+    from lit_fast.losses.pairs import ImageSide, TextSide
+    from lit_fast.runtime import (
+        AXIS,
+        REPLICATED,
+        SHARDED,
+        batch_sharding,
+        make_mesh,
+        replicated,
+        shard_map,
+    )
 
     mesh = make_mesh(jax.devices()[:devices])
     config = LossConfig(name="softmax" if form == SOFTMAX else "sigmoid")
 
-    def ours(trained: Trained, images: jax.Array) -> jax.Array:
+    def ours(params: LossParams, images: jax.Array) -> jax.Array:
         rows = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
-        return pair_loss(config, devices, trained, Images(images, rows), Texts(rows))[0]
+        return contrastive_loss(config, devices, params, ImageSide(images, rows), TextSide(rows))[0]
 
-    def matrix(trained: Trained, images: jax.Array) -> jax.Array:
+    def matrix(params: LossParams, images: jax.Array) -> jax.Array:
         everything = lax.all_gather(images, AXIS, tiled=True) if devices > 1 else images
-        texts, log_scale, bias, _ = trained
+        texts, log_scale, bias, _ = params
         logits = jnp.exp(log_scale) * jnp.einsum("nd,md->nm", texts, everything, precision="high") + bias
         own = lax.axis_index(AXIS) * len(texts) + jnp.arange(len(texts))
         if form == FEWER:  # softplus(-x) is softplus(x) - x
@@ -96,41 +102,35 @@ def jax_case(form: str, batch: int, devices: int, repeats: int) -> Result:
         label = jnp.where(own[:, None] == jnp.arange(batch), 1.0, -1.0)
         return -jnp.sum(jax.nn.log_sigmoid(label * logits)) / batch
 
-    def compute(trained: Trained, images: jax.Array) -> tuple[jax.Array, Trained]:
-        loss, gradients = jax.value_and_grad(ours if form in (OURS, SOFTMAX) else matrix)(trained, images)
+    def compute(params: LossParams, images: jax.Array) -> tuple[jax.Array, LossParams]:
+        loss, gradients = jax.value_and_grad(ours if form in (OURS, SOFTMAX) else matrix)(params, images)
         texts, *others = gradients
-        return lax.psum(loss, AXIS), Trained(texts, *lax.psum(others, AXIS))
+        return lax.psum(loss, AXIS), LossParams(texts, *lax.psum(others, AXIS))
 
     bias = None if form == SOFTMAX else np.float32(BIAS)
-    part, whole = PartitionSpec(AXIS), PartitionSpec()
-    mapped = jax.shard_map(
-        compute,
-        mesh=mesh,
-        in_specs=(Trained(part, whole, whole), part),
-        out_specs=(whole, Trained(part, whole, whole)),
-        check_vma=False,
-    )
+    specs = LossParams(SHARDED, REPLICATED, REPLICATED)
+    mapped = shard_map(compute, mesh, (specs, SHARDED), (REPLICATED, specs))
     rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=batch_sharding(mesh))
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-    compiled = jax.jit(mapped).lower(Trained(rows, one, None if bias is None else one), rows).compile()
+    compiled = jax.jit(mapped).lower(LossParams(rows, one, None if bias is None else one), rows).compile()
     result: Result = {"temporaries": compiled.memory_analysis().temp_size_in_bytes}  # type: ignore[union-attr]
     if not repeats:
         return result
     images, texts = (jax.device_put(a, batch_sharding(mesh)) for a in inputs(batch))
     scalars = jax.device_put((np.float32(math.log(TEMPERATURE)), bias), replicated(mesh))
-    given = Trained(texts, *scalars)
+    arguments = LossParams(texts, *scalars), images
     before = jax.devices()[0].memory_stats()
-    cost = measure(lambda: jax.block_until_ready(compiled(given, images)), repeats, enough=ENOUGH)
-    # A single call may be given what compiling left behind, but its temporaries it has.
+    cost = measure(lambda: jax.block_until_ready(compiled(*arguments)), repeats, enough=ENOUGH)
+    # A single call may reuse memory that compiling freed, so that the process grows by less than the temporaries.
     result |= cost._replace(memory=max(cost.memory, result["temporaries"]))._asdict()
     if before and (after := jax.devices()[0].memory_stats()):
         result["memory"] = after["peak_bytes_in_use"] - before["bytes_in_use"]
-    loss, (grads, *others) = compiled(given, images)
-    return result | shown_gradients(loss, grads, *(o for o in others if o is not None))
+    loss, (grads, *others) = compiled(*arguments)
+    return result | gradient_sample(loss, grads, *(o for o in others if o is not None))
 
 
 def torch_case(form: str, batch: int, repeats: int, open_clip_loss: str | None) -> Result:
-    """open_clip's or Inf-CLIP's, on a GPU if there is one."""
+    """Measure open_clip's or Inf-CLIP's loss, on a GPU if there is one."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,11 +168,11 @@ def torch_case(form: str, batch: int, repeats: int, open_clip_loss: str | None) 
     if device == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated() - held
     value, (grads, *others) = compute()
-    return result | shown_gradients(value.cpu(), grads.cpu(), *others)
+    return result | gradient_sample(value.cpu(), grads.cpu(), *others)
 
 
 def siglip_loss(file: str | None) -> Callable[..., Any]:
-    """open_clip's class, of the file if there is one."""
+    """Return open_clip's loss class, from `file` if given."""
     if not file:
         from open_clip.loss import SigLipLoss
 
@@ -208,7 +208,7 @@ def start(form: str, batch: int, repeats: int, devices: int = 1, open_clip_loss:
 
 
 def too_much(last: tuple[int, Result] | None, batch: int) -> str | None:
-    """Why a batch is not run, from the one before it: time grows with the pairs, memory at most."""
+    """Return why a batch is skipped, extrapolated from the last one; None to run it."""
     if last is None:
         return None
     smaller, result = last
@@ -224,7 +224,7 @@ def too_much(last: tuple[int, Result] | None, batch: int) -> str | None:
 
 
 def difference(result: Result, ours: Result) -> float:
-    """The largest of loss and gradients, of the largest value of the same array."""
+    """Return the largest relative difference of loss and gradients."""
     worst = 0.0
     for name in ("loss", "texts", "others"):
         a, b = np.asarray(result[name], np.float64), np.asarray(ours[name], np.float64)
@@ -249,7 +249,7 @@ def row(batch: int, form: str, result: Result, ours: Result | None) -> str:
 def over_batches(
     forms: list[str], batches: list[int], repeats: int, file: str | None
 ) -> dict[str, dict[int, Result]]:
-    """Every form at every batch, the first form being ours; prints the table."""
+    """Measure every form at every batch and print the table; the first form is ours."""
     print(
         "\n| batch | form | ms, median | lowest - highest | calls | memory, MiB | the compiler's, MiB "
         "| differs from ours by |\n|---|---|---|---|---|---|---|---|"
@@ -305,24 +305,24 @@ def compiled_only() -> dict[str, dict[int, int]]:
 
 
 def plot(found: dict[str, dict[int, Result]], compiled: dict[str, dict[int, int]], out: Path) -> None:
-    """Time and memory over the batch, on logarithmic axes; memory by the compiler alone is dotted."""
+    """Plot time and memory over the batch on logarithmic axes; memory by the compiler alone is dotted."""
     from matplotlib.figure import Figure
 
     figure = Figure((9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     for form, results in found.items():
-        for place, name, unit in ((axes[0], "median", 1.0), (axes[1], "memory", 2**30)):
+        for panel, name, unit in ((axes[0], "median", 1.0), (axes[1], "memory", 2**30)):
             points = [(batch, result[name] / unit) for batch, result in results.items() if result[name]]
             if points:
-                (line,) = place.plot(*zip(*points, strict=True), marker="o", label=form)
+                (line,) = panel.plot(*zip(*points, strict=True), marker="o", label=form)
                 more = [(b, size / 2**30) for b, size in compiled.get(form, {}).items()]
-                if place is axes[1] and more:
-                    place.plot(*zip(points[-1], *more, strict=True), ":o", color=line.get_color())
-    for place, label in zip(axes, ("seconds", "GiB"), strict=True):
-        place.set_xscale("log", base=2)
-        place.set_yscale("log")
-        place.set(xlabel="batch", ylabel=label)
-        place.grid(alpha=0.3)
+                if panel is axes[1] and more:
+                    panel.plot(*zip(points[-1], *more, strict=True), ":o", color=line.get_color())
+    for panel, label in zip(axes, ("seconds", "GiB"), strict=True):
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set(xlabel="batch", ylabel=label)
+        panel.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     figure.savefig(out, metadata={"Date": None})
 

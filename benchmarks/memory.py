@@ -1,11 +1,11 @@
-"""Memory of a step on four TPU v4 chips over the batch, by the compiler; no TPU is needed.
+"""Memory of a step on four TPU v4 chips by batch size, from the compiler; no TPU is needed.
 
     pip install libtpu; python -m benchmarks.memory [--batches 8192 32768 131072 1048576]
 
 The one-day recipe is compiled ahead of time for a v4-8 slice at each batch, with what `text.keep = "auto"`
-chooses there. The loss alone stands beside two others, written plainly and differentiated by JAX: one matrix
-of all pairs (big_vision's form), and a ring whose backward pass keeps every block (clip-jax's form). What the
-project promises of these programs is checked, and the exit status says so.
+chooses there. The loss alone is compared with two others, differentiated by JAX: one matrix of all pairs
+(big_vision's form), and a ring whose backward pass stores every block (clip-jax's form). The exit status is 1 if
+a program breaks a promise of the project.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the chips are only described
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU is absent
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,13 @@ from jax.sharding import Mesh
 from benchmarks.machine import describe
 from lit_fast.config import Config, LossConfig, TextConfig
 from lit_fast.config_io import load_config
-from lit_fast.losses.accumulate import Trained
-from lit_fast.losses.contrastive import pair_loss
-from lit_fast.losses.pairs import Images, Texts
+from lit_fast.losses.accumulate import LossParams
+from lit_fast.losses.contrastive import contrastive_loss
+from lit_fast.losses.pairs import ImageSide, TextSide
 from lit_fast.models.text_tower import TextTower
-from lit_fast.runtime import AXIS, batch_sharding, replicated
-from lit_fast.train.cost.aot import Compiled, compile_step, tpu_mesh
-from lit_fast.train.cost.memory import fit
+from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, replicated, shard_map
+from lit_fast.train.cost.aot import CompiledStep, compile_step, tpu_mesh
+from lit_fast.train.cost.memory import choose_remat
 from lit_fast.train.step import abstract_training
 
 CONFIG = Path(__file__).parents[1] / "configs" / "siglit_b8_one_day.toml"
@@ -47,9 +47,11 @@ GIB, MIB = 2**30, 2**20
 
 
 def tower(text: TextConfig) -> TextTower:
-    """The text tower of a configuration, as training builds it."""
+    """Return the text tower of a configuration, as training builds it."""
     dtype = jnp.dtype(text.dtype)
-    return TextTower(text.shape, VOCAB, LENGTH, WIDTH, keep=text.encoder_remat, pack=text.pack, dtype=dtype)
+    return TextTower(
+        text.shape, VOCAB, LENGTH, WIDTH, remat_policy=text.encoder_remat, pack=text.pack, dtype=dtype
+    )
 
 
 class Step(NamedTuple):
@@ -57,27 +59,27 @@ class Step(NamedTuple):
 
     batch: int
     text: TextConfig
-    made: Compiled
+    compiled: CompiledStep
 
     @property
     def gib(self) -> float:
-        return (self.made.argument_bytes + self.made.temporary_bytes) / GIB
+        return self.compiled.bytes / GIB
 
 
 def whole_step(config: Config, mesh: Mesh, batch: int) -> Step:
-    """Compiled with what is chosen for the batch."""
+    """Compile the step with the remat policy that is chosen for the batch."""
     config = replace(config, stream=replace(config.stream, global_batch=batch))
     training = abstract_training(tower(config.text), config)
-    text = fit(config, tower, mesh, *training, limit=int(HBM * GIB)).text
+    text = choose_remat(config, tower, mesh, *training, limit=int(HBM * GIB)).text
     return Step(batch, text, compile_step(tower(text), replace(config, text=text), mesh, *training))
 
 
 def ours(
-    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, devices: int
+    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, num_devices: int
 ) -> jax.Array:
     rows = lax.axis_index(AXIS) * len(images) + jnp.arange(len(images))
-    return pair_loss(
-        LossConfig(), devices, Trained(texts, log_scale, bias), Images(images, rows), Texts(rows)
+    return contrastive_loss(
+        LossConfig(), num_devices, LossParams(texts, log_scale, bias), ImageSide(images, rows), TextSide(rows)
     )[0]
 
 
@@ -90,7 +92,7 @@ def _block(
 
 
 def matrix(
-    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, devices: int
+    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, num_devices: int
 ) -> jax.Array:
     everything = lax.all_gather(images, AXIS, tiled=True)
     logits = jnp.exp(log_scale) * jnp.einsum("nd,md->nm", texts, everything, precision="high") + bias
@@ -100,29 +102,29 @@ def matrix(
 
 
 def plain_ring(
-    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, devices: int
+    images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array, num_devices: int
 ) -> jax.Array:
     total = jnp.zeros(())
-    for turn in range(devices):
-        total += _block(images, texts, log_scale, bias, jnp.array(turn == 0))
-        images = lax.ppermute(images, AXIS, [(i, (i + 1) % devices) for i in range(devices)])
-    return total / (len(texts) * devices)
+    for rotation in range(num_devices):
+        total += _block(images, texts, log_scale, bias, jnp.array(rotation == 0))
+        images = lax.ppermute(images, AXIS, [(i, (i + 1) % num_devices) for i in range(num_devices)])
+    return total / (len(texts) * num_devices)
 
 
 def loss_alone(loss: Callable, mesh: Mesh, batch: int) -> int | None:
-    """Temporary bytes of loss and gradients by texts, temperature and bias; None: it does not fit."""
+    """Return the temporary bytes of the loss and its gradients; None: it does not fit."""
 
     def gradients(images: jax.Array, texts: jax.Array, log_scale: jax.Array, bias: jax.Array) -> tuple:
-        return jax.value_and_grad(partial(loss, images, devices=mesh.size), (0, 1, 2))(texts, log_scale, bias)
+        return jax.value_and_grad(partial(loss, images, num_devices=mesh.size), (0, 1, 2))(
+            texts, log_scale, bias
+        )
 
-    spec = jax.sharding.PartitionSpec
-    mapped = jax.shard_map(
-        lambda *a: (lambda v, g: (lax.psum(v, AXIS), (g[0], *lax.psum(g[1:], AXIS))))(*gradients(*a)),
-        mesh=mesh,
-        in_specs=(spec(AXIS), spec(AXIS), spec(), spec()),
-        out_specs=(spec(), (spec(AXIS), spec(), spec())),
-        check_vma=False,
-    )
+    def compute(*arrays: jax.Array) -> tuple:
+        loss, (dtexts, *others) = gradients(*arrays)
+        return lax.psum(loss, AXIS), (dtexts, *lax.psum(others, AXIS))
+
+    specs = (SHARDED, SHARDED, REPLICATED, REPLICATED)
+    mapped = shard_map(compute, mesh, specs, (REPLICATED, specs[1:]))
     rows = jax.ShapeDtypeStruct((batch, WIDTH), jnp.bfloat16, sharding=batch_sharding(mesh))
     texts = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32, sharding=batch_sharding(mesh))
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
@@ -136,18 +138,23 @@ def loss_alone(loss: Callable, mesh: Mesh, batch: int) -> int | None:
     return memory.temp_size_in_bytes  # type: ignore[union-attr]
 
 
+def count(step: Step, collective: str) -> int:
+    """Return the number of a collective's instructions; one inside a loop counts once."""
+    return step.compiled.text.count(f" {collective}(") + step.compiled.text.count(f" {collective}-start(")
+
+
 def broken(steps: list[Step], losses: dict[int, int | None]) -> list[str]:
-    """The promises that do not hold."""
+    """Return the promises that are broken."""
     wrong = []
     for step in steps:
         spare = HBM - step.gib
         if spare < (2 if step.batch == PAPER else 0):
             wrong.append(f"batch {step.batch:,} leaves {spare:.2f} GiB")
-        if step.made.collectives["all-gather"]:
+        if count(step, "all-gather"):
             wrong.append(f"batch {step.batch:,} gathers")
-        sent = re.findall(r"= \(?(\w+\[[\d,]*\])\S* collective-permute(?:-start)?\(", step.made.text)
+        sent = re.findall(r"= \(?(\w+\[[\d,]*\])\S* collective-permute(?:-start)?\(", step.compiled.text)
         if any(not re.fullmatch(rf"(bf16|f32)\[\d+,\d+,{WIDTH}\]|s32\[\d+,\d+\]", shape) for shape in sent):
-            wrong.append(f"batch {step.batch:,} sends {', '.join(sent)} round the ring")
+            wrong.append(f"batch {step.batch:,} sends {', '.join(sent)} around the ring")
     for batch, bound in ((PAPER, 49 * MIB), (MILLION, 4.4 * GIB)):
         found = losses.get(batch, 0)
         if found is None or found > bound:
@@ -156,7 +163,7 @@ def broken(steps: list[Step], losses: dict[int, int | None]) -> list[str]:
 
 
 def plot(steps: list[Step], losses: dict[str, dict[int, int | None]], out: Path) -> None:
-    """Both over the batch, on logarithmic axes."""
+    """Plot the memory of step and loss over the batch, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure((5.2, 3.4), layout="constrained")
@@ -191,21 +198,21 @@ def main() -> None:
     print(describe("jax", "libtpu") + f"; compiled for {TOPOLOGY}\n")
     steps = []
     print(
-        "| batch | kept | parts | arguments, GiB | temporaries, GiB | of 30.75 | gather / reduce / permute "
+        "| batch | text.keep | microbatches | arguments, GiB | temporaries, GiB | of 30.75 | gather / reduce / permute "
         "| compiled, s |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for batch in args.batches:
         step = whole_step(config, mesh, batch)
         steps.append(step)
-        count = step.made.collectives
+        counts = [str(count(step, name)) for name in ("all-gather", "all-reduce", "collective-permute")]
         print(
-            f"| {batch:,} | {step.text.keep} | {step.text.microbatches} | {step.made.argument_bytes / GIB:.2f} "
-            f"| {step.made.temporary_bytes / GIB:.2f} | {step.gib / HBM:.0%} | {count['all-gather']} / "
-            f"{count['all-reduce']} / {count['collective-permute']} | {step.made.seconds:.0f} |",
+            f"| {batch:,} | {step.text.keep} | {step.text.microbatches} | {step.compiled.argument_bytes / GIB:.2f} "
+            f"| {step.compiled.temporary_bytes / GIB:.2f} | {step.gib / HBM:.0%} | {' / '.join(counts)} | "
+            f"{step.compiled.seconds:.0f} |",
             flush=True,
         )
-    forms = {"ours": ours, "one matrix": matrix, "ring, blocks kept": plain_ring}
+    forms = {"ours": ours, "one matrix": matrix, "ring, blocks stored": plain_ring}
     losses = {name: {b: loss_alone(form, mesh, b) for b in args.batches} for name, form in forms.items()}
     print(f"\n| batch | {' | '.join(f'{name}, MiB' for name in forms)} |\n|---|{'---|' * len(forms)}")
     for batch in args.batches:

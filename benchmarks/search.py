@@ -4,7 +4,7 @@
 
 768-wide bfloat16 features of random numbers, centred, the best 20 rows. Rivals on the same rows, converted to
 float32, centred and normalised beforehand (not counted): numpy's matrix product with argpartition, and faiss's
-IndexFlatIP where `pip install faiss-cpu` has been done. They need twice the store's bytes of memory, faiss three
+IndexFlatIP if `pip install faiss-cpu` has been run. They need twice the store's bytes of memory, faiss three
 times in the making; `--ours` leaves them out.
 """
 
@@ -110,7 +110,7 @@ def main() -> None:
             seconds: list[float] = []
             for _ in range(args.repeats):
                 if name == "ours, cold":
-                    forget(features.path)
+                    forget(Path(features.path))
                 began = time.perf_counter()
                 found = run()
                 seconds.append(time.perf_counter() - began)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.step [--quick]
 
-Ours is the step of `lit-fast train`. big_vision's formulation (one batch x batch matrix, every layer keeps everything)
-is written again in Flax, open_clip's text tower and loss are its own, given features, and the torch loop is
-`torch.nn.TransformerEncoder`. Adam with clipping everywhere. Each case runs in a process of its own; memory is the
-whole process's, its libraries too, or on a GPU what was allocated there. Steps are timed one by one, after one that is
-not counted. All start from the same weights: where losses or parameters differ, the exit status says so.
+Ours is the step of `lit-fast train`. big_vision's formulation (one batch x batch matrix, every layer stores everything)
+is reimplemented in Flax, open_clip's text tower and loss are its own, on features, and the torch loop is
+`torch.nn.TransformerEncoder`. All use Adam with clipping. Each case runs in a process of its own; memory is that of
+the process with its libraries, or on a GPU what was allocated there. Steps are timed one by one, after one that is
+not counted. All start from the same weights; the exit status is 1 if losses or parameters differ.
 
 On a GPU the tower is that of the one-day recipe and the batches grow further. Needs torch and open_clip_torch.
 """
@@ -37,7 +37,7 @@ HEADER = """
 
 
 def platform() -> str:
-    """What JAX computes on, asked in another process: this one must not hold a GPU."""
+    """Return JAX's platform, from another process: this one must not allocate a GPU."""
     code = "import jax; print(jax.default_backend())"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -45,7 +45,7 @@ def platform() -> str:
 
 
 def forms(cpu: bool, quick: bool) -> list[Case]:
-    """Every rival in every form that might be its fastest."""
+    """Return every rival in every form that may be its fastest."""
     cases = [Case("ours"), Case("big_vision", "float32"), Case("open_clip"), Case("torch loop")]
     if quick:
         return cases
@@ -66,7 +66,7 @@ def run_case(case: Case, cpu: bool) -> Result:
     environment = {"JAX_PLATFORMS": "cpu"} if cpu else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if case.devices > 1:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={case.devices}"
-    return run_alone("benchmarks.step_case", case.as_dict(), timeout=TIMEOUT, environment=environment)
+    return run_alone("benchmarks.step_worker", case.as_dict(), timeout=TIMEOUT, environment=environment)
 
 
 def show(case: Case, result: Result) -> None:
@@ -95,7 +95,7 @@ def table(title: str, cases: Iterable[Case], cpu: bool) -> Found:
 
 
 def fastest(found: Found) -> list[Case]:
-    """Of each rival the form with the most pairs a second."""
+    """Return the fastest form of each rival."""
     best: dict[str, tuple[float, Case]] = {}
     for case, result in found:
         if "median" in result and result["median"] < best.get(case.rival, (float("inf"), case))[0]:
@@ -104,32 +104,32 @@ def fastest(found: Found) -> list[Case]:
 
 
 def series(starts: list[Case], batches: list[int], known: Found, cpu: bool) -> Found:
-    """Each of the cases over the batches, until it takes too long or too much memory."""
+    """Run each case over the batches, until it takes too long or too much memory."""
     print(f"\nOver the batch, each in its fastest form\n{HEADER.format(repeats=REPEATS)}")
     found: Found = []
     for start in starts:
-        before: tuple[Case, Result] | None = None
+        previous: tuple[Case, Result] | None = None
         for batch in batches:
             case = replace(start, batch=batch)
-            result = next((r for c, r in known if c == case), None) or expected(case, before, cpu)
+            result = next((r for c, r in known if c == case), None) or expected(case, previous, cpu)
             result = result or run_case(case, cpu)
             show(case, result)
             found.append((case, result))
             if "failed" in result:
                 break
-            before = case, result
+            previous = case, result
     return found
 
 
-def expected(case: Case, before: tuple[Case, Result] | None, cpu: bool) -> Result | None:
-    """Why a larger batch need not be tried, by the one before it: time and memory grow at least with the batch."""
-    if before is None:
+def expected(case: Case, previous: tuple[Case, Result] | None, cpu: bool) -> Result | None:
+    """Return a failure for a batch that would exceed the limits: time and memory grow at least with the batch."""
+    if previous is None:
         return None
-    growth = case.batch / before[0].batch
-    seconds = growth * before[1]["median"]
+    growth = case.batch / previous[0].batch
+    seconds = growth * previous[1]["median"]
     if seconds > SECONDS:
         return {"failed": f"not run: about {seconds:.0f} s a step"}
-    memory = growth * max(0, before[1]["memory"] - GIB)
+    memory = growth * max(0, previous[1]["memory"] - GIB)
     if cpu and memory > MEMORY:
         return {"failed": f"not run: about {memory / GIB:.0f} GiB"}
     return None
@@ -152,7 +152,7 @@ def by_compiler(batches: list[int], cpu: bool) -> list[tuple[Case, Result]]:
 
 
 def differing(found: Found) -> list[str]:
-    """Cases whose parameters or losses are not those of the first case with the same inputs."""
+    """Return the cases whose parameters or losses differ from the first case with the same inputs."""
     wrong: list[str] = []
     first: dict[tuple, tuple[list[float], int]] = {}
     for case, result in found:
@@ -170,7 +170,7 @@ def differing(found: Found) -> list[str]:
 
 
 def plot(found: Found, compiled: Found, out: Path) -> None:
-    """Pairs a second and memory over the batch."""
+    """Plot pairs per second and memory over the batch."""
     from matplotlib.figure import Figure
 
     figure = Figure((8, 3.4), layout="constrained")
@@ -216,12 +216,12 @@ def main() -> None:
     over = series(best, batches, found, cpu)
     compiled: Found = []
     if not args.quick:
-        # big_vision cannot hide padding. Packed by their true lengths, captions leave hardly any to work on.
+        # big_vision cannot mask padding. Captions packed by their true lengths have little of it.
         hidden = [replace(case, masked=True, pack=1) for case in best if case.rival != "big_vision"]
         hidden = [replace(hidden[0], pack=pack) for pack in (1, 4, 8)] + hidden[1:]
-        found += table("16 tokens, padding hidden", hidden, cpu)
+        found += table("16 tokens, padding masked", hidden, cpu)
         longer = [replace(case, length=64, batch=batch if cpu else batch // 4) for case in hidden]
-        found += table("64 tokens, padding hidden", longer, cpu)
+        found += table("64 tokens, padding masked", longer, cpu)
     if cpu and not args.quick:
         large = [replace(case, batch=32, **ONE_DAY) for case in best]
         found += table("The one-day tower: width 1024, 12 layers, 16 tokens", large, cpu)

@@ -1,17 +1,10 @@
-"""One case of `benchmarks.step` in a process of its own: what it is, what it works on, and what it takes.
-
-    python -m benchmarks.step_case --case '{"rival": "open_clip", "batch": 512, ...}'
+"""The cases of `benchmarks.step`: sizes, batch, initial weights, limits.
 
 All rivals get the same batch and the same initial weights, so that their losses can be compared.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import json
-import os
-import resource
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,12 +12,12 @@ from typing import Any
 import numpy as np
 
 VOCAB, FEATURES = 32_000, 768
-PAD, END = 0, 1  # ids that no word has
+PAD, END = 0, 1  # ids of no token
 LEARNING_RATE, BETAS, EPSILON, DECAY, CLIP = 1e-4, (0.9, 0.999), 1e-8, 1e-4, 1.0
 TEMPERATURE, BIAS = 10.0, -10.0
 REPEATS = 5
-ENOUGH = 4.0  # seconds; a step that takes longer is made once
-SECONDS = 30.0  # one that would take longer is not tried
+ENOUGH = 4.0  # seconds; a longer step is timed once
+SECONDS = 30.0  # a longer step is not run
 MEMORY = 16 * 2**30  # bytes that a case may allocate on a CPU
 
 Weights = dict[str, Any]
@@ -32,20 +25,20 @@ Weights = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A rival, what it is given and how it is run."""
+    """A rival, its tower, batch and form."""
 
     rival: str  # "ours", "big_vision", "open_clip" or "torch loop"
     dtype: str = "bfloat16"  # of the matrix products; parameters are float32
-    form: str = ""  # of big_vision "scan"; of PyTorch "compile" or "math attention"
+    form: str = ""  # big_vision: "scan"; PyTorch: "compile" or "math attention"
     width: int = 384
     depth: int = 6
     heads: int = 6
     length: int = 16
-    masked: bool = False  # padding is hidden; if not, it is attended to and the last position is pooled
-    pack: int = 1  # of ours: `text.pack`
+    masked: bool = False  # mask padding; otherwise attend to it and pool the last position
+    pack: int = 1  # ours: `text.pack`
     batch: int = 512
     devices: int = 1
-    compile_only: bool = False  # ask the compiler for the memory and run nothing
+    compile_only: bool = False  # report the compiler's memory; run nothing
 
     @property
     def name(self) -> str:
@@ -58,18 +51,18 @@ class Case:
 
 @dataclass
 class Rival:
-    """A step that can be taken, on data that lie on the device."""
+    """A step on data that are on the device."""
 
-    step: Callable[[], float]  # the loss before the update; waits until all is done
+    step: Callable[[], float]  # returns the loss before the update, after all work is done
     parameters: int
-    peak_memory: Callable[[], int] | None = None  # bytes of an accelerator; None: the process's own count
+    peak_memory: Callable[[], int] | None = None  # bytes on an accelerator; None: use the process's memory
     note: str = ""
 
 
 def make_batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Features float32 [batch, 768] and ids int32 [batch, length], padded.
+    """Return features float32 [batch, 768] and padded ids int32 [batch, length].
 
-    Of captions as long as these 22 % of 16 tokens and 74 % of 64 are padding, as of web alt-texts.
+    With these caption lengths, 22 % of 16 tokens and 74 % of 64 are padding, as in web alt-texts.
     """
     rng = np.random.default_rng(1)
     features = rng.standard_normal((case.batch, FEATURES), np.float32)
@@ -81,7 +74,7 @@ def make_batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_weights(case: Case) -> Weights:
-    """Initial weights of the text tower by big_vision's names, layers stacked; float32."""
+    """Return initial float32 weights of the text tower with big_vision's names and stacked layers."""
     rng = np.random.default_rng(2)
     width, depth, heads, hidden = case.width, case.depth, case.heads, 4 * case.width
 
@@ -113,53 +106,3 @@ def make_weights(case: Case) -> Weights:
         "Encoder_0": {"encoderblock": block, "encoder_norm": norm(width)},
         "head": dense((width,), (FEATURES,), ()),
     }
-
-
-def run(case: Case) -> dict[str, Any]:
-    """What one case takes, as `benchmarks.step` prints it."""
-    from benchmarks.machine import measure, peak_memory
-
-    # Only what the case needs, as libraries count as memory.
-    if case.rival in ("ours", "big_vision"):
-        from benchmarks import step_jax
-
-        if case.compile_only:
-            return step_jax.memory_by_compiler(case)
-        build = step_jax.ours if case.rival == "ours" else step_jax.big_vision
-    else:
-        from benchmarks import step_torch
-
-        build = step_torch.open_clip if case.rival == "open_clip" else step_torch.torch_loop
-    try:
-        rival = build(case)
-        ctypes.CDLL(None).malloc_trim(0)  # the allocator may keep what compiling took; it is not the step's
-        losses: list[float] = []
-        cost = measure(lambda: losses.append(rival.step()), REPEATS, enough=ENOUGH)
-    except (MemoryError, RuntimeError) as error:  # JAX's own errors are RuntimeErrors as well
-        words = ("out of memory", "resource_exhausted", "can't allocate", "bad_alloc")
-        if isinstance(error, MemoryError) or any(word in str(error).lower() for word in words):
-            return {"failed": "out of memory"}
-        raise
-    return {
-        "median": cost.median,
-        "lowest": cost.lowest,
-        "highest": cost.highest,
-        "repeats": cost.repeats,
-        "memory": (rival.peak_memory or peak_memory)(),
-        "parameters": rival.parameters,
-        "losses": losses[:2],
-        "note": rival.note,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--case", required=True)
-    case = Case(**json.loads(parser.parse_args().case))
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    print(json.dumps(run(case)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The steps in JAX: ours as `lit_fast.train.loop` makes it, and big_vision's, written again from its source.
+"""The steps in JAX: ours as `lit_fast.train.loop` builds it, and a reimplementation of big_vision's.
 
 big_vision: trainers/proj/image_text/siglip.py, models/proj/image_text/text_transformer.py, models/vit.py. Its image
 tower is left out, its optimizer is optax's AdamW with clipping, and its sharding constraints, which do nothing on one
@@ -25,27 +25,27 @@ from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import text_tower
 from lit_fast.runtime import batch_sharding, make_mesh
 from lit_fast.train.cost.aot import compile_step
-from lit_fast.train.cost.memory import fit
-from lit_fast.train.input_pipeline.packing import Packing, foreseen_row_tokens, true_lengths
+from lit_fast.train.cost.memory import choose_remat
+from lit_fast.train.input_pipeline.packing import Packing, required_row_tokens, true_lengths
 from lit_fast.train.optimizer import make_optimizer
 from lit_fast.train.step import abstract_training, init_state, make_step
 from lit_fast.utils.normalize import normalize
 
-ROOM = 32 * 2**30  # bytes that a step is fitted to when it is not run
+ROOM = 32 * 2**30  # bytes of device memory when nothing is run
 
 
 def _config(case: Case, ids: np.ndarray) -> Config:
-    """Of a run on captions like these, with room for what they need if they are packed."""
+    """Return the configuration of a run on these captions; packed rows are as long as they require."""
     b1, b2 = step_case.BETAS
     text = TextConfig(
         width=case.width, depth=case.depth, heads=case.heads, dtype=case.dtype, mask_padding=case.masked, pack=case.pack
     )  # fmt: skip
     if text.packed:
         texts = case.batch // case.devices
-        tokens = foreseen_row_tokens(true_lengths(ids, step_case.END), case.pack, texts)
+        tokens = required_row_tokens(true_lengths(ids, step_case.END), case.pack, texts)
         text = replace(text, row_tokens=tokens)
     return Config(
-        steps=10**9,  # the learning rate stays what it is
+        steps=10**9,  # a constant learning rate
         text=text,
         loss=LossConfig(temperature_init=step_case.TEMPERATURE, bias_init=step_case.BIAS),
         stream=StreamConfig(global_batch=case.batch),
@@ -57,17 +57,17 @@ def _config(case: Case, ids: np.ndarray) -> Config:
 
 
 def _tower(case: Case, text: TextConfig) -> TextTower:
-    """As training builds it; three numbers are all that it asks of a tokenizer."""
+    """Return the tower that training builds; it reads three numbers of a tokenizer."""
     tokenizer: Any = SimpleNamespace(vocab_size=VOCAB, max_length=case.length, eos_id=step_case.END)
     return text_tower(text, tokenizer, FEATURES)
 
 
 def _fitted(case: Case, ids: np.ndarray, memory: int | None = None) -> tuple[Config, str]:
-    """With what `text.keep = "auto"` chooses for so much memory, by default the device's, and that in words."""
+    """Return the configuration with the choice of `text.keep = "auto"` for that memory, and a description."""
     config = _config(case, ids)
     training = abstract_training(_tower(case, config.text), config)
-    text = fit(config, partial(_tower, case), make_mesh(), *training, memory).text
-    return replace(config, text=text), f"keeps {text.keep}, {text.microbatches:,} parts"
+    text = choose_remat(config, partial(_tower, case), make_mesh(), *training, memory).text
+    return replace(config, text=text), f"text.keep {text.keep}, {text.microbatches:,} microbatches"
 
 
 def _peak_memory() -> int | None:
@@ -80,7 +80,7 @@ def _scalars() -> Weights:
 
 
 def ours(case: Case) -> Rival:
-    """The step of a training run. Packing is done once, ahead: in a run it is the loader's work."""
+    """Build the step of a training run. Packing is done once in advance; in a run the loader does it."""
     mesh = make_mesh()
     features, ids = make_batch(case)
     config, note = _fitted(case, ids)
@@ -92,7 +92,9 @@ def ours(case: Case) -> Rival:
     }
     if text.packed:
         mean = float(true_lengths(ids, step_case.END).mean())
-        arrays = Packing(text.pack, text.row_tokens, step_case.END, mean, mesh.size, alone=True)(arrays)
+        arrays = Packing(text.pack, text.row_tokens, step_case.END, mean, mesh.size, single_process=True)(
+            arrays
+        )
         note += f", rows of {text.row_tokens} tokens"
     batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh), v) for k, v in arrays.items()}
     params = jax.tree.map(jnp.asarray, {"txt": make_weights(case), "mean": np.zeros(FEATURES, np.float32)})
@@ -105,7 +107,7 @@ def ours(case: Case) -> Rival:
 
 
 def _rival(jitted: Any, state: Any, arguments: tuple, parameters: int, note: str = "") -> Rival:
-    """A function of (state, *arguments) to (state, metrics), compiled."""
+    """Compile a function (state, *arguments) -> (state, metrics)."""
     compiled = jitted.lower(state, *arguments).compile()
 
     def step() -> float:
@@ -114,7 +116,7 @@ def _rival(jitted: Any, state: Any, arguments: tuple, parameters: int, note: str
         jax.block_until_ready(state)
         return float(metrics["loss"])
 
-    # Of the CPU JAX counts nothing.
+    # JAX reports no memory of CPUs.
     return Rival(step, parameters, _peak_memory if _peak_memory() else None, note)  # type: ignore[arg-type]
 
 
@@ -123,7 +125,7 @@ def _count(params: Weights) -> int:
 
 
 class Block(nn.Module):
-    """big_vision's Encoder1DBlock with its MlpBlock; called by scan it returns a second value."""
+    """big_vision's Encoder1DBlock with its MlpBlock; the second result is the output that scan expects."""
 
     heads: int
     hidden: int
@@ -241,7 +243,7 @@ def _big_vision_params(case: Case) -> Weights:
 
 
 def big_vision(case: Case) -> Rival:
-    """Its formulation: every layer keeps everything, or, with scan, nothing; one batch x batch matrix of logits."""
+    """Build its step: layers store everything, or nothing with scan; one batch x batch matrix of logits."""
     optimizer, jitted = _big_vision_step(case)
     features, ids = (jnp.asarray(a) for a in make_batch(case))
     features = features.astype(jnp.bfloat16)
@@ -253,12 +255,12 @@ def big_vision(case: Case) -> Rival:
 
 
 def memory_by_compiler(case: Case) -> dict[str, Any]:
-    """Bytes of arguments and temporaries, of ours or of big_vision's; nothing is run."""
+    """Return the bytes of arguments and temporaries of a step; nothing is run."""
     if case.rival == "ours":
         config, note = _fitted(case, make_batch(case)[1], ROOM)
         tower = _tower(case, config.text)
         made = compile_step(tower, config, make_mesh(), *abstract_training(tower, config))
-        return {"memory": made.argument_bytes + made.temporary_bytes, "note": note}
+        return {"memory": made.bytes, "note": note}
     optimizer, jitted = _big_vision_step(case)
     params = jax.eval_shape(lambda: _big_vision_params(case))
     state = jax.eval_shape(lambda p: (p, optimizer.init(p)), params)

@@ -62,7 +62,7 @@ def ours_windows(path: Path, blocks: int) -> Iterator:
 
 
 def copy(path: Path) -> Iterator:
-    """The bytes of a batch, from one place in memory to another."""
+    """The bytes of a batch, copied in memory."""
     source, target = np.zeros((BATCH, WIDTH), np.uint16), np.zeros((BATCH, WIDTH), np.uint16)
     while True:
         np.copyto(target, source)
@@ -84,9 +84,9 @@ def preadv(path: Path, threads: int) -> Iterator:
     order = np.random.default_rng(0).permutation(len(files) * SHARD // BLOCK)
     buffers = np.zeros((BATCH // BLOCK, CHUNK), np.uint8)
 
-    def read(place: int, block: int) -> None:
+    def read(row: int, block: int) -> None:
         file, inside = divmod(block, SHARD // BLOCK)
-        if os.preadv(files[file], [buffers[place]], inside * CHUNK) != CHUNK:
+        if os.preadv(files[file], [buffers[row]], inside * CHUNK) != CHUNK:
             raise RuntimeError("a block was not read whole")
 
     with ThreadPoolExecutor(threads) as pool:
@@ -179,16 +179,16 @@ def speed(path: Path, line: str, cold: bool) -> Result:
         batches = make(path)
         for _ in range(count):
             next(batches)
-        began, before = time.perf_counter(), spent()
+        start, before = time.perf_counter(), cpu_seconds()
         for _ in range(count):
             next(batches)
-        rates.append(count * BATCH / (time.perf_counter() - began))
-        costs.append(1e6 * (spent() - before) / (count * BATCH))
+        rates.append(count * BATCH / (time.perf_counter() - start))
+        costs.append(1e6 * (cpu_seconds() - before) / (count * BATCH))
         del batches
     return {"rates": sorted(rates), "cost": statistics.median(costs)}
 
 
-def spent() -> float:
+def cpu_seconds() -> float:
     """Processor seconds of this process and of its workers."""
     ticks = 0
     for worker in multiprocessing.active_children():
@@ -199,7 +199,7 @@ def spent() -> float:
 
 def grow(path: Path) -> Result:
     """What a dataset costs to open and to begin with."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     stream = open_ours(path, MEMORY_GIB)
     opened = time.perf_counter()
     batches = stream.iterate(0)
@@ -213,7 +213,7 @@ def grow(path: Path) -> Result:
     rate = BATCHES * BATCH / (time.perf_counter() - after)
     how = "memory" if "in memory" in stream.description else "windows"
     return {
-        "open": opened - began,
+        "open": opened - start,
         "first": first - opened,
         "rate": rate,
         "memory": peak_memory(),
@@ -246,8 +246,8 @@ def growth_table(folder: Path, sizes: list[int]) -> dict[int, Result]:
     print("|---|---|---|---|---|---|---|")
     results = {}
     for rows in sizes:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            path, linked = Path(place) / "d", rows >= LINKED
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            path, linked = Path(temporary) / "d", rows >= LINKED
             width = NARROW if linked else WIDTH
             (make_linked_store if linked else make_store)(path, rows, width)
             runs = [run_alone("benchmarks.stream", {"path": str(path)}) for _ in range(REPEATS)]

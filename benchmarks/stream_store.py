@@ -50,10 +50,10 @@ def make_linked_store(path: Path, rows: int, width: int) -> None:
     cache. It has no index and no captions in words, which training does not read.
     """
     make_store(path, SHARD, width)
-    told = json.loads((path / "dataset.json").read_text())
+    meta = json.loads((path / "dataset.json").read_text())
     shards = -(-rows // SHARD)
-    told |= {"rows": rows, "captions": rows, "shard_keys": [f"{shard:032x}" for shard in range(shards)]}
-    write_json(path / "dataset.json", told)
+    meta |= {"rows": rows, "captions": rows, "shard_keys": [f"{shard:032x}" for shard in range(shards)]}
+    write_json(path / "dataset.json", meta)
     dataset = open_dataset(path)
     features = _features(dataset, width)
     features.array(create=True)  # makes it longer

@@ -1,3 +1,3 @@
-"""Stage 1: from image files to a dataset and to the features of a frozen vision tower."""
+"""Stage 1: from images to a dataset and the features of a frozen vision tower."""
 
 from __future__ import annotations

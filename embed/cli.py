@@ -1,4 +1,4 @@
-"""The commands `index`, `embed`, `tokenize`, `verify` and `import-features`: their arguments.
+"""Arguments of `index`, `embed`, `tokenize`, `verify` and `import-features`.
 
 A command imports its implementation when it runs, so that `--help` is fast.
 """
@@ -12,10 +12,11 @@ Run = Callable[[argparse.Namespace], None]
 
 
 def index(parser: argparse.ArgumentParser) -> Run:
-    """Write the index of a dataset: images and captions in tars, parquet, tables, folders, array_records.
+    """Write the index of a dataset: its rows of images and captions, in their order.
 
-    SOURCE is a file, a directory or a pattern, local or at https://, s3:// or gs://: 'train/*.tar',
-    's3://bucket/{00000..00099}.parquet', captions.csv, annotations/captions_val2017.json, imagenet/val.
+    SOURCE is a tar, parquet, array_record or table file, a directory or a pattern, local or at https://, s3://,
+    gs:// or hf://: 'train/*.tar', 's3://bucket/{00000..00099}.parquet', captions.csv, imagenet/val,
+    annotations/captions_val2017.json, 'hf://datasets/OWNER/NAME/*.parquet'.
     Images are not copied: sources must stay where they are. Rows are shuffled once, by the seed.
 
     Of a directory, the files of its one format are read; or it is a folder of images per class. A .json is
@@ -33,27 +34,17 @@ def index(parser: argparse.ArgumentParser) -> Run:
 
     Example: lit-fast index 'cc12m/*.tar' --out cc12m_dataset
     """
-    parser.add_argument("source", nargs="+", metavar="SOURCE", help="files, patterns or directories")
-    parser.add_argument("--out", required=True, metavar="D", help="directory of the dataset")
-    parser.add_argument("--seed", type=_whole(0), default=0, help="seed of the order of the rows (default 0)")
-    parser.add_argument(
-        "--captions",
-        type=_captions,
-        default=(),
-        metavar="[LANG=]NAME[,...]",
-        help="columns or JSON keys with captions",
-    )
-    parser.add_argument("--image", default="", metavar="NAME", help="column of the image or of its path")
-    parser.add_argument("--key", default="", metavar="NAME", help="column of unique names of the rows")
-    parser.add_argument("--label", default="", metavar="NAME", help="column of class numbers")
-    parser.add_argument("--language", default="", metavar="NAME", help="column of the captions' language")
-    parser.add_argument(
-        "--images",
-        default="",
-        metavar="DIR",
-        help="directory that paths of images are relative to (default: the table's directory)",
-    )
-    parser.add_argument("--append", action="store_true", help="add the rows of new sources to the dataset")
+    add = parser.add_argument
+    add("source", nargs="+", metavar="SOURCE", help="files, patterns or directories")
+    add("--out", required=True, metavar="D", help="directory of the dataset")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="seed of the order of the rows (default 0)")
+    add("--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns of captions")
+    add("--image", default="", metavar="NAME", help="column of the image or of its path")
+    add("--key", default="", metavar="NAME", help="column of unique names of the rows")
+    add("--label", default="", metavar="NAME", help="column of class numbers")
+    add("--language", default="", metavar="NAME", help="column of the captions' language")
+    add("--images", default="", metavar="DIR", help="directory of the paths (default: the table's own)")
+    add("--append", action="store_true", help="add the rows of new sources to the dataset")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.index import index_dataset
@@ -71,60 +62,27 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     If the command is interrupted, the same command continues. Images that cannot be decoded keep their row
     and are marked invalid.
 
-    Example: lit-fast embed cc12m_dataset --tower augreg/B_8-224
+    Example: lit-fast embed cc12m_dataset --tower augreg/B_8
     """
-    parser.add_argument("dataset", metavar="D", help="a dataset made by lit-fast index")
-    parser.add_argument("--tower", required=True, metavar="NAME|PATH", help="weights of the vision tower")
-    parser.add_argument("--name", metavar="NAME", help="directory in D/features (default: the tower's name)")
-    parser.add_argument(
-        "--preprocess",
-        metavar="NAME",
-        help="pil-crop, pil-squash, hf-crop or tf-squash (default: the tower's own)",
+    add = parser.add_argument
+    add("dataset", metavar="D", help="a dataset made by lit-fast index")
+    add("--tower", required=True, metavar="NAME|PATH", help="weights of the vision tower")
+    add("--name", metavar="NAME", help="directory in D/features (default: the tower's name)")
+    methods = "pil-crop, pil-squash, hf-crop or tf-squash"
+    add("--preprocess", metavar="NAME", help=f"{methods} (default: the tower's own)")
+    add("--resolution", type=_whole(1), metavar="N", help="side in pixels (default: the tower's own)")
+    add("--gelu", choices=("exact", "tanh", "quick"), help="form of the GELU (default: the tower's own)")
+    add("--pool", metavar="NAME", help="tok, gap, map or projection (default: the tower's own)")
+    add("--reduced-decode", action="store_true", help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size")
+    add("--views", type=_whole(1), default=1, metavar="K", help="vectors per image: itself and K - 1 crops")
+    add("--batch-size", type=_whole(1), metavar="N", help="images per device (default 64, 16 on CPU)")
+    add("--workers", type=_whole(1), metavar="N", help="decoding threads (default: one per core)")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16")
+    add(
+        "--max-pixels", type=_whole(1), metavar="N", help="mark larger images as invalid (default 64 000 000)"
     )
-    parser.add_argument(
-        "--resolution", type=_whole(1), metavar="N", help="side of the image in pixels (default: the tower's)"
-    )
-    parser.add_argument(
-        "--gelu", choices=("exact", "tanh", "quick"), help="form of the GELU (default: the tower's)"
-    )
-    parser.add_argument(
-        "--pool", metavar="NAME", help="tok, gap, map or projection (default: the tower's own)"
-    )
-    parser.add_argument(
-        "--reduced-decode",
-        action="store_true",
-        help="decode JPEGs much larger than needed at 1/2, 1/4 or 1/8 of their size: faster, other pixels",
-    )
-    parser.add_argument(
-        "--views",
-        type=_whole(1),
-        default=1,
-        metavar="K",
-        help="vectors per image: of the whole image and of K - 1 crops (default 1)",
-    )
-    parser.add_argument(
-        "--batch-size", type=_whole(1), metavar="N", help="images per device (default 64, 16 on CPU)"
-    )
-    parser.add_argument(
-        "--workers", type=_whole(1), metavar="N", help="decoding threads (default: one per core)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="dtype of the computation (default: float32 on CPU, else bfloat16)",
-    )
-    parser.add_argument(
-        "--max-pixels",
-        type=_whole(1),
-        metavar="N",
-        help="mark larger images as invalid (default 64 000 000)",
-    )
-    parser.add_argument(
-        "--shard-of",
-        type=_share,
-        metavar="I/N",
-        help="embed share I of N only, I from 0 on (default: the share of this process in the JAX cluster)",
-    )
+    share = "embed share I of N only, I from 0 on (default: that of this process in the JAX cluster)"
+    add("--shard-of", type=_share, metavar="I/N", help=share)
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.cli.options import enable_compilation_cache
@@ -160,13 +118,14 @@ def verify(parser: argparse.ArgumentParser) -> Run:
 
     Example: lit-fast verify cc12m_dataset
     """
-    parser.add_argument("dataset", metavar="D", help="a dataset made by lit-fast index")
-    parser.add_argument("--tower", metavar="NAME", help="check these features only (default: all)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("dataset", metavar="D", help="a dataset made by lit-fast index")
+    add("--tower", metavar="NAME", help="check these features only (default: all)")
+    add(
         "--sample", type=_whole(0), default=64, metavar="N", help="rows to embed again per tower (default 64)"
     )
-    parser.add_argument("--repair", action="store_true", help="embed the shards with wrong features again")
-    parser.add_argument("--json", metavar="OUT", help="write the findings to a file")
+    add("--repair", action="store_true", help="embed the shards with wrong features again")
+    add("--json", metavar="OUT", help="write the findings to a file")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.verify.dataset import verify_dataset
@@ -185,26 +144,18 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
 
     Example: lit-fast tokenize cc12m_dataset --train-vocab 32000
     """
-    parser.add_argument("dataset", metavar="D", help="a dataset made by lit-fast index")
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--tokenizer", metavar="FILE.model", help="a SentencePiece model")
-    model.add_argument(
+    add = parser.add_argument
+    add("dataset", metavar="D", help="a dataset made by lit-fast index")
+    model = parser.add_mutually_exclusive_group(required=True).add_argument
+    model("--tokenizer", metavar="FILE.model", help="a SentencePiece model, or that of hf:OWNER/NAME")
+    model(
         "--train-vocab", type=_whole(1), metavar="N", help="train a new model with N pieces on the captions"
     )
-    parser.add_argument(
-        "--name", default="", metavar="NAME", help="directory in D/tokens (default: the model's name)"
-    )
-    parser.add_argument(
-        "--max-length", type=_whole(1), default=16, metavar="N", help="token ids per caption (default 16)"
-    )
-    parser.add_argument(
-        "--pad-id", type=_whole(0), metavar="N", help="padding (default: end-of-sentence; SigLIP 2: 0)"
-    )
-    parser.add_argument(
-        "--model-type",
-        choices=("unigram", "bpe"),
-        default="unigram",
-        help="type of a new model (default unigram)",
+    add("--name", default="", metavar="NAME", help="directory in D/tokens (default: the model's name)")
+    add("--max-length", type=_whole(1), default=16, metavar="N", help="token ids per caption (default 16)")
+    add("--pad-id", type=_whole(0), metavar="N", help="padding (default: end-of-sentence; SigLIP 2: 0)")
+    add(
+        "--model-type", choices=("unigram", "bpe"), default="unigram", help="of a new model (default unigram)"
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -236,18 +187,13 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
 
     Example: lit-fast import-features laion_b32 --out laion --tower clip_b32 --format clip-retrieval
     """
-    parser.add_argument("source", metavar="SOURCE", help="directory with the features")
-    parser.add_argument("--out", required=True, metavar="D", help="directory of the dataset")
-    parser.add_argument("--tower", required=True, metavar="NAME", help="name of the model that made them")
-    parser.add_argument(
-        "--format", required=True, choices=("clip-retrieval", "sail"), help="program that wrote them"
-    )
-    parser.add_argument(
-        "--captions-table", metavar="FILE", help="table with captions: .csv, .tsv, .jsonl or .parquet"
-    )
-    parser.add_argument(
-        "--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns with captions"
-    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="directory with the features")
+    add("--out", required=True, metavar="D", help="directory of the dataset")
+    add("--tower", required=True, metavar="NAME", help="name of the model that made them")
+    add("--format", required=True, choices=("clip-retrieval", "sail"), help="program that wrote them")
+    add("--captions-table", metavar="FILE", help="table with captions: .csv, .tsv, .jsonl or .parquet")
+    add("--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns of captions")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.importers.import_features import import_features

@@ -1,7 +1,7 @@
-"""`lit-fast embed`: compute the features of one frozen tower for every row of a dataset, once.
+"""`lit-fast embed`: compute the features of a frozen tower for all rows, once.
 
-The shards of this process are embedded in order, in batches counted from the shard's first row, so that the rows that
-share a batch never depend on where a run was interrupted. See `lit_fast.embed.shard_writer` for what is written when.
+The shards of this process are embedded in order, in batches counted from the shard's first row, so that the rows of a
+batch never depend on where a run was interrupted. `lit_fast.embed.shard_writer` has the order of the writes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lit_fast.data.features import Features, Manifest, embed_command
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.sources import check_sources
 from lit_fast.data.matching import with_views
-from lit_fast.embed.journal import is_in_use
 from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.embed.pipeline import StallTimer, run_tower
 from lit_fast.embed.shard_writer import ShardWriter, batch_spans, journal_path
 from lit_fast.errors import UserError
 from lit_fast.runtime import process_rank
 from lit_fast.storage.files import exists, read_object, remove, remove_tree, walk_files, write_json
+from lit_fast.storage.lock import is_locked
 from lit_fast.storage.paths import StrPath, join, name, suffix
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
@@ -76,7 +76,9 @@ def embed_dataset(
     max_pixels: int = MAX_PIXELS,
     share: tuple[int, int] | None = None,
 ) -> None:
-    """Embed the shards `s` of a dataset with `s % share[1] == share[0]`, except those that are finished.
+    """Embed the unfinished shards of a share of a dataset.
+
+    Share (i, n) has the shards `s` with `s % n == i`.
 
     Args:
       preprocess, resolution, gelu, pool: as `load_tower`.
@@ -132,7 +134,7 @@ def embed_dataset(
 
 
 def check_store_name(name: str) -> str:
-    """Return a name that can be that of a feature directory; raise UserError for another."""
+    """Return `name` if it can be that of a feature directory, else raise UserError."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", name):
         raise UserError(f"{name!r} cannot be a directory's name; choose --name of letters, digits and ._=+-")
     return name
@@ -193,7 +195,11 @@ def _check_manifest(job: Job, manifest: Manifest) -> None:
 
 
 def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
-    """Embed the unfinished `shards` in order, until a signal comes; return images per second."""
+    """Embed the unfinished `shards` in order, until a signal comes.
+
+    Returns:
+      Images per second.
+    """
     array = job.features.array(create=True)
     run = compile_tower(job.tower, job.dtype)
     loader = ImageLoader(job.dataset, job.tower.preprocess, job.max_pixels, job.features.views)
@@ -203,16 +209,14 @@ def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
     writers: dict[int, ShardWriter] = {}  # of the shards that batches are loaded for
 
     def spans() -> Iterator[tuple[int, int]]:
-        """Yield (first row, rows) of all batches; open a shard when its first batch is requested."""
+        """Yield (first row, rows) of all batches; open a shard at its first batch."""
         settings = {"batch_size": job.batch_size, "max_pixels": job.max_pixels}
         for shard in shards:
-            writer = ShardWriter(job.features, array, shard, settings)
+            writer = writers[shard] = ShardWriter(job.features, array, shard, settings)
+            writer.resume()
             if writer.finished:
+                del writers[shard]
                 continue
-            if writer.done == writer.rows:
-                writer.finish()
-                continue
-            writers[shard] = writer
             for lo, rows in batch_spans(writer.done, writer.rows, job.device_rows, devices):
                 yield writer.first + lo, rows
 
@@ -246,7 +250,7 @@ def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
 
 
 def _remove_stale_files(features: Features) -> None:
-    """Delete the files of unfinished writes of killed processes, once all shards are finished.
+    """Delete the unfinished files of killed processes, once all shards are finished.
 
     Not earlier: another process may be writing a shard of its share.
     """
@@ -260,7 +264,7 @@ def _remove_stale_files(features: Features) -> None:
 
 
 def _report(job: Job, rate: float | None) -> None:
-    """Print the last lines: what there is now, and which rows are invalid.
+    """Print the numbers of valid and invalid rows, and the first invalid ones.
 
     Raises:
       UserError: all rows are invalid.
@@ -292,12 +296,12 @@ def _name_row(job: Job, row: int, reason: str) -> str:
 
 
 def _report_other_shares(job: Job) -> None:
-    """Print the number of unfinished shards of other shares, unless a process embeds one of them."""
+    """Print the unfinished shards of other shares, unless a process embeds one of them."""
     finished = set(job.features.finished())
     left = [s for s in range(job.dataset.shards) if s not in finished]
-    if left and not any(is_in_use(journal_path(job.features, shard)) for shard in left):
+    if left and not any(is_locked(journal_path(job.features, shard)) for shard in left):
         command = embed_command(job.dataset, job.features.provenance, job.features.tower)
         status(
-            f"note: {len(left):,} shards of other shares are unfinished (first: {left[0]}) and nobody is at work on "
-            f"them; this does them: {command} --shard-of 0/1"
+            f"note: {len(left):,} shards of other shares are unfinished (first: {left[0]}) and no process is embedding "
+            f"them; embed them with: {command} --shard-of 0/1"
         )

@@ -1,4 +1,4 @@
-"""`lit-fast index`: write the rows of a dataset in their final order; add rows at its end.
+"""`lit-fast index`: write the rows of a dataset in order; add rows at its end.
 
 Each source is read once. The order of the sources, and of the rows in groups of sources, is drawn from a seed, so that
 a shard of rows can later be read nearly sequentially.
@@ -18,9 +18,8 @@ from lit_fast.data.dataset_writer import DatasetWriter, Row, remove_other_genera
 from lit_fast.data.images.sources import check_sources, size_and_etag
 from lit_fast.embed.key_set import KeySet
 from lit_fast.embed.row_reader import RowReader
-from lit_fast.embed.sources.class_names import class_names
 from lit_fast.embed.sources.expand import expand
-from lit_fast.embed.sources.formats import format_of
+from lit_fast.embed.sources.formats import class_names, format_of
 from lit_fast.embed.sources.interface import ColumnOptions, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names, remove_tree
@@ -39,7 +38,7 @@ def index_dataset(
     options: ColumnOptions | None = None,
     append: bool = False,
 ) -> Dataset:
-    """Index `sources` (see `expand`) into a new dataset at `out`; with `append`, add rows to the one that is there.
+    """Index `sources` (see `expand`) into a new dataset, or append to an existing one.
 
     Raises:
       UserError: no source, no usable row, `out` holds something else, or a source has changed.
@@ -87,7 +86,7 @@ def index_dataset(
 
 
 def check_output_directory(out: str) -> None:
-    """Raise UserError if `out` holds anything but the files of an indexing that was killed."""
+    """Raise UserError if `out` has files, except those of an indexing that was killed."""
     if exists(out) and not is_directory(out):
         raise UserError(f"{out} is a file; choose another --out")
     others = [name for name in list_names(out) if name not in _OWN_FILES and not name.endswith(".tmp")]
@@ -96,7 +95,7 @@ def check_output_directory(out: str) -> None:
 
 
 def remove_leftovers(out: str, existed: bool, old: Dataset | None) -> None:
-    """Delete the files of an indexing that is refused, also those of an earlier one that was killed.
+    """Delete the files of an indexing that is refused or was killed before.
 
     Args:
       existed: whether there was a directory at `out` before.
@@ -157,7 +156,7 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
 def _common_class_names(
     sources: list[Source], old: Dataset | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the class names and prompt templates if all sources have the same, else empty ones.
+    """Return the class names and prompt templates of all sources; () if they differ.
 
     Raises:
       UserError: the dataset that grows has others, so that its labels would mean something else.

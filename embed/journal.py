@@ -20,13 +20,14 @@ import numpy as np
 
 from lit_fast.data.features import BFLOAT16
 from lit_fast.errors import UserError
-from lit_fast.storage.files import InUseError, Lock, exists, open_append, remove, sync
+from lit_fast.storage.files import open_append, remove, sync
+from lit_fast.storage.lock import InUseError, Lock
 from lit_fast.storage.paths import StrPath
 
 _HEADER = struct.Struct("<4sIIIII")
 _MAGIC = b"LFJ1"
 _SYNC_SECONDS = 2.0  # work that a power cut may cost; a kill costs the batches in flight only
-_LOCK_SECONDS = 1.0  # `is_in_use` of other processes holds the lock for a moment
+_LOCK_SECONDS = 1.0  # `is_locked` in another process holds the lock for a moment
 
 
 class Journal:
@@ -40,7 +41,7 @@ class Journal:
     """
 
     def __init__(self, path: StrPath, rows: int, width: int, identity: dict[str, Any]) -> None:
-        """Open the journal and read the records of an earlier process; those of other work are deleted.
+        """Open the journal and read its records; those of other work are deleted.
 
         Raises:
           UserError: another process holds the journal.
@@ -105,7 +106,11 @@ class Journal:
             view = view[self._file.write(view) :]
 
     def _recover(self, identity: dict[str, Any]) -> int:
-        """Read all complete records; return the position of their end, 0 if they belong to other work."""
+        """Read all complete records.
+
+        Returns:
+          The position of their end, 0 if they belong to other work.
+        """
         self._file.seek(0)
         first = self._next()
         if first is None or first[1:] != (0, b"", identity):
@@ -134,17 +139,6 @@ class Journal:
         return start, rows, payload[:data_bytes], json.loads(payload[data_bytes:])
 
 
-def is_in_use(path: StrPath) -> bool:
-    """Whether another process holds the journal at `path`."""
-    if not exists(path):
-        return False
-    try:
-        Lock(path).release()
-    except InUseError:
-        return True
-    return False
-
-
 def _record(start: int, rows: int, data: bytes, value: dict[str, Any]) -> bytes:
     text = json.dumps(value, sort_keys=True).encode()
     payload = data + text
@@ -153,7 +147,7 @@ def _record(start: int, rows: int, data: bytes, value: dict[str, Any]) -> bytes:
 
 
 def _checksum(head: bytes, payload: bytes) -> int:
-    """Return the CRC-32 of a record without its last header field, which is the checksum itself."""
+    """Return the CRC-32 of a record without the checksum field of its header."""
     return zlib.crc32(payload, zlib.crc32(head[:-4]))
 
 

@@ -1,4 +1,4 @@
-"""Decode and preprocess the images of a dataset in threads, ahead of the device and in order.
+"""Decode and preprocess images in threads, ahead of the device and in order.
 
 Threads suffice, since PIL and numpy release the interpreter lock while they decode and resize.
 """
@@ -49,7 +49,10 @@ class ImageLoader:
         return self._reader.locate(row)
 
     def load(self, first: int, rows: int, out: np.ndarray) -> dict[int, str]:
-        """Write the pixels of consecutive rows into `out`, uint8 `[rows, *shape]`; zeros for invalid rows.
+        """Write the pixels of consecutive rows into `out`.
+
+        Args:
+          out: uint8 `[rows, *shape]`; invalid rows become zero.
 
         Returns:
           Invalid row of the dataset -> reason.

@@ -1,4 +1,4 @@
-"""Run the tower on loaded batches, keep the devices of this process busy, and measure their stalls."""
+"""Run the tower on loaded batches, keep the devices busy, and measure stalls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _IN_FLIGHT = 4
 
 
 class StallTimer:
-    """Seconds for which the main thread waited for decoded images and for results of the device."""
+    """Seconds of waiting for decoded images and for results of the device."""
 
     def __init__(self) -> None:
         self.restart()
@@ -52,7 +52,7 @@ class StallTimer:
 def run_tower(
     batches: Iterator[Batch], run: Callable[[np.ndarray], jax.Array], stalls: StallTimer
 ) -> Generator[tuple[Batch, np.ndarray], None, None]:
-    """Yield every batch with its features, in order; several batches are on the device at any time.
+    """Yield every batch with its features, in order, with several on the device.
 
     Args:
       run: the compiled tower, uint8 `[n, size, size, 3]` to float32 `[n, width]`.

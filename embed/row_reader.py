@@ -1,4 +1,4 @@
-"""Read the rows of sources in groups, in an order of the sources that is drawn from a seed."""
+"""Read the rows of sources in groups, in a shuffled order of the sources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP_ROWS = 4 * SHARD  # a group is complete after the source that reaches this
 
 
 class RowReader:
-    """Reads each source once.
+    """The rows of sources; each source is read once.
 
     Attributes:
       sources: the sources, with the layout of their images once they are read.
@@ -28,10 +28,12 @@ class RowReader:
     def __init__(
         self, sources: Sequence[Source], options: ColumnOptions, first_source: int, num_classes: int
     ) -> None:
-        """Args:
-        sources: `kind` of each is the name of its format.
-        first_source: number of the first source in the dataset.
-        num_classes: rows with a label of this or above are skipped; 0: none are.
+        """Make a reader; nothing is read yet.
+
+        Args:
+          sources: `kind` of each is the name of its format.
+          first_source: number of the first source in the dataset.
+          num_classes: rows with a label of this or above are skipped; 0: none are.
         """
         self.sources = list(sources)
         self.skipped = SkippedLog()
@@ -47,7 +49,7 @@ class RowReader:
         self.skipped.add(row.key, self.source_of(row).path, reason)
 
     def groups(self, seed: int) -> Iterator[list[Row]]:
-        """Yield the rows of all sources, in an order of the sources drawn from the seed, in groups of whole sources.
+        """Yield all rows in groups; the seed decides the order of the sources.
 
         A group ends after the source with which it reaches `GROUP_ROWS`, and within a source at twice this number, so
         that no more rows are in memory.
@@ -98,7 +100,7 @@ class _Group:
         self._by_file: dict[tuple[int, str], int] = {}
 
     def add(self, row: Row, *, merge: bool) -> None:
-        """Append a row; with `merge`, add its captions to the row of the same source and image file if there is one."""
+        """Append a row; with `merge`, add its captions to an earlier row of its image."""
         if not merge:
             self.rows.append(row)
             return

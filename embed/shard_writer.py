@@ -1,12 +1,11 @@
-"""Write the features of one shard: batch by batch to a journal, then as a whole to the array and its manifest.
+"""Write the features of one shard.
 
-A shard is finished when its manifest is written, which is the last step. If a process is killed, any later one
-continues from the journal and produces identical bytes.
+Batches are appended to a journal. Then the whole shard is written to the array, and last its manifest, with which it is
+finished. If a process is killed, any later one continues from the journal and produces identical bytes.
 """
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -30,19 +29,21 @@ class ShardWriter:
       done: number of known rows, from the shard's first on.
       rows: number of rows of the shard.
       finished: whether the shard has its manifest.
+
+    Call `resume` first, then `append` until `done` equals `rows`, then `finish`.
     """
 
     def __init__(
         self, features: Features, array: ts.TensorStore, shard: int, settings: dict[str, Any]
     ) -> None:
-        """Open the journal of a shard and continue from it, or from a shard that had fewer rows.
+        """Open the journal of a shard.
 
         Args:
           array: `features.array()`.
           settings: the settings that decide the bytes; a journal of others is discarded.
 
         Raises:
-          UserError: another process embeds this shard, or its stored features are damaged.
+          UserError: another process embeds this shard.
         """
         self._features, self._array, self._shard = features, array, shard
         self.first, self.rows = shard * SHARD, features.shard_rows(shard)
@@ -50,26 +51,32 @@ class ShardWriter:
         keys = features.dataset.shard_keys[shard]
         identity = {"identity": features.identity, "keys": keys} | settings
         self._journal = Journal(path, self.rows, array.shape[1], identity)
+        self.finished = False
         if self._journal.discarded:
             status(
                 f"note: {path} is of other settings and is discarded; shard {shard} is embedded from its first row"
             )
-        stored = features.manifest(shard) if exists(features.manifest_path(shard)) else None
-        self.finished = stored is not None and stored.rows >= self.rows
-        if self.finished:  # by another process, before this one held the journal
-            self._journal.remove()
-        elif stored is not None:
-            self._copy_stored(stored)
 
     @property
     def done(self) -> int:
         return self._journal.done
 
-    def __enter__(self) -> ShardWriter:
-        return self
+    def resume(self) -> None:
+        """Copy the rows that were stored before the dataset grew; finish the shard if all its rows are known.
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close()
+        Raises:
+          UserError: the stored rows are damaged.
+        """
+        features, shard = self._features, self._shard
+        stored = features.manifest(shard) if exists(features.manifest_path(shard)) else None
+        if stored is not None and stored.rows >= self.rows:  # finished by another process meanwhile
+            self._journal.remove()
+            self.finished = True
+            return
+        if stored is not None:
+            self._copy_stored(stored)
+        if self.done == self.rows:
+            self.finish()
 
     def close(self) -> None:
         """Close the journal."""
@@ -158,7 +165,7 @@ def journal_path(features: Features, shard: int) -> str:
 
 
 def batch_spans(done: int, rows: int, device_rows: int, devices: int) -> list[tuple[int, int]]:
-    """Return (first row, rows) of the batches that cover the rows of a shard from `done` on.
+    """Return (first row, rows) of the batches that cover a shard from row `done` on.
 
     A batch begins at a multiple of `device_rows` from the shard's first row and has up to `devices` times as many. So
     the rows that share a device's batch, and with them the bits of the features, do not depend on `done` and `devices`.

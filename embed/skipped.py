@@ -14,7 +14,7 @@ _SHOWN = 5  # names per reason in the report
 
 
 class SkippedLog:
-    """Counts of skipped rows by reason, names for the report and lines for `left_out.jsonl`."""
+    """Counts of skipped rows by reason, names for the report, lines for the file."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -32,7 +32,7 @@ class SkippedLog:
             self._lines.append(json.dumps({"key": key, "file": source, "reason": reason}))
 
     def report(self) -> str:
-        """Return one line: counts by reason with up to five names each; "" if nothing was skipped."""
+        """Return one line: counts by reason with up to five names each; "" without any."""
         if not self.counts:
             return ""
         parts = (
@@ -42,11 +42,11 @@ class SkippedLog:
         return f"left out {sum(self.counts.values()):,}: {'; '.join(parts)}"
 
     def total_counts(self, earlier: dict[str, int]) -> dict[str, int]:
-        """Return the counts by reason, added to those of earlier generations of the dataset."""
+        """Return the counts by reason, with those of earlier generations of the dataset."""
         return dict(Counter(earlier) + Counter(self.counts))
 
     def write(self, out: StrPath, generation: int) -> None:
-        """Write `left_out.jsonl` of a dataset, `left_out-1.jsonl` for its first growth, and so on."""
+        """Write `left_out.jsonl` of a dataset; `left_out-1.jsonl` for its first growth."""
         file = join(out, f"left_out-{generation}.jsonl" if generation else "left_out.jsonl")
         if self._lines:
             write_atomic(file, ("\n".join(self._lines) + "\n").encode())

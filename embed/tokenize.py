@@ -15,9 +15,10 @@ from lit_fast.data.tokenizer import Tokenizer, load_tokenizer, lower
 from lit_fast.data.tokens import encode_record
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_file, read_json, sha256, write_atomic, write_json
-from lit_fast.storage.paths import StrPath, join, stem
+from lit_fast.storage.paths import StrPath, join
 from lit_fast.utils.output import result
 from lit_fast.utils.progress import Progress
+from lit_fast.weights.resolve import resolve_tokenizer
 
 
 def tokenize_dataset(
@@ -30,7 +31,7 @@ def tokenize_dataset(
     pad_id: int | None = None,
     model_type: str = "unigram",
 ) -> None:
-    """Write `D/tokens/<name>` with a given sentencepiece model or one trained on the captions.
+    """Write `D/tokens/<name>` with a given tokenizer or one trained on the captions.
 
     Raises:
       UserError: no captions, an unusable model, or `name` already holds other tokens.
@@ -39,8 +40,9 @@ def tokenize_dataset(
     if not dataset.captions:
         raise UserError(f"dataset {path} has no captions to tokenize; index captions with it")
     if tokenizer is not None:
-        name = name or stem(tokenizer)
-        model = load_tokenizer(tokenizer, max_length, pad_id)
+        file, default_name = resolve_tokenizer(tokenizer)
+        name = name or default_name
+        model = load_tokenizer(file, max_length, pad_id)
     else:
         assert train_vocab is not None
         name = name or f"{model_type}-{train_vocab}"
@@ -96,9 +98,7 @@ def _train(dataset: Dataset, name: str, vocab: int, model_type: str, max_length:
             minloglevel=2,
         )
     except (RuntimeError, OSError, ValueError) as error:
-        reason = (
-            str(error).strip().splitlines()[-1].rpartition("] ")[2]
-        )  # without the position in its source code
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # without the line of its code
         raise UserError(
             f"no tokenizer with {vocab} pieces can be trained on {dataset.path} ({reason}); give another number with "
             "--train-vocab"

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from lit_fast.config import Config, flatten, sections, settings, validate
+from lit_fast.config import Config, flatten, sections, settings
+from lit_fast.config_check import validate
 from lit_fast.errors import UserError, first_line
-from lit_fast.storage.files import exists, read_bytes
+from lit_fast.storage.files import exists, is_directory, read_bytes
 from lit_fast.storage.paths import StrPath, name
 from lit_fast.utils.output import result
 
@@ -44,7 +45,8 @@ def load_config(location: StrPath, overrides: Sequence[str] = ()) -> Config:
       UserError: unreadable file, unknown key (the nearest known one is named), wrong type or value.
     """
     given = _parse_flags(overrides)
-    values = read_toml(location) if exists(location) else _read_recipe(str(location))
+    is_toml = exists(location) and not is_directory(location)  # `coco` may be a directory and a recipe
+    values = read_toml(location) if is_toml else _read_recipe(str(location))
     return build_config(values | given, f"in {location}")
 
 
@@ -59,8 +61,9 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if recipe not in known:
         near = difflib.get_close_matches(name(recipe).removesuffix(".toml"), known, 1, 0.5)
         hint = f"did you mean {near[0]}? " if near else ""
+        problem = "is a directory" if exists(recipe) else "does not exist"
         raise UserError(
-            f"config {recipe} does not exist; {hint}give a TOML file or the name of a recipe: {', '.join(known)}"
+            f"config {recipe} {problem}; {hint}give a TOML file or the name of a recipe: {', '.join(known)}"
         )
     file = resources.files("lit_fast") / "configs" / f"{recipe}.toml"
     return flatten_toml(tomllib.loads(file.read_bytes().decode()))

@@ -19,28 +19,28 @@ def _gelu(x: np.ndarray, kind: str) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def _attention(queries: np.ndarray, keys: np.ndarray, p: Any, seen: np.ndarray | None) -> np.ndarray:
+def _attention(queries: np.ndarray, keys: np.ndarray, p: Any, mask: np.ndarray | None) -> np.ndarray:
     def project(x: np.ndarray, name: str) -> np.ndarray:
         return np.tensordot(x, p[name]["kernel"], 1) + p[name]["bias"]  # [n, l, heads, head_dim]
 
     q, k, v = project(queries, "query"), project(keys, "key"), project(keys, "value")
     score = np.einsum("nqhd,nkhd->nhqk", q, k) / np.sqrt(q.shape[-1])
-    if seen is not None:
-        score = np.where(seen[:, None, None, :], score, -np.inf)
+    if mask is not None:
+        score = np.where(mask[:, None, None, :], score, -np.inf)
     weight = np.exp(score - score.max(axis=-1, keepdims=True))
     weight /= weight.sum(axis=-1, keepdims=True)
     mixed = np.einsum("nhqk,nkhd->nqhd", weight, v)
     return np.tensordot(mixed, p["out"]["kernel"], 2) + p["out"]["bias"]
 
 
-def encoder(x: np.ndarray, params: Any, gelu: str, seen: np.ndarray | None = None) -> np.ndarray:
-    """Pre-LN encoder with a final LayerNorm; block parameters stacked on a leading axis."""
+def encoder(x: np.ndarray, params: Any, gelu: str, mask: np.ndarray | None = None) -> np.ndarray:
+    """Apply a pre-LN encoder with a final LayerNorm; block parameters are stacked on a leading axis."""
     blocks = params["encoderblock"]
     depth = len(blocks["LayerNorm_0"]["scale"])
     for i in range(depth):
         p = _layer(blocks, i)
         y = _norm(x, p["LayerNorm_0"])
-        x = x + _attention(y, y, p["MultiHeadDotProductAttention_0"], seen)
+        x = x + _attention(y, y, p["MultiHeadDotProductAttention_0"], mask)
         x = x + _mlp(_norm(x, p["LayerNorm_1"]), p["MlpBlock_0"], gelu)
     return _norm(x, params["encoder_norm"])
 
@@ -50,20 +50,20 @@ def _mlp(x: np.ndarray, p: Any, gelu: str) -> np.ndarray:
     return hidden @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
 
 
-def text_tower(ids: np.ndarray, params: Any, pooling: str, seen: np.ndarray | None = None) -> np.ndarray:
-    """Embeddings of ids [n, length] from nested float64 parameters under big_vision's names, blocks stacked.
+def text_tower(ids: np.ndarray, params: Any, pooling: str, mask: np.ndarray | None = None) -> np.ndarray:
+    """Embed ids [n, length] with nested float64 parameters under big_vision's names, blocks stacked.
 
-    seen: bool [n, length], the positions up to the end-of-sentence, or None where padding is seen.
+    mask: bool [n, length], true up to the end-of-sentence; None: attend to padding as well.
     """
     x = params["Embed_0"]["embedding"][ids]
     if "embedding_projection" in params:
         x = x @ params["embedding_projection"]["kernel"]
-    x = encoder(x + params["pos_embedding"], params["Encoder_0"], "tanh", seen)
-    rows = [x[i] if seen is None else x[i][seen[i]] for i in range(len(x))]  # what may be pooled
+    x = encoder(x + params["pos_embedding"], params["Encoder_0"], "tanh", mask)
+    rows = [x[i] if mask is None else x[i][mask[i]] for i in range(len(x))]  # the tokens to pool
     if pooling == "map":
         p = params["MAPHead_0"]
         probe = np.repeat(p["probe"], len(x), axis=0)
-        y = _attention(probe, x, p["MultiHeadDotProductAttention_0"], seen)
+        y = _attention(probe, x, p["MultiHeadDotProductAttention_0"], mask)
         x = (y + _mlp(_norm(y, p["LayerNorm_0"]), p["MlpBlock_0"], "tanh"))[:, 0]
     else:
         pools = {
@@ -83,7 +83,7 @@ def _layer(tree: Any, i: int) -> Any:
 
 
 def augreg_vit(images: np.ndarray, arrays: dict[str, np.ndarray], gelu: str) -> np.ndarray:
-    """Class-token features of normalised images [n, s, s, 3], from an AugReg file's own arrays and names."""
+    """Compute class-token features of normalised images [n, s, s, 3] from the arrays of an AugReg file."""
     kernel = np.float64(arrays["embedding/kernel"])
     patch = kernel.shape[0]
     n, size = len(images), images.shape[1]
@@ -117,9 +117,9 @@ def augreg_vit(images: np.ndarray, arrays: dict[str, np.ndarray], gelu: str) -> 
 def torch_vit(
     images: np.ndarray, weights: dict[str, np.ndarray], heads: int, gelu: str, epsilon: float, pool: str
 ) -> np.ndarray:
-    """Features of normalised images [n, s, s, 3] from weights under timm's names, as [out, in] matrices.
+    """Compute features of normalised images [n, s, s, 3] from weights under timm's names, as [out, in] matrices.
 
-    Query, key and value are apart (`attn.q`, ...). What the weights hold is done: class token, further
+    Query, key and value are separate (`attn.q`, ...). The weights decide which parts exist: class token, further
     tokens, positions with or without rows for these, norm before the blocks, LayerScale, MAP head.
     """
     w = {name: np.float64(array) for name, array in weights.items()}

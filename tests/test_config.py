@@ -65,6 +65,10 @@ def test_load_config_finds_packaged_recipes_by_name(tmp_path, monkeypatch):
     assert recipes() == [path.stem for path in RECIPES]
     monkeypatch.chdir(tmp_path)
     assert load_config("flickr8k_cpu") == load_config(ROOT / "configs/flickr8k_cpu.toml")
+    Path("coco").mkdir()
+    assert load_config("coco") == load_config(ROOT / "configs/coco.toml")
+    with pytest.raises(UserError, match=r"^config \. is a directory; give a TOML file"):
+        load_config(".")
     Path("flickr8k_cpu").write_text("steps = 7000")
     assert load_config("flickr8k_cpu").steps == 7000
     with pytest.raises(
@@ -143,7 +147,7 @@ def test_load_config_refuses_invalid_values(tmp_path, text, message):
 def test_recipe_header_names_command_hours_and_score(path):
     load_config(path)
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    for word in ("lit-fast train configs/" + path.name, "Hours:", "Score:"):
+    for word in (f"lit-fast train {path.stem} ", "Hours:", "Score:"):
         assert word in header
 
 

@@ -71,12 +71,12 @@ def random_model(tower: Tower, text: TextConfig, loss: LossConfig = LossConfig()
 
 def reference_texts(model: Model, texts: list[str]) -> np.ndarray:
     """Return the embeddings of texts in float64, computed by tests/reference.py."""
-    ids, seen = model.tokenizer(texts), None
+    ids, mask = model.tokenizer(texts), None
     if model.config.mask_padding:
         lengths = np.array([len(kept) for kept in model.tokenizer.encode(texts)[0]])
-        seen = np.arange(ids.shape[1]) < lengths[:, None]
+        mask = np.arange(ids.shape[1]) < lengths[:, None]
     exact = jax.tree.map(np.float64, model.params["txt"])
-    raw = reference.text_tower(ids, exact, model.config.pooling, seen)
+    raw = reference.text_tower(ids, exact, model.config.pooling, mask)
     return raw / np.linalg.norm(raw, axis=1, keepdims=True)
 
 

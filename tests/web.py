@@ -7,6 +7,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 
 from lit_fast.storage import remote
+
+_HUB_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "LIT_FAST_OFFLINE")
 
 BODY = np.random.default_rng(0).bytes(300_000)
 COMMIT = "a" * 40
@@ -31,7 +34,9 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 200
     redirect: str = ""
+    ranges: bool = True  # answer range requests
     cut: list[int] = field(default_factory=list)  # bytes after which each of the next answers ends
+    halved: bool = False  # the answer ends in the middle
 
 
 class Server:
@@ -49,7 +54,7 @@ class Server:
                 headers = {k.lower(): v for k, v in self.headers.items()}
                 body = self.rfile.read(int(headers.get("content-length", 0)))
                 outer.requests.append((self.command, self.path, headers))
-                outer.send(self, outer.answer(self.path, body))
+                outer.send(self, outer.answer(self.command, self.path, body))
 
             do_HEAD = do_POST = do_GET
 
@@ -61,8 +66,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
-    def answer(self, path: str, body: bytes) -> Answer:
-        """Return what a request for `path` gets."""
+    def answer(self, method: str, path: str, body: bytes) -> Answer:
+        """Return the answer to a request."""
         return self.answers.get(unquote(path), Answer(b"nothing", status=404))
 
     def send(self, to: BaseHTTPRequestHandler, answer: Answer) -> None:
@@ -72,7 +77,7 @@ class Server:
         first, _, last = to.headers.get("Range", "").removeprefix("bytes=").partition("-")
         if answer.redirect:
             status, body, headers["Location"] = 302, b"", answer.redirect
-        elif first and status == 200:
+        elif first and status == 200 and answer.ranges:
             end = min(int(last), len(body) - 1) if last else len(body) - 1
             headers["Content-Range"] = f"bytes {first}-{end}/{len(body)}"
             status, body = 206, body[int(first) : end + 1]
@@ -83,12 +88,41 @@ class Server:
         to.end_headers()
         if to.command == "HEAD":
             return
-        end = answer.cut.pop(0) if answer.cut and status in (200, 206) else len(body)
+        end = len(body) // 2 if answer.halved else len(body)
+        end = answer.cut.pop(0) if answer.cut and status in (200, 206) else end
         to.wfile.write(body[:end])
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+class FileServer(Server):
+    """A server of the files below a directory."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+        self.ranges = True
+        self.forbidden = False
+        self.statuses: list[int] = []  # of the next GET requests
+        self.cuts = 0  # the next GET requests whose answers end in the middle
+
+    @property
+    def downloads(self) -> int:
+        """The number of GET requests."""
+        return sum(method == "GET" for method, _, _ in self.requests)
+
+    def answer(self, method: str, path: str, body: bytes) -> Answer:
+        file = self.root / unquote(path.partition("?")[0]).lstrip("/")
+        if method == "GET" and self.statuses:
+            return Answer(b"", status=self.statuses.pop(0))
+        if self.forbidden or not file.is_file():
+            return Answer(b"", status=403 if self.forbidden else 404)
+        data = file.read_bytes()
+        halved = method == "GET" and self.cuts > 0
+        self.cuts -= halved
+        return Answer(data, f'"{sha(data)}"', ranges=self.ranges, halved=halved)
 
 
 class Hub(Server):
@@ -117,7 +151,7 @@ class Hub(Server):
         """The paths of the GET requests for files."""
         return [path for method, path, _ in self.requests if method == "GET" and "/api/" not in path]
 
-    def answer(self, path: str, body: bytes) -> Answer:
+    def answer(self, method: str, path: str, body: bytes) -> Answer:
         path = path.partition("?")[0]
         api = path.startswith("/api/")
         parts = path.removeprefix("/api").lstrip("/").removeprefix("models/" if api else "").split("/")
@@ -193,11 +227,22 @@ def running_server() -> Iterator[Server]:
     server.close()
 
 
+@contextmanager
+def file_server(root: Path) -> Iterator[FileServer]:
+    """Run a `FileServer`, for which no server is known to answer range requests."""
+    remote._range_servers.clear()
+    server = FileServer(root)
+    yield server
+    server.close()
+
+
 @pytest.fixture(name="hub")
 def running_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that huggingface_hub takes for the real one, with an empty cache."""
     from huggingface_hub import HfFileSystem, constants
 
+    for name in _HUB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     hub = Hub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read from the environment at import
     monkeypatch.setattr(
@@ -216,8 +261,7 @@ def running_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "LIT_FAST_OFFLINE", "STORAGE_EMULATOR_HOST")
-    for name in (*names, "HUGGING_FACE_HUB_TOKEN"):
+    for name in (*_HUB_VARIABLES, "STORAGE_EMULATOR_HOST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")

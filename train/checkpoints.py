@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +18,15 @@ from lit_fast.train.optimizer import evaluation_params
 from lit_fast.train.step import State
 from lit_fast.utils.output import status
 
+# TensorStore's errors end with that of the operating system.
+_REASON = re.compile(r": ([^:]+) \[os_error_code")
+
 
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, workdir: StrPath, config: CheckpointConfig) -> None:
+        _silence_repeated_errors()
         self._workdir, self._best = os.fspath(workdir), config.best
         self._manager = open_manager(
             workdir, keep=config.keep, keep_every=config.keep_every, best=bool(config.best)
@@ -68,10 +75,23 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # Orbax passes TensorStore's errors on
+            found = _REASON.search(str(error))
+            reason = found[1] if found else first_line(error)
             raise UserError(
-                f"{self._manager.directory} cannot be written: {first_line(error)}; fix the cause, then rerun the "
-                "same command"
+                f"{self._manager.directory} cannot be written: {reason}; fix the cause, then rerun the same command"
             ) from None
+
+
+def _silence_repeated_errors() -> None:
+    """Print nothing for the writes that TensorStore abandons once one has failed; that one raises its error."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _to_trees(state: State) -> dict[str, Any]:

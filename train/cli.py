@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
 from lit_fast.cli.main import Run
 from lit_fast.cli.options import (
@@ -27,7 +26,7 @@ def train(parser: argparse.ArgumentParser) -> Run:
     Example: lit-fast train siglit_b8_one_day --workdir runs/b8 --dataset data/pairs --optimizer.learning_rate 3e-4
     """
     _add_config(parser)
-    parser.add_argument("--workdir", type=Path, required=True, metavar="W", help="directory of the run")
+    parser.add_argument("--workdir", required=True, metavar="W", help="directory of the run")
     parser.add_argument(
         "--profile-steps",
         default="",

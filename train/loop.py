@@ -21,11 +21,11 @@ from lit_fast.config import Config
 from lit_fast.models.two_towers import init_params, text_embedder, text_tower
 from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
-from lit_fast.storage.files import Lock
+from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
-from lit_fast.train.cost.memory import Fit, fit
+from lit_fast.train.cost.memory import MemoryFit, choose_remat
 from lit_fast.train.evaluator import EmbedText, Evaluator
 from lit_fast.train.input_pipeline.stream import Batch
 from lit_fast.train.inputs import Inputs, open_inputs
@@ -70,7 +70,7 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     # --- Build the optimizer and the model, with the remat policy that fits in memory.
     build = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=inputs.features.width)
     optimizer, abstract_state = abstract_training(build(text), config)
-    memory = fit(replace(config, text=text), build, mesh, optimizer, abstract_state)
+    memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state)
     status(f"memory: {memory.description}")
     model = build(memory.text)
 
@@ -104,7 +104,7 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     # --- Train.
     batch = config.stream.global_batch
     pairs = batch * config.stream.captions_per_image
-    flops = step_flops(model, pairs, batch, config.loss.image_head, packing.tokens if packing else None)
+    flops = step_flops(model, pairs, batch, config.loss.image_head, packing.mean_tokens if packing else None)
     meter = ThroughputMeter(
         pairs, flops, mesh.size, start_step=start_step, cost_before=cost_before, started=started
     )
@@ -271,7 +271,7 @@ def _create_workdir(
 
 
 def _write_summary(
-    workdir: str, config: Config, memory: Fit, step: int, cost: RunCost, results: list[dict[str, Any]]
+    workdir: str, config: Config, memory: MemoryFit, step: int, cost: RunCost, results: list[dict[str, Any]]
 ) -> None:
     """Write the receipt and the report."""
     if jax.process_index() == 0:

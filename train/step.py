@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,20 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.sharding import Mesh
 
-from lit_fast.config import Config, LossConfig, TextConfig
-from lit_fast.losses.accumulate import Trained
-from lit_fast.losses.contrastive import pair_loss
-from lit_fast.losses.logit_stats import Logits, logit_metrics
-from lit_fast.losses.pairs import pair_up
-from lit_fast.models.text_tower import TextTower, unpacked
+from lit_fast.config import Config, LossConfig
+from lit_fast.losses.accumulate import LogitMaxima, LogitStats, LossParams, logit_metrics
+from lit_fast.losses.contrastive import contrastive_loss
+from lit_fast.losses.pairs import make_sides
+from lit_fast.models.text_tower import TextTower, unpack_captions
 from lit_fast.models.two_towers import Params, embed_ids, init_params
 from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, replicated, shard_map
 from lit_fast.train.optimizer import make_optimizer, make_schedule
 from lit_fast.utils.normalize import normalize
 
+DeviceBatch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+_SEEDS_INDEX = (
+    2**32 - 1
+)  # no row of a batch has this number, so dropout and the choice of negatives share no key
 
 
 class State(NamedTuple):
@@ -33,14 +39,13 @@ class State(NamedTuple):
     opt: Any
     step: jax.Array  # int32 [], completed updates
     bad_step: jax.Array  # int32 [], the first step whose loss or gradient was not finite; -1: none
-    average: Params  # exponential moving average of the parameters; empty where none is kept
+    average: Params  # exponential moving average of the parameters; empty if none is configured
 
 
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, averaged: bool = False
 ) -> State:
-    """The state before the first step, on every device."""
-
+    """Make the state before the first step, replicated over the mesh."""
     make = partial(_initial_state, optimizer, averaged)
     return jax.jit(make, out_shardings=replicated(mesh))(params)
 
@@ -65,117 +70,133 @@ def _initial_state(optimizer: optax.GradientTransformation, averaged: bool, para
 def make_step(
     model: TextTower, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh
 ) -> jax.stages.Wrapped:
-    """The jitted function (state, batch) -> (state, metrics); it takes over the state's memory.
+    """Return the jitted function (state, batch) -> (state, metrics); it donates the state.
 
-    batch: images bfloat16 [n, width], ids integer [n * captions, length], rows int32 [n], each dealt over
-    the mesh; packed captions as `lit_fast.train.input_pipeline.packing` lays them. metrics: float32 scalars.
+    Args:
+      model: the text tower.
+      optimizer: as `init_state` had it.
+      config: of the run.
+      mesh: the devices; the batch is sharded over them, the state replicated.
+
+    The batch has images bfloat16 [n, width], ids integer [n * captions, length] and rows int32 [n]; for packed
+    captions see `lit_fast.train.input_pipeline.packing`. Metrics are float32 scalars.
     """
-    schedule, text = make_schedule(config.optimizer, config.steps), config.text
-    masked = (config.loss.negatives, config.loss.same_image, config.loss.same_caption) != (
-        LossConfig.negatives, LossConfig.same_image, LossConfig.same_caption
-    )  # fmt: skip
+    schedule = make_schedule(config.optimizer, config.steps)
+    loss_and_grads = shard_map(
+        partial(_loss_and_grads, model, config, mesh.size), mesh, (REPLICATED, SHARDED, REPLICATED)
+    )
 
-    def loss_of(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Logits]:
-        trained = Trained(
-            _embed(model, params, batch, key if text.dropout else None, text),
-            params["t"][0],
-            params["b"][0] if "b" in params else None,
-            params["img"]["head"]["kernel"] if "img" in params else None,
-        )
-        features = normalize(batch["images"].astype(jnp.float32) - params["mean"])
-        # No place in the batch has this number, so dropout and the choice of negatives share no key.
-        words = jax.random.bits(jax.random.fold_in(key, 2**32 - 1), (2,))
-        captions = config.stream.captions_per_image
-        ids = partial(_captions, batch, model.max_length)
-        pairs = pair_up(config.loss, mesh.size, features, batch["rows"], captions, ids, words)
-        return pair_loss(config.loss, mesh.size, trained, *pairs)
-
-    def gradients(
-        params: Params, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, Params, tuple[jax.Array, ...], jax.Array]:
-        (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch, key)
-        # One sum for everything that adds up; the extremes are four numbers and need a maximum.
-        loss, grads, sums = jax.lax.psum((loss, grads, logits[:4]), AXIS)
-        return loss, grads, sums, jax.lax.pmax(jnp.stack(logits[4:]), AXIS)
-
-    gradients = shard_map(gradients, mesh, (REPLICATED, SHARDED, REPLICATED))
-
-    def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
+    def step(state: State, batch: DeviceBatch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        loss, grads, sums, bounds = gradients(state.params, batch, key)
+        loss, grads, stats = loss_and_grads(state.params, batch, key)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        if config.loss.temperature_max:  # after the update, as open_clip does; the gradient knows no limit
+        if config.loss.temperature_max:  # after the update, as open_clip does; the gradient ignores the limit
             params["t"] = jnp.minimum(params["t"], math.log(config.loss.temperature_max))
-        grad_norm = optax.global_norm(grads)
-        param_norm = optax.global_norm({k: v for k, v in params.items() if k != "mean"})
-        fine = jnp.isfinite(loss + grad_norm + param_norm) | (state.bad_step >= 0)
-        bad_step = jnp.where(fine, state.bad_step, state.step)
+
         metrics = {
             "loss": loss,
             "temperature": jnp.exp(params["t"][0]),
-            "grad_norm": grad_norm,
-            "param_norm": param_norm,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm({k: v for k, v in params.items() if k != "mean"}),
             "update_norm": optax.global_norm(updates),
             "learning_rate": config.optimizer.learning_rate * schedule(state.step),
-        } | logit_metrics(sums, bounds)
+        } | logit_metrics(stats)
         if "b" in params:
             metrics["bias"] = params["b"][0]
-        if masked:
-            metrics["negatives"] = sums[1]
+        if _masks_pairs(config.loss):
+            metrics["negatives"] = stats.sums.num_negatives
+
+        finite = jnp.isfinite(loss + metrics["grad_norm"] + metrics["param_norm"])
+        bad_step = jnp.where(finite | (state.bad_step >= 0), state.bad_step, state.step)
         decay = config.optimizer.average_decay
-        # An empty average stays empty.
-        average = {
+        average = {  # an empty average stays empty
             k: jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, a, params[k])
             for k, a in state.average.items()
         }
         return State(params, opt, state.step + 1, bad_step, average), metrics
 
-    whole, part = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(step, in_shardings=(whole, part), out_shardings=(whole, whole), donate_argnums=0)
+    shardings = replicated(mesh), batch_sharding(mesh)
+    return jax.jit(step, in_shardings=shardings, out_shardings=shardings[0], donate_argnums=0)
 
 
-def _captions(batch: dict[str, jax.Array], length: int) -> jax.Array:
-    """This device's captions in their order, integer [n * captions, length]."""
+def _masks_pairs(loss: LossConfig) -> bool:
+    return loss.negatives != "all" or loss.same_caption == "mask"
+
+
+def _loss_and_grads(
+    model: TextTower, config: Config, num_devices: int, params: Params, batch: DeviceBatch, key: jax.Array
+) -> tuple[jax.Array, Params, LogitStats]:
+    """Compute loss, gradients and logit statistics of the global batch; runs on each device."""
+    loss_share = partial(_loss_share, model, config, num_devices)
+    (loss, stats), grads = jax.value_and_grad(loss_share, has_aux=True)(params, batch, key)
+    # One all-reduce for everything that adds up; the maxima need their own.
+    loss, grads, sums = lax.psum((loss, grads, stats.sums), AXIS)
+    maxima = LogitMaxima(*lax.pmax(jnp.stack(stats.maxima), AXIS))
+    return loss, grads, LogitStats(sums, maxima)
+
+
+def _loss_share(
+    model: TextTower, config: Config, num_devices: int, params: Params, batch: DeviceBatch, key: jax.Array
+) -> tuple[jax.Array, LogitStats]:
+    """Compute the loss of this device's texts against the images of all devices."""
+    images = normalize(batch["images"].astype(jnp.float32) - params["mean"])
+    seeds = jax.random.bits(jax.random.fold_in(key, _SEEDS_INDEX), (2,))
+    loss_params = LossParams(
+        texts=_embed_texts(model, config, params, batch, key),
+        log_scale=params["t"][0],
+        bias=params["b"][0] if "b" in params else None,
+        head=params["img"]["head"]["kernel"] if "img" in params else None,
+    )
+    ids = partial(_caption_ids, batch, model.max_length)
+    captions = config.stream.captions_per_image
+    sides = make_sides(config.loss, num_devices, images, batch["rows"], captions, ids, seeds)
+    return contrastive_loss(config.loss, num_devices, loss_params, *sides)
+
+
+def _caption_ids(batch: DeviceBatch, length: int) -> jax.Array:
+    """Return the token ids of this device's captions in their order, integer [n * captions, length]."""
     if "lengths" not in batch:
         return batch["ids"]
-    return unpacked(batch["ids"], batch["lengths"], batch["slots"], length)
+    return unpack_captions(batch["ids"], batch["lengths"], batch["slots"], length)
 
 
-def _embed(
-    model: TextTower,
-    params: Params,
-    batch: dict[str, jax.Array],
-    dropout: jax.Array | None,
-    text: TextConfig,
+def _embed_texts(
+    model: TextTower, config: Config, params: Params, batch: DeviceBatch, key: jax.Array
 ) -> jax.Array:
-    """Normalised embeddings of this device's captions in their order, worked out in `text.microbatches` equal parts.
+    """Embed this device's captions in their order, normalised, float32 [n * captions, width].
 
-    With `text.keep = "embeddings"` a part keeps nothing else, and the backward pass works it out again. The
-    dropout of a row depends on the key and its place in the global batch, so neither the parts nor, where a row
-    is one caption, the number of devices change it.
+    Dropout of a row depends on `key` and the row's position in the global batch. So neither microbatches nor, where a
+    row is one caption, the number of devices change it.
     """
-    ids, lengths = batch["ids"], batch.get("lengths")
-    place = jax.lax.axis_index(AXIS) * len(ids) + jnp.arange(len(ids))
+    text = config.text
+    rows = {name: array for name, array in batch.items() if name in ("ids", "lengths")}
+    if text.dropout:
+        positions = lax.axis_index(AXIS) * len(batch["ids"]) + jnp.arange(len(batch["ids"]))
+        rows["dropout_keys"] = jax.vmap(partial(jax.random.fold_in, key))(positions)
+    embed = partial(embed_ids, model, params)
+    texts = map_microbatches(embed, rows, text.microbatches, recompute=text.keep == "embeddings")
+    return texts[batch["slots"]] if "slots" in batch else texts
 
-    def embed(ids: jax.Array, lengths: jax.Array | None, place: jax.Array) -> jax.Array:
-        if dropout is None:
-            return embed_ids(model, params, ids, lengths)
 
-        def one(ids: jax.Array, lengths: jax.Array | None, place: jax.Array) -> jax.Array:
-            ids, lengths = jax.tree.map(lambda a: a[None], (ids, lengths))
-            return embed_ids(model, params, ids, lengths, jax.random.fold_in(dropout, place))
+def map_microbatches(
+    function: Callable[..., jax.Array], inputs: dict[str, jax.Array], microbatches: int, recompute: bool
+) -> jax.Array:
+    """Apply `function(**inputs)` to equal parts of the inputs, one after another.
 
-        texts = jax.vmap(one)(ids, lengths, place)
-        return texts.reshape(-1, texts.shape[-1])
+    Args:
+      function: from arrays [rows, ...] to an array [outputs, ...], each output of one row.
+      inputs: arrays [n, ...]; n is divisible by `microbatches`.
+      microbatches: number of parts.
+      recompute: store no residuals of a part; its backward pass computes the part again (GradCache).
 
-    if text.keep == "embeddings":
-        embed = jax.checkpoint(embed)
-    rows = ids, lengths, place
-    if text.microbatches > 1:
-        parts = jax.tree.map(lambda a: a.reshape(text.microbatches, -1, *a.shape[1:]), rows)
-        texts = jax.lax.map(lambda part: embed(*part), parts)
-        texts = texts.reshape(-1, texts.shape[-1])
-    else:
-        texts = embed(*rows)
-    return texts if lengths is None else texts[batch["slots"]]
+    Returns:
+      The outputs of all parts, concatenated.
+    """
+    if recompute:
+        function = jax.checkpoint(function)
+    if microbatches == 1:
+        return function(**inputs)
+    parts = jax.tree.map(lambda a: a.reshape(microbatches, -1, *a.shape[1:]), inputs)
+    outputs = lax.map(lambda part: function(**part), parts)
+    return outputs.reshape(-1, *outputs.shape[2:])

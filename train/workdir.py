@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lit_fast.config import FREE, Config, flatten
+from lit_fast.config import MAY_CHANGE_ON_RESUME, Config, flatten
 from lit_fast.config_io import to_toml
 from lit_fast.data.features import Features
 from lit_fast.data.tokens import Tokens
@@ -18,8 +18,6 @@ from lit_fast.errors import UserError
 from lit_fast.models.two_towers import Params
 from lit_fast.runs.run import read_config
 from lit_fast.storage.files import (
-    InUseError,
-    Lock,
     exists,
     is_directory,
     is_file,
@@ -29,6 +27,7 @@ from lit_fast.storage.files import (
     write_atomic,
     write_json,
 )
+from lit_fast.storage.lock import InUseError, Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.train.input_pipeline.stream import Stream
 from lit_fast.weights.text import read_text_weights, start_from
@@ -64,7 +63,7 @@ def check_workdir(workdir: StrPath, config: Config) -> None:
         return
     old, new = flatten(read_config(workdir)), flatten(config)
     for key in new:
-        if old[key] != new[key] and not {key, key.partition(".")[0]} & set(FREE):
+        if old[key] != new[key] and not {key, key.partition(".")[0]} & set(MAY_CHANGE_ON_RESUME):
             raise UserError(
                 f"workdir {workdir} belongs to another config: {key} is {old[key]!r} there and {new[key]!r} now; "
                 "choose another --workdir or give that value"

@@ -1,8 +1,8 @@
-"""The captions and keys of imported features, from tables with one row per row of features in the same order."""
+"""Read captions and keys of imported features: tables with a row per feature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -26,10 +26,9 @@ from lit_fast.embed.sources.interface import ColumnOptions
 from lit_fast.embed.sources.parquet import read_row_group
 from lit_fast.embed.sources.tables import read_lines
 from lit_fast.errors import UserError, first_line
+from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import parent, stem
-from lit_fast.storage.read import open_binary
 
-_Choose = Callable[[Collection[str]], Columns]
 _Values = Iterator[tuple[dict[str, Any], Columns]]
 
 
@@ -55,10 +54,13 @@ def imported_rows(parts: list[Part], table: str, options: ColumnOptions) -> Iter
 
 
 def check_metadata(parts: list[Part]) -> None:
-    """Raise UserError if a part's metadata has another number of rows; only footers are read."""
+    """Raise UserError if a part's metadata has another number of rows.
+
+    Only footers are read.
+    """
     for part in parts:
         if part.metadata:
-            with open_binary(part.metadata) as file:
+            with open_read(part.metadata) as file:
                 try:
                     count = pq.ParquetFile(file).metadata.num_rows
                 except ERRORS:
@@ -74,7 +76,7 @@ def _rows_of_metadata(parts: list[Part], options: ColumnOptions) -> _Values:
             yield from (({}, Columns()) for _ in range(part.rows))
             continue
         count = 0
-        for count, row in enumerate(_read_parquet(part.metadata, _chooser(part.metadata, options)), 1):
+        for count, row in enumerate(_read_parquet(part.metadata, options), 1):
             if count <= part.rows:
                 yield row
         _check_count(part.metadata, count, part.rows, part.path)
@@ -82,16 +84,7 @@ def _rows_of_metadata(parts: list[Part], options: ColumnOptions) -> _Values:
 
 def _rows_of_table(parts: list[Part], table: str, options: ColumnOptions) -> _Values:
     total, count = sum(part.rows for part in parts), 0
-
-    def choose(names: Collection[str]) -> Columns:
-        columns = _chooser(table, options)(names)
-        if not columns.captions:
-            raise UserError(
-                f"{table} has no column for captions among {some(names)}; name it with --captions"
-            )
-        return columns
-
-    for count, row in enumerate(_read_table(table, choose), 1):
+    for count, row in enumerate(_read_table(table, options), 1):
         if count <= total:
             yield row
     _check_count(table, count, total, parent(parts[0].path))
@@ -104,37 +97,35 @@ def _check_count(table: str, count: int, wanted: int, features: str) -> None:
         )
 
 
-def _chooser(table: str, options: ColumnOptions) -> _Choose:
-    """Return a function that chooses the columns of a table; a path of the image is the key if there is no other."""
-
-    def choose(names: Collection[str]) -> Columns:
-        columns = choose_columns(options, names, table, image=False)
-        key = columns.key or guess_column(PATHS, names)
-        return Columns("", columns.captions, key, "", columns.language)
-
-    return choose
+def _columns(table: str, names: Collection[str], options: ColumnOptions, needs_captions: bool) -> Columns:
+    """Choose the columns of a table; the path of the image is the key if there is no other."""
+    columns = choose_columns(options, names, table, image=False)
+    if needs_captions and not columns.captions:
+        raise UserError(f"{table} has no column for captions among {some(names)}; name it with --captions")
+    key = columns.key or guess_column(PATHS, names)
+    return Columns("", columns.captions, key, "", columns.language)
 
 
-def _read_table(path: str, choose: _Choose) -> _Values:
+def _read_table(path: str, options: ColumnOptions) -> _Values:
     match format_of(path):
         case "parquet":
-            yield from _read_parquet(path, choose)
+            yield from _read_parquet(path, options, needs_captions=True)
         case "table":
             columns: Columns | None = None
             for number, values in read_lines(path):
                 if isinstance(values, str):
                     raise UserError(f"{path}, line {number}: {values}; every row of features needs its line")
-                columns = columns or choose(values)
+                columns = columns or _columns(path, values, options, needs_captions=True)
                 yield values, columns
         case _:
             raise UserError(f"{path} is not a table; give a .csv, .tsv, .jsonl or .parquet file")
 
 
-def _read_parquet(path: str, choose: _Choose) -> _Values:
-    with open_binary(path) as file:
+def _read_parquet(path: str, options: ColumnOptions, needs_captions: bool = False) -> _Values:
+    with open_read(path) as file:
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)
-            columns = choose(parquet.schema_arrow.names)
+            columns = _columns(path, parquet.schema_arrow.names, options, needs_captions)
             for group in range(parquet.num_row_groups):
                 check_row_group(path, parquet, group)
                 for values in read_row_group(parquet, group, columns.names()):

@@ -1,4 +1,4 @@
-"""`lit-fast import-features`: make a dataset of features that another program has computed.
+"""`lit-fast import-features`: make a dataset of features from another program.
 
 Rows keep the order of the files. The index is written first, as if the rows had been indexed, then the features shard
 by shard, each with its manifest last. If a process is killed, the same command continues. The index has the file of
@@ -45,7 +45,7 @@ def import_features(
     table: StrPath | None = None,
     options: ColumnOptions | None = None,
 ) -> None:
-    """Make a dataset at `out` of the features in the directory `source`, or continue with the one there.
+    """Make a dataset of the features in `source`, or continue an unfinished one.
 
     Args:
       tower: name of the model that made them. Features of the same name and width count as features of the same
@@ -87,7 +87,7 @@ def import_features(
 def _provenance(
     parts: list[Part], name: str, source: str, format: str, table: str, options: ColumnOptions
 ) -> dict[str, Any]:
-    """Return the content of `tower.json`: the name of the model, and the files of the features."""
+    """Return the content of `tower.json`: name of the model, files of the features."""
     width = parts[0].width
     files = [[os.path.relpath(part.path, source), sha256(part.path)] for part in parts]
     first_view, identity = (
@@ -115,7 +115,7 @@ def _provenance(
 def _write_index(
     parts: list[Part], sources: list[Source], out: str, table: str, options: ColumnOptions
 ) -> Dataset:
-    """Write index and captions of all rows in their order, except rows with a repeated key."""
+    """Write index and captions of all rows in order, except rows with a repeated key."""
     check_output_directory(out)
     existed, skipped, keys = exists(out), SkippedLog(), KeySet()
     writer: DatasetWriter | None = None
@@ -181,7 +181,7 @@ def _write_features(features: Features, parts: list[Part]) -> None:
 
 
 def _read_part(part: Part) -> np.ndarray:
-    """Return the features `[rows, width]` of a part; they map the file if it holds them as one array."""
+    """Return the features `[rows, width]` of a part; one array maps the file."""
     pieces = read_pieces(part.path)
     joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     if joined.shape != (part.rows, part.width):

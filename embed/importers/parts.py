@@ -86,7 +86,10 @@ def _numbered(directory: str, pattern: str) -> dict[int, str]:
 
 
 def read_pieces(path: str) -> list[np.ndarray]:
-    """Return the features of a file: consecutive float arrays `[n, width]` that map the file.
+    """Return the features of a file as consecutive arrays that map the file.
+
+    Returns:
+      float `[n, width]` each.
 
     Raises:
       UserError: the file is damaged, or does not hold features.

@@ -1,4 +1,4 @@
-"""Read the tensors of a file that `torch.save` wrote, without running what it holds."""
+"""Read the tensors of a file of `torch.save`, without running any code in it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
 
 def read_torch_file(path: StrPath) -> Any:
-    """Return the content of a file: an array, or a list or dict with arrays, which map the file.
+    """Return the content of a file: an array, or a list or dict with arrays.
 
-    PyTorch reads it with `weights_only=True`, which makes nothing but tensors and containers. Other values in a list
-    or dict are returned as they are.
+    PyTorch reads it with `weights_only=True`, which makes nothing but tensors and containers. The arrays map the file.
+    Other values in a list or dict are returned as they are.
 
     Raises:
       UserError: PyTorch is not installed, the file is damaged, of the format before PyTorch 1.6, or holds anything but

@@ -1,4 +1,6 @@
-"""Find the tars of an evaluation set in CLIP_benchmark's layout: a directory, a URL or a name on the Hub.
+"""Find the tars of an evaluation set in CLIP_benchmark's layout.
+
+The set is a directory, a URL or a name on the Hub:
 
     classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt
     test/nshards.txt            number of tars
@@ -14,10 +16,9 @@ from contextlib import suppress
 
 from lit_fast.errors import UserError
 from lit_fast.evaluation.known_sets import known_evaluations
-from lit_fast.storage.files import is_file, read_bytes
+from lit_fast.storage.files import is_file, read_bytes, read_text
 from lit_fast.storage.hub import AbsentError, Snapshot
-from lit_fast.storage.paths import is_url, parent
-from lit_fast.storage.read import beside
+from lit_fast.storage.paths import is_url, join, parent
 
 PREFIX = "wds:"
 _MAX_SHARDS = 100_000
@@ -33,7 +34,7 @@ def benchmark_tars(directory: str) -> list[str]:
       UserError: a local tar is missing.
     """
     directory = directory.rstrip("/")
-    text = beside(f"{directory}/test", "nshards.txt", limit=1000)
+    text = read_text(f"{directory}/{_COUNT}", limit=1000)
     if text is None:
         return []
     tars = [f"{directory}/{name}" for name in _tars(f"{directory}/{_COUNT}", text)]
@@ -46,10 +47,12 @@ def benchmark_tars(directory: str) -> list[str]:
 
 
 def hub_tars(spec: str) -> list[str]:
-    """Return the tars of `wds:NAME`, the repository clip-benchmark/wds_NAME of the Hub, downloaded to its cache.
+    """Download the tars of `wds:NAME` to the cache of the Hub and return their paths.
+
+    The repository is clip-benchmark/wds_NAME.
 
     Raises:
-      UserError: no such set, it cannot be downloaded, or it is not what it is known to be.
+      UserError: there is no such set, it cannot be downloaded, or it has another number of classes than is known.
     """
     name = spec.removeprefix(PREFIX)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII):
@@ -70,12 +73,12 @@ def hub_tars(spec: str) -> list[str]:
 
 
 def lines_near(directory: str, file: str) -> tuple[str, ...]:
-    """Return the lines of a file in a directory or one level up; () if there is none or `directory` is ""."""
+    """Return the lines of a file in a directory or one level up; () if there is none."""
     if not directory:
         return ()
-    text = beside(directory, file)
+    text = read_text(join(directory, file))
     if text is None:
-        text = beside(parent(directory), file)
+        text = read_text(join(parent(directory), file))
     return tuple(line.strip() for line in (text or "").rstrip().splitlines())
 
 
@@ -89,7 +92,7 @@ def _check_classes(spec: str, name: str, directory: str) -> None:
     expected = known_evaluations().get(name, {}).get("classes")
     if expected is None:
         return
-    found = len((beside(directory, _TEXTS[0]) or "").rstrip().splitlines())
+    found = len((read_text(join(directory, _TEXTS[0])) or "").rstrip().splitlines())
     if found != expected:
         raise UserError(f"{spec} has {found} class names in {directory}/{_TEXTS[0]}, not {expected}")
 

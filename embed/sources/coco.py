@@ -1,4 +1,4 @@
-"""Read COCO's captions: one JSON with `images` and `annotations`, and a directory of image files.
+"""Read COCO's captions: one JSON and a directory of image files.
 
 The format is "Caption Annotations" (cocodataset.org, "Data format").
 """
@@ -14,7 +14,7 @@ from lit_fast.embed.sources.columns import Columns, parse_row, require_column
 from lit_fast.embed.sources.image_paths import image_directory, image_size, relative_path
 from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
 from lit_fast.errors import UserError
-from lit_fast.storage.read import open_binary
+from lit_fast.storage.files import open_read
 
 _MAX_JSON = 2 << 30  # bytes; all captions of COCO are 0.1 GB
 
@@ -73,7 +73,7 @@ def _sample(
 
 
 def _columns(path: str, options: ColumnOptions, images: list[Any], annotations: list[Any]) -> Columns:
-    """Return the key of the file's name in an image, and the other keys in an annotation."""
+    """Choose the key of the file's name in an image, the others in an annotation."""
     keys = list(next((i for i in images if isinstance(i, dict)), {}))
     require_column(options.image, keys, f"{path}: images")
     keys = list(next((a for a in annotations if isinstance(a, dict)), {}))
@@ -88,7 +88,7 @@ def _load(path: str) -> Any:
     size, _ = size_and_etag(path)
     if size > _MAX_JSON:
         raise UserError(f"{path} has {size} bytes; JSON above 2 GiB is not read: make it a .jsonl")
-    with open_binary(path) as file:
+    with open_read(path) as file:
         try:
             return json.loads(file.read())
         except (ValueError, RecursionError):

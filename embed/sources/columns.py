@@ -1,4 +1,4 @@
-"""The columns, JSON keys or features of a source: choose them, and parse the captions and the label of a row."""
+"""The columns, JSON keys or features of a source: choose them and parse a row."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ParsedRow(NamedTuple):
 def choose_columns(
     options: ColumnOptions, columns: Collection[str], where: str, *, image: bool = True
 ) -> Columns:
-    """Return the columns that `options` name, and guesses for those that it does not name.
+    """Return the columns that `options` name, and guess the others.
 
     Raises:
       UserError: a name is not among `columns`; or, with `image`, there is no column for the image, or neither one for
@@ -94,14 +94,14 @@ def choose_columns(
 
 
 def require_column(name: str, columns: Collection[str], where: str) -> None:
-    """Raise UserError if a name is not among `columns`; the message lists these, the nearest first."""
+    """Raise UserError if a name is not among `columns`; list these, nearest first."""
     if name and name not in columns:
         near = difflib.get_close_matches(name, list(columns), n=len(columns) or 1, cutoff=0.0)
         raise UserError(f"{where} has no {name!r}; it has {some(near)}")
 
 
 def guess_column(candidates: Collection[str], columns: Collection[str]) -> str:
-    """Return the first candidate that is a column, without regard to case; "" if none is."""
+    """Return the first candidate that is a column in any case, "" if none is."""
     lowered = {column.lower(): column for column in reversed(list(columns))}
     return next((lowered[c] for c in candidates if c in lowered), "")
 
@@ -170,7 +170,7 @@ def _parse_label(value: Any) -> tuple[int, str]:
 
 
 def _strings(value: Any) -> list[str | None]:
-    """Return the texts in a value, None for one that is not UTF-8; other types are ignored."""
+    """Return the texts in a value, None for one that is not UTF-8."""
     found: list[str | None] = []
     parts = value if isinstance(value, list) else [value]
     if isinstance(value, dict) and isinstance(value.get("caption"), list):  # Crossmodal-3600
@@ -189,7 +189,7 @@ def _strings(value: Any) -> list[str | None]:
 
 
 def _languages(value: Any, count: int) -> list[str]:
-    """Return `count` languages from one for all captions or one for each; "" where they are unknown."""
+    """Return `count` languages from one for all captions or one for each; "" = unknown."""
     given = [text or "" for text in _strings(value)]
     if len(given) == count:
         return given

@@ -11,7 +11,6 @@ from lit_fast.embed.sources.benchmark import PREFIX, benchmark_tars, hub_tars
 from lit_fast.embed.sources.formats import format_by_name
 from lit_fast.embed.sources.interface import IMAGE_SUFFIXES
 from lit_fast.errors import UserError
-from lit_fast.storage import remote
 from lit_fast.storage.files import (
     exists,
     is_directory,
@@ -26,7 +25,9 @@ _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
 
 def expand(patterns: list[str]) -> list[str]:
-    """Return the files of SOURCE arguments: absolute paths or URLs, naturally sorted, each once.
+    """Return the files of SOURCE arguments, naturally sorted, each once.
+
+    They are absolute paths or URLs.
 
     An argument is a file, a directory (see `_in_directory`), a pattern with `*`, `?`, `[..]`, `{00000..00005}`,
     `{a,b}`, or one of CLIP_benchmark's sets: a directory or URL of its layout, or `wds:NAME`. A directory of
@@ -75,7 +76,7 @@ def _remote(plain: str, pattern: str) -> list[str]:
         return [plain]
     if plain.endswith("/") and (tars := benchmark_tars(plain)):
         return tars
-    found = remote.listing(plain)
+    found = match_files(plain)
     if plain.endswith("/"):
         found = _of_one_format(plain, found)
     if not found:
@@ -86,8 +87,9 @@ def _remote(plain: str, pattern: str) -> list[str]:
 
 
 def _in_directory(directory: str) -> list[str]:
-    """Return the files of the one format in a directory, else in its subdirectories, else the directory itself.
+    """Return the files of the one format in a directory.
 
+    Without any, return those in its subdirectories; without any there, the directory itself.
     COCO's `.json` must be named, since many other files have this suffix.
 
     Raises:
@@ -140,7 +142,7 @@ def _has_images(directory: str) -> bool:
 
 
 def _braces(pattern: str) -> list[str]:
-    """Expand the first `{a,b}` or `{00..12}`, then the rest; braces without either stay as they are."""
+    """Expand `{a,b}` and `{00..12}`; braces without either stay as they are."""
     for match in re.finditer(r"\{([^{}]*)\}", pattern):
         body = match[1]
         if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", body):

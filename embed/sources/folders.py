@@ -1,6 +1,7 @@
-"""Read a directory with a folder of images per class, like ImageNet's `val/n01440764/x.JPEG`.
+"""Read a directory with a folder of images per class.
 
-The number of a class is the rank of its folder among the sorted names.
+The layout is that of ImageNet's `val/n01440764/x.JPEG`. The number of a class is the rank of its folder among the
+sorted names.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def class_folders(path: str) -> tuple[str, ...]:
 
 
 def read_folder(path: str, options: ColumnOptions) -> Iterator[Item]:
-    """Yield one row per image file at any depth below its class; links to directories are not followed.
+    """Yield one row per image file, at any depth below its class.
+
+    Links to directories are not followed.
 
     Raises:
       UserError: a directory cannot be read, or `options` name columns.

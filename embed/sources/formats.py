@@ -1,14 +1,18 @@
-"""The table of source formats, and how the format of a file is recognised."""
+"""The table of source formats, and the functions that look a source up in it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from lit_fast.data.dataset import Source
 from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources import coco, folders, noise, parquet, records, tables, tars
+from lit_fast.embed.sources.benchmark import lines_near
 from lit_fast.embed.sources.interface import Format
+from lit_fast.errors import UserError
 from lit_fast.storage.files import is_directory, open_read
-from lit_fast.storage.paths import is_url, name, suffix
+from lit_fast.storage.paths import is_url, name, parent, suffix
 
 FORMATS = {
     "tar": Format(tars.read_tar, (".tar",)),
@@ -24,9 +28,10 @@ _BY_SUFFIX = {suffix: format for format, entry in FORMATS.items() for suffix in 
 
 
 def format_of(path: str) -> str:
-    """Return the key in `FORMATS` of a file, directory or URL: by its suffix, else by its first bytes.
+    """Return the key in `FORMATS` of a file, directory or URL.
 
-    An unknown file counts as a tar; the reader of tars reports that it is none.
+    It is decided by the suffix, else by the first bytes. An unknown file counts as a tar; the reader of tars reports
+    that it is none.
     """
     if is_noise(path):
         return "noise"
@@ -39,17 +44,40 @@ def format_of(path: str) -> str:
 
 
 def format_by_name(path: str) -> str:
-    """Return the format that belongs to the suffix of a path or URL, "" for an unknown suffix."""
-    if re.search(
-        r"\.array_record-\d+-of-\d+$", name(path).lower()
-    ):  # TFDS: train.array_record-00000-of-00004
+    """Return the format of the suffix of a path or URL, "" for an unknown one."""
+    if re.search(r"\.array_record-\d+-of-\d+$", name(path).lower()):  # TFDS: .array_record-00000-of-00004
         return "array_record"
     return _BY_SUFFIX.get(suffix(path), "")
+
+
+def class_names(sources: Sequence[Source]) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the different (class names, prompt templates) of the sources' directories.
+
+    They are the lines of `classnames.txt` and `zeroshot_classification_templates.txt` beside a source or one level up,
+    as CLIP_benchmark has them. Without the former, the class names are those that the first source of a directory has
+    by its format. `kind` of each source must be the name of its format.
+    """
+    first: dict[str, Source] = {}
+    for source in sources:
+        first.setdefault(_directory(source), source)
+    return {
+        (
+            lines_near(directory, "classnames.txt") or FORMATS[source.kind].class_names(source.path),
+            tuple(filter(None, lines_near(directory, "zeroshot_classification_templates.txt"))),
+        )
+        for directory, source in first.items()
+    }
+
+
+def _directory(source: Source) -> str:
+    if source.kind == "noise":  # there is no file
+        return ""
+    return source.path if source.kind == "folder" else parent(source.path)
 
 
 def _first_bytes(path: str) -> bytes:
     try:
         with open_read(path) as file:
             return file.read(4)
-    except OSError:
+    except UserError:
         return b""

@@ -17,7 +17,7 @@ from lit_fast.storage.paths import is_url, join, parent
 
 
 def image_directory(images: str, table: str) -> str:
-    """Return the directory that the paths in `table` are relative to: `images`, or by default the table's own.
+    """Return the directory of the paths in `table`: `images`, or else the table's own.
 
     Raises:
       UserError: there is no such directory.
@@ -34,7 +34,11 @@ def image_directory(images: str, table: str) -> str:
 
 
 def relative_path(directory: str, path: object) -> tuple[str, str]:
-    """Return a path relative to the directory of images, normalised, and why it cannot be used ("" = it can)."""
+    """Normalise a path in a table.
+
+    Returns:
+      The path relative to the directory of images, and why it cannot be used ("" = it can).
+    """
     if isinstance(path, list) and len(path) == 1:
         path = path[0]
     if isinstance(path, bytes):
@@ -55,7 +59,7 @@ def relative_path(directory: str, path: object) -> tuple[str, str]:
 
 
 def image_size(directory: str, path: str) -> tuple[int, str]:
-    """Return the bytes of an image file (0 = remote, not requested), and why it cannot be used ("" = it can)."""
+    """Return the bytes of an image file (0 = remote), and the problem with it ("" = none)."""
     if is_url(directory):
         return 0, ""
     try:

@@ -1,4 +1,4 @@
-"""The interface of a source format: the options that its reader takes and the items that it yields.
+"""The interface of a source format: options and items of its reader.
 
 To add a format, write a module beside this one and add a line to `lit_fast.embed.sources.formats.FORMATS`. If its
 images are located in a new manner, add a kind to `lit_fast.data.dataset.Source` and its reader to
@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 @dataclass(frozen=True)
 class ColumnOptions:
-    """The options of `lit-fast index` that name columns, JSON keys or features; "" = guess."""
+    """The options of `lit-fast index` that name columns or JSON keys; "" = guess."""
 
     captions: tuple[tuple[str, str], ...] = ()  # (language or "", name)
     image: str = ""
@@ -27,7 +27,7 @@ class ColumnOptions:
     images: str = ""  # directory
 
     def as_options(self) -> tuple[str, ...]:
-        """Return `name=value` for each option that was given, to be compared with a later call."""
+        """Return `name=value` for each option that was given."""
         captions = ",".join(f"{l}={n}" if l else n for l, n in self.captions)
         given = {"captions": captions} | {
             n: getattr(self, n) for n in ("image", "key", "label", "language", "images")
@@ -37,7 +37,7 @@ class ColumnOptions:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the images of a source are located: the fields of `lit_fast.data.dataset.Source` with these names."""
+    """How the images of a source are located: fields of `lit_fast.data.dataset.Source`."""
 
     kind: str
     image: str = ""
@@ -78,13 +78,13 @@ Reader = Callable[[str, ColumnOptions], Iterator[Item]]
 
 A reader yields one `Layout` before the first `Sample`, then a `Sample` or a `Skipped` for every entry, in the order of
 the source. At damage it yields `Damage` and reads no further. It raises `UserError` if the source cannot be read at
-all or lacks a named column, and nothing else, whatever the file holds.
+all or lacks a named column; no content of a file makes it raise anything else.
 """
 
 
 @dataclass(frozen=True)
 class Format:
-    """A source format: its reader, the suffixes of its files, and the class names that a source itself has."""
+    """A source format: its reader, the suffixes of its files, its own class names."""
 
     read: Reader
     suffixes: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ class Format:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text has no lone surrogates, which file names and JSON can hold and UTF-8 cannot."""
+    """Whether a text has no lone surrogates, which file names and JSON may hold."""
     try:
         text.encode()
     except UnicodeEncodeError:

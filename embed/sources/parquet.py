@@ -20,19 +20,19 @@ from lit_fast.embed.sources.image_paths import image_directory, image_size, rela
 from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
 from lit_fast.embed.sources.tables import refuse_key
 from lit_fast.errors import UserError, first_line
+from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import name, parent
-from lit_fast.storage.read import open_binary
 
 _BATCH_ROWS = 1024
 
 
 def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
-    """Yield one row per row, in order; a row without a key is named after its file and number.
+    """Yield all rows in order; a row without a key is named after its file and number.
 
     Raises:
       UserError: the file lacks a column, or its row groups are too large.
     """
-    with open_binary(path) as file:
+    with open_read(path) as file:
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)  # pages are read one by one
             columns = _columns(path, options, parquet)
@@ -59,8 +59,8 @@ def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
 
 
 def class_names(path: str) -> tuple[str, ...]:
-    """Return the names of Hugging Face's `ClassLabel` in the file's metadata; () if there are none."""
-    with open_binary(path) as file:
+    """Return the names of Hugging Face's `ClassLabel` in the metadata; () without."""
+    with open_read(path) as file:
         try:
             metadata = pq.read_schema(file).metadata or {}
             features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
@@ -75,7 +75,7 @@ def class_names(path: str) -> tuple[str, ...]:
 
 
 def read_row_group(parquet: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the values of each row of a row group by column; raises the types in `ERRORS` at damage."""
+    """Yield the values of each row of a row group by column; raises `ERRORS` at damage."""
     for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
         yield from batch.to_pylist()
 
@@ -117,7 +117,7 @@ def _columns(path: str, options: ColumnOptions, parquet: pq.ParquetFile) -> Colu
         else:
             outer = options.image
     columns = choose_columns(replace(options, image=outer), schema.names, path)
-    # The image of a struct is no caption, whatever its name.
+    # The column of the image is not used for captions, even if its name is one of theirs.
     captions = tuple((language, name) for language, name in columns.captions if name != columns.image)
     image = image or _image_column(path, schema, columns.image, parquet)
     columns = replace(columns, image=image, captions=captions)

@@ -21,8 +21,8 @@ from lit_fast.embed.sources.columns import (
 )
 from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
 from lit_fast.errors import first_line
-from lit_fast.storage.paths import name, parent
-from lit_fast.storage.read import beside
+from lit_fast.storage.files import read_text
+from lit_fast.storage.paths import join, name, parent
 
 _RECORDS_PER_READ = 64
 
@@ -64,9 +64,12 @@ def read_records(path: str, options: ColumnOptions) -> Iterator[Item]:
 
 
 def class_names(path: str) -> tuple[str, ...]:
-    """Return the lines of the one `<label>.labels.txt` beside a file that belongs to a feature; () without it."""
+    """Return the lines of the `<label>.labels.txt` beside a file; () without one.
+
+    `<label>` must be a feature.
+    """
     for feature in dict.fromkeys([*_typed_features(path).get("ClassLabel", []), *LABEL]):
-        if "/" not in feature and (text := beside(parent(path), f"{feature}.labels.txt")):
+        if "/" not in feature and (text := read_text(join(parent(path), f"{feature}.labels.txt"))):
             return tuple(line.strip() for line in text.splitlines() if line.strip())
     return ()
 
@@ -96,10 +99,10 @@ def _columns(path: str, options: ColumnOptions, values: dict[str, Any]) -> Colum
 
 
 def _typed_features(path: str) -> dict[str, list[str]]:
-    """Return the feature names in TFDS's features.json, lower-case, by type: "Image", "ClassLabel"."""
+    """Return the names in TFDS's features.json, lower-case, by type: "Image", ..."""
     found: dict[str, list[str]] = {}
     try:
-        value = json.loads(beside(parent(path), "features.json") or "{}")
+        value = json.loads(read_text(join(parent(path), "features.json")) or "{}")
         for feature, description in value["featuresDict"]["features"].items():
             kind = str(description["pythonClassName"]).rpartition(".")[2]
             found.setdefault(kind, []).append(feature.lower())

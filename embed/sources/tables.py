@@ -25,8 +25,8 @@ from lit_fast.embed.sources.interface import (
     Skipped,
 )
 from lit_fast.errors import UserError
+from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import suffix
-from lit_fast.storage.read import open_binary
 
 MAX_LINE = 16 << 20  # characters
 
@@ -67,7 +67,7 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
       UserError: the file cannot be read.
     """
     json_lines = suffix(path) in (".jsonl", ".ndjson")
-    with open_binary(path) as file:
+    with open_read(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         try:
             yield from _json_lines(text) if json_lines else _csv_rows(text)
@@ -76,7 +76,7 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def refuse_key(options: ColumnOptions, where: str) -> None:
-    """Raise UserError if `options` name a key for a table of image files, whose path is the key."""
+    """Raise UserError if `options` name a key: that of an image file is its path."""
     if options.key:
         raise UserError(
             f"{where}: --key is not for tables of image files, where the path is the key; leave it out"
@@ -120,7 +120,7 @@ def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _lines_noting_end(text: IO[str], at_end: list[bool]) -> Iterator[str]:
-    """Yield the lines; fill `at_end` when one more was requested, as within an open quote."""
+    """Yield the lines; fill `at_end` when one more is requested (an open quote)."""
     yield from _lines(text)
     at_end.append(True)
 

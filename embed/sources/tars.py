@@ -1,4 +1,4 @@
-"""Read webdataset tars as img2dataset and CLIP_benchmark write them, without unpacking anything.
+"""Read webdataset tars as img2dataset and CLIP_benchmark write them.
 
 A row is all members with one key: the path up to the first dot of the file name. `.jpg`, `.jpeg`, `.png`
 and `.webp` are the image, `.txt` and `.json` hold captions, `.cls` a class number.
@@ -27,8 +27,8 @@ from lit_fast.embed.sources.interface import (
     is_utf8,
 )
 from lit_fast.errors import UserError
+from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import parent
-from lit_fast.storage.read import open_binary
 
 _TEXT_SUFFIXES = (".txt", ".json", ".cls")
 _MAX_TEXT = 1 << 20  # bytes of one member
@@ -63,7 +63,7 @@ def read_tar(path: str, options: ColumnOptions) -> Iterator[Item]:
     images = (f".{options.image.lower().lstrip('.')}",) if options.image else IMAGE_SUFFIXES
     last_key = ""
     try:
-        with open_binary(path) as file:
+        with open_read(path) as file:
             _refuse_compressed(path, file.read(6))
             size = file.seek(0, os.SEEK_END)
             for member in _members(file, size):
@@ -127,7 +127,10 @@ def _values(members: _Members, lines: bool) -> dict[str, Any]:
 
 
 def _columns(values: dict[str, Any], options: ColumnOptions) -> Columns:
-    """Return the named columns, by default the first of `captions`, `caption` and `txt` with a text, and `cls`."""
+    """Return the named columns.
+
+    By default these are the first of `captions`, `caption` and `txt` with a text, and `cls`.
+    """
     captions = options.captions
     if not captions:
         for name in ("captions", "caption", "txt"):
@@ -149,7 +152,7 @@ def _refuse_compressed(path: str, start: bytes) -> None:
 
 
 class _Headers:
-    """A file from which tarfile reads headers only; one of absurd size is refused, not loaded."""
+    """A file from which tarfile reads headers only, up to a maximal size."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.seek, self.tell, self._file = file.seek, file.tell, file
@@ -161,7 +164,7 @@ class _Headers:
 
 
 def _members(file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo | str]:
-    """Yield the members of an open tar, then a description of the damage, if there is any.
+    """Yield the members of an open tar, then a description of the damage, if any.
 
     tarfile takes a bad header in mid-file for the end of the archive, so the position where it stopped is checked.
     """

@@ -1,4 +1,4 @@
-"""`lit-fast verify`: check every stored byte of a dataset, and its features against the tower.
+"""`lit-fast verify`: check all stored bytes, and the features against the tower.
 
 Nothing is changed without `repair`.
 """
@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import open_features, stored_towers
 from lit_fast.data.tokens import stored_tokenizers
-from lit_fast.embed.verify.features import verify_features
+from lit_fast.embed.verify.features import repair_features, verify_features
 from lit_fast.embed.verify.findings import Finding
 from lit_fast.embed.verify.records import verify_records
-from lit_fast.embed.verify.repair import repair_features
 from lit_fast.errors import UserError
 from lit_fast.storage.files import write_json
 from lit_fast.storage.paths import StrPath

@@ -1,16 +1,20 @@
-"""Check the features of one tower: the manifests, the stored bytes, and a sample of rows against the tower."""
+"""Check and repair the features of one tower: manifests, stored bytes, sampled rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from lit_fast.data.features import Features, Manifest
+from lit_fast.data.features import Features, Manifest, tower_options
+from lit_fast.data.images.sources import check_sources
+from lit_fast.embed.extract import embed_dataset
+from lit_fast.embed.shard_writer import journal_path
 from lit_fast.embed.verify.findings import Finding, finish_remedy, repair_remedy, some
-from lit_fast.embed.verify.sample import verify_sample
+from lit_fast.embed.verify.sample import open_stored_tower, verify_sample
 from lit_fast.embed.verify.shard_scan import check_scan, scan_shard
 from lit_fast.errors import UserError
-from lit_fast.storage.files import exists
+from lit_fast.storage.files import exists, remove
+from lit_fast.storage.paths import join
 from lit_fast.utils.progress import Progress
 from lit_fast.utils.system import cpu_count
 
@@ -56,6 +60,47 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
     progress.close()
     if sample and readable:
         yield from verify_sample(features, array, readable, sample)
+
+
+def repair_features(features: Features, wrong: Sequence[Finding], sample: int) -> Iterator[Finding]:
+    """Embed the shards of findings again, and yield the findings of a second check.
+
+    The manifest is deleted first, so that a shard under repair never counts as finished.
+
+    Raises:
+      UserError: the tower's weights or the images are missing, or make other vectors than the store's.
+    """
+    if "imported" in features.provenance:
+        raise UserError(
+            f"{features.path} was imported and cannot be embedded here; {repair_remedy(features)}"
+        )
+    check_sources(features.dataset)
+    tower = open_stored_tower(features)
+    if isinstance(tower, Finding):
+        raise UserError(f"{features.path} cannot be repaired: {tower.what}; {tower.remedy}")
+    shards = sorted({f.shard for f in wrong if f.shard is not None})
+    has_wrong_metadata = any(f.shard is None for f in wrong)
+    for shard in shards:
+        remove(features.manifest_path(shard))
+        remove(journal_path(features, shard))
+        remove(features.shard_path(shard))  # TensorStore would read the end of a short one
+    if has_wrong_metadata:
+        try:
+            features.array(create=True)
+        except UserError:  # zarr.json has no information that tower.json and the dataset lack
+            remove(join(features.path, "zarr.json"))
+            features.array(create=True)
+    embed_dataset(
+        features.dataset.path,
+        features.provenance["source"],
+        name=features.tower,
+        views=features.views,
+        dtype=features.provenance["dtype"],
+        share=(0, 1),
+        **tower_options(features.provenance),
+    )
+    every = range(features.dataset.shards)
+    yield from verify_features(features, every if has_wrong_metadata else shards, sample)
 
 
 def _check_manifest(features: Features, manifest: Manifest) -> tuple[str, str] | None:

@@ -12,7 +12,7 @@ _SHOWN = 5  # rows or keys that a finding names
 
 @dataclass(frozen=True)
 class Finding:
-    """Damage, or, with `wrong=False`, a note on a check that was not possible or on something unusual."""
+    """Damage; with `wrong=False`, a note on something unusual or not checked."""
 
     part: str  # index, captions, tokens <name> or features <name>
     what: str

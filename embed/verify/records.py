@@ -1,4 +1,4 @@
-"""Check the records of a dataset: index, captions and tokens, against each other and `dataset.json`."""
+"""Check index, captions and tokens against each other and `dataset.json`."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _MIN_COSINE = {"float32": 0.9999, "bfloat16": 0.99}
 def verify_sample(
     features: Features, array: ts.TensorStore, manifests: list[Manifest], sample: int
 ) -> Iterator[Finding]:
-    """Embed evenly spaced rows again and yield one finding per shard with different features.
+    """Embed evenly spaced rows again; yield a finding per shard with other features.
 
     Args:
       array: `features.array()`.
@@ -87,7 +87,7 @@ def verify_sample(
 
 
 def open_stored_tower(features: Features) -> Tower | Finding:
-    """Return the tower that tower.json records, or a finding with the reason why it is not available."""
+    """Return the tower that tower.json records, or a finding if it is not available."""
     part, provenance = f"features {features.tower}", features.provenance
     if "imported" in provenance:
         what = "no row was embedded again: the features were imported, and their model is not available"
@@ -108,7 +108,7 @@ def open_stored_tower(features: Features) -> Tower | Finding:
 
 
 def _sampled_rows(manifests: list[Manifest], sample: int) -> list[int]:
-    """Return evenly spaced valid rows, at least one of every shard; the same for the same manifests."""
+    """Return evenly spaced valid rows, at least one of every shard."""
     rows: list[int] = []
     total = sum(m.rows for m in manifests)
     for manifest in manifests:
@@ -121,7 +121,7 @@ def _sampled_rows(manifests: list[Manifest], sample: int) -> list[int]:
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosines `[n, views]` of float32 `[n, views, width]`; 0 for a zero vector, NaN for one with NaN."""
+    """Return the cosines `[n, views]` of float32 `[n, views, width]`; 0 for zeros."""
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     with np.errstate(invalid="ignore"):
         return (a * b).sum(axis=-1) / np.maximum(norms, 1e-30)

@@ -1,4 +1,4 @@
-"""Read the features of one shard once: checksums, digest, NaN, zero and repeated rows.
+"""Check the features of one shard: checksums, digest, NaN, zero and repeated rows.
 
 Repeats are searched within a shard. Equal images have equal features, so some repeats are normal in any collection
 from the web and are only a note. Since rows are shuffled, `_MAX_RUN` equal neighbours, or more than half of a block
@@ -26,7 +26,7 @@ _MIN_VALID = 64  # blocks with fewer valid rows are not checked for equal halves
 
 @dataclass
 class ShardScan:
-    """Properties of the stored rows of a shard; positions are relative to its first row."""
+    """Properties of the rows of a shard; positions are relative to its first row."""
 
     digest: str
     hashes: np.ndarray  # uint64 [rows]
@@ -58,7 +58,10 @@ def scan_shard(array: ts.TensorStore, manifest: Manifest) -> ShardScan:
 
 
 def row_hashes(bits: np.ndarray) -> np.ndarray:
-    """Hash the rows of uint16 `[n, width]`: the sum over the row of splitmix64 of each word and its position.
+    """Hash rows: the sum over a row of splitmix64 of each word and its position.
+
+    Args:
+      bits: uint16 `[n, width]`.
 
     Returns:
       uint64 `[n]`.
@@ -73,7 +76,7 @@ def row_hashes(bits: np.ndarray) -> np.ndarray:
 
 
 def check_scan(features: Features, manifest: Manifest, scan: ShardScan, remedy: str) -> Iterator[Finding]:
-    """Yield the findings on a shard that was scanned, given its manifest and the remedy for damage."""
+    """Yield the findings on a scanned shard; `remedy` is that for damage."""
     part, shard, first = f"features {features.tower}", manifest.shard, manifest.first
     invalid = np.zeros(manifest.rows, bool)
     invalid[[r - first for r in manifest.invalid]] = True

@@ -1,22 +1,22 @@
-"""The commands `eval`, `info`, `compare`, `towers` and `demo`: their arguments and what they print.
-
-What they import is imported when they run, so that `--help` is fast.
-"""
+"""The subcommands `info`, `compare`, `towers` and `demo`. Their imports are inside the functions: `--help` is fast."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lit_fast.cli.main import Run
 from lit_fast.cli.options import check_output, write_json_output, write_output
 from lit_fast.errors import UserError
+from lit_fast.utils.output import result
 
 
 def info(parser: argparse.ArgumentParser) -> Run:
-    """Show what a dataset or a run holds, what is missing and the command that makes it."""
-    parser.add_argument("path", type=Path, metavar="PATH", help="directory of a dataset or a run")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the same as JSON")
+    """Show the contents of a dataset or run, what is missing and the command that creates it.
+
+    Example: lit-fast info data/pairs
+    """
+    parser.add_argument("path", metavar="PATH", help="directory of a dataset or a run")
+    parser.add_argument("--json", metavar="OUT", help="write the same as JSON")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.report.info import gather
@@ -24,22 +24,22 @@ def info(parser: argparse.ArgumentParser) -> Run:
 
         check_output(args.json)
         value = gather(args.path)
-        print(format_info(value))
+        result(format_info(value))
         write_json_output(args.json, value)
 
     return run
 
 
 def compare(parser: argparse.ArgumentParser) -> Run:
-    """Show runs side by side: what was set differently, what they took and what came out.
+    """Compare runs: configuration, cost and results.
 
-    Runs that are still at work, or were killed, are shown as far as they are.
+    Running and interrupted runs are included as far as they are.
+
+    Example: lit-fast compare runs/* --out compare.html
     """
-    parser.add_argument("runs", type=Path, nargs="+", metavar="W", help="directories of runs")
-    parser.add_argument(
-        "--json", type=Path, metavar="OUT", help="write the same, and all of the configs, as JSON"
-    )
-    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="write a page with the curves")
+    parser.add_argument("runs", nargs="+", metavar="W", help="directories of runs")
+    parser.add_argument("--json", metavar="OUT", help="write the same, and the full configurations, as JSON")
+    parser.add_argument("--out", metavar="PAGE.html", help="write a page with the curves")
 
     def run(args: argparse.Namespace) -> None:
         import shutil
@@ -49,7 +49,7 @@ def compare(parser: argparse.ArgumentParser) -> Run:
         check_output(args.json)
         check_output(args.out, "--out")
         records = read_records(args.runs)
-        print(format_comparison(records, shutil.get_terminal_size((120, 24)).columns))
+        result(format_comparison(records, shutil.get_terminal_size((120, 24)).columns))
         write_json_output(args.json, as_json(records))
         if args.out:
             write_output(args.out, comparison_page(records).encode(), "--out")
@@ -58,12 +58,14 @@ def compare(parser: argparse.ArgumentParser) -> Run:
 
 
 def towers(parser: argparse.ArgumentParser) -> Run:
-    """List public vision towers: what they make, what they cost, whose they are.
+    """List public vision towers: architecture, size, cost and licence.
 
-    Every name works as `lit-fast embed --tower NAME`. GFLOPs are per image, two operations per
-    multiply-add; parameters are those without the classifier.
+    Each name can be used as `lit-fast embed --tower NAME`. GFLOPs are per image, with two operations per
+    multiply-add; parameters are without the classifier.
+
+    Example: lit-fast towers dinov2
     """
-    parser.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of name or family")
+    parser.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of a name or family")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.weights.registry import format_towers, known_towers
@@ -71,15 +73,18 @@ def towers(parser: argparse.ArgumentParser) -> Run:
         word = args.pattern.lower()
         found = [t for t in known_towers() if word in t.name.lower() or word in t.family.lower()]
         if not found:
-            raise UserError(f"no known tower has {args.pattern!r} in its name; without it all are listed")
-        print(format_towers(found))
+            raise UserError(f"no known tower has {args.pattern!r} in its name; omit it to list all")
+        result(format_towers(found))
 
     return run
 
 
 def demo(parser: argparse.ArgumentParser) -> Run:
-    """Show the whole way on pictures that it draws itself, in minutes on a laptop."""
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: demo")
+    """Run all stages on generated images, in minutes on a laptop.
+
+    Example: lit-fast demo --out demo
+    """
+    parser.add_argument("--out", default="demo", metavar="DIR", help="output directory (default: demo)")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.demo.demo import run_demo

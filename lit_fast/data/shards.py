@@ -53,10 +53,13 @@ class BlockReader:
 
     The index of every shard is kept, 1 KiB each, so that a block is one read. After a damaged read the index is read
     again, because the shard may have been replaced meanwhile.
+
+    Args:
+      store: the directory of the array.
+      rows: rows of the array.
     """
 
     def __init__(self, store: str, rows: int) -> None:
-        """Args: store, the directory of the array; rows of the array."""
         self._store, self._rows = store, rows
         self._indices: dict[int, np.ndarray] = {}  # shard -> uint64 [blocks, 2]: offset, length
 

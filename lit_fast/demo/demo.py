@@ -121,8 +121,7 @@ def draw_scenes(scenes: str) -> None:
 
 
 def _write_page(out: StrPath, page: str, commands: list[str], seconds: float | None) -> None:
-    from lit_fast.demo.page import build_page
-    from lit_fast.demo.results import confusions, gallery
+    from lit_fast.demo.page import build_page, confusions, gallery
     from lit_fast.runs.metrics import read_metrics
     from lit_fast.runs.run import open_run
 

@@ -22,7 +22,9 @@ _BATCH = 64
 def check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:
     """Raise UserError if labels or templates cannot be used."""
     if len(labels) < 2:
-        raise UserError("give at least two labels, as in --labels 'a cat,a dog'")
+        raise UserError(
+            "fewer than two labels were given; give at least two labels, as in --labels 'a cat,a dog'"
+        )
     names = canonical_names(labels)
     canonical_templates(templates)
     name, count = Counter(names).most_common(1)[0]
@@ -33,7 +35,7 @@ def check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:
 
 
 def expand_images(paths: Sequence[StrPath]) -> list[str]:
-    """Return the files, and for each directory the image files directly in it, sorted by name.
+    """Return files as they are, and the image files of directories, sorted by name.
 
     Raises:
       UserError: a directory has no image files.
@@ -94,7 +96,7 @@ def describe_scores(model: Model) -> str:
 
 
 def format_scores(images: Sequence[StrPath], labels: Sequence[str], scores: np.ndarray) -> str:
-    """Return a line for each image without error: its name, then the labels by decreasing score."""
+    """Return a line for each image without error: name, labels by decreasing score."""
     lines = []
     width = max((len(str(image)) for image in images), default=0)
     for image, row in zip(images, scores, strict=True):

@@ -1,4 +1,6 @@
-"""Read the directory of a trained model that `lit-fast export` writes; it is complete without any other file.
+"""Read the directory of a trained model that `lit-fast export` writes.
+
+It needs no file outside it.
 
     DIR/config.json         text tower, loss, rules of the tokenizer
     DIR/model.safetensors   float32 under big_vision's names: txt/... and img/... the towers, t, b, mean, img/head
@@ -52,7 +54,10 @@ _MAX_SIZE = 1 << 20
 
 
 class ExportedModel(NamedTuple):
-    """All of the directory except the vision tower's weights; fields as in `lit_fast.inference.model.Model`."""
+    """The model without the vision tower's weights.
+
+    The fields are those of `lit_fast.inference.model.Model`.
+    """
 
     step: int
     average: bool
@@ -70,7 +75,7 @@ def is_exported(path: StrPath) -> bool:
 
 
 def download_exported(snapshot: Snapshot) -> str:
-    """Return the directory of an exported model of the Hugging Face Hub in the local cache.
+    """Download an exported model of the Hugging Face Hub; return its directory.
 
     Raises:
       UserError: the repository is not an exported model, or the download fails.
@@ -158,9 +163,9 @@ def _is_vision(name: str) -> bool:
 
 
 def _read_params(path: StrPath, shapes: Any, prefix: str, select: Callable[[str], bool]) -> Params:
-    """Read the parameters whose names `select` accepts, without the prefix of their names.
+    """Read the parameters whose names `select` accepts.
 
-    Nothing is read unless all have the names and shapes of the tree `shapes`.
+    The prefix is removed from their names. Nothing is read unless all have the names and shapes of the tree `shapes`.
     """
     weights = join(path, WEIGHTS)
     expected = {prefix + name: leaf.shape for name, leaf in flatten_dict(shapes, sep="/").items()}
@@ -168,17 +173,20 @@ def _read_params(path: StrPath, shapes: Any, prefix: str, select: Callable[[str]
         found = {name: shape for name, shape in file.shapes.items() if select(name)}
         for name in sorted(expected.keys() | found.keys()):
             if name not in found:
-                raise UserError(f"{weights} does not match the files beside it: {name} is missing")
+                raise UserError(
+                    f"{weights} does not match the files beside it: {name} is missing; export the model again"
+                )
             if found[name] != expected.get(name):
                 wanted = expected.get(name, "no such array")
                 raise UserError(
-                    f"{weights} does not match the files beside it: {name} has shape {found[name]}, expected {wanted}"
+                    f"{weights} does not match the files beside it: {name} has shape {found[name]}, expected {wanted}; "
+                    "export the model again"
                 )
         return nested(((name.removeprefix(prefix), file.take(name)) for name in expected), weights)
 
 
 def _config(path: str, model: dict[str, Any]) -> Config:
-    """Build the config of the text tower and the loss from the content of `config.json`."""
+    """Build the config of the text tower and the loss from `config.json`."""
     for section, keys in (("text", TEXT_KEYS), ("loss", LOSS_KEYS)):
         if missing := [
             key for key in keys if key not in model[section]

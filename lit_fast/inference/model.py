@@ -108,18 +108,19 @@ class Model:
     encode_text = embed_text
 
     def score(self, images: Sequence[ImageLike], texts: Sequence[str]) -> np.ndarray:
-        """Return the probability float32 [images, texts] that an image and a text match, see `probabilities`."""
+        """Return `probabilities` float32 [images, texts] of images and texts."""
         return self.compare(self.embed_image(images), self.embed_text(texts))
 
     def compare(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """Return `probabilities` float32 [n, m] of normalised embeddings [n, width] and [m, width]."""
+        """Return `probabilities` float32 [n, m] of embeddings [n, width], [m, width]."""
         return self.probabilities(images @ texts.T)
 
     def probabilities(self, cosines: np.ndarray) -> np.ndarray:
-        """Return probabilities float32 [n, m] of cosines float32 [n, m] of images with texts.
+        """Return the probabilities that images and texts match, from their cosines.
 
-        Sigmoid loss: the probability of each pair, independent of the others, `sigmoid(t cos + b)`. Softmax loss: the
-        probability of each text among the given ones, `softmax(t cos)` over the texts.
+        Cosines and probabilities are float32 [images, texts]. Sigmoid loss: the probability of each pair, independent
+        of the others, `sigmoid(t cos + b)`. Softmax loss: the probability of each text among the given ones,
+        `softmax(t cos)` over the texts.
         """
         logits = np.exp(self.params["t"][0]) * cosines
         if self.loss.name == "softmax":
@@ -141,7 +142,7 @@ class Model:
 
 
 def load(path: StrPath, *, step: int | None = None, average: bool = False, tower: str | None = None) -> Model:
-    """Load a model from a run, an exported directory, or an exported model of the Hugging Face Hub.
+    """Load a model from a run, an exported directory, or the Hugging Face Hub.
 
     Args:
       path: the directory, or hf:OWNER/NAME[@REVISION], which is downloaded on first use.
@@ -186,7 +187,7 @@ def _load_run(path: str, step: int | None, average: bool, weights: str | None) -
 
 
 def _open_tower_of_run(path: str, provenance: dict[str, Any], weights: str | None) -> Tower:
-    """Open the tower that a run's `tower.json` describes, from the recorded source or from other weights."""
+    """Open the tower of a run's `tower.json`, from its source or from other weights."""
     if "architecture" not in provenance:
         raise UserError(
             f"the features that {path} was trained with were not made by lit-fast embed, so images cannot be embedded; "

@@ -1,7 +1,7 @@
-"""Find the rows of a dataset that are nearest to queries: all stored features are compared, in float32.
+"""Find the rows of a dataset that are nearest to queries.
 
-Blocks are read with TensorStore while others are scored. Memory holds `_IN_FLIGHT` blocks and the best rows, whatever
-the size of the dataset.
+All stored features are compared, in float32. Threads read and score one block each. Memory holds `_IN_FLIGHT` blocks
+and the best rows, whatever the size of the dataset.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, Dataset, decode_block, decode_captions
-from lit_fast.data.features import Features
-from lit_fast.data.shards import read_error
+from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.errors import UserError
 from lit_fast.utils.system import cpu_count
 
-_IN_FLIGHT = 16  # blocks that are being read or scored
+_IN_FLIGHT = 16  # blocks whose results are awaited
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,32 @@ class Hit:
     captions: tuple[str, ...]
 
 
-class _Nearest(NamedTuple):
-    """Per query the best rows, by decreasing cosine."""
+class _Nearest:
+    """The best rows of every query so far, by decreasing cosine.
 
-    rows: np.ndarray  # int64 [queries, n]
-    cosines: np.ndarray  # float32 [queries, n]
+    Unfilled entries have the cosine -inf.
+
+    Attributes:
+      rows: int64 [queries, top].
+      cosines: float32 [queries, top].
+    """
+
+    def __init__(self, num_queries: int, top: int) -> None:
+        self.rows = np.zeros((num_queries, top), np.int64)
+        self.cosines = np.full((num_queries, top), -np.inf, np.float32)
+
+    def update(self, rows: np.ndarray, cosines: np.ndarray) -> None:
+        """Add rows int64 [n] with cosines float32 [n, queries].
+
+        Rows must be greater than all rows before.
+        """
+        changed = np.flatnonzero(cosines.max(axis=0, initial=-np.inf) > self.cosines[:, -1])
+        new_rows = np.broadcast_to(rows, (len(changed), len(rows)))
+        rows = np.concatenate([self.rows[changed], new_rows], axis=1)
+        cosines = np.concatenate([self.cosines[changed], cosines.T[changed]], axis=1)
+        order = np.argsort(-cosines, axis=1, kind="stable")[:, : self.rows.shape[1]]
+        self.rows[changed] = np.take_along_axis(rows, order, axis=1)
+        self.cosines[changed] = np.take_along_axis(cosines, order, axis=1)
 
 
 def search(
@@ -63,57 +81,50 @@ def search(
     Raises:
       UserError: a shard is missing or damaged, or a feature is not finite.
     """
-    array, num_rows = features.array(), features.dataset.rows
+    features.array()  # check its shape and layout
+    reader, num_rows = features.block_reader(), features.dataset.rows
     valid = np.ones(num_rows, bool)
     valid[list(features.invalid_rows())] = False
 
-    def search_block(first: int, read: ts.Future[np.ndarray]) -> _Nearest:
-        block = read.result()
-        rows = first + np.flatnonzero(valid[first : first + len(block)])
-        if len(rows) < len(block):
-            block = block[rows - first]
+    top = min(top, int(valid.sum()))
+    if not top:
+        return [[] for _ in queries]
+
+    def score_block(block: int) -> tuple[np.ndarray, np.ndarray]:
+        stored = np.empty((BLOCK, features.views * features.width), BFLOAT16)
+        reader.read(block, stored)
+        first = block * BLOCK
+        rows = first + np.flatnonzero(valid[first : first + BLOCK])
         with np.errstate(invalid="ignore", over="ignore"):
-            cosines = queries @ embed(block).T
+            cosines = embed(stored[rows - first, : features.width]) @ queries.T
         if not np.isfinite(cosines).all():
-            row = rows[np.argmin(np.isfinite(cosines).all(axis=0))]
+            row = rows[np.argmin(np.isfinite(cosines).all(axis=1))]
             raise UserError(
                 f"{features.path}: the features of row {row:,} are not finite; find and fix damaged shards with: "
                 f"lit-fast verify {features.dataset.path} --tower {features.tower} --repair"
             )
-        return _largest(np.broadcast_to(rows, cosines.shape), cosines, top)
+        return rows, cosines
 
-    nearest = _Nearest(np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32))
-    pending: deque[Future[_Nearest]] = deque()
+    nearest = _Nearest(len(queries), top)
+    pending: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(cpu_count(), thread_name_prefix="search")
     try:
-        for first in range(0, num_rows, BLOCK):
-            read = array[first : min(first + BLOCK, num_rows), : features.width].read()
-            pending.append(pool.submit(search_block, first, read))
+        for block in range(features.dataset.blocks):
+            pending.append(pool.submit(score_block, block))
             if len(pending) == _IN_FLIGHT:
-                nearest = _merge(nearest, pending.popleft().result(), top)
-        for block_nearest in pending:
-            nearest = _merge(nearest, block_nearest.result(), top)
-    except ValueError as error:  # TensorStore found a wrong checksum
-        raise read_error(features.path, error) from None
+                nearest.update(*pending.popleft().result())
+        while pending:
+            nearest.update(*pending.popleft().result())
     finally:
         pool.shutdown(cancel_futures=True)
-    return [list(zip(r.tolist(), c.tolist(), strict=True)) for r, c in zip(*nearest, strict=True)]
-
-
-def _merge(earlier: _Nearest, later: _Nearest, top: int) -> _Nearest:
-    """Merge the results of earlier and of later rows."""
-    rows, cosines = (np.concatenate(pair, axis=1) for pair in zip(earlier, later, strict=True))
-    return _largest(rows, cosines, top)
-
-
-def _largest(rows: np.ndarray, cosines: np.ndarray, top: int) -> _Nearest:
-    """Select the greatest cosines of each query; of equal ones the first."""
-    order = np.argsort(-cosines, axis=1, kind="stable")[:, :top]
-    return _Nearest(np.take_along_axis(rows, order, axis=1), np.take_along_axis(cosines, order, axis=1))
+    return [
+        list(zip(rows.tolist(), cosines.tolist(), strict=True))
+        for rows, cosines in zip(nearest.rows, nearest.cosines, strict=True)
+    ]
 
 
 def read_hits(dataset: Dataset, found: list[tuple[int, float]]) -> list[Hit]:
-    """Read the keys and captions of rows with their cosines, as `search` returns them."""
+    """Read the keys and captions of rows that `search` found."""
     index, captions = dataset.index_reader(), dataset.captions_reader()
     blocks = {row // BLOCK for row, _ in found}
     keys = {block: decode_block(index.read(block)).keys for block in blocks}

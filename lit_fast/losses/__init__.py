@@ -1,3 +1,6 @@
-"""The losses over all pairs of a batch, worked through tile by tile on a ring of devices."""
+"""Contrastive losses over all pairs of a global batch, in tiles on a ring of devices.
 
-from __future__ import annotations
+`contrastive` has the entry point and the sigmoid formula, `softmax` the softmax formula. `pairs` decides which pairs
+are positive, negative or masked, `negatives` finds the hardest or easiest ones. `accumulate` sums a formula's loss,
+gradients and logit statistics over all tiles; `ring` scans over the tiles of all devices.
+"""

@@ -1,171 +1,285 @@
-"""Loss, gradients and logits of all pairs, added up tile by tile from what a formula says of each pair."""
+"""Loss, gradients and logit statistics of all pairs, summed over the tiles of the ring.
+
+A loss formula (`PairLossFn`) maps one tile of pairs to its loss and the derivative by each logit. Gradients are formed
+in the same pass: nothing is stored for a backward pass, and no array of batch x batch exists.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lit_fast.config import LossConfig
-from lit_fast.losses.logit_stats import Logits, add_logits, no_logits
-from lit_fast.losses.pairs import Images, Texts, sort_out
-from lit_fast.losses.ring import cut_texts, go_round, join, meet_texts
+from lit_fast.losses.pairs import ImageSide, TextSide, pair_masks
+from lit_fast.losses.ring import from_tiles, ring_scan, scan_text_tiles, to_text_tiles
 from lit_fast.utils.normalize import normalize
 
-# The products of one tile of pairs: similarities, and gradients from the slopes of the loss.
 
+class LossParams(NamedTuple):
+    """What a loss is differentiated by. Gradients have the same structure."""
 
-class Trained(NamedTuple):
-    """What a loss is differentiated by; gradients have the same form."""
-
-    texts: jax.Array  # float32 [m, width], normalised, of this device
+    texts: jax.Array  # float32 [m, width], normalised embeddings of this device's texts
     log_scale: jax.Array  # float32 [], logarithm of the temperature
     bias: jax.Array | None = None  # float32 []
-    head: jax.Array | None = None  # float32 [width, width], of the images
+    head: jax.Array | None = None  # float32 [width, width], applied to the image features
 
 
-class Embedded(NamedTuple):
-    """One tile of images."""
-
-    images: jax.Array  # float32 [tile, width], normalised
-    pull_back: Callable | None  # from a gradient of `images` to that of the head
+# --- tiles of images, texts and pairs
 
 
-def embed(precision: str, head: jax.Array | None, features: jax.Array) -> Embedded:
-    """The tile of normalised features float32 or bfloat16 [tile, width].
+class ImageTile(NamedTuple):
+    """n images."""
 
-    The head is applied where the features arrive. Its gradient is linear in that of the image embeddings,
-    so each device adds up its own part, and neither embeddings nor their gradients travel.
+    embeddings: jax.Array  # float32 [n, width], normalised
+    side: ImageSide
+    valid: jax.Array  # bool [n]
+
+
+class TextTile(NamedTuple):
+    """m texts, or [tiles, m, ...] for all tiles of a device."""
+
+    embeddings: jax.Array  # float32 [m, width], normalised
+    side: TextSide
+    valid: jax.Array  # bool [m]
+    inputs: Any = None  # of the loss formula, arrays [m, ...]
+
+
+class PairTile(NamedTuple):
+    """All pairs of n images and m texts; the booleans are broadcastable to [n, m]."""
+
+    cosine: jax.Array  # float32 [n, m]
+    positive: jax.Array
+    used: jax.Array
+
+
+HeadVjp = Callable[[jax.Array], tuple[jax.Array]]
+
+
+def make_image_tile(
+    config: LossConfig, head: jax.Array | None, side: ImageSide, valid: jax.Array
+) -> tuple[ImageTile, HeadVjp | None]:
+    """Embed a tile of images; the head is applied on the device where the features are used.
+
+    The gradient by the head is linear in that by the embeddings. So each device sums its own part, and neither
+    embeddings nor their gradients rotate.
+
+    Returns:
+      The tile, and the function from a gradient by its embeddings to that by the head (None without a head).
     """
-    features = features.astype(jnp.float32)
+    features = side.features.astype(jnp.float32)
     if head is None:
-        return Embedded(features, None)
-    images, pull_back = jax.vjp(lambda w: apply_head(features, w, precision), head)
-    return Embedded(images, pull_back)
+        return ImageTile(features, side, valid), None
+    embeddings, head_vjp = jax.vjp(lambda w: apply_head(features, w, config.precision), head)
+    return ImageTile(embeddings, side, valid), head_vjp
 
 
 def apply_head(features: jax.Array, head: jax.Array, precision: str) -> jax.Array:
-    """Normalised image embeddings float32 [n, width] of normalised features and a head [width, width]."""
-    # The filling of a tile is zero, where a norm has no gradient.
-    known = jnp.any(features != 0, axis=-1, keepdims=True)
-    linear = jnp.where(known, _dot(precision)("nd,de->ne", features, head), 1.0)
-    return jnp.where(known, normalize(linear), 0.0)
+    """Map features [n, width] by a head [width, width] to normalised embeddings, float32 [n, width]."""
+    # The padding of a tile is zero, where a norm has no gradient.
+    nonzero = jnp.any(features != 0, axis=-1, keepdims=True)
+    linear = jnp.where(nonzero, _einsum(precision, "nd,de->ne", features, head), 1.0)
+    return jnp.where(nonzero, normalize(linear), 0.0)
 
 
-def cosines(precision: str, images: jax.Array, texts: jax.Array) -> jax.Array:
-    """float32 [n, m] of normalised images [n, width] and texts [m, width]."""
-    return _dot(precision)("nd,md->nm", images, texts)
+def make_text_tiles(config: LossConfig, params: LossParams, side: TextSide, inputs: Any = None) -> TextTile:
+    """Split this device's texts into tiles, arrays [tiles, m, ...]."""
+    (embeddings, side, inputs), valid = to_text_tiles(config.tile, (params.texts, side, inputs))
+    return TextTile(embeddings, side, valid, inputs)
 
 
-def by_texts(precision: str, slope: jax.Array, images: jax.Array) -> jax.Array:
-    """The gradient float32 [m, width] by the texts, from that by the cosines, `slope` float32 [n, m]."""
-    return _dot(precision)("nm,nd->md", slope, images)
+def make_pair_tile(config: LossConfig, num_images: int, images: ImageTile, texts: TextTile) -> PairTile:
+    """Compare n images with m texts; `num_images` is the size of the global batch."""
+    cosine = _einsum(config.precision, "nd,md->nm", images.embeddings, texts.embeddings)
+    valid = images.valid[:, None] & texts.valid
+    return PairTile(cosine, *pair_masks(config, num_images, images.side, texts.side, valid))
 
 
-def by_images(precision: str, slope: jax.Array, texts: jax.Array) -> jax.Array:
-    """The gradient float32 [n, width] by the images, likewise."""
-    return _dot(precision)("nm,md->nd", slope, texts)
+def _einsum(precision: str, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _dot(precision: str) -> Callable:
-    return partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+# --- statistics of the logits
 
 
-class Pairs(NamedTuple):
-    """One tile of pairs; the booleans are broadcastable to [n, m]."""
+class LogitSums(NamedTuple):
+    """Sums over used pairs, each float32 []."""
 
-    cosine: jax.Array  # float32 [n, m]
-    positive: jax.Array  # bool
-    used: jax.Array  # bool
-
-
-class Judged(NamedTuple):
-    """What a formula says of a tile of pairs."""
-
-    loss: jax.Array  # float32 [], of the used pairs
-    slope: (
-        jax.Array
-    )  # float32 [n, m], the derivative of the loss by each logit, zero where a pair is not used
-    logit: jax.Array  # float32 [n, m]
-    used: jax.Array  # bool, broadcastable to [n, m]: a formula may leave out more pairs
+    num_positives: jax.Array
+    num_negatives: jax.Array
+    positives: jax.Array
+    negatives: jax.Array
 
 
-Sums = tuple[jax.Array, Trained, Logits]
-Formula = Callable[[Pairs, Any, Any], Judged]
+class LogitMaxima(NamedTuple):
+    """Maxima over used pairs, each float32 []; minima are negated, so that one `pmax` serves all four."""
+
+    positives: jax.Array
+    negatives: jax.Array
+    negated_positives: jax.Array
+    negated_negatives: jax.Array
 
 
-def pair_sums(
+class LogitStats(NamedTuple):
+    """Statistics of the logits of used pairs."""
+
+    sums: LogitSums
+    maxima: LogitMaxima
+
+
+def init_logit_stats() -> LogitStats:
+    """Return the statistics of no pairs."""
+    return LogitStats(LogitSums(*[jnp.zeros(())] * 4), LogitMaxima(*[jnp.full((), -jnp.inf)] * 4))
+
+
+def update_logit_stats(
+    stats: LogitStats, logits: jax.Array, positive: jax.Array, used: jax.Array
+) -> LogitStats:
+    """Add one tile: logits float32 [n, m], the booleans broadcastable to that."""
+    sums, maxima = stats
+    negative, positive = used & ~positive, positive & used
+
+    def maximum(x: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.max(jnp.where(mask, x, -jnp.inf))
+
+    sums = LogitSums(
+        sums.num_positives + jnp.sum(positive, dtype=jnp.int32),
+        sums.num_negatives + jnp.sum(negative, dtype=jnp.int32),
+        sums.positives + jnp.sum(jnp.where(positive, logits, 0.0)),
+        sums.negatives + jnp.sum(jnp.where(negative, logits, 0.0)),
+    )
+    maxima = LogitMaxima(
+        jnp.maximum(maxima.positives, maximum(logits, positive)),
+        jnp.maximum(maxima.negatives, maximum(logits, negative)),
+        jnp.maximum(maxima.negated_positives, maximum(-logits, positive)),
+        jnp.maximum(maxima.negated_negatives, maximum(-logits, negative)),
+    )
+    return LogitStats(sums, maxima)
+
+
+def logit_metrics(stats: LogitStats) -> dict[str, jax.Array]:
+    """Return named metrics, float32 [], of the statistics of the global batch.
+
+    Where there is no pair of a kind, the mean is NaN and minimum and maximum are infinite.
+    """
+    sums, maxima = stats
+    return {
+        "positive_logit_mean": sums.positives / sums.num_positives,
+        "positive_logit_min": -maxima.negated_positives,
+        "positive_logit_max": maxima.positives,
+        "negative_logit_mean": sums.negatives / sums.num_negatives,
+        "negative_logit_min": -maxima.negated_negatives,
+        "negative_logit_max": maxima.negatives,
+    }
+
+
+# --- the sum over all tiles
+
+
+class TileLoss(NamedTuple):
+    """Loss of one tile of pairs."""
+
+    loss: jax.Array  # float32 [], sum over the used pairs
+    dlogits: jax.Array  # float32 [n, m], derivative of the loss by each logit, zero where a pair is not used
+    logits: jax.Array  # float32 [n, m]
+    used: jax.Array  # bool, broadcastable to [n, m]; a formula may mask more pairs than PairTile.used
+
+
+class LossAndGrads(NamedTuple):
+    """This device's share of the loss and its gradients; the shares of all devices add up."""
+
+    loss: jax.Array  # float32 []
+    grads: LossParams
+    stats: LogitStats
+
+
+PairLossFn = Callable[[PairTile, Any, Any], TileLoss]
+"""A loss formula: (pairs, image_inputs of the tile, text_inputs of the tile) -> TileLoss."""
+
+
+class _Sums(NamedTuple):
+    """Sums over pairs."""
+
+    loss: jax.Array  # float32 []
+    dlogits: jax.Array  # float32 []
+    stats: LogitStats
+
+
+class _LocalCarry(NamedTuple):
+    """State of this device."""
+
+    sums: _Sums
+    dtexts: jax.Array  # float32 [tiles, m, width], the gradient by the texts without the factor `scale`
+    dhead: jax.Array | None  # float32 [width, width]
+
+
+def accumulate_pair_loss(
     config: LossConfig,
-    devices: int,
-    trained: Trained,
-    images: Images,
-    texts: Texts,
-    formula: Formula,
-    of_images: Any = None,
-    of_texts: Any = None,
-) -> Sums:
-    """This device's share of the loss, its gradients and the logits of its pairs, in one round.
+    num_devices: int,
+    params: LossParams,
+    images: ImageSide,
+    texts: TextSide,
+    pair_loss: PairLossFn,
+    image_inputs: Any = None,
+    text_inputs: Any = None,
+) -> LossAndGrads:
+    """Sum a formula's loss, gradients and logit statistics over all pairs, in one scan of the ring.
 
     Args:
-      config, devices, trained, images, texts: as of `pair_loss`.
-      formula: (pairs, tile of `of_images`, tile of `of_texts`) -> Judged.
-      of_images: tree of arrays [n, ...] that travel with the images, for the formula.
-      of_texts: tree of arrays [m, ...], for the formula.
+      config, num_devices, params, images, texts: as of `contrastive.contrastive_loss`.
+      pair_loss: the formula.
+      image_inputs: tree of arrays [n, ...] for the formula; they rotate with the images.
+      text_inputs: tree of arrays [m, ...] for the formula.
     """
-    scale, precision = jnp.exp(trained.log_scale), config.precision
-    count = len(images.rows) * devices
-    home, real_texts = cut_texts(config.tile, (trained.texts, texts, of_texts))
+    scale, precision = jnp.exp(params.log_scale), config.precision
+    num_images = len(images.rows) * num_devices
+    text_tiles = make_text_tiles(config, params, texts, text_inputs)
 
-    def visit(sums: tuple, visitor: tuple[Images, Any], _: None, real: jax.Array) -> tuple[tuple, None]:
-        block, of_block = visitor
-        loss, slopes, text_gradient, head_gradient, logits = sums
-        embedded = embed(precision, trained.head, block.features)
+    def block_body(
+        carry: _LocalCarry, block: tuple[ImageSide, Any], _: None, valid: jax.Array
+    ) -> tuple[_LocalCarry, None]:
+        """Add the pairs of one image tile with all texts of this device."""
+        image_side, image_inputs = block
+        image_tile, head_vjp = make_image_tile(config, params.head, image_side, valid)
 
-        def meet(
-            totals: tuple, gradient: jax.Array, met: tuple[jax.Array, Texts, Any], real_texts: jax.Array
-        ) -> tuple[tuple, jax.Array]:
-            loss, slopes, image_gradient, logits = totals
-            texts, known, of_known = met
-            cosine = cosines(precision, embedded.images, texts)
-            positive, used = sort_out(config, count, block, known, real[:, None] & real_texts)
-            judged = formula(Pairs(cosine, positive, used), of_block, of_known)
-            if embedded.pull_back is not None:
-                image_gradient += by_images(precision, judged.slope, texts)
-            totals = (
-                loss + judged.loss,
-                slopes + jnp.sum(judged.slope),
-                image_gradient,
-                add_logits(logits, judged.logit, positive, judged.used),
+        def tile_body(
+            carry: tuple[_Sums, jax.Array | None], dtexts: jax.Array, text_tile: TextTile
+        ) -> tuple[tuple[_Sums, jax.Array | None], jax.Array]:
+            """Add the pairs of one image tile with one text tile; `dtexts` float32 [m, width] is of the latter."""
+            sums, dimages = carry
+            pairs = make_pair_tile(config, num_images, image_tile, text_tile)
+            loss, dlogits, logits, used = pair_loss(pairs, image_inputs, text_tile.inputs)
+            if dimages is not None:
+                dimages += _einsum(precision, "nm,md->nd", dlogits, text_tile.embeddings)
+            sums = _Sums(
+                sums.loss + loss,
+                sums.dlogits + jnp.sum(dlogits),
+                update_logit_stats(sums.stats, logits, pairs.positive, used),
             )
-            return totals, gradient + by_texts(precision, judged.slope, embedded.images)
+            return (sums, dimages), dtexts + _einsum(precision, "nm,nd->md", dlogits, image_tile.embeddings)
 
-        none_yet = None if embedded.pull_back is None else jnp.zeros_like(embedded.images)
-        totals = (loss, slopes, none_yet, logits)
-        (loss, slopes, image_gradient, logits), text_gradient = meet_texts(
-            meet, totals, text_gradient, home, real_texts
-        )
-        if embedded.pull_back is not None:
-            head_gradient += embedded.pull_back(scale * image_gradient)[0]
-        return (loss, slopes, text_gradient, head_gradient, logits), None
+        dimages = None if head_vjp is None else jnp.zeros_like(image_tile.embeddings)
+        (sums, dimages), dtexts = scan_text_tiles(tile_body, (carry.sums, dimages), carry.dtexts, text_tiles)
+        dhead = carry.dhead
+        if head_vjp is not None and dhead is not None:
+            dhead += head_vjp(scale * dimages)[0]
+        return _LocalCarry(sums, dtexts, dhead), None
 
     zero = jnp.zeros(())
-    head = None if trained.head is None else jnp.zeros_like(trained.head)
-    sums = (zero, zero, jnp.zeros_like(home[0]), head, no_logits())
-    (loss, slopes, text_gradient, head, logits), _ = go_round(
-        devices, config.tile, visit, sums, (images, of_images)
+    carry = _LocalCarry(
+        _Sums(zero, zero, init_logit_stats()),
+        jnp.zeros_like(text_tiles.embeddings),
+        None if params.head is None else jnp.zeros_like(params.head),
     )
-    text_gradient = join(len(trained.texts), text_gradient)
-    return (
-        loss,
-        Trained(
-            scale * text_gradient,
-            # The sum of slope x scale x cosine over the pairs, without another look at them.
-            scale * jnp.sum(text_gradient * trained.texts),
-            None if trained.bias is None else slopes,
-            head,
-        ),
-        logits,
+    (sums, dtexts, dhead), _ = ring_scan(num_devices, config.tile, block_body, carry, (images, image_inputs))
+    dtexts = from_tiles(len(params.texts), dtexts)
+    grads = LossParams(
+        texts=scale * dtexts,
+        # sum of dlogits * scale * cosine over all pairs, without computing the cosines again
+        log_scale=scale * jnp.sum(dtexts * params.texts),
+        bias=None if params.bias is None else sums.dlogits,
+        head=dhead,
     )
+    return LossAndGrads(sums.loss, grads, sums.stats)

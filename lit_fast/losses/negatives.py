@@ -7,55 +7,63 @@ import jax.numpy as jnp
 from jax import lax
 
 from lit_fast.config import LossConfig
-from lit_fast.losses.accumulate import Trained, cosines, embed
-from lit_fast.losses.pairs import Images, Texts, sort_out
-from lit_fast.losses.ring import cut_texts, go_round, meet_texts
+from lit_fast.losses.accumulate import (
+    LossParams,
+    TextTile,
+    make_image_tile,
+    make_pair_tile,
+    make_text_tiles,
+)
+from lit_fast.losses.pairs import ImageSide, TextSide
+from lit_fast.losses.ring import ring_scan, scan_text_tiles
 from lit_fast.runtime import AXIS
 
-_CUTS = 64
+_CUTS = 64  # per pass
 _PASSES = 3
 
 
 def hardness(config: LossConfig, cosine: jax.Array) -> jax.Array:
-    """What the negatives are ranked by; as the loss of a negative grows with its logit, its cosine will do."""
+    """Return the key that negatives are ranked by; the loss of a negative grows with its cosine."""
     return cosine if config.negatives == "hardest" else -cosine
 
 
-def threshold(config: LossConfig, devices: int, trained: Trained, images: Images, texts: Texts) -> jax.Array:
-    """The hardness float32 [] from which on the negatives of the global batch are kept.
+def hardness_threshold(
+    config: LossConfig, num_devices: int, params: LossParams, images: ImageSide, texts: TextSide
+) -> jax.Array:
+    """Find the hardness, float32 [], from which on negatives of the global batch are used.
 
-    Sorting all pairs would need a batch x batch buffer. Instead the negatives above 64 cuts are counted on
-    all devices and the search goes on between two of the cuts, three times: the images go round three times
-    more. At least `negatives_per_positive` times the texts are kept, and more only by those within
-    2.02 / 65**3 = 7.4e-6 of the threshold, a rounding of the logits.
+    Sorting all pairs would need an array of batch x batch. Instead each of three passes over the ring counts the
+    negatives above 64 cuts and narrows the search to the interval between two cuts. At least
+    `negatives_per_positive` negatives per text are used; additional ones lie within 2.02 / 65**3 = 7.4e-6 of the
+    threshold, which is about the rounding of the logits.
     """
-    count = len(images.rows) * devices
-    wanted = config.negatives_per_positive * len(texts.rows) * devices
-    home, real_texts = cut_texts(config.tile, (trained.texts, texts))
+    num_images = len(images.rows) * num_devices
+    wanted = config.negatives_per_positive * len(texts.rows) * num_devices
+    text_tiles = make_text_tiles(config, params, texts)
 
-    def narrow(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
-        edges = jnp.linspace(low, high, _CUTS + 2)
+    def count_above(cuts: jax.Array) -> jax.Array:
+        """Count the negatives of the global batch at or above each cut; float32, as int32 ends at 2^31 pairs."""
 
-        def visit(above: jax.Array, block: Images, _: None, real: jax.Array) -> tuple[jax.Array, None]:
-            images = embed(config.precision, trained.head, block.features).images
+        def block_body(
+            counts: jax.Array, block: ImageSide, _: None, valid: jax.Array
+        ) -> tuple[jax.Array, None]:
+            image_tile = make_image_tile(config, params.head, block, valid)[0]
 
-            def meet(
-                above: jax.Array, _: None, met: tuple[jax.Array, Texts], real_texts: jax.Array
-            ) -> tuple[jax.Array, None]:
-                rank = hardness(config, cosines(config.precision, images, met[0]))
-                positive, used = sort_out(config, count, block, met[1], real[:, None] & real_texts)
-                rank = jnp.where(used & ~positive, rank, -jnp.inf)
-                # One fused comparison and reduction; float32 over the tiles, as int32 ends at 2^31 pairs.
-                return above + jnp.sum(rank[..., None] >= edges[1:-1], axis=(0, 1), dtype=jnp.int32), None
+            def tile_body(counts: jax.Array, _: None, text_tile: TextTile) -> tuple[jax.Array, None]:
+                pairs = make_pair_tile(config, num_images, image_tile, text_tile)
+                negative = pairs.used & ~pairs.positive
+                rank = jnp.where(negative, hardness(config, pairs.cosine), -jnp.inf)
+                # XLA fuses comparison and reduction.
+                return counts + jnp.sum(rank[..., None] >= cuts, axis=(0, 1), dtype=jnp.int32), None
 
-            return meet_texts(meet, above, None, home, real_texts)
+            return scan_text_tiles(tile_body, counts, None, text_tiles)
 
-        above, _ = go_round(devices, config.tile, visit, jnp.zeros(_CUTS, jnp.float32), images)
-        place = jnp.sum(lax.psum(above, AXIS) >= wanted)
-        return edges[place], edges[place + 1]
+        counts, _ = ring_scan(num_devices, config.tile, block_body, jnp.zeros(_CUTS, jnp.float32), images)
+        return lax.psum(counts, AXIS)
 
-    # Low precision may give a cosine above 1.
-    low, high = jnp.float32(-1.01), jnp.float32(1.01)
+    low, high = jnp.float32(-1.01), jnp.float32(1.01)  # low precision may give a cosine above 1
     for _ in range(_PASSES):
-        low, high = narrow(low, high)
+        edges = jnp.linspace(low, high, _CUTS + 2)
+        interval = jnp.sum(count_above(edges[1:-1]) >= wanted)
+        low, high = edges[interval], edges[interval + 1]
     return low

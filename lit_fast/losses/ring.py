@@ -1,13 +1,23 @@
-"""The ring: what belongs to the images travels from device to device, everything else stays at home.
+"""The ring: image blocks rotate over the devices; text embeddings and all gradients stay.
 
-Section 3.3 of the SigLIP paper sends blocks of one side round the devices. With frozen image features it can
-be done with half the traffic: the texts and all gradients stay, and nothing has to come back.
+Section 3.3 of the SigLIP paper rotates one side's embeddings and returns their gradients. Frozen image features need
+no gradients, so rotating them takes half the traffic.
+
+The `n` images and `m` texts of a device are split into tiles, so that the pairs of one tile fit in the processor's
+cache. Arrays [n, ...] become [tiles, tile, ...]; the last tile is padded with zeros, and `valid` bool [tiles, tile] is
+False there. For device d of D, step s of the scan sees the image block of device (d - s) mod D:
+
+    for step in range(num_devices):           ring_scan
+        for image_tile in block:              ring_scan     body(local_carry, block, ring_carry, valid)
+            for text_tile in texts:           scan_text_tiles
+                loss and gradients of image_tile x text_tile
+        block, ring_carry = rotate(block), rotate(ring_carry)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,99 +25,117 @@ from jax import lax
 
 from lit_fast.runtime import AXIS
 
-# Pairs a tile at a time: images by texts, so many that what a tile needs stays in the processor's cache.
+_TEXTS_PER_IMAGE = 2  # a tile of pairs has twice as many texts as images
 
 
-_TEXTS_PER_IMAGE = 2
+def to_tiles(tile_size: int, tree: Any) -> tuple[Any, jax.Array]:
+    """Split arrays [n, ...] into tiles of equal size, at most `tile_size`.
 
-
-def cut(tile: int, tree: Any) -> tuple[Any, jax.Array]:
-    """A tree of arrays [n, ...] in equal tiles, [tiles, tile, ...] each, and what is real, bool [tiles, tile].
-
-    No tile is larger than asked for; the last one is filled up with zeros, which are not real.
+    Returns:
+      The tree with arrays [tiles, tile, ...], zero where padded, and `valid`, bool [tiles, tile].
     """
     n = len(jax.tree.leaves(tree)[0])
-    count = -(-n // tile)
-    tile = -(-n // count)
-    fill = count * tile - n
+    num_tiles = -(-n // tile_size)
+    tile = -(-n // num_tiles)
+    padding = num_tiles * tile - n
 
-    def cut_array(a: jax.Array) -> jax.Array:
-        return jnp.pad(a, [(0, fill)] + [(0, 0)] * (a.ndim - 1)).reshape(count, tile, *a.shape[1:])
+    def split(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(num_tiles, tile, *a.shape[1:])
 
-    return jax.tree.map(cut_array, tree), cut_array(jnp.ones(n, bool))
-
-
-def cut_texts(tile: int, tree: Any) -> tuple[Any, jax.Array]:
-    """Likewise for the texts that a tile of images meets at a time, which are twice as many."""
-    return cut(_TEXTS_PER_IMAGE * tile, tree)
+    return jax.tree.map(split, tree), split(jnp.ones(n, bool))
 
 
-def join(n: int, tree: Any) -> Any:
-    """The arrays [n, ...] that were cut."""
+def to_text_tiles(tile_size: int, tree: Any) -> tuple[Any, jax.Array]:
+    """Split arrays [m, ...] of texts like `to_tiles`; `tile_size` counts images."""
+    return to_tiles(_TEXTS_PER_IMAGE * tile_size, tree)
+
+
+def from_tiles(n: int, tree: Any) -> Any:
+    """Join tiles [tiles, tile, ...] to arrays [n, ...], without the padding."""
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], tree)
 
 
-def meet_texts(
-    visit: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]],
-    totals: Any,
-    home: Any,
-    texts: Any,
-    real: jax.Array,
+class RingCarry(NamedTuple):
+    """Carry of the scan over the ring."""
+
+    local_carry: Any  # any tree; stays on this device
+    block: Any  # arrays [tiles, tile, ...]: the images of one device; rotates, read-only
+    ring_carry: Any  # arrays [tiles, tile, ...]: rotates with the block, updated on every device
+
+
+RingBody = Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
+
+
+def ring_scan(
+    num_devices: int,
+    tile_size: int,
+    body: RingBody,
+    local_carry: Any,
+    ring_block: Any,
+    ring_carry: Any = None,
 ) -> tuple[Any, Any]:
-    """Have all tiles of this device's texts meet one tile of images: (totals, home) afterwards.
+    """Scan `body` over the image tiles of all devices, rotating image blocks around the ring.
+
+    Call it inside `shard_map` over the mesh axis.
 
     Args:
-      visit: (totals, tile of home, tile of the texts, real bool [tile]) -> (totals, tile of home).
-      totals: grow with every tile, any tree.
-      home: tree of arrays [tiles, tile, ...] that change, each tile when it is met.
-      texts: likewise, but they do not change.
-      real: bool [tiles, tile], from `cut_texts`.
+      num_devices: size of the mesh axis.
+      tile_size: maximum number of images of a tile. It changes memory and speed, not the result.
+      body: (local_carry, block tile, ring_carry tile, valid bool [tile]) -> (local_carry, ring_carry tile).
+      local_carry: any tree; stays on this device.
+      ring_block: tree of arrays [n, ...], the images of this device; n is equal on all devices.
+      ring_carry: tree of arrays [n, ...], state of these images that `body` updates on every device.
+
+    Returns:
+      The final (local_carry, ring_carry), the latter of this device's own images.
     """
+    n = len(jax.tree.leaves(ring_block)[0])
+    (block_tiles, ring_tiles), valid = to_tiles(tile_size, (ring_block, ring_carry))
 
-    def meet(state: tuple[Any, Any], met: tuple[jax.Array, Any, jax.Array]) -> tuple[tuple[Any, Any], None]:
-        totals, home = state
-        i, texts, real = met
-        totals, changed = visit(totals, jax.tree.map(lambda a: a[i], home), texts, real)
-        return (totals, jax.tree.map(lambda a, b: a.at[i].set(b), home, changed)), None
+    def ring_step(carry: RingCarry, _: None) -> tuple[RingCarry, None]:
+        # The transfer starts before the block is used, so that it overlaps with the matrix products.
+        next_block = _rotate(num_devices, carry.block)
+        local_carry, ring_tiles = lax.scan(
+            lambda local_carry, tile: body(local_carry, *tile),
+            carry.local_carry,
+            (carry.block, carry.ring_carry, valid),
+        )
+        return RingCarry(local_carry, next_block, _rotate(num_devices, ring_tiles)), None
 
-    return lax.scan(meet, (totals, home), (jnp.arange(len(real)), texts, real))[0]
+    # The last rotation of the block is superfluous. A last step without it would be compiled separately, which doubles
+    # the compile time.
+    carry, _ = lax.scan(ring_step, RingCarry(local_carry, block_tiles, ring_tiles), length=num_devices)
+    return carry.local_carry, from_tiles(n, carry.ring_carry)
 
 
-Visit = Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
+def _rotate(num_devices: int, tree: Any) -> Any:
+    """Send all arrays to the next device of the ring."""
+    if num_devices == 1:
+        return tree
+    permutation = [(i, (i + 1) % num_devices) for i in range(num_devices)]
+    return jax.tree.map(lambda a: lax.ppermute(a, AXIS, permutation), tree)
 
 
-def go_round(devices: int, tile: int, visit: Visit, home: Any, block: Any, luggage: Any = None) -> Any:
-    """Have every tile of every device visit this one: (home, luggage) afterwards.
-
-    To be called inside `jax.shard_map` over the mesh axis.
+def scan_text_tiles(
+    body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, text_carry: Any, text_tiles: Any
+) -> tuple[Any, Any]:
+    """Scan `body` over the text tiles of this device.
 
     Args:
-      devices: on the mesh axis.
-      tile: images at a time, at most; it decides the memory, not the result.
-      visit: (home, tile of the block, tile of the luggage, real bool [tile]) -> (home, luggage); what is not
-        real is the filling of a block's last tile.
-      home: stays here, any tree.
-      block: tree of arrays [n, ...] of this device, n equal on all; it travels and does not change.
-      luggage: likewise, but changed by every visit; it comes home in the end, which is one hop more.
+      body: (carry, text_carry tile, text tile) -> (carry, text_carry tile).
+      carry: any tree.
+      text_carry: tree of arrays [tiles, tile, ...]; updated in place, so that no second copy exists.
+      text_tiles: tree of arrays [tiles, tile, ...]; read-only.
+
+    Returns:
+      The final (carry, text_carry).
     """
-    n = len(jax.tree.leaves(block)[0])
-    (block, luggage), real = cut(tile, (block, luggage))
 
-    def send(tree: Any) -> Any:
-        right = [(i, (i + 1) % devices) for i in range(devices)]
-        return jax.tree.map(lambda a: lax.ppermute(a, AXIS, right), tree) if devices > 1 else tree
+    def step(state: tuple[Any, Any], inputs: tuple[jax.Array, Any]) -> tuple[tuple[Any, Any], None]:
+        carry, text_carry = state
+        i, text_tile = inputs
+        carry, updated = body(carry, jax.tree.map(lambda a: a[i], text_carry), text_tile)
+        return (carry, jax.tree.map(lambda a, b: a.at[i].set(b), text_carry, updated)), None
 
-    def meet(home: Any, block: Any, luggage: Any) -> tuple[Any, Any]:
-        return lax.scan(lambda home, xs: visit(home, *xs), home, (block, luggage, real))
-
-    def turn(state: tuple, _: None) -> tuple[tuple, None]:
-        home, block, luggage = state
-        # Sent before the block is used, so that the transfer hides behind the matrix products.
-        after = send(block)
-        home, luggage = meet(home, block, luggage)
-        return (home, after, send(luggage)), None
-
-    # The block's last hop brings it home for nothing; a last turn without it would have to be compiled apart,
-    # which takes as long again.
-    (home, _, luggage), _ = lax.scan(turn, (home, block, luggage), None, length=devices)
-    return home, join(n, luggage)
+    num_tiles = len(jax.tree.leaves(text_tiles)[0])
+    return lax.scan(step, (carry, text_carry), (jnp.arange(num_tiles), text_tiles))[0]

@@ -1,1 +1,1 @@
-"""Flax modules and their architectures."""
+"""Flax modules of the towers, their sizes and FLOP counts."""

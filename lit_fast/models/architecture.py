@@ -1,4 +1,4 @@
-"""What a vision transformer is made of, its parameters and its FLOPs; nothing heavy is imported."""
+"""Architectures of vision transformers, with their parameter and FLOP counts; imports no JAX."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ class Architecture:
     """One vision transformer of the ViT, DeiT, DINOv2, CLIP or SigLIP kind.
 
     Attributes:
-      shape: sizes of the encoder; `mlp_dim` is the width between the two dense layers, for SwiGLU that of
-        each half.
-      patch: height and width of a patch, pixels.
-      pool: "tok": class token. "gap": mean of the patch tokens; class and register tokens take part in
-        attention but not in the mean. "map": attention pooling (MAP head) over the patch tokens.
-        "projection": class token times a matrix, CLIP's embedding.
-      gelu: non-linearity of the MLPs: "exact" (erf), "tanh", "quick" (x sigmoid(1.702 x)) or "swiglu".
+      shape: sizes of the encoder; `mlp_dim` is the width between the two dense layers, for SwiGLU of each half.
+      patch: height and width of a patch in pixels.
+      pool: "tok": class token. "gap": mean of the patch tokens, without class and register tokens. "map": attention
+        pooling (MAP head) over the patch tokens. "projection": class token times a matrix, CLIP's embedding.
+      gelu: activation of the MLPs: "exact" (erf), "tanh", "quick" (x sigmoid(1.702 x)) or "swiglu".
       epsilon: of every LayerNorm.
-      class_token: there is one.
-      registers: further tokens without a position, between class token and patches.
-      pre_norm: a LayerNorm before the first block (CLIP).
-      norm_after_pool: the final LayerNorm comes after pooling (timm's `fc_norm`), not before.
+      class_token: prepend a class token.
+      registers: number of tokens without a position between class token and patches.
+      pre_norm: apply a LayerNorm before the first block (CLIP).
+      norm_after_pool: apply the final LayerNorm after pooling (timm's `fc_norm`) instead of before.
       projection: width of the projected class token; 0 without projection.
     """
 
@@ -42,14 +40,14 @@ class Architecture:
 
     @property
     def width(self) -> int:
-        """Length of a feature vector."""
+        """Width of a feature vector."""
         return self.projection if self.pool == "projection" else self.shape.width
 
 
 def parameters(architecture: Architecture, size: int) -> int:
-    """Number of parameters for images of `size` x `size` pixels, without head.
+    """Count the parameters for images of `size` x `size` pixels, without head.
 
-    The class token's own position is counted as a part of the class token, as it is stored here.
+    The class token includes its own position, as `ViT` stores it.
     """
     a, (width, depth, mlp_dim, _) = architecture, architecture.shape
     mlp = _mlp_products(a) + (2 if a.gelu == "swiglu" else 1) * mlp_dim + width
@@ -65,10 +63,10 @@ def parameters(architecture: Architecture, size: int) -> int:
 
 
 def flops_per_image(architecture: Architecture, size: int) -> float:
-    """Operations of one image of `size` x `size` pixels: two per multiply-add of every matrix product.
+    """Count the FLOPs of one image of `size` x `size` pixels: two per multiply-add of every matrix product.
 
-    Of the whole model, as it is usually given; where one token is pooled, `ViT` spares the last layer's work
-    for the others.
+    This is the usual figure of the whole model. Where one token is pooled, `ViT` computes less: its last layer skips
+    the other tokens' queries, attention and MLP.
     """
     a, (width, depth, _, _) = architecture, architecture.shape
     patches = (size // a.patch) ** 2
@@ -83,5 +81,5 @@ def flops_per_image(architecture: Architecture, size: int) -> float:
 
 
 def _mlp_products(a: Architecture) -> int:
-    """Multiply-adds of an MLP for one token."""
+    """Count the multiply-adds of an MLP for one token."""
     return (3 if a.gelu == "swiglu" else 2) * a.shape.width * a.shape.mlp_dim

@@ -1,4 +1,4 @@
-"""Sizes of transformer encoders by letter; nothing heavy is imported for them."""
+"""Sizes of transformer encoders by letter; imports no JAX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Sizes of an encoder."""
+    """Sizes of a transformer encoder."""
 
     width: int
     depth: int

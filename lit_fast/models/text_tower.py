@@ -1,4 +1,4 @@
-"""How captions lie in the rows that the text tower works through: one in each, or several side by side."""
+"""The text tower, whose rows hold one caption each or several packed ones."""
 
 from __future__ import annotations
 
@@ -10,94 +10,89 @@ import jax.numpy as jnp
 
 from lit_fast.models.dense import Dense
 from lit_fast.models.sizes import Shape
-from lit_fast.models.transformer import Encoder, MAPHead
-
-
-class Rows(NamedTuple):
-    """Rows of `length` tokens with k captions each; None where there is nothing to tell apart."""
-
-    first: jax.Array  # int32 [n, k], where a caption begins
-    last: jax.Array  # int32 [n, k], its last token
-    member: jax.Array | None  # bool [n, k, length], true for the tokens of the caption; None: all
-    mask: jax.Array | None  # bool [n, 1, 1 or length, length], what a token may look at; None: all
-    position: jax.Array | None  # int32 [n, length], of a token in its caption; None: that in the row
-
-
-def one_each(ids: jax.Array, eos_id: int | None) -> Rows:
-    """Rows that are a caption with its padding, which is hidden if the end-of-sentence is given.
-
-    ids: int [n, length]. A caption ends with the first end-of-sentence; without `eos_id` with the row.
-    """
-    first = jnp.zeros((len(ids), 1), jnp.int32)
-    if eos_id is None:
-        return Rows(first, first + ids.shape[1] - 1, None, None, None)
-    end = ids == eos_id
-    seen = jnp.cumsum(end, axis=1) - end == 0  # up to and including the first end-of-sentence
-    member = seen[:, None, :]
-    return Rows(first, member.sum(axis=2) - 1, member, member[:, None], None)
-
-
-def side_by_side(lengths: jax.Array, length: int) -> Rows:
-    """Rows of captions that follow one another, and filling at the end.
-
-    lengths: int [n, k], of the captions; their sum is at most `length`. Captions do not see each other, and
-    the filling sees itself.
-    """
-    last = jnp.cumsum(lengths.astype(jnp.int32), axis=1)
-    first = last - lengths
-    place = jnp.arange(length)
-    owner = (place >= last[:, :, None]).sum(axis=1)  # [n, length]; the filling's is k
-    member = owner[:, None, :] == jnp.arange(lengths.shape[1])[:, None]
-    begin = jnp.einsum("nkl,nk->nl", member.astype(jnp.int32), first)
-    position = jnp.where(owner < lengths.shape[1], place - begin, 0)
-    return Rows(first, last - 1, member, owner[:, None, :, None] == owner[:, None, None, :], position)
-
-
-def unpacked(ids: jax.Array, lengths: jax.Array, slots: jax.Array, length: int) -> jax.Array:
-    """The captions one by one, int32 [m, length], filled up with -1.
-
-    Args:
-      ids: int [n, row tokens].
-      lengths: int [n, k].
-      slots: int [m], which of the n k captions of all rows to take.
-      length: of the longest caption.
-    """
-    row, k = jnp.divmod(slots, lengths.shape[1])
-    size = lengths.astype(jnp.int32)
-    first = (jnp.cumsum(size, axis=1) - size)[row, k]
-    place = jnp.arange(length)
-    taken = ids.astype(jnp.int32)[row[:, None], jnp.minimum(first[:, None] + place, ids.shape[1] - 1)]
-    return jnp.where(place < size[row, k][:, None], taken, -1)
-
-
-# The text tower that is trained.
-
+from lit_fast.models.transformer import Encoder, MAPHead, dropout, fold_keys
 
 GELU = "tanh"
 EPSILON = 1e-6  # of every LayerNorm
 
 
+class RowLayout(NamedTuple):
+    """Where the k captions of each of n rows of `length` tokens are; None where all tokens are alike."""
+
+    first: jax.Array  # int32 [n, k], the first token of a caption
+    last: jax.Array  # int32 [n, k], its last token
+    caption_mask: jax.Array | None  # bool [n, k, length], true for the tokens of the caption; None: all
+    attention_mask: (
+        jax.Array | None
+    )  # bool [n, 1, 1 or length, length], true where a query attends; None: all
+    positions: jax.Array | None  # int32 [n, length], of a token in its caption; None: that in the row
+
+    @classmethod
+    def unpacked(cls, ids: jax.Array, eos_id: int | None) -> RowLayout:
+        """Return the layout of rows that are one padded caption each: ids int [n, length].
+
+        A caption ends with the first end-of-sentence, and attention and pooling ignore the padding. Without `eos_id`
+        it ends with the row.
+        """
+        first = jnp.zeros((len(ids), 1), jnp.int32)
+        if eos_id is None:
+            return cls(first, first + ids.shape[1] - 1, None, None, None)
+        end = ids == eos_id
+        # up to and including the first end-of-sentence
+        mask = (jnp.cumsum(end, axis=1) - end == 0)[:, None, :]
+        return cls(first, mask.sum(axis=2) - 1, mask, mask[:, None], None)
+
+    @classmethod
+    def packed(cls, lengths: jax.Array, length: int) -> RowLayout:
+        """Return the layout of rows of consecutive captions with padding at the end.
+
+        lengths: int [n, k], of the captions; their sum is at most `length`. Captions attend to themselves only, and
+        so does the padding.
+        """
+        last = jnp.cumsum(lengths.astype(jnp.int32), axis=1)
+        first = last - lengths
+        index = jnp.arange(length)
+        caption = (index >= last[:, :, None]).sum(axis=1)  # [n, length]; k for padding
+        mask = caption[:, None, :] == jnp.arange(lengths.shape[1])[:, None]
+        start = jnp.einsum("nkl,nk->nl", mask.astype(jnp.int32), first)
+        positions = jnp.where(caption < lengths.shape[1], index - start, 0)
+        return cls(first, last - 1, mask, caption[:, None, :, None] == caption[:, None, None, :], positions)
+
+
+def unpack_captions(ids: jax.Array, lengths: jax.Array, slots: jax.Array, length: int) -> jax.Array:
+    """Take captions out of packed rows, int32 [m, length], padded with -1.
+
+    Args:
+      ids: int [n, row tokens].
+      lengths: int [n, k].
+      slots: int [m], indices among the n k captions of all rows.
+      length: of the longest caption.
+    """
+    row, k = jnp.divmod(slots, lengths.shape[1])
+    sizes = lengths.astype(jnp.int32)
+    first = (jnp.cumsum(sizes, axis=1) - sizes)[row, k]
+    index = jnp.arange(length)
+    captions = ids.astype(jnp.int32)[row[:, None], jnp.minimum(first[:, None] + index, ids.shape[1] - 1)]
+    return jnp.where(index < sizes[row, k][:, None], captions, -1)
+
+
 class TextTower(nn.Module):
     """Token embedding, learned positions, encoder, pooling, head (big_vision, text_transformer.py).
 
-    ids: int [n, max_length] -> float32 [n, out_dim], not normalised. `pooling` takes the "last"
-    position or the "first", the "mean" or the "max" over all, or is a "map" head.
+    `pooling` takes the "last" position or the "first", the "mean" or the "max" over all, or is a "map" head.
 
-    `eos_id` as a number hides what follows the first end-of-sentence from attention and pooling; "last"
-    is then the end-of-sentence itself, and the result does not depend on the length of the padding. None
-    is the paper's rule: padding is ordinary tokens and is attended to, and the last position is whatever
-    the caption is padded with.
+    With `eos_id`, attention and pooling ignore the tokens after the first end-of-sentence; "last" is then the
+    end-of-sentence itself, and the result does not depend on the amount of padding. None is the paper's rule: padding
+    is ordinary tokens, and the last position is the last token of the padding.
 
-    With `lengths` int [n, k] a row of ids int [n, tokens] holds k captions without padding, side by side,
-    and the result is float32 [n k, out_dim]: what each of them gets alone when padding is hidden. `pack` > 1
-    lays that many captions side by side with their padding, where it is not hidden and n is a multiple: the
-    result is the same, from larger products.
+    `pack` > 1 joins that many padded captions to one row where padding is not ignored and the number of captions is a
+    multiple: the same result from larger matrix products.
 
-    `embedding_width` K > 0 makes the table vocabulary x K, followed by a K x width projection without bias
-    (paper, section 4.3). Rows of norm about 1 as in the plain table, times a projection of variance
-    1 / width, give token embeddings of the plain table's scale: variance 1 / width.
+    `embedding_width` K > 0 makes the table vocabulary x K, followed by a K x width projection without bias (paper,
+    section 4.3). Rows of norm about 1 as in the plain table, times a projection of variance 1 / width, give token
+    embeddings of the plain table's scale: variance 1 / width.
 
-    Without `projected` there is no head, and the width is `out_dim`.
+    Without `projected` there is no head, and `out_dim` is the width.
     """
 
     shape: Shape
@@ -109,57 +104,71 @@ class TextTower(nn.Module):
     embedding_width: int = 0
     projected: bool = True
     dropout: float = 0.0
-    keep: str = "everything"
+    remat_policy: str = "everything"  # of the encoder
     pack: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, ids: jax.Array, lengths: jax.Array | None = None, deterministic: bool = True
+        self, ids: jax.Array, lengths: jax.Array | None = None, dropout_keys: jax.Array | None = None
     ) -> jax.Array:
-        if lengths is None and self.pack > 1 and self.eos_id is None and len(ids) % self.pack == 0:
+        """Embed captions, not normalised.
+
+        Args:
+          ids: int [n, max_length], one padded caption per row; with `lengths` int [n, row tokens].
+          lengths: int [n, k], of the k captions that are packed into each row without padding between them. Each is
+            embedded as if alone with its padding ignored.
+          dropout_keys: PRNG keys [n], one per row; None: no dropout.
+
+        Returns:
+          float32 [n, out_dim]; with `lengths` [n k, out_dim].
+        """
+        joined = self.pack > 1 and self.eos_id is None and dropout_keys is None and len(ids) % self.pack == 0
+        if lengths is None and joined:
             ids = ids.reshape(-1, self.pack * self.max_length)
             lengths = jnp.full((len(ids), self.pack), self.max_length)
-        rows = one_each(ids, self.eos_id) if lengths is None else side_by_side(lengths, ids.shape[1])
-        x = self._embedded(ids)
+        layout = (
+            RowLayout.unpacked(ids, self.eos_id)
+            if lengths is None
+            else RowLayout.packed(lengths, ids.shape[1])
+        )
+        x = self._embed_tokens(ids)
         init = nn.initializers.normal(stddev=self.shape.width**-0.5)
         table = self.param("pos_embedding", init, (1, self.max_length, self.shape.width), jnp.float32)
-        if rows.position is None:
+        if layout.positions is None:
             x = x + table
-        else:  # a product, as its gradient is one as well, and exact
-            choice = jax.nn.one_hot(rows.position, self.max_length)
-            x = x + jnp.einsum("ntl,lw->ntw", choice, table[0], precision="highest")
-        x = nn.Dropout(self.dropout)(x, deterministic)
-        encoder = Encoder(self.shape, GELU, EPSILON, self.dropout, self.keep, self.dtype)
-        position = {"first": rows.first, "last": rows.last}.get(self.pooling)
-        x = encoder(x, rows.mask, deterministic, position)
-        if position is None:
-            x = self._pooled(x, rows)
+        else:  # a matrix product, exact, whose gradient is one as well
+            one_hot = jax.nn.one_hot(layout.positions, self.max_length)
+            x = x + jnp.einsum("ntl,lw->ntw", one_hot, table[0], precision="highest")
+        x = dropout(x, self.dropout, fold_keys(dropout_keys, 0))
+        encoder = Encoder(self.shape, GELU, EPSILON, self.dropout, self.remat_policy, self.dtype)
+        output_positions = {"first": layout.first, "last": layout.last}.get(self.pooling)
+        x = encoder(x, layout.attention_mask, output_positions, fold_keys(dropout_keys, 1))
+        if output_positions is None:
+            x = self._pool(x, layout)
         x = x.astype(jnp.float32).reshape(-1, self.shape.width)
-        return Dense((self.out_dim,), mapped=self.dropout > 0, name="head")(x) if self.projected else x
+        return Dense((self.out_dim,), name="head")(x) if self.projected else x
 
-    def _embedded(self, ids: jax.Array) -> jax.Array:
-        """[n, tokens, width]."""
+    def _embed_tokens(self, ids: jax.Array) -> jax.Array:
+        """Return [n, tokens, width]."""
         width = self.shape.width
         init = nn.initializers.normal(stddev=width**-0.5)
         if not self.embedding_width:
             return nn.Embed(self.vocab_size, width, embedding_init=init)(ids)
-        rows = nn.initializers.normal(stddev=self.embedding_width**-0.5)
-        x = nn.Embed(self.vocab_size, self.embedding_width, embedding_init=rows)(ids)
+        narrow_init = nn.initializers.normal(stddev=self.embedding_width**-0.5)
+        x = nn.Embed(self.vocab_size, self.embedding_width, embedding_init=narrow_init)(ids)
         name = "embedding_projection"
-        return Dense(
-            (width,), use_bias=False, kernel_init=init, dtype=self.dtype, mapped=self.dropout > 0, name=name
-        )(x)
+        return Dense((width,), use_bias=False, kernel_init=init, dtype=self.dtype, name=name)(x)
 
-    def _pooled(self, x: jax.Array, rows: Rows) -> jax.Array:
-        """[n, tokens, width] -> [n, k, width]."""
+    def _pool(self, x: jax.Array, layout: RowLayout) -> jax.Array:
+        """Pool tokens [n, tokens, width] to captions [n, k, width]."""
+        mask = layout.caption_mask
         if self.pooling == "map":
-            mask = None if rows.member is None else rows.member[:, None]
-            return MAPHead(self.shape, GELU, EPSILON, self.dtype, self.dropout)(x, mask)
-        if rows.member is None:
+            return MAPHead(self.shape, GELU, EPSILON, self.dtype)(x, None if mask is None else mask[:, None])
+        if mask is None:
             return (x.max if self.pooling == "max" else x.mean)(axis=1, keepdims=True)
         if self.pooling == "mean":
-            weight = rows.member.astype(x.dtype)
+            weight = mask.astype(x.dtype)
             return jnp.einsum("ntw,nkt->nkw", x, weight / weight.sum(axis=2, keepdims=True))
-        largest = lambda one: x.max(axis=1, where=one[:, :, None], initial=-jnp.inf)  # noqa: E731
-        return jnp.stack([largest(rows.member[:, k]) for k in range(rows.member.shape[1])], axis=1)
+        maxima = [x.max(axis=1, where=mask[:, k, :, None], initial=-jnp.inf) for k in range(mask.shape[1])]
+        return jnp.stack(maxima, axis=1)

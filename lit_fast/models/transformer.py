@@ -1,7 +1,7 @@
-"""The one transformer encoder, used by image and text towers alike.
+"""The transformer encoder of image and text towers, with attention, MLP, dropout and the MAP head.
 
-Pre-LN, bidirectional, biases everywhere; parameter names as big_vision's, layers stacked on a leading
-axis and scanned, which compiles in a fraction of the time of unrolled layers.
+Pre-LN, bidirectional, biases everywhere. Parameters have big_vision's names; those of the layers are stacked on a
+leading axis and scanned, which compiles several times faster than unrolled layers.
 """
 
 from __future__ import annotations
@@ -19,84 +19,110 @@ from jax.ad_checkpoint import checkpoint_name
 from lit_fast.models.dense import Dense
 from lit_fast.models.sizes import Shape
 
-# What a layer may keep for the backward pass, by name.
+# --- residuals: what a layer stores for the backward pass
+
+# Names of the residuals that each remat policy stores. "hidden" recomputes queries, keys and values: 9 % more work for
+# 40 % less memory. The scores and the attended values cost little to recompute.
+REMAT_POLICIES: dict[str, tuple[str, ...]] = {
+    "products": ("input", "qkv", "attended", "residual", "hidden"),
+    "hidden": ("input", "residual", "hidden"),
+    "inputs": ("input",),
+}
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def kept(x: jax.Array, name: str) -> jax.Array:
-    """`x`, which `jax.checkpoint_policies.save_only_these_names` knows by this name.
+def remat_name(x: jax.Array, name: str) -> jax.Array:
+    """Return `x` under a name that `REMAT_POLICIES` may store.
 
-    bfloat16 is kept as its bits: XLA's CPU backend takes a layer's slice of a bfloat16 stack by converting the whole
+    bfloat16 is stored as its bits. XLA's CPU backend slices a layer out of a bfloat16 stack by converting the whole
     stack to float32, which triples the memory.
     """
-    return _kept(x, name)
+    return _remat_name(x, name)
 
 
-@kept.defjvp
+@remat_name.defjvp
 def _(name: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return _kept(primals[0], name), tangents[0]
+    return _remat_name(primals[0], name), tangents[0]
 
 
-def _kept(x: jax.Array, name: str) -> jax.Array:
+def _remat_name(x: jax.Array, name: str) -> jax.Array:
     if x.dtype != jnp.bfloat16:
         return checkpoint_name(x, name)
     bits = checkpoint_name(lax.bitcast_convert_type(x, jnp.uint16), name)
     return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-# Multi-head attention with the parameter names and shapes of Flax's own.
+# --- dropout with a key per row
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Zero elements of x [n, ...] with probability `rate` and divide the others by `1 - rate`.
+
+    `keys` are PRNG keys [n], None: no dropout. The mask of a row depends on its own key alone, so it is the same in
+    whatever batch, microbatch or device the row is.
+    """
+    if keys is None or not rate:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def fold_keys(keys: jax.Array | None, index: int | jax.Array) -> jax.Array | None:
+    """Derive the keys [n] of one layer or one use of `dropout` from PRNG keys [n]; None stays None."""
+    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+
+
+# --- layers
 
 
 class MultiHeadDotProductAttention(nn.Module):
-    """Every query looks at every key that the mask lets it see.
+    """Multi-head attention with the parameter names and shapes of Flax's own.
 
-    queries: [n, q, width], keys: [n, k, width] -> [n, q, width]; mask: bool, broadcastable to
-    [n, heads, q, k]. Scores and softmax are float32 whatever `dtype` is.
+    queries: [n, q, width], keys: [n, k, width] -> [n, q, width]; mask: bool, broadcastable to [n, heads, q, k], true
+    where a query attends to a key. Scores and softmax are float32 whatever `dtype` is.
 
-    Heads lie before positions in memory, and the weights are divided by their sum after the product
-    with the values: on a CPU this takes a third of the time of `nn.MultiHeadDotProductAttention`.
+    Heads precede positions in memory, and the weights are divided by their sum after the product with the values: on
+    a CPU this takes a third of the time of `nn.MultiHeadDotProductAttention`.
     """
 
     heads: int
     dtype: Any = jnp.float32
-    mapped: bool = False  # as of `Dense`
 
     @nn.compact
     def __call__(self, queries: jax.Array, keys: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         width = queries.shape[-1]
         size = width // self.heads
-        dense = partial(
-            Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), mapped=self.mapped
-        )
-        product = lambda name, x: kept(dense((self.heads, size), name=name)(x), "qkv")  # noqa: E731
-        q = product("query", queries).swapaxes(1, 2) * size**-0.5
-        k = product("key", keys).swapaxes(1, 2)
-        v = product("value", keys).swapaxes(1, 2)
+        dense = partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+
+        def project(name: str, x: jax.Array) -> jax.Array:
+            return remat_name(dense((self.heads, size), name=name)(x), "qkv").swapaxes(1, 2)
+
+        q, k, v = project("query", queries) * size**-0.5, project("key", keys), project("value", keys)
         scores = jnp.einsum("nhqd,nhkd->nhqk", q, k, preferred_element_type=jnp.float32)
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         weights = weights.astype(self.dtype)
         total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
         y = jnp.einsum("nhqk,nhkd->nhqd", weights, v, preferred_element_type=jnp.float32) / total
-        y = kept(y.astype(self.dtype).swapaxes(1, 2), "attended")
-        return dense((width,), contracted=2, name="out")(y)
+        y = remat_name(y.astype(self.dtype).swapaxes(1, 2), "attended")
+        return dense((width,), num_input_axes=2, name="out")(y)
 
 
 def swiglu(x: jax.Array) -> jax.Array:
-    """SiLU of the first half gates the second: [..., 2 n] -> [..., n] (DINOv2, layers/swiglu_ffn.py)."""
+    """Gate the second half by the SiLU of the first: [..., 2 n] -> [..., n] (DINOv2, layers/swiglu_ffn.py)."""
     gate, value = jnp.split(x, 2, axis=-1)
     return nn.silu(gate) * value
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """`x / 2 (1 + erf(x / sqrt 2))` in float32, as torch; `jax.nn.gelu`'s erfc is slower on a CPU."""
+    """Compute `x / 2 (1 + erf(x / sqrt 2))` in float32, as torch; `jax.nn.gelu`'s erfc is slower on a CPU."""
     half = x.astype(jnp.float32) * 0.5
-    return (half + half * jax.lax.erf(x.astype(jnp.float32) * 0.5**0.5)).astype(x.dtype)
+    return (half + half * lax.erf(x.astype(jnp.float32) * 0.5**0.5)).astype(x.dtype)
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
-    """The tanh approximation, in float32."""
+    """Compute the tanh approximation of GELU in float32."""
     return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
@@ -109,45 +135,34 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-# What a layer keeps for the backward pass, by name. "hidden" does without queries, keys and
-# values, a quarter of a layer's work for two fifths of the memory; what attention makes of them costs little.
-KEEP: dict[str, tuple[str, ...]] = {
-    "products": ("input", "qkv", "attended", "residual", "hidden"),
-    "hidden": ("input", "residual", "hidden"),
-    "inputs": ("input",),
-}
-
-
 class MlpBlock(nn.Module):
-    """Dense, non-linearity, dense."""
+    """Dense, activation, dropout, dense: [n, length, width] -> [n, length, width]."""
 
     mlp_dim: int
     gelu: str  # one of ACTIVATIONS
-    dropout: float
     dtype: Any
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         dense = partial(
             Dense,
             dtype=self.dtype,
-            mapped=self.dropout > 0,
             kernel_init=nn.initializers.xavier_uniform(),
             bias_init=nn.initializers.normal(stddev=1e-6),
         )
         width = x.shape[-1]
         x = dense((self.mlp_dim * (2 if self.gelu == "swiglu" else 1),), name="Dense_0")(x)
-        x = ACTIVATIONS[self.gelu](kept(x, "hidden"))
-        x = nn.Dropout(self.dropout)(x, deterministic)
+        x = ACTIVATIONS[self.gelu](remat_name(x, "hidden"))
+        x = dropout(x, self.dropout, dropout_keys)
         return dense((width,), name="Dense_1")(x)
 
 
 class EncoderBlock(nn.Module):
-    """`x + MHA(LN(x))`, then `x + MLP(LN(x))`, for all positions or for some of each sequence.
+    """`x + MHA(LN(x))`, then `x + MLP(LN(x))`.
 
-    x: [n, length, width] -> [n, length, width], or [n, k, width] with `position` int [n, k]: the last layer
-    is needed at the pooled positions only, so there its queries and MLP are worked out for these instead of
-    all.
+    x: [n, length, width] -> [n, length, width], or [n, k, width] with `output_positions` int [n, k]. The last layer's
+    queries and MLP are needed at the pooled positions only, so they are computed for these alone.
     """
 
     shape: Shape
@@ -158,37 +173,40 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, deterministic: bool, position: jax.Array | None = None
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        output_positions: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
-        x = kept(x, "input")
-        # Two-pass variance: the reference implementations' features are met to 1e-5 only with it.
+        x = remat_name(x, "input")
+        # Features agree with the reference implementations to 1e-5 only with two-pass variance.
         norm = partial(nn.LayerNorm, epsilon=self.epsilon, use_fast_variance=False)
         keys = queries = norm()(x)
-        if position is not None:
-            x, queries = (jnp.take_along_axis(a, position[:, :, None], axis=1) for a in (x, keys))
+        if output_positions is not None:
+            x, queries = (jnp.take_along_axis(a, output_positions[:, :, None], axis=1) for a in (x, keys))
             if mask is not None and mask.shape[2] > 1:
-                mask = jnp.take_along_axis(mask, position[:, None, :, None], axis=2)
-        y = MultiHeadDotProductAttention(self.shape.heads, self.dtype, self.dropout > 0)(queries, keys, mask)
-        x = kept(x + nn.Dropout(self.dropout)(y, deterministic), "residual")
-        y = MlpBlock(self.shape.mlp_dim, self.gelu, self.dropout, self.dtype)(norm()(x), deterministic)
-        x = x + nn.Dropout(self.dropout)(y, deterministic)
+                mask = jnp.take_along_axis(mask, output_positions[:, None, :, None], axis=2)
+        y = MultiHeadDotProductAttention(self.shape.heads, self.dtype)(queries, keys, mask)
+        x = remat_name(x + dropout(y, self.dropout, fold_keys(dropout_keys, 0)), "residual")
+        mlp = MlpBlock(self.shape.mlp_dim, self.gelu, self.dtype, self.dropout)
+        y = mlp(norm()(x), fold_keys(dropout_keys, 1))
+        x = x + dropout(y, self.dropout, fold_keys(dropout_keys, 2))
         return x.astype(self.dtype)
 
 
 class Encoder(nn.Module):
     """`depth` blocks and, if `final_norm`, a LayerNorm.
 
-    x: [n, length, width] -> float32 [n, length, width], or [n, k, width] with `position` int [n, k]: the
-    output at some positions of each sequence. mask: bool, broadcastable to [n, heads, queries, length], true
-    where a query may look. `keep` says what the layers keep for the backward pass: "everything" or what a
-    key of `KEEP` says.
+    The layers are one `lax.scan` over the stacked parameters and not `nn.scan(nn.remat(EncoderBlock))`, which always
+    runs the whole stack: with `output_positions` the last layer runs outside the loop, with its slice of the stack.
     """
 
     shape: Shape
     gelu: str = "tanh"
     epsilon: float = 1e-6
     dropout: float = 0.0
-    keep: str = "everything"
+    remat_policy: str = "everything"  # stores all residuals; or a key of REMAT_POLICIES
     dtype: Any = jnp.float32
     final_norm: bool = True
 
@@ -197,33 +215,40 @@ class Encoder(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array | None = None,
-        deterministic: bool = True,
-        position: jax.Array | None = None,
+        output_positions: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
-        shape, x = self.shape, x.astype(self.dtype)
-        block = EncoderBlock(shape, self.gelu, self.epsilon, self.dropout, self.dtype, parent=None)
+        """Encode x [n, length, width].
+
+        Args:
+          x: embedded tokens with positions.
+          mask: bool, broadcastable to [n, heads, length, length], true where a query attends to a key.
+          output_positions: int [n, k], the positions whose outputs are needed; None: all.
+          dropout_keys: PRNG keys [n], one per row; None: no dropout.
+
+        Returns:
+          float32 [n, length, width], or [n, k, width] with `output_positions`.
+        """
+        depth, x = self.shape.depth, x.astype(self.dtype)
+        block = EncoderBlock(self.shape, self.gelu, self.epsilon, self.dropout, self.dtype, parent=None)
 
         def init(key: jax.Array) -> Any:
-            one = lambda key: block.init(key, x[:1], None, True)["params"]  # noqa: E731
-            return jax.vmap(one)(jax.random.split(key, shape.depth))
+            return jax.vmap(lambda key: block.init(key, x[:1], None)["params"])(jax.random.split(key, depth))
 
-        params = self.param("encoderblock", init)
-        noisy = self.dropout > 0 and not deterministic
-        keys = jax.random.split(self.make_rng("dropout"), shape.depth) if noisy else None
+        stacked = self.param("encoderblock", init)
 
-        def layer(x: jax.Array, given: tuple[Any, Any], position: jax.Array | None = None) -> jax.Array:
-            rngs = None if given[1] is None else {"dropout": given[1]}
-            return block.apply({"params": given[0]}, x, mask, deterministic, position, rngs=rngs)  # type: ignore[return-value]
+        def layer(x: jax.Array, params: Any, index: Any, positions: jax.Array | None = None) -> jax.Array:
+            keys = fold_keys(dropout_keys, index)
+            return block.apply({"params": params}, x, mask, positions, keys)  # type: ignore[return-value]
 
-        if self.keep != "everything":
-            policy = jax.checkpoint_policies.save_only_these_names(*KEEP[self.keep])
+        if self.remat_policy != "everything":
+            policy = jax.checkpoint_policies.save_only_these_names(*REMAT_POLICIES[self.remat_policy])
             layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
-        # The last layer is not scanned where it does less than the others.
-        scanned = shape.depth - (position is not None)
-        part = lambda index: jax.tree.map(lambda a: a[index], (params, keys))  # noqa: E731
-        x, _ = jax.lax.scan(lambda x, given: (layer(x, given), None), x, part(slice(scanned)))
-        if position is not None:
-            x = layer(x, part(-1), position)
+        num_scanned = depth if output_positions is None else depth - 1
+        scanned = jax.tree.map(lambda a: a[:num_scanned], stacked), jnp.arange(num_scanned)
+        x, _ = lax.scan(lambda x, inputs: (layer(x, *inputs), None), x, scanned)
+        if output_positions is not None:
+            x = layer(x, jax.tree.map(lambda a: a[-1], stacked), depth - 1, output_positions)
         if not self.final_norm:
             return x.astype(jnp.float32)
         norm = nn.LayerNorm(
@@ -232,21 +257,17 @@ class Encoder(nn.Module):
         return norm(x)
 
 
-# Multi-head attention pooling, used by image and text towers alike.
-
-
 class MAPHead(nn.Module):
-    """A learned query looks at all tokens (big_vision, models/vit.py), or at several parts of them.
+    """Multi-head attention pooling: a learned query attends to all tokens (big_vision, models/vit.py).
 
-    x: [n, length, width] -> [n, k, width]; mask: bool, broadcastable to [n, heads, k, length], true where the
-    query may look; without one, k is 1.
+    x: [n, length, width] -> [n, k, width]; mask: bool, broadcastable to [n, heads, k, length], true where query k
+    attends to a token; without a mask, k is 1.
     """
 
     shape: Shape
     gelu: str
     epsilon: float
     dtype: Any
-    dropout: float = 0.0  # of the tower; the head has none itself
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -255,6 +276,6 @@ class MAPHead(nn.Module):
         x = x.astype(self.dtype)
         queries = 1 if mask is None else mask.shape[2]
         probe = jnp.tile(probe.astype(self.dtype), (x.shape[0], queries, 1))
-        x = MultiHeadDotProductAttention(heads, self.dtype, self.dropout > 0)(probe, x, mask)
+        x = MultiHeadDotProductAttention(heads, self.dtype)(probe, x, mask)
         y = nn.LayerNorm(epsilon=self.epsilon, use_fast_variance=False)(x)
-        return x + MlpBlock(mlp_dim, self.gelu, self.dropout, self.dtype)(y, True)
+        return x + MlpBlock(mlp_dim, self.gelu, self.dtype)(y)

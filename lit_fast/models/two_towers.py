@@ -1,4 +1,4 @@
-"""The trained model: text tower, temperature, bias and image head as one parameter tree."""
+"""The trained model, text tower and image head, as one tree of parameters, and how it embeds."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ EMBED_BATCH = 512
 
 
 def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTower:
-    """The module that a configuration describes; `out_dim` is the features' width.
+    """Make the module of a configuration; `out_dim` is the width of the features.
 
     Raises:
-      UserError: without a head the two widths must agree.
+      UserError: there is no head and the widths differ.
     """
     width = config.shape.width
     if not config.head and width != out_dim:
@@ -47,14 +47,14 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
         embedding_width=config.embedding_width,
         projected=config.head,
         dropout=config.dropout,
-        keep=config.encoder_remat,
+        remat_policy=config.encoder_remat,
         pack=config.pack,
         dtype=jnp.dtype(config.dtype),
     )
 
 
 def init_params(model: TextTower, config: Config, mean: np.ndarray) -> Params:
-    """Fresh parameters with big_vision's names; `mean` is zero where images are not centred."""
+    """Initialize the parameters; `mean` float32 [width] is subtracted from image features, zero for no centering."""
     ids = jnp.zeros((1, model.max_length), jnp.int32)
     params: Params = {
         "txt": jax.jit(model.init)(jax.random.key(config.seed), ids)["params"],
@@ -73,50 +73,49 @@ def embed_ids(
     params: Params,
     ids: jax.Array,
     lengths: jax.Array | None = None,
-    dropout: jax.Array | None = None,
+    dropout_keys: jax.Array | None = None,
 ) -> jax.Array:
-    """Normalised embeddings float32 [n, width] of ids integer [n, length]; `dropout` is a key, None: none.
+    """Embed token ids, normalised; arguments as of `TextTower.__call__`.
 
-    With `lengths` [n, k] a row holds k captions side by side, and there are n k embeddings.
+    Returns:
+      float32 [n, width]; with `lengths` [n k, width].
     """
-    rngs = None if dropout is None else {"dropout": dropout}
-    texts = model.apply(
-        {"params": params["txt"]}, ids.astype(jnp.int32), lengths, deterministic=dropout is None, rngs=rngs
-    )
+    texts = model.apply({"params": params["txt"]}, ids.astype(jnp.int32), lengths, dropout_keys)
     return normalize(jnp.asarray(texts))
 
 
 def text_embedder(
     model: TextTower, tokenizer: Tokenizer, mesh: Mesh
 ) -> Callable[[Params, Sequence[str]], np.ndarray]:
-    """A function of (params, texts) to normalised float32 [n, width], compiled once, over all devices."""
-    batch = -(-EMBED_BATCH // mesh.size) * mesh.size
+    """Return a function (params, texts) -> normalised float32 [n, width], compiled once for all devices."""
+    batch_size = -(-EMBED_BATCH // mesh.size) * mesh.size
+    sharding = batch_sharding(mesh)
 
-    @partial(jax.jit, in_shardings=(replicated(mesh), batch_sharding(mesh)), out_shardings=replicated(mesh))
+    @partial(jax.jit, in_shardings=(replicated(mesh), sharding), out_shardings=replicated(mesh))
     def embed(params: Params, ids: jax.Array) -> jax.Array:
         return embed_ids(model, params, ids)
 
-    def embed_text(params: Params, texts: Sequence[str]) -> np.ndarray:
+    def embed_texts(params: Params, texts: Sequence[str]) -> np.ndarray:
         ids = tokenizer(texts)
         out = []
-        for lo in range(0, len(ids), batch):
-            part = ids[lo : lo + batch]
-            padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
-            # Of several processes each has all ids and gives its devices their part.
-            dealt_ids = jax.make_array_from_callback(padded.shape, batch_sharding(mesh), padded.__getitem__)
-            out.append(np.asarray(embed(params, dealt_ids))[: len(part)])
+        for start in range(0, len(ids), batch_size):
+            batch = ids[start : start + batch_size]
+            padded = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
+            # Every process has all ids; each of its devices takes its shard.
+            sharded = jax.make_array_from_callback(padded.shape, sharding, padded.__getitem__)
+            out.append(np.asarray(embed(params, sharded))[: len(batch)])
         return np.concatenate(out) if out else np.zeros((0, model.out_dim), np.float32)
 
-    return embed_text
+    return embed_texts
 
 
 def centered(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Features [n, width], as they are stored, less `mean` and normalised, float32."""
+    """Subtract `mean` from stored features [n, width] and normalise them, float32."""
     return normalize(features.astype(np.float32) - mean)
 
 
 def apply_image_head(params: Params, images: np.ndarray) -> np.ndarray:
-    """Normalised embeddings float32 [n, width] of centred and normalised features, by the head if there is one."""
+    """Apply the image head, if any, to centred and normalised features float32 [n, width]; normalised."""
     if "img" not in params:
         return images
     return normalize(images @ np.asarray(params["img"]["head"]["kernel"]))

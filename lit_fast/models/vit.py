@@ -14,11 +14,11 @@ from lit_fast.models.transformer import Encoder, MAPHead
 
 
 class ViT(nn.Module):
-    """A ViT without classifier: the pooled vector.
+    """A ViT without classifier.
 
-    images: float [n, size, size, 3], already normalised -> float32 [n, architecture.width]. The
-    positional embedding covers the patches only and is added before class and register tokens are put in
-    front; these carry their own positions, if any (big_vision, models/vit.py).
+    images: float [n, size, size, 3], normalised -> float32 [n, architecture.width]. The positional embedding covers
+    the patches only and is added before class and register tokens are prepended; the class token includes its own
+    position, if it has one (big_vision, models/vit.py).
     """
 
     architecture: Architecture
@@ -57,7 +57,11 @@ class ViT(nn.Module):
             final_norm=not a.norm_after_pool,
             name="Transformer",
         )
-        x = encoder(x) if a.pool in ("gap", "map") else encoder(x, position=jnp.zeros((n, 1), jnp.int32))
+        x = (
+            encoder(x)
+            if a.pool in ("gap", "map")
+            else encoder(x, output_positions=jnp.zeros((n, 1), jnp.int32))
+        )
         if a.pool == "gap":
             x = x[:, -h * w :].mean(axis=1)
         elif a.pool == "map":

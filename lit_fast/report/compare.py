@@ -53,8 +53,8 @@ class Record:
       devices: count and kind; "-" if unknown.
       memory: as in the receipt, or empty.
       config: its configuration by dotted keys.
-      spent: time and chip-hours.
-      speed: means over the steps, see `lit_fast.runs.metrics.speed`.
+      cost: time and chip-hours.
+      speed: means over the steps, see `lit_fast.runs.metrics.mean_speed`.
       final: the figures of the last evaluation.
       best: the best value of each figure.
       lines: of `metrics.jsonl`.
@@ -67,7 +67,7 @@ class Record:
     devices: str
     memory: dict[str, Any]
     config: dict[str, Any]
-    spent: RunCost
+    cost: RunCost
     speed: dict[str, float]
     final: dict[str, float]
     best: dict[str, Best]
@@ -100,7 +100,7 @@ def read_record(path: StrPath) -> Record:
         devices=devices,
         memory=receipt.get("memory", {}),
         config=config,
-        spent=run_cost([*lines, receipt]),
+        cost=run_cost([*lines, receipt]),
         speed=mean_speed(lines),
         final=evaluated[-1]["figures"] if evaluated else {},
         best=best(lines),
@@ -149,8 +149,8 @@ def as_json(records: Sequence[Record]) -> dict[str, Any]:
                 "steps": r.steps[1],
                 "devices": r.devices if r.devices != _NONE else None,
                 "memory": r.memory or None,
-                "elapsed_seconds": r.spent.seconds,
-                "chip_hours": r.spent.chip_hours,
+                "elapsed_seconds": r.cost.seconds,
+                "chip_hours": r.cost.chip_hours,
                 **r.speed,
                 "final": r.final,
                 "best": {name: value._asdict() for name, value in r.best.items()},
@@ -172,8 +172,8 @@ def table_rows(records: Sequence[Record]) -> list[list[str]]:
     ]
     rows += [[key, *(str(r.config.get(key, _NONE)) for r in records)] for key in differing(records)]
     rows += [
-        ["time", *(format_duration(r.spent.seconds) if r.spent.seconds else _NONE for r in records)],
-        ["chip-hours", *(f"{r.spent.chip_hours:,.3f}" if r.spent.seconds else _NONE for r in records)],
+        ["time", *(format_duration(r.cost.seconds) if r.cost.seconds else _NONE for r in records)],
+        ["chip-hours", *(f"{r.cost.chip_hours:,.3f}" if r.cost.seconds else _NONE for r in records)],
     ]
     for name, form in _SPEED_FORMATS.items():
         if any(name in r.speed for r in records):

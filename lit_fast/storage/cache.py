@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 from lit_fast.errors import UserError
 from lit_fast.storage import remote
-from lit_fast.storage.files import is_file, open_read, replacing, sha256
+from lit_fast.storage.files import digest, is_file, replacing
 from lit_fast.storage.hub import offline
 from lit_fast.storage.paths import join, name
 from lit_fast.utils.progress import Progress
@@ -23,14 +22,14 @@ def cache_directory() -> str:
     return os.path.expanduser(directory)
 
 
-def cached_file(spec: str, url: str, place: str, digest: str = "") -> str:
+def cached_file(spec: str, url: str, place: str, sha256: str = "") -> str:
     """Return the path of a file in the cache, downloading it from `url` unless it is there.
 
     Args:
-      spec: what the user asked for, for messages.
+      spec: the name that the user gave, for messages.
       url: an http or https address.
       place: the file's path within the cache.
-      digest: the SHA-256 that it must have; "": the server's MD5, if it sends one.
+      sha256: its digest; "": it must have the MD5 that the server sends, if any.
 
     Raises:
       UserError: it cannot be downloaded, no request may be made, or it has another digest.
@@ -42,28 +41,26 @@ def cached_file(spec: str, url: str, place: str, digest: str = "") -> str:
     if offline():
         raise UserError(f"{spec} is not in the cache and no request may be made (offline); {by_hand}")
     try:
-        _download(url, path, digest)
+        _download(url, path, sha256)
     except UserError as error:
         raise UserError(f"{spec} cannot be downloaded: {error}; {by_hand}") from None
     return path
 
 
-def _download(url: str, path: str, digest: str) -> None:
+def _download(url: str, path: str, sha256: str) -> None:
     """Copy a remote file in ranges, each of which is retried, and check its digest before it gets its name."""
     with replacing(path) as temporary:
         with remote.open_remote(url) as source, open(temporary, "wb") as file:
-            size, _ = remote.stat(url)
+            size, etag = remote.stat(url)
             progress = Progress(f"download {name(path)}", size // 1_000_000, "MB")
             while chunk := source.read(_CHUNK):
                 file.write(chunk)
                 progress.advance(file.tell() // 1_000_000 - progress.done)
             if size >= 1_000_000:
                 progress.close()
-        wanted, found = (digest, sha256(temporary)) if digest else (remote.md5(url), _md5(temporary))
-        if wanted and wanted != found:
-            raise UserError(f"{url} has the digest {found}, not {wanted}")
-
-
-def _md5(path: str) -> str:
-    with open_read(path) as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if remote.stat(url) != (size, etag):
+            raise UserError(f"{url} changed while it was downloaded; try again")
+        expected = sha256 or remote.md5(url)
+        found = digest(temporary, "sha256" if sha256 else "md5")
+        if expected and found != expected:
+            raise UserError(f"{url} has the digest {found}, not {expected}")

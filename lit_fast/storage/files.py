@@ -1,14 +1,13 @@
-"""Read, write, list and delete files; local ones only so far.
+"""Read files at paths and URLs; write, list and delete local files.
 
-Every location is a `str`, a path today and a path or URL later. All file access outside this package goes through
-these functions.
+Every location is a `str`, a path or a URL. All file access outside this package goes through these functions; those
+that only work on local paths refuse URLs.
 
 Writes are atomic: a reader, or a machine that lost power, finds all of the data or none.
 """
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import io
@@ -16,56 +15,15 @@ import json
 import os
 import shutil
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple
 
 from lit_fast.errors import UserError
+from lit_fast.storage import remote
 from lit_fast.storage.paths import StrPath, absolute, is_url, join, parent
 
-_MAX_LINES_BYTES = 16 << 20
-
-
-class InUseError(Exception):
-    """Another process holds the lock."""
-
-
-class Lock:
-    """An exclusive lock, held until `release`, the end of the `with` block or the end of the process.
-
-    Where another process holds it, it is tried again for `wait` seconds.
-
-    Raises:
-      InUseError: another process holds it.
-    """
-
-    def __init__(self, location: StrPath, wait: float = 0.0) -> None:
-        make_directory(parent(location))
-        self._file = open(_local(location), "a")  # noqa: SIM115  (closed by release)
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                if time.monotonic() >= deadline:
-                    self._file.close()
-                    raise InUseError(os.fspath(location)) from None
-            time.sleep(0.05)
-
-    def release(self) -> None:
-        """Let other processes take the lock."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
+MAX_TEXT_BYTES = 16 << 20
 
 
 def local_path(location: StrPath) -> str:
@@ -78,17 +36,17 @@ def local_path(location: StrPath) -> str:
 
 
 def exists(location: StrPath) -> bool:
-    """Whether there is a file or directory."""
+    """Return whether there is a file or directory."""
     return os.path.exists(_local(location))
 
 
 def is_file(location: StrPath) -> bool:
-    """Whether there is a regular file."""
+    """Return whether there is a regular file."""
     return os.path.isfile(_local(location))
 
 
 def is_directory(location: StrPath) -> bool:
-    """Whether there is a directory."""
+    """Return whether there is a directory."""
     return os.path.isdir(_local(location))
 
 
@@ -121,6 +79,26 @@ def file_status(location: StrPath) -> FileStatus:
     return FileStatus(status.st_size, stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode))
 
 
+def size_and_etag(location: StrPath) -> tuple[int, str]:
+    """Return the bytes and the ETag ("" for local files) of a file or URL; 0 bytes for a directory.
+
+    Raises:
+      UserError: it cannot be read, or is neither a regular file nor a directory.
+    """
+    location = os.fspath(location)
+    if is_url(location):
+        return remote.stat(location)
+    try:
+        status = file_status(location)
+    except OSError as error:
+        raise UserError(f"{location} cannot be read: {error.strerror}") from None
+    if status.is_directory:
+        return 0, ""
+    if not status.is_file:  # a pipe can be read once and only in order
+        raise UserError(f"{location} is not a regular file; write its content to a file first")
+    return status.size, ""
+
+
 def list_names(location: StrPath) -> list[str]:
     """Return the names of the files and directories directly in a directory, sorted; [] where there is none."""
     try:
@@ -130,7 +108,13 @@ def list_names(location: StrPath) -> list[str]:
 
 
 def match_files(pattern: StrPath) -> list[str]:
-    """Return the regular files that match a pattern with `*`, `**`, `?` or `[..]`, sorted."""
+    """Return the files that match a pattern with `*`, `**`, `?` or `[..]`, or of a URL that ends with `/`; sorted.
+
+    Raises:
+      UserError: files cannot be listed over http.
+    """
+    if is_url(pattern):
+        return remote.listing(os.fspath(pattern))
     return sorted(f for f in glob.glob(_local(pattern), recursive=True) if os.path.isfile(f))
 
 
@@ -180,12 +164,22 @@ def remove_tree(location: StrPath) -> None:
 
 
 def open_read(location: StrPath) -> io.BufferedReader:
-    """Open a local file for reading bytes at any position; raises OSError."""
-    return open(_local(location), "rb")
+    """Open a file or URL for reading bytes at any position.
+
+    Raises:
+      UserError: it is absent or cannot be read.
+    """
+    location = os.fspath(location)
+    if is_url(location):
+        return remote.open_remote(location)
+    try:
+        return open(location, "rb")
+    except OSError as error:
+        raise UserError(f"{location} cannot be read: {error.strerror or error}") from None
 
 
 def open_append(location: StrPath) -> IO[bytes]:
-    """Open a local file for appending bytes, unbuffered; `sync` makes what was written durable."""
+    """Open a local file for appending bytes, unbuffered; `sync` makes the written bytes durable."""
     return open(_local(location), "a+b", buffering=0)
 
 
@@ -261,12 +255,19 @@ def link_or_copy(source: StrPath, target: StrPath) -> None:
 
 def read_bytes(location: StrPath) -> bytes:
     """Return the content of a file; raises OSError."""
-    with open_read(location) as file:
+    with open(_local(location), "rb") as file:
         return file.read()
 
 
 def read_range(location: StrPath, start: int, stop: int) -> bytes:
-    """Return the bytes from `start` to `stop` of a file, fewer where it ends earlier; raises OSError."""
+    """Return the bytes from `start` to `stop` of a file or URL, fewer where a local file ends earlier.
+
+    Raises:
+      OSError: a local file cannot be read.
+      UserError: a URL cannot be read, or its file ends earlier.
+    """
+    if is_url(location):
+        return remote.read_range(os.fspath(location), start, stop - start)
     with open(_local(location), "rb", buffering=0) as file:
         file.seek(start)
         parts = []
@@ -274,6 +275,37 @@ def read_range(location: StrPath, start: int, stop: int) -> bytes:
             parts.append(part)
             start += len(part)
         return b"".join(parts)
+
+
+def read_whole(location: StrPath, limit: int) -> bytes | None:
+    """Return the content of a file or URL; None where there is none.
+
+    Raises:
+      UserError: it has more than `limit` bytes, or cannot be read.
+    """
+    location = os.fspath(location)
+    if is_url(location):
+        return remote.read_whole(location, limit)
+    if not is_file(location):
+        return None
+    with open_read(location) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{location} has more than {limit} bytes")
+    return data
+
+
+def read_text(location: StrPath, limit: int = MAX_TEXT_BYTES) -> str | None:
+    """Return the content of a UTF-8 file or URL, without a byte order mark; None where there is none.
+
+    Raises:
+      UserError: it is not UTF-8, has more than `limit` bytes, or cannot be read.
+    """
+    data = read_whole(location, limit)
+    try:
+        return None if data is None else data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{location} cannot be read as UTF-8 text: {error}") from None
 
 
 def read_tail(location: StrPath, size: int) -> bytes:
@@ -352,21 +384,14 @@ def write_json(location: StrPath, value: Any) -> None:
 
 
 def read_lines(location: StrPath) -> tuple[str, ...]:
-    """Return the lines of a UTF-8 file, stripped, without empty ones at its end.
+    """Return the lines of a UTF-8 file or URL, stripped, without empty ones at its end.
 
     Raises:
-      UserError: it cannot be read, is larger than 16 MiB, or has an empty line between others.
+      UserError: it is absent or empty, cannot be read, is larger than 16 MiB, or has an empty line between others.
     """
-    try:
-        with open_read(location) as file:
-            data = file.read(_MAX_LINES_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{location} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{location} is not UTF-8 text") from None
-    if len(data) > _MAX_LINES_BYTES:
-        raise UserError(f"{location} is larger than 16 MiB; give one name or template per line")
+    text = read_text(location)
+    if text is None:
+        raise UserError(f"{location} does not exist; give a file with one name or template per line")
     lines = [line.strip() for line in text.rstrip().splitlines()]
     if not lines:
         raise UserError(f"{location} is empty; give one name or template per line")
@@ -379,8 +404,13 @@ def read_lines(location: StrPath) -> tuple[str, ...]:
 
 def sha256(location: StrPath) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
-    with open_read(location) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest(location, "sha256")
+
+
+def digest(location: StrPath, algorithm: str) -> str:
+    """Return the hexadecimal digest of a file's bytes, by an algorithm of hashlib."""
+    with open(_local(location), "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def _local(location: StrPath) -> str:

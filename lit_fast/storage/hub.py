@@ -1,7 +1,7 @@
-"""Files of the Hugging Face Hub, through huggingface_hub and the cache that it shares with transformers and timm.
+"""Download files of the Hugging Face Hub to the cache that huggingface_hub shares with transformers and timm.
 
-HF_TOKEN or the token of `hf auth login`, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE mean what they mean to
-huggingface_hub. Only files that are asked for by name are downloaded.
+huggingface_hub reads the token of `hf auth login`, HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE.
+Only files that are requested by name are downloaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def offline() -> bool:
-    """Whether LIT_FAST_OFFLINE or HF_HUB_OFFLINE forbids requests."""
+    """Return whether LIT_FAST_OFFLINE or HF_HUB_OFFLINE forbids requests."""
     return any(os.environ.get(n, "").lower() in _TRUE for n in ("LIT_FAST_OFFLINE", "HF_HUB_OFFLINE"))
 
 
@@ -26,7 +26,7 @@ class AbsentError(UserError):
 
 
 class Snapshot:
-    """One commit of a repository: that of a revision when its first file is fetched.
+    """One commit of a repository: the commit of the revision when the first file is fetched.
 
     Args:
       repository: `OWNER/NAME`.

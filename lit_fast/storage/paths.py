@@ -19,12 +19,12 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_url(location: StrPath) -> bool:
-    """Whether a location begins with a scheme, like `s3://`; whether it is one of `SCHEMES` shows when it is opened."""
+    """Return whether a location begins with a scheme, like `s3://`; unknown schemes are refused when it is opened."""
     return _SCHEME.match(os.fspath(location)) is not None
 
 
 def is_pattern(location: StrPath) -> bool:
-    """Whether a location has `*`, `?` or `[..]`."""
+    """Return whether a location has `*`, `?` or `[..]`."""
     return glob.has_magic(os.fspath(location))
 
 
@@ -65,4 +65,6 @@ def absolute(location: StrPath) -> str:
 
 
 def _without_query(url: str) -> str:
+    if not url.startswith("http"):  # elsewhere ? and # are part of names
+        return url
     return urlsplit(url)._replace(query="", fragment="").geturl()

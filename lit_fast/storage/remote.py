@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.hub import hub_problem
-from lit_fast.storage.paths import SCHEMES, is_url
+from lit_fast.storage.paths import SCHEMES
 
 # s3fs retries a few times by itself, gcsfs six times, huggingface_hub five times.
 ATTEMPTS = {"http": 6, "https": 6, "s3": 3, "gs": 1, "hf": 1}
@@ -34,8 +34,6 @@ _NO_CREDENTIALS = {
 }
 
 T = TypeVar("T")
-
-is_remote = is_url
 
 
 def stat(url: str) -> tuple[int, str]:
@@ -74,15 +72,12 @@ def read_range(url: str, offset: int, size: int) -> bytes:
 
 def read_whole(url: str, limit: int) -> bytes | None:
     """Return the content of a remote file of at most `limit` bytes; None where there is no such file."""
-    try:
-        info = _with_retries(url, lambda: _info(url), absent=True)
-        if info is None or info.get("type") == "directory":
-            return None
-        if (info.get("size") or 0) > limit:
-            raise UserError(f"{url} has more than {limit} bytes")
-        return _with_retries(url, lambda: _filesystem(url).cat_file(url), absent=True)
-    except FileNotFoundError:
+    info = _with_retries(url, lambda: _info(url), absent=True)
+    if info is None or info.get("type") == "directory":
         return None
+    if (info.get("size") or 0) > limit:
+        raise UserError(f"{url} has more than {limit} bytes")
+    return _with_retries(url, lambda: _filesystem(url).cat_file(url), absent=True)
 
 
 def open_remote(url: str) -> io.BufferedReader:

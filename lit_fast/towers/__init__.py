@@ -1,1 +1,1 @@
-"""A frozen vision tower: weights, model, preprocessing and pooling."""
+"""Frozen vision towers. To add a family of models or a layout of files, see `lit_fast/towers/layouts.py`."""

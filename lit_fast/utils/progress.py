@@ -15,10 +15,16 @@ class Progress:
     """Counts finished units out of `total` and shows rate and remaining time.
 
     On a terminal one line is redrawn four times a second. Elsewhere a plain line is printed every `every` seconds.
+
+    Args:
+      label: the first word of the line.
+      total: units of the whole work.
+      unit: their name, in the plural.
+      start: units finished by an earlier process, which do not count for the rate.
+      every: seconds between plain lines.
     """
 
     def __init__(self, label: str, total: int, unit: str, *, start: int = 0, every: float = 10.0) -> None:
-        """Args: label, total, unit; `start`, units finished by an earlier process, which do not count for the rate."""
         self.label, self.total, self.unit, self.done = label, total, unit, start
         self._start, self._start_time = start, time.monotonic()
         self._bar = sys.stderr.isatty()

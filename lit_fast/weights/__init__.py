@@ -1,3 +1,1 @@
-"""Weights of public vision transformers, in every naming, as parameters of `lit_fast.models.vit.ViT`."""
-
-from __future__ import annotations
+"""Read public weights as parameters under big_vision's names; one module per layout of files."""

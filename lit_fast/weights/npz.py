@@ -79,8 +79,8 @@ def open_npz(path: StrPath) -> Iterator[WeightsFile]:
         try:
             file = stack.enter_context(open_read(path))
             archive = stack.enter_context(zipfile.ZipFile(file))
-        except FileNotFoundError:
-            raise UserError(f"weights file {path} does not exist") from None
+        except UserError:
+            raise
         except Exception as error:
             raise refuse(error) from None
         entries = [e for e in archive.infolist() if e.filename.endswith(".npy")]

@@ -120,7 +120,7 @@ def open_safetensors(path: StrPath) -> Iterator[WeightsFile]:
             try:  # the library checks the header against the size of the file
                 file = stack.enter_context(safe_open(local_path(part), framework="numpy"))
                 sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            except Exception as error:  # SafetensorError, OSError, and what a hostile header may raise
+            except Exception as error:  # SafetensorError, OSError, and those of hostile headers
                 raise UserError(f"{part} is not a readable .safetensors: {error}") from None
             if twice := sizes.keys() & shapes.keys():
                 raise UserError(f"{path}: two parts hold {min(twice)}")

@@ -1,4 +1,4 @@
-"""From the name of a model to local files: the one place that knows the forms of names.
+"""Resolve names of models and tokenizers to local files, downloading them on first use. All forms of names are here.
 
 PATH                      a file or directory that exists
 augreg/NAME               a file of the AugReg bucket; `lit-fast towers` lists the usual ones
@@ -12,17 +12,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from urllib.parse import quote
 
 from lit_fast.errors import UserError
-from lit_fast.storage.cache import cached_file
-from lit_fast.storage.files import exists, is_directory, is_file, sha256
+from lit_fast.storage.cache import cache_directory, cached_file
+from lit_fast.storage.files import exists, is_directory, is_file, read_bytes, sha256, write_atomic
 from lit_fast.storage.hub import AbsentError, Snapshot
 from lit_fast.storage.paths import StrPath, absolute, join, name, parent, stem, suffix
 from lit_fast.weights.reader import part_names, parts
 from lit_fast.weights.registry import known_towers
+from lit_fast.weights.tokenizer_json import sentencepiece_model
 
 _BUCKETS = {"augreg": "vit_models/augreg", "big_vision": "big_vision"}
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -31,8 +33,8 @@ _AUGREG_FILE = re.compile(r"[A-Za-z0-9]+_\d+-i(1|21)k-\d+ep-lr_[\w.-]+")
 _SUFFIXES = (".npz", ".safetensors", ".safetensors.index.json")
 _FILE_SUFFIXES = (*_SUFFIXES, ".model", ".toml")  # a name with one is a path, not a repository
 _MAX_CONFIG_BYTES = 10_000_000
+_MAX_TOKENIZER_BYTES = 100_000_000
 _CONFIG, _PROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
-_EXPORTED = (_CONFIG, _WEIGHTS, "tokenizer.model", "tower.json")
 _TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _INDEX = f"{_WEIGHTS}.index.json"
 
@@ -50,7 +52,8 @@ def resolve(spec: str) -> str:
     if spec and exists(spec):
         return spec
     if snapshot := find_repository(spec):
-        return _fetch_tower(snapshot, optional=() if spec.startswith("timm:") else (_PROCESSOR,))
+        with _absent_path(spec):
+            return _fetch_tower(snapshot, optional=() if spec.startswith("timm:") else (_PROCESSOR,))
     family, _, rest = spec.partition("/")
     if family in _BUCKETS and rest:
         return _fetch_archive(spec, family, rest)
@@ -60,40 +63,27 @@ def resolve(spec: str) -> str:
     )
 
 
-def resolve_model(location: StrPath) -> str:
-    """Return the local folder of a run or of an exported model, which may be in a repository of the Hub.
-
-    Raises:
-      UserError: the repository is not that of an exported model, or the download fails.
-    """
-    location = os.fspath(location)
-    snapshot = None if exists(location) else find_repository(location)
-    return fetch_folder(snapshot, _EXPORTED, ("receipt.json",)) if snapshot else location
-
-
 def resolve_tokenizer(location: StrPath) -> tuple[str, str]:
     """Return the local path of a sentencepiece model, which may be in a repository of the Hub, and a name for it.
 
+    A repository has it as a file, or as a `tokenizer.json` that is converted.
+
     Raises:
-      UserError: the repository has no sentencepiece model, or the download fails.
+      UserError: the repository has neither, `tokenizer.json` cannot be converted, or the download fails.
     """
     location = os.fspath(location)
     snapshot = None if exists(location) else find_repository(location)
     if snapshot is None:
         return location, stem(location)
-    for file in _TOKENIZERS:
-        try:
-            return _fetch(snapshot, file), name(snapshot.repository)
-        except AbsentError:
-            continue
-    raise UserError(f"{snapshot} has no {', '.join(_TOKENIZERS)}; give a sentencepiece model")
+    with _absent_path(location):
+        return _fetch_tokenizer(snapshot), name(snapshot.repository)
 
 
 def find_repository(spec: str) -> Snapshot | None:
-    """Return the repository of the Hub that a name means, None if it has another form.
+    """Return the repository of the Hub that a name refers to, None for a name of another form.
 
     Raises:
-      UserError: a prefix of the Hub is followed by something else than a repository.
+      UserError: the name has a prefix of the Hub, but is not that of a repository.
     """
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in ("hf", "hf-hub", "timm"):
@@ -163,6 +153,15 @@ def weights_digest(path: StrPath) -> str:
     return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+@contextmanager
+def _absent_path(spec: str) -> Iterator[None]:
+    """Add to the error for a repository that a name without a prefix may have been meant as a path."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if ":" in spec else f"{spec} does not exist here, and {error}") from None
+
+
 def _fetch(snapshot: Snapshot, file: str) -> str:
     return snapshot.fetch(file, None if file.endswith(".safetensors") else _MAX_CONFIG_BYTES)
 
@@ -171,14 +170,31 @@ def _fetch_tower(snapshot: Snapshot, optional: Sequence[str]) -> str:
     directory = fetch_folder(snapshot, (_CONFIG,), optional)
     try:
         _fetch(snapshot, _WEIGHTS)
-    except AbsentError:
+    except AbsentError as absent:
         try:
             index = _fetch(snapshot, _INDEX)
-        except AbsentError as error:
-            raise UserError(f"{error}; weights in other formats than .safetensors are not read") from None
+        except AbsentError:
+            raise UserError(f"{absent}; only .safetensors weights are read") from None
         for part in part_names(index):
             _fetch(snapshot, part)
     return directory
+
+
+def _fetch_tokenizer(snapshot: Snapshot) -> str:
+    for file in _TOKENIZERS:
+        try:
+            return _fetch(snapshot, file)
+        except AbsentError:
+            continue
+    try:
+        path = snapshot.fetch("tokenizer.json", _MAX_TOKENIZER_BYTES)
+    except AbsentError:
+        names = ", ".join((*_TOKENIZERS, "tokenizer.json"))
+        raise UserError(f"{snapshot} has none of {names}; give a sentencepiece model") from None
+    model = sentencepiece_model(read_bytes(path), f"{snapshot}/tokenizer.json")
+    converted = join(cache_directory(), "tokenizers", f"{hashlib.sha256(model).hexdigest()}.model")
+    write_atomic(converted, model)
+    return converted
 
 
 def _fetch_archive(spec: str, family: str, rest: str) -> str:

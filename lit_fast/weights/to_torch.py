@@ -1,6 +1,7 @@
-"""Convert a transformer's parameters to PyTorch's layout, the inverse of `lit_fast.weights.from_torch`.
+"""Convert a transformer's parameters to PyTorch's layout.
 
-Parameters are nested dicts under big_vision's names; functions return arrays by the names of the other code base.
+The inverse is `lit_fast.weights.from_torch`. Parameters are nested dicts under big_vision's names; functions return
+arrays by the names of the other code base.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def dense(name: str, params: Params) -> Tensors:
 
 
 def embedding(name: str, params: Params) -> Tensors:
-    """Convert a patch embedding's kernel, without its bias, to [width, 3, patch, patch]."""
+    """Convert a patch embedding's kernel to [width, 3, patch, patch]."""
     return {f"{name}.weight": params["kernel"].transpose(3, 2, 0, 1)}
 
 
@@ -85,5 +86,5 @@ def block_at(params: Params, index: int) -> Params:
 
 
 def contiguous(tensors: Tensors, prefix: str = "") -> Tensors:
-    """Add a prefix to the names, and make arrays contiguous float32, as safetensors needs them."""
+    """Make arrays contiguous float32, as safetensors needs them; prefix their names."""
     return {prefix + name: np.asarray(a, np.float32, order="C") for name, a in tensors.items()}

@@ -24,7 +24,7 @@ def make_features(path, rows):
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
-    """Two shards, the second with a whole block and a short one; the first written as blocks come, 63 to 0."""
+    """Two shards, the second with a whole block and a short one; the first written whole."""
     store = make_features(tmp_path_factory.mktemp("store"), SHARD + BLOCK + 7)
     values = np.random.default_rng(0).standard_normal((store.dataset.rows, VIEWS * WIDTH)).astype(BFLOAT16)
     array = store.array(create=True)
@@ -39,7 +39,7 @@ def block(features, number):
     return out
 
 
-def test_blocks_are_what_tensorstore_reads(features):
+def test_block_reader_equals_tensorstore(features):
     array = features.array()
     for number in range(features.dataset.blocks):
         rows = min(BLOCK, features.dataset.rows - number * BLOCK)
@@ -49,7 +49,7 @@ def test_blocks_are_what_tensorstore_reads(features):
         assert not got[rows:].any()
 
 
-def test_blocks_are_found_in_any_order(tmp_path):
+def test_block_reader_with_blocks_in_any_order_finds_them(tmp_path):
     """A shard filled block by block has its blocks where TensorStore put them."""
     store = make_features(tmp_path, 4 * BLOCK)
     values = np.arange(4 * BLOCK).repeat(VIEWS * WIDTH).reshape(4 * BLOCK, -1).astype(BFLOAT16)
@@ -66,22 +66,22 @@ def test_blocks_are_found_in_any_order(tmp_path):
         block(store, 1)
 
 
-def test_a_missing_shard_names_the_store(tmp_path):
+def test_block_reader_of_missing_shard_names_the_store(tmp_path):
     with pytest.raises(UserError, match=r"features/t cannot be read, a shard is missing .*c/0/0"):
         block(make_features(tmp_path, BLOCK), 0)
 
 
 @settings(max_examples=60, deadline=None)
-@given(place=st.integers(0, 64 * (BYTES + 16) + 3), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_found_wherever_it_is(features, tmp_path_factory, place, bit):
+@given(position=st.integers(0, 64 * (BYTES + 16) + 3), bit=st.integers(0, 7))
+def test_block_reader_with_flipped_bit_refuses_the_block(features, tmp_path_factory, position, bit):
     """In a block's bytes or checksum exactly that block cannot be read; in the index, no block can."""
     data = bytearray(Path(features.shard_path(0)).read_bytes())
     assert len(data) == 64 * (BYTES + 16) + 4
-    data[place] ^= 1 << bit
+    data[position] ^= 1 << bit
     copy = make_features(tmp_path_factory.mktemp("flipped"), SHARD)
     Path(copy.shard_path(0)).parent.mkdir(parents=True)
     Path(copy.shard_path(0)).write_bytes(data)
-    bad = {place // BYTES} if place < 64 * BYTES else set(range(64))
+    bad = {position // BYTES} if position < 64 * BYTES else set(range(64))
     for number in {0, 31, 63} | bad:
         if number in bad:
             with pytest.raises(UserError, match="crc32c"):
@@ -92,7 +92,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(features, tmp_path_factory, place
 
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(0, 64 * (BYTES + 16) + 3))
-def test_a_truncated_shard_is_an_error(features, tmp_path_factory, length):
+def test_block_reader_of_truncated_shard_raises(features, tmp_path_factory, length):
     copy = make_features(tmp_path_factory.mktemp("cut"), SHARD)
     Path(copy.shard_path(0)).parent.mkdir(parents=True)
     Path(copy.shard_path(0)).write_bytes(Path(features.shard_path(0)).read_bytes()[:length])
@@ -102,7 +102,7 @@ def test_a_truncated_shard_is_an_error(features, tmp_path_factory, length):
 
 @settings(max_examples=50, deadline=None)
 @given(offset=st.integers(0, 2**64 - 1), length=st.sampled_from([BYTES, 0, 2**64 - 1, BYTES + 1]))
-def test_an_index_that_lies_with_a_good_checksum_is_an_error(features, tmp_path_factory, offset, length):
+def test_block_reader_with_wrong_index_and_right_checksum_raises(features, tmp_path_factory, offset, length):
     import google_crc32c
 
     data = Path(features.shard_path(0)).read_bytes()
@@ -110,10 +110,10 @@ def test_an_index_that_lies_with_a_good_checksum_is_an_error(features, tmp_path_
     if (offset, length) == (int(index[10]), BYTES):
         return
     index[10:12] = offset, length
-    told = google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+    checksum = google_crc32c.value(index.tobytes()).to_bytes(4, "little")
     copy = make_features(tmp_path_factory.mktemp("lying"), SHARD)
     Path(copy.shard_path(0)).parent.mkdir(parents=True)
-    Path(copy.shard_path(0)).write_bytes(data[:-1028] + index.tobytes() + told)
+    Path(copy.shard_path(0)).write_bytes(data[:-1028] + index.tobytes() + checksum)
     if length == BYTES and offset % BYTES == 0 and offset < 64 * BYTES:
         assert block(copy, 5).tobytes() == block(features, offset // BYTES).tobytes()
         return

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import demo_tower as pretrain
 from lit_fast.config_io import load_config
 from lit_fast.demo import demo
-from lit_fast.demo.results import confusions, gallery
+from lit_fast.demo.page import confusions, gallery
 from lit_fast.demo.scenes import NOVEL, PAIRS
 from lit_fast.demo.tars import write_captioned, write_classification
 from lit_fast.embed.index import index_dataset
@@ -103,7 +103,9 @@ def test_demo_tower_is_small_and_equals_the_pretrained_model() -> None:
     assert (tower.preprocess.size, tower.architecture) == (64, pretrain.MODEL.architecture)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     features = tower.embed(tower.params, images)
-    np.testing.assert_allclose(features, pretrain.tokens(tower.params, images)[:, 0], rtol=0, atol=2e-5)
+    tokens = pretrain.tokens(tower.params, images)
+    assert tokens.shape == (3, 1 + pretrain.GRID**2, 128)
+    np.testing.assert_allclose(features, tokens[:, 0], rtol=0, atol=2e-5)
 
 
 def test_augreg_npz_round_trips_the_weights(tmp_path: Path) -> None:

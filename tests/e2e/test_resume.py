@@ -1,6 +1,7 @@
 """A run that is killed at any moment and resumed ends with the same bits as one that was not."""
 
 import random
+import resource
 import signal
 import time
 
@@ -135,3 +136,16 @@ def test_non_finite_step_saves_no_checkpoint(case):
     line = log_text.strip().splitlines()[-1]
     assert line.startswith("lit-fast: error: loss or gradient became non-finite at step ")
     assert not list((case / "bad/checkpoints").glob("[0-9]*"))
+
+
+def test_full_disk_ends_in_one_line_and_the_run_resumes(case):
+    options = ["--steps=30", "--text.width=256", "--stream.global-batch=16"]
+    process = start(case, "full", *options)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (600_000, 600_000))  # of each file
+    (log_text,) = finish(process, status=2)
+    line = log_text.strip().splitlines()[-1]
+    assert line.startswith("lit-fast: error: ")
+    assert "full/checkpoints cannot be written: File too large; fix the cause, then rerun" in line
+    assert "Traceback" not in log_text
+    finish(start(case, "full", *options))
+    assert open_run(case / "full").step == 30

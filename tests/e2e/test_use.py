@@ -110,19 +110,19 @@ def test_another_tower_or_tokenizer_than_the_runs_is_refused(trained_run, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("search {d} --model {w}", "nothing to search for"),
-        ("search {d} dog --model {w} --top 0", "--top 0 is less than 1"),
+        ("search {d} --model {w}", "the query is missing"),
+        ("search {d} dog --model {w} --top 0", "--top 0 must be at least 1"),
         ("search {d} dog --model {w} --imag x", "unrecognized arguments: --imag"),
         ("search {d} dog --model {d}", "is not a run"),
         ("search {w} dog --model {w}", "is not a dataset"),
         ("search {d} --image {t}/absent.jpg --model {w} --page {t}/p.html", "there is no such file"),
         ("search {d} dog --model {w} --page {t}", "is a directory"),
-        ("search {d} dog", "no model; add --model W"),
+        ("search {d} dog", "the model is missing; add --model W"),
         ("classify {t}/absent.jpg --model {w} --labels a,b", "there is no such file"),
         ("classify {t} --model {w} --labels a,b", "has no image files"),
         ("classify x.jpg --model {w} --labels a", "at least two labels"),
         ("classify x.jpg --model {w} --labels a,b --tower {t}/no.npz", "no.npz"),
-        ("classify x.jpg --labels a,b", "no model; add --model W"),
+        ("classify x.jpg --labels a,b", "the model is missing; add --model W"),
     ],
 )
 def test_mistake_with_a_model_is_one_line(arguments, message, trained_run, tmp_path, capsys, monkeypatch):

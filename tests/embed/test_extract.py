@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
 
+import lit_fast.embed.shard_writer
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import Features, open_features
@@ -118,6 +121,29 @@ def test_shards_and_shares(
     assert "is complete: 2,500 rows, 2,496 valid, 4 invalid" in capsys.readouterr().out
 
 
+def test_embed_dataset_frees_the_features_of_finished_shards(
+    tmp_path: Path, tiny_vit: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Journal]] = []
+    most = 0
+
+    class CountedJournal(Journal):
+        def __init__(self, *args: Any) -> None:
+            nonlocal most
+            super().__init__(*args)
+            alive.append(weakref.ref(self))
+            gc.collect()
+            most = max(most, sum(journal() is not None for journal in alive))
+
+    monkeypatch.setattr(lit_fast.embed.shard_writer, "Journal", CountedJournal)
+    write_tar(tmp_path / "0.tar", [(f"{i}.{s}", b"x") for i in range(6000) for s in ("jpg", "txt")])
+    dataset = index_dataset([f"{tmp_path}/0.tar"], tmp_path / "d", seed=0)
+    with pytest.raises(UserError, match="none of the 6,000 images could be embedded"):
+        embed_dataset(dataset.path, str(tiny_vit), batch_size=64)
+    assert len(alive) == dataset.shards == 6
+    assert most <= 3  # the reader is ahead of the writer
+
+
 def start(dataset: Path, tower: Path, name: str) -> subprocess.Popen[bytes]:
     arguments = ["embed", str(dataset), "--tower", str(tower), "--name", name, "--batch-size", "2"]
     return subprocess.Popen(
@@ -195,51 +221,6 @@ def test_a_shard_killed_while_it_was_committed(tmp_path: Path, tiny_vit: Path, s
     (Path(features.path) / "partial" / "00000.journal").write_bytes(b"of a finished shard")
     embed_dataset(dataset.path, str(tiny_vit), batch_size=8)
     assert tree(features.path) == whole
-
-
-def make_journal(path: Path, records: int = 5, **belongs: int) -> Journal:
-    with Journal(path, 20, 4, belongs) as journal:
-        for i in range(records):
-            journal.append(np.full((2, 4), i, ml_dtypes.bfloat16), {2 * i: "bad"} if i % 2 else {})
-    return journal
-
-
-def test_journal_keeps_whole_records_whatever_is_cut_or_flipped(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    whole = make_journal(path, identity=1)
-    data = path.read_bytes()
-    ends = []
-    for size in range(len(data) + 1):
-        path.write_bytes(data[:size])
-        with Journal(path, 20, 4, {"identity": 1}) as journal:
-            assert journal.done % 2 == 0
-            np.testing.assert_array_equal(journal.features[: journal.done], whole.features[: journal.done])
-            assert journal.invalid == {r: w for r, w in whole.invalid.items() if r < journal.done}
-            ends.append(journal.done)
-    assert ends == sorted(ends)
-    assert (ends[-1], ends[-2]) == (10, 8)
-    for place in range(0, len(data), 3):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-        with Journal(path, 20, 4, {"identity": 1}) as journal:
-            assert journal.done < 10
-            np.testing.assert_array_equal(journal.features[: journal.done], whole.features[: journal.done])
-
-
-def test_journal_of_something_else_is_discarded(tmp_path: Path) -> None:
-    make_journal(tmp_path / "j", identity=1)
-    with Journal(tmp_path / "j", 20, 4, {"identity": 2}) as journal:
-        assert (journal.done, journal.discarded) == (0, True)
-    with Journal(tmp_path / "j", 20, 4, {"identity": 2}) as journal:
-        assert (journal.done, journal.discarded) == (0, False)
-
-
-def test_two_processes_do_not_share_a_shard(tmp_path: Path) -> None:
-    with (
-        Journal(tmp_path / "j", 20, 4, {}),
-        pytest.raises(UserError, match="another process"),
-        Journal(tmp_path / "j", 20, 4, {}),
-    ):
-        pass
 
 
 def test_another_tower_needs_another_name(dataset: Dataset, tiny_vit: Path) -> None:

@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 
-import lit_fast.data.dataset
 import lit_fast.data.records
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import Source, open_dataset
-from lit_fast.data.dataset_writer import Row
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.tokens import open_tokens
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.tokenize import tokenize_dataset
 from lit_fast.errors import UserError
-from tests.embed.contents import captions, keys, tree
+from tests.embed.contents import captions, keys, patch_shard_rows, tree
 from tests.helpers import encoded, picture, samples, write_tar
 
 
@@ -97,7 +96,7 @@ def test_a_grown_dataset_equals_one_written_at_once(
     first: int, second: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks, digests and counts, for all places of the border in block, record file and shard."""
-    monkeypatch.setattr(lit_fast.data.dataset, "SHARD", 2048)
+    patch_shard_rows(monkeypatch, 2048)
     monkeypatch.setattr(lit_fast.data.records, "FILE_RECORDS", 2)
     sources = [Source("/nowhere.tar", 1)]
     rows = [
@@ -107,7 +106,7 @@ def test_a_grown_dataset_equals_one_written_at_once(
     for path, parts in (("one", [rows]), ("two", [rows[:first], rows[first:]])):
         grow = None
         for part in parts:
-            writer = lit_fast.data.dataset.DatasetWriter(tmp_path / path, grow=grow)
+            writer = DatasetWriter(tmp_path / path, grow=grow)
             for row in part:
                 writer.add(row)
             grow = writer.finish(seed=0, sources=sources)
@@ -125,7 +124,7 @@ def test_killed_at_any_step_of_the_end(tars: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "start", tmp_path / "whole")
     whole = index_dataset([str(tars)], tmp_path / "whole", seed=0, append=True)
     script = (
-        "import os, sys, signal, lit_fast.embed.index, lit_fast.data.dataset as d\n"
+        "import os, sys, signal, lit_fast.embed.index, lit_fast.data.dataset_writer as d\n"
         "def die(*a): os.kill(os.getpid(), signal.SIGKILL)\n"
         "setattr(d, sys.argv[1], die)\n"
         "from lit_fast.cli.main import main\n"
@@ -172,7 +171,7 @@ def test_killed_while_writing(tars: Path, tmp_path: Path) -> None:
     assert index_dataset([str(tars)], out, seed=0, append=True).rows == 30
 
 
-def test_tokens_are_made_anew(tars: Path, tmp_path: Path) -> None:
+def test_tokens_of_a_grown_dataset_are_made_again(tars: Path, tmp_path: Path) -> None:
     out = tmp_path / "d"
     index_dataset([f"{tars}/0.tar"], out, seed=0)
     tokenize_dataset(out, train_vocab=282, name="words")
@@ -188,19 +187,3 @@ def test_tokens_are_made_anew(tars: Path, tmp_path: Path) -> None:
     tokens = open_tokens(grown)
     assert tokens.meta["captions"] == 60
     assert tokens.tokenizer().model == before
-
-
-def test_a_dataset_of_before_sources_had_kinds_opens(tars: Path, tmp_path: Path) -> None:
-    """dataset.json as it was written when there were only tars."""
-    dataset = index_dataset([str(tars)], tmp_path / "d", seed=0)
-    file = tmp_path / "d" / "dataset.json"
-    lines = [
-        line
-        for line in file.read_text().splitlines()
-        if '"generation"' not in line and '"languages"' not in line
-    ]
-    file.write_text("\n".join(lines))
-    old = open_dataset(tmp_path / "d")
-    assert old.sources == dataset.sources
-    assert {source.kind for source in old.sources} == {"tar"}
-    assert index_dataset([str(tars)], tmp_path / "d", seed=0).rows == 30

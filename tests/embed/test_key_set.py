@@ -45,7 +45,8 @@ def test_opening_does_not_depend_on_the_rows(tmp_path: Path) -> None:
     rows = 100_000_000
     value = {
         "format": FORMAT, "rows": rows, "captions": rows, "captionless": 0, "labelled": 0, "block": BLOCK,
-        "shard": SHARD, "seed": 0, "classnames": [], "templates": [], "left_out": {}, "languages": {"en": rows},
+        "shard": SHARD, "seed": 0, "generation": 0,
+        "classnames": [], "templates": [], "left_out": {}, "languages": {"en": rows},
         "sources": [{"path": f"/data/{i:05d}.tar", "bytes": 10**9} for i in range(10_000)],
         "shard_keys": ["0" * 32] * -(-rows // SHARD),
     }  # fmt: skip

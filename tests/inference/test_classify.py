@@ -6,7 +6,6 @@ import pytest
 from lit_fast.config import LossConfig, TextConfig
 from lit_fast.errors import UserError
 from lit_fast.inference.classify import as_json, check_labels, classify, expand_images, format_scores
-from lit_fast.storage.files import read_lines
 from lit_fast.storage.paths import name
 from lit_fast.towers.tower import load_tower
 from tests.helpers import encoded, picture
@@ -64,7 +63,7 @@ def test_classify_scores_equal_the_mean_over_the_templates(loss, tiny_vit, pictu
         (["a cat"], ["{c}"], "at least two labels"),
         (["a cat", "!?"], ["{c}"], "neither letters nor digits"),
         (["a cat", "A  Cat."], ["{c}"], "2 labels are equal to 'a cat'"),
-        (["a", "b"], ["a photo"], "no place for the class name"),
+        (["a", "b"], ["a photo"], "lacks the class name"),
     ],
 )
 def test_check_labels_unusable_labels_raise(labels, templates, message):
@@ -73,16 +72,6 @@ def test_check_labels_unusable_labels_raise(labels, templates, message):
     assert ".txt" not in str(caught.value)
 
 
-def test_read_lines_of_labels_strips_and_refuses_other_files(tmp_path):
-    file = tmp_path / "labels.txt"
-    file.write_text("\ufeffa cat\n  a dog \n\n", "utf-8")
-    assert read_lines(file) == ("a cat", "a dog")
-    for data, message in ((b"\n \n", "is empty"), (b"\xff\xfe", "not UTF-8"), (b"a\n\nb", "in line 2")):
-        file.write_bytes(data)
-        with pytest.raises(UserError, match=message):
-            read_lines(file)
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match="cannot be read"):
-            read_lines(path)
+def test_expand_images_of_a_directory_without_images_raises(tmp_path):
     with pytest.raises(UserError, match="has no image files"):
         expand_images([tmp_path])

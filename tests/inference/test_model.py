@@ -1,4 +1,4 @@
-"""A trained model: the embeddings are those of the stored features, and what is wrong is one line."""
+"""A trained model: its embeddings equal the stored features, its scores the loss; errors are one line."""
 
 import os
 import shutil

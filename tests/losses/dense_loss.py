@@ -1,4 +1,4 @@
-"""The losses by their formulas, in float64 NumPy, the whole matrix of pairs at once."""
+"""The losses by their formulas, in float64 NumPy, from the matrix of all pairs."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from lit_fast.losses.pairs import mix
 
 
 def dense_loss(config, batch, texts, log_scale, bias=None, head=None):
-    """(loss, gradients by name, logits of positives, logits of negatives)."""
+    """Return (loss, gradients by name, logits of positives, logits of negatives)."""
     texts, features = np.float64(texts), np.float64(batch["features"])
     scale = np.exp(np.float64(log_scale))
     linear = features if head is None else features @ np.float64(head)
@@ -51,24 +51,22 @@ def softmax(logit, positive, negative):
 
 
 def pairs(config, batch, cosine):
-    """The positive and the negative pairs, bool [images, texts]."""
+    """Return the positive and the negative pairs, bool [images, texts]."""
     rows, ids, captions = batch["rows"], batch["ids"], len(batch["ids"]) // len(batch["rows"])
     n, m = cosine.shape
     same_row = rows[:, None] == np.repeat(rows, captions)[None, :]
-    own = np.arange(n)[:, None] == np.arange(m)[None, :] // captions
-    positive = own if config.same_image == "mask" else same_row
-    negative = ~same_row
+    positive, negative = same_row, ~same_row
     if config.same_caption == "mask":
         equal = (ids[:, None] == ids[None, :]).all(axis=-1)  # [texts, texts]
         came_with = equal.reshape(n, captions, m).any(axis=1)
         negative &= ~came_with
     if config.negatives == "random":
         share = config.negatives_per_positive / max(n - 1, 1)
-        words = batch["words"]
-        image_lots = mix(mix(np.arange(n, dtype=np.uint32)) ^ words[0])
-        text_lots = mix(mix(np.arange(m, dtype=np.uint32)) ^ words[1])
-        lot = np.asarray(mix(image_lots[:, None] ^ text_lots[None, :]))
-        negative &= (lot / 2**32 < share) | (share >= 1)
+        seeds = batch["seeds"]
+        image_ids = mix(mix(np.arange(n, dtype=np.uint32)) ^ seeds[0])
+        text_ids = mix(mix(np.arange(m, dtype=np.uint32)) ^ seeds[1])
+        draw = np.asarray(mix(image_ids[:, None] ^ text_ids[None, :]))
+        negative &= (draw / 2**32 < share) | (share >= 1)
     elif config.negatives != "all":
         rank = np.where(negative, cosine if config.negatives == "hardest" else -cosine, -np.inf)
         wanted = int(np.ceil(config.negatives_per_positive * m))

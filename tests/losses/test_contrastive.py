@@ -12,10 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lit_fast.config import LossConfig
-from lit_fast.losses.accumulate import Trained, apply_head
-from lit_fast.losses.contrastive import pair_loss
-from lit_fast.losses.logit_stats import logit_metrics
-from lit_fast.losses.pairs import hash_ids, mix, pair_up
+from lit_fast.losses.accumulate import LogitStats, LossParams, apply_head, logit_metrics
+from lit_fast.losses.contrastive import contrastive_loss
+from lit_fast.losses.pairs import hash_ids, make_sides, mix
 from lit_fast.models.two_towers import apply_image_head
 from lit_fast.runtime import AXIS, REPLICATED, SHARDED, make_mesh, shard_map
 from lit_fast.utils.normalize import normalize
@@ -24,18 +23,18 @@ from tests.losses.dense_loss import dense_loss, pairs
 OPTIONS = [
     {},
     {"bias": False, "image_head": True},
-    {"same_image": "mask", "same_caption": "mask"},
-    {"negatives": "random", "negatives_per_positive": 2.5, "same_image": "mask"},
+    {"same_caption": "mask"},
+    {"negatives": "random", "negatives_per_positive": 2.5},
     {"negatives": "hardest", "negatives_per_positive": 1.6, "image_head": True},
     {"negatives": "easiest", "negatives_per_positive": 3.0, "same_caption": "mask"},
     {"name": "softmax"},
-    {"name": "softmax", "image_head": True, "same_image": "mask", "same_caption": "mask"},
+    {"name": "softmax", "image_head": True, "same_caption": "mask"},
 ]
 NAMES = [" ".join(str(v) for v in o.values()) or "default" for o in OPTIONS]
 
 
 def draw(seed, n, captions, width=16):
-    """Features, texts and their batch: some rows come twice, some captions several times."""
+    """Draw a batch, text embeddings and an image head; some rows and captions are repeated."""
     rng = np.random.default_rng(seed)
 
     def unit(k):
@@ -45,7 +44,7 @@ def draw(seed, n, captions, width=16):
         "features": unit(n),
         "rows": rng.integers(0, max(1, 3 * n // 4), n).astype(np.int32),
         "ids": rng.integers(0, 3, (n * captions, 3)).astype(np.uint16),
-        "words": rng.integers(0, 2**32, 2, np.uint32),
+        "seeds": rng.integers(0, 2**32, 2, np.uint32),
     }
     return (
         batch,
@@ -54,7 +53,7 @@ def draw(seed, n, captions, width=16):
     )
 
 
-def trained_of(config, texts, head, log_scale, bias):
+def make_params(config, texts, head, log_scale, bias):
     biased = config.name == "sigmoid" and config.bias
     return {
         "texts": texts,
@@ -64,38 +63,42 @@ def trained_of(config, texts, head, log_scale, bias):
     }
 
 
-def on_devices(config, devices, gather=True):
-    """The jitted (texts, rest, features, rows, ids, words) -> (loss, gradients, figures of the logits, pairs)."""
+def compile_loss(config, num_devices, gather=True):
+    """Return the jitted (texts, other params, features, rows, ids, seeds) -> (loss, gradients, LogitStats)."""
 
-    def compute(texts, rest, features, rows, ids, words):
-        images, known = pair_up(config, devices, features, rows, len(ids) // len(rows), lambda: ids, words)
+    def compute(texts, others, features, rows, ids, seeds):
+        sides = make_sides(config, num_devices, features, rows, len(ids) // len(rows), lambda: ids, seeds)
 
-        def share(trained):
-            return pair_loss(config, devices, trained, images, known)
+        def loss_share(params):
+            return contrastive_loss(config, num_devices, params, *sides)
 
-        (value, logits), grads = jax.value_and_grad(share, has_aux=True)(Trained(texts, **rest))
-        summed, sums = jax.lax.psum(((value, grads._replace(texts=None)), logits[:4]), AXIS)
-        bounds = jax.lax.pmax(jnp.stack(logits[4:]), AXIS)
-        gathered = (
+        (loss, stats), grads = jax.value_and_grad(loss_share, has_aux=True)(LossParams(texts, **others))
+        (loss, others), sums = jax.lax.psum(((loss, grads._replace(texts=None)), stats.sums), AXIS)
+        maxima = jax.tree.map(lambda a: jax.lax.pmax(a, AXIS), stats.maxima)
+        dtexts = (
             jax.lax.all_gather(grads.texts, AXIS, tiled=True) if gather else jax.lax.psum(grads.texts, AXIS)
         )
-        return summed[0], summed[1]._replace(texts=gathered), logit_metrics(sums, bounds), sums[:2]
+        return loss, others._replace(texts=dtexts), LogitStats(sums, maxima)
 
-    mesh = make_mesh(jax.devices()[:devices])
+    mesh = make_mesh(jax.devices()[:num_devices])
     specs = (SHARDED, REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED)
     return jax.jit(shard_map(compute, mesh, specs))
 
 
-def run(config, devices, batch, trained):
-    rest = {k: v for k, v in trained.items() if k != "texts"}
-    arrays = (batch[k] for k in ("features", "rows", "ids", "words"))
-    return on_devices(config, devices)(trained["texts"], rest, *arrays)
+def arguments(batch, params):
+    others = {k: v for k, v in params.items() if k != "texts"}
+    return params["texts"], others, *(batch[k] for k in ("features", "rows", "ids", "seeds"))
 
 
-def check(config, devices, batch, trained):
-    want, want_grads, positives, negatives = dense_loss(config, batch, **trained)
-    value, grads, figures, counts = run(config, devices, batch, trained)
-    assert [int(c) for c in counts] == [len(positives), len(negatives)]
+def run(config, num_devices, batch, params):
+    return compile_loss(config, num_devices)(*arguments(batch, params))
+
+
+def check(config, num_devices, batch, params):
+    want, want_grads, positives, negatives = dense_loss(config, batch, **params)
+    value, grads, stats = run(config, num_devices, batch, params)
+    metrics = logit_metrics(stats)
+    assert [int(c) for c in stats.sums[:2]] == [len(positives), len(negatives)]
     # float32 sums of up to 36 x 108 terms: rounding is a few 1e-7 of the largest term. exp(log_scale) up
     # to 100 magnifies the rounding of a cosine (6e-8) to 6e-6 in a logit, hence in the relative error.
     np.testing.assert_allclose(value, want, rtol=2e-5, atol=1e-6)
@@ -104,18 +107,18 @@ def check(config, devices, batch, trained):
             close = {"rtol": 1e-4, "atol": 2e-5 * np.abs(exact).max() + 1e-6}
             np.testing.assert_allclose(getattr(grads, name), exact, **close, err_msg=name)
     for kind, logits in (("positive", positives), ("negative", negatives)):
-        for figure in ("mean", "min", "max"):
+        for statistic in ("mean", "min", "max"):
             if len(logits):
-                got = figures[f"{kind}_logit_{figure}"]
-                np.testing.assert_allclose(got, getattr(logits, figure)(), rtol=1e-5, atol=3e-5)
+                got = metrics[f"{kind}_logit_{statistic}"]
+                np.testing.assert_allclose(got, getattr(logits, statistic)(), rtol=1e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
-def test_every_option_equals_its_formula(options, devices):
+def test_loss_of_every_option_equals_its_formula(options, num_devices):
     config = LossConfig(tile=5, precision="highest", **options)
     batch, texts, head = draw(3, 12, 2)
-    check(config, devices, batch, trained_of(config, texts, head, 2.0, -3.0))
+    check(config, num_devices, batch, make_params(config, texts, head, 2.0, -3.0))
 
 
 cases = st.tuples(
@@ -125,23 +128,26 @@ cases = st.tuples(
 
 @settings(max_examples=14, deadline=None)
 @given(
-    options=st.sampled_from(OPTIONS), devices=st.sampled_from([1, 2, 4]), tile=st.integers(1, 12), case=cases
+    options=st.sampled_from(OPTIONS),
+    num_devices=st.sampled_from([1, 2, 4]),
+    tile=st.integers(1, 12),
+    case=cases,
 )
-def test_equals_the_formula_for_any_batch(options, devices, tile, case):
+def test_loss_of_any_batch_equals_its_formula(options, num_devices, tile, case):
     seed, per_device, captions, log_scale, bias = case
     config = LossConfig(tile=tile, precision="highest", **options)
-    batch, texts, head = draw(seed, per_device * devices, captions)
-    trained = trained_of(config, texts, head, log_scale, bias)
-    # Two negatives closer than a step of the search are kept together.
-    assume(config.negatives in ("all", "random") or margin(config, batch, trained) > 3e-5)
-    check(config, devices, batch, trained)
+    batch, texts, head = draw(seed, per_device * num_devices, captions)
+    params = make_params(config, texts, head, log_scale, bias)
+    # The search does not separate negatives closer than its resolution.
+    assume(config.negatives in ("all", "random") or margin(config, batch, params) > 3e-5)
+    check(config, num_devices, batch, params)
 
 
-def margin(config, batch, trained):
-    """How far apart, in cosine, the last negative that is kept and the first that is not are."""
+def margin(config, batch, params):
+    """Return the difference in cosine between the last used negative and the first masked one."""
     names = ("texts", "log_scale", "head")
-    everything = dense_loss(replace(config, negatives="all"), batch, **{k: trained[k] for k in names})[3]
-    cosine = np.sort(everything / np.exp(trained["log_scale"])) * (1 if config.negatives == "hardest" else -1)
+    everything = dense_loss(replace(config, negatives="all"), batch, **{k: params[k] for k in names})[3]
+    cosine = np.sort(everything / np.exp(params["log_scale"])) * (1 if config.negatives == "hardest" else -1)
     cosine = np.sort(cosine)[::-1]
     wanted = int(np.ceil(config.negatives_per_positive * len(batch["ids"])))
     return cosine[wanted - 1] - cosine[wanted] if wanted < len(cosine) else np.inf
@@ -149,24 +155,24 @@ def margin(config, batch, trained):
 
 @settings(max_examples=50, deadline=None)
 @given(options=st.sampled_from(OPTIONS), case=cases)
-def test_the_formulas_gradients_are_their_differences(options, case):
-    """The reference itself: its gradients against central differences of its value."""
+def test_formula_gradients_equal_differences(options, case):
+    """Check the reference itself: its gradients against central differences of its value."""
     seed, n, captions, log_scale, bias = case
     config = LossConfig(**options)
     batch, texts, head = draw(seed, n, captions, 6)
-    trained = {
+    params = {
         k: None if v is None else np.float64(v)
-        for k, v in trained_of(config, texts, head, log_scale, bias).items()
+        for k, v in make_params(config, texts, head, log_scale, bias).items()
     }
-    assume(config.negatives in ("all", "random") or margin(config, batch, trained) > 1e-3)
+    assume(config.negatives in ("all", "random") or margin(config, batch, params) > 1e-3)
     rng = np.random.default_rng(seed)
-    _, grads, _, _ = dense_loss(config, batch, **trained)
+    _, grads, _, _ = dense_loss(config, batch, **params)
     for name, grad in grads.items():
         if grad is None:
             continue
         direction, step = rng.normal(size=np.shape(grad)), 1e-6
         ahead, behind = (
-            dense_loss(config, batch, **trained | {name: trained[name] + s * direction})[0]
+            dense_loss(config, batch, **params | {name: params[name] + s * direction})[0]
             for s in (step, -step)
         )
         # Central differences: the error of the step is 1e-12 times the third derivative (exp(4.6)^3 at worst),
@@ -176,8 +182,8 @@ def test_the_formulas_gradients_are_their_differences(options, case):
         )
 
 
-def test_initial_value_of_the_paper():
-    """At initialisation with orthogonal embeddings: 10.00005 + (n - 1) * 4.54e-5."""
+def test_sigmoid_at_initialisation_is_the_papers_value():
+    """With orthogonal embeddings it is 10.00005 + (n - 1) * 4.54e-5."""
     n = 64
     batch = draw(0, n, 1, 2 * n)[0] | {
         "features": np.eye(2 * n, dtype=np.float32)[:n],
@@ -185,17 +191,17 @@ def test_initial_value_of_the_paper():
     }
     config = LossConfig(tile=7, precision="highest")
     texts = np.eye(2 * n, dtype=np.float32)[n:]
-    value, _, figures, _ = run(config, 4, batch, trained_of(config, texts, None, np.log(10), -10.0))
+    value, _, stats = run(config, 4, batch, make_params(config, texts, None, np.log(10), -10.0))
     assert value == pytest.approx(10.00004540 + (n - 1) * 4.539890e-5, rel=1e-6)
-    assert figures["negative_logit_mean"] == pytest.approx(-10.0)
+    assert logit_metrics(stats)["negative_logit_mean"] == pytest.approx(-10.0)
 
 
-def test_softmax_is_that_of_clip():
-    """Optax's cross-entropy over rows and columns, where no row and no image comes twice."""
+def test_softmax_without_repeats_is_clips():
+    """It equals optax's cross-entropy over rows and columns."""
     config = LossConfig(name="softmax", tile=5, precision="highest")
     batch, texts, _ = draw(1, 16, 1)
     batch["rows"] = np.arange(16, dtype=np.int32)
-    value, grads, _, _ = run(config, 4, batch, trained_of(config, texts, None, np.log(20), 0))
+    value, grads, _ = run(config, 4, batch, make_params(config, texts, None, np.log(20), 0))
 
     def clip(texts, log_scale):
         logits = jnp.exp(log_scale) * jnp.dot(batch["features"], texts.T, precision="highest")
@@ -211,37 +217,37 @@ def test_softmax_is_that_of_clip():
 
 def test_softmax_of_extreme_logits_is_finite():
     """At temperature e^9 all but the largest exponential of a softmax are zero."""
-    config = LossConfig(name="softmax", tile=3, precision="highest", same_image="mask")
+    config = LossConfig(name="softmax", tile=3, precision="highest")
     batch, texts, _ = draw(5, 12, 2)
-    check(config, 2, batch, trained_of(config, texts, None, np.float32(6.0), 0))
-    _, grads, _, _ = run(config, 2, batch, trained_of(config, texts, None, np.float32(9.0), 0))
+    check(config, 2, batch, make_params(config, texts, None, np.float32(6.0), 0))
+    _, grads, _ = run(config, 2, batch, make_params(config, texts, None, np.float32(9.0), 0))
     assert np.isfinite(grads.texts).all()
 
 
 @pytest.mark.parametrize("kind", ["random", "hardest", "easiest"])
-def test_as_many_negatives_as_asked_for(kind):
+def test_negatives_are_as_many_as_configured(kind):
     n, captions, per_positive = 256, 2, 20.0
     config = LossConfig(negatives=kind, negatives_per_positive=per_positive, tile=100)
     batch, texts, _ = draw(7, n, captions)
     batch["rows"] = np.arange(n, dtype=np.int32)
-    trained = trained_of(config, texts, None, np.log(10), -10.0)
-    counts = [int(run(config, devices, batch, trained)[3][1]) for devices in (1, 4)]
+    params = make_params(config, texts, None, np.log(10), -10.0)
+    counts = [int(run(config, d, batch, params)[2].sums.num_negatives) for d in (1, 4)]
     wanted = per_positive * n * captions
     if kind == "random":
-        # Binomial: one standard deviation is below sqrt(10 240) = 101. Which ones does not depend on the devices.
+        # Binomial: one standard deviation is below sqrt(10 240) = 101. The choice does not depend on the devices.
         assert abs(counts[0] - wanted) < 500
         assert counts[0] == counts[1]
     else:
-        # 130 560 negatives over a range of about 1.6: some 0.6 of them in a step of the search.
+        # 130 560 negatives over a range of about 1.6: some 0.6 of them within the resolution of the search.
         assert all(wanted <= count <= wanted + 8 for count in counts)
 
 
-def test_random_negatives_are_random():
-    """Other words, other pairs; each text and each image keeps about its share."""
+def test_random_negatives_of_other_seeds_differ():
+    """Each text and each image keeps about its share, and two choices agree by chance alone."""
     config = LossConfig(negatives="random", negatives_per_positive=64.0)
     batch, _, _ = draw(7, 256, 1)
     batch["rows"] = np.arange(256, dtype=np.int32)
-    masks = [pairs(config, batch | {"words": np.uint32([w, 1])}, np.zeros((256, 256)))[1] for w in range(8)]
+    masks = [pairs(config, batch | {"seeds": np.uint32([s, 1])}, np.zeros((256, 256)))[1] for s in range(8)]
     share = np.mean(masks, axis=0)
     # 8 x 255 draws of probability 64/255 a row and a column: standard deviation 0.0096; six of them.
     for axis in (0, 1):
@@ -251,7 +257,7 @@ def test_random_negatives_are_random():
         assert (one & other).sum() / (256 * 255) == pytest.approx((64 / 255) ** 2, abs=0.006)
 
 
-def test_hashes_tell_captions_apart():
+def test_hashes_of_different_captions_differ():
     rng = np.random.default_rng(0)
     ids = np.unique(rng.integers(0, 8, (100_000, 9)), axis=0).astype(np.uint16)
     hashes = np.asarray(hash_ids(ids)).astype(np.uint64)
@@ -263,16 +269,14 @@ def test_hashes_tell_captions_apart():
 
 
 @pytest.mark.parametrize("options", OPTIONS[1:], ids=NAMES[1:])
-def test_no_gather_and_linear_memory(options):
-    """Of every option; the default is looked at in the whole step."""
+def test_compiled_loss_has_no_all_gather_and_linear_memory(options):
+    """The default options are checked in the whole step."""
 
     def temporary(n, tile=32):
         config = LossConfig(tile=tile, precision="highest", **options)
         batch, texts, head = draw(0, n, 1)
-        trained = trained_of(config, texts, head, 2.0, -3.0)
-        rest = {k: v for k, v in trained.items() if k != "texts"}
-        arrays = (batch[k] for k in ("features", "rows", "ids", "words"))
-        compiled = on_devices(config, 4, gather=False).lower(texts, rest, *arrays).compile()
+        params = make_params(config, texts, head, 2.0, -3.0)
+        compiled = compile_loss(config, 4, gather=False).lower(*arguments(batch, params)).compile()
         assert "all-gather" not in compiled.as_text()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -280,11 +284,11 @@ def test_no_gather_and_linear_memory(options):
     # Four times the batch needs at most four times the memory, which has in it a tile of 32 x 256 pairs in a
     # few copies; all pairs of a device in one array would need sixteen times.
     assert large <= 4.4 * small
-    if options == OPTIONS[1]:  # the same check sees them when there are
+    if options == OPTIONS[1]:  # the check finds an array of all pairs if there is one
         assert temporary(4096, 1024) > 4.4 * temporary(1024, 256)
 
 
-def test_evaluation_applies_the_head_as_training_does():
+def test_image_head_in_evaluation_equals_training():
     batch, _, head = draw(0, 20, 1)
     want = apply_head(batch["features"], head, "highest")
     got = apply_image_head({"img": {"head": {"kernel": head}}}, batch["features"])

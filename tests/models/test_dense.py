@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from lit_fast.models import dense
 from lit_fast.models.dense import Dense
 
-# What bfloat16 keeps of a number.
+# The relative precision of bfloat16.
 EPSILON = 2.0**-8
 
 
 def products(dtype, m, k, n, use_bias=True):
-    """Output and gradients by x, kernel and bias in `dtype`, and the same in float64 from the same numbers."""
+    """Return output and gradients by x, kernel and bias, by name: (value, dtype, float64 reference)."""
     rng = np.random.default_rng(m * k * n)
     layer = Dense((n,), dtype=dtype, use_bias=use_bias)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32)  # noqa: E731
@@ -43,7 +43,7 @@ def products(dtype, m, k, n, use_bias=True):
     st.booleans(),
 )
 @settings(deadline=None, max_examples=25)
-def test_products_equal_float64(dtype, m, k, n, use_bias):
+def test_dense_output_and_gradients_equal_float64(dtype, m, k, n, use_bias):
     for name, (got, kind, want) in products(dtype, m, k, n, use_bias).items():
         scale = np.abs(want).max(initial=1.0)
         if name in ("out", "x"):
@@ -56,17 +56,20 @@ def test_products_equal_float64(dtype, m, k, n, use_bias):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("contracted", "kernel"), [(1, (6, 2, 5)), (2, (3, 2, 5))])
-def test_both_forms_are_one_function(dtype, contracted, kernel):
-    """What TPUs and GPUs are given equals what CPUs are given, but for roundings to bfloat16."""
+@pytest.mark.parametrize(("num_input_axes", "kernel"), [(1, (6, 2, 5)), (2, (3, 2, 5))])
+def test_dense_forms_of_cpu_and_others_agree(dtype, num_input_axes, kernel):
+    """The two forms differ by roundings to bfloat16."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    x, y = draw(4, 7, *kernel[:contracted]).astype(dtype), draw(4, 7, *kernel[contracted:]).astype(dtype)
-    params = draw(*kernel), draw(*kernel[contracted:])
+    x, y = (
+        draw(4, 7, *kernel[:num_input_axes]).astype(dtype),
+        draw(4, 7, *kernel[num_input_axes:]).astype(dtype),
+    )
+    params = draw(*kernel), draw(*kernel[num_input_axes:])
     epsilon = 4 * EPSILON if dtype == jnp.bfloat16 else 1e-6
     forms = [(dense._plain, dense._plain_gradients), (dense._flat, dense._flat_gradients)]
     plain, flat = (
-        jax.tree.leaves((form(contracted, x, *params), gradients(contracted, y, x, *params)))
+        jax.tree.leaves((form(num_input_axes, x, *params), gradients(num_input_axes, y, x, *params)))
         for form, gradients in forms
     )
     for a, b in zip(plain, flat, strict=True):
@@ -75,24 +78,12 @@ def test_both_forms_are_one_function(dtype, contracted, kernel):
         np.testing.assert_allclose(a, b, atol=epsilon * np.abs(b).max())
 
 
-def test_under_vmap_no_kernel_has_a_gradient_for_each_element():
-    layer = Dense((7,), mapped=True)
-    params = layer.init(jax.random.key(0), jnp.ones((5, 3)))
-    x = jnp.ones((11, 5, 3))
-    loss = lambda params, x: jax.vmap(lambda x: layer.apply(params, x))(x).sum()  # noqa: E731
-    gradient = jax.make_jaxpr(jax.grad(loss))(params, x)
-    assert "11,3,7" not in str(gradient)
-    other = layer.clone(mapped=False)
-    want = jax.grad(lambda params, x: jax.vmap(lambda x: other.apply(params, x))(x).sum())(params, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), jax.grad(loss)(params, x), want)
-
-
-@pytest.mark.parametrize(("features", "contracted"), [((12,), 1), ((3, 4), 1), ((12,), 2)])
-def test_parameters_are_those_of_flax(features, contracted):
+@pytest.mark.parametrize(("features", "num_input_axes"), [((12,), 1), ((3, 4), 1), ((12,), 2)])
+def test_dense_parameters_equal_flax(features, num_input_axes):
     x = jnp.ones((5, 6, 8))
-    ours = Dense(features, contracted, kernel_init=nn.initializers.xavier_uniform())
+    ours = Dense(features, num_input_axes, kernel_init=nn.initializers.xavier_uniform())
     flax = nn.DenseGeneral(
-        features, axis=tuple(range(-contracted, 0)), kernel_init=nn.initializers.xavier_uniform()
+        features, axis=tuple(range(-num_input_axes, 0)), kernel_init=nn.initializers.xavier_uniform()
     )
     key = jax.random.key(0)
     params, want = ours.init(key, x), flax.init(key, x)

@@ -78,3 +78,20 @@ def test_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch
     assert cache_directory() == str(tmp_path / "lit_fast")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_directory() == str(Path.home() / ".cache" / "lit_fast")
+
+
+def test_cached_file_that_changes_meanwhile_is_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.answers["/f"] = Answer()
+    answer = server.answer
+
+    def change(method: str, path: str, body: bytes) -> Answer:
+        found = answer(method, path, body)
+        if len(server.requests) == 4:  # after sizes and ranges were asked for
+            server.answers["/f"] = Answer(etag='"two"')
+        return found
+
+    monkeypatch.setattr(server, "answer", change)
+    with pytest.raises(UserError, match="changed while it was downloaded; try again"):
+        cached_file("name", f"{server.url}/f", "f")

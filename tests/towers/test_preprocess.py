@@ -17,7 +17,7 @@ from lit_fast.data.images.decode import ImageError
 from lit_fast.towers.preprocess import Preprocess, random_crop, tf_squash
 from tests.helpers import picture
 
-HOWS = [
+PREPROCESSES = [
     Preprocess("pil-crop", 8, 9),
     Preprocess("pil-squash", 8, 8, interpolation="bilinear"),
     Preprocess("hf-crop", 8, 7),
@@ -56,7 +56,7 @@ def test_tf_squash_is_bilinear_without_antialias(height: int, width: int, size: 
     assert np.all(got > exact - 1 - 1e-3)
 
 
-def test_tf_squash_known_values() -> None:
+def test_tf_squash_has_known_values() -> None:
     ramp = np.array([0, 10, 20, 30], np.uint8)[None, :, None].repeat(4, 0)
     np.testing.assert_array_equal(tf_squash(ramp, 2)[..., 0], [[5, 25], [5, 25]])
     # 0.75 and 7.5 steps: truncated where rounding would give 3, 8, 18.
@@ -64,7 +64,7 @@ def test_tf_squash_known_values() -> None:
     np.testing.assert_array_equal(up[0, :, 0], [0, 2, 7, 10])
 
 
-def test_tf_squash_leaves_an_image_of_the_size_alone() -> None:
+def test_tf_squash_of_an_image_of_that_size_changes_nothing() -> None:
     image = np.asarray(picture(0, 32, 32))
     assert tf_squash(image, 32) is image
 
@@ -72,20 +72,20 @@ def test_tf_squash_leaves_an_image_of_the_size_alone() -> None:
 @pytest.mark.parametrize(
     ("shape", "crc"), [((500, 375), 0xC4FFA252), ((375, 501), 0xF32084BB), ((61, 90), 0xCD4B5156)]
 )
-def test_pil_crop_check_values(shape: tuple[int, int], crc: int) -> None:
+def test_pil_crop_has_known_values(shape: tuple[int, int], crc: int) -> None:
     """Checksums of what timm 1.0.31's transform returns (crop_pct 0.9, bicubic)."""
     y, x, c = np.mgrid[: shape[1], : shape[0], :3]
     image = Image.fromarray(((x * x * 3 + y * y * 7 + x * y * (c + 1)) % 256).astype(np.uint8))
     assert zlib.crc32(Preprocess("pil-crop", 224, 248).apply(image).tobytes()) == crc
 
 
-def test_pil_crop_does_not_resample_at_the_right_size() -> None:
+def test_pil_crop_of_an_image_of_that_size_does_not_resample() -> None:
     image = picture(3, 40, 32)
     got = Preprocess("pil-crop", 28, 32).apply(image)
     np.testing.assert_array_equal(got, np.asarray(image)[2:30, 6:34])
 
 
-def test_pil_crop_refuses_a_thread_of_pixels() -> None:
+def test_pil_crop_of_a_very_thin_image_is_refused() -> None:
     with pytest.raises(ImageError, match="long and thin"):
         Preprocess("pil-crop", 224, 248).apply(Image.new("RGB", (1, 30_000)))
 
@@ -111,22 +111,25 @@ SENSE = {"method": "pil-crop", "size": 224, "resize": 248}
         ({"std": (0.5, 0.5, math.nan)}, "std is"),
     ],
 )
-def test_preprocess_refuses_nonsense(change: dict[str, Any], match: str) -> None:
+def test_preprocess_with_invalid_values_is_refused(change: dict[str, Any], match: str) -> None:
     Preprocess(**SENSE)
     with pytest.raises(ValueError, match=match) as caught:
         Preprocess(**(SENSE | change))
     assert "\n" not in str(caught.value)
 
 
-def test_preprocess_survives_json() -> None:
-    how = Preprocess("tf-squash", 224, 248)
-    assert how == Preprocess("tf-squash", 224, 224)  # one meaning, one spelling
-    assert how == Preprocess("tf-squash", 224, 224, interpolation="bilinear")
-    for how in (*HOWS, Preprocess("pil-crop", 8, 9, interpolation="lanczos", std=(1.0, 2.0, 3.0))):
-        assert Preprocess.from_dict(json.loads(json.dumps(how.to_dict()))) == how
+def test_preprocess_to_and_from_json_is_equal() -> None:
+    preprocess = Preprocess("tf-squash", 224, 248)
+    assert preprocess == Preprocess("tf-squash", 224, 224)  # one meaning, one spelling
+    assert preprocess == Preprocess("tf-squash", 224, 224, interpolation="bilinear")
+    for preprocess in (
+        *PREPROCESSES,
+        Preprocess("pil-crop", 8, 9, interpolation="lanczos", std=(1.0, 2.0, 3.0)),
+    ):
+        assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
 
 
-def test_old_provenance_is_what_it_was() -> None:
+def test_to_dict_of_defaults_has_no_optional_fields() -> None:
     """Identities of towers digest this; features made before there were more fields stay valid."""
     rest = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     crop = {"method": "pil-crop", "size": 224, "resize": 248} | rest
@@ -139,13 +142,13 @@ def test_old_provenance_is_what_it_was() -> None:
     assert other == crop | {"interpolation": "bilinear", "reduced": True}
 
 
-def test_view_0_is_apply() -> None:
+def test_view_0_equals_apply() -> None:
     image = picture(1, 90, 61)
-    for how in HOWS:
-        np.testing.assert_array_equal(how.view(image, "k", 0), how.apply(image))
+    for preprocess in PREPROCESSES:
+        np.testing.assert_array_equal(preprocess.view(image, "k", 0), preprocess.apply(image))
 
 
-def test_views_are_known_crops_resized() -> None:
+def test_view_equals_its_resized_crop() -> None:
     image = picture(1, 90, 61)
     crops = {(key, n): random_crop(90, 61, key, n) for key in ("a", "b") for n in (1, 2)}
     # Pinned: stored views must be drawn again the same, on any machine.
@@ -155,16 +158,16 @@ def test_views_are_known_crops_resized() -> None:
         ("b", 1): (3, 9, 58, 61),
         ("b", 2): (5, 0, 78, 59),
     }
-    how = Preprocess("pil-squash", 32, 32, interpolation="bilinear")
+    preprocess = Preprocess("pil-squash", 32, 32, interpolation="bilinear")
     for (key, n), box in crops.items():
         want = image.crop(box).resize((32, 32), Image.Resampling.BILINEAR)
-        np.testing.assert_array_equal(how.view(image, key, n), np.asarray(want))
+        np.testing.assert_array_equal(preprocess.view(image, key, n), np.asarray(want))
     squash = Preprocess("tf-squash", 32, 32).view(image, "a", 1)
     np.testing.assert_array_equal(squash, tf_squash(np.asarray(image.crop(crops["a", 1])), 32))
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.text(max_size=20), st.integers(1, 1000))
-def test_crops_lie_inside(width: int, height: int, key: str, number: int) -> None:
+def test_random_crop_is_inside_the_image(width: int, height: int, key: str, number: int) -> None:
     left, top, right, bottom = random_crop(width, height, key, number)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -176,7 +179,7 @@ def test_crops_lie_inside(width: int, height: int, key: str, number: int) -> Non
         assert (w + 1) * (h + 1) >= 0.35 * width * height
 
 
-def test_crops_cover_the_picture() -> None:
+def test_random_crops_cover_the_image() -> None:
     boxes = np.array([random_crop(400, 300, "key", n) for n in range(1, 2001)], float)
     left, top, right, bottom = boxes.T
     share = (right - left) * (bottom - top) / 120_000

@@ -70,8 +70,8 @@ def photos(realdata: Path) -> list[Image.Image]:
     return [*whole, whole[0].crop((0, 3, 224, 150)), whole[1].crop((7, 0, 98, 224)).resize((333, 777))]
 
 
-def normalised(how: Preprocess, image: Image.Image) -> np.ndarray:
-    return (how.apply(image) / 255.0 - np.array(how.mean)) / np.array(how.std)
+def normalised(preprocess: Preprocess, image: Image.Image) -> np.ndarray:
+    return (preprocess.apply(image) / 255.0 - np.array(preprocess.mean)) / np.array(preprocess.std)
 
 
 def processor(config: dict[str, Any], **changes: Any) -> Any:
@@ -90,33 +90,35 @@ def processor(config: dict[str, Any], **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_pixels_are_those_of_transformers(name: str) -> None:
+def test_huggingface_pixels_equal_transformers(name: str) -> None:
     config = copy.deepcopy(CONFIGS[name])
-    how = huggingface(config, WHERE)
+    preprocess = huggingface(config, WHERE)
     raw = processor(config, do_rescale=False, do_normalize=False)
     full = processor(config)
     for shape in SHAPES:
         image = noise(*shape)
         want = raw(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-        np.testing.assert_array_equal(how.apply(image), want)
+        np.testing.assert_array_equal(preprocess.apply(image), want)
         # The same normalisation, there in float32: values up to 255 with a relative error of 2**-23.
         want = full(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-        np.testing.assert_allclose(normalised(how, image), want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
+        np.testing.assert_allclose(
+            normalised(preprocess, image), want, rtol=1e-6, atol=1e-6 * np.abs(want).max()
+        )
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip", "clip", "dinov2", "deit, 2021"])
-def test_real_photos_as_in_transformers(name: str, realdata: Path) -> None:
+def test_huggingface_of_real_photos_equals_transformers(name: str, realdata: Path) -> None:
     config = CONFIGS[name]
-    how, raw = huggingface(config, WHERE), processor(config, do_rescale=False, do_normalize=False)
+    preprocess, raw = huggingface(config, WHERE), processor(config, do_rescale=False, do_normalize=False)
     for image in photos(realdata):
         want = raw(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-        np.testing.assert_array_equal(how.apply(image), want)
+        np.testing.assert_array_equal(preprocess.apply(image), want)
 
 
 @pytest.mark.parametrize("name", ["siglip", "clip", "dinov2"])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "CMYK", "1"])
-def test_files_of_every_mode_as_in_transformers(name: str, mode: str) -> None:
-    how = huggingface(CONFIGS[name], WHERE)
+def test_huggingface_of_every_image_mode_equals_transformers(name: str, mode: str) -> None:
+    preprocess = huggingface(CONFIGS[name], WHERE)
     image = noise(300, 250)
     if "A" in mode or mode == "P":
         image.putalpha(noise(300, 250).convert("L"))
@@ -125,7 +127,7 @@ def test_files_of_every_mode_as_in_transformers(name: str, mode: str) -> None:
     image.convert(mode).save(file, "JPEG" if mode == "CMYK" else "PNG", **options)
     raw = processor(CONFIGS[name], do_rescale=False, do_normalize=False)
     want = raw(Image.open(io.BytesIO(file.getvalue())), return_tensors="np")["pixel_values"][0]
-    got = how.apply(decode(file.getvalue(), alpha=how.alpha))
+    got = preprocess.apply(decode(file.getvalue(), alpha=preprocess.alpha))
     np.testing.assert_array_equal(got, want.transpose(1, 2, 0))
 
 
@@ -141,36 +143,36 @@ CFGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CFGS)
-def test_pixels_are_those_of_timm(name: str) -> None:
+def test_timm_pixels_equal_timm(name: str) -> None:
     data = importlib.import_module(import_package("timm").__name__ + ".data")
-    how = timm(CFGS[name], WHERE)
+    preprocess = timm(CFGS[name], WHERE)
     config = data.resolve_data_config(pretrained_cfg=CFGS[name])
-    assert (how.mean, how.std) == (tuple(config["mean"]), tuple(config["std"]))
+    assert (preprocess.mean, preprocess.std) == (tuple(config["mean"]), tuple(config["std"]))
     transform = data.create_transform(**(config | {"mean": (0.0,) * 3, "std": (1.0,) * 3}))
     for shape in SHAPES:
         image = noise(*shape)
         want = np.round(transform(image).numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
-        np.testing.assert_array_equal(how.apply(image), want)
+        np.testing.assert_array_equal(preprocess.apply(image), want)
 
 
-def test_every_vit_of_timm_is_understood() -> None:
+def test_timm_reads_every_vit_of_timm() -> None:
     import_package("timm")
     models = importlib.import_module("timm.models")
     understood = 0
     for name in models.list_pretrained(["vit_*", "deit*"]):
         config = vars(models.get_pretrained_cfg(name))
         try:
-            how = timm(config, WHERE)
+            preprocess = timm(config, WHERE)
         except UserError:
             assert config["input_size"][1] != config["input_size"][2], name
             continue
-        assert how.resize == math.floor(how.size / config["crop_pct"])
+        assert preprocess.resize == math.floor(preprocess.size / config["crop_pct"])
         understood += 1
     assert understood > 200
 
 
-def test_known_values() -> None:
-    """What the configurations mean, where transformers and timm are absent."""
+def test_huggingface_and_timm_have_known_values() -> None:
+    """Known results of configurations, for machines without transformers and timm."""
     assert huggingface(CONFIGS["vit, 2021"], WHERE) == Preprocess(
         "pil-squash", 224, 224, interpolation="bilinear"
     )
@@ -187,13 +189,13 @@ def test_known_values() -> None:
     assert timm({}, WHERE) == Preprocess("pil-crop", 224, 256, *imagenet)
 
 
-def test_a_centre_crop_rounds_down_where_torchvision_rounds_to_even() -> None:
+def test_hf_crop_rounds_its_corner_down() -> None:
     image = picture(1, 35, 32)  # 3 columns too many: 1 goes at the left, torchvision takes 2
     np.testing.assert_array_equal(Preprocess("hf-crop", 32, 32).apply(image), np.asarray(image)[:, 1:33])
     np.testing.assert_array_equal(Preprocess("pil-crop", 32, 32).apply(image), np.asarray(image)[:, 2:34])
 
 
-def test_a_crop_larger_than_the_image_is_black_around_it() -> None:
+def test_hf_crop_of_a_smaller_image_is_padded_with_black() -> None:
     image = noise(40, 30)
     got = Preprocess("hf-crop", 37, 30).apply(image)
     want = np.zeros((37, 37, 3), np.uint8)
@@ -235,7 +237,7 @@ BAD: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", BAD, ids=json.dumps)
-def test_what_cannot_be_expressed_is_refused_in_one_line(change: dict[str, Any]) -> None:
+def test_huggingface_of_other_transforms_is_refused_in_one_line(change: dict[str, Any]) -> None:
     good = {"image_processor_type": "ViTImageProcessor"}
     huggingface(good, WHERE)
     with pytest.raises(UserError, match=r"^tower/preprocessor_config\.json: .*give --preprocess$"):
@@ -261,7 +263,7 @@ def test_what_cannot_be_expressed_is_refused_in_one_line(change: dict[str, Any])
     ],
     ids=str,
 )
-def test_refusals_of_timm(change: dict[str, Any]) -> None:
+def test_timm_of_other_transforms_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"give --preprocess$"):
         timm(CFGS["augreg"] | change, WHERE)
 
@@ -283,11 +285,13 @@ KEYS = ["size", "crop_size", "do_center_crop", "resample", "image_mean", "image_
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(list(CONFIGS.values())), st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=4))
-def test_any_configuration_is_understood_or_refused(config: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_huggingface_of_any_configuration_reads_or_refuses(
+    config: dict[str, Any], changes: dict[str, Any]
+) -> None:
     for read in (huggingface, timm):
         try:
-            how = read(config | changes, WHERE)
+            preprocess = read(config | changes, WHERE)
         except UserError as error:
             assert "\n" not in str(error)  # noqa: PT017
         else:
-            assert how.apply(picture(1, 12, 10)).shape == (how.size, how.size, 3)
+            assert preprocess.apply(picture(1, 12, 10)).shape == (preprocess.size, preprocess.size, 3)

@@ -26,7 +26,7 @@ def save(path, arrays):
 
 
 @pytest.mark.parametrize("gelu", ["exact", "tanh"])
-def test_features_equal_the_float64_reference(tiny_vit, gelu):
+def test_embed_equals_the_float64_reference(tiny_vit, gelu):
     tower = load_tower(str(tiny_vit), gelu=gelu)
     images = pixels(5, 32)
     got = jax.jit(tower.embed)(tower.params, images)
@@ -37,7 +37,7 @@ def test_features_equal_the_float64_reference(tiny_vit, gelu):
     assert np.abs(got - other).max() > 2e-5  # the test would see the wrong GELU
 
 
-def test_bfloat16_features_point_the_same_way(tiny_vit):
+def test_embed_in_bfloat16_is_close_to_float32(tiny_vit):
     tower = load_tower(str(tiny_vit))
     images = pixels(8, 32)
     embed = jax.jit(tower.embed, static_argnums=2)
@@ -47,7 +47,7 @@ def test_bfloat16_features_point_the_same_way(tiny_vit):
     assert not np.array_equal(a, b)
 
 
-def test_real_weights_equal_timm(realdata):
+def test_embed_with_real_weights_equals_timm(realdata):
     timm = import_package("timm")
     import torch
 
@@ -65,7 +65,7 @@ def test_real_weights_equal_timm(realdata):
     assert tower.preprocess.resize == 248
 
 
-def test_real_weights_equal_the_float64_reference(realdata):
+def test_embed_with_real_weights_equals_the_float64_reference(realdata):
     path = realdata / "vit/Ti_16-augreg-i21k-i1k-224.npz"
     with np.load(path) as file:
         arrays = {k: file[k] for k in file.files}
@@ -76,7 +76,7 @@ def test_real_weights_equal_the_float64_reference(realdata):
 
 
 @pytest.mark.parametrize("prefix", ["", "params/", "opt/target/", "params/img/"])
-def test_names_old_and_new_with_and_without_head(tiny_vit, tmp_path, prefix):
+def test_load_tower_of_old_and_new_names_is_equal(tiny_vit, tmp_path, prefix):
     old = tiny_vit_arrays()
     want = load_tower(str(tiny_vit)).params
     new = {}
@@ -96,13 +96,13 @@ def test_names_old_and_new_with_and_without_head(tiny_vit, tmp_path, prefix):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_other_resolution_resamples_the_positions(tiny_vit):
+def test_load_tower_at_another_resolution_resamples_positions(tiny_vit):
     tower = load_tower(str(tiny_vit), resolution=64)
     assert tower.params["pos_embedding"].shape == (1, 64, 32)
     assert np.asarray(jax.jit(tower.embed)(tower.params, pixels(1, 64))).shape == (1, 32)
 
 
-def test_identity_covers_what_decides_the_features(tiny_vit, tmp_path):
+def test_identity_changes_with_everything_that_affects_features(tiny_vit, tmp_path):
     def identity(path, dtype="float32", **options):
         return load_tower(str(path), **options).provenance(dtype)["identity"]
 
@@ -129,7 +129,7 @@ def test_identity_covers_what_decides_the_features(tiny_vit, tmp_path):
         ({"preprocess": "tf-squash", "gelu": "tanh"}, "float32", "065823f0402acf5596c294316147d6d8"),
     ],
 )
-def test_identities_of_finished_stores_stay(options, dtype, identity):
+def test_identity_of_known_towers_is_unchanged(options, dtype, identity):
     """Another identity would make every stored feature of this tower useless."""
     assert load_tower(str(TOWER), **options).provenance(dtype)["identity"] == identity
 
@@ -151,12 +151,12 @@ def broken(change):
         (broken(lambda a: a.update(cls=np.array(["x"]))), "cls holds <U1, not numbers"),
     ],
 )  # fmt: skip
-def test_weights_that_cannot_be_used_are_refused(tmp_path, arrays, message):
+def test_load_tower_of_unusable_weights_is_refused(tmp_path, arrays, message):
     with pytest.raises(UserError, match=message):
         load_tower(save(tmp_path / "bad.npz", arrays))
 
 
-def test_files_that_are_no_weights_are_refused(tiny_vit, tmp_path):
+def test_load_tower_of_other_files_is_refused(tiny_vit, tmp_path):
     with pytest.raises(UserError, match="is neither a file nor a name"):
         load_tower(str(tmp_path / "none.npz"))
     (tmp_path / "cut.npz").write_bytes(tiny_vit.read_bytes()[:5000])

@@ -19,7 +19,7 @@ from tests.evaluation.sets import (
     provenance,
 )
 
-RECALLS = {f"{what}_retrieval_recall@{k}" for what in ("image", "text") for k in (1, 5, 10)}
+RECALLS = {f"{task}_retrieval_recall@{k}" for task in ("image", "text") for k in (1, 5, 10)}
 
 
 def embed_text(params: dict[str, float], texts: Sequence[str]) -> np.ndarray:
@@ -62,8 +62,8 @@ def test_evaluator_refuses_sets_that_cannot_be_evaluated(tmp_path: Path) -> None
         add_features(data)
     with pytest.raises(UserError, match="label 7 but only 3 class names"):
         evaluation([far.path], [])
-    for sets, what in ((([lone.path], []), "a label"), (([], [lone.path]), "a caption")):
-        with pytest.raises(UserError, match=f"no image with both {what} and a valid feature"):
+    for sets, missing in ((([lone.path], []), "a label"), (([], [lone.path]), "a caption")):
+        with pytest.raises(UserError, match=f"no image with both {missing} and a valid feature"):
             evaluation(*sets)
     bare = make_dataset(tmp_path / "bare", [0, 1], [(), ()])
     with pytest.raises(UserError, match="has no class names for zero-shot"):

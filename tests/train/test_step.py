@@ -1,4 +1,4 @@
-"""The compiled step: the same on every mesh, nothing of batch x batch, no gathered embeddings."""
+"""The compiled step: equal on every mesh, no array of batch x batch, no gathered embeddings."""
 
 import re
 from functools import cache
@@ -20,7 +20,7 @@ from lit_fast.train.step import init_state, make_step
 WIDTH, LENGTH, VOCAB = 24, 8, 100
 SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=2)
 TOWER = TextTower(SHAPE, VOCAB, LENGTH, WIDTH)
-# Half of the compiler's work is machine code that runs fast, which a few steps do not need.
+# Without optimised machine code compiling takes half the time.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
@@ -37,17 +37,17 @@ def compiled(
     tile=16,
     captions=1,
     dropout=0.0,
-    parts=1,
+    microbatches=1,
     keep="everything",
     steps=20,
     loss=(),
     averaged=0.0,
     **text,
 ):
-    """The compiled step, the state on the host, the mesh; `loss` are pairs of key and value."""
+    """Return the compiled step, the state on the host and the mesh; `loss` is pairs of key and value."""
     config = Config(
         steps=steps,
-        text=TextConfig(dropout=dropout, microbatches=parts, keep=keep),
+        text=TextConfig(dropout=dropout, microbatches=microbatches, keep=keep),
         loss=LossConfig(tile=tile, precision="highest", **dict(loss)),
         stream=StreamConfig(global_batch=batch, captions_per_image=captions),
         optimizer=OptimizerConfig(
@@ -55,8 +55,7 @@ def compiled(
         ),
     )
     mesh = make_mesh(jax.devices()[:devices])
-    layers = "products" if keep == "embeddings" else keep
-    model = TOWER.clone(dropout=dropout, keep=layers, **text)
+    model = TOWER.clone(dropout=dropout, remat_policy=config.text.encoder_remat, **text)
     params = initial_params(config.loss)
     optimizer = make_optimizer(config.optimizer, steps, params)
     state = init_state(params, optimizer, mesh, averaged > 0)
@@ -65,7 +64,7 @@ def compiled(
 
 
 def build(devices, **options):
-    """The compiled step, which takes over its state, with a state of its own, and the mesh."""
+    """Return the compiled step, a state that it may donate, and the mesh."""
     step, state, mesh = compiled(devices, **options)
     return step, jax.device_put(state, replicated(mesh)), mesh
 
@@ -85,9 +84,12 @@ PLAIN = {"averaged": 0.75}
 
 @pytest.mark.parametrize(
     ("some", "options"),
-    [((1, 4), PLAIN), ((1, 2), {"captions": 2, "dropout": 0.3, "pooling": "mean", "eos_id": 1, "parts": 4})],
+    [
+        ((1, 4), PLAIN),
+        ((1, 2), {"captions": 2, "dropout": 0.3, "pooling": "mean", "eos_id": 1, "microbatches": 4}),
+    ],
 )
-def test_any_number_of_devices_agrees(some, options):
+def test_step_on_any_number_of_devices_agrees(some, options):
     losses = {}
     for devices in some:
         step, state, mesh = build(devices, **options)
@@ -103,13 +105,13 @@ def test_any_number_of_devices_agrees(some, options):
 
 
 @pytest.mark.parametrize(
-    ("keep", "parts"),
+    ("keep", "microbatches"),
     [("products", 1), ("hidden", 8), ("inputs", 1), ("embeddings", 8)],
 )
-def test_what_is_kept_and_the_parts_change_nothing_but_rounding(keep, parts):
-    """The update of the whole batch, whatever is worked out again: the loss sees all pairs."""
+def test_step_with_remat_and_microbatches_equals_the_plain_one(keep, microbatches):
+    """With dropout too; only the order of the float32 sums differs."""
     results = []
-    for how in ({}, {"keep": keep, "parts": parts}):
+    for how in ({}, {"keep": keep, "microbatches": microbatches}):
         step, state, mesh = build(2, dropout=0.3, **how)
         state, metrics = step(state, batch_of(0, 64, 1, mesh))
         results.append((float(metrics["loss"]), float(metrics["grad_norm"])))
@@ -118,36 +120,36 @@ def test_what_is_kept_and_the_parts_change_nothing_but_rounding(keep, parts):
 
 
 def largest_buffer(text):
-    """Elements of the largest array in the compiled program."""
+    """Return the number of elements of the largest array in a compiled program."""
     shapes = re.findall(r"(?:f32|bf16|s32|u32|pred|u16)\[([\d,]+)\]", text)
     return max(int(np.prod([int(d) for d in s.split(",")])) for s in shapes)
 
 
-@pytest.mark.parametrize(("devices", "parts"), [(1, 1), (4, 4)])
-def test_no_batch_by_batch_buffer_and_no_all_gather(devices, parts):
+@pytest.mark.parametrize(("devices", "microbatches"), [(1, 1), (4, 4)])
+def test_compiled_step_has_no_batch_by_batch_buffer_and_no_all_gather(devices, microbatches):
     batch = 4096
-    text = build(devices, batch=batch, tile=64, parts=parts)[0].as_text()
-    # The largest thing is an activation, [texts of a device, length, mlp_dim], stacked for two layers.
+    text = build(devices, batch=batch, tile=64, microbatches=microbatches)[0].as_text()
+    # The largest array is an activation, [texts of a device, length, mlp_dim], stacked for two layers.
     assert largest_buffer(text) <= 2 * (batch // devices) * LENGTH * SHAPE.mlp_dim < batch**2
     assert "all-gather" not in text
-    # Loss and gradients are summed over the devices once a step, not once a layer or part; beside them only the
-    # smallest and largest logits are reduced.
+    # Loss and gradients are summed over the devices once a step, not once per layer or microbatch. The only other
+    # reduction is that of the smallest and largest logits.
     reduced = re.findall(r"= (\(?\w+\[[\d,]*\]).* all-reduce\(", text)
     assert len(reduced) == text.count(" all-reduce(") == 2
     assert "f32[4]" in reduced
-    # Image features and their row numbers go round, and nothing else.
+    # Image features and their row numbers rotate, and nothing else.
     tiles = batch // devices // 64
     sent = set(re.findall(r"= (\w+\[[\d,]*\])\S* collective-permute\(", text))
     assert sent == ({f"f32[{tiles},64,{WIDTH}]", f"s32[{tiles},64]"} if devices > 1 else set())
-    if devices == 1:  # the same check sees the matrix when there is one
+    if devices == 1:  # the check finds the matrix if there is one
         assert largest_buffer(build(1, batch=batch, tile=batch)[0].as_text()) >= batch**2
 
 
-def test_memory_grows_linearly_with_the_batch():
-    steps = (build(4, batch=b, tile=64, parts=4)[0] for b in (1024, 4096))
+def test_compiled_step_needs_memory_linear_in_the_batch():
+    steps = (build(4, batch=b, tile=64, microbatches=4)[0] for b in (1024, 4096))
     small, large = (step.memory_analysis().temp_size_in_bytes for step in steps)
-    # Give or take how buffers happen to be reused; a matrix of pairs (64 MiB of them at the end) would take
-    # sixteen times the memory for four times the batch.
+    # Up to differences in the reuse of buffers. A matrix of pairs (64 MiB at the end) would take sixteen times the
+    # memory for four times the batch.
     assert large <= 5 * small
 
 
@@ -159,14 +161,14 @@ def test_memory_grows_linearly_with_the_batch():
     ],
     ids=["softmax", "random negatives"],
 )
-def test_other_losses_agree_on_one_and_four_devices(loss):
+def test_step_with_other_losses_agrees_on_one_and_four_devices(loss):
     results = {}
     for devices in (1, 4):
         step, state, mesh = build(devices, captions=2, loss=tuple(loss.items()))
         state = state._replace(params=state.params | {"t": jnp.log(jnp.full((1,), 30.0))})
         for i in range(3):
             state, metrics = step(state, batch_of(i, 64, 2, mesh))
-            if i == 0:  # an update of nothing: the warm-up begins
+            if i == 0:  # the learning rate starts at 0
                 limit = loss.get("temperature_max", 30.0)
                 assert float(metrics["temperature"]) == pytest.approx(limit, rel=1e-6)
         results[devices] = {k: float(v) for k, v in metrics.items()}
@@ -182,8 +184,8 @@ def test_other_losses_agree_on_one_and_four_devices(loss):
     assert results[1] == pytest.approx(results[4], rel=2e-4, abs=2e-5)
 
 
-def test_figures_of_the_logits():
-    """At the first step, against the matrix of all pairs."""
+def test_logit_metrics_equal_the_matrix_of_all_pairs():
+    """Check the first step."""
     step, state, mesh = build(2, captions=2)
     params = jax.device_get(state.params)
     batch = batch_of(0, 64, 2, mesh)
@@ -198,10 +200,10 @@ def test_figures_of_the_logits():
             # float32 logits of about ten.
             want = getattr(logit[mask], figure)()
             assert float(metrics[f"{kind}_logit_{figure}"]) == pytest.approx(want, abs=5e-5)
-    assert "negatives" not in metrics  # all there are
+    assert "negatives" not in metrics  # no pairs are masked
 
 
-def test_first_step_that_is_not_finite_is_remembered():
+def test_step_that_is_not_finite_is_recorded_in_the_state():
     step, state, mesh = build(4, **PLAIN)
     for i in range(5):
         batch = batch_of(i, 64, 1, mesh)
@@ -211,8 +213,8 @@ def test_first_step_that_is_not_finite_is_remembered():
     assert int(state.bad_step) == 2
 
 
-def test_the_average_follows_the_weights():
-    """Three steps against the definition."""
+def test_average_equals_its_definition():
+    """Check three steps."""
     decay = PLAIN["averaged"]
     step, state, mesh = build(1, **PLAIN)
     want = jax.tree.map(np.asarray, state.params)

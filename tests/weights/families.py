@@ -10,7 +10,7 @@ import numpy as np
 
 from lit_fast.towers.tower import Tower
 
-# What the processors of the families write; the pixels themselves are given to the models directly.
+# The configurations of the processors of the families; the pixels themselves are given to the models directly.
 PROCESSOR = {
     "image_processor_type": "ViTImageProcessor",
     "do_resize": True,
@@ -24,7 +24,7 @@ PROCESSOR = {
 
 
 def shaken(model: Any, seed: int = 0) -> Any:
-    """The model with all parameters drawn anew: kernels of usual size, biases, norms and scales far from 0 and 1."""
+    """Return the model with random parameters: kernels of usual size, biases, norms and scales far from 0 and 1."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

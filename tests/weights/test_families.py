@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from lit_fast.errors import UserError
 from lit_fast.towers.tower import load_tower
 from tests.reference import torch_vit
+from tests.web import running_hub  # noqa: F401
 from tests.weights.checkpoints import HEADS, SIZE, WIDTH, random_weights, write_huggingface, write_timm
 from tests.weights.families import pixels
 
@@ -73,7 +74,7 @@ def check(tower, weights, gelu, epsilon, pool):
 
 
 @pytest.mark.parametrize("case", HUGGINGFACE)
-def test_names_of_transformers(case, tmp_path):
+def test_load_tower_of_transformers_equals_the_reference(case, tmp_path):
     weights, gelu, epsilon, pool, config = HUGGINGFACE[case]
     tower = load_tower(str(write_huggingface(tmp_path / "tower", weights, case.split()[0], **config)))
     assert (tower.name, tower.architecture.gelu, tower.architecture.pool) == ("tower", gelu, pool)
@@ -81,7 +82,7 @@ def test_names_of_transformers(case, tmp_path):
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_names_of_timm(name, tmp_path):
+def test_load_tower_of_timm_equals_the_reference(name, tmp_path):
     weights, gelu, epsilon, pool = TIMM[name]
     tower = load_tower(str(write_timm(tmp_path / "tower", weights, name)))
     assert (tower.architecture.gelu, tower.architecture.pool) == (gelu, pool)
@@ -89,7 +90,7 @@ def test_names_of_timm(name, tmp_path):
 
 
 @pytest.mark.parametrize("pool", ["tok", "gap"])
-def test_the_pooling_can_be_chosen(pool, tmp_path):
+def test_load_tower_with_a_pooling_uses_it_or_refuses(pool, tmp_path):
     weights, gelu, epsilon, _, _ = HUGGINGFACE["clip_vision_model"]
     path = str(write_huggingface(tmp_path / "clip", weights, "clip_vision_model"))
     tower = load_tower(path, pool=pool)
@@ -101,7 +102,7 @@ def test_the_pooling_can_be_chosen(pool, tmp_path):
         load_tower(path, pool="map")
 
 
-def test_bfloat16_features_point_the_same_way(tmp_path):
+def test_embed_in_bfloat16_is_close_to_float32(tmp_path):
     name = "vit_base_patch16_siglip_224"
     tower = load_tower(str(write_timm(tmp_path / "tower", TIMM[name][0], name)))
     images = pixels(8, SIZE)
@@ -113,7 +114,7 @@ def test_bfloat16_features_point_the_same_way(tmp_path):
     assert not np.array_equal(a, b)
 
 
-def test_two_towers_in_one_file(tmp_path):
+def test_load_tower_of_a_file_with_two_towers_takes_the_vision_tower(tmp_path):
     """A CLIP with its text tower, in halves of precision and in parts."""
     weights, gelu, epsilon, pool, _ = HUGGINGFACE["clip_vision_model"]
     halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in weights.items()}
@@ -148,7 +149,16 @@ def test_two_towers_in_one_file(tmp_path):
     assert tower.sha256 != whole.sha256
 
 
-def test_a_file_beside_its_configuration(tmp_path):
+@pytest.mark.parametrize("spec", ["hf:owner/vit", "owner/vit@v1"])
+def test_load_tower_of_a_repository_equals_that_of_its_files(spec, hub, tmp_path):
+    directory = write_huggingface(tmp_path / "dinov2", HUGGINGFACE["dinov2"][0], "dinov2")
+    hub.add("owner/vit", directory)
+    tower, local = load_tower(spec), load_tower(str(directory))
+    assert tower.provenance("float32")["identity"] == local.provenance("float32")["identity"]
+    assert (tower.source, tower.name) == (spec, spec.removeprefix("hf:").replace("/", "-").replace("@", "-"))
+
+
+def test_load_tower_of_a_file_reads_the_configuration_beside_it(tmp_path):
     weights, *rest, _ = HUGGINGFACE["dinov2"]
     directory = write_huggingface(tmp_path / "dinov2", weights, "dinov2")
     tower = load_tower(str(directory / "model.safetensors"))

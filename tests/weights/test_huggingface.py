@@ -73,20 +73,20 @@ def check(model, feature, directory, size, resolution=None, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_small_models(family, tmp_path):
+def test_embed_small_models_equals_transformers(family, tmp_path):
     build, feature, _ = FAMILIES[family]
     check(shaken(build(SMALL)), feature, tmp_path, 32)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_real_widths(family, tmp_path):
+def test_embed_real_widths_equals_transformers(family, tmp_path):
     build, feature, sizes = FAMILIES[family]
     check(shaken(build(sizes)), feature, tmp_path, 32)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("dinov2 giant", "siglip so400m")])
 @pytest.mark.parametrize("resolution", [24, 56])
-def test_other_resolutions(family, resolution, tmp_path):
+def test_embed_other_resolutions_equals_transformers(family, resolution, tmp_path):
     build, feature, _ = FAMILIES[family]
     options = {} if family.startswith("dinov2") else {"interpolate_pos_encoding": True}
     check(shaken(build(SMALL)), feature, tmp_path, 32, resolution, **options)
@@ -124,7 +124,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_models_in_parts(name, tmp_path):
+def test_embed_models_in_parts_equals_transformers(name, tmp_path):
     """Classifiers and both towers, as most repositories hold them, in several files."""
     transformers = import_package("transformers")
     config, sizes, feature = WHOLE[name]

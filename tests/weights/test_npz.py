@@ -24,7 +24,7 @@ def features(tower):
     return np.asarray(jax.jit(tower.embed)(tower.params, pixels(3, SIZE)))
 
 
-def test_a_map_head_equals_the_float64_reference(tmp_path):
+def test_embed_with_a_map_head_equals_the_float64_reference(tmp_path):
     tower = load_tower(str(write_npz(tmp_path / "map.npz", MAP)))
     assert (tower.architecture.pool, tower.architecture.gelu) == ("map", "tanh")
     assert (tower.preprocess.method, tower.preprocess.size) == ("tf-squash", SIZE)
@@ -36,13 +36,13 @@ def test_a_map_head_equals_the_float64_reference(tmp_path):
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("prefix", ["", "params/img/", "img/"])
-def test_all_layouts_hold_the_same_parameters(tmp_path, old, stacked, prefix):
+def test_load_npz_of_every_layout_gives_the_same_parameters(tmp_path, old, stacked, prefix):
     want = load_tower(str(write_npz(tmp_path / "new.npz", MAP))).params
     path = write_npz(tmp_path / "map.npz", MAP, old=old, stacked=stacked, prefix=prefix)
     jax.tree.map(np.testing.assert_array_equal, load_tower(str(path)).params, want)
 
 
-def test_the_mean_instead_of_the_map_head(tmp_path):
+def test_load_tower_with_mean_pooling_leaves_the_map_head_out(tmp_path):
     path = str(write_npz(tmp_path / "map.npz", MAP))
     tower = load_tower(path, pool="gap", gelu="exact")
     want = torch_vit(pixels(3, SIZE) / 127.5 - 1, MAP, HEADS, "exact", 1e-6, "gap")
@@ -54,7 +54,7 @@ def test_the_mean_instead_of_the_map_head(tmp_path):
         load_tower(path, pool="tok")
 
 
-def test_bfloat16_two_towers_and_an_optimizer(tmp_path):
+def test_load_npz_of_a_training_checkpoint_takes_the_image_tower(tmp_path):
     with np.load(write_npz(tmp_path / "float32.npz", MAP, prefix="params/img/")) as file:
         arrays = {n: file[n].astype(ml_dtypes.bfloat16) for n in file.files}
     want = {n: a.astype(np.float32) for n, a in arrays.items()}
@@ -110,7 +110,7 @@ QUERY = "Transformer__encoderblock_{}__MultiHeadDotProductAttention_1__query__ke
         (changed(embedding__bias=np.zeros(32, [("a", "f4")])), "not numbers"),
     ],
 )  # fmt: skip
-def test_contents_that_make_no_tower(tmp_path, arrays, message):
+def test_load_npz_of_other_contents_is_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match=message) as error:
         load_tower(str(tmp_path / "bad.npz"))
@@ -136,7 +136,7 @@ def member(header, data=b""):
         b"",
     ],
 )
-def test_headers_that_lie(tmp_path, data):
+def test_open_npz_of_false_headers_is_refused(tmp_path, data):
     """Nothing of the claimed size is allocated: a terabyte would fail."""
     buffer = io.BytesIO()
     np.savez(buffer, **changed(embedding__bias=None))
@@ -147,7 +147,7 @@ def test_headers_that_lie(tmp_path, data):
         load_tower(str(tmp_path / "bad.npz"))
 
 
-def test_a_decompression_bomb(tmp_path):
+def test_open_npz_of_a_decompression_bomb_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         header = member("{'descr': '<f4', 'fortran_order': False, 'shape': (50000000,)}")
         archive.writestr("embedding/kernel.npy", header + bytes(200_000_000))
@@ -158,7 +158,7 @@ def test_a_decompression_bomb(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), cut=st.booleans())
-def test_damaged_bytes_are_refused_or_harmless(tiny_vit, tmp_path_factory, place, value, cut):
+def test_load_npz_of_damaged_bytes_is_refused_or_harmless(tiny_vit, tmp_path_factory, place, value, cut):
     data = bytearray(tiny_vit.read_bytes())
     at = int(place * len(data))
     data[at] = value
@@ -168,6 +168,6 @@ def test_damaged_bytes_are_refused_or_harmless(tiny_vit, tmp_path_factory, place
 
 
 @pytest.mark.parametrize("resolution", [10**9, -8, 0, 33])
-def test_absurd_resolutions(tiny_vit, resolution):
+def test_load_tower_of_an_absurd_resolution_is_refused(tiny_vit, resolution):
     with pytest.raises(UserError, match=f"resolution {resolution} is not"):
         load_tower(str(tiny_vit), resolution=resolution)

@@ -18,7 +18,7 @@ def random_grid(side, seed=0):
 
 @settings(deadline=None)
 @given(**GRIDS)
-def test_antialiased_bicubic_equals_pil(old, new):
+def test_resample_positions_antialiased_equals_pil(old, new):
     positions = random_grid(old)
     got = resample_positions(positions, new, "bicubic-antialias").reshape(new, new, 2)
     for channel in range(2):
@@ -30,7 +30,7 @@ def test_antialiased_bicubic_equals_pil(old, new):
 
 @settings(deadline=None)
 @given(antialias=st.booleans(), **GRIDS)
-def test_bicubic_equals_torch(antialias, old, new):
+def test_resample_positions_bicubic_equals_torch(antialias, old, new):
     torch = pytest.importorskip("torch")
     positions = random_grid(old)
     image = torch.tensor(positions).reshape(1, old, old, 2).permute(0, 3, 1, 2)
@@ -43,7 +43,7 @@ def test_bicubic_equals_torch(antialias, old, new):
     np.testing.assert_allclose(got, want, rtol=0, atol=5e-5)
 
 
-def test_bicubic_has_torchs_values():
+def test_resample_positions_bicubic_has_known_values():
     """torch.nn.functional.interpolate(..., mode="bicubic", align_corners=False) of torch 2.13, in float64."""
     squares = np.arange(16.0).reshape(1, 16, 1) ** 2
     want = [
@@ -54,7 +54,7 @@ def test_bicubic_has_torchs_values():
     np.testing.assert_allclose(resample_positions(squares, 3, "bicubic").reshape(3, 3), want, atol=1e-4)
 
 
-def test_linear_is_corner_aligned():
+def test_resample_positions_linear_is_corner_aligned():
     grid = np.arange(16.0).reshape(1, 16, 1)
     wide = resample_positions(grid, 7, "linear").reshape(7, 7)
     # A linear ramp stays one, the corners stay where they are.
@@ -64,13 +64,13 @@ def test_linear_is_corner_aligned():
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("new", [1, 5, 16])
-def test_a_constant_stays_and_nothing_leaves_float32(rule, new):
+def test_resample_positions_of_a_constant_keeps_it_in_float32(rule, new):
     got = resample_positions(np.full((1, 49, 3), 2.5, np.float32), new, rule)
     assert (got.shape, got.dtype) == ((1, new * new, 3), np.float32)
     np.testing.assert_allclose(got, 2.5, rtol=1e-6)
 
 
-def test_the_same_grid_is_left_alone():
+def test_resample_positions_to_the_same_grid_changes_nothing():
     positions = random_grid(7)
     for rule in RULES:
         assert resample_positions(positions, 7, rule) is positions

@@ -18,7 +18,7 @@ from lit_fast.weights import resolve
 from lit_fast.weights.registry import known_towers
 
 
-def test_known_towers_are_sound() -> None:
+def test_known_towers_are_consistent() -> None:
     table = known_towers()
     assert len({t.name for t in table}) == len(table) > 100
     for tower in table:
@@ -38,7 +38,7 @@ def test_known_towers_are_sound() -> None:
             assert tower.resolution == (518 if "dinov2" in size or "dinov2" in tower.name else int(size))
 
 
-def test_parameters_and_operations_of_known_values() -> None:
+def test_parameters_and_flops_have_known_values() -> None:
     by_name = {t.name: t for t in known_towers()}
     b8 = by_name["augreg/B_8"]
     # The file has 85,807,872 without head; the class token's own position is added to it when it is read.
@@ -59,7 +59,7 @@ def test_parameters_and_operations_of_known_values() -> None:
         "hf:google/siglip2-so400m-patch14-384",
     ],
 )
-def test_parameters_are_those_of_the_module(name: str) -> None:
+def test_parameters_equal_those_of_the_module(name: str) -> None:
     import jax
     import jax.numpy as jnp
 
@@ -72,7 +72,7 @@ def test_parameters_are_those_of_the_module(name: str) -> None:
     assert parameters(tower.architecture, size) == sum(v.size for v in jax.tree.leaves(shapes))
 
 
-def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_towers_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     run = towers(parser)
     run(parser.parse_args(["b_8"]))
@@ -94,7 +94,7 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         run(parser.parse_args(["zzz"]))
 
 
-def test_the_table_needs_nothing_heavy() -> None:
+def test_format_towers_imports_neither_jax_nor_numpy() -> None:
     code = "import sys; from lit_fast.weights.registry import *; format_towers(known_towers()); print([m for m in"
     code += " ('jax', 'numpy', 'flax') if m in sys.modules])"
     done = subprocess.run(
@@ -103,6 +103,6 @@ def test_the_table_needs_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_a_bad_tower_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_towers_command_without_a_match_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["towers", "zzz"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

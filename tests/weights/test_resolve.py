@@ -9,7 +9,7 @@ import pytest
 
 from lit_fast.errors import UserError
 from lit_fast.storage.cache import cache_directory
-from lit_fast.weights.resolve import resolve, resolve_model, resolve_tokenizer, weights_digest
+from lit_fast.weights.resolve import resolve, resolve_tokenizer, weights_digest
 from tests.web import BODY, COMMIT, Answer, Hub, Server, own_cache, running_hub, running_server, sha  # noqa: F401
 
 FILES = {"config.json": b"{}", "model.safetensors": BODY, "preprocessor_config.json": b"{}"}
@@ -62,7 +62,7 @@ def test_resolve_parts_cannot_escape(hub: Hub, name: object, tmp_path: Path) -> 
 def test_resolve_other_weights_than_safetensors_are_refused(hub: Hub) -> None:
     hub.add("o/n", {"config.json": b"{}", "pytorch_model.bin": BODY})
     with pytest.raises(
-        UserError, match=r"hf:o/n has no model\.safetensors\.index\.json.*; weights in other formats"
+        UserError, match=r"hf:o/n has no model\.safetensors; .*; only \.safetensors weights are read"
     ):
         resolve("hf:o/n")
     assert not any("pytorch_model" in path for path in hub.downloads)
@@ -138,16 +138,6 @@ def test_weights_digest_a_damaged_cache_is_refused(hub: Hub) -> None:
         weights_digest(path)
 
 
-def test_resolve_model_takes_the_files_of_an_export(hub: Hub, tmp_path: Path) -> None:
-    assert resolve_model(tmp_path) == str(tmp_path)
-    names = {"config.json", "model.safetensors", "tokenizer.model", "tower.json"}
-    hub.add("o/n", dict.fromkeys([*names, "README.md"], b"{}"))
-    assert {p.name for p in Path(resolve_model("hf:o/n")).iterdir()} == names
-    hub.add("o/m", {"config.json": b"{}", "model.safetensors": BODY})
-    with pytest.raises(UserError, match=r"hf:o/m has no tokenizer\.model"):
-        resolve_model("hf:o/m")
-
-
 @pytest.mark.parametrize("file", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
 def test_resolve_tokenizer_finds_the_sentencepiece_model(hub: Hub, file: str) -> None:
     hub.add("owner/name", {"config.json": b"{}", file: b"model"})
@@ -163,5 +153,15 @@ def test_resolve_tokenizer_of_a_path_is_itself(hub: Hub, tmp_path: Path) -> None
 
 def test_resolve_tokenizer_without_a_sentencepiece_model_is_one_line(hub: Hub) -> None:
     hub.add("o/n", {"vocab.txt": b"[PAD]"})
-    with pytest.raises(UserError, match=r"hf:o/n has no tokenizer\.model, .*; give a sentencepiece model"):
+    with pytest.raises(
+        UserError, match=r"hf:o/n has none of tokenizer\.model, .*; give a sentencepiece model"
+    ):
         resolve_tokenizer("hf:o/n")
+
+
+def test_resolve_an_absent_path_that_looks_like_a_repository_says_both(hub: Hub) -> None:
+    for function in (resolve, resolve_tokenizer):
+        with pytest.raises(
+            UserError, match=r"^runs/b8 does not exist here, and hf:runs/b8 does not exist or is private"
+        ):
+            function("runs/b8")

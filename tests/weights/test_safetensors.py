@@ -71,7 +71,7 @@ QUERY = "encoder__layer__0__attention__attention__query__weight"
         ({"encoder__layer__1__output__dense__weight": np.zeros((), np.float32)}, r"dense\.weight has shape \(\)"),
     ],
 )  # fmt: skip
-def test_tensors_that_make_no_tower(vit, tensors, message):
+def test_load_tower_of_other_tensors_is_refused(vit, tensors, message):
     change_tensors(vit, **tensors)
     refused(vit, message)
 
@@ -98,7 +98,7 @@ def test_tensors_that_make_no_tower(vit, tensors, message):
         ({"architecture": 3, "pretrained_cfg": {}}, "architecture 3 is not supported"),
     ],
 )  # fmt: skip
-def test_configurations_of_other_models(vit, config, message):
+def test_load_tower_of_other_configurations_is_refused(vit, config, message):
     change_config(vit, **config)
     refused(vit, message)
 
@@ -115,11 +115,11 @@ def test_configurations_of_other_models(vit, config, message):
         ({"global_pool": "map"}, "MAPHead_0.* is missing"),
     ],
 )
-def test_timm_configurations_that_make_no_tower(tmp_path, config, message):
+def test_load_tower_of_other_timm_configurations_is_refused(tmp_path, config, message):
     refused(write_timm(tmp_path / "vit", VIT, "vit_base_patch16_224", **config), message)
 
 
-def test_missing_files(vit, tmp_path):
+def test_load_tower_with_missing_files_is_refused(vit, tmp_path):
     refused(tmp_path, "a directory without model.safetensors or")
     refused(tmp_path / "none", "is neither a file nor a name")
     (vit / "preprocessor_config.json").unlink()
@@ -137,7 +137,7 @@ def test_missing_files(vit, tmp_path):
 @pytest.mark.parametrize(
     "name", ["../vit/model.safetensors", "/etc/passwd", "a/b.safetensors", 3, "x.bin", ""]
 )
-def test_parts_outside_of_the_directory(vit, tmp_path, name):
+def test_load_tower_of_parts_elsewhere_is_refused(vit, tmp_path, name):
     other = tmp_path / "other"
     other.mkdir()
     for file in ("config.json", "preprocessor_config.json"):
@@ -151,7 +151,7 @@ def test_parts_outside_of_the_directory(vit, tmp_path, name):
 
 @settings(max_examples=30, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), cut=st.booleans())
-def test_damaged_bytes_are_refused_or_harmless(tmp_path_factory, place, value, cut):
+def test_load_tower_of_damaged_bytes_is_refused_or_harmless(tmp_path_factory, place, value, cut):
     directory = write_huggingface(tmp_path_factory.mktemp("damage") / "vit", VIT, "vit")
     file = directory / "model.safetensors"
     data = bytearray(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Published text towers: transformers itself, big_vision's files, what does not fit, what is damaged."""
+"""Published text towers: equal to transformers and the reference; other and damaged files are refused."""
 
 import json
 from functools import cache
@@ -22,6 +22,7 @@ from lit_fast.models.two_towers import init_params
 from lit_fast.weights.text import read_text_weights, start_from
 from tests.reference import text_tower
 from tests.torch_packages import import_package
+from tests.web import running_hub  # noqa: F401
 from tests.weights.families import shaken
 
 SHAPE = Shape(width=24, depth=3, mlp_dim=40, heads=3)
@@ -83,13 +84,13 @@ def some_ids(vocabulary=VOCABULARY, length=LENGTH):
 
 
 def embedded(model, source, ids):
-    params, how = start_from(read_text_weights(str(source)), fresh(model))
-    return np.asarray(compiled(model)(params["txt"], ids)), params, how
+    params, description = start_from(read_text_weights(str(source)), fresh(model))
+    return np.asarray(compiled(model)(params["txt"], ids)), params, description
 
 
 @pytest.mark.parametrize("root", ["", "params/", "opt/target/"])
 @pytest.mark.parametrize("pooling", ["last", "map"])
-def test_big_vision_alone_and_beside_an_image_tower(pooling, root, tmp_path):
+def test_start_from_big_vision_alone_and_beside_an_image_tower_equals_the_reference(pooling, root, tmp_path):
     model = tower(pooling=pooling)
     arrays = drawn(model)
     want = text_tower(some_ids(), nested(arrays), pooling)
@@ -98,14 +99,14 @@ def test_big_vision_alone_and_beside_an_image_tower(pooling, root, tmp_path):
     both |= {f"{root}img/cls": np.zeros((1, 1, 8)), f"{root}t": np.array([3.0]), f"{root}b": np.array([-9.0])}
     for file, suffix in ((alone, ""), (both, ""), (both, ":txt")):
         np.savez(tmp_path / "w.npz", **file)
-        got, params, how = embedded(model, f"{tmp_path / 'w.npz'}{suffix}", some_ids())
+        got, params, description = embedded(model, f"{tmp_path / 'w.npz'}{suffix}", some_ids())
         # float32 sums of three layers, outputs of about 1.
         np.testing.assert_allclose(got, want, atol=1e-4)
     assert (float(params["t"][0]), float(params["b"][0])) == (3.0, -9.0)
-    assert how == "all parameters, temperature 20.09, bias -9"
+    assert description == "all parameters, temperature 20.09, bias -9"
 
 
-def test_old_files_add_positions_twice_and_may_be_bfloat16(tmp_path):
+def test_start_from_an_old_file_adds_positions_twice(tmp_path):
     arrays = drawn(tower())
     again = np.random.default_rng(5).normal(size=arrays["pos_embedding"].shape)
     file = {n: a.astype(ml_dtypes.bfloat16) for n, a in arrays.items()}
@@ -153,12 +154,21 @@ def save_siglip(directory: Path, arrays, prefix="", **config):
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def test_siglip_against_the_reference(tmp_path):
+def test_start_from_siglip_equals_the_reference(tmp_path):
     arrays = drawn(tower())
     save_siglip(tmp_path, arrays)
-    got, _, how = embedded(tower(), tmp_path, some_ids())
+    got, _, description = embedded(tower(), tmp_path, some_ids())
     np.testing.assert_allclose(got, text_tower(some_ids(), nested(arrays), "last"), atol=1e-4)
-    assert how == "all parameters"
+    assert description == "all parameters"
+
+
+@pytest.mark.parametrize("spec", ["hf:owner/siglip", "owner/siglip"])
+def test_read_text_weights_of_a_repository_equals_that_of_its_files(spec, hub, tmp_path):
+    save_siglip(tmp_path / "siglip", drawn(tower()))
+    hub.add("owner/siglip", tmp_path / "siglip")
+    remote, local = read_text_weights(spec), read_text_weights(str(tmp_path / "siglip"))
+    assert (remote.source, remote.sha256) == (spec, local.sha256)
+    jax.tree.map(np.testing.assert_array_equal, remote.params, local.params)
 
 
 SMALL = {
@@ -181,7 +191,7 @@ BIG = REAL | {"hidden_size": 1152, "num_attention_heads": 16, "intermediate_size
         ("Siglip2Text", SMALL), ("Siglip2Text", REAL),
     ],
 )  # fmt: skip
-def test_equals_transformers(kind, sizes, tmp_path):
+def test_start_from_siglip_equals_transformers(kind, sizes, tmp_path):
     transformers = import_package("transformers")
     import torch
 
@@ -212,30 +222,30 @@ def test_equals_transformers(kind, sizes, tmp_path):
         np.testing.assert_array_equal(params["b"], whole.logit_bias.detach())
 
 
-def test_shorter_tokens_take_the_first_positions(tmp_path):
+def test_start_from_with_shorter_tokens_takes_the_first_positions(tmp_path):
     arrays = drawn(tower())
     np.savez(tmp_path / "w.npz", **arrays)
     ids = some_ids(length=5)
-    got, _, how = embedded(tower(max_length=5), tmp_path / "w.npz", ids)
+    got, _, description = embedded(tower(max_length=5), tmp_path / "w.npz", ids)
     cut = nested(arrays | {"pos_embedding": arrays["pos_embedding"][:, :5]})
     np.testing.assert_allclose(got, text_tower(ids, cut, "last"), atol=1e-4)
-    assert how == "all parameters, the first 5 of 8 positions"
+    assert description == "all parameters, the first 5 of 8 positions"
 
 
 @pytest.mark.parametrize("projected", [True, False])
-def test_another_features_width_needs_a_new_head(projected, tmp_path):
+def test_start_from_with_another_feature_width_keeps_the_initial_head(projected, tmp_path):
     """Temperature and bias belong to the old head's embeddings and stay fresh as well."""
     arrays = drawn(tower(out_dim=SHAPE.width, projected=projected))
     np.savez(tmp_path / "w.npz", **{f"txt/{n}": a for n, a in arrays.items()}, t=np.array([3.0]))
     new = fresh(tower(out_dim=33))
-    params, how = start_from(read_text_weights(str(tmp_path / "w.npz")), new)
-    assert how == "all parameters but the head"
+    params, description = start_from(read_text_weights(str(tmp_path / "w.npz")), new)
+    assert description == "all parameters but the head"
     np.testing.assert_array_equal(params["txt"]["head"]["kernel"], new["txt"]["head"]["kernel"])
     np.testing.assert_array_equal(params["t"], new["t"])
     np.testing.assert_array_equal(params["txt"]["Embed_0"]["embedding"], arrays["Embed_0/embedding"])
 
 
-def test_sentinel_pieces_need_no_rows(tmp_path):
+def test_start_from_with_sentinel_pieces_adds_initial_rows(tmp_path):
     """mC4's vocabulary has 250 100 pieces, the towers' tables 250 000 rows."""
     arrays = drawn(tower())
     np.savez(tmp_path / "w.npz", **arrays)
@@ -261,7 +271,7 @@ def test_sentinel_pieces_need_no_rows(tmp_path):
         ({"vocab_size": 161}, "vocabulary of 60 pieces, the tokens one of 161"),
     ],
 )
-def test_another_tower_than_the_configured_one(options, message, tmp_path):
+def test_start_from_another_tower_than_the_configured_one_is_refused(options, message, tmp_path):
     np.savez(tmp_path / "w.npz", **drawn(tower()))
     with pytest.raises(UserError, match=message) as error:
         embedded(tower(**options), tmp_path / "w.npz", some_ids())
@@ -269,7 +279,7 @@ def test_another_tower_than_the_configured_one(options, message, tmp_path):
     assert str(tmp_path / "w.npz") in str(error.value)
 
 
-def test_a_file_with_more_than_the_configured_tower(tmp_path):
+def test_start_from_a_tower_with_more_parts_is_refused(tmp_path):
     for options, message in (
         ({"pooling": "map"}, 'set text.pooling = "map"$'),
         ({"embedding_width": 8}, "set text.embedding_width = 8$"),
@@ -291,13 +301,13 @@ def test_a_file_with_more_than_the_configured_tower(tmp_path):
         ({"num_attention_heads": "3"}, "num_attention_heads is '3'"),
     ],
 )
-def test_other_models_of_transformers_are_refused(config, message, tmp_path):
+def test_read_text_weights_of_other_models_is_refused(config, message, tmp_path):
     save_siglip(tmp_path, drawn(tower()), **config)
     with pytest.raises(UserError, match=message):
         read_text_weights(str(tmp_path))
 
 
-def test_what_is_no_text_tower(tmp_path, tiny_vit):
+def test_read_text_weights_without_a_text_tower_is_refused(tmp_path, tiny_vit):
     with pytest.raises(UserError, match="Embed_0/embedding is missing"):
         read_text_weights(str(tiny_vit))
     with pytest.raises(UserError, match=r"none\.npz"):
@@ -306,7 +316,7 @@ def test_what_is_no_text_tower(tmp_path, tiny_vit):
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
-def test_damaged_files_give_one_line(data, tmp_path_factory):
+def test_start_from_a_damaged_file_fails_in_one_line(data, tmp_path_factory):
     """One array is missing, of another shape, not finite or doubled under another name."""
     path = tmp_path_factory.mktemp("damaged") / "w.npz"
     arrays = drawn(tower())

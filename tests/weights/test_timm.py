@@ -68,13 +68,13 @@ def check(name, model, directory, **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_small_models(name, tmp_path):
+def test_embed_small_models_equals_timm(name, tmp_path):
     tower = check(name, build(name, **SMALL), tmp_path)
     assert tower.preprocess.size == 32
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_real_widths(name, tmp_path):
+def test_embed_real_widths_equals_timm(name, tmp_path):
     check(name, build(name, **REAL), tmp_path)
 
 
@@ -84,11 +84,11 @@ def test_real_widths(name, tmp_path):
     ["vit_base_patch16_224", "deit_base_distilled_patch16_224", "vit_base_patch14_reg4_dinov2",
      "vit_so150m_patch16_reg4_map_256", "vit_base_patch16_siglip_224"],
 )  # fmt: skip
-def test_other_resolutions(name, resolution, tmp_path):
+def test_embed_other_resolutions_equals_timm(name, resolution, tmp_path):
     check(name, build(name, **SMALL), tmp_path, resolution=resolution)
 
 
-def test_real_weights_in_timms_layout(realdata, tmp_path):
+def test_load_tower_real_weights_equal_those_of_the_npz(realdata, tmp_path):
     """The same weights as an AugReg file and as timm writes them: one function."""
     timm = import_package("timm")
     file = str(realdata / "vit/Ti_16-augreg-i21k-i1k-224.npz")
@@ -101,8 +101,8 @@ def test_real_weights_in_timms_layout(realdata, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
 
 
-def test_every_name_that_is_accepted_is_what_it_is_taken_for():
-    """What leaves no trace in the tensors, for all of timm's models."""
+def test_supported_names_have_the_heads_and_epsilon_of_timm():
+    """Heads, non-linearity and epsilon, which have no tensors, for all of timm's models."""
     timm = import_package("timm")
     import torch
     from timm.models.deit import VisionTransformerDistilled

@@ -1,4 +1,4 @@
-"""The training step compiled for a slice of chips that is not here."""
+"""Compile the training step ahead of time, for devices that may be absent."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.train.step import State, make_step
 
 
-class Compiled(NamedTuple):
-    """What the compiler says of one device's program."""
+class CompiledStep(NamedTuple):
+    """The compiled program of one device."""
 
     argument_bytes: int
     temporary_bytes: int
-    collectives: dict[str, int]  # name -> how many stand in the program; one inside a loop counts once
-    seconds: float  # that compiling took
-    text: str
+    seconds: float  # compile time
+    text: str  # HLO after all optimizations
+
+    @property
+    def bytes(self) -> int:
+        """Arguments and temporaries."""
+        return self.argument_bytes + self.temporary_bytes
 
 
 def tpu_mesh(topology: str) -> Mesh:
-    """The mesh of a TPU slice by its description, such as "v4:2x2x1"; needs libtpu but no TPU.
-
-    A v4 chip is two cores that work as one device, which libtpu must be told.
+    """Return the mesh of a TPU slice, such as "v4:2x2x1"; needs libtpu but no TPU.
 
     Raises:
-      RuntimeError: libtpu is missing, or knows no such slice.
+      RuntimeError: libtpu is missing, or refuses the slice.
     """
-    # No TPU and no server with its description is looked for, another process may have libtpu open as well, and it
-    # does not complain of the missing description.
+    # libtpu must not look for a TPU or a metadata server, may be loaded by several processes, and warns without the
+    # last two variables.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
@@ -47,8 +49,9 @@ def tpu_mesh(topology: str) -> Mesh:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
+    # The two cores of a v4 chip are one device.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
-    if topology.endswith(":1x1"):  # a host has four chips otherwise
+    if topology.endswith(":1x1"):  # by default a host has four chips
         options["chips_per_host_bounds"] = (1, 1, 1)
     description = topologies.get_topology_desc(topology, platform="tpu", **options)
     return make_mesh(list(description.devices))
@@ -56,31 +59,25 @@ def tpu_mesh(topology: str) -> Mesh:
 
 def compile_step(
     model: TextTower, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, state: State
-) -> Compiled:
-    """Compile the training step for the mesh's devices, whether they are here or not.
+) -> CompiledStep:
+    """Compile the training step for the devices of a mesh.
 
     Args:
-      optimizer, state: of `lit_fast.train.step.abstract_training`.
+      optimizer, state: from `lit_fast.train.step.abstract_training`.
     """
-    state = _placed(state, replicated(mesh))
-    arrays = _placed(batch_shapes(model, config), batch_sharding(mesh))
-    began = time.monotonic()
-    compiled = make_step(model, optimizer, config, mesh).lower(state, arrays).compile()
-    seconds = time.monotonic() - began
+    state = _with_sharding(state, replicated(mesh))
+    batch = _with_sharding(batch_shapes(model, config), batch_sharding(mesh))
+    start = time.monotonic()
+    compiled = make_step(model, optimizer, config, mesh).lower(state, batch).compile()
+    seconds = time.monotonic() - start
     memory: Any = compiled.memory_analysis()
-    text = compiled.as_text() or ""
-    names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-    return Compiled(
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in names},
-        seconds,
-        text,
+    return CompiledStep(
+        memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds, compiled.as_text() or ""
     )
 
 
 def batch_shapes(model: TextTower, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of one global batch as it arrives."""
+    """Return the shapes and dtypes of one global batch, as `make_step` takes it."""
     batch, text = config.stream.global_batch, config.text
     texts = batch * config.stream.captions_per_image
     ids = jax.ShapeDtypeStruct((texts, model.max_length), id_dtype(model.vocab_size))
@@ -89,7 +86,7 @@ def batch_shapes(model: TextTower, config: Config) -> dict[str, jax.ShapeDtypeSt
         "ids": ids,
         "rows": jax.ShapeDtypeStruct((batch,), jnp.int32),
     }
-    if text.packed:  # as lit_fast.train.input_pipeline.packing lays them
+    if text.packed:  # the layout of lit_fast.train.input_pipeline.packing
         rows = texts // text.pack
         shapes["ids"] = jax.ShapeDtypeStruct((rows, text.row_tokens), ids.dtype)
         shapes["lengths"] = jax.ShapeDtypeStruct((rows, text.pack), jnp.uint16)
@@ -97,5 +94,5 @@ def batch_shapes(model: TextTower, config: Config) -> dict[str, jax.ShapeDtypeSt
     return shapes
 
 
-def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+def _with_sharding(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)

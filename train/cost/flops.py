@@ -1,8 +1,8 @@
-"""Model FLOPs of a step, for MFU, and the FLOPs of a traced program.
+"""Model FLOPs of a step, for MFU, and executed FLOPs of a traced program.
 
-MFU counts the operations that the model needs, each once, over the chip's dense bfloat16 peak. What the program
-works out again does not count: layers in the backward pass, and similarities in the second round of the softmax
-loss and the three rounds that look for the hardest or easiest negatives.
+Model FLOPs count each operation that the model requires once. Recomputation does not count: layers in the backward
+pass, the second pass of the softmax loss over all pairs, the three passes that search the hardest or easiest
+negatives.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from lit_fast.models.text_tower import TextTower
 def step_flops(
     model: TextTower, texts: int, images: int, image_head: bool = False, tokens: float | None = None
 ) -> float:
-    """Forward and backward of the text tower and the loss; embeddings are look-ups and count nothing.
+    """Return the model FLOPs of the forward and backward pass of text tower and loss.
 
-    Three times the forward products of the tower (attention in full). Of the loss the similarities of all pairs,
-    whatever pairs are left out, and the gradient of the texts; that of the image embeddings only for an image
-    head, which is itself applied once forward and once backward, as the features need no gradient.
+    The tower counts three times its forward products, with full attention and without embedding look-ups. The loss
+    counts the similarities of all pairs, excluded or not, and the gradient of the texts. An image head adds the
+    gradient of the image embeddings and two products of its own; the features need no gradient.
 
-    `tokens` are those of a caption that are worked on, on average; None: as many as the tower knows positions.
+    Args:
+      tokens: mean number of tokens per caption that are computed; None: the maximum length.
     """
     width, depth, mlp_dim, _ = model.shape
     length = tokens or model.max_length
     layer = length * (8 * width**2 + 4 * width * mlp_dim) + 4 * length**2 * width
-    # Query, output and MLP for one position, keys and values for all: a MAP head, or the last layer of a tower
-    # that needs it at one position only.
-    one = 4 * width**2 + 4 * width * mlp_dim + 4 * length * width**2 + 4 * length * width
-    single = model.pooling in ("last", "first")
-    text = (depth - single) * layer + one * (single or model.pooling == "map")
+    # Queries, output and MLP at one position, keys and values at all: a MAP head, or the last layer of a tower that
+    # pools one token.
+    pooled_layer = 4 * width**2 + 4 * width * mlp_dim + 4 * length * width**2 + 4 * length * width
+    pools_token = model.pooling in ("last", "first")
+    text = (depth - pools_token) * layer + pooled_layer * (pools_token or model.pooling == "map")
     text += 2 * length * model.embedding_width * width
     if model.projected:
         text += 2 * width * model.out_dim
@@ -41,10 +42,10 @@ def step_flops(
 
 
 def program_flops(program: Any) -> float:
-    """Operations of all matrix products of a traced program (a jaxpr), with what is worked out again.
+    """Return the FLOPs of all matrix products of a traced program (a jaxpr), with recomputation.
 
-    What stands in a loop counts as often as it runs. Of branches the one with the most counts; where it depends on
-    the platform, that of all platforms that are not named.
+    The body of a loop counts as often as it runs. Of several branches the most expensive one counts; of branches by
+    platform, the default.
     """
     total = 0.0
     for equation in program.eqns:

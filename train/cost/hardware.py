@@ -1,4 +1,4 @@
-"""What the vendors' data sheets say of the chips that a run may use."""
+"""Data sheets of TPUs and GPUs, and a measurement of this machine's CPU."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ GIB = 2**30
 class Chip(NamedTuple):
     """One device as JAX sees it."""
 
-    name: str  # as in --topology
+    name: str  # in --topology
     kind: str  # part of JAX's device_kind
-    flops: float  # dense bfloat16 products, FLOP/s
-    memory: float  # bytes that a program can have
-    bandwidth: float  # of its memory, bytes/s
-    interconnect: float  # out of the chip, all links together, bytes/s
+    flops: float  # peak of dense bfloat16 products, FLOP/s
+    memory: float  # bytes available to a program
+    bandwidth: float  # of the memory, bytes/s
+    interconnect: float  # out of the chip over all links, bytes/s
     clock: float = 0.0  # of the TensorCore, Hz; 0: the compiler estimates no cycles
 
 
-# Peak, bandwidths: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. The memory is what the compiler says is available
-# when it refuses a program. v4's clock stands in "TPU v4" (Jouppi et al., 2023, table 4), where its peak is that of
-# its matrix units at every tick; the other clocks follow from their peaks in the same way.
+# Peak and bandwidths: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. Memory: as the compiler reports it when it refuses a
+# program. Clock of v4: "TPU v4" (Jouppi et al., 2023, table 4), where peak = matrix units x clock; the other clocks
+# follow from their peaks in the same way.
 TPUS = (
     Chip("v4", "TPU v4", 275e12, 30.75 * GIB, 1.228e12, 300e9, 1.05e9),
     Chip("v5e", "TPU v5 lite", 197e12, 15.75 * GIB, 0.819e12, 200e9, 1.5e9),
     Chip("v5p", "TPU v5", 459e12, 95.74 * GIB, 2.765e12, 600e9, 1.75e9),
     Chip("v6e", "TPU v6 lite", 918e12, 31.25 * GIB, 1.64e12, 448e9, 1.75e9),
 )
-# JAX takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# JAX allocates 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 _JAX_SHARE = 0.75
-# The data sheets at nvidia.com/data-center (SXM where there are several), NVLink in one direction, else PCIe; the
-# memory is what nvidia-smi shows.
+# Data sheets at nvidia.com/data-center (SXM where there are several); interconnect: NVLink in one direction, or PCIe;
+# memory: as nvidia-smi reports it.
 GPUS = tuple(
     Chip(name, kind, tera * 1e12, gib * GIB * _JAX_SHARE, bandwidth * 1e12, interconnect * 1e9)
     for name, kind, tera, gib, bandwidth, interconnect in (
@@ -51,44 +51,44 @@ GPUS = tuple(
         ("rtx4090", "RTX 4090", 165, 24.0, 1.008, 32),
     )
 )
-# Other names of JAX's for the same.
+# Other names that JAX uses for the same chips.
 _KINDS = {"TPU v5e": "TPU v5 lite", "TPU v6e": "TPU v6 lite"}
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip of JAX's `device_kind`, None where it is not known."""
+    """Return the chip of JAX's `device_kind`; None if it is unknown."""
     kind = _KINDS.get(kind, kind)
-    # "TPU v5" is the beginning of "TPU v5 lite", and "L4" of "L40S".
-    fitting = [chip for chip in (*TPUS, *GPUS) if chip.kind in kind]
-    return max(fitting, key=lambda chip: len(chip.kind), default=None)
+    # The longest match: "TPU v5" is part of "TPU v5 lite", and "L4" of "L40S".
+    matches = [chip for chip in (*TPUS, *GPUS) if chip.kind in kind]
+    return max(matches, key=lambda chip: len(chip.kind), default=None)
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Dense bfloat16 FLOP/s of a device, None where the chip is not known."""
+    """Return the peak FLOP/s of a device in dense bfloat16 products; None if the chip is unknown."""
     chip = chip_of(device.device_kind)
     return chip.flops if chip else None
 
 
-def this_processor(devices: int, memory: float) -> Chip:
-    """This machine's CPU, measured: the best of a few float32 products and copies, shared by its devices.
+def this_processor(num_devices: int, memory: float) -> Chip:
+    """Measure this machine's CPU with a few float32 products and copies, shared by its devices.
 
     Args:
-      memory: bytes of one device.
+      memory: bytes per device.
     """
     size = 1536
     matrix = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda a: a @ a)
     flops = 2 * size**3 / _fastest(lambda: product(matrix).block_until_ready())
-    source = np.ones(2**24, np.float32)  # more than any cache holds
+    source = np.ones(2**24, np.float32)  # larger than any cache
     target = np.empty_like(source)
     bandwidth = 2 * source.nbytes / _fastest(lambda: np.copyto(target, source))
-    return Chip("cpu", "cpu", flops / devices, memory, bandwidth / devices, bandwidth / devices)
+    return Chip("cpu", "cpu", flops / num_devices, memory, bandwidth / num_devices, bandwidth / num_devices)
 
 
 def _fastest(work: Callable[[], object]) -> float:
     seconds = []
-    for _ in range(4):  # the first compiles
-        began = time.perf_counter()
+    for _ in range(4):  # the first call compiles
+        start = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return min(seconds)

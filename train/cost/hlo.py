@@ -1,36 +1,24 @@
-"""What a compiled program does, read from the compiler's text of it (HLO): products, collectives, its own estimate.
+"""Read the text of a compiled program (HLO): collectives, the compiler's time estimate and the largest buffers.
 
-The text lists computations. A loop's body stands there once and counts as often as the loop goes round.
+The text lists computations. The body of a loop is in it once and is counted as often as the loop runs.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
-
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_SIZES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-}
-_SIZES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_ITEM_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
+    "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+}  # fmt: skip
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_PLACED = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")  # dtype, dimensions, layout
 
 
 class Instruction(NamedTuple):
@@ -45,36 +33,32 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """All of one kind in a step."""
+    """All collectives of one kind in a step."""
 
     calls: float
-    bytes: float  # of one device's operands
+    bytes: float  # of the operands, per device
 
 
-class Totals(NamedTuple):
-    """Of one device and one step, each instruction as often as it runs."""
+class ProgramCost(NamedTuple):
+    """Cost of one step on one device; an instruction in a loop is counted as often as the loop runs."""
 
-    flops: float  # of the matrix products, two operations per multiply-add
-    cycles: float  # of the TensorCore by the compiler's estimate; 0 where it gives none
+    cycles: float  # of the TensorCore, as the compiler estimates them; 0 without an estimate
     collectives: dict[str, Collective]
-    unknown_loops: int  # loops whose number of rounds could not be read, counted once
+    unknown_loops: int  # loops without a readable trip count; they are counted once
 
 
-def totals(text: str) -> Totals:
-    """Add up a program.
+def program_cost(text: str) -> ProgramCost:
+    """Sum the cost of a program over all instructions that run.
 
     Args:
-      text: `compiled.as_text()`, after all optimisations.
+      text: `compiled.as_text()`, the program after all optimizations.
     """
     computations, entry = parse(text)
-    flops = cycles = 0.0
-    unknown = 0
-    found: dict[str, Collective] = {}
-    for name, times, fused in _visits(computations, entry):
-        instructions = computations[name]
-        shapes = {i.name: i.shape for i in instructions}
-        for instruction in instructions:
-            flops += times * _flops(instruction, shapes)
+    cycles, unknown = 0.0, 0
+    collectives: dict[str, Collective] = {}
+    for name, times, fused in _executions(computations, entry):
+        shapes = {i.name: i.shape for i in computations[name]}
+        for instruction in computations[name]:
             if instruction.opcode == "while" and trip_count(instruction, computations) is None:
                 unknown += 1
             if fused:
@@ -83,34 +67,40 @@ def totals(text: str) -> Totals:
                 cycles += times * int(estimate[1])
             kind = instruction.opcode.removesuffix("-start")
             if kind in _COLLECTIVES:
-                before = found.get(kind, Collective(0, 0))
-                size = sum(_bytes(shapes[operand]) for operand in instruction.operands)
-                found[kind] = Collective(before.calls + times, before.bytes + times * size)
-    return Totals(flops, cycles, found, unknown)
+                calls, size = collectives.get(kind, Collective(0, 0))
+                size += times * sum(_bytes(shapes[operand]) for operand in instruction.operands)
+                collectives[kind] = Collective(calls + times, size)
+    return ProgramCost(cycles, collectives, unknown)
 
 
 def largest_buffers(text: str, count: int = 3) -> list[dict[str, Any]]:
-    """The largest arrays in a device's memory: their shape, bytes and the operation that makes them.
+    """Return the largest arrays in device memory: shape, bytes and the operation that produces them.
 
-    Arrays of one shape are named once; they may or may not lie in the same place.
+    Arrays of one shape are listed once; the compiler may or may not share their memory.
     """
     computations, entry = parse(text)
     found: dict[str, tuple[float, str]] = {}
-    for name, _, fused in _visits(computations, entry):
+    for name, _, fused in _executions(computations, entry):
         for instruction in () if fused else computations[name]:
             if instruction.opcode in ("parameter", "get-tuple-element", "tuple", "bitcast", "while"):
                 continue
             operation = re.search(r'op_name="([^"]*)"', instruction.attributes)
-            for kind, sizes, layout in _PLACED.findall(instruction.shape):
-                if "S(" not in layout:  # another memory than the large one
-                    shape = f"{kind}[{sizes}]"
+            for dtype, dimensions, layout in _ARRAY.findall(instruction.shape):
+                if "S(" not in layout:  # S(n): not in the device's main memory
+                    shape = f"{dtype}[{dimensions}]"
                     found.setdefault(shape, (_bytes(shape), operation[1] if operation else ""))
     largest = sorted(found.items(), key=lambda item: -item[1][0])[:count]
-    return [{"shape": shape, "bytes": int(size), "operation": made} for shape, (size, made) in largest]
+    return [
+        {"shape": shape, "bytes": int(size), "operation": operation} for shape, (size, operation) in largest
+    ]
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The computations by name, and the name of the one that is run; raises ValueError where there is none."""
+    """Return the computations by name, and the name of the entry computation.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
@@ -126,10 +116,10 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """How often a loop goes round: what the compiler says, else the constant that its counter is compared with."""
+    """Return how often a loop runs: from the compiler, or from the constant that its counter is compared with."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
-    condition = computations.get(_named(loop.attributes, "condition"), [])
+    condition = computations.get(_attribute(loop, "condition"), [])
     by_name = {i.name: i for i in condition}
     for instruction in condition:
         if instruction.root and instruction.opcode == "compare" and "direction=LT" in instruction.attributes:
@@ -139,19 +129,18 @@ def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) ->
     return None
 
 
-def _visits(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tuple[str, int, bool]]:
-    """Every computation that is run: its name, how often, and whether it is the inside of one kernel."""
+def _executions(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tuple[str, int, bool]]:
+    """Yield each computation that runs: its name, how often, and whether it is part of a fused kernel."""
     stack = [(entry, 1, False)]
     while stack:
         name, times, fused = stack.pop()
         yield name, times, fused
         for i in computations[name]:
             if i.opcode == "while":
-                rounds = trip_count(i, computations) or 1
-                stack.append((_named(i.attributes, "body"), times * rounds, fused))
+                stack.append((_attribute(i, "body"), times * (trip_count(i, computations) or 1), fused))
             elif i.opcode in ("fusion", "call", "async-start"):
-                inner = _named(i.attributes, "calls") or _named(i.attributes, "to_apply")
-                stack.append((inner, times, fused or i.opcode == "fusion"))
+                called = _attribute(i, "calls") or _attribute(i, "to_apply")
+                stack.append((called, times, fused or i.opcode == "fusion"))
             elif i.opcode == "conditional":
                 branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", i.attributes)
                 if several := re.search(r"branch_computations=\{([^}]*)\}", i.attributes):
@@ -159,32 +148,32 @@ def _visits(computations: dict[str, list[Instruction]], entry: str) -> Iterator[
                 stack += [(b, times, fused) for b in branches]
 
 
-def _named(attributes: str, key: str) -> str:
-    match = re.search(rf"\b{key}=%?([\w.\-]+)", attributes)
+def _attribute(instruction: Instruction, key: str) -> str:
+    match = re.search(rf"\b{key}=%?([\w.\-]+)", instruction.attributes)
     return match[1] if match else ""
 
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction:
-    end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
+    end = _closing_bracket(rest) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
-    end = _closing("(" + rest) - 1
-    operands = tuple(o.split()[-1].lstrip("%") for o in _split(rest[:end]))
+    end = _closing_bracket("(" + rest) - 1
+    operands = tuple(operand.split()[-1].lstrip("%") for operand in _split(rest[:end]))
     return Instruction(name, shape, opcode, operands, rest[end + 1 :], root)
 
 
-def _closing(text: str) -> int:
-    """Index of the bracket that closes the first one."""
+def _closing_bracket(text: str) -> int:
+    """Return the index of the bracket that closes the first one."""
     depth = 0
-    for place, letter in enumerate(text):
+    for index, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
         if not depth:
-            return place
+            return index
     return len(text)
 
 
 def _split(text: str) -> list[str]:
-    """Parts between the commas that stand in no bracket."""
+    """Split at the commas outside of brackets."""
     parts, depth, part = [], 0, ""
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -196,68 +185,8 @@ def _split(text: str) -> list[str]:
     return [p.strip() for p in [*parts, part] if p.strip()]
 
 
-def _dimensions(shape: str) -> list[int]:
-    match = _ARRAY.search(shape)
-    return [int(d) for d in match[2].split(",") if d] if match else []
-
-
 def _bytes(shape: str) -> float:
     return sum(
-        _SIZES.get(kind, 4) * float(np.prod([int(d) for d in sizes.split(",") if d]))
-        for kind, sizes in _ARRAY.findall(shape)
+        _ITEM_BYTES.get(dtype, 4) * math.prod(int(d) for d in dimensions.split(",") if d)
+        for dtype, dimensions, _ in _ARRAY.findall(shape)
     )
-
-
-def _flops(instruction: Instruction, shapes: dict[str, str]) -> float:
-    if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        left = _dimensions(shapes[instruction.operands[0]])
-        inner = [left[int(d)] for d in contracted[1].split(",") if d] if contracted else []
-        return 2.0 * float(np.prod(_dimensions(instruction.shape))) * float(np.prod(inner))
-    if instruction.opcode == "convolution":
-        return _convolution_flops(instruction, shapes)
-    return 0.0
-
-
-def _convolution_flops(instruction: Instruction, shapes: dict[str, str]) -> float:
-    """The TPU's compiler writes matrix products as convolutions: a batch may be a window that moves on by its size.
-
-    As in XLA's HloCostAnalysis: multiplications with padding and with the holes of a dilation do not count.
-    """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    if labels is None:
-        raise ValueError(f"convolution without dim_labels: {instruction}")
-    left, right, out = (
-        dict(zip(label, _dimensions(shape), strict=True))
-        for label, shape in zip(
-            labels.groups(), (*(shapes[o] for o in instruction.operands), instruction.shape), strict=True
-        )
-    )
-    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-    settings = dict(part.split("=") for part in window[1].split()) if window else {}
-
-    def setting(key: str, place: int, default: str) -> str:
-        return settings[key].split("x")[place] if key in settings else default
-
-    pairs = 1
-    for place, dimension in enumerate(d for d in sorted(right) if d.isdigit()):
-        low, _, _ = setting("pad", place, "0_0").partition("_")
-        pairs *= _valid_pairs(
-            left[dimension],
-            right[dimension],
-            out[dimension],
-            int(setting("stride", place, "1")),
-            int(low),
-            int(setting("lhs_dilate", place, "1")),
-            int(setting("rhs_dilate", place, "1")),
-        )
-    return 2.0 * out["b"] * out["f"] * right["i"] * pairs
-
-
-@cache
-def _valid_pairs(
-    size: int, window: int, out: int, stride: int, low: int, dilate: int, window_dilate: int
-) -> int:
-    """Pairs of an output position and a window position that meet an element of the input."""
-    at = np.arange(out)[:, None] * stride - low + np.arange(window) * window_dilate
-    return int(((at >= 0) & (at % dilate == 0) & (at // dilate < size)).sum())

@@ -1,4 +1,6 @@
-"""Export as big_vision's `.npz` of two towers (models/proj/image_text/two_towers.py).
+"""Export as big_vision's `.npz` of two towers.
+
+Names are those of big_vision's models/proj/image_text/two_towers.py.
 
     model.npz        params/img/..., params/txt/..., params/t and, with the sigmoid loss, params/b, float32
     tokenizer.model  sentencepiece
@@ -86,12 +88,12 @@ def arrays(model: Model) -> dict[str, np.ndarray]:
 
 
 def _has_image_head(model: Model) -> bool:
-    """Whether big_vision's image tower needs its `head`; without one, features are used as embeddings."""
+    """Whether big_vision's image tower needs its own `head`."""
     return "img" in model.params or bool(model.params["mean"].any())
 
 
 def _missing_in_vision(a: Architecture) -> list[str]:
-    """List the parts that big_vision's ViT lacks; the kind of GELU makes little difference, see `_notes`."""
+    """List the parts that big_vision's ViT lacks; on the kind of GELU see `_notes`."""
     reasons = {
         f"its image tower has no {a.gelu} activation": a.gelu not in ("tanh", "exact"),
         "its image tower has no register tokens": a.registers > 0,

@@ -1,4 +1,4 @@
-"""The model card: what the model is, how it is used, how it was trained and how it was evaluated."""
+"""The model card: summary, use, training, evaluation and limits."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def model_card(model: Model, usage: str, notes: Sequence[str] = (), library: str
 
 
 def probability_function(model: Model) -> str:
-    """Name the function that turns logits [images, texts] into probabilities, see `Model.probabilities`."""
+    """Return the name of the function from logits [images, texts] to probabilities."""
     return "softmax over the texts" if model.loss.name == "softmax" else "sigmoid"
 
 
 def rounding_note(model: Model) -> str:
-    """Return a note for formats that compute in float32, while the run computed partly in bfloat16."""
+    """Return a note on the parts that are float32 here and were bfloat16 in the run."""
     bfloat16 = ["stores features"]
     if model.tower_json["dtype"] == "bfloat16":
         bfloat16.insert(0, "computes this vision tower")

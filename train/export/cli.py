@@ -14,8 +14,10 @@ def export(parser: argparse.ArgumentParser) -> Run:
 
     lit_fast: a directory that `lit_fast.load` reads. big_vision: an .npz. open_clip and transformers: a directory
     that these packages load. onnx: graphs. If a format cannot express the model, the command fails before it writes.
+
+    Example: lit-fast export runs/b8 --format open_clip --out exported
     """
-    parser.add_argument("run", metavar="W", help="directory of a run, or of an exported model")
+    parser.add_argument("run", metavar="W", help="a run, an exported model, or hf:OWNER/NAME")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     parser.add_argument("--format", choices=FORMATS, default="lit_fast", help="default: lit_fast")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")

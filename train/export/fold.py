@@ -1,4 +1,4 @@
-"""Fold the parts of a model that other code bases lack into weights that they have.
+"""Fold parts of a model that other code bases lack into weights that they have.
 
 lit_fast subtracts the mean feature before the image head, may have no image head, and may factorise the token table.
 """
@@ -13,7 +13,11 @@ from lit_fast.weights.parameters import Params
 
 
 def image_head(model: Model) -> np.ndarray:
-    """Return the kernel of the image head float32 [width, width]; the identity if the model has no head."""
+    """Return the kernel of the image head; the identity if the model has none.
+
+    Returns:
+      float32 [width, width].
+    """
     if "img" in model.params:
         kernel: np.ndarray = model.params["img"]["head"]["kernel"]
         return kernel
@@ -21,7 +25,11 @@ def image_head(model: Model) -> np.ndarray:
 
 
 def image_projection(model: Model) -> np.ndarray:
-    """Return float32 [encoder width, width]: the tower's own projection, if it has one, times the image head."""
+    """Return the tower's own projection, if it has one, times the image head.
+
+    Returns:
+      float32 [encoder width, width].
+    """
     head = image_head(model)
     if model.tower.architecture.pool != "projection":
         return head
@@ -30,10 +38,11 @@ def image_projection(model: Model) -> np.ndarray:
 
 
 def centered_norm(tower: Tower, mean: np.ndarray) -> Params:
-    """Return the LayerNorm before the pooled feature, with a bias that subtracts `mean` [width] from the feature.
+    """Return the LayerNorm before the pooled feature with centring in its bias.
 
-    If the feature is projected, the bias subtracts a vector that the projection maps to `mean`. It exists, since a
-    projection does not raise the number of dimensions.
+    The bias subtracts `mean` [width] from the feature. If the feature is projected, the bias subtracts a vector that
+    the projection maps to `mean`. Such a vector exists, since a projection does not raise
+    the number of dimensions.
     """
     norm = tower.params.get("pooled_norm") or tower.params["Transformer"]["encoder_norm"]
     shift: np.ndarray = np.asarray(mean, np.float64)
@@ -51,7 +60,7 @@ def centered_map_head(head: Params, mean: np.ndarray) -> Params:
 
 
 def with_token_table(txt: Params) -> Params:
-    """Return a text tower with one token table: a factorised one is multiplied out, in float64."""
+    """Return a text tower whose token table, if factorised, is multiplied out."""
     if "embedding_projection" not in txt:
         return txt
     table, projection = txt["Embed_0"]["embedding"], txt["embedding_projection"]["kernel"]
@@ -61,7 +70,10 @@ def with_token_table(txt: Params) -> Params:
 
 
 def with_text_head(txt: Params) -> Params:
-    """Return a text tower with one token table and with a head, which is the identity if it had none."""
+    """Return a text tower with a whole token table and a head.
+
+    A tower without head gets the identity as its head.
+    """
     txt = with_token_table(txt)
     if "head" in txt:
         return txt

@@ -1,6 +1,6 @@
-"""Write a sentencepiece tokenizer as `tokenizer.json` of Hugging Face's tokenizers library, which gives the same ids.
+"""Write a sentencepiece tokenizer as Hugging Face's `tokenizer.json`.
 
-The file is plain JSON; its fields are those of the library's serialisation. It expresses sentencepiece's one step as
+The tokenizers library gives the same ids from it. The file expresses sentencepiece's one step as
 three: a normaliser (lower-casing, Unicode, white space), the model (unigram or BPE with its pieces), and a template
 that appends end-of-sentence, which truncation keeps.
 
@@ -50,7 +50,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: str, *, masked: bool) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer` loads.
+    """Write the two files that `AutoTokenizer` loads.
 
     Args:
       tokenizer: one that passes `check_tokenizer`.
@@ -122,7 +122,10 @@ def _proto(tokenizer: Tokenizer) -> Any:
 
 
 def _name(piece: Any, private: dict[str, str]) -> str:
-    """Return a piece's name in the file; control tokens get a leading space, so that no text becomes one."""
+    """Return a piece's name in the file.
+
+    Control tokens get a leading space, so that no text becomes one.
+    """
     if piece.type in (_NORMAL, _BYTE):
         return str(piece.piece)
     return private.get(piece.piece, f" {piece.piece}")
@@ -137,7 +140,7 @@ def _replace_all(regex: str, content: str) -> dict[str, Any]:
 
 
 def _normalizers(spec: Any, private: dict[str, str]) -> list[dict[str, Any]]:
-    """Return ASCII lower-casing, then sentencepiece's steps (normalizer.cc) in their order."""
+    """Return ASCII lower-casing, then the steps of sentencepiece's normalizer.cc."""
     capitals = [chr(i) for i in range(ord("A"), ord("Z") + 1)]
     steps = [_replace(letter, letter.lower()) for letter in capitals]
     steps += [_replace(piece, private[piece]) for piece in sorted(private, key=len, reverse=True)]
@@ -155,7 +158,10 @@ def _normalizers(spec: Any, private: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def _split_byte_names() -> dict[str, Any]:
-    """Split the text "<0x41>" after its first character, so that it does not become the byte piece of that name."""
+    """Split the text "<0x41>" after its first character.
+
+    It must not become the byte piece of that name.
+    """
     return {
         "type": "Split",
         "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
@@ -178,7 +184,10 @@ def _unigram(proto: Any, names: list[str]) -> dict[str, Any]:
 
 
 def _bpe(proto: Any, names: list[str]) -> dict[str, Any]:
-    """Return a BPE model whose merges are all pairs of pieces that form a piece, the highest score first."""
+    """Return a BPE model.
+
+    Its merges are all pairs of pieces that form a piece, the highest score first.
+    """
     scores = {p.piece: p.score for p in proto.pieces if p.type == _NORMAL}
     pairs = [
         (-score, piece, i)

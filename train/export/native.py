@@ -1,4 +1,7 @@
-"""Export as the directory that `lit_fast.load` reads; `lit_fast.inference.exported` describes its files."""
+"""Export as the directory that `lit_fast.load` reads.
+
+`lit_fast.inference.exported` describes its files.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _USAGE = """\
 ```python
 import lit_fast
 
-model = lit_fast.load(".")  # this folder; of the Hub: huggingface_hub.snapshot_download("OWNER/NAME")
+model = lit_fast.load(".")  # this folder; from the Hub: lit_fast.load("hf:OWNER/NAME")
 images = model.embed_image(["image.jpg"])  # float32 [1, {width}], of unit length
 texts = model.embed_text(["a dog", "a flower"])  # float32 [2, {width}]
 scores = model.score(["image.jpg"], ["a dog", "a flower"])  # float32 [1, 2]
@@ -66,7 +69,10 @@ def _config(model: Model) -> dict[str, Any]:
 
 
 def _file_names_only(value: Any) -> Any:
-    """Replace every absolute path in a JSON value by its last part, so that no directory of this machine leaks."""
+    """Replace every absolute path in a JSON value by its last part.
+
+    The export should not show the directories of this machine.
+    """
     if isinstance(value, dict):
         return {key: _file_names_only(item) for key, item in value.items()}
     if isinstance(value, list):

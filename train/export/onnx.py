@@ -1,4 +1,4 @@
-"""Export as ONNX graphs: the text tower, optionally the vision tower, and a zero-shot head as a matrix.
+"""Export as ONNX graphs, optionally with vision tower and zero-shot head.
 
     text.onnx             ids int64 [batch, length] -> embeddings float32 [batch, width], normalised
     vision.onnx           images uint8 [batch, size, size, 3] -> embeddings float32 [batch, width], normalised
@@ -45,9 +45,10 @@ _OPERATORS = (
 
 
 def check(model: Model, options: ExportOptions) -> None:
-    """Raise UserError if a package is missing, a file cannot be used, or weights are not finite.
+    """Raise UserError if the export cannot be made.
 
-    The vision tower's weights are loaded only if it is exported too.
+    A package is missing, a file cannot be used, or weights are not finite. The vision tower's weights are loaded only
+    if it is exported too.
     """
     for package in ("onnx", "onnxruntime"):
         try:
@@ -127,7 +128,10 @@ def _check_finite(owner: str, params: Params) -> None:
 
 
 def _random_ids(tower: TextTower, model: Model) -> np.ndarray:
-    """Return random ids int64 [5, length]: captions of several lengths, the last without end-of-sentence."""
+    """Return random ids int64 [5, length].
+
+    The captions have several lengths; the last has no end-of-sentence.
+    """
     rng = np.random.default_rng(0)
     ids = rng.integers(0, tower.vocab_size, (5, tower.max_length))
     ids[ids == model.tokenizer.eos_id] = (model.tokenizer.eos_id + 1) % tower.vocab_size
@@ -137,7 +141,7 @@ def _random_ids(tower: TextTower, model: Model) -> np.ndarray:
 
 
 def _compare(path: str, inputs: np.ndarray, embed: Callable[[np.ndarray], jax.Array]) -> None:
-    """Raise UserError if onnxruntime's embeddings are farther than `TOLERANCE` from the tower's."""
+    """Raise UserError if onnxruntime's embeddings differ by more than `TOLERANCE`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -151,7 +155,10 @@ def _compare(path: str, inputs: np.ndarray, embed: Callable[[np.ndarray], jax.Ar
 
 
 def _prompts(options: ExportOptions) -> tuple[list[str], list[str]]:
-    """Return the checked class names and templates; without templates the class names are the prompts."""
+    """Return the checked class names and templates.
+
+    Without templates the class names are the prompts.
+    """
     if options.classes is None:
         return [], []
     names = list(read_lines(options.classes))

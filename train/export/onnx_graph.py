@@ -21,14 +21,14 @@ MAX_WEIGHT_BYTES = (1 << 31) - (1 << 24)
 
 
 class Graph:
-    """Operators, in the order in which they were added, and the weights that they read."""
+    """Operators, in the order in which they were added, and their weights."""
 
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._weights: list[onnx.TensorProto] = []
 
     def add(self, operator: str, *inputs: str | np.ndarray | np.generic, **attributes: Any) -> str:
-        """Add an operator whose inputs are values or constants; return the name of its output."""
+        """Add an operator on values or constants; return the name of its output."""
         names = [
             x if isinstance(x, str) else self.weight(f"constant_{len(self._weights)}", x) for x in inputs
         ]

@@ -1,4 +1,7 @@
-"""The usage section of an ONNX export's card; its Python runs unchanged beside the exported files."""
+"""The usage section of an ONNX export's card.
+
+Its Python runs unchanged in the directory of the export.
+"""
 
 from __future__ import annotations
 

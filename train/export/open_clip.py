@@ -1,4 +1,6 @@
-"""Export as a directory of open_clip, which `create_model_and_transforms("local-dir:DIR")` and CLIP_benchmark load.
+"""Export as a directory of open_clip.
+
+`create_model_and_transforms("local-dir:DIR")` and CLIP_benchmark load it.
 
     text tower                          in open_clip
     pooling "last", "first"             its TextTransformer, unchanged
@@ -32,7 +34,7 @@ from lit_fast.train.export.card import probability_function, rounding_note, writ
 from lit_fast.train.export.fold import centered_norm, image_projection, with_text_head
 from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
 from lit_fast.train.export.open_clip_timm import timm_name, timm_vision
-from lit_fast.train.export.pooling_layer import with_pooling_layer
+from lit_fast.train.export.pooling_layer import check_pooling, with_pooling_layer
 from lit_fast.train.export.preprocessing import check_open_clip_preprocess, open_clip_preprocess
 from lit_fast.train.export.writer import ExportOptions
 from lit_fast.weights import to_torch
@@ -76,12 +78,11 @@ _RANGE = "The text tower has one more layer, which pools, and needs float32 or b
 
 
 def check(model: Model, options: ExportOptions) -> None:
-    """Raise UserError if open_clip cannot express the model or, without `nearest_pixels`, its preprocessing."""
-    pooling = model.config.pooling
-    if pooling in ("max", "map"):
-        raise UserError(
-            f"open_clip has no text tower of text.pooling {pooling!r}; export with --format lit_fast or onnx"
-        )
+    """Raise UserError if open_clip cannot express the model.
+
+    With `nearest_pixels` the preprocessing may differ.
+    """
+    check_pooling(model.config.pooling, "open_clip")
     check_tokenizer(model.tokenizer)
     a, preprocess = model.tower.architecture, model.tower.preprocess
     if not options.nearest_pixels:
@@ -94,7 +95,7 @@ def check(model: Model, options: ExportOptions) -> None:
 
 
 def write(model: Model, directory: str, options: ExportOptions) -> None:
-    """Write open_clip_config.json, open_clip_model.safetensors, the tokenizer's files and the card."""
+    """Write the configuration, the weights, the tokenizer's files and the card."""
     preprocess, notes = open_clip_preprocess(model.tower.preprocess)
     text_config, text = _text(model)
     native_vision = _is_vision_transformer(model.tower.architecture)
@@ -169,7 +170,7 @@ def _text(model: Model) -> tuple[dict[str, Any], Tensors]:
 
 
 def _mlp_ratio(mlp_dim: int, width: int) -> float:
-    """Return the ratio for which `int(width * ratio)`, as open_clip computes it, is `mlp_dim`."""
+    """Return the ratio from which open_clip computes `int(width * ratio) == mlp_dim`."""
     ratio = mlp_dim / width
     return ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width
 

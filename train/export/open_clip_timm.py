@@ -1,4 +1,4 @@
-"""Vision towers that open_clip takes from timm: the model's name in timm, its config and its tensors."""
+"""Vision towers that open_clip takes from timm: name, config and tensors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,12 @@ _TIMM_NAMES = {
 
 
 def timm_name(a: Architecture, size: int) -> str | None:
-    """Return the name of the model that computes a tower for images of `size` pixels, None if timm has none."""
+    """Return the name of the timm model that computes a tower, None if there is none.
+
+    Args:
+      a: the tower's architecture.
+      size: of the images in pixels.
+    """
     pool = "tok" if a.pool == "projection" else a.pool
     tokens = (pool, a.class_token, a.registers, a.pre_norm, a.norm_after_pool)
     signature = (a.patch, size, a.gelu, a.epsilon, *tokens)
@@ -62,7 +67,7 @@ def timm_name(a: Architecture, size: int) -> str | None:
 
 
 def _signature(name: str) -> tuple[object, ...]:
-    """Return the properties of the model of a name: patch, size, GELU, epsilon, pooling and tokens."""
+    """Return patch, size, GELU, epsilon, pooling and tokens of a model of timm."""
     numbers = re.search(r"patch(\d+)\D.*?(?:_(\d+))?$", name)
     assert numbers is not None
     clip, dinov2 = "_clip_" in name, "_dinov2" in name
@@ -73,7 +78,10 @@ def _signature(name: str) -> tuple[object, ...]:
 
 
 def timm_vision(model: Model) -> tuple[dict[str, Any], Tensors]:
-    """Return `vision_cfg` and the tensors of timm's ViT, followed by a linear layer that centres and projects."""
+    """Return `vision_cfg` and the tensors of timm's ViT.
+
+    Its linear layer centres and projects the features.
+    """
     a, params, size = model.tower.architecture, model.tower.params, model.tower.preprocess.size
     config = {
         "image_size": size,

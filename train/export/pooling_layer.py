@@ -1,9 +1,10 @@
-"""Express a text tower's pooling and padding mask as one further attention layer, for code bases that lack them.
+"""Express a text tower's pooling and padding mask as one more attention layer.
 
-Other text transformers take the output at one fixed position, and few can exclude padding from a mean. Both can be
-expressed exactly by weights alone. In a further layer the queries of all positions are equal, and the attention's
-output is the pooled vector: the mean over the visible positions (zero queries: all keys have the same weight), or
-the vector of one position, whose embedding has a mark that its key amplifies. Every output position then holds
+Other code bases lack them. Their text transformers take the output at one fixed position, and few can exclude padding
+from a mean. Both can be expressed exactly by weights alone. In a further layer the queries of all positions are
+equal, and the attention's output is the pooled vector: the mean over the visible positions (zero queries: all keys
+have the same weight), or the vector of one position, whose embedding has a mark that its key amplifies. Every output
+position then holds
 
     residual stream + GAIN * (pooled vector before the last LayerNorm's scale and bias, and a constant)
 
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from lit_fast.errors import UserError
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.train.export.fold import with_text_head
 from lit_fast.weights.parameters import Params
@@ -45,8 +47,16 @@ class PooledTower(NamedTuple):
     epsilon: float  # of every LayerNorm
 
 
+def check_pooling(pooling: str, library: str) -> None:
+    """Raise UserError if one attention layer cannot express the pooling."""
+    if pooling in ("max", "map"):
+        raise UserError(
+            f"{library} has no text tower of text.pooling {pooling!r}; export with --format lit_fast or onnx"
+        )
+
+
 def with_pooling_layer(txt: Params, pooling: str, eos_id: int | None) -> PooledTower:
-    """Return a tower whose output at any position is the pooled vector, up to a positive factor.
+    """Return a tower whose output at any position is the pooled one, up to scale.
 
     Args:
       txt: a text tower without MAP head, see `lit_fast.models.text_tower`.
@@ -125,7 +135,7 @@ def with_pooling_layer(txt: Params, pooling: str, eos_id: int | None) -> PooledT
 
 
 def _pooling_layer(layers: Params, width: int, keep: float, mark: int | None) -> Params:
-    """Return one layer of the wide tower whose attention pools and whose MLP returns zero."""
+    """Return a layer of the wide tower that pools; its MLP returns zero."""
     layer: Params = jax.tree.map(lambda stacked: np.zeros(stacked.shape[1:]), layers)
     attention = layer["MultiHeadDotProductAttention_0"]
     wide, heads, head_width = attention["query"]["kernel"].shape

@@ -1,6 +1,7 @@
-"""Express a tower's preprocessing in the configs of open_clip and transformers, with notes on the differences.
+"""Express a tower's preprocessing in the configs of open_clip and transformers.
 
-open_clip resizes PIL images with torchvision, transformers with PIL or as tensors; all of them antialias.
+Notes for the model card name the differences. open_clip resizes PIL images with torchvision, transformers with PIL or
+as tensors; all of them antialias.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _CORNER = "If a centre crop cannot be even, it may be one pixel beside lit_fast'
 
 
 def check_open_clip_preprocess(preprocess: Preprocess) -> None:
-    """Raise UserError if open_clip's preprocessing would crop or filter images differently."""
+    """Raise UserError if open_clip would crop or filter images differently."""
     p = preprocess
     if p.resize != p.size:
         raise UserError(
@@ -91,7 +92,13 @@ def image_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
 
 
 def _differences(p: Preprocess, *, uneven_crop: bool, alpha: str) -> list[str]:
-    """List notes that apply; `alpha` is the other code base's rule for transparent images."""
+    """List the notes that apply.
+
+    Args:
+      p: the tower's preprocessing.
+      uneven_crop: centre crops may differ by one pixel.
+      alpha: the other code base's rule for transparent images.
+    """
     notes = {
         _ANTIALIASED.format(size=p.size): p.method == "tf-squash",
         _CORNER: uneven_crop,

@@ -9,7 +9,7 @@ from lit_fast.utils.output import result
 
 
 def check_push(repository: str) -> None:
-    """Raise UserError if `repository` is not OWNER/NAME or there is no token of the Hub."""
+    """Raise UserError if `repository` is not OWNER/NAME or there is no token."""
     from huggingface_hub import get_token
 
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", repository, re.ASCII):

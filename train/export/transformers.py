@@ -1,4 +1,6 @@
-"""Export as a directory of Hugging Face's transformers, which `AutoModel` and `AutoProcessor` load without remote code.
+"""Export as a directory of Hugging Face's transformers.
+
+`AutoModel` and `AutoProcessor` load it without remote code.
 
     vision tower            text tower          class
     SigLIP (MAP head)       pooling "last"      SiglipModel: both towers unchanged
@@ -22,7 +24,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from lit_fast.errors import UserError
 from lit_fast.inference.model import Model
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.storage.files import write_json
@@ -30,7 +31,7 @@ from lit_fast.storage.paths import join
 from lit_fast.train.export.card import probability_function, rounding_note, write_card
 from lit_fast.train.export.fold import image_projection, with_text_head
 from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
-from lit_fast.train.export.pooling_layer import with_pooling_layer
+from lit_fast.train.export.pooling_layer import check_pooling, with_pooling_layer
 from lit_fast.train.export.preprocessing import image_processor
 from lit_fast.train.export.transformers_vision import check_vision, vision_model
 from lit_fast.train.export.writer import ExportOptions
@@ -75,18 +76,14 @@ _RANGE = "The text tower has one more layer, which pools, and needs float32 or b
 
 
 def check(model: Model, options: ExportOptions) -> None:
-    """Raise UserError if transformers cannot express the tokenizer or one of the towers."""
-    pooling = model.config.pooling
-    if pooling in ("max", "map"):
-        raise UserError(
-            f"transformers has no text tower of text.pooling {pooling!r}; export with --format lit_fast or onnx"
-        )
+    """Raise UserError if transformers cannot express the tokenizer or a tower."""
+    check_pooling(model.config.pooling, "transformers")
     check_tokenizer(model.tokenizer)
     check_vision(model.tower.architecture)
 
 
 def write(model: Model, directory: str, options: ExportOptions) -> None:
-    """Write config.json, model.safetensors, the files of the tokenizer and the processor, and the card."""
+    """Write configuration, weights, tokenizer, processor and card."""
     processor, notes = image_processor(model.tower.preprocess)
     bias = ""
     if _is_siglip(model):
@@ -117,7 +114,7 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
 
 
 def _is_siglip(model: Model) -> bool:
-    """Whether SiglipModel computes the model: both towers pool alike and no image head is applied."""
+    """Whether SiglipModel computes both towers unchanged."""
     native_text = model.config.pooling == "last" and not model.config.mask_padding
     return native_text and model.tower.architecture.pool == "map" and "img" not in model.params
 
@@ -178,7 +175,10 @@ def _both_towers(text: Tensors, vision: Tensors) -> Tensors:
 
 
 def _megatron_bert(model: Model) -> tuple[dict[str, Any], Tensors, np.ndarray]:
-    """Return the configuration and tensors of MegatronBertModel, and the projection [its width, ours]."""
+    """Return configuration, tensors and projection for MegatronBertModel.
+
+    The projection is float32 [width of the text tower, width of the embeddings].
+    """
     eos_id = model.tokenizer.eos_id if model.config.mask_padding else None
     txt, epsilon = with_pooling_layer(model.params["txt"], model.config.pooling, eos_id)
     width = txt["pos_embedding"].shape[-1]

@@ -1,4 +1,4 @@
-"""Vision towers as models of transformers, whose pooled output is the centred feature."""
+"""Vision towers as models of transformers that return the centred feature."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from lit_fast.weights.to_torch import Tensors
 def check_vision(a: Architecture) -> None:
     """Raise UserError if transformers has no model that computes a tower."""
     if a.gelu == "swiglu":
-        raise UserError("SwiGLU vision towers export with --format lit_fast or onnx, not transformers")
+        raise UserError(
+            "transformers cannot express a vision tower with SwiGLU; export with --format lit_fast or onnx"
+        )
     if _model_type(a) is None:
         raise UserError(
             f'transformers has no vision tower like this one (pooling "{a.pool}", class token {a.class_token}, '
@@ -28,7 +30,10 @@ def check_vision(a: Architecture) -> None:
 
 
 def vision_model(tower: Tower, mean: np.ndarray) -> tuple[dict[str, Any], Tensors]:
-    """Return the configuration and tensors of a tower's model; `mean` [width] is subtracted from its output."""
+    """Return the configuration and tensors of a tower's model.
+
+    `mean` [width] is subtracted from its pooled output.
+    """
     a = tower.architecture
     model_type = _model_type(a)
     config = {

@@ -1,4 +1,4 @@
-"""The export formats, the interface that each implements, and the directory that it fills.
+"""The export formats, their interface, and the directory that they fill.
 
 To add a format, write a module with the two functions of `ExportFormat` and add it to `FORMATS`.
 """
@@ -40,7 +40,10 @@ class ExportFormat(Protocol):
     """The functions that the module of a format defines."""
 
     def check(self, model: Model, options: ExportOptions) -> None:
-        """Raise UserError, before anything is written, if the format cannot express the model."""
+        """Raise UserError if the format cannot express the model.
+
+        It is called before anything is written.
+        """
 
     def write(self, model: Model, directory: str, options: ExportOptions) -> None:
         """Write the model's files and its card into an empty local directory."""
@@ -82,7 +85,9 @@ def check_directory(out: str) -> None:
 
 
 def write_directory(format_name: str, model: Model, out: str, options: ExportOptions) -> None:
-    """Write a model into the directory `out`, which appears when all files are complete.
+    """Write a model into the directory `out`.
+
+    The directory appears when all files are complete.
 
     Raises:
       UserError: the format cannot express the model, or the directory cannot be written.
@@ -94,6 +99,6 @@ def write_directory(format_name: str, model: Model, out: str, options: ExportOpt
             exporter.write(model, temporary, options)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--out {out} cannot be written: {reason}") from None
+        raise UserError(f"--out {out} cannot be written: {reason}; name another directory") from None
     size, names = directory_size(out), ", ".join(list_names(out))
     result(f"exported step {model.step} to {out}: {size / 1e6:,.1f} MB in {names}")

@@ -1,1 +1,12 @@
-"""Batches of features and token ids: shuffling, captions, packing, corruption."""
+"""Batches of features and token ids.
+
+    stream           opens features and tokens, chooses a shuffle, yields batches
+    exact_shuffle    order of the rows of a dataset that fits in memory
+    window_shuffle   order of the rows of a larger dataset, read block by block; its arithmetic is window_layout
+    captions         captions and views that an epoch uses of each row
+    corruption       noise in images, texts and their alignment
+    packing          several captions in one row of the text tower
+
+To change the order of batches, edit one of the two shuffles; they know nothing of corruption or packing. To change
+which captions are used, edit captions; to corrupt batches in another way, edit corruption.
+"""

@@ -1,8 +1,8 @@
-"""Corrupted training data: section 4.10 of the SigLIP paper.
+"""Corrupt training data: section 4.10 of the SigLIP paper.
 
-Images become noise, texts become random tokens, and texts change places within the batch. Everything is drawn
-from (seed, step, place in the global batch), so that neither devices nor processes change it. The row number of
-a place stays: to the loss a corrupted pair is as positive as it was.
+Images become noise, texts become random tokens, and texts are exchanged within the batch. All random numbers depend
+on (seed, step, position in the global batch) only, so that neither the number of devices nor of processes changes
+them. The row numbers of a batch stay: for the loss a corrupted pair is as positive as before.
 """
 
 from __future__ import annotations
@@ -22,97 +22,95 @@ from lit_fast.errors import UserError
 from lit_fast.train.input_pipeline.captions import row_hash
 from lit_fast.utils.permutation import permutation, random_words
 
-_ALIGNMENT, _IMAGES, _TEXTS = range(3)  # purposes that numbers are drawn for
+_ALIGNMENT, _IMAGES, _TEXTS = range(3)  # keys of independent random numbers
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """What is done to the batches of a run."""
+    """The corruption of the batches of a run."""
 
     config: StreamConfig
     seed: int
     tokenizer: Tokenizer
-    text_ids: np.ndarray  # int64 [n], that random texts are made of
+    text_ids: np.ndarray  # int64 [n], the ids of random texts
     noise: np.ndarray  # bfloat16 [n, width], features of noise images
-    noise_digest: str  # of the rows that they are of
+    noise_digest: str  # of the rows of the noise dataset
 
     @property
     def identity(self) -> list[Any]:
-        """Of everything here that decides the batches."""
-        config = self.config
-        told = ["corrupt", config.corrupt_images, config.corrupt_texts, config.corrupt_alignment]
-        return [*told, self.noise_digest, len(self.noise)]
+        """Everything here that the batches depend on."""
+        c = self.config
+        shares = [c.corrupt_images, c.corrupt_texts, c.corrupt_alignment]
+        return ["corrupt", *shares, self.noise_digest, len(self.noise)]
 
     @property
     def description(self) -> str:
-        """For the user."""
-        config = self.config
-        shares = (
-            ("images", config.corrupt_images),
-            ("texts", config.corrupt_texts),
-            ("alignment", config.corrupt_alignment),
-        )
-        return ", ".join(f"{share:.3g} of the {name}" for name, share in shares if share)
+        """The corrupted shares, for the user."""
+        c = self.config
+        shares = {"images": c.corrupt_images, "texts": c.corrupt_texts, "alignment": c.corrupt_alignment}
+        return ", ".join(f"{share:.3g} of the {name}" for name, share in shares.items() if share)
 
-    def origins(self, step: int) -> np.ndarray:
-        """The place int64 [batch] that the texts of each place come from.
+    def text_positions(self, step: int) -> np.ndarray | None:
+        """Return the position int64 [batch] that each position takes its texts from; None: its own.
 
-        The chosen share of the places is shuffled as one cycle, so that none of them keeps its texts.
+        The chosen share of the positions is shifted along one cycle, so that none of them keeps its texts.
         """
+        if not self.config.corrupt_alignment:
+            return None
         batch = self.config.global_batch
-        origins = np.arange(batch)
+        positions = np.arange(batch)
         count = round(self.config.corrupt_alignment * batch)
-        if count:
-            chosen = permutation(batch, self.seed, step, _ALIGNMENT)[:count]
-            origins[chosen] = np.roll(chosen, 1)
-        return origins
+        chosen = permutation(batch, self.seed, step, _ALIGNMENT)[:count]
+        positions[chosen] = np.roll(chosen, 1)
+        return positions
 
     def replace(self, step: int, first: int, images: np.ndarray, ids: np.ndarray) -> None:
-        """Put noise in the place of images and texts.
+        """Replace some images by noise and some texts by random tokens, in place.
 
         Args:
           step: of the batch.
-          first: place of the first image in the global batch.
-          images: bfloat16 [n, width], changed in place.
-          ids: integer [n * captions, length], likewise.
+          first: position of the first image in the global batch.
+          images: bfloat16 [n, width].
+          ids: integer [n * captions, length].
         """
         captions = self.config.captions_per_image
-        bad, lots = self._drawn(_IMAGES, step, self.config.corrupt_images, first, len(images))
-        images[bad] = self.noise[(lots & np.uint64(2**32 - 1)).astype(np.int64) * len(self.noise) >> 32]
-        bad, lots = self._drawn(_TEXTS, step, self.config.corrupt_texts, first * captions, len(ids))
-        ids[bad] = self._random_texts(lots)
+        bad, words = self._draw(_IMAGES, step, self.config.corrupt_images, first, len(images))
+        images[bad] = self.noise[(words & np.uint64(2**32 - 1)).astype(np.int64) * len(self.noise) >> 32]
+        bad, words = self._draw(_TEXTS, step, self.config.corrupt_texts, first * captions, len(ids))
+        ids[bad] = self._random_texts(words)
 
-    def _drawn(
-        self, purpose: int, step: int, share: float, first: int, count: int
+    def _draw(
+        self, key: int, step: int, share: float, first: int, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Which of `count` consecutive places are corrupted, int64 [m], and a random word uint64 [m] of each.
+        """Choose a share of `count` consecutive positions.
 
-        The upper half of the word decided; the lower is still free.
+        Returns:
+          The chosen positions int64 [m], counted from `first`, and a random word uint64 [m] for each. Its upper half
+          was used for the choice; its lower half is unused.
         """
         if not share:
             return np.empty(0, np.int64), np.empty(0, np.uint64)
-        words = random_words(first + count, self.seed, step, purpose)[first:]
-        bad = np.flatnonzero((words >> np.uint64(32)) < share * 2**32)
-        return bad, words[bad]
+        words = random_words(first + count, self.seed, step, key)[first:]
+        chosen = np.flatnonzero((words >> np.uint64(32)) < share * 2**32)
+        return chosen, words[chosen]
 
-    def _random_texts(self, lots: np.ndarray) -> np.ndarray:
-        """Ids int64 [m, length]: uniformly 1 to length - 1 random ones, then end and padding as everywhere."""
+    def _random_texts(self, words: np.ndarray) -> np.ndarray:
+        """Return ids int64 [m, length] of 1 to length - 1 random tokens, end-of-sentence and padding."""
         length = self.tokenizer.max_length
-        draws = row_hash(lots[:, None] + np.arange(length, dtype=np.uint64), self.seed)
+        draws = row_hash(words[:, None] + np.arange(length, dtype=np.uint64), self.seed)
         count = 1 + (draws[:, 0] * (length - 1) >> 32)
-        ids = np.full((len(lots), length), self.tokenizer.pad_id)
+        ids = np.full((len(words), length), self.tokenizer.pad_id)
         ids[:, :-1] = self.text_ids[draws[:, 1:] * len(self.text_ids) >> 32]
-        place = np.arange(length)
-        ids = np.where(place < count[:, None], ids, self.tokenizer.pad_id)
-        ids[np.arange(len(lots)), count] = self.tokenizer.eos_id
+        ids = np.where(np.arange(length) < count[:, None], ids, self.tokenizer.pad_id)
+        ids[np.arange(len(words)), count] = self.tokenizer.eos_id
         return ids
 
 
 def open_corruption(features: Features, tokens: Tokens, config: StreamConfig, seed: int) -> Corruption | None:
-    """What the configuration says is done to the batches; None: nothing.
+    """Return the corruption that a configuration asks for; None: none.
 
     Raises:
-      UserError: the noise is not there or was embedded by another tower than `features`.
+      UserError: the noise dataset is missing or was embedded by another tower than `features`.
     """
     if not (config.corrupt_images or config.corrupt_texts or config.corrupt_alignment):
         return None
@@ -121,10 +119,10 @@ def open_corruption(features: Features, tokens: Tokens, config: StreamConfig, se
         store = matching_features(open_dataset(config.noise), features.provenance)
         noise = np.delete(store.read_all(), sorted(store.invalid_rows()), axis=0)
         if not len(noise):
-            raise UserError(f"{store.path} has no valid row; make other noise")
+            raise UserError(f"{store.path} has no valid row; use another dataset for stream.noise")
         digest = store.dataset.digest
     tokenizer = tokens.tokenizer()
     text_ids = tokenizer.text_ids()
     if not len(text_ids):
-        raise UserError(f"{tokens.path} has no piece of text to make random texts of")
+        raise UserError(f"{tokens.path} has no piece of text for random texts; set stream.corrupt_texts = 0")
     return Corruption(config, seed, tokenizer, text_ids, noise, digest)

@@ -1,10 +1,10 @@
-"""The largest batch that devices have room for."""
+"""Candidates of a plan: remat policy, microbatches and packing, the search for the fastest, the largest batch."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -14,297 +14,292 @@ from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
 from lit_fast.models.two_towers import text_tower
 from lit_fast.runtime import make_mesh
-from lit_fast.train.cost.aot import Compiled, batch_shapes
+from lit_fast.train.cost.aot import CompiledStep, batch_shapes
 from lit_fast.train.cost.flops import program_flops
-from lit_fast.train.cost.hlo import Collective, totals
-from lit_fast.train.cost.memory import SHARE, Build, Needs, candidates, fit, try_compile
-from lit_fast.train.input_pipeline.packing import foreseen_row_tokens
+from lit_fast.train.cost.hlo import Collective, program_cost
+from lit_fast.train.cost.memory import (
+    USABLE_SHARE,
+    BuildTower,
+    MemoryEstimate,
+    choose_remat,
+    remat_candidates,
+    try_compile,
+)
+from lit_fast.train.input_pipeline.packing import required_row_tokens
 from lit_fast.train.inputs import check_batch
-from lit_fast.train.plan.data import Data, known_data
+from lit_fast.train.plan.data import PlanData, plan_data
 from lit_fast.train.plan.target import Target
 from lit_fast.train.step import abstract_training, make_step
 from lit_fast.utils.format import format_duration
 
-# Ways to use the devices' memory: what each takes, by the compiler or by estimate, and the search for the fastest.
-
-
-COMPILES = 6  # of a search at most; each takes about a minute on two cores
-_ROW_TOKENS = 128  # of a matrix unit
+MAX_COMPILES = 6  # of a search; each takes about a minute on two cores
+_MATRIX_UNIT_TOKENS = 128  # rows of a matrix unit
 Say = Callable[[str], None]
 
 
-class Way(NamedTuple):
-    """One way to use the memory, and what it takes; bytes and FLOPs are of one device."""
+class Candidate(NamedTuple):
+    """A text configuration and its cost; bytes and FLOPs are per device and step."""
 
     text: TextConfig
     bytes: int
     fits: bool
-    flops: float  # executed in a step
-    cycle_seconds: float | None  # a step's by the compiler's estimate; None: it gives none
+    flops: float  # executed, with recomputation
+    compiler_seconds: float | None  # the compiler's estimate of a step; None: it gives none
     collectives: dict[str, Collective]
-    compiled: Compiled | None
+    compiled: CompiledStep | None
 
 
 class Planner:
-    """What all figures of one plan are computed from."""
+    """Evaluates candidates for one configuration and target."""
 
     def __init__(self, config: Config, target: Target, mfu: float, say: Say) -> None:
         check_batch(config, target.devices)
         self.target, self.mfu, self.say = target, mfu, say
-        self.data: Data = known_data(config)
+        self.data: PlanData = plan_data(config)
         self.texts = config.stream.global_batch * config.stream.captions_per_image // target.devices
-        self.config = dataclasses.replace(config, text=self.laid_out(config.text, config.text.pack))
-        # Only its sizes are asked for.
-        tokenizer = cast(Tokenizer, self.data.vocabulary)
-        self.build: Build = partial(text_tower, tokenizer=tokenizer, out_dim=self.data.width)
+        self.config = dataclasses.replace(config, text=self.with_packing(config.text, config.text.pack))
+        tokenizer = cast(Tokenizer, self.data.vocabulary)  # the tower reads nothing but its sizes
+        self.build: BuildTower = partial(text_tower, tokenizer=tokenizer, out_dim=self.data.width)
         self._optimizer, self._state = abstract_training(self.build(self.config.text), self.config)
-        self._needs: dict[tuple[int, int], Needs] = {}
-        self.room = SHARE * target.chip.memory
+        self.usable_memory = USABLE_SHARE * target.chip.memory
         self.compiles = 0
-        self._traced: dict[TextConfig, float] = {}
+        self._estimates: dict[tuple[int, int], MemoryEstimate] = {}
+        self._flops: dict[TextConfig, float] = {}
 
-    def laid_out(self, text: TextConfig, pack: int) -> TextConfig:
-        """With so many captions in a row, and rows as long as is given or as they need."""
+    def with_packing(self, text: TextConfig, pack: int) -> TextConfig:
+        """Return the text configuration with `pack` captions per row, and the tokens per row that they require."""
         if pack == text.pack and text.row_tokens:
             return text
         text = dataclasses.replace(text, pack=pack, row_tokens=0)
         if not text.packed:
             return text
-        return dataclasses.replace(text, row_tokens=foreseen_row_tokens(self.data.lengths, pack, self.texts))
+        return dataclasses.replace(text, row_tokens=required_row_tokens(self.data.lengths, pack, self.texts))
 
-    def needs(self, text: TextConfig) -> Needs:
-        """Bytes by shapes, with as many captions in a row."""
-        rows = text.pack, text.row_tokens
-        if rows not in self._needs:
+    def memory(self, text: TextConfig) -> MemoryEstimate:
+        """Return the memory estimate for the packing of a text configuration."""
+        packing = text.pack, text.row_tokens
+        if packing not in self._estimates:
             config = dataclasses.replace(self.config, text=text)
-            self._needs[rows] = Needs(config, self.build, self.target.devices, self._state)
-        return self._needs[rows]
+            self._estimates[packing] = MemoryEstimate(config, self.build, self.target.devices, self._state)
+        return self._estimates[packing]
 
-    def chosen(self) -> Way:
-        """The way that the config takes by itself."""
+    def default(self) -> Candidate:
+        """Evaluate the candidate that a training with this configuration uses.
+
+        Raises:
+          UserError: no candidate fits.
+        """
         text, mesh, chip = self.config.text, self.target.mesh, self.target.chip
         if text.keep != "auto":
-            return self.measure(text)
+            return self.evaluate(text)
         if mesh is not None:
             if self.target.platform != "cpu":
                 self.say(f"compiling for {self.target.topology}: about a minute on two cores")
-            found = fit(self.config, self.build, mesh, self._optimizer, self._state, int(chip.memory))
+            fit = choose_remat(self.config, self.build, mesh, self._optimizer, self._state, int(chip.memory))
             self.compiles += 1
-            return self.way(found.text, found.compiled) if found.compiled else self.measure(found.text)
-        ways = candidates(self.config, self.target.devices, False)
-        for text in ways:
-            if self.needs(text).estimate(text) <= self.room:
-                return self.measure(text)
+            return self._candidate(fit.text, fit.compiled) if fit.compiled else self.evaluate(fit.text)
+        for text in remat_candidates(self.config, self.target.devices, False):
+            if self.memory(text).total(text) <= self.usable_memory:
+                return self.evaluate(text)
         raise UserError(
-            f"stream.global_batch {self.config.stream.global_batch} does not fit: it is estimated to need "
-            f"{self.needs(text).estimate(text) / 2**30:.3g} GiB a device, of {self.room / 2**30:.3g} that a run may "
-            "take; choose a smaller batch, a smaller tower or more devices"
+            f"stream.global_batch {self.config.stream.global_batch} does not fit: a step needs an estimated "
+            f"{self.memory(text).total(text) / 2**30:.3g} GiB per device, of {self.usable_memory / 2**30:.3g} usable; "
+            "choose a smaller batch, a smaller tower or more devices"
         )
 
-    def measure(self, text: TextConfig) -> Way:
-        """One way, compiled where that can be done."""
+    def evaluate(self, text: TextConfig) -> Candidate:
+        """Return the cost of a text configuration, from the compiler where there is one for the target."""
         if self.target.mesh is None:
-            return self.way(text, None)
+            return self._candidate(text, None)
         self.compiles += 1
-        made = try_compile(self.config, text, self.build, self.target.mesh, self._optimizer, self._state)
-        return self.way(text, made)
+        mesh, optimizer, state = self.target.mesh, self._optimizer, self._state
+        return self._candidate(text, try_compile(self.config, text, self.build, mesh, optimizer, state))
 
-    def way(self, text: TextConfig, made: Compiled | None) -> Way:
-        """What the compiler says of it; `made` None: it was not asked, or refused."""
-        if made is None:
-            need = self.needs(text).estimate(text)
-            refused = self.target.mesh is not None
-            fits = need <= self.room and not refused
-            need = max(need, int(self.target.chip.memory)) if refused else need
-            return Way(text, need, fits, self.traced(text), None, self.collectives(), None)
-        need = made.argument_bytes + made.temporary_bytes
-        program = totals(made.text)
-        if program.unknown_loops:
-            self.say(
-                f"{program.unknown_loops} loops of unknown length count once: operations and times are too low"
-            )
-        # A GPU's compiler hides products in calls of libraries.
-        flops = self.traced(text) if self.target.platform == "gpu" else program.flops
-        clock = self.target.chip.clock
-        seconds = program.cycles / clock if clock else None
-        sent = program.collectives if self.target.devices > 1 else {}  # one device only copies
-        return Way(text, need, need <= self.room, flops, seconds, sent, made)
+    def _candidate(self, text: TextConfig, compiled: CompiledStep | None) -> Candidate:
+        flops, usable = self.executed_flops(text), self.usable_memory
+        if compiled is None:
+            need = self.memory(text).total(text)
+            if refused := self.target.mesh is not None:
+                need = max(need, int(self.target.chip.memory))
+            fits = need <= usable and not refused
+            return Candidate(text, need, fits, flops, None, self._estimated_collectives(), None)
+        cost, clock = program_cost(compiled.text), self.target.chip.clock
+        if cost.unknown_loops:
+            self.say(f"{cost.unknown_loops} loops of unknown length count once: times and bytes are too low")
+        seconds = cost.cycles / clock if clock else None
+        # On one device, collectives are local copies.
+        collectives = cost.collectives if self.target.devices > 1 else {}
+        return Candidate(
+            text, compiled.bytes, compiled.bytes <= usable, flops, seconds, collectives, compiled
+        )
 
-    def traced(self, text: TextConfig) -> float:
-        """FLOPs of a device in the step as it is given to the compiler."""
+    def executed_flops(self, text: TextConfig) -> float:
+        """Return the FLOPs of matrix products in the traced step, per device."""
         key = dataclasses.replace(text, microbatches=1)
-        if key not in self._traced:
-            config = dataclasses.replace(self.config, text=key)
-            model = self.build(key)
-            # One device that does all of it: the products are the same.
+        if key not in self._flops:
+            config, model = dataclasses.replace(self.config, text=key), self.build(key)
+            # Traced for a single device: it computes the products of all devices.
             step = make_step(model, self._optimizer, config, make_mesh(jax.devices("cpu")[:1]))
             program = jax.make_jaxpr(step)(self._state, batch_shapes(model, config))
-            self._traced[key] = program_flops(program.jaxpr) / self.target.devices
-        return self._traced[key]
+            self._flops[key] = program_flops(program.jaxpr) / self.target.devices
+        return self._flops[key]
 
-    def collectives(self) -> dict[str, Collective]:
-        """By arithmetic: gradients are summed, image embeddings and row numbers go round the ring."""
-        if self.target.devices == 1:
+    def _estimated_collectives(self) -> dict[str, Collective]:
+        """Sum of the gradients, and rotation of image embeddings and row numbers around the ring."""
+        devices = self.target.devices
+        if devices == 1:
             return {}
-        images = self.config.stream.global_batch // self.target.devices
-        ring = self.target.devices * images * 4 * (self.data.width + 1)
+        images = self.config.stream.global_batch // devices
         return {
-            "all-reduce": Collective(1, self.needs(self.config.text).gradients),
-            "collective-permute": Collective(2 * self.target.devices, ring),
+            "all-reduce": Collective(1, self.memory(self.config.text).gradients),
+            "collective-permute": Collective(2 * devices, devices * images * 4 * (self.data.width + 1)),
         }
 
-    def seconds(self, way: Way) -> float:
-        """A step's, which ways are ranked by: the compiler's estimate where there is one."""
-        if way.cycle_seconds is not None:
-            return way.cycle_seconds
-        return self.guess(way.text)
+    def seconds(self, candidate: Candidate) -> float:
+        """Return the seconds of a step by which candidates are ranked, from the compiler where it estimates them."""
+        if candidate.compiler_seconds is not None:
+            return candidate.compiler_seconds
+        return self.estimated_seconds(candidate.text)
 
-    def guess(self, text: TextConfig) -> float:
-        """A step's seconds before it is compiled: its products at the stated MFU."""
-        return self.traced(text) / (self.target.chip.flops * self.mfu)
+    def estimated_seconds(self, text: TextConfig) -> float:
+        """Return the seconds of a step from its executed FLOPs at the assumed MFU."""
+        return self.executed_flops(text) / (self.target.chip.flops * self.mfu)
 
 
-def search(planner: Planner, chosen: Way) -> list[Way]:
-    """Other ways beside the chosen one, the fastest first.
+def search(planner: Planner, default: Candidate) -> list[Candidate]:
+    """Evaluate alternatives to the default candidate; return all, the fastest first.
 
-    Every `text.keep` that is estimated to fit is tried; then, if they can be compiled, rows of several captions, and
-    more and fewer parts of the best. What these change, an estimate cannot tell.
+    Every remat policy that is estimated to fit is evaluated. If they can be compiled, so are, for the fastest policy,
+    packed rows and then twice and half as many microbatches; their effect cannot be estimated.
     """
-    config, target, ways = planner.config, planner.target, [chosen]
+    config, found = planner.config, [default]
 
-    def first(pack: int, keep: str = "") -> list[TextConfig]:
-        text = planner.laid_out(dataclasses.replace(config.text, keep="auto", microbatches=1), pack)
-        found: dict[str, TextConfig] = {}
-        for way in candidates(dataclasses.replace(config, text=text), target.devices, False):
-            if keep in ("", way.keep) and planner.needs(way).estimate(way) <= planner.room:
-                found.setdefault(way.keep, way)
-        return sorted(found.values(), key=planner.guess)
+    def policies(pack: int, keep: str = "") -> list[TextConfig]:
+        auto = dataclasses.replace(config.text, keep="auto", microbatches=1)
+        packed = dataclasses.replace(config, text=planner.with_packing(auto, pack))
+        first: dict[str, TextConfig] = {}
+        for text in remat_candidates(packed, planner.target.devices, False):
+            if keep in ("", text.keep) and planner.memory(text).total(text) <= planner.usable_memory:
+                first.setdefault(text.keep, text)
+        return sorted(first.values(), key=planner.estimated_seconds)
 
-    kinds = first(config.text.pack)
-    # Room for the rows of several captions and other parts is left over.
-    for text in kinds[: None if target.mesh is None else COMPILES - 3]:
-        _try(planner, text, ways)
-    if target.mesh is None:
-        return sorted(ways, key=lambda way: (not way.fits, planner.seconds(way)))
-    if best := fastest(planner, ways):
-        pack = _full_row(planner)
-        for text in first(pack, best.text.keep) if pack > 1 else []:
-            _try(planner, text, ways)
-    if best := fastest(planner, ways):
-        for parts in (2 * best.text.microbatches, max(best.text.microbatches // 2, 1)):
-            text = dataclasses.replace(best.text, microbatches=parts)
-            fits = planner.needs(text).estimate(text) <= planner.room
-            if planner.texts % (parts * text.pack) == 0 and fits:
-                _try(planner, text, ways)
-    return sorted(ways, key=lambda way: (not way.fits, planner.seconds(way)))
-
-
-def fastest(planner: Planner, ways: list[Way]) -> Way | None:
-    """Of those that fit."""
-    return min((way for way in ways if way.fits), key=planner.seconds, default=None)
+    can_compile = planner.target.mesh is not None
+    texts = policies(config.text.pack)
+    for text in texts[
+        : MAX_COMPILES - 3 if can_compile else None
+    ]:  # leave compiles for packing and microbatches
+        _add(planner, text, found)
+    if can_compile and (best := fastest(planner, found)):
+        pack = _pack_of_full_rows(planner)
+        for text in policies(pack, best.text.keep) if pack > 1 else []:
+            _add(planner, text, found)
+    if can_compile and (best := fastest(planner, found)):
+        for microbatches in (2 * best.text.microbatches, max(best.text.microbatches // 2, 1)):
+            text = dataclasses.replace(best.text, microbatches=microbatches)
+            fits = planner.memory(text).total(text) <= planner.usable_memory
+            if planner.texts % (microbatches * text.pack) == 0 and fits:
+                _add(planner, text, found)
+    return sorted(found, key=lambda candidate: (not candidate.fits, planner.seconds(candidate)))
 
 
-def _full_row(planner: Planner) -> int:
-    """Captions that fill a row of a matrix unit, a power of two; 1 where they may not share one."""
+def fastest(planner: Planner, found: list[Candidate]) -> Candidate | None:
+    """Return the fastest candidate that fits, if one does."""
+    return min((candidate for candidate in found if candidate.fits), key=planner.seconds, default=None)
+
+
+def _pack_of_full_rows(planner: Planner) -> int:
+    """Return the power of two of captions that fill the rows of a matrix unit; 1 where they cannot share a row."""
     text, data = planner.config.text, planner.data
     if text.dropout and not text.mask_padding:
         return 1
     tokens = data.lengths.mean() if text.mask_padding else data.vocabulary.max_length
     pack = 1
-    while 2 * pack * tokens <= _ROW_TOKENS and planner.texts % (2 * pack) == 0:
+    while 2 * pack * tokens <= _MATRIX_UNIT_TOKENS and planner.texts % (2 * pack) == 0:
         pack *= 2
     return pack
 
 
-def _try(planner: Planner, text: TextConfig, ways: list[Way]) -> None:
-    """Measure a way that is new, while compiles are left."""
-    if any(text == way.text for way in ways) or planner.compiles >= COMPILES:
+def _add(planner: Planner, text: TextConfig, found: list[Candidate]) -> None:
+    """Evaluate a text configuration that is not among the candidates, while compiles are left."""
+    if any(text == candidate.text for candidate in found) or planner.compiles >= MAX_COMPILES:
         return
     if planner.target.mesh is not None:
-        took = max((way.compiled.seconds for way in ways if way.compiled), default=60)
-        left = format_duration((COMPILES - planner.compiles) * took)
-        count = f"{planner.compiles + 1} of at most {COMPILES}"
-        planner.say(f"compiling {described(text)}, {count}; at most about {left} left")
-    ways.append(planner.measure(text))
+        longest = max((c.compiled.seconds for c in found if c.compiled), default=60)
+        left = format_duration((MAX_COMPILES - planner.compiles) * longest)
+        count = f"{planner.compiles + 1} of at most {MAX_COMPILES}"
+        planner.say(f"compiling {describe(text)}, {count}; at most about {left} left")
+    found.append(planner.evaluate(text))
 
 
-def described(text: TextConfig) -> str:
-    """`hidden, 16 parts`."""
-    rows = f", {text.pack} captions a row" if text.pack > 1 else ""
-    return f"{text.keep}, {text.microbatches} part{'s' * (text.microbatches > 1)}{rows}"
+def describe(text: TextConfig) -> str:
+    """Return for example `hidden, 16 microbatches`."""
+    rows = f", {text.pack} captions per row" if text.pack > 1 else ""
+    return f"{text.keep}, {text.microbatches} microbatch{'es' * (text.microbatches > 1)}{rows}"
 
 
 def overrides(text: TextConfig) -> str:
-    """What to write after `lit-fast train CONFIG` for it."""
+    """Return the flags that select a text configuration in `lit-fast train`."""
     return f"--text.keep {text.keep} --text.microbatches {text.microbatches} --text.pack {text.pack}"
 
 
-_FIRST = 2048  # rows of captions of a device, which are several parts already
-_BOUND = 2**30
+_SMALLEST_ROWS = 2048  # rows per device of the smallest batch tried; it has several microbatches
+_BATCH_BOUND = 2**30
 
 
 def largest_batch(config: Config, target: Target, say: Say) -> dict[str, Any]:
-    """The largest that fits when a part keeps its embeddings alone: a power of two, devices and captions of a row.
+    """Find the largest batch that fits with `text.keep = "embeddings"`: a power of two x devices x captions per row.
 
-    What a step needs is nearly linear in its batch, so two estimates say where to begin; where there is a compiler,
-    it has the last word.
+    A step's memory is nearly linear in its batch: two estimates give the starting point, then the compiler decides,
+    where there is one.
 
     Raises:
       UserError: not even a small batch fits.
     """
     unit = target.devices * config.text.pack
-    smallest = unit * _FIRST
-    low, high = (_planner(config, target, batch, say) for batch in (smallest, 2 * smallest))
-    base = _estimate(low)
-    slope = _estimate(high) - base
+    smallest = unit * _SMALLEST_ROWS
+
+    @cache
+    def planner(batch: int) -> Planner:
+        return _planner_for_batch(config, target, batch, say)
+
+    def estimate(batch: int) -> int:
+        text = _least_memory(planner(batch))
+        return planner(batch).memory(text).total(text)
+
+    @cache
+    def evaluate(batch: int) -> Candidate:
+        text = _least_memory(planner(batch))
+        if target.mesh is not None:
+            say(f"compiling a batch of {batch:,}, {describe(text)}")
+        return planner(batch).evaluate(text)
+
+    usable, base = planner(smallest).usable_memory, estimate(smallest)
+    slope = estimate(2 * smallest) - base
     batch = smallest
-    while 2 * batch < _BOUND and base + (2 * batch / smallest - 1) * slope <= low.room:
+    while 2 * batch < _BATCH_BOUND and base + (2 * batch / smallest - 1) * slope <= usable:
         batch *= 2
-    tried: dict[int, Way] = {}
-
-    def at(batch: int) -> Way:
-        if batch not in tried:
-            planner = _planner(config, target, batch, say)
-            text = _leanest(planner)
-            if target.mesh is not None:
-                say(f"compiling a batch of {batch:,}, {described(text)}")
-            tried[batch] = planner.measure(text)
-        return tried[batch]
-
-    while not at(batch).fits and batch > unit:
+    while not evaluate(batch).fits and batch > unit:
         batch //= 2
-    while 2 * batch < _BOUND and 2 * batch not in tried and at(2 * batch).fits:
+    while 2 * batch < _BATCH_BOUND and evaluate(2 * batch).fits:
         batch *= 2
-    way = at(batch)
-    if not way.fits:
+    largest = evaluate(batch)
+    if not largest.fits:
         raise UserError(
-            f"not even a batch of {batch} fits: it needs {way.bytes / 2**30:.3g} GiB a device, of "
-            f"{low.room / 2**30:.3g} that a run may take; choose a smaller tower"
+            f"a batch of {batch} does not fit: a step needs {largest.bytes / 2**30:.3g} GiB per device, of "
+            f"{usable / 2**30:.3g} usable; choose a smaller tower"
         )
-    by = "compiler" if way.compiled else "estimate"
-    return {"global_batch": batch, "bytes": way.bytes, "overrides": overrides(way.text), "by": by}
+    by = "compiler" if largest.compiled else "estimate"
+    return {"global_batch": batch, "bytes": largest.bytes, "overrides": overrides(largest.text), "by": by}
 
 
-def _planner(config: Config, target: Target, batch: int, say: Say) -> Planner:
-    """For the batch, whatever the config says of parts, which need not divide it."""
-    return Planner(
-        dataclasses.replace(
-            config,
-            stream=dataclasses.replace(config.stream, global_batch=batch),
-            text=dataclasses.replace(config.text, keep="auto", microbatches=1),
-        ),
-        target,
-        1.0,
-        say,
-    )
+def _planner_for_batch(config: Config, target: Target, batch: int, say: Say) -> Planner:
+    """Return a planner for another batch; the microbatches of the configuration need not divide it."""
+    text = dataclasses.replace(config.text, keep="auto", microbatches=1)
+    stream = dataclasses.replace(config.stream, global_batch=batch)
+    return Planner(dataclasses.replace(config, stream=stream, text=text), target, 1.0, say)
 
 
-def _estimate(planner: Planner) -> int:
-    text = _leanest(planner)
-    return planner.needs(text).estimate(text)
-
-
-def _leanest(planner: Planner) -> TextConfig:
-    target = planner.target
-    ways = candidates(planner.config, target.devices, target.platform == "cpu")
-    return next(text for text in ways if text.keep == "embeddings")
+def _least_memory(planner: Planner) -> TextConfig:
+    on_cpu = planner.target.platform == "cpu"
+    texts = remat_candidates(planner.config, planner.target.devices, on_cpu)
+    return next(text for text in texts if text.keep == "embeddings")

@@ -1,4 +1,4 @@
-"""What a plan knows of the data: the dataset's own figures where there is one, else those of the config's `plan`."""
+"""The data of a plan: the figures of the dataset where there is one, otherwise section [plan] of the configuration."""
 
 from __future__ import annotations
 
@@ -20,68 +20,70 @@ from lit_fast.weights.registry import known_towers
 
 
 class Vocabulary(NamedTuple):
-    """As much of a tokenizer as a text tower's shape depends on."""
+    """The properties of a tokenizer that determine the shapes of a text tower."""
 
     vocab_size: int
     max_length: int
     eos_id: int = 1
 
 
-class Data(NamedTuple):
-    """Of one plan."""
+class PlanData(NamedTuple):
+    """Dataset, features and tokens of a plan."""
 
-    rows: int  # 0: not known
+    rows: int  # 0: unknown
     tower: str
     width: int  # of the features
-    image_flops: float | None  # of the tower, forward, for one image; None: the features are there
+    image_flops: float | None  # forward pass of the vision tower for one image; None: the features exist
     vocabulary: Vocabulary
-    lengths: np.ndarray  # of a sample of the captions, tokens
+    lengths: np.ndarray  # int64 [n], tokens of a sample of the captions
     description: str
-    views: int = 1  # vectors of a row
+    views: int = 1  # vectors per row
 
 
-def known_data(config: Config) -> Data:
-    """What the dataset says, and what is assumed in its place.
+def plan_data(config: Config) -> PlanData:
+    """Return the properties of the dataset, and those of section [plan] for what it lacks.
 
     Raises:
-      UserError: the dataset is damaged, or the tower is not known.
+      UserError: the dataset is damaged, or the tower is unknown.
     """
-    assumed = config.plan
-    vocabulary = Vocabulary(assumed.vocab_size, assumed.max_length)
-    flops: float | None
-    views = 1
+    plan = config.plan
     if not config.dataset:
-        width, flops = _tower(assumed.tower)
-        where = f"assumed: features of {assumed.tower}"
-        return Data(assumed.rows, assumed.tower, width, flops, vocabulary, _lengths(config), where)
+        width, flops = _tower(plan.tower)
+        vocabulary, description = (
+            Vocabulary(plan.vocab_size, plan.max_length),
+            f"assumed: features of {plan.tower}",
+        )
+        return PlanData(plan.rows, plan.tower, width, flops, vocabulary, _lengths(config), description)
     dataset = open_dataset(config.dataset)
-    tower, where = assumed.tower, f"dataset {dataset.path}"
+    description, image_flops, views = f"dataset {dataset.path}", None, 1
     if stored_towers(dataset):
         features = open_features(dataset, config.tower)
-        tower, width, flops, views = features.tower, features.width, None, features.views
-        where += f", {len(features.finished())} of {dataset.shards} shards embedded by {tower}"
+        tower, width, views = features.tower, features.width, features.views
+        description += f", {len(features.finished())} of {dataset.shards} shards embedded by {tower}"
     else:
-        width, flops = _tower(tower)
-        where += f"; assumed: features of {tower}"
-    lengths = _lengths(config)
+        tower = plan.tower
+        width, image_flops = _tower(tower)
+        description += f"; assumed: features of {tower}"
     if stored_tokenizers(dataset):
         tokens = open_tokens(dataset, config.tokenizer)
         tokenizer = tokens.tokenizer()
         vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.max_length, tokenizer.eos_id)
         lengths = sampled_lengths(tokens, tokenizer.eos_id)
-    return Data(dataset.rows, tower, width, flops, vocabulary, lengths, where, views)
+    else:
+        vocabulary, lengths = Vocabulary(plan.vocab_size, plan.max_length), _lengths(config)
+    return PlanData(dataset.rows, tower, width, image_flops, vocabulary, lengths, description, views)
 
 
 def _lengths(config: Config) -> np.ndarray:
-    """Spread evenly on both sides of the mean that is assumed."""
+    """Return caption lengths int64 [1024], uniform around the assumed mean."""
     longest = config.plan.max_length
     mean = min(config.plan.caption_tokens or longest, longest)
-    reach = min(mean - 1, longest - mean)
-    return np.linspace(mean - reach, mean + reach, 1024).round().astype(np.int64)
+    deviation = min(mean - 1, longest - mean)
+    return np.linspace(mean - deviation, mean + deviation, 1024).round().astype(np.int64)
 
 
 def _tower(name: str) -> tuple[int, float]:
-    """Width of its features, and FLOPs of its forward pass for one image."""
+    """Return the feature width of a vision tower, and the FLOPs of its forward pass for one image."""
     for tower in known_towers():
         if tower.name == name:
             return tower.architecture.width, flops_per_image(tower.architecture, tower.resolution)
@@ -91,8 +93,6 @@ def _tower(name: str) -> tuple[int, float]:
         return architecture.width, flops_per_image(architecture, 224)
     near = difflib.get_close_matches(name, [tower.name for tower in known_towers()], 1, 0.5)
     hint = (
-        f"did you mean {near[0]}?"
-        if near
-        else "`lit-fast towers` lists the names; a plain ViT is written B/16"
+        f"did you mean {near[0]}?" if near else "lit-fast towers lists the names; a plain ViT is written B/16"
     )
-    raise UserError(f"config key plan.tower: no tower {name!r} is known; {hint}")
+    raise UserError(f"config key plan.tower: tower {name!r} is unknown; {hint}")

@@ -1,7 +1,7 @@
-"""A plan of a run: whether it fits the chips, how long it takes, what it costs and what limits it.
+"""Plan a run: whether it fits in device memory, how long it takes, its price and what limits it.
 
-Where there is a compiler for the chips, the exact training step is compiled for them, and what it says is read from
-its program. Where there is none, the same figures come from shapes and from the traced step, and the plan says so.
+Where there is a compiler for the target, the exact training step is compiled and the figures come from the program.
+Otherwise they come from shapes and the traced step, and the plan says so.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from lit_fast.errors import UserError
 from lit_fast.train.cost.flops import step_flops
 from lit_fast.train.cost.hlo import largest_buffers
 from lit_fast.train.plan.candidates import (
+    Candidate,
     Planner,
     Say,
-    Way,
-    described,
+    describe,
     fastest,
     largest_batch,
     overrides,
@@ -31,86 +31,86 @@ PAPER_MFU = 0.33
 def make_plan(
     config: Config, target: Target, *, mfu: float, price: float, searched: bool, largest: bool, say: Say
 ) -> dict[str, Any]:
-    """Everything that a plan says, ready for JSON; bytes and FLOPs are of one device, seconds of one step.
+    """Return the plan, ready for JSON; bytes and FLOPs are per device, seconds per step.
 
     Args:
-      mfu: share of the chips' peak that is assumed.
-      price: of one chip for an hour; 0: not known.
-      searched: look for a faster way than the config's own.
+      mfu: assumed share of the chips' peak.
+      price: of one chip per hour; 0: unknown.
+      searched: look for faster candidates than the configuration itself.
       largest: look for the largest batch.
-      say: told what is going on.
+      say: prints a status line.
 
     Raises:
-      UserError: the configuration makes no sense on these devices, or does not fit in any way.
+      UserError: the configuration is invalid for these devices, or no candidate fits.
     """
     planner = Planner(config, target, mfu, say)
-    chosen = _chosen(planner, config if largest else None)
-    ways = [chosen]
-    if searched and target.platform != "cpu":  # whose compiler estimates nothing
-        ways = search(planner, chosen)
-    best = fastest(planner, ways)
-    data, chip, needs = planner.data, target.chip, planner.needs(chosen.text)
-    model = planner.build(chosen.text)
+    default = _default(planner, config if largest else None)
+    candidates = [default]
+    if searched and target.platform != "cpu":  # the CPU compiler estimates no time
+        candidates = search(planner, default)
+    best = fastest(planner, candidates)
+    data, chip, memory = planner.data, target.chip, planner.memory(default.text)
+    model = planner.build(default.text)
     batch, steps = config.stream.global_batch, config.steps
     texts = batch * config.stream.captions_per_image
     tokens = float(data.lengths.mean()) if config.text.packed else None
     flops = step_flops(model, texts, batch, config.loss.image_head, tokens) / target.devices
-    floors = _floors(planner, chosen)
-    stated = {"floor": max(floors.values())}
-    if chosen.cycle_seconds is not None:
-        stated["compiler"] = chosen.cycle_seconds
-    stated |= {"paper": flops / chip.flops / PAPER_MFU, "stated": flops / chip.flops / mfu}
-    kept = needs.kept(chosen.text)
-    fixed = needs.parameters + needs.optimizer + needs.batch
-    if chosen.compiled:  # the compiler lets buffers share memory that are not needed at once
-        kept = min(kept, chosen.compiled.temporary_bytes)
+    bounds = lower_bounds(planner, default)
+    seconds = {"floor": max(bounds.values())}
+    if default.compiler_seconds is not None:
+        seconds["compiler"] = default.compiler_seconds
+    seconds |= {"paper": flops / chip.flops / PAPER_MFU, "stated": flops / chip.flops / mfu}
+    residuals = memory.residuals(default.text)
+    fixed = memory.parameters + memory.optimizer + memory.batch
+    if default.compiled:  # the compiler shares memory between buffers
+        residuals = min(residuals, default.compiled.temporary_bytes)
     plan: dict[str, Any] = {
         "topology": target.topology,
         "devices": target.devices,
         "chip": chip._asdict(),
-        "by": "compiler" if chosen.compiled else "estimate",
-        "compile_seconds": chosen.compiled.seconds if chosen.compiled else None,
-        "compiler_refuses": target.mesh is not None and chosen.compiled is None,
+        "by": "compiler" if default.compiled else "estimate",
+        "compile_seconds": default.compiled.seconds if default.compiled else None,
+        "compiler_refuses": target.mesh is not None and default.compiled is None,
         "data": {"description": data.description, "rows": data.rows, "tower": data.tower, "width": data.width}
         | data.vocabulary._asdict(),
         "steps": steps,
         "global_batch": batch,
         "texts": texts,
-        "way": _summary(planner, chosen),
+        "way": _summary(planner, default),
         "memory": {
-            "parameters": needs.parameters,
-            "optimizer": needs.optimizer,
-            "batch": needs.batch,
-            "kept": kept,
-            "temporaries": max(0, chosen.bytes - fixed - kept),
-            "total": chosen.bytes,
-            "room": int(planner.room),
+            "parameters": memory.parameters,
+            "optimizer": memory.optimizer,
+            "batch": memory.batch,
+            "kept": residuals,
+            "temporaries": max(0, default.bytes - fixed - residuals),
+            "total": default.bytes,
+            "room": int(planner.usable_memory),
             "limit": int(chip.memory),
-            "fits": chosen.fits,
+            "fits": default.fits,
         },
-        "buffers": largest_buffers(chosen.compiled.text) if chosen.compiled else [],
-        "flops": {"model": flops, "executed": chosen.flops, "recompute": chosen.flops / flops - 1},
-        "collectives": {name: c._asdict() for name, c in chosen.collectives.items()},
-        "floors": floors,
-        "limit": max(floors, key=lambda name: floors[name]),
-        "times": {name: _time(planner, s, flops, price) for name, s in stated.items()},
+        "buffers": largest_buffers(default.compiled.text) if default.compiled else [],
+        "flops": {"model": flops, "executed": default.flops, "recompute": default.flops / flops - 1},
+        "collectives": {name: c._asdict() for name, c in default.collectives.items()},
+        "floors": bounds,
+        "limit": max(bounds, key=lambda name: bounds[name]),
+        "times": {name: _time(planner, s, flops, price) for name, s in seconds.items()},
         "mfu": mfu,
         "price": price,
         "store": _store(planner),
-        "ways": [_summary(planner, way) for way in ways],
-        "searched": len(ways) > 1,
-        "best": described(best.text) if best else None,
-        "overrides": overrides(best.text) if best and best.text != chosen.text else "",
+        "ways": [_summary(planner, candidate) for candidate in candidates],
+        "searched": len(candidates) > 1,
+        "best": describe(best.text) if best else None,
+        "overrides": overrides(best.text) if best and best.text != default.text else "",
     }
     if largest:
         plan["largest_batch"] = largest_batch(config, target, say)
     return plan
 
 
-def _chosen(planner: Planner, config: Config | None) -> Way:
-    """The config's own way; where it does not fit, the error says the largest batch of `config` that does."""
+def _default(planner: Planner, config: Config | None) -> Candidate:
+    """Evaluate the default candidate; if it does not fit, the error names the largest batch of `config` that does."""
     try:
-        return planner.chosen()
+        return planner.default()
     except UserError as error:
         if config is None:
             raise
@@ -120,20 +120,20 @@ def _chosen(planner: Planner, config: Config | None) -> Way:
         ) from None
 
 
-def _floors(planner: Planner, way: Way) -> dict[str, float]:
-    """Seconds below which a step cannot be in this way, by what limits it.
+def lower_bounds(planner: Planner, candidate: Candidate) -> dict[str, float]:
+    """Return lower bounds of the seconds of a step, by limiting resource.
 
-    What must move: parameters and optimizer state are read and written, gradients and what is kept written and
-    read, the batch read. Of n devices in a ring each sends 2 (n - 1) / n of what is summed, and what it gathers n - 1
-    times.
+    Memory traffic: parameters, optimizer state, gradients and residuals are written and read, the batch is read. In a
+    ring of n devices, each sends 2 (n - 1) / n of the bytes that are reduced, and n - 1 times those that are gathered.
     """
-    needs, chip, n = planner.needs(way.text), planner.target.chip, planner.target.devices
-    moved = 2 * (needs.parameters + needs.optimizer + needs.gradients + needs.kept(way.text)) + needs.batch
+    memory, chip, n = planner.memory(candidate.text), planner.target.chip, planner.target.devices
+    state = memory.parameters + memory.optimizer + memory.gradients
+    traffic = 2 * (state + memory.residuals(candidate.text)) + memory.batch
     share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}
-    sent = sum(share.get(name, (n - 1) / n) * c.bytes for name, c in way.collectives.items())
+    sent = sum(share.get(name, (n - 1) / n) * c.bytes for name, c in candidate.collectives.items())
     return {
-        "compute": way.flops / chip.flops,
-        "memory bandwidth": moved / chip.bandwidth,
+        "compute": candidate.flops / chip.flops,
+        "memory bandwidth": traffic / chip.bandwidth,
         "interconnect": sent / chip.interconnect,
     }
 
@@ -151,32 +151,30 @@ def _time(planner: Planner, seconds: float, flops: float, price: float) -> dict[
 
 
 def _store(planner: Planner) -> dict[str, Any]:
-    """Of the dataset's rows, or of a million where their number is not known."""
-    data, target = planner.data, planner.target
+    """Return the cost of the features, for a million rows where the number is unknown."""
+    data, target, config = planner.data, planner.target, planner.config
     rows = data.rows or 1_000_000
     peak = target.chip.flops * target.devices * planner.mfu
-    ids = data.vocabulary.max_length * id_dtype(data.vocabulary.vocab_size).itemsize
+    id_bytes = data.vocabulary.max_length * id_dtype(data.vocabulary.vocab_size).itemsize
     return {
         "rows": rows,
         "known": bool(data.rows),
         "bytes": rows * data.views * data.width * 2,
-        "row_bytes": data.width * 2 + planner.config.stream.captions_per_image * ids,
+        "row_bytes": data.width * 2 + config.stream.captions_per_image * id_bytes,
         "embedding_seconds": rows * data.image_flops / peak if data.image_flops else None,
-        "passes": planner.config.steps * planner.config.stream.global_batch / data.rows
-        if data.rows
-        else None,
+        "passes": config.steps * config.stream.global_batch / data.rows if data.rows else None,
     }
 
 
-def _summary(planner: Planner, way: Way) -> dict[str, Any]:
+def _summary(planner: Planner, candidate: Candidate) -> dict[str, Any]:
     return {
-        "description": described(way.text),
-        "keep": way.text.keep,
-        "parts": way.text.microbatches,
-        "pack": way.text.pack,
-        "bytes": way.bytes,
-        "fits": way.fits,
-        "seconds": planner.seconds(way),
-        "executed_flops": way.flops,
-        "by": "compiler" if way.compiled else "estimate",
+        "description": describe(candidate.text),
+        "keep": candidate.text.keep,
+        "parts": candidate.text.microbatches,
+        "pack": candidate.text.pack,
+        "bytes": candidate.bytes,
+        "fits": candidate.fits,
+        "seconds": planner.seconds(candidate),
+        "executed_flops": candidate.flops,
+        "by": "compiler" if candidate.compiled else "estimate",
     }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from lit_fast.utils.format import format_duration
+from lit_fast.utils.format import format_bytes, format_duration, format_table
 
-_GIB = 2**30
-_LIMITS = {
+_RESOURCES = {
     "compute": "the chips' arithmetic",
     "memory bandwidth": "the memory's bandwidth",
     "interconnect": "the links between the chips",
@@ -15,171 +15,165 @@ _LIMITS = {
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """What `lit_fast.train.plan.plan.make_plan` found, for people to act on."""
-    parts = [_head(plan), _verdict(plan), _memory(plan), _work(plan), _times(plan), _data(plan)]
+    """Return the page of a plan of `lit_fast.train.plan.plan.make_plan`."""
+    parts = [_head(plan), _verdict(plan), _memory(plan), _step(plan), format_times(plan), _data(plan)]
     if plan["searched"]:
-        parts.append(_ways(plan))
+        parts.append(_candidates(plan))
     parts.append(_advice(plan))
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def _head(plan: dict[str, Any]) -> list[str]:
     data, chip = plan["data"], plan["chip"]
-    by = (
-        f"by the compiler, in {format_duration(plan['compile_seconds'])}"
-        if plan["by"] == "compiler"
-        else "an analytic ESTIMATE: "
-        + (
-            "the compiler refuses the step"
-            if plan["compiler_refuses"]
-            else "no such device is here to compile for"
+    if plan["by"] == "compiler":
+        source = f"by the compiler, in {format_duration(plan['compile_seconds'])}"
+    else:
+        refused = plan["compiler_refuses"]
+        source = "an analytic ESTIMATE: " + (
+            "the compiler refuses the step" if refused else "no such device is here to compile for"
         )
-    )
     measured = "measured here" if chip["name"] == "cpu" else "data sheet"
+    devices = f"{plan['devices']} x {chip['kind']}, {_si(chip['flops'])}FLOP/s each ({measured})"
+    vocabulary = f"vocabulary of {data['vocab_size']:,}, {data['max_length']} tokens"
     return [
-        f"{plan['topology']}: {plan['devices']} x {chip['kind']}, {_si(chip['flops'])}FLOP/s each ({measured}); {by}",
-        f"{plan['steps']:,} steps of {plan['global_batch']:,} images, {plan['texts']:,} texts; keeps "
+        f"{plan['topology']}: {devices}; {source}",
+        f"{plan['steps']:,} steps of {plan['global_batch']:,} images, {plan['texts']:,} texts; text.keep "
         f"{plan['way']['description']}",
-        f"{data['description']}, {data['width']} wide; {data['vocab_size']:,} pieces, {data['max_length']} tokens",
+        f"{data['description']}, {data['width']} wide; {vocabulary}",
     ]
 
 
 def _verdict(plan: dict[str, Any]) -> list[str]:
     memory = plan["memory"]
+    total, usable, limit = (format_bytes(memory[name]) for name in ("total", "room", "limit"))
     spare = memory["room"] - memory["total"]
     if memory["fits"]:
-        found = (
-            f"FITS: {_size(memory['total'])} of {_size(memory['limit'])} a device; "
-            f"{_size(spare)} to spare of the {_size(memory['room'])} that a run may take"
-        )
+        verdict = f"FITS: {total} of {limit} per device; {format_bytes(spare)} to spare of {usable} usable"
     elif plan["compiler_refuses"]:
-        found = f"DOES NOT FIT: the compiler refuses; a device has {_size(memory['limit'])}"
+        verdict = f"DOES NOT FIT: the compiler refuses the step; a device has {limit}"
     else:
-        found = (
-            f"DOES NOT FIT: {_size(memory['total'])} a device, {_size(-spare)} more than the "
-            f"{_size(memory['room'])} that a run may take of {_size(memory['limit'])}"
+        verdict = (
+            f"DOES NOT FIT: {total} per device, {format_bytes(-spare)} more than {usable} usable of {limit}"
         )
     if plan["topology"].startswith("gpu:") and plan["by"] == "estimate":
         return [
-            found,
-            "(three quarters of the GPU's memory: JAX takes more only with XLA_PYTHON_CLIENT_MEM_FRACTION)",
+            verdict,
+            "(75 % of the GPU's memory: JAX takes more only with XLA_PYTHON_CLIENT_MEM_FRACTION)",
         ]
-    return [found]
+    return [verdict]
 
 
 def _memory(plan: dict[str, Any]) -> list[str]:
-    memory = plan["memory"]
-    names = {
+    labels = {
         "parameters": "parameters",
         "optimizer": "optimizer state",
         "batch": "batch",
-        "kept": "kept for the backward pass",
+        "kept": "residuals for backward pass",
         "temporaries": "other temporaries",
     }
-    lines = ["memory of a device"]
-    lines += [f"  {label:28}{_size(memory[name]):>10}" for name, label in names.items()]
+    rows = [(label, format_bytes(plan["memory"][name]), "") for name, label in labels.items()]
     if plan["buffers"]:
         buffer = plan["buffers"][0]
-        lines.append(f"  {'largest buffer':28}{_size(buffer['bytes']):>10}  {buffer['shape']}")
-    return lines
+        rows.append(("largest buffer", format_bytes(buffer["bytes"]), buffer["shape"]))
+    return ["memory per device", *_table(rows, left={0, 2})]
 
 
-def _work(plan: dict[str, Any]) -> list[str]:
+def _step(plan: dict[str, Any]) -> list[str]:
     flops = plan["flops"]
-    lines = [
-        "a step on one device",
-        f"  {'model FLOPs':28}{_si(flops['model']):>10}  recompute {flops['recompute']:+.1%}",
-    ]
-    for name, found in plan["collectives"].items():
-        lines.append(f"  {name:28}{_si(found['bytes']) + 'B':>10}  in {found['calls']:,}")
+    rows = [("model FLOPs", _si(flops["model"]), f"recomputation {flops['recompute']:+.1%}")]
+    for name, collective in plan["collectives"].items():
+        rows.append((name, _si(collective["bytes"]) + "B", f"in {collective['calls']:,}"))
     for name, seconds in plan["floors"].items():
-        if not seconds:  # one device sends nothing
-            continue
-        mark = "  <- what limits it" if name == plan["limit"] else ""
-        lines.append(f"  {'floor by ' + name:28}{_seconds(seconds):>10}{mark}")
-    return lines
+        if seconds:  # one device has no interconnect
+            limit = "<- limits the step" if name == plan["limit"] else ""
+            rows.append((f"lower bound by {name}", _seconds(seconds), limit))
+    return ["a step on one device", *_table(rows, left={0, 2})]
 
 
-def _times(plan: dict[str, Any]) -> list[str]:
-    names = {
-        "floor": f"floor, by {_LIMITS[plan['limit']]}",
+def format_times(plan: dict[str, Any]) -> list[str]:
+    """Return the table of times: the lower bound, the compiler's estimate, and two assumed MFUs."""
+    labels = {
+        "floor": f"lower bound, by {_RESOURCES[plan['limit']]}",
         "compiler": "compiler's estimate (no measurement)",
         "paper": "at 33 % MFU, the paper's",
         "stated": f"at {_percent(plan['mfu'])} MFU, assumed",
     }
-    price = bool(plan["price"])
-    lines = [
-        f"{'time':38}{'a step':>10}{'MFU':>8}{'whole run':>12}"
-        + (f"{'USD':>10}" if price else "")
-        + f"{'images/s to stream':>20}"
-    ]
-    for name, found in plan["times"].items():
-        under = "  below the floor" if found["seconds"] < plan["times"]["floor"]["seconds"] else ""
-        cost = f"{found['price']:>10,.{0 if found['price'] >= 100 else 2}f}" if price else ""
-        lines.append(
-            f"  {names[name]:36}{_seconds(found['seconds']):>10}{found['mfu']:>8.0%}{_hours(found['hours']):>12}"
-            f"{cost}{found['rows_per_second']:>20,.0f}{under}"
+    rows = [("time", "a step", "MFU", "whole run", *["USD"] * bool(plan["price"]), "images/s to stream", "")]
+    for name, time in plan["times"].items():
+        price = [f"{time['price']:,.{0 if time['price'] >= 100 else 2}f}"] if plan["price"] else []
+        impossible = time["seconds"] < plan["times"]["floor"]["seconds"]
+        rows.append(
+            (
+                labels[name],
+                _seconds(time["seconds"]),
+                f"{time['mfu']:.0%}",
+                _hours(time["hours"]),
+                *price,
+                f"{time['rows_per_second']:,.0f}",
+                "below the lower bound" if impossible else "",
+            )
         )
-    return lines
+    return _table(rows, left={0, len(rows[0]) - 1}, header=True)
 
 
 def _data(plan: dict[str, Any]) -> list[str]:
     store, data = plan["store"], plan["data"]
-    rows = f"{store['rows']:,} rows" if store["known"] else "a million rows (--plan.rows N says how many)"
-    share, stated = _percent(plan["mfu"]), plan["times"]["stated"]["rows_per_second"]
-    passes = f"; the run sees each {store['passes']:,.1f} times" if store["passes"] else ""
+    rows = f"{store['rows']:,} rows" if store["known"] else "a million rows (--plan.rows N sets the number)"
+    share, rate = _percent(plan["mfu"]), plan["times"]["stated"]["rows_per_second"]
+    passes = f"; {store['passes']:,.1f} epochs" if store["passes"] else ""
     lines = [
         f"features of {rows}: {_si(store['bytes'])}B{passes}",
-        f"a streamed row is {store['row_bytes']:,} bytes: {_si(stated * store['row_bytes'])}B/s at {share} MFU",
+        f"a streamed row has {store['row_bytes']:,} bytes: {_si(rate * store['row_bytes'])}B/s at {share} MFU",
     ]
     if store["embedding_seconds"] is not None:
         lines.append(
-            f"embedding them with {data['tower']}: {format_duration(store['embedding_seconds'])} at {share} of the "
-            "peak (arithmetic; decoding the images may be slower)"
+            f"embedding with {data['tower']}: {format_duration(store['embedding_seconds'])} at {share} of the peak "
+            "(arithmetic only; decoding the images may take longer)"
         )
     return lines
 
 
-def _ways(plan: dict[str, Any]) -> list[str]:
-    lines = [f"{'ways to use the memory':42}{'memory':>12}{'a step':>10}{'recompute':>12}"]
-    for way in plan["ways"]:
-        state = "" if way["fits"] else "  does not fit"
-        again = way["executed_flops"] / plan["flops"]["model"] - 1
-        lines.append(
-            f"  {way['description']:40}{_size(way['bytes']):>12}{_seconds(way['seconds']):>10}{again:>+12.1%}{state}"
+def _candidates(plan: dict[str, Any]) -> list[str]:
+    rows = [("candidates (text.keep, text.microbatches, text.pack)", "memory", "a step", "recomputation", "")]
+    for candidate in plan["ways"]:
+        recomputation = candidate["executed_flops"] / plan["flops"]["model"] - 1
+        rows.append(
+            (
+                candidate["description"],
+                format_bytes(candidate["bytes"]),
+                _seconds(candidate["seconds"]),
+                f"{recomputation:+.1%}",
+                "" if candidate["fits"] else "does not fit",
+            )
         )
-    by = (
-        "the compiler's estimate"
-        if "compiler" in plan["times"]
-        else f"all it executes at {_percent(plan['mfu'])} of the peak"
-    )
-    return [*lines, f"  (a step: {by})"]
+    by_compiler = "compiler" in plan["times"]
+    source = "the compiler's estimate" if by_compiler else f"all FLOPs at {_percent(plan['mfu'])} of the peak"
+    return [*_table(rows, left={0, 4}, header=True), f"  (a step: {source})"]
 
 
 def _advice(plan: dict[str, Any]) -> list[str]:
-    lines = []
     if plan["overrides"]:
-        lines.append(f"recommended: {plan['overrides']}")
+        advice = plan["overrides"]
     elif plan["best"]:
-        lines.append(
-            "recommended: the config as it is"
-            + (", the best of these" if plan["searched"] else "; no other way was tried")
+        advice = "the configuration as it is" + (
+            ", the fastest of these" if plan["searched"] else "; no alternative was evaluated"
         )
     else:
-        lines.append(
-            'recommended: text.keep = "auto", a smaller stream.global_batch or more devices; none of these ways fits'
-        )
+        advice = 'nothing fits; set text.keep = "auto", a smaller stream.global_batch or more devices'
+    lines = [f"recommended: {advice}"]
     if largest := plan.get("largest_batch"):
         by = "compiled" if largest["by"] == "compiler" else "estimated"
         lines.append(
-            f"largest batch: {largest['global_batch']:,}, {_size(largest['bytes'])} a device, {by}: "
+            f"largest batch: {largest['global_batch']:,}, {format_bytes(largest['bytes'])} per device, {by}: "
             f"--stream.global_batch {largest['global_batch']} {largest['overrides']}"
         )
     return lines
 
 
-def _size(count: float) -> str:
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / 2**20:,.1f} MiB"
+def _table(rows: Sequence[tuple[str, ...]], left: set[int], header: bool = False) -> list[str]:
+    """Return the lines of a table, indented below its heading, which is the first row with `header`."""
+    rows = [(label if header and not n else f"  {label}", *cells) for n, (label, *cells) in enumerate(rows)]
+    return format_table(rows, left).splitlines()
 
 
 def _si(value: float) -> str:

@@ -17,14 +17,19 @@ from lit_fast.config import Config, flatten
 from lit_fast.runs.metrics import RunCost, best, evaluations, mean_speed, read_metrics, run_cost
 from lit_fast.storage.files import is_file, read_bytes, read_json, read_object, write_json
 from lit_fast.storage.paths import StrPath, absolute, join
-from lit_fast.train.cost.memory import Fit
+from lit_fast.train.cost.memory import MemoryFit
 from lit_fast.version import __version__
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
 
 def write_receipt(
-    workdir: StrPath, config: Config, memory: Fit, step: int, cost: RunCost, results: list[dict[str, Any]]
+    workdir: StrPath,
+    config: Config,
+    memory: MemoryFit,
+    step: int,
+    cost: RunCost,
+    results: list[dict[str, Any]],
 ) -> None:
     """Write `receipt.json` of a run that is finished, or stopped after `step` steps.
 

@@ -102,5 +102,7 @@ def _receipt_rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
         ("host", f"{hardware['host_cpu']}, {hardware['host_cores']} cores"),
     ]
     rows += [(f"version of {package}", version) for package, version in receipt["versions"].items()]
+    if git := receipt.get("git"):
+        rows.append(("commit", f"{git['commit']}, with local changes" if git["dirty"] else git["commit"]))
     rows += [(f"identity of the {part}", str(digest)) for part, digest in receipt["digests"].items()]
     return rows

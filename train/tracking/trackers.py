@@ -8,19 +8,25 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, Protocol
 
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
 from lit_fast.config import Config, flatten
 from lit_fast.errors import UserError, first_line
-from lit_fast.storage.files import is_file, local_path, read_object, write_json
+from lit_fast.storage.files import is_file, local_path, make_directory, read_object, write_json
 from lit_fast.storage.paths import absolute, join, name
 from lit_fast.utils.output import status
 
 # Limits on the time that wandb waits for its server. A preempted machine has little time to finish.
 _WANDB_START_SECONDS, _WANDB_FINISH_SECONDS = 30.0, 20.0
+_FLUSH_SECONDS = 5.0  # interval at which TensorBoard's events are flushed
 _PACKAGES = ("wandb", "trackio")  # TensorBoard's is always installed
 
 
@@ -87,22 +93,31 @@ class Trackers:
 
 
 class TensorBoard:
-    """TensorBoard events in W/tensorboard; events after `start_step` of an earlier process are hidden."""
+    """TensorBoard events in W/tensorboard; events after `start_step` of an earlier process are hidden.
+
+    They are written by the caller. The thread of `tensorboardX.SummaryWriter` ends without notice on a full disk, and
+    its queue then blocks the training.
+    """
 
     def __init__(self, workdir: str, start_step: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        directory = local_path(join(workdir, "tensorboard"))
-        self._writer = SummaryWriter(directory, purge_step=start_step + 1, flush_secs=5)
+        directory = join(workdir, "tensorboard")
+        make_directory(directory)
+        self._events = EventsWriter(local_path(join(directory, "events")))
+        self._events.write_event(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = 0.0
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Add a scalar per metric."""
+        now = time.time()
         for metric, value in values.items():
-            self._writer.add_scalar(metric, value, step)
+            self._events.write_event(Event(step=step, wall_time=now, summary=scalar(metric, value)))
+        if now - self._flushed > _FLUSH_SECONDS:
+            self._flushed = now
+            self._events.flush()
 
     def close(self) -> None:
         """Flush the events to the disk."""
-        self._writer.close()
+        self._events.close()
 
 
 class WeightsAndBiases:

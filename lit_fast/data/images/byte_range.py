@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from lit_fast.errors import UserError
-from lit_fast.storage import remote
 from lit_fast.storage.files import read_range
-from lit_fast.storage.paths import is_url
 
 
 def read_byte_range(location: str, offset: int, size: int) -> bytes:
@@ -15,8 +13,6 @@ def read_byte_range(location: str, offset: int, size: int) -> bytes:
       UserError: the file ends earlier, or a URL cannot be read.
       OSError: a local file cannot be read.
     """
-    if is_url(location):
-        return remote.read_range(location, offset, size)
     data = read_range(location, offset, offset + size)
     if len(data) < size:
         raise UserError(f"{location} is shorter than when it was indexed; restore it")

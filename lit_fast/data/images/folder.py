@@ -7,8 +7,7 @@ from urllib.parse import quote
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.decode import MAX_IMAGE, ImageError
 from lit_fast.errors import UserError
-from lit_fast.storage import remote
-from lit_fast.storage.files import file_status, is_directory, read_range
+from lit_fast.storage.files import file_status, is_directory, read_range, read_whole
 from lit_fast.storage.paths import is_url, join
 
 
@@ -22,7 +21,7 @@ def read_folder_image(source: Source, key: str) -> bytes:
     """
     if is_url(source.images):
         name = quote(key) if source.images.startswith("http") else key
-        data = remote.read_whole(f"{source.images}/{name}", MAX_IMAGE)
+        data = read_whole(f"{source.images}/{name}", MAX_IMAGE)
         if data is None:
             raise ImageError("image file not found")
         return data

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.decode import ImageError
 from lit_fast.errors import UserError, first_line
-from lit_fast.storage.read import open_binary
+from lit_fast.storage.files import open_read
 
 MAX_ROW_GROUP = 4 << 30  # decoded bytes according to the file; a row group is read as a whole
 _CACHE_BYTES = 1 << 30  # of decoded row groups; the one in use may be larger
@@ -92,7 +92,7 @@ class _RowGroup:
 
 
 def _read_column(source: Source, group: int) -> Any:
-    with open_binary(source.path) as file:
+    with open_read(source.path) as file:
         try:
             parquet = pq.ParquetFile(file)
             check_row_group(source.path, parquet, group)

@@ -19,10 +19,13 @@ class ImageReader:
     """Reads the encoded images of a dataset by row, from any thread.
 
     The kind of a row's source, recorded when it was indexed, selects one of the modules beside this one.
+
+    Args:
+      dataset: the dataset.
+      noise_size: side in pixels of the images of noise sources.
     """
 
     def __init__(self, dataset: Dataset, noise_size: int = DEFAULT_SIZE) -> None:
-        """Args: dataset; `noise_size`, the side in pixels of the images of noise sources."""
         self._dataset, self._noise_size = dataset, noise_size
         self._parquet, self._examples = ParquetImages(), ExampleImages()
         index = dataset.index_reader()

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from lit_fast.data.dataset import Dataset, Source
 from lit_fast.data.images.noise import is_noise
 from lit_fast.errors import UserError
-from lit_fast.storage import remote
-from lit_fast.storage.files import file_status, is_directory
+from lit_fast.storage import files as storage
+from lit_fast.storage.files import is_directory
 from lit_fast.storage.paths import is_url
 
 
@@ -18,19 +18,7 @@ def size_and_etag(path: str) -> tuple[int, str]:
     Raises:
       UserError: the file cannot be read, or is neither a regular file nor a directory.
     """
-    if is_noise(path):
-        return 0, ""
-    if is_url(path):
-        return remote.stat(path)
-    try:
-        status = file_status(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if status.is_directory:
-        return 0, ""
-    if not status.is_file:  # a pipe can be read once and only in order
-        raise UserError(f"{path} is not a regular file; write its content to a file first")
-    return status.size, ""
+    return (0, "") if is_noise(path) else storage.size_and_etag(path)
 
 
 def check_sources(dataset: Dataset) -> None:

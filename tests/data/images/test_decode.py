@@ -18,7 +18,7 @@ from PIL import Image
 from lit_fast.data.images.decode import ImageError, decode
 from lit_fast.towers.preprocess import Preprocess
 from tests.helpers import encoded, picture
-from tests.towers.test_preprocess import HOWS
+from tests.towers.test_preprocess import PREPROCESSES
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
 
@@ -209,7 +209,7 @@ def test_decode_refuses_absurd_canvases() -> None:
     st.sampled_from([*FORMATS, "progressive", "animated"]),
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=12),
     st.integers(0, 10_000),
-    st.sampled_from(HOWS),
+    st.sampled_from(PREPROCESSES),
 )
 def test_nothing_but_an_image_or_an_image_error(
     format: str, changes: list[tuple[int, int]], length: int, how: Preprocess
@@ -221,8 +221,8 @@ def test_nothing_but_an_image_or_an_image_error(
         data = bytearray(encoded(image, "WEBP", save_all=True, append_images=[picture(8, 40, 33)]))
     else:
         data = bytearray(encoded(image, format))
-    for place, value in changes:
-        data[place % len(data)] = value
+    for position, value in changes:
+        data[position % len(data)] = value
     if length < len(data):
         del data[length:]
     reason = ""

@@ -191,7 +191,7 @@ def test_train_evaluate_and_search_an_imported_dataset(tmp_path, capsys):
     assert (tmp_path / "page.html").read_text().count("no picture") == 10
     for command, message in [
         (["classify", "x.jpg", "--model", w, "--labels", "a,b"], "not made by lit-fast embed"),
-        (["embed", d, "--tower", "x.npz"], "imported as features, without images"),
+        (["embed", d, "--tower", "x.npz"], "imported as features and has no images"),
         (["verify", d, "--repair", "--tower", "other"], "no features of tower 'other'"),
     ]:
         assert main([str(word) for word in command]) == 2

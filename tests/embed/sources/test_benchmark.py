@@ -15,9 +15,18 @@ from lit_fast.errors import UserError
 from lit_fast.evaluation import known_sets
 from lit_fast.evaluation.known_sets import resolve_labels
 from lit_fast.storage import remote
-from tests.embed.sources.servers import FileServer, file_server
 from tests.helpers import encoded, picture, write_tar
-from tests.web import COMMIT, Answer, Hub, Server, own_cache, running_hub, running_server  # noqa: F401
+from tests.web import (  # noqa: F401
+    COMMIT,
+    Answer,
+    FileServer,
+    Hub,
+    Server,
+    file_server,
+    own_cache,
+    running_hub,
+    running_server,
+)
 
 NAMES, TEMPLATES = "red\ngreen\nblue\n", "a photo of a {c}.\n\n{c}\n"
 
@@ -74,7 +83,6 @@ def test_an_empty_line_among_class_names_keeps_its_number(tmp_path: Path) -> Non
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     pytest.importorskip("aiohttp")
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    remote._range_servers.clear()
     with file_server(benchmark_set(tmp_path / "files" / "wds_colours").parent) as server:
         yield server
 
@@ -130,22 +138,17 @@ def test_an_unknown_name_lists_the_known(hub: Hub) -> None:
 def test_real_labels_come_through_the_cache(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    table = tmp_path / "known.toml"
-    table.write_text(f'[real]\ntask = "labels"\nurl = "{server.url}/real.json"\n')
-    monkeypatch.setattr(known_sets, "_TABLE", table)
-    known_sets.known_evaluations.cache_clear()
+    table = {"real": {"task": "labels", "url": f"{server.url}/real.json"}}
+    monkeypatch.setattr(known_sets, "known_evaluations", lambda: table)
     server.answers["/real.json"] = Answer(b"[[1], [], [2, 3]]")
-    try:
-        path = resolve_labels("real")
-        assert path.read_bytes() == b"[[1], [], [2, 3]]"
-        server.requests.clear()
-        assert resolve_labels("real") == path
-        assert not server.requests
-    finally:
-        known_sets.known_evaluations.cache_clear()
+    path = resolve_labels("real")
+    assert Path(path).read_bytes() == b"[[1], [], [2, 3]]"
+    server.requests.clear()
+    assert resolve_labels("real") == path
+    assert not server.requests
     own = tmp_path / "own.json"
     own.write_text("{}")
-    assert resolve_labels(str(own)) == own
+    assert resolve_labels(str(own)) == str(own)
     with pytest.raises(UserError, match=r"is no file; give a JSON file or one of the known labels: real"):
         resolve_labels("reel")
 

@@ -61,7 +61,7 @@ def test_it_is_embedded_and_verified_like_any_other(noise, tiny_vit, capsys, mon
     said = capsys.readouterr().out
     assert "is already indexed: 70 rows" in said
     assert "70 valid, 0 invalid" in said
-    assert "all in place" in said
+    assert "all present" in said
     assert main(["index", "noise:90", "--out", str(noise.path), "--append"]) == 0
     assert open_dataset(noise.path).rows == 90
     assert open_dataset(noise.path).left_out == {"duplicate key": 70}

@@ -1,4 +1,4 @@
-"""Sources at http://, s3:// and gs://, from real servers on localhost."""
+"""Sources at http://, s3://, gs:// and hf://, from real servers on localhost."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
 from lit_fast.errors import UserError
 from lit_fast.storage import remote
-from tests.embed.sources.servers import FileServer, file_server
 from tests.helpers import encoded, picture, samples, write_tar
-from tests.web import Hub, own_cache, running_hub  # noqa: F401
+from tests.web import FileServer, Hub, file_server, running_hub  # noqa: F401
 
 
 @pytest.fixture
@@ -46,7 +45,6 @@ def files(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    remote._range_servers.clear()
     with file_server(files) as server:
         yield server
 
@@ -58,7 +56,9 @@ def contents(dataset: Dataset) -> dict[tuple[str, ...], bytes]:
     return {tuple(captions): reader.read(row) for row, captions in enumerate(rows)}
 
 
-def test_http_equals_local(files: Path, server: FileServer, tmp_path: Path, tiny_vit: Path) -> None:
+def test_index_over_http_equals_local(
+    files: Path, server: FileServer, tmp_path: Path, tiny_vit: Path
+) -> None:
     """Rows, images and features, with tars and parquet, from URLs in braces."""
     names = ["{00000..00001}.tar", "rest.parquet"]
     local = index_dataset([f"{files}/{n}" for n in names], tmp_path / "local", seed=0)
@@ -72,7 +72,7 @@ def test_http_equals_local(files: Path, server: FileServer, tmp_path: Path, tiny
     np.testing.assert_array_equal(one, two)
 
 
-def test_transient_failures_are_tried_again(server: FileServer, tmp_path: Path) -> None:
+def test_http_transient_failures_are_retried(server: FileServer, tmp_path: Path) -> None:
     url = f"{server.url}/00000.tar"
     remote.stat(url)
     server.statuses = [503, 500, 429]
@@ -87,7 +87,7 @@ def test_transient_failures_are_tried_again(server: FileServer, tmp_path: Path) 
         ImageReader(dataset).read(0)
 
 
-def test_http_refusals_are_one_line(
+def test_index_over_http_refusals_are_one_line(
     server: FileServer, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(name: str, url: str = server.url) -> str:
@@ -108,7 +108,9 @@ def test_http_refusals_are_one_line(
     assert "may not be read (403" in refused("00000.tar")
 
 
-def test_a_changed_or_missing_object_is_noticed(server: FileServer, files: Path, tmp_path: Path) -> None:
+def test_check_sources_finds_a_changed_or_missing_object(
+    server: FileServer, files: Path, tmp_path: Path
+) -> None:
     dataset = index_dataset([f"{server.url}/00000.tar"], tmp_path / "d", seed=0)
     check_sources(dataset)
     data = (files / "00000.tar").read_bytes()
@@ -127,7 +129,9 @@ def test_a_changed_or_missing_object_is_noticed(server: FileServer, files: Path,
         check_sources(dataset)
 
 
-def test_images_of_a_table_at_a_url(server: FileServer, files: Path, tmp_path: Path) -> None:
+def test_index_a_table_of_image_urls_reads_each_image(
+    server: FileServer, files: Path, tmp_path: Path
+) -> None:
     """Each image is a file of its own; a missing one is found out when it is embedded."""
     (files / "images").mkdir()
     for i in range(3):
@@ -192,7 +196,7 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
-def test_s3_equals_local(files: Path, s3: str, tmp_path: Path, tiny_vit: Path) -> None:
+def test_index_over_s3_equals_local(files: Path, s3: str, tmp_path: Path, tiny_vit: Path) -> None:
     for file in files.iterdir():
         remote._open_filesystem("s3").put(str(file), f"pairs/a/{file.name}")
     remote._open_filesystem("s3").pipe("pairs/a/../../etc/00002.tar", (files / "00000.tar").read_bytes())
@@ -203,7 +207,9 @@ def test_s3_equals_local(files: Path, s3: str, tmp_path: Path, tiny_vit: Path) -
         index_dataset([f"{s3}/a/"], tmp_path / "no", seed=0)
 
 
-def test_an_object_named_like_a_path_escape_is_just_a_name(files: Path, s3: str, tmp_path: Path) -> None:
+def test_index_an_object_named_like_a_path_escape_writes_nothing_outside(
+    files: Path, s3: str, tmp_path: Path
+) -> None:
     remote._open_filesystem("s3").pipe("pairs/e/../../up.tar", (files / "00000.tar").read_bytes())
     before = sorted(os.listdir(tmp_path))
     try:
@@ -229,14 +235,14 @@ def gs() -> Iterator[str]:
     server.stop()
 
 
-def test_gs_equals_local(files: Path, gs: str, tmp_path: Path, tiny_vit: Path) -> None:
+def test_index_over_gs_equals_local(files: Path, gs: str, tmp_path: Path, tiny_vit: Path) -> None:
     for file in files.iterdir():
         url = f"{os.environ['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/pairs/o?uploadType=media&name=a/{file.name}"
         urllib.request.urlopen(urllib.request.Request(url, file.read_bytes(), method="POST")).close()
     assert_equals_local(f"{gs}/a", files, tmp_path, tiny_vit)
 
 
-def test_missing_packages_are_one_line(tmp_path: Path) -> None:
+def test_index_without_the_package_of_a_protocol_fails_in_one_line(tmp_path: Path) -> None:
     script = "import sys; sys.modules['s3fs'] = None; from lit_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = ["index", "s3://x/y.tar", "--out", str(tmp_path / "d")]
     done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
@@ -245,7 +251,7 @@ def test_missing_packages_are_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_images_come_by_range_from_many_threads(server: FileServer, files: Path, tmp_path: Path) -> None:
+def test_image_reader_in_many_threads_reads_ranges(server: FileServer, files: Path, tmp_path: Path) -> None:
     dataset = index_dataset([f"{server.url}/00000.tar", f"{server.url}/rest.parquet"], tmp_path / "d", seed=0)
     want, reader = contents(dataset), ImageReader(dataset)
     rows = [tuple(c) for block in dataset.iter_captions() for c in block]
@@ -255,10 +261,10 @@ def test_images_come_by_range_from_many_threads(server: FileServer, files: Path,
     assert got == [want[captions] for captions in rows] * 2
     # One request per image and time from the tar; each of the four row groups is read once, in one request
     # for the footer and one for the column (8 MiB are read ahead).
-    assert server.requests["GET"] <= 2 * 12 + 4 * 2
+    assert server.downloads <= 2 * 12 + 4 * 2
 
 
-def test_hf_equals_local(files: Path, hub: Hub, tmp_path: Path, tiny_vit: Path) -> None:
+def test_index_over_hf_equals_local(files: Path, hub: Hub, tmp_path: Path, tiny_vit: Path) -> None:
     hub.add(
         "datasets/owner/pairs", {f"data/{n}": d for n, d in contents_of(files).items()} | {"README.md": b"#"}
     )
@@ -272,7 +278,7 @@ def test_hf_equals_local(files: Path, hub: Hub, tmp_path: Path, tiny_vit: Path) 
         index_dataset([f"{url}/b/*.tar"], tmp_path / "no", seed=0)
 
 
-def test_hf_a_changed_file_is_noticed(files: Path, hub: Hub, tmp_path: Path) -> None:
+def test_check_sources_finds_a_changed_file_of_the_hub(files: Path, hub: Hub, tmp_path: Path) -> None:
     hub.add("datasets/owner/pairs", files)
     dataset = index_dataset(["hf://datasets/owner/pairs/00000.tar"], tmp_path / "d", seed=0)
     check_sources(dataset)
@@ -282,7 +288,7 @@ def test_hf_a_changed_file_is_noticed(files: Path, hub: Hub, tmp_path: Path) -> 
         check_sources(dataset)
 
 
-def test_hf_a_gated_dataset_needs_a_token(
+def test_index_a_gated_dataset_needs_a_token(
     files: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("datasets/owner/pairs", files)
@@ -309,7 +315,7 @@ def test_hf_a_gated_dataset_needs_a_token(
         ("datasets/owner", "cannot be read"),
     ],
 )
-def test_hf_an_absent_file_is_one_line(
+def test_index_an_absent_file_of_the_hub_fails_in_one_line(
     files: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str, message: str
 ) -> None:
     hub.add("datasets/owner/pairs", {f"data/{n}": d for n, d in contents_of(files).items()})

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_fast.embed.sources import tars
-from lit_fast.embed.sources.expand import expand
 from lit_fast.embed.sources.interface import ColumnOptions, Damage, Sample, Skipped
 from lit_fast.errors import UserError
 from tests.helpers import samples, tar_bytes, write_tar
@@ -244,71 +243,6 @@ def test_truncation_never_changes_a_row(tmp_path_factory: pytest.TempPathFactory
     with tarfile.open(whole) as tar:
         if any(m.offset < length < m.offset_data + m.size for m in tar):
             assert found.damage
-
-
-def names(patterns: list[str]) -> list[str]:
-    return ["/".join(p.split("/")[-2:]) for p in expand(patterns)]
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    for name in (
-        "a/1.tar",
-        "a/2.tar",
-        "a/10.tar",
-        "b/1.tar",
-        "b/note.txt",
-        "wds/test/0.tar",
-        "s/test/0.tar",
-        "s/train/0.tar",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "a" / "x.tar").mkdir()
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("patterns", "want"),
-    [
-        (["a"], ["a/1.tar", "a/2.tar", "a/10.tar"]),
-        (["a/*.tar"], ["a/1.tar", "a/2.tar", "a/10.tar"]),
-        (["a/{1..2}.tar", "a/1.tar"], ["a/1.tar", "a/2.tar"]),
-        (["{a,b}/?.tar"], ["a/1.tar", "a/2.tar", "b/1.tar"]),
-        (["b/1.tar", "a/[2].tar"], ["a/2.tar", "b/1.tar"]),
-        (["wds"], ["test/0.tar"]),
-        (["b/note.txt"], ["b/note.txt"]),
-    ],
-)
-def test_expand(tree: Path, patterns: list[str], want: list[str]) -> None:
-    assert names([f"{tree}/{p}" for p in patterns]) == want
-    assert all(p.startswith("/") for p in expand([f"{tree}/{p}" for p in patterns]))
-
-
-def test_expand_keeps_leading_zeros(tmp_path: Path) -> None:
-    for n in (8, 9, 10):
-        (tmp_path / f"{n:05d}.tar").write_bytes(b"")
-    assert [Path(p).name for p in expand([f"{tmp_path}/{{00008..00010}}.tar"])] == [
-        "00008.tar",
-        "00009.tar",
-        "00010.tar",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("{tree}/c/*.tar", r"c/\*.tar matches no file"),
-        ("{tree}/a/{{1..3}}.tar", r"a/3.tar \(from .*\) does not exist"),
-        ("{tree}/nothing", "does not exist"),
-        ("ftp://host/{{0..3}}.tar/", "only local paths"),
-        ("{tree}/s", "splits test, train; name one"),
-        ("{tree}/a/{{9..1}}.tar", "not a range"),
-    ],
-)
-def test_expand_refuses(tree: Path, pattern: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        expand([pattern.format(tree=tree)])
 
 
 def test_json_of_img2dataset_on_real_data(realdata: Path) -> None:

@@ -22,7 +22,7 @@ from lit_fast.embed.tokenize import tokenize_dataset
 from lit_fast.embed.verify.dataset import verify_dataset
 from lit_fast.embed.verify.shard_scan import row_hashes
 from lit_fast.errors import UserError
-from tests.embed.test_extract import tree
+from tests.embed.contents import patch_shard_rows, tree
 from tests.helpers import encoded, picture, tiny_vit_arrays, write_tar
 
 ROWS = 1500  # two small shards
@@ -39,13 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path) -> Path:
     write_tar(root / "0.tar", members)
     shutil.copy(tiny_vit, root / "tiny.npz")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (
-            "lit_fast.data.dataset",
-            "lit_fast.data.features",
-            "lit_fast.embed.extract",
-            "lit_fast.embed.shard_writer",
-        ):
-            patch.setattr(f"{module}.SHARD", 1024)
+        patch_shard_rows(patch)
         index_dataset([str(root / "0.tar")], root / "d", seed=0)
         embed_dataset(root / "d", str(root / "tiny.npz"), batch_size=16)
         tokenize_dataset(root / "d", train_vocab=280, name="words")

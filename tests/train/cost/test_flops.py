@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from lit_fast.config import LossConfig, TextConfig
-from lit_fast.losses.accumulate import Trained
-from lit_fast.losses.contrastive import pair_loss
-from lit_fast.losses.pairs import pair_up
+from lit_fast.losses.accumulate import LossParams
+from lit_fast.losses.contrastive import contrastive_loss
+from lit_fast.losses.pairs import make_sides
 from lit_fast.models.sizes import Shape
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import REPLICATED, SHARDED, make_mesh, shard_map
@@ -26,7 +26,7 @@ from lit_fast.train.cost.flops import program_flops, step_flops
         {"eos_id": 1},
     ],
 )
-def test_formula_counts_every_product(options):
+def test_step_flops_counts_every_product_of_the_tower(options):
     model = TextTower(
         **{"shape": Shape(24, 3, 40, 2), "vocab_size": 50, "max_length": 7, "out_dim": 10} | options
     )
@@ -41,22 +41,22 @@ def test_formula_counts_every_product(options):
     ("options", "rounds"),
     [
         ({}, 0),
-        ({"same_image": "mask", "same_caption": "mask"}, 0),
+        ({"same_caption": "mask"}, 0),
         ({"negatives": "random", "negatives_per_positive": 2.0}, 0),
         ({"name": "softmax"}, 1),
         ({"negatives": "hardest", "negatives_per_positive": 2.0}, 3),
     ],
 )
-def test_formula_counts_the_loss_without_what_is_worked_out_again(options, rounds, image_head):
-    """The program goes round `rounds` times more and compares all pairs anew, of which the formula knows nothing."""
+def test_step_flops_counts_the_loss_without_recomputation(options, rounds, image_head):
+    """The program computes all pairs `rounds` more times, which the formula does not count."""
     texts, images, width = 12, 6, 10
     config = LossConfig(**options, image_head=image_head)
 
-    def loss(trained, features, rows, ids, words):
-        pairs = pair_up(config, 1, features, rows, len(ids) // len(rows), lambda: ids, words)
-        return jax.value_and_grad(lambda t: pair_loss(config, 1, t, *pairs)[0])(trained)
+    def loss(params, features, rows, ids, seeds):
+        sides = make_sides(config, 1, features, rows, len(ids) // len(rows), lambda: ids, seeds)
+        return jax.value_and_grad(lambda p: contrastive_loss(config, 1, p, *sides)[0])(params)
 
-    trained = Trained(
+    params = LossParams(
         texts=jnp.zeros((texts, width)),
         log_scale=jnp.zeros(()),
         bias=jnp.zeros(()),
@@ -70,7 +70,7 @@ def test_formula_counts_the_loss_without_what_is_worked_out_again(options, round
     )
     one = make_mesh(jax.devices()[:1])
     specs = (REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED)
-    program = jax.make_jaxpr(shard_map(loss, one, specs))(trained, *batch)
+    program = jax.make_jaxpr(shard_map(loss, one, specs))(params, *batch)
     model = TextTower(shape=Shape(24, 3, 40, 2), vocab_size=50, max_length=7, out_dim=width)
     formula = step_flops(model, texts, images, image_head) - step_flops(model, texts, 0)
     again = 2 * texts * images * width + (2 * images * width**2 if image_head else 0)
@@ -81,14 +81,14 @@ def test_formula_counts_the_loss_without_what_is_worked_out_again(options, round
     ("keep", "share"),
     [("everything", 0.0), ("products", 0.0), ("hidden", 0.09), ("inputs", 0.22), ("embeddings", 0.33)],
 )
-def test_what_is_worked_out_again(keep, share):
-    """The shares that `lit_fast.config.TextConfig` names, of the L tower on 16 tokens."""
+def test_recomputation_of_each_remat_policy(keep, share):
+    """The shares in the help of `text.keep`, for the L tower with 16 tokens."""
     text = TextConfig(variant="L", depth=12, keep=keep)
-    model = TextTower(text.shape, 32_000, 16, 768, keep=text.encoder_remat)
+    model = TextTower(text.shape, 32_000, 16, 768, remat_policy=text.encoder_remat)
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)
     embed = jax.checkpoint(model.apply) if keep == "embeddings" else model.apply
     gradient = jax.make_jaxpr(jax.grad(lambda params, ids: embed(params, ids).sum()))
     again = program_flops(gradient(params, ids).jaxpr) / step_flops(model, 2, 0) - 1
-    # To a whole per cent, with the scores of "products", which are not kept.
+    # Rounded to 1 %; with "products" the attention scores are recomputed.
     assert abs(again - share) < 0.006

@@ -1,4 +1,4 @@
-"""Export for big_vision: the same parameters come back, the image head is the centring, what it has not is refused."""
+"""Export for big_vision: equal parameters when read back, centring in the image head, unsupported models."""
 
 from dataclasses import replace
 
@@ -99,24 +99,24 @@ def test_arrays_have_big_vision_names(tiny_vit):
     text = replace(TEXT, pooling="map")
     names = set(arrays(random_model(load_tower(str(tiny_vit)), text, LossConfig(center=True))))
 
-    def dense(*places):
-        return {f"{place}/{leaf}" for place in places for leaf in ("kernel", "bias")}
+    def dense(*paths):
+        return {f"{path}/{leaf}" for path in paths for leaf in ("kernel", "bias")}
 
-    def norm(*places):
-        return {f"{place}/{leaf}" for place in places for leaf in ("scale", "bias")}
+    def norm(*paths):
+        return {f"{path}/{leaf}" for path in paths for leaf in ("scale", "bias")}
 
-    def attention(place):
+    def attention(path):
         return dense(
-            *(f"{place}/MultiHeadDotProductAttention_0/{n}" for n in ("query", "key", "value", "out"))
+            *(f"{path}/MultiHeadDotProductAttention_0/{n}" for n in ("query", "key", "value", "out"))
         )
 
-    def mlp(place):
-        return dense(f"{place}/MlpBlock_0/Dense_0", f"{place}/MlpBlock_0/Dense_1")
+    def mlp(path):
+        return dense(f"{path}/MlpBlock_0/Dense_0", f"{path}/MlpBlock_0/Dense_1")
 
-    def encoder(place):
-        blocks = [f"{place}/encoderblock_{i}" for i in range(2)]
+    def encoder(path):
+        blocks = [f"{path}/encoderblock_{i}" for i in range(2)]
         inside = [attention(b) | mlp(b) | norm(f"{b}/LayerNorm_0", f"{b}/LayerNorm_1") for b in blocks]
-        return set().union(*inside) | norm(f"{place}/encoder_norm")
+        return set().union(*inside) | norm(f"{path}/encoder_norm")
 
     head = "txt/MAPHead_0"
     want = {"t", "b", "img/cls", "img/pos_embedding", "txt/pos_embedding", "txt/Embed_0/embedding"}

@@ -1,5 +1,7 @@
-"""`lit-fast export`: the folder of our own, what every format shares, and what is refused."""
+"""`lit-fast export`: the format lit_fast, the parts that all formats share, wrong arguments and hostile files."""
 
+import importlib
+import inspect
 import json
 import resource
 import shutil
@@ -22,7 +24,7 @@ from lit_fast.runs.run import open_run
 from lit_fast.towers.tower import load_tower
 from lit_fast.train.export.card import model_card
 from lit_fast.train.export.native import write
-from lit_fast.train.export.writer import ExportOptions, write_directory
+from lit_fast.train.export.writer import FORMATS, ExportFormat, ExportOptions, write_directory
 from tests.helpers import picture
 from tests.trained import CONFIG, command, random_model, words
 from tests.weights.checkpoints import write_timm
@@ -137,9 +139,9 @@ def test_card_has_front_matter_and_the_figures_of_the_receipt(exported, trained_
 
 def test_card_python_runs_and_scores_as_the_model(exported, tmp_path, monkeypatch):
     code = (exported / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    place = damaged(exported, tmp_path / "x")
-    picture(0).save(place / "image.jpg")
-    monkeypatch.chdir(place)
+    directory = copied(exported, tmp_path / "x")
+    picture(0).save(directory / "image.jpg")
+    monkeypatch.chdir(directory)
     names: dict = {}
     exec(code, names)
     assert names["images"].shape == (1, 32)
@@ -148,8 +150,8 @@ def test_card_python_runs_and_scores_as_the_model(exported, tmp_path, monkeypatc
 
 def test_card_of_a_known_tower_names_licence_and_base_model(tiny_vit):
     tower = load_tower(str(tiny_vit))
-    told = tower.provenance("float32") | {"source": "timm:vit_tiny_patch16_224.augreg_in21k"}
-    card = model_card(random_model(tower, TextConfig(width=32, depth=1, heads=2), tower_json=told), "")
+    provenance = tower.provenance("float32") | {"source": "timm:vit_tiny_patch16_224.augreg_in21k"}
+    card = model_card(random_model(tower, TextConfig(width=32, depth=1, heads=2), tower_json=provenance), "")
     assert 'license: "apache-2.0"\nbase_model: "timm/vit_tiny_patch16_224.augreg_in21k"\n---\n' in card
     assert "The run left no receipt" in card
     cards = pytest.importorskip("huggingface_hub").ModelCard
@@ -164,15 +166,23 @@ def test_export_with_a_damaged_receipt_fails_in_one_line(trained_run, tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
-# --- what is refused, and that nothing is left behind
+@pytest.mark.parametrize("name", FORMATS)
+def test_format_module_has_the_functions_of_export_format(name):
+    module = importlib.import_module(FORMATS[name].module)
+    for function in ("check", "write"):
+        expected = list(inspect.signature(getattr(ExportFormat, function)).parameters)[1:]  # without self
+        assert list(inspect.signature(getattr(module, function)).parameters) == expected
+
+
+# --- errors, after which nothing is left behind
 
 
 def refused(arguments, message, capsys):
     capsys.readouterr()
     assert main([str(a) for a in arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -235,22 +245,22 @@ def test_load_exported_model_refuses_options_of_a_run(exported, option):
 # --- hostile folders
 
 
-def damaged(folder, place):
-    """A copy of the folder to damage."""
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(folder, place)
-    return place
+def copied(directory, target):
+    """Replace `target` by a copy of the directory, which a test damages."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(directory, target)
+    return target
 
 
 def one_line(folder):
-    """Loads all of it; a UserError of one line is the only way to fail."""
-    said = ""
+    """Load everything; return the text of the UserError, which must be one line."""
+    text = ""
     try:
         _ = lit_fast.load(folder).tower
     except UserError as error:
-        said = str(error)
-    assert "\n" not in said
-    return said
+        text = str(error)
+    assert "\n" not in text
+    return text
 
 
 @pytest.mark.parametrize(
@@ -278,16 +288,16 @@ def one_line(folder):
     ],
 )
 def test_load_changed_json_fails_in_one_line(exported, tmp_path, file, key, value, message):
-    folder = damaged(exported, tmp_path / "x")
-    told = json.loads((folder / file).read_text())
+    folder = copied(exported, tmp_path / "x")
+    content = json.loads((folder / file).read_text())
     if isinstance(value, dict):  # None: without it
-        value = {name: v for name, v in (told[key] | value).items() if v is not None}
-    (folder / file).write_text(json.dumps(told | {key: value}))
+        value = {name: v for name, v in (content[key] | value).items() if v is not None}
+    (folder / file).write_text(json.dumps(content | {key: value}))
     assert message in one_line(folder)
 
 
 def test_load_wrong_or_damaged_weights_fails_in_one_line(exported, tmp_path):
-    folder = damaged(exported, tmp_path / "x")
+    folder = copied(exported, tmp_path / "x")
     weights = folder / "model.safetensors"
     arrays, whole = load_file(weights), weights.read_bytes()
     for name in ("t", "img/cls", "txt/head/kernel"):
@@ -299,10 +309,10 @@ def test_load_wrong_or_damaged_weights_fails_in_one_line(exported, tmp_path):
         assert f"{name}/more has shape {arrays[name].shape}, expected no such array" in one_line(folder)
     weights.write_bytes(whole[: len(whole) // 2])
     assert "is not a readable .safetensors" in one_line(folder)
-    (damaged(exported, folder) / "tokenizer.model").write_bytes(words().model)
+    (copied(exported, folder) / "tokenizer.model").write_bytes(words().model)
     assert "tokenizer.model is not the tokenizer" in one_line(folder)
     for name in ("model.safetensors", "tokenizer.model", "tower.json"):
-        (damaged(exported, folder) / name).unlink()
+        (copied(exported, folder) / name).unlink()
         assert name in one_line(folder)
 
 
@@ -316,11 +326,13 @@ ANYTHING = st.recursive(
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), file=st.sampled_from(["config.json", "tower.json"]), value=ANYTHING)
 def test_load_any_json_value_never_raises_a_traceback(exported, tmp_path, data, file, value):
-    folder = damaged(exported, tmp_path / "x")
-    told = json.loads((folder / file).read_text())
-    inside = data.draw(st.sampled_from([told, *(v for v in told.values() if v and isinstance(v, dict))]))
+    folder = copied(exported, tmp_path / "x")
+    content = json.loads((folder / file).read_text())
+    inside = data.draw(
+        st.sampled_from([content, *(v for v in content.values() if v and isinstance(v, dict))])
+    )
     inside[data.draw(st.sampled_from(sorted(inside)))] = value
-    (folder / file).write_text(json.dumps(told))
+    (folder / file).write_text(json.dumps(content))
     one_line(folder)
 
 

@@ -258,11 +258,15 @@ def test_check_unusable_files_weights_and_packages_raise(tokenizer, tiny_vit, tm
     names, bad = tmp_path / "names", tmp_path / "bad"
     names.write_text("rose\n")
     for content, options, message in (
-        (None, {"classes": bad}, "bad cannot be read"),
+        (None, {"classes": bad}, "bad does not exist"),
         (b"\n \n", {"classes": bad}, "bad is empty"),
-        (b"\xff\xfe", {"classes": bad}, "bad is not UTF-8 text"),
+        (b"\xff\xfe", {"classes": bad}, "bad cannot be read as UTF-8 text"),
         (b"rose\n?!\n", {"classes": bad}, r"bad: class name '\?!' \(number 1\)"),
-        (b"a rose\n", {"classes": names, "templates": bad}, "bad: prompt template 'a rose' has no place"),
+        (
+            b"a rose\n",
+            {"classes": names, "templates": bad},
+            "bad: prompt template 'a rose' lacks the class name",
+        ),
         (b"a {}\n", {"templates": bad}, "without --classes"),
     ):
         if content is not None:

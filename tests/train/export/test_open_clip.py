@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lit_fast.cli.main import main
-from lit_fast.config import LossConfig, TextConfig
+from lit_fast.config import LossConfig
 from lit_fast.errors import UserError
 from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates, classifier
 from lit_fast.models.architecture import Architecture
@@ -24,26 +24,12 @@ from lit_fast.train.export.writer import ExportOptions
 from tests.helpers import picture
 from tests.reference import torch_vit
 from tests.torch_packages import import_package
+from tests.train.export.cases import CENTERED, FULL, MASKED, MU, TEXT_TOWERS, TEXTS
 from tests.trained import random_model, reference_texts
 from tests.weights.checkpoints import HEADS, write_huggingface, write_timm
 from tests.weights.test_families import HUGGINGFACE, TIMM
 
-TEXTS = ["a red thing", "Blue things, NOT green ones; and another thing", "", "x", "a </s> thing"]
-FULL = LossConfig(center=True, image_head=True)
-MU = TextConfig(variant="mu", dtype="float32", depth=2)
-MASKED = replace(MU, pooling="mean", mask_padding=True)
 VISION = ["vit", "vit in a classifier", "dinov2", "clip_vision_model alone"]
-TEXT = {
-    "last": {},
-    "first": {"pooling": "first"},
-    "mean": {"pooling": "mean"},
-    "last, masked": {"mask_padding": True},
-    "first, masked": {"pooling": "first", "mask_padding": True},
-    "mean, masked": {"pooling": "mean", "mask_padding": True},
-    "narrow table": {"embedding_width": 8},
-    "no head": {"head": False, "width": 24, "heads": 2},
-    "odd sizes": {"width": 36, "heads": 3, "mlp_dim": 50, "pooling": "mean", "mask_padding": True},
-}
 # By timm's name: what else its tower is made of, beside sizes and the last part of the name.
 BY_NAME = {
     "vit_base_patch32_siglip_256": Architecture(
@@ -100,7 +86,7 @@ def loaded_by_open_clip(folder):
 def compare_images(model, theirs, case=""):
     """Pixels, and embeddings of an image; returns its pixels for open_clip, and our embedding.
 
-    case: the tower's, where it is one of HUGGINGFACE as it stands; without it the tower itself computes.
+    case: the key in HUGGINGFACE of the tower; without one the tower's own embeddings are the reference.
     """
     import torch
 
@@ -163,15 +149,15 @@ def test_timm_tower_embeds_as_ours(name, tmp_path):
     assert type(theirs[0].visual).__name__ == "TimmModel"
 
 
-@pytest.mark.parametrize("case", TEXT)
+@pytest.mark.parametrize("case", TEXT_TOWERS)
 def test_text_tower_embeds_as_ours(case, towers, tmp_path):
     tower = towers("vit")
-    fields = TEXT[case] | ({"width": tower.width} if case == "no head" else {})
-    model = random_model(tower, replace(MU, **fields), LossConfig(center=True))
+    fields = TEXT_TOWERS[case] | ({"width": tower.width} if case == "no head" else {})
+    model = random_model(tower, replace(MU, **fields), CENTERED)
     theirs = loaded_by_open_clip(export(model, tmp_path / "out"))
     compare_texts(model, theirs)
-    more = case in ("mean", "odd sizes") or "masked" in case
-    assert len(theirs[0].text.transformer.resblocks) == 2 + more
+    pooling_layer = model.config.pooling == "mean" or model.config.mask_padding
+    assert len(theirs[0].text.transformer.resblocks) == 2 + pooling_layer
 
 
 def test_logits_equal_ours(towers, tmp_path):
@@ -212,7 +198,7 @@ def test_clip_benchmark_classifies_real_photos_as_ours(realdata, tmp_path):
     lines = (flowers / "zeroshot_classification_templates.txt").read_text().splitlines()
     templates = canonical_templates(lines)[:3]
 
-    model = random_model(tower, replace(MASKED, variant="Ti", depth=1), LossConfig(center=True))
+    model = random_model(tower, replace(MASKED, variant="Ti", depth=1), CENTERED)
     pixels = np.stack([tower.preprocess.apply(image) for image in images])
     features = np.asarray(jax.jit(tower.embed)(tower.params, pixels))
     model.params["mean"][:] = features.mean(axis=0)  # as in training, so that no class is everybody's nearest

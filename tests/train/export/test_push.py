@@ -1,10 +1,8 @@
-"""Upload to the Hugging Face Hub: its own package talks to a server on this machine that answers as the Hub does."""
+"""Upload to the Hugging Face Hub: huggingface_hub talks to a server on this machine that answers as the Hub does."""
 
 import base64
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import constants
@@ -12,79 +10,53 @@ from huggingface_hub import constants
 from lit_fast.errors import UserError
 from lit_fast.train.export.push import check_push, push
 from tests.trained import command
+from tests.web import Answer, Server
 
 pytestmark = pytest.mark.usefixtures("token")
 
 
-class Hub:
-    """Repositories by name, and what was committed to them."""
+class Hub(Server):
+    """Repositories by name, and the files that were committed to them."""
 
     def __init__(self):
+        super().__init__()
         self.private, self.files, self.status = {}, {}, 200
-        outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def answer(self, path, body):
+        method, _, headers = self.requests[-1]
+        if method == "GET":
+            name = re.fullmatch(r"/api/models/([^/]+/[^/?]+)(/revision/main)?(\?.*)?", path)[1]
+            if name not in self.private:
+                return reply({"error": "Repository not found"}, 404)
+            return reply({"id": name, "private": self.private[name], "siblings": [], "tags": []})
+        assert headers["authorization"] == "Bearer hf_token"
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        if path == "/api/validate-yaml":
+            return reply({"errors": [], "warnings": []})
+        if "/preupload/" in path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            return reply(
+                {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]}
+            )
+        name = re.match(r"/api/models/([^/]+/[^/]+)/commit/main", path)[1]
+        for entry in map(json.loads, body.splitlines()):
+            if entry["key"] == "file":
+                self.files[name, entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        return reply({"success": True, "commitOid": "1", "commitUrl": f"{self.url}/{name}/commit/1"})
 
-            def do_GET(self):
-                name = re.fullmatch(r"/api/models/([^/]+/[^/?]+)(/revision/main)?(\?.*)?", self.path)
-                private = outer.private.get(name[1])
-                if private is None:
-                    self.answer({"error": "Repository not found"}, 404)
-                else:
-                    self.answer({"id": name[1], "private": private, "siblings": [], "tags": []})
-
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                assert self.headers["Authorization"] == "Bearer hf_token"
-                if self.path == "/api/repos/create":
-                    outer.create(self, json.loads(body))
-                elif self.path == "/api/validate-yaml":
-                    self.answer({"errors": [], "warnings": []})
-                elif "/preupload/" in self.path:
-                    paths = [file["path"] for file in json.loads(body)["files"]]
-                    how = [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]
-                    self.answer({"files": how})
-                else:
-                    name = re.match(r"/api/models/([^/]+/[^/]+)/commit/main", self.path)[1]
-                    outer.commit(name, [json.loads(line) for line in body.splitlines()])
-                    url = f"{outer.url}/{name}/commit/1"
-                    self.answer({"success": True, "commitOid": "1", "commitUrl": url})
-
-            def answer(self, value, status=200):
-                data = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def create(self, to, asked):
-        name = f"{asked['organization']}/{asked['name']}"
+    def create(self, request):
+        name = f"{request['organization']}/{request['name']}"
         if self.status != 200:
-            to.answer({"error": "You do not have the right to create it"}, self.status)
-        elif name in self.private:
-            to.answer({"error": "it exists", "url": f"{self.url}/{name}"}, 409)
-        else:
-            self.private[name] = asked.get("private", asked.get("visibility") == "private")
-            to.answer({"url": f"{self.url}/{name}", "name": name})
+            return reply({"error": "You do not have the right to create it"}, self.status)
+        if name in self.private:
+            return reply({"error": "it exists", "url": f"{self.url}/{name}"}, 409)
+        self.private[name] = request.get("private", request.get("visibility") == "private")
+        return reply({"url": f"{self.url}/{name}", "name": name})
 
-    def commit(self, name, lines):
-        for line in lines:
-            if line["key"] == "file":
-                self.files[name, line["value"]["path"]] = base64.b64decode(line["value"]["content"])
 
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
+def reply(value, status=200):
+    return Answer(json.dumps(value).encode(), status=status, headers={"Content-Type": "application/json"})
 
 
 @pytest.fixture

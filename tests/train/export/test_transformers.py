@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lit_fast.cli.main import main
-from lit_fast.config import LossConfig, TextConfig
+from lit_fast.config import LossConfig
 from lit_fast.errors import UserError
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.tower import load_tower
@@ -16,16 +16,12 @@ from lit_fast.train.export.writer import ExportOptions
 from tests.helpers import picture
 from tests.reference import torch_vit
 from tests.torch_packages import import_package
+from tests.train.export.cases import CENTERED, FULL, MASKED, MU, TEXT_TOWERS, TEXTS
 from tests.trained import command, random_model, reference_texts
 from tests.weights.checkpoints import HEADS, write_timm
 from tests.weights.test_families import HUGGINGFACE, TIMM
 
-TEXTS = ["a red thing", "Blue things, NOT green ones; and another thing", "", "x", "a </s> thing"]
-FULL = LossConfig(center=True, image_head=True)
-CENTERED = LossConfig(center=True)
-MU = TextConfig(variant="mu", dtype="float32", depth=2)
-
-# By the tower: the class that it becomes. DeiT's distillation token is one more register.
+# The class that a tower becomes, by the tower's name. DeiT's distillation token is one more register.
 VISION = {
     "vit": "ViTModel",
     "vit in a classifier": "ViTModel",
@@ -36,18 +32,9 @@ VISION = {
     "clip_vision_model alone": "CLIPVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
 }
-TEXT = {
-    "last": {},
-    "first": {"pooling": "first"},
-    "mean": {"pooling": "mean"},
-    "last, masked": {"mask_padding": True},
-    "first, masked": {"pooling": "first", "mask_padding": True},
-    "mean, masked": {"pooling": "mean", "mask_padding": True},
-    "narrow table": {"pooling": "mean", "embedding_width": 8},
-    "no head": {"head": False, "width": 32, "heads": 2},
+TEXT = TEXT_TOWERS | {
     "deep": {"width": 256, "heads": 4, "depth": 12},
     "deep, mean, masked": {"width": 256, "heads": 4, "depth": 12, "pooling": "mean", "mask_padding": True},
-    "odd sizes": {"width": 36, "heads": 3, "mlp_dim": 50, "pooling": "mean", "mask_padding": True},
 }
 
 
@@ -94,7 +81,7 @@ def compare_texts(model, theirs):
 
     inputs = theirs[1](text=TEXTS, padding="max_length", truncation=True, return_tensors="pt")
     ids = inputs["input_ids"].numpy()
-    if model.config.mask_padding:  # what is hidden may be another id
+    if model.config.mask_padding:  # masked ids may differ
         seen = inputs["attention_mask"].numpy() == 1
         np.testing.assert_array_equal(seen.sum(1), [len(i) for i in model.tokenizer.encode(TEXTS)[0]])
         np.testing.assert_array_equal(ids[seen], model.tokenizer(TEXTS)[seen])
@@ -123,14 +110,14 @@ def compare_all(model, theirs, case, bias=0):
 
 @pytest.mark.parametrize("case", VISION)
 def test_vision_tower_of_a_family_embeds_as_ours(case, towers, tmp_path):
-    model = random_model(towers(case), replace(MU, pooling="mean", mask_padding=True), FULL)
+    model = random_model(towers(case), MASKED, FULL)
     theirs = loaded_by_transformers(export(model, tmp_path / "out"))
     assert type(theirs[0].vision_model).__name__ == VISION[case]
     compare_images(model, theirs, case)
 
 
 def test_embeddings_and_logits_equal_ours(towers, tmp_path):
-    model = random_model(towers("vit"), replace(MU, pooling="mean", mask_padding=True), FULL)
+    model = random_model(towers("vit"), MASKED, FULL)
     compare_all(model, loaded_by_transformers(export(model, tmp_path / "out")), "vit")
 
 
@@ -161,7 +148,7 @@ def test_masked_text_tower_is_independent_of_the_padding(towers, tmp_path):
     transformers = import_package("transformers")
     import torch
 
-    model = random_model(towers("vit"), replace(MU, pooling="mean", mask_padding=True))
+    model = random_model(towers("vit"), MASKED)
     folder = export(model, tmp_path / "out")
     loaded = transformers.AutoModel.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -28,7 +28,7 @@ FIRST = 128 * 120  # the row number that the features of noise begin with
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     """A small and a large dataset, and noise of the same tower."""
     path = tmp_path_factory.mktemp("corrupt")
     make_dataset(path / "small", 300, captions=3, invalid=(3,))
@@ -40,10 +40,10 @@ def place(tmp_path_factory):
     return path
 
 
-def opened(place, config, seed=0, part=(0, 1)):
-    features = features_of(place / ("large" if config.memory_gib == 0 else "small"))
+def opened(folder, config, seed=0, part=(0, 1)):
+    features = features_of(folder / ("large" if config.memory_gib == 0 else "small"))
     if config.corrupt_images:
-        config = replace(config, noise=str(place / "noise"))
+        config = replace(config, noise=str(folder / "noise"))
     return open_stream(features, open_tokens(features.dataset), config, seed, part)
 
 
@@ -61,29 +61,29 @@ CASES = {
 
 @pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
 @pytest.mark.parametrize("name", CASES)
-def test_processes_get_slices_of_one_global_batch_in_any_order(place, config, name):
+def test_corruption_is_equal_for_any_number_of_processes_and_order(folder, config, name):
     config = replace(config, **CASES[name])
-    whole = opened(place, config).source
+    whole = opened(folder, config).batches
     steps = (0, 1, 30, 5)
-    parts = [opened(place, config, part=(p, 4)).source for p in range(4)]
+    parts = [opened(folder, config, part=(p, 4)).batches for p in range(4)]
     for step in steps:
         for key, value in whole[step].items():
             joined = np.concatenate([part[step][key] for part in parts])
             assert joined.tobytes() == value.tobytes()
-    resumed = opened(place, config).iterate(30)
+    resumed = opened(folder, config).iterate(30)
     assert next(resumed)["ids"].tobytes() == whole[30]["ids"].tobytes()
 
 
 @pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
-def test_only_what_was_asked_for_changes(place, config):
-    clean = opened(place, config)
-    got = {name: opened(place, replace(config, **case)) for name, case in CASES.items()}
+def test_corruption_changes_only_the_configured_parts(folder, config):
+    clean = opened(folder, config)
+    got = {name: opened(folder, replace(config, **case)) for name, case in CASES.items()}
     identities = {s.identity for s in (clean, *got.values())}
     assert len(identities) == 1 + len(CASES)
     for step in (0, 9):
-        want = clean.source[step]
-        batches = {name: stream.source[step] for name, stream in got.items()}
-        for batch in batches.values():  # a corrupted pair is the positive of its place
+        want = clean.batches[step]
+        batches = {name: stream.batches[step] for name, stream in got.items()}
+        for batch in batches.values():  # a corrupted pair is the positive of its position
             np.testing.assert_array_equal(batch["rows"], want["rows"])
         for name in ("texts", "alignment"):
             assert batches[name]["images"].tobytes() == want["images"].tobytes()
@@ -95,9 +95,9 @@ def test_only_what_was_asked_for_changes(place, config):
 
 @pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
-def test_shares(place, config, share):
+def test_corrupted_shares_are_the_configured_ones(folder, config, share):
     options = {"corrupt_images": share, "corrupt_texts": share}
-    clean, noisy = opened(place, config).source, opened(place, replace(config, **options)).source
+    clean, noisy = opened(folder, config).batches, opened(folder, replace(config, **options)).batches
     images, texts, used = 0, 0, set()
     steps = 30
     for step in range(steps):
@@ -116,20 +116,20 @@ def test_shares(place, config, share):
 
 
 @settings(deadline=None)
-@given(batch=st.integers(1, 500), share=st.floats(0, 1), step=st.integers(0, 2**31 - 1))
-def test_the_share_of_the_batch_changes_places_and_nobody_stays(batch, share, step):
+@given(batch=st.integers(1, 500), share=st.floats(0, 1, exclude_min=True), step=st.integers(0, 2**31 - 1))
+def test_text_positions_move_the_share_of_the_batch(batch, share, step):
     drawn = Corruption(
         StreamConfig(global_batch=batch, corrupt_alignment=share), 0, None, np.empty(0), np.empty(0), ""
     )
-    origins = drawn.origins(step)
-    np.testing.assert_array_equal(np.sort(origins), np.arange(batch))
+    positions = drawn.text_positions(step)
+    np.testing.assert_array_equal(np.sort(positions), np.arange(batch))
     moved = round(share * batch)
-    assert (origins != np.arange(batch)).sum() == (moved if moved > 1 else 0)  # one alone has nowhere to go
-    np.testing.assert_array_equal(origins, drawn.origins(step))
+    assert (positions != np.arange(batch)).sum() == (moved if moved > 1 else 0)  # one alone has nowhere to go
+    np.testing.assert_array_equal(positions, drawn.text_positions(step))
 
 
-def test_random_texts_are_uniform_in_length_and_tokens(place):
-    tokenizer = open_tokens(open_dataset(place / "small")).tokenizer()
+def test_random_texts_are_uniform_in_length_and_tokens(folder):
+    tokenizer = open_tokens(open_dataset(folder / "small")).tokenizer()
     batch, steps = 2000, 10
     config = StreamConfig(global_batch=batch, corrupt_texts=1.0)
     random = Corruption(config, 0, tokenizer, tokenizer.text_ids(), np.empty((0, 16)), "")
@@ -157,7 +157,7 @@ def test_random_texts_are_uniform_in_length_and_tokens(place):
     np.testing.assert_allclose(tokens, mean, atol=6 * np.sqrt(mean))
 
 
-def test_noise_of_another_tower_is_refused(place, tmp_path):
+def test_noise_of_another_tower_raises(folder, tmp_path):
     noise = make_dataset(tmp_path / "noise", 5)
     tower = Path(noise.path) / "features/tower/tower.json"
     tower.write_text(tower.read_text().replace('"identity": "', '"identity": "x'))
@@ -165,13 +165,13 @@ def test_noise_of_another_tower_is_refused(place, tmp_path):
     with pytest.raises(
         UserError, match="has no features of the run's tower tower but tower, of other weights"
     ):
-        open_stream(features_of(place / "small"), open_tokens(open_dataset(place / "small")), config, 0)
+        open_stream(features_of(folder / "small"), open_tokens(open_dataset(folder / "small")), config, 0)
 
 
-def test_a_clean_stream_has_the_identity_that_it_had_before_there_was_corruption(place):
-    features = features_of(place / "small")
+def test_identity_of_a_clean_stream_has_no_corruption(folder):
+    features = features_of(folder / "small")
     tokens = open_tokens(features.dataset)
     skipped = hashlib.blake2b(np.array([3], np.int64).tobytes(), digest_size=16).hexdigest()
-    told = ["1", features.dataset.digest, features.identity, tokens.meta["identity"], 0, 64, 2, skipped]
-    identity = hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
-    assert opened(place, MEMORY).identity == identity
+    parts = ["1", features.dataset.digest, features.identity, tokens.meta["identity"], 0, 64, 2, skipped]
+    identity = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    assert opened(folder, MEMORY).identity == identity

@@ -1,4 +1,4 @@
-"""Captions side by side: nothing is lost, hardly any padding is left, and the step does what it does without."""
+"""Packed captions: none is lost, little padding is left, and loss and gradients equal those of padded captions."""
 
 from types import SimpleNamespace
 
@@ -14,13 +14,13 @@ from lit_fast.config import Config, LossConfig, OptimizerConfig, StreamConfig, T
 from lit_fast.data.tokens import decode_record, encode_record
 from lit_fast.errors import UserError
 from lit_fast.models.sizes import Shape
-from lit_fast.models.text_tower import TextTower, unpacked
+from lit_fast.models.text_tower import TextTower, unpack_captions
 from lit_fast.models.two_towers import init_params
 from lit_fast.runtime import batch_sharding, make_mesh
 from lit_fast.train.input_pipeline.packing import (
     Packing,
-    deal,
-    foreseen_row_tokens,
+    assign_rows,
+    required_row_tokens,
     sampled_lengths,
     true_lengths,
 )
@@ -43,21 +43,21 @@ def captions(seed, n, padding=EOS):
     return ids
 
 
-def packing(pack, devices=1, row_tokens=8, alone=True):
-    return Packing(pack, row_tokens, EOS, 0.0, devices, alone)
+def packing(pack, devices=1, row_tokens=8, single_process=True):
+    return Packing(pack, row_tokens, EOS, 0.0, devices, single_process)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 6), st.sampled_from([1, 2, 4]))
 @settings(deadline=None, max_examples=60)
-def test_every_caption_is_in_its_slot(seed, pack, rows, devices):
+def test_packing_puts_every_caption_into_its_slot(seed, pack, rows, devices):
     ids = captions(seed, pack * rows * devices, padding=0)
     batch = packing(pack, devices)({"ids": ids, "rows": None})
     lengths = true_lengths(ids, EOS)
     assert batch["lengths"].sum(axis=1).max() <= batch["ids"].shape[1]
     sizes, slots = batch["lengths"].astype(int), batch["slots"].reshape(devices, -1)
     for text in range(len(ids)):
-        device, place = divmod(text, pack * rows)
-        row, column = divmod(int(slots[device, place]), pack)
+        device, position = divmod(text, pack * rows)
+        row, column = divmod(int(slots[device, position]), pack)
         row += device * rows
         assert sizes[row, column] == lengths[text]
         begin = sizes[row, :column].sum()
@@ -66,10 +66,29 @@ def test_every_caption_is_in_its_slot(seed, pack, rows, devices):
     assert len(set(zip(np.arange(len(ids)) // (pack * rows), batch["slots"], strict=True))) == len(ids)
 
 
-def test_captions_can_be_taken_out_again():
+def test_packing_of_the_documented_example_gives_its_arrays():
+    """The example in the docstring of the module."""
+    a, b, c, d, e, f = range(10, 16)
+    texts = [[a, a], [b] * 5, [c] * 3, [d], [e] * 4, [f] * 3]
+    ids = np.array([[*text[:-1], EOS] + [EOS] * (6 - len(text)) for text in texts], np.uint16)
+    lengths = true_lengths(ids, EOS)
+    np.testing.assert_array_equal(lengths, [2, 5, 3, 1, 4, 3])
+    np.testing.assert_array_equal(assign_rows(lengths, 2), [[1, 3], [4, 0], [2, 5]])
+    batch = packing(2, row_tokens=8)({"ids": ids})
+    np.testing.assert_array_equal(batch["lengths"], [[5, 1], [4, 2], [3, 3]])
+    np.testing.assert_array_equal(batch["slots"], [3, 0, 4, 1, 2, 5])
+    rows = [
+        [b, b, b, b, EOS, EOS, EOS, EOS],
+        [e, e, e, EOS, a, EOS, EOS, EOS],
+        [c, c, EOS, f, f, EOS, EOS, EOS],
+    ]
+    np.testing.assert_array_equal(batch["ids"], rows)
+
+
+def test_unpacked_returns_the_captions():
     ids = captions(0, 12)
     batch = packing(3)({"ids": ids})
-    found = unpacked(*(jnp.asarray(batch[k]) for k in ("ids", "lengths", "slots")), LENGTH)
+    found = unpack_captions(*(jnp.asarray(batch[k]) for k in ("ids", "lengths", "slots")), LENGTH)
     inside = np.arange(LENGTH) < true_lengths(ids, EOS)[:, None]
     np.testing.assert_array_equal(found, np.where(inside, ids.astype(int), -1))
 
@@ -80,25 +99,25 @@ def test_true_lengths():
 
 
 @pytest.mark.parametrize(("longest", "mean"), [(16, 12.5), (64, 16.6)])
-def test_four_fifths_of_the_padding_is_gone(longest, mean):
-    """With the shares of padding of web alt-texts, in rows that are foreseen from other captions."""
+def test_packing_removes_four_fifths_of_the_padding(longest, mean):
+    """With the shares of padding of web alt-texts, in rows planned from other captions."""
     rng = np.random.default_rng(0)
     draw = lambda: np.clip(rng.gamma(4, mean / 4, 8192).round().astype(int), 2, longest)  # noqa: E731
-    row_tokens = foreseen_row_tokens(draw(), 16, 8192)
+    row_tokens = required_row_tokens(draw(), 16, 8192)
     for _ in range(20):
         lengths = draw()
-        assert lengths[deal(lengths, 16)].sum(axis=1).max() <= row_tokens
+        assert lengths[assign_rows(lengths, 16)].sum(axis=1).max() <= row_tokens
         padding = longest - lengths.mean()
         assert longest - row_tokens / 16 > 0.8 * padding
 
 
-def test_one_long_caption_has_room():
+def test_required_row_tokens_with_one_long_caption_has_room():
     lengths = np.full(4096, 8)
     lengths[17] = 64
-    assert foreseen_row_tokens(lengths, 4, 256) >= 64 + 3 * 8
+    assert required_row_tokens(lengths, 4, 256) >= 64 + 3 * 8
 
 
-def test_rows_of_many_captions_count_no_more_than_others():
+def test_sampled_lengths_weigh_all_rows_equally():
     """A batch takes as many of every row."""
     record = encode_record([[[5] * 7 + [EOS]], [], [[5, EOS]] * 3] * 300, VOCAB)
     tokens = SimpleNamespace(
@@ -109,16 +128,18 @@ def test_rows_of_many_captions_count_no_more_than_others():
     assert sampled_lengths(tokens, EOS).mean() == (8 + 2) / 2
 
 
-def test_a_long_batch_gets_longer_rows_and_of_several_processes_an_error():
+def test_packing_of_a_long_batch_extends_rows_or_raises_with_several_processes():
     ids = np.full((8, LENGTH), 5, np.uint16)
     batch = packing(4, row_tokens=40)({"ids": ids})
     assert batch["ids"].shape == (2, 48)
     np.testing.assert_array_equal(batch["lengths"], LENGTH)
-    with pytest.raises(UserError, match=r"rows of 48 tokens, more than the 40 .* --text.row_tokens 56"):
-        packing(4, row_tokens=40, alone=False)({"ids": ids})
+    with pytest.raises(
+        UserError, match=r"rows of 48 tokens, more than the planned 40; .* --text.row_tokens 56"
+    ):
+        packing(4, row_tokens=40, single_process=False)({"ids": ids})
 
 
-def shaken(tower):
+def perturbed_params(tower):
     """Parameters in which every one matters."""
     rng = np.random.default_rng(0)
     params = jax.jit(tower.init)(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))["params"]
@@ -126,10 +147,10 @@ def shaken(tower):
 
 
 @pytest.mark.parametrize("pooling", ["last", "first", "mean", "max", "map"])
-def test_a_caption_is_embedded_as_if_alone(pooling):
+def test_packed_caption_is_embedded_as_if_alone(pooling):
     ids = captions(0, 12)
     alone = TextTower(SHAPE, VOCAB, LENGTH, WIDTH, pooling=pooling, eos_id=EOS)
-    params = shaken(alone)
+    params = perturbed_params(alone)
     want = jax.jit(alone.apply)({"params": params}, ids.astype(int))
     batch = packing(3, row_tokens=40)({"ids": ids})  # and some filling
     got = jax.jit(alone.apply)({"params": params}, batch["ids"].astype(int), batch["lengths"])[batch["slots"]]
@@ -141,7 +162,7 @@ def test_a_caption_is_embedded_as_if_alone(pooling):
 def test_with_padding_seen_whole_captions_share_a_row(pooling):
     ids = captions(0, 12).astype(int)
     alone = TextTower(SHAPE, VOCAB, LENGTH, WIDTH, pooling=pooling)
-    params = shaken(alone)
+    params = perturbed_params(alone)
     together = jax.jit(alone.clone(pack=4).apply).lower({"params": params}, ids)
     assert f"tensor<3x4x{4 * LENGTH}x{4 * LENGTH}xf32>" in together.as_text()  # scores of three rows
     want = jax.jit(alone.apply)({"params": params}, ids)
@@ -155,7 +176,7 @@ def test_with_padding_seen_whole_captions_share_a_row(pooling):
         (2, {"pooling": "mean", "parts": 2, "keep": "embeddings", "same_caption": "mask", "captions": 2}),
     ],
 )
-def test_the_step_is_the_same(devices, options):
+def test_step_of_packed_batch_equals_padded_batch(devices, options):
     """Loss, gradients and update of the packed batch are those of the padded one."""
     rng = np.random.default_rng(1)
     n, k = 16, options.get("captions", 1)
@@ -189,7 +210,7 @@ def test_the_step_is_the_same(devices, options):
             WIDTH,
             pooling=options["pooling"],
             eos_id=EOS,
-            keep=text.encoder_remat,
+            remat_policy=text.encoder_remat,
             pack=pack,
         )
         params = init_params(tower, config, np.zeros(WIDTH, np.float32))

@@ -18,9 +18,9 @@ from lit_fast.data.matching import with_views
 from lit_fast.data.tokens import open_tokens
 from lit_fast.errors import UserError
 from lit_fast.storage.files import write_json
-from lit_fast.train.input_pipeline.captions import Captions, choose_vectors
+from lit_fast.train.input_pipeline.captions import Captions, choose_views
 from lit_fast.train.input_pipeline.stream import open_stream
-from lit_fast.train.input_pipeline.windows import Geometry, plan
+from lit_fast.train.input_pipeline.window_layout import WindowLayout, plan_layout
 from tests.synthetic import make_dataset, row_numbers, write_features
 
 MEMORY = StreamConfig(global_batch=48, captions_per_image=2)
@@ -43,8 +43,8 @@ def opened(dataset, config, seed=0, part=(0, 1)):
     return open_stream(open_features(dataset), open_tokens(dataset), config, seed, part)
 
 
-def test_memory_order_is_every_usable_row_once_per_epoch(small):
-    source = opened(small, MEMORY).source
+def test_exact_shuffle_has_every_usable_row_once_per_epoch(small):
+    source = opened(small, MEMORY).batches
     usable = 297
     rows = np.concatenate([source[i]["rows"] for i in range(40)])
     epochs = [rows[i * usable : (i + 1) * usable] for i in range(len(rows) // usable)]
@@ -57,23 +57,23 @@ def test_memory_order_is_every_usable_row_once_per_epoch(small):
 def test_batches_join_images_captions_and_rows(small):
     tokens = open_tokens(small)
     captions = [row for block in small.iter_captions() for row in block]
-    batch = opened(small, MEMORY).source[5]
+    batch = opened(small, MEMORY).batches[5]
     np.testing.assert_array_equal(row_numbers(batch["images"]), batch["rows"])
     tokenizer = tokens.tokenizer()
     for i, row in enumerate(batch["rows"]):
         allowed = {tuple(ids) for ids in tokenizer(captions[row])}
-        mine = [tuple(ids) for ids in batch["ids"][2 * i : 2 * i + 2]]
-        assert set(mine) <= allowed
+        found = [tuple(ids) for ids in batch["ids"][2 * i : 2 * i + 2]]
+        assert set(found) <= allowed
         if len(allowed) == len(captions[row]):  # truncation may have made two of them equal
-            assert len(set(mine)) == min(2, len(allowed))
+            assert len(set(found)) == min(2, len(allowed))
 
 
 def test_captions_are_used_equally_often():
     captions = Captions(np.array([0, 1, 4, 9]), np.arange(9)[:, None])
     rows = np.arange(3)
     used = Counter()
-    for visit in range(30):
-        ids = captions.choose(rows, rows, np.full(3, visit), 1, seed=3)
+    for epoch in range(30):
+        ids = captions.choose(rows, rows, np.full(3, epoch), 1, seed=3)
         used.update(ids.ravel().tolist())
     assert used == {0: 30} | {i: 10 for i in (1, 2, 3)} | {i: 6 for i in (4, 5, 6, 7, 8)}
 
@@ -81,9 +81,9 @@ def test_captions_are_used_equally_often():
 @pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
 def test_processes_get_slices_of_one_global_batch(small, large, config):
     dataset = large if config is WINDOWS else small
-    whole = opened(dataset, config).source
+    whole = opened(dataset, config).batches
     for processes in (2, 4):
-        parts = [opened(dataset, config, part=(p, processes)).source for p in range(processes)]
+        parts = [opened(dataset, config, part=(p, processes)).batches for p in range(processes)]
         for step in (0, 1, 30, 77):
             for key, value in whole[step].items():
                 joined = np.concatenate([part[step][key] for part in parts])
@@ -95,17 +95,17 @@ def test_order_depends_on_seed_and_step_only(small, large, config):
     dataset = large if config is WINDOWS else small
     stream = opened(dataset, config)
     steps = list(range(90))
-    forward = [stream.source[s]["rows"] for s in steps]
+    forward = [stream.batches[s]["rows"] for s in steps]
     other = opened(dataset, config)
     for s in reversed(steps):  # any order of asking
-        np.testing.assert_array_equal(other.source[s]["rows"], forward[s])
-    for start in (0, 1, 63, 64, 71):  # going on in a new process
+        np.testing.assert_array_equal(other.batches[s]["rows"], forward[s])
+    for start in (0, 1, 63, 64, 71):  # resumed in a new process
         resumed = opened(dataset, config).iterate(start)
         for s in range(start, start + 8):
             batch = next(resumed)
             np.testing.assert_array_equal(batch["rows"], forward[s])
             np.testing.assert_array_equal(row_numbers(batch["images"]), batch["rows"])
-    assert not np.array_equal(opened(dataset, config, seed=1).source[0]["rows"], forward[0])
+    assert not np.array_equal(opened(dataset, config, seed=1).batches[0]["rows"], forward[0])
     assert opened(dataset, config).identity == stream.identity
     assert opened(dataset, config, seed=1).identity != stream.identity
 
@@ -115,43 +115,43 @@ def test_order_depends_on_seed_and_step_only(small, large, config):
     [(MEMORY, "f8d63912f74b5027"), (WINDOWS, "963345f0b67946c4")],
     ids=["memory", "windows"],
 )
-def test_the_order_is_the_one_that_the_identity_stands_for(large, config, digest):
-    """A run goes on where an earlier version stopped. Who changes the order raises the number in the identity."""
-    source = opened(large, config, seed=5).source
+def test_order_of_this_identity_is_unchanged(large, config, digest):
+    """A run resumes with a later version. If you change the order, raise the number in the identity."""
+    source = opened(large, config, seed=5).batches
     rows = np.concatenate([source[step]["rows"] for step in (0, 1, 2, 63, 64, 65, 130)])
     assert hashlib.blake2b(rows.astype("<i4").tobytes(), digest_size=8).hexdigest() == digest
 
 
-def test_memory_is_that_of_the_windows(tmp_path):
+def test_window_shuffle_memory_is_that_of_its_slots(tmp_path):
     dataset = make_dataset(tmp_path / "d", 16 * BLOCK, width=512, captions=1)
     config = replace(WINDOWS, shuffle_streams=2, shuffle_window_blocks=1)
     tracemalloc.start()
-    source = opened(dataset, config).source
-    for step in range(3 * source.geometry.steps):
+    source = opened(dataset, config).batches
+    for step in range(3 * source.shuffle.layout.steps):
         source[step]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # A window is 1 MiB. Each of the two streams has one and a slot to read ahead into; a third set would show
-    # that slots are not given back. The dataset is 16 MiB. Captions, orders and batches take about 1 MiB.
+    # A window is 1 MiB. Each of the two streams has one and a free slot; a third set would show
+    # that slots are not returned. The dataset is 16 MiB. Captions, orders and batches take about 1 MiB.
     assert peak < 5.5 * 2**20
 
 
-def test_captions_that_are_gone_are_an_error_that_names_the_file(tmp_path):
+def test_stream_with_missing_captions_names_the_file(tmp_path):
     dataset = make_dataset(tmp_path / "d", 4 * BLOCK)
     stream = opened(dataset, replace(WINDOWS, shuffle_streams=2))
     (Path(dataset.path) / "tokens/words/00000.array_record").unlink()
     with pytest.raises(UserError, match=r"tokens/words/00000.array_record is missing"):
-        stream.source[0]
+        stream.batches[0]
 
 
-def test_windows_cover_an_epoch(large):
+def test_window_shuffle_covers_an_epoch(large):
     stream = opened(large, WINDOWS)
-    geometry = stream.source.geometry
-    assert geometry.streams == 4
+    layout = stream.batches.shuffle.layout
+    assert layout.streams == 4
     for epoch in range(3):
-        first = epoch * geometry.steps
-        rows = np.concatenate([stream.source[first + s]["rows"] for s in range(geometry.steps)])
-        # 19 blocks dealt to 4 streams: 3 blocks are left out of an epoch.
+        first = epoch * layout.steps
+        rows = np.concatenate([stream.batches[first + s]["rows"] for s in range(layout.steps)])
+        # 19 blocks in 4 streams: 3 blocks are left out of an epoch.
         assert len(rows) == 16 * BLOCK
         blocks = Counter((np.unique(rows) // BLOCK).tolist())
         assert len(blocks) == 16
@@ -166,37 +166,37 @@ def test_windows_cover_an_epoch(large):
     streams=st.integers(1, 64),
     window_blocks=st.integers(1, 8),
 )
-def test_every_layout_visits_every_row_of_a_stream_once(blocks, log_batch, streams, window_blocks):
+def test_window_layout_reads_every_row_of_a_stream_once(blocks, log_batch, streams, window_blocks):
     config = StreamConfig(
         global_batch=2**log_batch, shuffle_streams=streams, shuffle_window_blocks=window_blocks
     )
     if blocks * BLOCK < config.global_batch:
         with pytest.raises(UserError, match="cannot be streamed"):
-            plan(blocks * BLOCK, config)
+            plan_layout(blocks * BLOCK, config)
         return
-    geometry = plan(blocks * BLOCK + 17, config)
-    assert geometry.rows * geometry.streams == config.global_batch
-    for stream in {0, geometry.streams - 1}:
+    layout = plan_layout(blocks * BLOCK + 17, config)
+    assert layout.rows * layout.streams == config.global_batch
+    for stream in {0, layout.streams - 1}:
         position, before = 0, (0, 0)
-        for step in range(min(geometry.steps, 3000)):
-            (begin, end), start = geometry.window_of(stream, step)
+        for step in range(min(layout.steps, 3000)):
+            (begin, end), start = layout.window_of(stream, step)
             if (begin, end) != before:
                 assert begin == before[1]  # windows follow each other without gap
-                assert 0 < end - begin <= geometry.window
+                assert 0 < end - begin <= layout.window
                 before = (begin, end)
             assert begin * BLOCK + start == position
-            assert position + geometry.rows <= end * BLOCK  # a step never straddles two windows
-            position += geometry.rows
-        if geometry.steps <= 3000:
-            assert position == end * BLOCK == geometry.length * BLOCK
+            assert position + layout.rows <= end * BLOCK  # a step never straddles two windows
+            position += layout.rows
+        if layout.steps <= 3000:
+            assert position == end * BLOCK == layout.length * BLOCK
 
 
-def test_geometry_of_the_recipe():
-    geometry = plan(12_000_000, StreamConfig())
-    assert geometry == Geometry(blocks=11718, streams=64, rows=512, unit=1, window=8)
+def test_layout_of_the_recipe():
+    layout = plan_layout(12_000_000, StreamConfig())
+    assert layout == WindowLayout(blocks=11718, streams=64, rows=512, unit=1, window=8)
 
 
-def test_missing_shard_and_foreign_rows_are_refused(tmp_path):
+def test_stream_with_missing_shard_or_other_rows_raises(tmp_path):
     dataset = make_dataset(tmp_path / "d", 40)
     manifest = Path(open_features(dataset).manifest_path(0))
     text = manifest.read_text()
@@ -211,15 +211,15 @@ def test_missing_shard_and_foreign_rows_are_refused(tmp_path):
         opened(dataset, MEMORY)
 
 
-def test_a_block_without_a_usable_row_is_refused_before_the_first_step(tmp_path):
+def test_stream_with_block_without_usable_row_raises_at_open(tmp_path):
     dataset = make_dataset(tmp_path / "d", 4 * BLOCK, invalid=tuple(range(BLOCK, 2 * BLOCK)))
     with pytest.raises(UserError, match="rows 1024 to 2047"):
         opened(dataset, WINDOWS)
-    assert opened(dataset, MEMORY).source[0]["rows"].shape == (48,)
+    assert opened(dataset, MEMORY).batches[0]["rows"].shape == (48,)
 
 
 @pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
-def test_a_flipped_bit_is_an_error_that_names_the_store(tmp_path, config):
+def test_stream_with_flipped_bit_names_the_store(tmp_path, config):
     dataset = make_dataset(tmp_path / "d", 4 * BLOCK)
     chunk = Path(dataset.path) / "features/tower/c/0/0"
     data = bytearray(chunk.read_bytes())
@@ -229,7 +229,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_store(tmp_path, config):
     def read_everything():
         stream = opened(dataset, replace(config, shuffle_streams=2))
         for step in range(16):
-            stream.source[step]
+            stream.batches[step]
 
     with pytest.raises(UserError, match="features/tower cannot be read"):
         read_everything()
@@ -250,8 +250,8 @@ def viewed(tmp_path_factory):
     write_json(Path(features.path) / "tower.json", features.provenance)
     values = values.reshape(dataset.rows, -1)
     features.array(create=True).write(values).result()
-    told = Manifest(0, 0, dataset.rows, dataset.shard_keys[0], features.identity, {3: "damaged"})
-    features.write_manifest(told)
+    manifest = Manifest(0, 0, dataset.rows, dataset.shard_keys[0], features.identity, {3: "damaged"})
+    features.write_manifest(manifest)
     return dataset
 
 
@@ -260,26 +260,26 @@ def opened_views(dataset, config, seed=0, part=(0, 1)):
 
 
 @pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
-def test_a_view_is_drawn_at_every_visit(viewed, config):
+def test_views_are_drawn_in_every_epoch(viewed, config):
     stream = opened_views(viewed, config)
-    seen = np.zeros((viewed.rows, VIEWS), int)
+    counts = np.zeros((viewed.rows, VIEWS), int)
     steps = 6 * viewed.rows // config.global_batch
-    forward = [stream.source[step] for step in range(steps)]
+    forward = [stream.batches[step] for step in range(steps)]
     for batch in forward:
         np.testing.assert_array_equal(row_numbers(batch["images"]), batch["rows"])
         assert batch["images"].shape == (config.global_batch, 16)
-        np.add.at(seen, (batch["rows"], batch["images"][:, 2].astype(int)), 1)
-    share = seen.sum(axis=0) / seen.sum()
+        np.add.at(counts, (batch["rows"], batch["images"][:, 2].astype(int)), 1)
+    share = counts.sum(axis=0) / counts.sum()
     # 49 152 draws: five standard deviations of a share of 1/3 are 0.011.
     np.testing.assert_allclose(share, 1 / VIEWS, atol=0.011)
-    assert (seen > 0).sum(axis=1).mean() > 2.5  # (1 - (2/3)^6) * 3 = 2.74 different ones in six visits
+    assert (counts > 0).sum(axis=1).mean() > 2.5  # (1 - (2/3)^6) * 3 = 2.74 different ones in six epochs
     other = opened_views(viewed, config)
     for step in reversed(range(0, steps, 7)):
-        assert forward[step]["images"].tobytes() == other.source[step]["images"].tobytes()
+        assert forward[step]["images"].tobytes() == other.batches[step]["images"].tobytes()
     resumed = opened_views(viewed, config).iterate(steps // 2)
     for step in range(steps // 2, steps // 2 + 5):
         assert next(resumed)["images"].tobytes() == forward[step]["images"].tobytes()
-    parts = [opened_views(viewed, config, part=(p, 2)).source for p in range(2)]
+    parts = [opened_views(viewed, config, part=(p, 2)).batches for p in range(2)]
     joined = np.concatenate([part[9]["images"] for part in parts])
     assert joined.tobytes() == forward[9]["images"].tobytes()
     assert "3 views each" in stream.description
@@ -290,22 +290,22 @@ def test_views_change_the_images_and_nothing_else(viewed):
     three = opened_views(viewed, MEMORY)
     assert one.identity != three.identity
     for key in ("rows", "ids"):
-        np.testing.assert_array_equal(one.source[11][key], three.source[11][key])
+        np.testing.assert_array_equal(one.batches[11][key], three.batches[11][key])
 
 
-def test_the_view_has_nothing_to_do_with_the_caption():
-    """As many captions as views: in turn, each caption would only ever meet one view."""
+def test_views_are_independent_of_captions():
+    """As many captions as views: if views cycled too, each caption would occur with one view only."""
     rows, n = np.arange(3000), 4
     captions = Captions(np.arange(0, n * 3000 + 1, n), np.arange(n * 3000)[:, None])
-    met = np.zeros((n, n), int)
-    for visit in range(8):
-        visits = np.full(3000, visit)
-        views = choose_vectors(rows, rows, visits, n, seed=1) % n
-        met += np.histogram2d(captions.choose(rows, rows, visits, 1, seed=1)[:, 0] % n, views, bins=n)[
+    joint = np.zeros((n, n), int)
+    for epoch in range(8):
+        epochs = np.full(3000, epoch)
+        views = choose_views(rows, rows, epochs, n, seed=1) % n
+        joint += np.histogram2d(captions.choose(rows, rows, epochs, 1, seed=1)[:, 0] % n, views, bins=n)[
             0
         ].astype(int)
     # 24 000 draws in 16 cells: five standard deviations are 190.
-    np.testing.assert_allclose(met, 1500, atol=190)
+    np.testing.assert_allclose(joint, 1500, atol=190)
 
 
 @given(rows=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=50), epoch=st.integers(0, 2**31 - 1),
@@ -314,8 +314,8 @@ def test_a_view_is_a_function_of_seed_epoch_and_row(rows, epoch, views, seed):
     rows = np.array(rows)
     epochs = np.full(len(rows), epoch)
     local = np.arange(len(rows))
-    got = choose_vectors(local, rows, epochs, views, seed)
+    got = choose_views(local, rows, epochs, views, seed)
     np.testing.assert_array_equal(got // views, local)
     for i in range(len(rows)):
-        one = choose_vectors(local[:1], rows[i : i + 1], epochs[:1], views, seed)
+        one = choose_views(local[:1], rows[i : i + 1], epochs[:1], views, seed)
         assert one[0] == got[i] % views

@@ -1,4 +1,4 @@
-"""`lit-fast plan`: figures that must agree with each other, with the training and with the compiler."""
+"""`lit-fast plan`: its figures agree with each other, with the training and with the compiler."""
 
 import importlib.util
 import json
@@ -12,11 +12,12 @@ import pytest
 
 from lit_fast.cli.main import main
 from lit_fast.config_io import load_config
+from lit_fast.errors import UserError
 from lit_fast.train.cost.aot import tpu_mesh
 from lit_fast.train.cost.hardware import GPUS, TPUS, chip_of, peak_flops
-from lit_fast.train.cost.hlo import Collective, totals
-from lit_fast.train.plan.plan import _floors
-from lit_fast.train.plan.report import _times
+from lit_fast.train.cost.hlo import Collective, program_cost
+from lit_fast.train.plan.plan import lower_bounds
+from lit_fast.train.plan.report import format_times
 from lit_fast.train.plan.target import open_target
 from tests.synthetic import make_dataset
 
@@ -43,7 +44,7 @@ rows = 4000
 
 @pytest.fixture
 def plan(tmp_path, capsys):
-    """Run the command on the small config; what it found, and its page."""
+    """Return a function that runs the command on the small config: the JSON, and the page as `page`."""
     (tmp_path / "c.toml").write_text(SMALL)
 
     def run(*options, config=tmp_path / "c.toml"):
@@ -56,7 +57,7 @@ def plan(tmp_path, capsys):
     return run
 
 
-def test_on_this_machine(plan):
+def test_plan_on_this_machine_agrees_with_the_model(plan):
     found = plan("--topology", "cpu", "--price", "2", "--mfu", "0.4")
     assert (found.by, found.devices, found.way["keep"]) == ("compiler", jax.device_count(), "hidden")
     memory = found.memory
@@ -66,11 +67,11 @@ def test_on_this_machine(plan):
     w = 64
     count = 3 * (12 * w**2 + 13 * w) + 2 * w + (500 + 8) * w + (w + 1) * 192 + 2 + 192
     assert memory["parameters"] == 4 * count
-    assert 8 * (count - 192) <= memory["optimizer"] <= 8 * count + 64  # the mean is a parameter that has none
+    assert 8 * (count - 192) <= memory["optimizer"] <= 8 * count + 64  # the mean has no optimizer state
     assert memory["batch"] == 256 // found.devices * (192 * 2 + 8 * 2 + 4)
-    # All gradients are summed once, and the loss's sums with them.
+    # All gradients are reduced once, together with the sums of the loss.
     assert 0 <= found.collectives["all-reduce"]["bytes"] - 4 * (count - 192) < 1024
-    # What is compiled does the model's products, and queries, keys and values again.
+    # The step computes the model's products, and recomputes queries, keys and values.
     assert 0 <= found.flops["recompute"] < 0.13
     stated, paper = found.times["stated"], found.times["paper"]
     assert stated["mfu"] == pytest.approx(0.4)
@@ -82,10 +83,10 @@ def test_on_this_machine(plan):
     assert found.store["bytes"] == 4000 * 192 * 2
     assert found.store["passes"] == 1000 * 256 / 4000
     assert "FITS" in found.page
-    assert "recommended: the config as it is" in found.page
+    assert "recommended: the configuration as it is" in found.page
 
 
-def test_gpus_that_are_not_here_are_estimated(plan):
+def test_plan_for_absent_gpus_is_an_estimate(plan):
     found = plan("--topology", "gpu:h100:8", "--text.pack", "1", config=ONE_DAY)
     assert found.by == "estimate"
     assert "ESTIMATE" in found.page
@@ -96,9 +97,9 @@ def test_gpus_that_are_not_here_are_estimated(plan):
     last = 20 * w**2 + 4 * tokens * w**2 + 4 * tokens * w
     model = 32_768 * (3 * (11 * layer + last + 2 * w * 768) + 2 * 2 * 32_768 * 768)
     assert found.flops["model"] * 8 == pytest.approx(model)
-    # The shares of work that is done again, as the config's comment says.
-    again = {way["keep"]: way["executed_flops"] / found.flops["model"] - 1 for way in found.ways}
-    assert again == pytest.approx(
+    # The shares of recomputation in the help of text.keep.
+    recomputation = {way["keep"]: way["executed_flops"] / found.flops["model"] - 1 for way in found.ways}
+    assert recomputation == pytest.approx(
         {"products": 0, "hidden": 0.09, "inputs": 0.22, "embeddings": 0.33}, abs=0.006
     )
     assert found.limit == "compute"
@@ -106,7 +107,7 @@ def test_gpus_that_are_not_here_are_estimated(plan):
     assert found.store["row_bytes"] == 768 * 2 + 16 * 2
 
 
-def test_one_gpu_sends_nothing_and_its_share_of_products_is_all(plan):
+def test_plan_for_one_gpu_has_no_collectives(plan):
     one, eight = (plan("--topology", f"gpu:h100:{n}", "--no-search") for n in (1, 8))
     assert one.collectives == {}
     assert one.floors["interconnect"] == 0
@@ -114,12 +115,12 @@ def test_one_gpu_sends_nothing_and_its_share_of_products_is_all(plan):
     assert len(one.ways) == 1
 
 
-def test_what_does_not_fit_is_said_with_what_would(plan):
+def test_plan_of_a_policy_that_does_not_fit_recommends_one_that_does(plan):
     found = plan("--topology", "gpu:l4", "--text.keep", "products", config=ONE_DAY)
     assert not found.memory["fits"]
     assert found.memory["total"] > found.memory["room"]
     assert "DOES NOT FIT" in found.page
-    # What is recommended does fit, as the config's own choice.
+    # The recommended flags fit.
     options = found.overrides.split()
     again = plan("--topology", "gpu:l4", "--no-search", *options, config=ONE_DAY)
     assert again.memory["fits"]
@@ -129,7 +130,7 @@ def test_what_does_not_fit_is_said_with_what_would(plan):
     )
 
 
-def test_the_datasets_own_figures_take_the_place_of_what_is_assumed(plan, tmp_path):
+def test_plan_takes_the_figures_of_the_dataset(plan, tmp_path):
     make_dataset(tmp_path / "d", 70)
     found = plan("--topology", "gpu:l4", "--dataset", str(tmp_path / "d"))
     tokens = json.loads((tmp_path / "d/tokens/words/tokens.json").read_text())
@@ -139,7 +140,7 @@ def test_the_datasets_own_figures_take_the_place_of_what_is_assumed(plan, tmp_pa
     assert found.store["embedding_seconds"] is None
 
 
-def test_a_dataset_that_is_only_indexed_lends_its_rows(plan, tmp_path):
+def test_plan_takes_the_rows_of_an_indexed_dataset(plan, tmp_path):
     import shutil
 
     make_dataset(tmp_path / "d", 70)
@@ -150,33 +151,33 @@ def test_a_dataset_that_is_only_indexed_lends_its_rows(plan, tmp_path):
     assert found.store["embedding_seconds"] > 0
 
 
-def test_rows_of_many_pieces_and_captions(plan):
+def test_row_bytes_with_a_large_vocabulary_and_several_captions(plan):
     options = ("--plan.vocab_size", "70000", "--stream.captions_per_image", "3")
     found = plan("--topology", "gpu:l4", "--no-search", *options)
     assert found.store["row_bytes"] == 192 * 2 + 3 * 8 * 4
 
 
-def test_times_that_cannot_be_are_marked():
+def test_format_times_marks_times_below_the_lower_bound():
     def time(seconds):
         return {"seconds": seconds, "mfu": 1 / seconds, "hours": 1.0, "price": None, "rows_per_second": 1.0}
 
     times = {"floor": time(2.0), "paper": time(3.0), "stated": time(1.0)}
-    lines = _times({"limit": "memory bandwidth", "mfu": 1.0, "price": 0.0, "times": times})
-    assert ["below the floor" in line for line in lines] == [False, False, False, True]
+    lines = format_times({"limit": "memory bandwidth", "mfu": 1.0, "price": 0.0, "times": times})
+    assert ["below the lower bound" in line for line in lines] == [False, False, False, True]
     assert "at 100 % MFU" in lines[-1]
 
 
-def test_what_is_gathered_is_sent_to_every_other_device():
-    needs = SimpleNamespace(parameters=0, optimizer=0, gradients=0, batch=0, kept=lambda text: 0)
-    planner = SimpleNamespace(needs=lambda text: needs, target=SimpleNamespace(chip=TPUS[0], devices=4))
+def test_lower_bounds_by_kind_of_collective():
+    memory = SimpleNamespace(parameters=0, optimizer=0, gradients=0, batch=0, residuals=lambda text: 0)
+    planner = SimpleNamespace(memory=lambda text: memory, target=SimpleNamespace(chip=TPUS[0], devices=4))
     bytes_sent = {"all-gather": 3, "reduce-scatter": 0.75, "all-reduce": 1.5, "collective-permute": 1}
     for name, share in bytes_sent.items():
-        way = SimpleNamespace(text=None, flops=0, collectives={name: Collective(1, 300e9)})
-        assert _floors(planner, way)["interconnect"] == pytest.approx(share)
+        candidate = SimpleNamespace(text=None, flops=0, collectives={name: Collective(1, 300e9)})
+        assert lower_bounds(planner, candidate)["interconnect"] == pytest.approx(share)
 
 
 @pytest.mark.usefixtures("plan")
-def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_path, capsys):
+def test_plan_of_a_batch_that_does_not_fit_names_the_largest_that_does(tmp_path, capsys):
     options = (
         "--topology",
         "gpu:l4",
@@ -196,13 +197,13 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_pat
 
 @pytest.mark.parametrize("tower", ["B/0", "nope", "B/17"])
 @pytest.mark.usefixtures("plan")
-def test_towers_that_do_not_exist(tmp_path, capsys, tower):
+def test_plan_refuses_unknown_towers(tmp_path, capsys, tower):
     config = tmp_path / "c.toml"
     assert main(["plan", str(config), "--topology", "gpu:l4", "--plan.tower", tower]) == 2
     assert "plan.tower" in capsys.readouterr().err
 
 
-def test_captions_by_their_true_lengths_need_fewer_products(plan):
+def test_packing_by_true_length_needs_fewer_products(plan):
     masked = (
         "--topology",
         "gpu:l4",
@@ -214,15 +215,15 @@ def test_captions_by_their_true_lengths_need_fewer_products(plan):
     )
     padded, packed = plan(*masked), plan(*masked, "--text.pack", "8")
     assert packed.way["pack"] == 8
-    # Half of the eight positions are padding, which is not worked on; rows are hardly longer than captions need.
+    # Half of the eight positions are padding, which is not computed; rows have little padding.
     assert packed.flops["model"] < 0.55 * padded.flops["model"]
     assert packed.way["executed_flops"] < 0.8 * padded.way["executed_flops"]
     assert packed.memory["kept"] < padded.memory["kept"]
-    given = plan(*masked, "--text.pack", "8", "--text.row_tokens", "64")  # as full as without
+    given = plan(*masked, "--text.pack", "8", "--text.row_tokens", "64")  # longer rows than required
     assert given.memory["kept"] > packed.memory["kept"]
 
 
-def test_the_largest_batch_fits_and_twice_as_much_does_not(plan):
+def test_largest_batch_fits_and_twice_as_much_does_not(plan):
     found = plan("--topology", "gpu:l4", "--no-search", "--largest-batch", config=ONE_DAY)
     batch, options = found.largest_batch["global_batch"], found.largest_batch["overrides"].split()
 
@@ -243,7 +244,7 @@ def test_the_largest_batch_fits_and_twice_as_much_does_not(plan):
     assert not twice.memory["fits"]
 
 
-def test_every_chip_is_found_by_jaxs_name_for_it():
+def test_chip_of_finds_every_chip_by_device_kind():
     for chip in (*TPUS, *GPUS):
         assert chip_of(chip.kind) == chip
     names = {
@@ -268,25 +269,25 @@ def test_every_recipe_can_be_planned(plan, name):
 @pytest.fixture(scope="session")
 def libtpu():
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
-        pytest.skip("no libtpu here")
+        pytest.skip("libtpu is not installed")
 
 
 @pytest.mark.usefixtures("libtpu")
-def test_a_step_compiled_for_a_slice_that_is_not_here(plan):
+def test_plan_for_an_absent_tpu_slice_compiles_the_step(plan):
     found = plan("--topology", "v4:2x2x1", "--no-search", "--text.width", "128", "--text.dtype", "bfloat16")
     assert (found.by, found.devices) == ("compiler", 4)
     assert found.flops["recompute"] == pytest.approx(0, abs=0.05)
     assert found.times["compiler"]["seconds"] > found.times["floor"]["seconds"]
     assert set(found.collectives) == {"all-reduce", "collective-permute"}
-    # The images of four devices go round, float32 as they are there; whole shapes of 128 are padded by the compiler.
+    # The float32 images of four devices rotate around the ring; the compiler pads shapes to multiples of 128.
     assert found.collectives["collective-permute"]["bytes"] >= 256 * 192 * 4
     assert "compiler's estimate" in found.page
 
 
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v6e:1x1"])
-def test_the_clock_and_the_peak_belong_together(topology):
-    """The compiler's cycles of a large product are those of the peak, and a little more."""
+def test_clock_agrees_with_peak_flops(topology):
+    """The compiler estimates slightly more cycles for a large product than its FLOPs at peak take."""
     import jax.numpy as jnp
 
     from lit_fast.runtime import replicated
@@ -295,12 +296,34 @@ def test_the_clock_and_the_peak_belong_together(topology):
     size = 4096
     matrix = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=replicated(target.mesh))
     text = jax.jit(lambda a, b: a @ b).lower(matrix, matrix).compile().as_text()
-    found = totals(text)
-    assert found.flops == 2 * size**3
-    share = found.flops / target.chip.flops / (found.cycles / target.chip.clock)
+    seconds = program_cost(text).cycles / target.chip.clock
+    share = 2 * size**3 / target.chip.flops / seconds
     assert 0.8 < share <= 1
 
 
 @pytest.mark.usefixtures("libtpu")
-def test_the_topology_is_what_the_chip_says():
+def test_tpu_mesh_has_the_devices_of_the_topology():
     assert {device.device_kind for device in tpu_mesh("v5e:2x2").devices.flat} == {"TPU v5 lite"}
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize("topology", ["v4:3x5x7", "v5e:9x9", "v5e:abc", "v4:"])
+def test_open_target_reports_why_libtpu_refuses_a_slice(topology):
+    with pytest.raises(
+        UserError, match=f"--topology {topology} is refused by libtpu: INVALID_ARGUMENT"
+    ) as error:
+        open_target(topology)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9:2x2", "chip 'v9' is unknown; write v4:2x2x1"),
+        ("gpu:x1", "GPU 'x1' is unknown; write gpu:NAME or gpu:NAME:COUNT with one of b200"),
+        ("gpu:h100:0", "'0' is not a number of GPUs; write gpu:h100:8"),
+    ],
+)
+def test_open_target_refuses_unknown_chips(topology, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        open_target(topology)

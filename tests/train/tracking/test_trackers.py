@@ -7,11 +7,13 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from lit_fast.config import Config, LogConfig
 from lit_fast.errors import UserError
@@ -180,3 +182,35 @@ def test_tracker_that_is_not_installed_is_refused(monkeypatch):
         UserError, match=r'run pip install "lit-fast\[trackio\]" or remove trackio from log.report_to'
     ):
         trackers.check_trackers(Config(log=LogConfig(report_to="tensorboard,trackio")))
+
+
+def test_tensorboard_failure_does_not_end_the_training(tmp_path, capsys):
+    (tmp_path / "tensorboard").touch()  # where its directory should be
+    writer = MetricsWriter(tmp_path, Config(), 0, RunCost())
+    writer.write(1, {"loss": 2.0})
+    writer.close()
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: tensorboard: ")
+    assert warning.endswith("; continuing without it, metrics.jsonl is complete")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+
+
+def test_tensorboard_events_hold_the_metrics_of_both_parts_of_a_run(tmp_path):
+    for start_step in (0, 10):
+        writer = MetricsWriter(tmp_path, Config(), start_step, RunCost())
+        writer.write(start_step + 10, {"loss": 2.0, "dev/acc1": 0.5})
+        writer.close()
+        time.sleep(1.1)  # names of event files are in seconds
+    events = [event for file in sorted(tmp_path.glob("tensorboard/events.*")) for event in read_events(file)]
+    found = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+    assert found == [(s, *v) for s in (10, 20) for v in (("loss", 2.0), ("dev/acc1", 0.5))]
+    assert [e.step for e in events if e.session_log.status] == [1, 11]
+
+
+def read_events(file: Path) -> Iterator[Event]:
+    """Yield the events of a file: records of length, checksum, data, checksum."""
+    data, at = file.read_bytes(), 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        yield Event.FromString(data[at + 12 : at + 12 + length])
+        at += 16 + length

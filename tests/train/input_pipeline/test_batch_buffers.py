@@ -1,4 +1,4 @@
-"""Memory of batches is given out again, and never while anything can still see it."""
+"""Buffers of batches are reused, but never while a view of them exists."""
 
 import gc
 import threading
@@ -9,59 +9,59 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_fast.data.features import BFLOAT16
-from lit_fast.train.input_pipeline.batch_memory import KEEP, BatchMemory
+from lit_fast.train.input_pipeline.stream import BatchBuffers
 
 SHAPE = (256, 64)
 
 
-def place(array):
+def address(array):
     return array.ctypes.data
 
 
-def test_memory_is_given_out_again():
-    memory = BatchMemory(SHAPE)
-    first = memory.empty()
+def test_buffer_after_its_last_view_is_reused():
+    buffers = BatchBuffers(SHAPE)
+    first = buffers.empty()
     assert first.shape == SHAPE
     assert first.dtype == BFLOAT16
     assert first.flags.writeable
-    where = place(first)
-    second = memory.empty()
-    assert place(second) != where
+    first_address = address(first)
+    second = buffers.empty()
+    assert address(second) != first_address
     del first
-    assert place(memory.empty()) == where
+    assert address(buffers.empty()) == first_address
 
 
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["take", "slice", "view", "drop"]), st.integers(0, 9)), max_size=60)
 )
-def test_what_is_held_is_never_given_out(actions):
+def test_buffer_with_a_view_is_never_reused(actions):
     """However an array is held: itself, or as a part or another view of it."""
-    memory, held = BatchMemory(SHAPE), []
+    buffers, held = BatchBuffers(SHAPE), []
     for number, (action, which) in enumerate(actions):
         if action == "take" or not held:
-            array = memory.empty()
+            array = buffers.empty()
             array.view(np.uint16)[:] = number
             held.append((array, number))
         elif action == "drop":
             del held[which % len(held)]
         else:
-            array, told = held.pop(which % len(held))
+            array, number_written = held.pop(which % len(held))
             array = array[len(array) // 2 :] if action == "slice" else array.view(np.uint16)[:, ::2]
-            held.append((array, told))
-        for array, told in held:
-            assert (array.view(np.uint16) == told).all()
+            held.append((array, number_written))
+        for array, number_written in held:
+            assert (array.view(np.uint16) == number_written).all()
 
 
-def test_what_jax_uses_is_never_given_out():
+def test_buffer_that_jax_refers_to_is_never_reused():
     """JAX refers to an aligned array without copying it on CPU, and copies others later."""
-    memory = BatchMemory(SHAPE)
+    buffers = BatchBuffers(SHAPE)
     on_device = []
     for number in range(40):
-        batch = memory.empty()
+        batch = buffers.empty()
         batch[:] = number
         # Rows of 128 bytes: some of these begin at a multiple of 64, which is what JAX needs, or none does.
-        offset = -place(batch) % 64 // 2
+        offset = -address(batch) % 64 // 2
         aligned = batch.reshape(-1)[offset : offset + 4096]
         on_device += [jax.device_put(batch), jax.device_put(aligned)]
         del batch, aligned
@@ -75,19 +75,19 @@ def test_what_jax_uses_is_never_given_out():
         assert (np.asarray(array).astype(float) == number).all()
 
 
-def test_few_free_blocks_are_kept():
-    memory = BatchMemory(SHAPE)
-    held = [memory.empty() for _ in range(3 * KEEP)]
+def test_free_buffers_are_limited():
+    buffers = BatchBuffers(SHAPE)
+    held = [buffers.empty() for _ in range(3 * BatchBuffers.KEEP)]
     held.clear()
-    assert len(memory._free) == KEEP
+    assert len(buffers._free) == BatchBuffers.KEEP
 
 
-def test_threads_never_share_a_block():
-    memory, wrong = BatchMemory((64, 64)), []
+def test_threads_never_share_a_buffer():
+    buffers, wrong = BatchBuffers((64, 64)), []
 
     def work(number):
         for _ in range(300):
-            array = memory.empty().view(np.uint16)
+            array = buffers.empty().view(np.uint16)
             array[:] = number
             if (array != number).any():
                 wrong.append(number)

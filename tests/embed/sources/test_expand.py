@@ -1,0 +1,103 @@
+"""SOURCE arguments: files, patterns and directories, and how formats are recognised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lit_fast.embed.sources.expand import expand
+from lit_fast.embed.sources.formats import FORMATS, format_of
+from lit_fast.errors import UserError
+
+
+def names(patterns: list[str]) -> list[str]:
+    return ["/".join(p.split("/")[-2:]) for p in expand(patterns)]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in (
+        "a/1.tar",
+        "a/2.tar",
+        "a/10.tar",
+        "b/1.tar",
+        "b/note.txt",
+        "wds/test/0.tar",
+        "s/test/0.tar",
+        "s/train/0.tar",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a" / "x.tar").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("patterns", "want"),
+    [
+        (["a"], ["a/1.tar", "a/2.tar", "a/10.tar"]),
+        (["a/*.tar"], ["a/1.tar", "a/2.tar", "a/10.tar"]),
+        (["a/{1..2}.tar", "a/1.tar"], ["a/1.tar", "a/2.tar"]),
+        (["{a,b}/?.tar"], ["a/1.tar", "a/2.tar", "b/1.tar"]),
+        (["b/1.tar", "a/[2].tar"], ["a/2.tar", "b/1.tar"]),
+        (["wds"], ["test/0.tar"]),
+        (["b/note.txt"], ["b/note.txt"]),
+    ],
+)
+def test_expand(tree: Path, patterns: list[str], want: list[str]) -> None:
+    assert names([f"{tree}/{p}" for p in patterns]) == want
+    assert all(p.startswith("/") for p in expand([f"{tree}/{p}" for p in patterns]))
+
+
+def test_expand_keeps_leading_zeros(tmp_path: Path) -> None:
+    for n in (8, 9, 10):
+        (tmp_path / f"{n:05d}.tar").write_bytes(b"")
+    assert [Path(p).name for p in expand([f"{tmp_path}/{{00008..00010}}.tar"])] == [
+        "00008.tar",
+        "00009.tar",
+        "00010.tar",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{tree}/c/*.tar", r"c/\*.tar matches no file"),
+        ("{tree}/a/{{1..3}}.tar", r"a/3.tar \(from .*\) does not exist"),
+        ("{tree}/nothing", "does not exist"),
+        ("ftp://host/{{0..3}}.tar/", "cannot be read; give a local path or a URL"),
+        ("{tree}/s", "splits test, train; name one"),
+        ("{tree}/a/{{9..1}}.tar", "not a range"),
+    ],
+)
+def test_expand_refuses(tree: Path, pattern: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        expand([pattern.format(tree=tree)])
+
+
+@pytest.mark.parametrize(
+    ("path", "format"),
+    [
+        ("noise:7", "noise"),
+        ("/x/a.TAR", "tar"),
+        ("s3://bucket/a.pq", "parquet"),
+        ("https://host/a.tsv?version=2.tar", "table"),
+        ("/x/captions.json", "coco"),
+        ("/x/flowers-train.array_record-00000-of-00004", "array_record"),
+        ("/x/unknown", "tar"),
+    ],
+)
+def test_format_of_is_decided_by_the_name(path: str, format: str) -> None:
+    assert format_of(path) == format
+
+
+def test_format_of_is_decided_by_content_without_a_known_suffix(tmp_path: Path) -> None:
+    (tmp_path / "part-0").write_bytes(b"PAR1")
+    assert format_of(str(tmp_path / "part-0")) == "parquet"
+    assert format_of(str(tmp_path)) == "folder"
+
+
+def test_each_suffix_belongs_to_one_format() -> None:
+    suffixes = [suffix for format in FORMATS.values() for suffix in format.suffixes]
+    assert len(suffixes) == len(set(suffixes))

@@ -1,0 +1,114 @@
+"""Files at paths and URLs, files that are read as lines, and directories that are complete or absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lit_fast.errors import UserError
+from lit_fast.storage.files import (
+    open_read,
+    read_lines,
+    read_range,
+    read_text,
+    read_whole,
+    replacing_directory,
+    size_and_etag,
+    write_atomic,
+)
+from lit_fast.storage.lock import InUseError, Lock
+from tests.web import file_server
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_reads_of_a_path_and_of_a_url_are_equal(tmp_path: Path, remote: bool) -> None:
+    (tmp_path / "f.txt").write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9")
+    with file_server(tmp_path) as server:
+        root = server.url if remote else str(tmp_path)
+        with open_read(f"{root}/f.txt") as file:
+            assert (file.seek(3), file.read(3)) == (3, b"caf")
+        assert read_range(f"{root}/f.txt", 3, 6) == b"caf"
+        assert read_text(f"{root}/f.txt") == "café"
+        assert read_whole(f"{root}/f.txt", 8) == (tmp_path / "f.txt").read_bytes()
+        with pytest.raises(UserError, match="has more than 7 bytes"):
+            read_whole(f"{root}/f.txt", 7)
+        size, etag = size_and_etag(f"{root}/f.txt")
+        assert (size, bool(etag)) == (8, remote)
+        assert read_whole(f"{root}/absent", 1) is None
+        assert read_text(f"{root}/absent") is None
+        for function in (open_read, size_and_etag):
+            with pytest.raises(UserError, match=r"absent (cannot be read: No such file|does not exist)"):
+                function(f"{root}/absent")
+
+
+def test_a_url_of_an_unknown_scheme_is_refused_in_one_line(tmp_path: Path) -> None:
+    for function in (open_read, size_and_etag, lambda url: read_range(url, 0, 1), read_text):
+        with pytest.raises(
+            UserError, match=r"^ftp://host/f cannot be read; give a local path or a URL with https://"
+        ):
+            function("ftp://host/f")
+    with pytest.raises(
+        UserError, match=r"^s3://bucket/f is a URL, where only a local path can be used; give a path"
+    ):
+        write_atomic("s3://bucket/f", b"")
+
+
+def test_lock_is_held_by_one_until_it_is_released(tmp_path: Path) -> None:
+    with Lock(tmp_path / "lock"), pytest.raises(InUseError):
+        Lock(tmp_path / "lock")
+    Lock(tmp_path / "lock").release()
+
+
+def test_read_lines_returns_stripped_lines(tmp_path: Path) -> None:
+    file = tmp_path / "labels.txt"
+    file.write_text("\ufeffa cat\n  a dog \n\n", "utf-8")
+    assert read_lines(file) == ("a cat", "a dog")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"\n \n", "is empty"), (b"\xff\xfe", "UTF-8"), (b"a\n\nb", "is empty in line 2")]
+)
+def test_read_lines_of_other_content_raises(tmp_path: Path, data: bytes, message: str) -> None:
+    file = tmp_path / "labels.txt"
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_lines(file)
+
+
+def test_read_lines_of_no_file_raises(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_lines(tmp_path / "absent")
+
+
+def test_replacing_directory_appears_at_the_end_with_readable_files(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with replacing_directory(target) as temporary:
+        assert not target.exists()
+        os.close(os.open(f"{temporary}/a", os.O_CREAT, 0o600))
+        os.mkdir(f"{temporary}/inside")
+        Path(temporary, "inside", "b").write_text("b")
+    assert (target / "inside" / "b").read_text() == "b"
+    expected = 0o666 & (target / "inside").stat().st_mode
+    assert (target / "a").stat().st_mode & 0o777 == expected
+    assert os.listdir(target.parent) == ["out"]
+
+
+def test_replacing_directory_after_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    def fail(directory: str) -> None:
+        Path(directory, "a").write_text("a")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), replacing_directory(tmp_path / "out") as temporary:
+        fail(temporary)
+    assert not os.listdir(tmp_path)
+
+
+def test_replacing_directory_of_a_full_directory_raises_and_keeps_it(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("kept")
+    with pytest.raises(OSError, match="not empty"), replacing_directory(tmp_path / "out") as temporary:
+        Path(temporary, "a").write_text("a")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["kept"]
