@@ -1,13 +1,13 @@
-"""Rows per second of the input stream alone, beside what the machine can do and what others do.
+"""Measure the rows per second of the input stream, of the machine and of other libraries.
 
     python -m benchmarks.stream [--rows 2000000] [--growth 10000 100000 1000000 10000000 100000000]
 
-768-wide bfloat16 features with one caption of 16 tokens a row, batches of 32 768. Every line is a process of its
-own; its 24 batches are counted after 24 others, when all memory has been touched. Cold: the files were dropped from
-the page cache before. Up to the gap, lines only move bytes: no shuffle of rows, no captions, and checksums in
-TensorStore's alone. The second table shows how cost grows with the dataset: the larger ones are 64 wide, and their
-shards are hard links to one file. A plot of both is benchmarks/stream.svg. About five minutes on two idle cores, and
-7 GB of disk under --folder.
+768-wide bfloat16 features with one caption of 16 tokens a row, batches of 32 768. Every line is measured in its
+own process: 24 batches, after 24 batches that touch all memory. Cold: the files were dropped from the page cache.
+The lines up to the gap only move bytes: they do not shuffle rows or read captions, and only TensorStore compares
+checksums. The second table shows how the cost grows with the dataset; the larger ones are 64 wide and their shards are
+hard links to one file. benchmarks/stream.svg plots both. Takes five minutes on two idle cores and 7 GB of disk under
+--folder.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def ours_windows(path: Path, blocks: int) -> Iterator:
 
 
 def copy(path: Path) -> Iterator:
-    """The bytes of a batch, copied in memory."""
+    """Copy the bytes of a batch in memory."""
     source, target = np.zeros((BATCH, WIDTH), np.uint16), np.zeros((BATCH, WIDTH), np.uint16)
     while True:
         np.copyto(target, source)
@@ -70,7 +70,7 @@ def copy(path: Path) -> Iterator:
 
 
 def take(path: Path) -> Iterator:
-    """Random rows in memory: the bound of any shuffle."""
+    """Gather random rows in memory: an upper bound of any shuffle."""
     features = np.load(path / "features.npy")
     rng = np.random.default_rng(0)
     while True:
@@ -78,7 +78,7 @@ def take(path: Path) -> Iterator:
 
 
 def preadv(path: Path, threads: int) -> Iterator:
-    """The blocks of a batch, in random order, without a look at them."""
+    """Read the blocks of a batch in random order without using them."""
     features = open_features(open_dataset(path))
     files = [os.open(features.shard_path(s), os.O_RDONLY) for s in range(features.dataset.rows // SHARD)]
     order = np.random.default_rng(0).permutation(len(files) * SHARD // BLOCK)
@@ -97,7 +97,7 @@ def preadv(path: Path, threads: int) -> Iterator:
 
 
 def tensorstore(path: Path) -> Iterator:
-    """The same blocks by TensorStore's futures."""
+    """Read the same blocks with TensorStore's futures."""
     array = open_features(open_dataset(path)).array()
     order = np.random.default_rng(0).permutation(array.shape[0] // BLOCK)
     buffer = np.zeros((BATCH, WIDTH), BFLOAT16)
@@ -128,7 +128,7 @@ class _Rows:
 
 
 def grain_rows(path: Path) -> Iterator:
-    """As grain's documentation shows it."""
+    """Yield rows through grain, as in its documentation."""
     rows: Any = _Rows(path)
     # Nothing ahead, or the one batch that is counted would be there already; threads make this no faster.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -137,7 +137,7 @@ def grain_rows(path: Path) -> Iterator:
 
 
 def torch_rows(path: Path, workers: int) -> Iterator:
-    """As PyTorch's documentation shows it."""
+    """Yield rows through a DataLoader, as in PyTorch's documentation."""
     from torch.utils.data import DataLoader
 
     rows: Any = _Rows(path)
@@ -145,7 +145,7 @@ def torch_rows(path: Path, workers: int) -> Iterator:
         yield from DataLoader(rows, BATCH, shuffle=True, num_workers=workers, drop_last=True)
 
 
-# What a line says -> what makes its batches, how many are counted, and whether there is a cold one as well.
+# Line of the table -> its batches, the number of measured batches, and whether it is measured cold as well.
 CASES: dict[str, tuple[Callable[[Path], Iterator], int, bool]] = {
     "memory copy": (copy, BATCHES, False),
     "preadv, 1 thread": (lambda path: preadv(path, 1), BATCHES, True),
@@ -164,13 +164,13 @@ BYTES_ONLY = 4  # the first lines
 
 
 def run_case(case: dict[str, Any]) -> Result:
-    """One line of a table, in this process."""
+    """Measure one line of a table in this process."""
     path = Path(case["path"])
     return grow(path) if "line" not in case else speed(path, case["line"], case["cold"])
 
 
 def speed(path: Path, line: str, cold: bool) -> Result:
-    """Rows a second and processor microseconds a row, threads and workers included."""
+    """Measure rows per second and processor microseconds per row, including threads and workers."""
     make, count, _ = CASES[line]
     rates, costs = [], []
     for _ in range(REPEATS):
@@ -189,7 +189,7 @@ def speed(path: Path, line: str, cold: bool) -> Result:
 
 
 def cpu_seconds() -> float:
-    """Processor seconds of this process and of its workers."""
+    """Return the processor seconds of this process and of its workers."""
     ticks = 0
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -198,7 +198,7 @@ def cpu_seconds() -> float:
 
 
 def grow(path: Path) -> Result:
-    """What a dataset costs to open and to begin with."""
+    """Measure the time to open a dataset and to read its first batches."""
     start = time.perf_counter()
     stream = open_ours(path, MEMORY_GIB)
     opened = time.perf_counter()
@@ -267,7 +267,7 @@ def growth_table(folder: Path, sizes: list[int]) -> dict[int, Result]:
 
 
 def plot(speeds: dict[str, Result], growth: dict[int, Result], out: Path) -> None:
-    """Rows a second of every line; seconds over the rows of the dataset."""
+    """Plot the rows per second of every line, and seconds over the rows of the dataset."""
     from matplotlib.figure import Figure
 
     figure = Figure((10, 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""Datasets of numbers for `benchmarks.stream` and `benchmarks.startup`; no picture is needed to read them."""
+"""Write datasets of random numbers for `benchmarks.stream` and `benchmarks.startup`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CAPTIONS = 64  # different records of captions, which repeat
 
 
 def make_store(path: Path, rows: int, width: int) -> None:
-    """A dataset of random features, with one caption of 16 random tokens a row."""
+    """Write a dataset of random features with one caption of 16 random tokens per row."""
     writer = DatasetWriter(path)
     for r in range(rows):
         writer.add(Row(f"{r:09d}", 0, 0, 0, ("caption",)))
@@ -44,10 +44,10 @@ def make_store(path: Path, rows: int, width: int) -> None:
 
 
 def make_linked_store(path: Path, rows: int, width: int) -> None:
-    """A dataset whose shards are all one file, by hard links: 100 million rows in a few hundred megabytes.
+    """Write a dataset whose shards are hard links to one file: 100 million rows in a few hundred megabytes.
 
-    It is as long as it says to everything that reads it; but once a shard has been read, all are in the page
-    cache. It has no index and no captions in words, which training does not read.
+    Readers see a dataset of full length, but after the first shard all are in the page cache. It has neither index nor
+    captions, which training does not read.
     """
     make_store(path, SHARD, width)
     meta = json.loads((path / "dataset.json").read_text())
@@ -73,7 +73,7 @@ def make_linked_store(path: Path, rows: int, width: int) -> None:
 
 
 def _captions(rng: np.random.Generator, rows: int) -> list[bytes]:
-    """Records of `rows` captions each."""
+    """Return records of `rows` captions each."""
     ids = rng.integers(2, VOCAB, (_CAPTIONS, rows, 1, LENGTH))
     return [encode_record(record.tolist(), VOCAB) for record in ids]
 
@@ -100,7 +100,7 @@ def _write_tokens(dataset: Dataset) -> None:
 
 
 def forget(path: Path) -> None:
-    """Drop a tree's files from the page cache."""
+    """Drop the files of a directory from the page cache."""
     for file in path.rglob("*"):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)

@@ -207,7 +207,7 @@ def reference() -> str:
             if key.rpartition(".")[0] == section:
                 kind, default, choices, text = describe(key)
                 text += f". One of {choices}" if choices else ""
-                cells = f"`{field.name}`", kind, f"`{default}`", text[0].upper() + text[1:]
+                cells = f"`{field.name}`", kind, f"`{default}`", text
                 rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         title = f"[{section}]" if section else "Keys without a section"
         parts.append(f"## {title}\n\n{cls.__doc__}\n\n" + "\n".join(rows))

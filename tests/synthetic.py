@@ -1,4 +1,4 @@
-"""An embedded, tokenized dataset made of numbers instead of pictures, for tests of the training stage."""
+"""Write embedded, tokenized datasets of random numbers instead of images, for tests of the training stage."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def make_dataset(
     max_length: int = 8,
     seed: int = 0,
 ) -> Dataset:
-    """Rows with `captions` random captions each (unequal: row r has 1 + r % captions), features, tokens.
+    """Write rows with random captions, features and tokens; row r has 1 + r % `captions` captions.
 
-    The features of row r are a fixed linear map of a bag of its words plus noise, so that there is
-    something to learn; element 0 and 1 of a feature are r % 128 and r // 128.
+    The features of row r are a fixed linear map of a bag of its words plus noise, so that there is something to learn.
+    Elements 0 and 1 of a feature are r % 128 and r // 128.
     """
     rng = np.random.default_rng(seed)
     writer = DatasetWriter(path)
@@ -57,7 +57,7 @@ def make_dataset(
 def write_features(
     dataset: Dataset, values: np.ndarray, *, tower: str = "tower", invalid: tuple[int, ...] = ()
 ) -> None:
-    """A finished feature store holding `values`."""
+    """Write a finished feature store of `values` [rows, width]."""
     identity = hashlib.blake2b(tower.encode(), digest_size=16).hexdigest()
     provenance = {"name": tower, "source": f"{tower}.npz", "identity": identity, "width": values.shape[1]}
     provenance |= {"preprocess": {"method": "pil-crop", "size": 32}, "gelu": "exact", "dtype": "float32"}
@@ -73,6 +73,6 @@ def write_features(
 
 
 def row_numbers(images: np.ndarray) -> np.ndarray:
-    """The row numbers that `make_dataset` wrote into the features."""
+    """Return the row numbers that `make_dataset` wrote into the features."""
     values = images.astype(np.int64)
     return values[:, 0] + 128 * values[:, 1]

@@ -50,7 +50,7 @@ def import_features(
     Args:
       tower: name of the model that made them. Features of the same name and width count as features of the same
         tower, which cannot be checked.
-      format: one of `lit_fast.embed.importers.parts.FORMATS`.
+      format: "clip-retrieval" or "sail", see `lit_fast.embed.importers.parts`.
       table: captions, one row per row of features in their order; for clip-retrieval instead of its metadata.
       options: the columns with captions.
 

@@ -23,8 +23,6 @@ from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import is_directory, is_file, list_names, local_path, size
 from lit_fast.storage.paths import StrPath, join, suffix
 
-FORMATS = ("clip-retrieval", "sail")
-
 
 @dataclass(frozen=True)
 class Part:

@@ -13,9 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from lit_fast.config import LossConfig
-from lit_fast.losses.pairs import ImageSide, TextSide, pair_masks
-from lit_fast.losses.ring import from_tiles, ring_scan, scan_text_tiles, to_text_tiles
-from lit_fast.utils.normalize import normalize
+from lit_fast.losses.pairs import (
+    ImageSide,
+    PairTile,
+    TextSide,
+    TextTile,
+    einsum,
+    make_image_tile,
+    make_pair_tile,
+    make_text_tiles,
+)
+from lit_fast.losses.ring import from_tiles, ring_scan, scan_text_tiles
 
 
 class LossParams(NamedTuple):
@@ -25,80 +33,6 @@ class LossParams(NamedTuple):
     log_scale: jax.Array  # float32 [], logarithm of the temperature
     bias: jax.Array | None = None  # float32 []
     head: jax.Array | None = None  # float32 [width, width], applied to the image features
-
-
-# --- tiles of images, texts and pairs
-
-
-class ImageTile(NamedTuple):
-    """n images."""
-
-    embeddings: jax.Array  # float32 [n, width], normalised
-    side: ImageSide
-    valid: jax.Array  # bool [n]
-
-
-class TextTile(NamedTuple):
-    """m texts, or [tiles, m, ...] for all tiles of a device."""
-
-    embeddings: jax.Array  # float32 [m, width], normalised
-    side: TextSide
-    valid: jax.Array  # bool [m]
-    inputs: Any = None  # of the loss formula, arrays [m, ...]
-
-
-class PairTile(NamedTuple):
-    """All pairs of n images and m texts; the booleans are broadcastable to [n, m]."""
-
-    cosine: jax.Array  # float32 [n, m]
-    positive: jax.Array
-    used: jax.Array
-
-
-HeadVjp = Callable[[jax.Array], tuple[jax.Array]]
-
-
-def make_image_tile(
-    config: LossConfig, head: jax.Array | None, side: ImageSide, valid: jax.Array
-) -> tuple[ImageTile, HeadVjp | None]:
-    """Embed a tile of images; the head is applied on the device where the features are used.
-
-    The gradient by the head is linear in that by the embeddings. So each device sums its own part, and neither
-    embeddings nor their gradients rotate.
-
-    Returns:
-      The tile, and the function from a gradient by its embeddings to that by the head (None without a head).
-    """
-    features = side.features.astype(jnp.float32)
-    if head is None:
-        return ImageTile(features, side, valid), None
-    embeddings, head_vjp = jax.vjp(lambda w: apply_head(features, w, config.precision), head)
-    return ImageTile(embeddings, side, valid), head_vjp
-
-
-def apply_head(features: jax.Array, head: jax.Array, precision: str) -> jax.Array:
-    """Map features [n, width] by a head [width, width] to normalised embeddings, float32 [n, width]."""
-    # The padding of a tile is zero, where a norm has no gradient.
-    nonzero = jnp.any(features != 0, axis=-1, keepdims=True)
-    linear = jnp.where(nonzero, _einsum(precision, "nd,de->ne", features, head), 1.0)
-    return jnp.where(nonzero, normalize(linear), 0.0)
-
-
-def make_text_tiles(config: LossConfig, params: LossParams, side: TextSide, inputs: Any = None) -> TextTile:
-    """Split this device's texts into tiles, arrays [tiles, m, ...]."""
-    (embeddings, side, inputs), valid = to_text_tiles(config.tile, (params.texts, side, inputs))
-    return TextTile(embeddings, side, valid, inputs)
-
-
-def make_pair_tile(config: LossConfig, num_images: int, images: ImageTile, texts: TextTile) -> PairTile:
-    """Compare n images with m texts; `num_images` is the size of the global batch."""
-    cosine = _einsum(config.precision, "nd,md->nm", images.embeddings, texts.embeddings)
-    valid = images.valid[:, None] & texts.valid
-    return PairTile(cosine, *pair_masks(config, num_images, images.side, texts.side, valid))
-
-
-def _einsum(precision: str, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 # --- statistics of the logits
@@ -235,7 +169,7 @@ def accumulate_pair_loss(
     """
     scale, precision = jnp.exp(params.log_scale), config.precision
     num_images = len(images.rows) * num_devices
-    text_tiles = make_text_tiles(config, params, texts, text_inputs)
+    text_tiles = make_text_tiles(config, params.texts, texts, text_inputs)
 
     def block_body(
         carry: _LocalCarry, block: tuple[ImageSide, Any], _: None, valid: jax.Array
@@ -252,13 +186,13 @@ def accumulate_pair_loss(
             pairs = make_pair_tile(config, num_images, image_tile, text_tile)
             loss, dlogits, logits, used = pair_loss(pairs, image_inputs, text_tile.inputs)
             if dimages is not None:
-                dimages += _einsum(precision, "nm,md->nd", dlogits, text_tile.embeddings)
+                dimages += einsum(precision, "nm,md->nd", dlogits, text_tile.embeddings)
             sums = _Sums(
                 sums.loss + loss,
                 sums.dlogits + jnp.sum(dlogits),
                 update_logit_stats(sums.stats, logits, pairs.positive, used),
             )
-            return (sums, dimages), dtexts + _einsum(precision, "nm,nd->md", dlogits, image_tile.embeddings)
+            return (sums, dimages), dtexts + einsum(precision, "nm,nd->md", dlogits, image_tile.embeddings)
 
         dimages = None if head_vjp is None else jnp.zeros_like(image_tile.embeddings)
         (sums, dimages), dtexts = scan_text_tiles(tile_body, (carry.sums, dimages), carry.dtexts, text_tiles)

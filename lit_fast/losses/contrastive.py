@@ -8,16 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from lit_fast.config import LossConfig
-from lit_fast.losses.accumulate import (
-    LogitStats,
-    LossAndGrads,
-    LossParams,
-    PairTile,
-    TileLoss,
-    accumulate_pair_loss,
-)
+from lit_fast.losses.accumulate import LogitStats, LossAndGrads, LossParams, TileLoss, accumulate_pair_loss
 from lit_fast.losses.negatives import hardness, hardness_threshold
-from lit_fast.losses.pairs import ImageSide, TextSide
+from lit_fast.losses.pairs import ImageSide, PairTile, TextSide
 from lit_fast.losses.softmax import softmax_loss
 
 

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from lit_fast.config import LossConfig
-from lit_fast.losses.accumulate import (
-    LossParams,
+from lit_fast.losses.accumulate import LossParams
+from lit_fast.losses.pairs import (
+    ImageSide,
+    TextSide,
     TextTile,
     make_image_tile,
     make_pair_tile,
     make_text_tiles,
 )
-from lit_fast.losses.pairs import ImageSide, TextSide
 from lit_fast.losses.ring import ring_scan, scan_text_tiles
 from lit_fast.runtime import AXIS
 
@@ -39,7 +40,7 @@ def hardness_threshold(
     """
     num_images = len(images.rows) * num_devices
     wanted = config.negatives_per_positive * len(texts.rows) * num_devices
-    text_tiles = make_text_tiles(config, params, texts)
+    text_tiles = make_text_tiles(config, params.texts, texts)
 
     def count_above(cuts: jax.Array) -> jax.Array:
         """Count the negatives of the global batch at or above each cut; float32, as int32 ends at 2^31 pairs."""

@@ -1,4 +1,4 @@
-"""Which pairs of a batch are positive, negative or masked.
+"""The image and text sides of a batch, their tiles, and which pairs are positive, negative or masked.
 
 Pairs of one dataset row are positive: several captions of an image are all its positives, and so are the captions of
 the same row at another position of the batch.
@@ -7,16 +7,21 @@ the same row at another position of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lit_fast.config import LossConfig
+from lit_fast.losses.ring import to_text_tiles
 from lit_fast.runtime import AXIS
+from lit_fast.utils.normalize import normalize
 
 _SALTS = (0x9E3779B9, 0x7F4A7C15)
+
+
+# --- both sides of a device
 
 
 class ImageSide(NamedTuple):
@@ -72,6 +77,86 @@ def make_sides(
         images = images._replace(random_ids=random_ids(n, seeds[0]))
         texts = texts._replace(random_ids=random_ids(m, seeds[1]))
     return images, texts
+
+
+# --- tiles of images, texts and pairs
+
+
+class ImageTile(NamedTuple):
+    """n images."""
+
+    embeddings: jax.Array  # float32 [n, width], normalised
+    side: ImageSide
+    valid: jax.Array  # bool [n]
+
+
+class TextTile(NamedTuple):
+    """m texts, or [tiles, m, ...] for all tiles of a device."""
+
+    embeddings: jax.Array  # float32 [m, width], normalised
+    side: TextSide
+    valid: jax.Array  # bool [m]
+    inputs: Any = None  # of the loss formula, arrays [m, ...]
+
+
+class PairTile(NamedTuple):
+    """All pairs of n images and m texts; the booleans are broadcastable to [n, m]."""
+
+    cosine: jax.Array  # float32 [n, m]
+    positive: jax.Array
+    used: jax.Array
+
+
+HeadVjp = Callable[[jax.Array], tuple[jax.Array]]
+
+
+def make_image_tile(
+    config: LossConfig, head: jax.Array | None, side: ImageSide, valid: jax.Array
+) -> tuple[ImageTile, HeadVjp | None]:
+    """Embed a tile of images; the head is applied on the device where the features are used.
+
+    The gradient by the head is linear in that by the embeddings. So each device sums its own part, and neither
+    embeddings nor their gradients rotate.
+
+    Returns:
+      The tile, and the function from a gradient by its embeddings to that by the head (None without a head).
+    """
+    features = side.features.astype(jnp.float32)
+    if head is None:
+        return ImageTile(features, side, valid), None
+    embeddings, head_vjp = jax.vjp(lambda w: apply_head(features, w, config.precision), head)
+    return ImageTile(embeddings, side, valid), head_vjp
+
+
+def apply_head(features: jax.Array, head: jax.Array, precision: str) -> jax.Array:
+    """Map features [n, width] by a head [width, width] to normalised embeddings, float32 [n, width]."""
+    # The padding of a tile is zero, where a norm has no gradient.
+    nonzero = jnp.any(features != 0, axis=-1, keepdims=True)
+    linear = jnp.where(nonzero, einsum(precision, "nd,de->ne", features, head), 1.0)
+    return jnp.where(nonzero, normalize(linear), 0.0)
+
+
+def make_text_tiles(
+    config: LossConfig, embeddings: jax.Array, side: TextSide, inputs: Any = None
+) -> TextTile:
+    """Split this device's texts into tiles, arrays [tiles, m, ...]."""
+    (embeddings, side, inputs), valid = to_text_tiles(config.tile, (embeddings, side, inputs))
+    return TextTile(embeddings, side, valid, inputs)
+
+
+def make_pair_tile(config: LossConfig, num_images: int, images: ImageTile, texts: TextTile) -> PairTile:
+    """Compare n images with m texts; `num_images` is the size of the global batch."""
+    cosine = einsum(config.precision, "nd,md->nm", images.embeddings, texts.embeddings)
+    valid = images.valid[:, None] & texts.valid
+    return PairTile(cosine, *pair_masks(config, num_images, images.side, texts.side, valid))
+
+
+def einsum(precision: str, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Compute a matrix product with float32 sums and output."""
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+# --- positive, negative and masked pairs
 
 
 def pair_masks(

@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from lit_fast.config import LossConfig
-from lit_fast.losses.accumulate import (
-    LossAndGrads,
-    LossParams,
+from lit_fast.losses.accumulate import LossAndGrads, LossParams, TileLoss, accumulate_pair_loss
+from lit_fast.losses.pairs import (
+    ImageSide,
     PairTile,
+    TextSide,
     TextTile,
-    TileLoss,
-    accumulate_pair_loss,
     make_image_tile,
     make_pair_tile,
     make_text_tiles,
 )
-from lit_fast.losses.pairs import ImageSide, TextSide
 from lit_fast.losses.ring import from_tiles, ring_scan, scan_text_tiles
 
 
@@ -90,7 +88,7 @@ def _normalizers(
     """Compute the log-sum-exp of each image [n] over all texts and of each text [m] over all images."""
     scale = jnp.exp(params.log_scale)
     num_images = len(images.rows) * num_devices
-    text_tiles = make_text_tiles(config, params, texts)
+    text_tiles = make_text_tiles(config, params.texts, texts)
 
     def block_body(
         text_stats: LogSumExp, block: ImageSide, image_stats: LogSumExp, valid: jax.Array

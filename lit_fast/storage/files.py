@@ -391,7 +391,8 @@ def read_lines(location: StrPath) -> tuple[str, ...]:
     """
     text = read_text(location)
     if text is None:
-        raise UserError(f"{location} does not exist; give a file with one name or template per line")
+        problem = "is a directory" if exists(location) else "does not exist"
+        raise UserError(f"{location} {problem}; give a file with one name or template per line")
     lines = [line.strip() for line in text.rstrip().splitlines()]
     if not lines:
         raise UserError(f"{location} is empty; give one name or template per line")

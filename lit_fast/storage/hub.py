@@ -84,8 +84,8 @@ def hub_problem(error: BaseException, repository: str, repo_type: str = "model",
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repository}"
-    arguments = " --repo-type dataset" * (repo_type == "dataset") + f" {name}" * bool(name)
-    by_hand = f'run "hf download {repository}{arguments}" elsewhere and give the path of the files'
+    option = " --repo-type dataset" if repo_type == "dataset" else ""
+    by_hand = f'run "hf download {repository}{option} --local-dir DIR" elsewhere and give DIR'
     match error:
         case errors.GatedRepoError():
             return f"is gated; accept its licence at {page} and run: hf auth login"

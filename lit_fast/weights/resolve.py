@@ -20,7 +20,7 @@ from urllib.parse import quote
 from lit_fast.errors import UserError
 from lit_fast.storage.cache import cache_directory, cached_file
 from lit_fast.storage.files import exists, is_directory, is_file, read_bytes, sha256, write_atomic
-from lit_fast.storage.hub import AbsentError, Snapshot
+from lit_fast.storage.hub import AbsentError, Snapshot, offline
 from lit_fast.storage.paths import StrPath, absolute, join, name, parent, stem, suffix
 from lit_fast.weights.reader import part_names, parts
 from lit_fast.weights.registry import known_towers
@@ -188,7 +188,9 @@ def _fetch_tokenizer(snapshot: Snapshot) -> str:
             continue
     try:
         path = snapshot.fetch("tokenizer.json", _MAX_TOKENIZER_BYTES)
-    except AbsentError:
+    except AbsentError as absent:
+        if offline():
+            raise UserError(str(absent)) from None
         names = ", ".join((*_TOKENIZERS, "tokenizer.json"))
         raise UserError(f"{snapshot} has none of {names}; give a sentencepiece model") from None
     model = sentencepiece_model(read_bytes(path), f"{snapshot}/tokenizer.json")

@@ -1,7 +1,8 @@
 """Convert `tokenizer.json` of Hugging Face's tokenizers library to a sentencepiece model that gives the same ids.
 
 Sentencepiece does in one step what the library does in three: a normaliser, a pre-tokeniser and the model. A file is
-converted if its steps are those of sentencepiece; any other step is refused, as it would change ids.
+converted if its steps are those of sentencepiece; any other step is refused, as it would change ids. The text
+"<0x41>", the name of a byte piece, is text to sentencepiece, while the library may take it for the byte.
 """
 
 from __future__ import annotations
@@ -18,8 +19,16 @@ _SPACE = "\u2581"
 # Types of models and pieces in sentencepiece_model.proto.
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
-_COLLAPSE_SPACES = {(" {2,}", " "), (" {2,}", _SPACE)}
-_STRIP_SPACES = {(r"\A +", ""), (rf"{_SPACE}+\z", "")}
+# Replacements of white space, and their effects.
+_REPLACEMENTS = {
+    (r"\A +", ""): {"strip left"},
+    (rf"{_SPACE}+\z", ""): {"strip right"},
+    (r"\A +| +\z", ""): {"strip left", "strip right"},
+    (" {2,}", " "): {"collapse"},
+    (" {2,}", _SPACE): {"collapse"},
+    (" ", _SPACE): {"escape"},
+    (rf"\A{_SPACE}", _SPACE * 2): {"double"},
+}
 
 
 class _InexpressibleError(Exception):
@@ -56,16 +65,26 @@ def _convert(document: dict[str, Any]) -> bytes:
         raise _InexpressibleError(f"has a model of type {model['type']}")
     trainer.model_type = _UNIGRAM if model["type"] == "Unigram" else _BPE
     trainer.byte_fallback = bool(model.get("byte_fallback"))
-    normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+    effects: set[str] = set()
     for step in _steps(document["normalizer"], "normalizers"):
-        _apply_normalizer(step, normalizer)
+        if step["type"] == "Precompiled":
+            normalizer.precompiled_charsmap = base64.b64decode(step["precompiled_charsmap"])
+        else:
+            effects |= _normalizer_effects(step)
     for step in _steps(document["pre_tokenizer"], "pretokenizers"):
-        _apply_pre_tokenizer(step, normalizer)
+        effects |= _pre_tokenizer_effects(step)
+    _check_effects(effects)
+    normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = (
+        "prefix" in effects,
+        "collapse" in effects,
+    )
 
     added = {token["id"]: token for token in document["added_tokens"]}
     if user_defined := [token["content"] for token in added.values() if not token["special"]]:
         raise _InexpressibleError(f"has {len(user_defined)} user-defined tokens like {user_defined[0]!r}")
     names, scores = _unigram(model) if trainer.model_type == _UNIGRAM else _bpe(model)
+    if "split" in effects and any(_SPACE in name[1:] for name in names):
+        raise _InexpressibleError("splits at spaces, but has pieces that contain spaces")
     for i in range(len(names), max(added, default=-1) + 1):  # special tokens beyond the model's vocabulary
         names.append(added[i]["content"])
         scores.append(0.0)
@@ -96,39 +115,50 @@ def _steps(step: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
         yield step
 
 
-def _apply_normalizer(step: dict[str, Any], spec: Any) -> None:
-    if step["type"] == "Precompiled":
-        spec.precompiled_charsmap = base64.b64decode(step["precompiled_charsmap"])
-    elif step["type"] == "Prepend" and step["prepend"] == _SPACE:
-        spec.add_dummy_prefix = True
-    elif step["type"] == "Strip" and step["strip_right"]:
-        pass  # of T5, together with the replacement of several spaces
-    elif step["type"] == "Replace":
-        (pattern,) = step["pattern"].values()
-        replacement = (pattern, step["content"])
-        if replacement in _COLLAPSE_SPACES:
-            spec.remove_extra_whitespaces = True
-        elif replacement not in {(" ", _SPACE), *_STRIP_SPACES} and not _is_lowering(*replacement):
-            raise _InexpressibleError(f"replaces {pattern!r} by {step['content']!r}")
-    else:
+def _normalizer_effects(step: dict[str, Any]) -> set[str]:
+    """Return the effects of a normalizer on white space."""
+    if step["type"] == "Prepend" and step["prepend"] == _SPACE:
+        return {"prefix"}
+    if step["type"] == "Strip":
+        return {effect for effect in ("strip left", "strip right") if step[effect.replace(" ", "_")]}
+    if step["type"] != "Replace":
         raise _InexpressibleError(f"has the normalizer {step['type']}")
+    (pattern,) = step["pattern"].values()
+    content = step["content"]
+    if len(pattern) == 1 and pattern.isascii() and pattern.isupper() and content == pattern.lower():
+        return set()  # lit_fast.data.tokenizer lower-cases ASCII letters as well
+    if (pattern, content) not in _REPLACEMENTS:
+        raise _InexpressibleError(f"replaces {pattern!r} by {content!r}")
+    return _REPLACEMENTS[pattern, content]
 
 
-def _is_lowering(pattern: str, content: str) -> bool:
-    """Return whether a replacement lower-cases an ASCII letter, as `lit_fast.data.tokenizer` does."""
-    return len(pattern) == 1 and pattern.isascii() and pattern.isupper() and content == pattern.lower()
-
-
-def _apply_pre_tokenizer(step: dict[str, Any], spec: Any) -> None:
+def _pre_tokenizer_effects(step: dict[str, Any]) -> set[str]:
+    """Return the effects of a pre-tokenizer on white space."""
     if step["type"] == "Metaspace" and step["replacement"] == _SPACE:
-        spec.add_dummy_prefix = step.get("prepend_scheme", "always") != "never"
-    elif step["type"] == "Split" and step["pattern"] in (
+        prefix = {"prefix", "metaspace"} if step.get("prepend_scheme", "always") != "never" else set()
+        return {"escape"} | prefix | ({"split"} if step.get("split", True) else set())
+    if step["type"] == "Split" and step["pattern"] in (
         {"Regex": "<(?=0x[0-9A-F]{2}>)"},  # keeps the text "<0x41>" from becoming a byte piece
         {"String": " "},  # spaces are replaced before
     ):
-        pass
+        return set()
+    raise _InexpressibleError(f"has the pre-tokenizer {step['type']}")
+
+
+def _check_effects(effects: set[str]) -> None:
+    """Check that white space at the ends of a text and between words is treated as sentencepiece treats it.
+
+    Sentencepiece collapses spaces and strips both ends, or does neither, and then adds a prefix. Metaspace adds none
+    before a space, which is equal to stripping the left end.
+    """
+    if "collapse" in effects:
+        equal = "strip right" in effects and bool(effects & {"strip left", "metaspace"})
     else:
-        raise _InexpressibleError(f"has the pre-tokenizer {step['type']}")
+        equal = not effects & {"strip left", "strip right"} and (
+            "metaspace" not in effects or "double" in effects
+        )
+    if not equal or "escape" not in effects:
+        raise _InexpressibleError("treats spaces differently")
 
 
 def _unigram(model: dict[str, Any]) -> tuple[list[str], list[float]]:

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 import pytest
 
 from lit_fast.cli.main import COMMANDS, main
+from lit_fast.config import settings
 
 ENTRY_POINTS = {e.name: e for e in entry_points(group="lit_fast.commands")}
 
@@ -31,6 +32,11 @@ def test_help_of_a_command_has_a_summary_and_an_example(name, capsys):
 def test_flags_accept_hyphens_and_underscores(flag, capsys):
     assert main(["embed", "D", "--tower", "T", flag, "0"]) == 2
     assert "argument --batch-size: 0 is less than 1" in capsys.readouterr().err
+
+
+def test_keys_without_a_section_have_no_underscore():
+    """A flag without a dot is spelled with hyphens, as the options of a command are."""
+    assert not [key for key in settings() if "." not in key and "_" in key]
 
 
 @pytest.mark.parametrize("flag", ["--loss.bias-init", "--loss.bias_init"])

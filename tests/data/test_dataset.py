@@ -32,7 +32,7 @@ def file(tmp_path: Path) -> Path:
         ("classnames", [1]), ("languages", {"en": []}), ("generation", "1"), ("block", 1), ("format", {}),
     ],
 )  # fmt: skip
-def test_a_value_that_makes_no_sense(
+def test_dataset_json_with_wrong_value_is_one_line(
     file: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any
 ) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
@@ -45,7 +45,9 @@ def test_a_value_that_makes_no_sense(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", "[" * 100_000, '{"format": 1}'])
-def test_a_file_that_is_something_else(file: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+def test_dataset_json_with_other_content_is_one_line(
+    file: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
     file.write_text(text)
     capsys.readouterr()
     assert main(["info", str(file.parent)]) == 2

@@ -69,7 +69,7 @@ def bad_rows(dataset: Dataset) -> list[int]:
     return [row for row, key in enumerate(keys(dataset)) if int(key) % 700 == 0]
 
 
-def test_features_are_the_towers(
+def test_embed_stores_the_features_of_the_tower(
     dataset: Dataset, tiny_vit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Row by row, against one image at a time on one device."""
@@ -101,7 +101,7 @@ def test_features_are_the_towers(
     ]
 
 
-def test_shards_and_shares(
+def test_embed_of_shares_equals_embed_of_all_shards(
     tmp_path: Path, tiny_vit: Path, small_shards: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = many(tmp_path)
@@ -151,7 +151,7 @@ def start(dataset: Path, tower: Path, name: str) -> subprocess.Popen[bytes]:
     )
 
 
-def test_killed_anywhere_it_ends_with_the_same_bytes(
+def test_embed_killed_anywhere_ends_with_the_same_bytes(
     tmp_path: Path, tiny_vit: Path, small_shards: None
 ) -> None:
     dataset = many(tmp_path)
@@ -197,7 +197,9 @@ def progress_of(path: Path) -> int:
     return rows
 
 
-def test_a_shard_killed_while_it_was_committed(tmp_path: Path, tiny_vit: Path, small_shards: None) -> None:
+def test_embed_killed_while_a_shard_is_finished_ends_with_the_same_bytes(
+    tmp_path: Path, tiny_vit: Path, small_shards: None
+) -> None:
     """Journal but no data; data but no manifest; manifest and still a journal: the end is the same."""
     dataset = many(tmp_path)
     embed_dataset(dataset.path, str(tiny_vit), batch_size=8)
@@ -223,7 +225,7 @@ def test_a_shard_killed_while_it_was_committed(tmp_path: Path, tiny_vit: Path, s
     assert tree(features.path) == whole
 
 
-def test_another_tower_needs_another_name(dataset: Dataset, tiny_vit: Path) -> None:
+def test_embed_of_another_tower_needs_another_name(dataset: Dataset, tiny_vit: Path) -> None:
     embed_dataset(dataset.path, str(tiny_vit), name="t")
     before = tree(dataset.path)
     with pytest.raises(UserError, match=r"another tower \(other preprocess\); choose another --name"):
@@ -238,7 +240,9 @@ def test_another_tower_needs_another_name(dataset: Dataset, tiny_vit: Path) -> N
     assert not np.allclose(one, two, atol=0.05)
 
 
-def test_missing_and_changed_sources_are_named_before_any_work(dataset: Dataset, tiny_vit: Path) -> None:
+def test_embed_with_missing_or_changed_sources_names_them_before_any_work(
+    dataset: Dataset, tiny_vit: Path
+) -> None:
     source = Path(dataset.sources[1].path)
     data = source.read_bytes()
     source.write_bytes(data[:-512])
@@ -250,7 +254,7 @@ def test_missing_and_changed_sources_are_named_before_any_work(dataset: Dataset,
     assert not (Path(dataset.path) / "features").exists()
 
 
-def test_non_finite_features_are_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embed_marks_non_finite_features_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A tower whose activations overflow on a white image and not on a grey one."""
     arrays = tiny_vit_arrays()
     arrays["embedding/kernel"] *= 0
@@ -272,7 +276,7 @@ def test_non_finite_features_are_invalid(tmp_path: Path, capsys: pytest.CaptureF
     assert "bad in 0.tar: non-finite feature" in capsys.readouterr().out
 
 
-def test_a_dataset_without_one_usable_image_is_an_error(tmp_path: Path, tiny_vit: Path) -> None:
+def test_embed_without_one_usable_image_is_an_error(tmp_path: Path, tiny_vit: Path) -> None:
     write_tar(tmp_path / "0.tar", [("a.jpg", b"x"), ("a.txt", b"text")])
     dataset = index_dataset([f"{tmp_path}/0.tar"], tmp_path / "d", seed=0)
     for _ in range(2):
@@ -285,7 +289,9 @@ def test_max_pixels(dataset: Dataset, tiny_vit: Path, capsys: pytest.CaptureFixt
         embed_dataset(dataset.path, str(tiny_vit), max_pixels=1000)
 
 
-def test_full_disk_is_one_line_and_the_work_goes_on(dataset: Dataset, tiny_vit: Path, tmp_path: Path) -> None:
+def test_embed_on_a_full_disk_is_one_line_and_continues_later(
+    dataset: Dataset, tiny_vit: Path, tmp_path: Path
+) -> None:
     """A limit on the size of files stands for the full disk: writes fail with an OSError."""
     script = (
         "import resource, signal, sys\n"

@@ -54,7 +54,7 @@ def small_disk(dataset: Dataset) -> Iterator[Path]:
     subprocess.run(["umount", str(path)], check=True)
 
 
-def test_a_full_disk(small_disk: Path, dataset: Dataset, tiny_vit: Path) -> None:
+def test_embed_on_a_small_disk_keeps_its_work(small_disk: Path, dataset: Dataset, tiny_vit: Path) -> None:
     line = command(dataset.path, tiny_vit, "--name", "t")
     done = subprocess.run(line, capture_output=True, text=True)
     assert stopped(done, "No space left on device", AGAIN), done.stderr
@@ -69,14 +69,14 @@ def test_a_full_disk(small_disk: Path, dataset: Dataset, tiny_vit: Path) -> None
     assert tree(small_disk / "t") == tree(small_disk / "whole")
 
 
-def test_a_full_disk_while_indexing(small_disk: Path, tmp_path: Path) -> None:
+def test_index_on_a_full_disk_is_one_line_and_continues_later(small_disk: Path, tmp_path: Path) -> None:
     """array_record has errors of its own for it."""
     members = [
         (f"{i:04}.{kind}", os.urandom(300).hex().encode()) for i in range(2000) for kind in ("jpg", "txt")
     ]
     sources = [str(write_tar(tmp_path / "many.tar", members))]
     with pytest.raises(
-        UserError, match=r"array_record cannot be written: .*No space left on device; mend that"
+        UserError, match=r"array_record cannot be written: .*No space left on device; fix the cause"
     ):
         index_dataset(sources, small_disk / "d")
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
@@ -90,7 +90,9 @@ OBEY = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] i
 
 
 @pytest.mark.parametrize("locked", ["partial", "c", "manifest", "."])
-def test_a_missing_permission(locked: str, dataset: Dataset, tiny_vit: Path) -> None:
+def test_embed_without_permission_is_one_line_and_continues_later(
+    locked: str, dataset: Dataset, tiny_vit: Path
+) -> None:
     features = Path(dataset.path) / "features" / "t"
     directory = features / locked
     directory.mkdir(parents=True)
@@ -108,7 +110,9 @@ def test_a_missing_permission(locked: str, dataset: Dataset, tiny_vit: Path) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_at_any_time_is_one_line(number: signal.Signals, dataset: Dataset, tiny_vit: Path) -> None:
+def test_embed_with_a_signal_at_any_time_ends_in_one_line(
+    number: signal.Signals, dataset: Dataset, tiny_vit: Path
+) -> None:
     """While it imports, compiles, embeds or writes; the line says that the same command goes on."""
     for delay in (0.3, 1.5, 2.5):
         process = subprocess.Popen(

@@ -49,17 +49,17 @@ def same_bytes_as_at_once(dataset: Dataset, tower: Path, name: str) -> bool:
     return tree(Path(dataset.path) / "features" / name) == tree(Path(dataset.path) / "features" / "at_once")
 
 
-def test_new_rows_are_added_and_old_features_kept(
+def test_embed_of_a_grown_dataset_keeps_the_old_features(
     dataset: Dataset, tiny_vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("grown", "marked"):
         embed_dataset(dataset.path, str(tiny_vit), name=name, batch_size=2)
     # values that no embedding makes: whoever embeds the old rows again destroys them
     marked = open_features(dataset, "marked")
-    told = marked.manifest(1)
-    values = np.arange(told.rows * 32).reshape(-1, 32).astype(BFLOAT16)
+    recorded = marked.manifest(1)
+    values = np.arange(recorded.rows * 32).reshape(-1, 32).astype(BFLOAT16)
     marked.array()[1024:1500].write(values).result()
-    marked.write_manifest(replace(told, features=features_digest(values)))
+    marked.write_manifest(replace(recorded, features=features_digest(values)))
     dataset = grow(tmp_path)
     for opening in (lambda f: f.invalid_rows(), lambda f: f.read_all(), lambda f: f.mean({})):
         with pytest.raises(
@@ -82,7 +82,9 @@ def test_new_rows_are_added_and_old_features_kept(
     np.testing.assert_array_equal(got[1500:], open_features(dataset, "grown").read_all()[1500:])
 
 
-def test_killed_while_a_shard_is_completed(dataset: Dataset, tiny_vit: Path, tmp_path: Path) -> None:
+def test_embed_of_a_grown_dataset_killed_ends_with_the_same_bytes(
+    dataset: Dataset, tiny_vit: Path, tmp_path: Path
+) -> None:
     embed_dataset(dataset.path, str(tiny_vit), name="killed", batch_size=2)
     old = open_features(dataset, "killed").read_all()
     dataset = grow(tmp_path)
@@ -103,7 +105,9 @@ def test_killed_while_a_shard_is_completed(dataset: Dataset, tiny_vit: Path, tmp
     assert same_bytes_as_at_once(dataset, tiny_vit, "killed")
 
 
-def test_killed_between_the_data_and_the_manifest(dataset: Dataset, tiny_vit: Path, tmp_path: Path) -> None:
+def test_embed_of_a_grown_dataset_killed_before_the_manifest_ends_with_the_same_bytes(
+    dataset: Dataset, tiny_vit: Path, tmp_path: Path
+) -> None:
     embed_dataset(dataset.path, str(tiny_vit), name="grown", batch_size=2)
     old = (Path(dataset.path) / "features/grown/manifest/00001.json").read_bytes()
     dataset = grow(tmp_path)
@@ -114,7 +118,9 @@ def test_killed_between_the_data_and_the_manifest(dataset: Dataset, tiny_vit: Pa
     assert same_bytes_as_at_once(dataset, tiny_vit, "grown")
 
 
-def test_damaged_old_rows_are_not_carried_on(dataset: Dataset, tiny_vit: Path, tmp_path: Path) -> None:
+def test_embed_of_a_grown_dataset_refuses_damaged_old_rows(
+    dataset: Dataset, tiny_vit: Path, tmp_path: Path
+) -> None:
     embed_dataset(dataset.path, str(tiny_vit), name="grown", batch_size=2)
     features = open_features(dataset, "grown")
     features.array()[1030].write(np.ones(32, BFLOAT16)).result()

@@ -20,7 +20,7 @@ def make_journal(path: Path, records: int = 5, **belongs: int) -> Journal:
     return journal
 
 
-def test_journal_keeps_whole_records_whatever_is_cut_or_flipped(tmp_path: Path) -> None:
+def test_journal_with_any_damage_keeps_the_records_before_it(tmp_path: Path) -> None:
     path = tmp_path / "j"
     whole = make_journal(path, identity=1)
     data = path.read_bytes()
@@ -41,7 +41,7 @@ def test_journal_keeps_whole_records_whatever_is_cut_or_flipped(tmp_path: Path) 
             np.testing.assert_array_equal(journal.features[: journal.done], whole.features[: journal.done])
 
 
-def test_journal_of_something_else_is_discarded(tmp_path: Path) -> None:
+def test_journal_of_other_work_is_discarded(tmp_path: Path) -> None:
     make_journal(tmp_path / "j", identity=1)
     with Journal(tmp_path / "j", 20, 4, {"identity": 2}) as journal:
         assert (journal.done, journal.discarded) == (0, True)
@@ -49,7 +49,7 @@ def test_journal_of_something_else_is_discarded(tmp_path: Path) -> None:
         assert (journal.done, journal.discarded) == (0, False)
 
 
-def test_two_processes_do_not_share_a_shard(tmp_path: Path) -> None:
+def test_journal_in_use_is_refused(tmp_path: Path) -> None:
     with (
         Journal(tmp_path / "j", 20, 4, {}),
         pytest.raises(UserError, match="another process"),

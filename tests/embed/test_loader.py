@@ -18,7 +18,7 @@ HOW = Preprocess("pil-crop", 16, 18)
 
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("workers", [1, 5])
-def test_batches_hold_the_rows_of_their_spans(views: int, workers: int, tmp_path: Path) -> None:
+def test_load_batches_holds_the_rows_of_each_span(views: int, workers: int, tmp_path: Path) -> None:
     files = {str(i): encoded(picture(i)) for i in range(50)} | {"x": b"no image"}
     write_tar(
         tmp_path / "0.tar", [m for k, d in files.items() for m in ((f"{k}.jpg", d), (f"{k}.cls", b"0"))]

@@ -21,7 +21,7 @@ def test_run_tower_yields_every_batch_with_its_own_output() -> None:
     assert "waiting for" in stalls.note()
 
 
-def test_a_device_without_enough_memory() -> None:
+def test_run_tower_without_device_memory_names_the_remedy() -> None:
     """What JAX raises when an array of 64 TiB does not fit; a limit on the process makes XLA hang instead."""
     batch = Batch(0, 1, np.zeros((1, 4, 4, 3), np.uint8), {})
     with pytest.raises(UserError, match="out of memory; lower --batch-size"):

@@ -57,7 +57,7 @@ def stop_at_work(processes: list[subprocess.Popen[bytes]], partial: Path) -> Non
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_one_of_several_is_killed_and_a_single_one_finishes(
+def test_embed_by_one_process_finishes_the_work_of_a_killed_one(
     count: int, tmp_path: Path, tiny_vit: Path, small_shards: None
 ) -> None:
     """The same bytes, though one process has one device and the single one has four."""
@@ -87,7 +87,7 @@ def test_one_of_several_is_killed_and_a_single_one_finishes(
     assert tree(shared) == tree(Path(dataset.path) / "features" / "alone")
 
 
-def test_an_unfinished_share_of_somebody_at_work_is_not_mentioned(
+def test_embed_does_not_mention_shares_that_a_process_embeds(
     tmp_path: Path, tiny_vit: Path, small_shards: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = many(tmp_path)

@@ -317,7 +317,7 @@ def test_eval_mistakes_are_found_before_loading_weights(
         (["--retrieval", good.path, "--labels", "real"], "--labels and --classes are for --zero-shot E"),
         (["--zero-shot", good.path, "--labels", "unreal"], "one of the known labels: real"),
         (["--zero-shot", good.path, "--classnames", file], "/file is empty"),
-        (["--zero-shot", good.path, "--templates", tmp_path], "cannot be read: Is a directory"),
+        (["--zero-shot", good.path, "--templates", tmp_path], "is a directory; give a file with one name"),
         (["--retrieval", good.path, "--json", file / "out.json"], "is not a writable directory"),
     ):
         assert main(["eval", str(run), *map(str, arguments)]) == 2

@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lit_fast.config import LossConfig
-from lit_fast.losses.accumulate import LogitStats, LossParams, apply_head, logit_metrics
+from lit_fast.losses.accumulate import LogitStats, LossParams, logit_metrics
 from lit_fast.losses.contrastive import contrastive_loss
-from lit_fast.losses.pairs import hash_ids, make_sides, mix
+from lit_fast.losses.pairs import apply_head, hash_ids, make_sides, mix
 from lit_fast.models.two_towers import apply_image_head
 from lit_fast.runtime import AXIS, REPLICATED, SHARDED, make_mesh, shard_map
 from lit_fast.utils.normalize import normalize

@@ -1,4 +1,4 @@
-"""Counted parameters and FLOPs against the module itself."""
+"""Counts of parameters and FLOPs against the module itself."""
 
 import jax
 import jax.numpy as jnp
@@ -27,25 +27,25 @@ def shapes(architecture, size):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_parameters_are_those_of_the_module(architecture):
-    leaves = jax.tree.leaves(
-        shapes(architecture, 37)
-    )  # what remains of 37 pixels beyond the patches is cut off
+def test_parameters_equal_the_module(architecture):
+    leaves = jax.tree.leaves(shapes(architecture, 37))  # 37 pixels are cropped to whole patches
     assert parameters(architecture, 37) == sum(int(np.prod(leaf.shape)) for leaf in leaves)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_flops_are_those_of_the_matrix_products(architecture):
-    """Counted in the traced program: two per multiply-add of every dot product and convolution."""
+def test_flops_equal_the_traced_products(architecture):
+    """The trace has two per multiply-add of every dot product and convolution."""
     size = 32
     images = jnp.zeros((1, size, size, 3))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes(architecture, size))
     program = jax.make_jaxpr(lambda p, x: ViT(architecture).apply({"params": p}, x))(params, images)
-    assert flops_per_image(architecture, size) == counted(program.jaxpr) + spared(architecture, size)
+    assert flops_per_image(architecture, size) == traced_flops(program.jaxpr) + skipped_flops(
+        architecture, size
+    )
 
 
-def spared(architecture, size):
-    """Queries, attention, output and MLP of the last layer for all tokens but the pooled one."""
+def skipped_flops(architecture, size):
+    """Count queries, attention, output and MLP of the last layer for all tokens but the pooled one."""
     if architecture.pool not in ("tok", "projection"):
         return 0
     width, _, mlp_dim, _ = architecture.shape
@@ -54,27 +54,27 @@ def spared(architecture, size):
     return (length - 1) * 2 * (2 * width**2 + 2 * length * width + mlp)
 
 
-def counted(jaxpr):
+def traced_flops(jaxpr):
     total = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         out = equation.outvars[0].aval.shape if equation.outvars else ()
         if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
+            (contracting, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
-            total += 2 * int(np.prod(out)) * int(np.prod([left[i] for i in contracted]))
+            total += 2 * int(np.prod(out)) * int(np.prod([left[i] for i in contracting]))
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             total += 2 * int(np.prod(out)) * int(np.prod(kernel[:-1]))
-        inner = [counted(inner) for inner in jaxprs_in_params(equation.params)]
-        if name == "cond":  # one form for CPUs and one for other devices, of equal products
+        inner = [traced_flops(inner) for inner in jaxprs_in_params(equation.params)]
+        if name == "cond":  # the forms for CPUs and other devices have equal products
             assert len(set(inner)) == 1
             inner = inner[:1]
         total += sum(inner) * equation.params.get("length", 1)
     return total
 
 
-def test_b8_has_the_size_of_its_file():
+def test_b8_has_the_parameters_of_its_file():
     architecture = Architecture(VARIANTS["B"], 8)
     # AugReg's file without head has 85 807 872; the class token and its position are one array here.
     assert parameters(architecture, 224) == 85_807_872 - 768

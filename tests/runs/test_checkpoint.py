@@ -43,19 +43,19 @@ def read(manager, step):
     return restore(manager, step, abstract(both(0)))
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_restore_returns_what_was_saved(tmp_path):
     manager = write(tmp_path, [5], keep=2)
     found, meta = read(manager, 5)
     jax.tree.map(np.testing.assert_array_equal, found, both(5))
     assert meta["note"] == 5
 
 
-def test_last_every_and_best_are_kept(tmp_path):
+def test_manager_keeps_last_every_and_best(tmp_path):
     manager = write(tmp_path, range(1, 11), keep=2, keep_every=4, best=True)
     assert sorted(manager.all_steps()) == [3, 4, 8, 9, 10]  # 3 has the highest score
 
 
-def test_every_single_bit_counts():
+def test_digest_changes_with_any_bit():
     params, _ = trees(1)
     flat = np.asarray(params["kernel"])
     before = digest(params)
@@ -70,7 +70,7 @@ def test_every_single_bit_counts():
 
 
 @pytest.mark.parametrize("item", ["params", "rest"])
-def test_a_flipped_bit_is_noticed_and_the_one_before_taken(tmp_path, item):
+def test_restore_last_with_flipped_bit_takes_the_previous_step(tmp_path, item):
     manager = write(tmp_path, [1, 2], keep=3)
     manager.close()
     file = max((tmp_path / "checkpoints/2" / item).rglob("d/*"), key=lambda p: p.stat().st_size)
@@ -85,13 +85,13 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_taken(tmp_path, item):
     np.testing.assert_array_equal(found["params"]["kernel"], trees(1)[0]["kernel"])
     assert "continuing from the previous checkpoint" in warnings[0]
     assert list(manager.all_steps()) == [1]
-    assert len(list((tmp_path / "damaged").iterdir())) == 1  # it is not thrown away
-    save(manager, 2, both(2), {"note": 2})  # and its step can be done again
+    assert len(list((tmp_path / "damaged").iterdir())) == 1  # it is kept
+    save(manager, 2, both(2), {"note": 2})  # and its step can be saved again
     manager.wait_until_finished()
     assert read(manager, 2)[1]["note"] == 2
 
 
-def test_half_written_checkpoints_are_removed(tmp_path):
+def test_manager_removes_incomplete_checkpoints(tmp_path):
     write(tmp_path, [1], keep=2).close()
     half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     (half / "params").mkdir(parents=True)
@@ -104,11 +104,11 @@ def test_half_written_checkpoints_are_removed(tmp_path):
     manager.close()
 
 
-def test_nothing_there_is_nothing(tmp_path):
+def test_restore_last_without_checkpoints_returns_none(tmp_path):
     assert restore_last(open_manager(tmp_path, keep=2), lambda step: step, print) is None
 
 
-def test_meta_without_digests_is_damage(tmp_path):
+def test_restore_without_digests_raises(tmp_path):
     manager = write(tmp_path, [1], keep=2)
     (file,) = (tmp_path / "checkpoints/1/meta").rglob("metadata")
     value = read_json(file)

@@ -44,7 +44,7 @@ def test_final_and_best_evaluation() -> None:
     assert best(LINES) == {"dev/acc1": Best(0.5, 10), "dev/acc5": Best(0.75, 10)}
 
 
-def test_spent_is_the_most_that_is_known() -> None:
+def test_run_cost_is_the_highest_recorded() -> None:
     assert run_cost([]) == RunCost(0.0, 0.0)
     assert run_cost([*LINES, {"elapsed_seconds": 100.0, "chip_hours": 9.0}]) == RunCost(108.0, 0.12)
     assert run_cost([*LINES, {"elapsed_seconds": 110.0, "chip_hours": 0.13}]) == RunCost(110.0, 0.13)
@@ -58,7 +58,9 @@ intervals = st.lists(
 
 
 @given(intervals, st.integers(1, 1000))
-def test_speed_is_all_pairs_over_all_seconds(parts: list[tuple[int, float, float, bool]], pairs: int) -> None:
+def test_mean_speed_is_all_pairs_over_all_seconds(
+    parts: list[tuple[int, float, float, bool]], pairs: int
+) -> None:
     lines: list[dict[str, Any]] = []
     step, steps, seconds, waited = 0, 0, 0.0, 0.0
     for count, each, share, restarted in parts:
@@ -89,7 +91,7 @@ def test_speed_is_all_pairs_over_all_seconds(parts: list[tuple[int, float, float
 @pytest.mark.parametrize(
     "bad", ["[1]", "{}", '{"step": "1"}', '{"step": true}', "[" * 10**5, '{"step": 3', "\0"]
 )
-def test_reading_ends_at_the_first_line_that_is_not_whole(tmp_path: Path, bad: str) -> None:
+def test_read_metrics_ends_at_the_first_incomplete_line(tmp_path: Path, bad: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         "".join(json.dumps(line) + "\n" for line in LINES) + bad + "\n" + json.dumps(LINES[0]) + "\n"

@@ -102,9 +102,7 @@ def test_fetch_offline_uses_the_cached_revision(hub: Hub, monkeypatch: pytest.Mo
     monkeypatch.setenv("LIT_FAST_OFFLINE", "1")
     hub.requests.clear()
     assert Path(Snapshot("o/n").fetch("config.json")).read_bytes() == b"{}"
-    with pytest.raises(
-        AbsentError, match=r'offline\); run "hf download o/m config.json" elsewhere and give the path'
-    ):
+    with pytest.raises(AbsentError, match=r'offline\); run "hf download o/m --local-dir DIR" elsewhere'):
         Snapshot("o/m").fetch("config.json")
     assert not hub.requests
 
@@ -119,7 +117,7 @@ def test_fetch_a_closed_server_uses_the_cache(hub: Hub) -> None:
 def test_hub_problem_of_an_unreachable_server_names_the_cause(hub: Hub) -> None:
     error = LocalEntryNotFoundError("An error happened")
     error.__cause__ = ConnectionRefusedError("refused\nagain")
-    message = (
-        f'cannot be downloaded from {hub.url}/o/n: refused; run "hf download o/n" elsewhere and give the path'
+    expected = (
+        f'cannot be downloaded from {hub.url}/o/n: refused; run "hf download o/n --local-dir DIR" elsewhere'
     )
-    assert hub_problem(error, "o/n") == f"{message} of the files"
+    assert hub_problem(error, "o/n") == f"{expected} and give DIR"

@@ -87,6 +87,34 @@ def test_sentencepiece_model_gives_the_ids_of_the_library(model_type: str) -> No
     assert [library.encode(t).ids for t in texts(3)] == converted.encode(texts(3))[0]
 
 
+def with_metaspace(tokenizer: Tokenizer) -> dict:
+    """The content of a `tokenizer.json` in the form of T5."""
+    document = tokenizer_json(tokenizer)
+    charsmap = [step for step in document["normalizer"]["normalizers"] if step["type"] == "Precompiled"]
+    strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+    collapse = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    normalizer = {"type": "Sequence", "normalizers": [*charsmap, strip, collapse]}
+    return document | {"normalizer": normalizer, "pre_tokenizer": metaspace}
+
+
+def test_sentencepiece_model_of_a_file_of_t5_gives_the_ids_of_the_library() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    document = with_metaspace(trained("unigram"))
+    library = tokenizers.Tokenizer.from_str(json.dumps(document))
+    converted = Tokenizer(sentencepiece_model(json.dumps(document).encode(), "t"), 64)
+    spaced = [f"{' ' * (i % 3)}{text}{' ' * (i % 2)}" for i, text in enumerate(texts(4)) if text.strip()]
+    spaced = [text.lower() for text in spaced if "<0x41>" not in text]  # it would become a byte piece
+    assert [library.encode(text).ids for text in spaced] == converted.encode(spaced)[0]
+
+
+def test_sentencepiece_model_refuses_spaces_that_are_not_stripped() -> None:
+    document = with_metaspace(trained("unigram"))
+    del document["normalizer"]["normalizers"][-2]
+    with pytest.raises(UserError, match="treats spaces differently, which sentencepiece cannot express"):
+        sentencepiece_model(json.dumps(document).encode(), "t")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

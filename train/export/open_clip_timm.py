@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -15,38 +14,26 @@ from lit_fast.weights import to_torch
 from lit_fast.weights.timm import BLOCKS, epsilon_of, gelu_of
 from lit_fast.weights.to_torch import Tensors
 
-# By variant. A name gives the patch size and the image size; without the latter it is 518 pixels.
-_TIMM_NAMES = {
-    "S": ["vit_small_patch14_reg4_dinov2"],
-    "B": [
-        "vit_base_patch14_reg4_dinov2",
-        "vit_base_patch16_clip_quickgelu_224",
-        "vit_base_patch32_clip_quickgelu_224",
-        "vit_base_patch16_siglip_224",
-        "vit_base_patch16_siglip_256",
-        "vit_base_patch16_siglip_384",
-        "vit_base_patch16_siglip_512",
-        "vit_base_patch32_siglip_256",
-    ],
-    "L": [
-        "vit_large_patch14_reg4_dinov2",
-        "vit_large_patch14_clip_quickgelu_224",
-        "vit_large_patch14_clip_quickgelu_336",
-        "vit_large_patch16_siglip_256",
-        "vit_large_patch16_siglip_384",
-        "vit_large_patch16_siglip_512",
-    ],
-    "So400m": [
-        "vit_so400m_patch14_siglip_224",
-        "vit_so400m_patch14_siglip_378",
-        "vit_so400m_patch14_siglip_384",
-        "vit_so400m_patch16_siglip_256",
-        "vit_so400m_patch16_siglip_384",
-        "vit_so400m_patch16_siglip_512",
-    ],
-    "H": ["vit_huge_patch14_clip_quickgelu_224", "vit_huge_patch14_clip_quickgelu_378"],
-    "g-opt": ["vit_giantopt_patch16_siglip_256", "vit_giantopt_patch16_siglip_384"],
+# Image sizes of timm's models by family, variant and patch size.
+_SIZES: dict[str, dict[tuple[str, int], tuple[int, ...]]] = {
+    "reg4_dinov2": {("S", 14): (518,), ("B", 14): (518,), ("L", 14): (518,)},
+    "clip_quickgelu": {("B", 16): (224,), ("B", 32): (224,), ("L", 14): (224, 336), ("H", 14): (224, 378)},
+    "siglip": {
+        ("B", 16): (224, 256, 384, 512),
+        ("B", 32): (256,),
+        ("L", 16): (256, 384, 512),
+        ("So400m", 14): (224, 378, 384),
+        ("So400m", 16): (256, 384, 512),
+        ("g-opt", 16): (256, 384),
+    },
 }
+# Pooling, class token, registers, LayerNorm before the blocks and LayerNorm after pooling.
+_TOKENS = {
+    "reg4_dinov2": ("tok", True, 4, False, False),
+    "clip_quickgelu": ("tok", True, 0, True, False),
+    "siglip": ("map", False, 0, False, False),
+}
+_WORDS = {"S": "small", "B": "base", "L": "large", "So400m": "so400m", "H": "huge", "g-opt": "giantopt"}
 
 
 def timm_name(a: Architecture, size: int) -> str | None:
@@ -58,23 +45,18 @@ def timm_name(a: Architecture, size: int) -> str | None:
     """
     pool = "tok" if a.pool == "projection" else a.pool
     tokens = (pool, a.class_token, a.registers, a.pre_norm, a.norm_after_pool)
-    signature = (a.patch, size, a.gelu, a.epsilon, *tokens)
-    for variant, names in _TIMM_NAMES.items():
-        for name in names:
-            if VARIANTS[variant] == a.shape and _signature(name) == signature:
+    for family, models in _SIZES.items():
+        for (variant, patch), sizes in models.items():
+            name = f"vit_{_WORDS[variant]}_patch{patch}_{family}"
+            name += "" if family == "reg4_dinov2" else f"_{size}"
+            same_sizes = VARIANTS[variant] == a.shape and patch == a.patch and size in sizes
+            same_layers = tokens == _TOKENS[family] and (gelu_of(name), epsilon_of(name)) == (
+                a.gelu,
+                a.epsilon,
+            )
+            if same_sizes and same_layers:
                 return name
     return None
-
-
-def _signature(name: str) -> tuple[object, ...]:
-    """Return patch, size, GELU, epsilon, pooling and tokens of a model of timm."""
-    numbers = re.search(r"patch(\d+)\D.*?(?:_(\d+))?$", name)
-    assert numbers is not None
-    clip, dinov2 = "_clip_" in name, "_dinov2" in name
-    tokens = ("map", False, 0, False, False)
-    if clip or dinov2:
-        tokens = ("tok", True, 4 if dinov2 else 0, clip, False)
-    return (int(numbers[1]), int(numbers[2] or 518), gelu_of(name), epsilon_of(name), *tokens)
 
 
 def timm_vision(model: Model) -> tuple[dict[str, Any], Tensors]:

@@ -211,7 +211,7 @@ def test_decode_refuses_absurd_canvases() -> None:
     st.integers(0, 10_000),
     st.sampled_from(PREPROCESSES),
 )
-def test_nothing_but_an_image_or_an_image_error(
+def test_decode_of_any_bytes_returns_an_image_or_raises_image_error(
     format: str, changes: list[tuple[int, int]], length: int, how: Preprocess
 ) -> None:
     image = picture(7, 40, 33)

@@ -1,4 +1,4 @@
-"""Pictures for pages: those of the sources as they were indexed, or none."""
+"""Images by row: those of the sources as they were indexed, or None."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dataset(tmp_path: Path) -> Dataset:
     return open_dataset(tmp_path / "d")
 
 
-def test_the_image_files_of_the_rows(dataset: Dataset) -> None:
+def test_image_reader_returns_the_files_of_the_rows(dataset: Dataset) -> None:
     files = {name.removesuffix(".jpg"): data for name, data in samples(6) if name.endswith(".jpg")}
     read = ImageReader(dataset).read_or_none
     keys = [key for block in dataset.iter_blocks() for key in block.keys]
@@ -31,9 +31,9 @@ def test_the_image_files_of_the_rows(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("what", ["gone", "longer", "folder"])
-def test_of_a_changed_source_there_is_no_picture(dataset: Dataset, what: str) -> None:
+def test_read_or_none_of_changed_source_is_none(dataset: Dataset, what: str) -> None:
     changed = Path(dataset.sources[1].path)
-    if what == "longer":  # whatever lies at the places of the images now
+    if what == "longer":  # other bytes at the offsets of the images
         changed.write_bytes(bytes(1024) + changed.read_bytes())
     else:
         changed.unlink()
@@ -45,7 +45,7 @@ def test_of_a_changed_source_there_is_no_picture(dataset: Dataset, what: str) ->
     assert found == [source == 0 for source in sources]
 
 
-def test_rows_without_a_source_or_of_an_unknown_one_have_no_picture(tmp_path: Path) -> None:
+def test_read_or_none_without_known_source_is_none(tmp_path: Path) -> None:
     for name, sources in (("none", []), ("unknown", [Source(str(tmp_path / "file"), 3, "later")])):
         (tmp_path / "file").write_bytes(b"abc")
         writer = DatasetWriter(tmp_path / name)

@@ -1,4 +1,4 @@
-"""`verify`: real damage of every kind is found, named and mended; what is right is left alone."""
+"""`verify`: real damage of every kind is found, named and repaired; intact data are not changed."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def rewrite(features: Features, first: int, values: np.ndarray, *, manifest: boo
     """Store other values, with right checksums; with `manifest`, declare them."""
     features.array()[first : first + len(values)].write(values).result()
     if manifest:
-        told = features.manifest(first // 1024)
-        stored = features.read_all()[told.first : told.first + told.rows]
-        features.write_manifest(replace(told, features=features_digest(stored)))
+        recorded = features.manifest(first // 1024)
+        stored = features.read_all()[recorded.first : recorded.first + recorded.rows]
+        features.write_manifest(replace(recorded, features=features_digest(stored)))
 
 
-def test_what_is_right_is_found_right_and_left_alone(
+def test_verify_of_an_intact_dataset_finds_and_changes_nothing(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = tree(dataset.path)
@@ -181,7 +181,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damaged_features_are_found_and_repaired(damage, dataset, capsys) -> None:
+def test_verify_finds_and_repairs_damaged_features(damage, dataset, capsys) -> None:
     features = open_features(dataset)
     before = tree(dataset.path)
     damage(features)
@@ -199,7 +199,7 @@ def test_damaged_features_are_found_and_repaired(damage, dataset, capsys) -> Non
     assert tree(dataset.path) == before
 
 
-def test_features_of_other_weights_are_found(dataset, tmp_path, capsys) -> None:
+def test_verify_finds_features_of_other_weights(dataset, tmp_path, capsys) -> None:
     """A store that says it is of one tower and holds the vectors of another."""
     arrays = tiny_vit_arrays()
     for name in arrays:
@@ -208,9 +208,9 @@ def test_features_of_other_weights_are_found(dataset, tmp_path, capsys) -> None:
     embed_dataset(dataset.path, str(tmp_path / "other.npz"), name="other")
     features, other = open_features(dataset, "tiny"), open_features(dataset, "other")
     for shard, first in enumerate((0, 1024)):
-        told = replace(other.manifest(shard), tower=features.identity)
+        recorded = replace(other.manifest(shard), tower=features.identity)
         rewrite(features, first, other.read_all()[first : first + 1024])
-        features.write_manifest(told)
+        features.write_manifest(recorded)
     assert not verify_dataset(dataset.path, tower="tiny")
     found = lines(capsys)
     assert len(found) == 2
@@ -227,16 +227,16 @@ def test_features_of_other_weights_are_found(dataset, tmp_path, capsys) -> None:
     assert tree(dataset.path) == before
 
 
-def test_without_weights_or_images_the_rest_is_checked(dataset, made, tmp_path, capsys) -> None:
+def test_verify_without_weights_or_images_checks_the_rest(dataset, made, tmp_path, capsys) -> None:
     tower = Path(dataset.path) / "features/tiny/tower.json"
     value = json.loads(tower.read_text())
     tower.write_text(json.dumps(value | {"source": str(tmp_path / "gone.npz")}))
     assert verify_dataset(dataset.path)
     assert "note  features tiny: no row was embedded again: tower" in lines(capsys)[0]
     tower.write_text(json.dumps(value))
-    told = json.loads((Path(dataset.path) / "dataset.json").read_text())
-    told["sources"][0]["path"] = str(tmp_path / "gone.tar")
-    (Path(dataset.path) / "dataset.json").write_text(json.dumps(told))
+    recorded = json.loads((Path(dataset.path) / "dataset.json").read_text())
+    recorded["sources"][0]["path"] = str(tmp_path / "gone.tar")
+    (Path(dataset.path) / "dataset.json").write_text(json.dumps(recorded))
     assert verify_dataset(dataset.path)
     assert "note  features tiny: no row was embedded again: source" in lines(capsys)[0]
     damage_flip(open_features(dataset))
@@ -248,7 +248,7 @@ def test_without_weights_or_images_the_rest_is_checked(dataset, made, tmp_path, 
 
 
 @pytest.mark.parametrize("part", ["index", "captions", "tokens/words"])
-def test_damaged_records_are_found(part, dataset, capsys) -> None:
+def test_verify_finds_damaged_records(part, dataset, capsys) -> None:
     [file] = (Path(dataset.path) / part).glob("*.array_record")
     flip(file, 500)  # further on there is padding, which nobody reads
     assert main(["verify", str(dataset.path)]) == 1
@@ -257,7 +257,7 @@ def test_damaged_records_are_found(part, dataset, capsys) -> None:
     assert str(file) in found[0]
 
 
-def test_rows_that_could_not_be_embedded_anew_are_not_counted(dataset, capsys) -> None:
+def test_verify_does_not_count_rows_that_cannot_be_embedded_again(dataset, capsys) -> None:
     [file] = (Path(dataset.path) / "index").glob("*.array_record")
     flip(file, file.read_bytes().index(bytes(1000)) - 1000)  # in the second record, before the padding
     capsys.readouterr()
@@ -268,7 +268,7 @@ def test_rows_that_could_not_be_embedded_anew_are_not_counted(dataset, capsys) -
     assert int(re.search(r"(\d+) rows embedded again", out)[1]) < 400
 
 
-def test_records_of_other_rows_are_found(dataset, made, capsys) -> None:
+def test_verify_finds_records_of_other_rows(dataset, made, capsys) -> None:
     """Whole records of an equally long dataset, which no checksum betrays."""
     index_dataset([str(made.parent / "0.tar")], Path(dataset.path).parent / "seed1", seed=1)
     shutil.rmtree(Path(dataset.path) / "index")
@@ -277,7 +277,7 @@ def test_records_of_other_rows_are_found(dataset, made, capsys) -> None:
     assert "WRONG  index, shard 0: its keys are not those of dataset.json" in lines(capsys)[0]
 
 
-def test_duplicates_are_a_note(tmp_path, tiny_vit, capsys) -> None:
+def test_verify_notes_duplicates(tmp_path, tiny_vit, capsys) -> None:
     files = [encoded(picture(i)) for i in range(20)]
     members = [(f"{i}.jpg", files[i % 19]) for i in range(20)]
     write_tar(
@@ -291,7 +291,7 @@ def test_duplicates_are_a_note(tmp_path, tiny_vit, capsys) -> None:
     assert {"0", "19"} <= set(note.split("keys ")[1].rstrip(")").split(", "))
 
 
-def test_embed_says_how_to_mend_a_manifest(dataset, made, capsys) -> None:
+def test_embed_with_a_damaged_manifest_names_the_repair(dataset, made, capsys) -> None:
     (Path(dataset.path) / "features/tiny/manifest/00001.json").write_text("{")
     assert main(["embed", str(dataset.path), "--tower", str(made.parent / "tiny.npz")]) == 2
     assert f"verify {dataset.path} --tower tiny --repair" in capsys.readouterr().err

@@ -159,7 +159,7 @@ def test_packed_caption_is_embedded_as_if_alone(pooling):
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "map"])
-def test_with_padding_seen_whole_captions_share_a_row(pooling):
+def test_padded_captions_that_share_a_row_are_embedded_as_if_alone(pooling):
     ids = captions(0, 12).astype(int)
     alone = TextTower(SHAPE, VOCAB, LENGTH, WIDTH, pooling=pooling)
     params = perturbed_params(alone)
