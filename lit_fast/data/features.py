@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,14 @@ import numpy as np
 import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, SHARD, Dataset
-from lit_fast.data.shards import BlockReader, array_metadata, read_error, shard_file, tensorstore_reason
+from lit_fast.data.shards import (
+    READ_THREADS,
+    BlockReader,
+    array_metadata,
+    read_error,
+    shard_file,
+    tensorstore_reason,
+)
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_file, list_names, local_path, read_json, read_object, write_json
 from lit_fast.storage.paths import absolute, join, stem
@@ -116,21 +124,27 @@ class Features:
         return BlockReader(self.path, self.dataset.rows)
 
     def read_all(self, views: int = 1) -> np.ndarray:
-        """Read the first `views` views of all rows, bfloat16 `[rows, views * width]`, shard by shard.
+        """Read the first `views` views of all rows, bfloat16 `[rows, views * width]`.
 
         Raises:
           UserError: a shard is missing or damaged.
         """
-        array, width = self.array(), views * self.width
-        out = np.empty((self.dataset.rows, width), BFLOAT16)
-        target = ts.array(out)
-        shards = [slice(s * SHARD, s * SHARD + self.shard_rows(s)) for s in range(self.dataset.shards)]
-        try:
-            for read in [target[rows].write(array[rows, :width]) for rows in shards]:
-                read.result()
-        except ValueError as error:
-            raise read_error(self.path, error) from None
-        return out
+        self.array()  # checks shape and type
+        reader, width, stored_width = self.block_reader(), views * self.width, self.views * self.width
+        out = np.empty((self.dataset.blocks, BLOCK, width), BFLOAT16)
+
+        def read(block: int) -> None:
+            if width == stored_width:
+                reader.read(block, out[block])
+                return
+            buffer = np.empty((BLOCK, stored_width), BFLOAT16)
+            reader.read(block, buffer)
+            out[block] = buffer[:, :width]
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for _ in pool.map(read, range(self.dataset.blocks)):
+                pass
+        return out.reshape(-1, width)[: self.dataset.rows]
 
     def mean(self, invalid: Collection[int]) -> np.ndarray:
         """Return the mean of view 0 over the valid rows of up to 1024 evenly spaced blocks, float32 [width].

@@ -19,6 +19,8 @@ from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import read_into, read_tail
 from lit_fast.storage.paths import join, parent
 
+READ_THREADS = 8  # concurrent reads that a local disk needs
+
 _BLOCKS = SHARD // BLOCK
 _CHECKSUM = 4  # bytes
 

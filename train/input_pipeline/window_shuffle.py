@@ -46,6 +46,7 @@ import numpy as np
 from lit_fast.config import StreamConfig
 from lit_fast.data.dataset import BLOCK
 from lit_fast.data.features import BFLOAT16, Features
+from lit_fast.data.shards import READ_THREADS
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
 from lit_fast.train.input_pipeline.captions import choose_views, read_captions
@@ -54,7 +55,6 @@ from lit_fast.utils.permutation import permutation
 
 PREFETCH_STEPS = 4
 LATE_STEPS = 1  # steps that threads may request out of order
-READ_THREADS = 8
 
 
 @dataclass(frozen=True)
