@@ -15,6 +15,11 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import numpy as np
 import torch
+
+from tests.torch_packages import load_torchvision
+
+load_torchvision()
+
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from open_clip_train import zero_shot as open_clip_zero_shot
 from open_clip_train.train import get_clip_metrics
