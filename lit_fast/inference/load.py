@@ -214,7 +214,7 @@ def _read_params(path: str, shapes: Any, *, vision: bool) -> Params:
                 raise UserError(
                     f"{weights} does not match the files beside it: {name} {problem}; export the model again"
                 )
-        return nested(((name.removeprefix(prefix), file.take(name)) for name in expected), weights)
+        return nested({name.removeprefix(prefix): file.take(name) for name in expected}, weights)
 
 
 def _read_config(path: str, values: dict[str, Any]) -> Config:
