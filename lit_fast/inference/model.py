@@ -18,9 +18,8 @@ from PIL import Image
 from scipy.special import expit, softmax
 
 from lit_fast.config import LossConfig, TextConfig
-from lit_fast.data.features import tower_options
+from lit_fast.data.features import first_view, tower_options
 from lit_fast.data.images.decode import MAX_PIXELS
-from lit_fast.data.matching import first_view
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
 from lit_fast.inference.exported import (
