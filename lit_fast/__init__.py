@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def load(path: StrPath, *, step: int | None = None, average: bool = False, tower: str | None = None) -> Model:
-    """Load a trained model from the directory of a run or of an export, see `lit_fast.inference.model.load`."""
-    from lit_fast.inference import model  # imported late, so that `lit-fast --help` does not import JAX
+    """Load a trained model from the directory of a run or of an export, see `lit_fast.inference.load.load`."""
+    # Imported late, so that `lit-fast --help` does not import JAX.
+    from lit_fast.inference import load as loading
 
-    return model.load(path, step=step, average=average, tower=tower)
+    return loading.load(path, step=step, average=average, tower=tower)

@@ -44,7 +44,7 @@ def classify(parser: argparse.ArgumentParser) -> Run:
             format_scores,
         )
         from lit_fast.inference.classify import classify as classify_images
-        from lit_fast.inference.model import load
+        from lit_fast.inference.load import load
 
         _check_model(args)
         check_output(args.json)
@@ -112,7 +112,7 @@ def _search(args: argparse.Namespace) -> None:
     from lit_fast.data.dataset import open_dataset
     from lit_fast.data.features import matching_features
     from lit_fast.data.images.reader import ImageReader
-    from lit_fast.inference.model import load
+    from lit_fast.inference.load import load
     from lit_fast.inference.search import read_hits, search
     from lit_fast.inference.search_page import Answer, as_json, format_answers, search_page
 

@@ -18,25 +18,14 @@ from PIL import Image
 from scipy.special import expit, softmax
 
 from lit_fast.config import LossConfig, TextConfig
-from lit_fast.data.features import first_view, tower_options
+from lit_fast.data.features import tower_options
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
-from lit_fast.inference.exported import (
-    download_exported,
-    is_exported,
-    read_exported,
-    read_vision_tower,
-)
 from lit_fast.models.two_towers import Params, apply_image_head, centered, text_embedder, text_tower
-from lit_fast.runs.run import open_run
 from lit_fast.runtime import make_mesh, replicated
-from lit_fast.storage.files import exists, is_file, read_object
-from lit_fast.storage.paths import StrPath, absolute, join
-from lit_fast.storage.paths import name as last_part
-from lit_fast.towers.embed import ImageLike, compile_tower, embed_images, open_tower
+from lit_fast.towers.embed import ImageLike, compile_tower, embed_images
 from lit_fast.towers.tower import Tower
-from lit_fast.weights.resolve import find_repository
 
 
 @dataclass(frozen=True)
@@ -138,69 +127,3 @@ class Model:
     @cached_property
     def _params_on_devices(self) -> Params:
         return jax.device_put(self.params, replicated(make_mesh(jax.local_devices())))
-
-
-def load(path: StrPath, *, step: int | None = None, average: bool = False, tower: str | None = None) -> Model:
-    """Load a model from a run, an exported directory, or the Hugging Face Hub.
-
-    Args:
-      path: the directory, or hf:OWNER/NAME[@REVISION], which is downloaded on first use.
-      step: of the run's checkpoint; by default the last.
-      average: load the average of the run's weights, if one was kept.
-      tower: file or name of the vision tower's weights, if they have moved since the features were computed.
-
-    Raises:
-      UserError: the directory is not a model or damaged, or has no such checkpoint or average.
-    """
-    path = os.fspath(path)
-    name = last_part(absolute(path))
-    if not exists(path) and (snapshot := find_repository(path)):
-        try:
-            path, name = download_exported(snapshot), snapshot.repository
-        except UserError as error:
-            raise UserError(f"{path} is not a directory here, and as a repository {error}") from None
-    if not is_exported(path):
-        return _load_run(path, step, average, tower)
-    for option, is_set in (("step", step is not None), ("average", average), ("tower", tower is not None)):
-        if is_set:
-            raise UserError(f"{path} is an exported model, which has one set of weights; leave out {option}")
-    exported = read_exported(path)
-    return Model(name, *exported, open_tower=lambda: read_vision_tower(path, exported.tower_json))
-
-
-def _load_run(path: str, step: int | None, average: bool, weights: str | None) -> Model:
-    run = open_run(path, step, average)
-    receipt = join(path, "receipt.json")
-    return Model(
-        name=run.name,
-        step=run.step,
-        average=average,
-        tower_json=run.tower_json,
-        config=run.config.text,
-        loss=run.config.loss,
-        tokenizer=run.tokenizer,
-        params=jax.tree.map(np.asarray, run.params),
-        receipt=read_object(receipt) if is_file(receipt) else None,
-        open_tower=lambda: _open_tower_of_run(path, run.tower_json, weights),
-    )
-
-
-def _open_tower_of_run(path: str, provenance: dict[str, Any], weights: str | None) -> Tower:
-    """Open the tower of a run's `tower.json`, from its source or from other weights."""
-    if "architecture" not in provenance:
-        raise UserError(
-            f"the features that {path} was trained with were not made by lit-fast embed, so images cannot be embedded; "
-            "use the model for texts only"
-        )
-    source = weights or provenance["source"]
-    try:
-        tower = open_tower(source, tower_options(provenance))
-    except UserError as error:
-        hint = "" if weights else "; if the vision tower's weights have moved, name them with --tower"
-        raise UserError(f"{error}{hint}") from None
-    if tower.provenance(provenance["dtype"])["identity"] != first_view(provenance):
-        raise UserError(
-            f"{source} is not the vision tower that {path} was trained with ({provenance['name']}, sha256 "
-            f"{str(provenance.get('sha256', 'unknown'))[:12]}); name the right weights with --tower"
-        )
-    return tower

@@ -38,13 +38,14 @@ def export(parser: argparse.ArgumentParser) -> Run:
         from dataclasses import replace
 
         from lit_fast.cli.options import enable_compilation_cache
-        from lit_fast.inference.model import load
+        from lit_fast.inference.load import load
         from lit_fast.storage.paths import absolute, name
-        from lit_fast.train.export.push import check_push, push
         from lit_fast.train.export.writer import (
             ExportOptions,
             check_directory,
             check_options,
+            check_push,
+            push,
             write_directory,
         )
 

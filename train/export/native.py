@@ -1,6 +1,6 @@
 """Export as the directory that `lit_fast.load` reads.
 
-`lit_fast.inference.exported` describes its files.
+`lit_fast.inference.load` describes its files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from lit_fast.inference import exported
+from lit_fast.inference.load import (
+    CONFIG,
+    FORMAT,
+    LOSS_KEYS,
+    RECEIPT,
+    TEXT_KEYS,
+    TOKENIZER,
+    TOWER,
+    VERSION,
+    WEIGHTS,
+)
 from lit_fast.inference.model import Model
 from lit_fast.storage.files import write_atomic, write_json
 from lit_fast.storage.paths import join, name
@@ -39,14 +49,14 @@ def check(model: Model, options: ExportOptions) -> None:
 
 
 def write(model: Model, directory: str, options: ExportOptions) -> None:
-    """Write the files of `lit_fast.inference.exported`."""
+    """Write the files of `lit_fast.inference.load`."""
     arrays = flatten_dict(model.params, sep="/") | flatten_dict({"img": model.tower.params}, sep="/")
-    save_file(contiguous(arrays), join(directory, exported.WEIGHTS), {"format": exported.FORMAT})
-    write_atomic(join(directory, exported.TOKENIZER), model.tokenizer.model)
-    write_json(join(directory, exported.CONFIG), _config(model))
-    write_json(join(directory, exported.TOWER), _file_names_only(model.tower_json))
+    save_file(contiguous(arrays), join(directory, WEIGHTS), {"format": FORMAT})
+    write_atomic(join(directory, TOKENIZER), model.tokenizer.model)
+    write_json(join(directory, CONFIG), _config(model))
+    write_json(join(directory, TOWER), _file_names_only(model.tower_json))
     if model.receipt is not None:
-        write_json(join(directory, exported.RECEIPT), _file_names_only(model.receipt))
+        write_json(join(directory, RECEIPT), _file_names_only(model.receipt))
     write_card(directory, model, _USAGE.format(width=model.width))
 
 
@@ -54,12 +64,12 @@ def _config(model: Model) -> dict[str, Any]:
     text = asdict(model.config) | model.config.shape._asdict()
     loss = asdict(model.loss)
     return {
-        "format": exported.FORMAT,
-        "version": exported.VERSION,
+        "format": FORMAT,
+        "version": VERSION,
         "step": model.step,
         "average": model.average,
-        "text": {key: text[key] for key in exported.TEXT_KEYS},
-        "loss": {key: loss[key] for key in exported.LOSS_KEYS},
+        "text": {key: text[key] for key in TEXT_KEYS},
+        "loss": {key: loss[key] for key in LOSS_KEYS},
         "tokenizer": {
             "max_length": model.tokenizer.max_length,
             "pad_id": model.tokenizer.pad_id,

@@ -1,4 +1,4 @@
-"""The export formats, their interface, and the directory that they fill.
+"""The export formats and their interface; write an exported directory and upload it.
 
 To add a format, write a module with the two functions of `ExportFormat` and add it to `FORMATS`.
 """
@@ -6,8 +6,9 @@ To add a format, write a module with the two functions of `ExportFormat` and add
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from safetensors import SafetensorError
 
@@ -49,26 +50,25 @@ class ExportFormat(Protocol):
         """Write the model's files and its card into an empty local directory."""
 
 
-class FormatEntry(NamedTuple):
-    """The module of a format and the fields of `ExportOptions` that it accepts."""
-
-    module: str
-    options: tuple[str, ...] = ()
-
-
-FORMATS = {
-    "lit_fast": FormatEntry("lit_fast.train.export.native"),
-    "big_vision": FormatEntry("lit_fast.train.export.big_vision"),
-    "open_clip": FormatEntry("lit_fast.train.export.open_clip", ("nearest_pixels",)),
-    "transformers": FormatEntry("lit_fast.train.export.transformers"),
-    "onnx": FormatEntry("lit_fast.train.export.onnx", ("vision", "classes", "templates")),
+# Format -> its module in this package, and the fields of `ExportOptions` that it accepts.
+FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lit_fast": ("native", ()),
+    "big_vision": ("big_vision", ()),
+    "open_clip": ("open_clip", ("nearest_pixels",)),
+    "transformers": ("transformers", ()),
+    "onnx": ("onnx", ("vision", "classes", "templates")),
 }
+
+
+def format_module(format_name: str) -> ExportFormat:
+    """Import the module of a format."""
+    return cast(ExportFormat, importlib.import_module(f"{__package__}.{FORMATS[format_name][0]}"))
 
 
 def check_options(format_name: str, options: ExportOptions) -> None:
     """Raise UserError if an option is set that the format does not accept."""
-    for owner, entry in FORMATS.items():
-        for option in entry.options:
+    for owner, (_, accepted) in FORMATS.items():
+        for option in accepted:
             if getattr(options, option) and owner != format_name:
                 raise UserError(
                     f"--{option.replace('_', '-')} is for --format {owner}; leave it out or change --format"
@@ -92,7 +92,7 @@ def write_directory(format_name: str, model: Model, out: str, options: ExportOpt
     Raises:
       UserError: the format cannot express the model, or the directory cannot be written.
     """
-    exporter = cast(ExportFormat, importlib.import_module(FORMATS[format_name].module))
+    exporter = format_module(format_name)
     exporter.check(model, options)
     try:
         with replacing_directory(out) as temporary:
@@ -102,3 +102,47 @@ def write_directory(format_name: str, model: Model, out: str, options: ExportOpt
         raise UserError(f"--out {out} cannot be written: {reason}; name another directory") from None
     size, names = directory_size(out), ", ".join(list_names(out))
     result(f"exported step {model.step} to {out}: {size / 1e6:,.1f} MB in {names}")
+
+
+def check_push(repository: str) -> None:
+    """Raise UserError if `repository` is not OWNER/NAME or there is no token."""
+    from huggingface_hub import get_token
+
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", repository, re.ASCII):
+        raise UserError(f"--push {repository} is not of the form OWNER/NAME; name the repository in full")
+    if not get_token():
+        raise UserError(
+            "--push needs a token of the Hugging Face Hub; log in with: hf auth login, or set HF_TOKEN"
+        )
+
+
+def push(directory: str, repository: str, public: bool) -> None:
+    """Upload a directory to a repository, which is created if it does not exist.
+
+    Args:
+      directory: an exported directory.
+      repository: OWNER/NAME.
+      public: create a public repository; without it the repository must be private.
+
+    Raises:
+      UserError: the Hub cannot be reached or refuses; the directory stays.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="lit_fast")
+    try:
+        api.create_repo(repository, private=not public, exist_ok=True)
+        if not public and not api.repo_info(repository).private:
+            raise UserError(f"the repository {repository} is public; add --public, or name another")
+        url = api.upload_folder(
+            repo_id=repository, folder_path=directory, commit_message="Exported by lit_fast"
+        )
+    except UserError as error:
+        raise UserError(f"{directory} is written but was not uploaded: {error}") from None
+    except Exception as error:  # of huggingface_hub, its HTTP client and its uploader
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        command = f"hf upload {repository} {directory}{'' if public else ' --private'}"
+        raise UserError(
+            f"{directory} is written but was not uploaded: {reason}; upload it with: {command}"
+        ) from None
+    result(f"uploaded to {url}")

@@ -1,6 +1,5 @@
 """`lit-fast export`: the format lit_fast, the parts that all formats share, wrong arguments and hostile files."""
 
-import importlib
 import inspect
 import json
 import resource
@@ -24,7 +23,13 @@ from lit_fast.runs.run import open_run
 from lit_fast.towers.tower import load_tower
 from lit_fast.train.export.card import model_card
 from lit_fast.train.export.native import write
-from lit_fast.train.export.writer import FORMATS, ExportFormat, ExportOptions, write_directory
+from lit_fast.train.export.writer import (
+    FORMATS,
+    ExportFormat,
+    ExportOptions,
+    format_module,
+    write_directory,
+)
 from tests.helpers import picture
 from tests.trained import CONFIG, command, random_model, words
 from tests.weights.checkpoints import write_timm
@@ -168,7 +173,7 @@ def test_export_with_a_damaged_receipt_fails_in_one_line(trained_run, tmp_path, 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_format_module_has_the_functions_of_export_format(name):
-    module = importlib.import_module(FORMATS[name].module)
+    module = format_module(name)
     for function in ("check", "write"):
         expected = list(inspect.signature(getattr(ExportFormat, function)).parameters)[1:]  # without self
         assert list(inspect.signature(getattr(module, function)).parameters) == expected

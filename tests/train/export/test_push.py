@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from lit_fast.errors import UserError
-from lit_fast.train.export.push import check_push, push
+from lit_fast.train.export.writer import check_push, push
 from tests.trained import command
 from tests.web import Answer, Server
 
