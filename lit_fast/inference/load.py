@@ -24,8 +24,7 @@ from flax.traverse_util import flatten_dict
 
 from lit_fast.config import Config
 from lit_fast.config_io import build_config, flatten_toml
-from lit_fast.data.features import tower_options
-from lit_fast.data.matching import first_view
+from lit_fast.data.features import first_view, tower_options
 from lit_fast.data.tokenizer import load_tokenizer
 from lit_fast.errors import UserError
 from lit_fast.inference.model import Model
