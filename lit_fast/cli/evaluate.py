@@ -84,7 +84,7 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from lit_fast.data.dataset import open_dataset
-    from lit_fast.data.matching import rows_without_features
+    from lit_fast.data.features import rows_without_features
     from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
     from lit_fast.evaluation.few_shot import check_few_shot, evaluate_few_shot
     from lit_fast.evaluation.known_sets import resolve_labels
