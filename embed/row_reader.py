@@ -9,7 +9,7 @@ from lit_fast.data.dataset import SHARD, Source
 from lit_fast.data.dataset_writer import Row
 from lit_fast.embed.skipped import SkippedLog
 from lit_fast.embed.sources.formats import FORMATS
-from lit_fast.embed.sources.interface import ColumnOptions, Damage, Layout, Sample, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Layout, Sample, Skipped
 from lit_fast.utils.permutation import permutation
 from lit_fast.utils.progress import Progress
 
@@ -26,7 +26,7 @@ class RowReader:
     """
 
     def __init__(
-        self, sources: Sequence[Source], options: ColumnOptions, first_source: int, num_classes: int
+        self, sources: Sequence[Source], options: Columns, first_source: int, num_classes: int
     ) -> None:
         """Make a reader; nothing is read yet.
 

@@ -25,7 +25,7 @@ from lit_fast.embed.index import check_output_directory, remove_leftovers
 from lit_fast.embed.key_set import KeySet
 from lit_fast.embed.shard_writer import write_shard
 from lit_fast.embed.skipped import SkippedLog
-from lit_fast.embed.sources.interface import ColumnOptions, is_utf8
+from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, sha256, size
 from lit_fast.storage.paths import StrPath, join, parent
@@ -43,7 +43,7 @@ def import_features(
     format: str,
     *,
     table: StrPath | None = None,
-    options: ColumnOptions | None = None,
+    options: Columns | None = None,
 ) -> None:
     """Make a dataset of the features in `source`, or continue an unfinished one.
 
@@ -58,7 +58,7 @@ def import_features(
       UserError: files are missing or damaged or do not fit each other, `out` holds something else, or no row has a
         usable feature.
     """
-    name, options = check_store_name(tower), options or ColumnOptions()
+    name, options = check_store_name(tower), options or Columns()
     source, out = os.path.abspath(source), os.fspath(out)
     table = os.path.abspath(table) if table else ""
     if not is_utf8(f"{source}{out}"):
@@ -85,7 +85,7 @@ def import_features(
 
 
 def _provenance(
-    parts: list[Part], name: str, source: str, format: str, table: str, options: ColumnOptions
+    parts: list[Part], name: str, source: str, format: str, table: str, options: Columns
 ) -> dict[str, Any]:
     """Return the content of `tower.json`: name of the model, files of the features."""
     width = parts[0].width
@@ -112,9 +112,7 @@ def _provenance(
     }
 
 
-def _write_index(
-    parts: list[Part], sources: list[Source], out: str, table: str, options: ColumnOptions
-) -> Dataset:
+def _write_index(parts: list[Part], sources: list[Source], out: str, table: str, options: Columns) -> Dataset:
     """Write index and captions of all rows in order, except rows with a repeated key."""
     check_output_directory(out)
     existed, skipped, keys = exists(out), SkippedLog(), KeySet()
