@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -117,27 +119,23 @@ def _write_index(parts: list[Part], sources: list[Source], out: str, table: str,
     check_output_directory(out)
     existed, skipped, keys = exists(out), SkippedLog(), KeySet()
     writer: DatasetWriter | None = None
-    group: list[Row] = []
 
-    def write_group() -> None:
-        nonlocal writer
-        for row, is_new in zip(group, keys.add([row.key for row in group]).tolist(), strict=True):
-            if is_new:
-                writer = writer or DatasetWriter(out)
-                writer.add(row)
-            else:
-                skipped.add(row.key, sources[row.source].path, "duplicate key")
-        group.clear()
-
-    try:
+    def usable_rows() -> Iterator[Row]:
         for row, problem in imported_rows(parts, table, options):
             if problem:
                 skipped.add(row.key, sources[row.source].path, problem)
-                continue
-            group.append(row)
-            if len(group) == _GROUP_ROWS:
-                write_group()
-        write_group()
+            else:
+                yield row
+
+    try:
+        rows = usable_rows()
+        while group := list(islice(rows, _GROUP_ROWS)):
+            for row, is_new in zip(group, keys.add([row.key for row in group]).tolist(), strict=True):
+                if is_new:
+                    writer = writer or DatasetWriter(out)
+                    writer.add(row)
+                else:
+                    skipped.add(row.key, sources[row.source].path, "duplicate key")
         if writer is None:
             raise UserError("; ".join([f"no usable row in {parent(parts[0].path)}", skipped.report()]))
     except UserError:
