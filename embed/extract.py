@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import jax
 
 from lit_fast.data.dataset import SHARD, open_dataset
-from lit_fast.data.features import Features, embed_command
+from lit_fast.data.features import Features, embed_command, with_views
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.sources import check_sources
-from lit_fast.data.matching import with_views
 from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.embed.pipeline import StallTimer, run_tower
 from lit_fast.embed.shard_writer import ShardWriter, batch_spans, journal_path
