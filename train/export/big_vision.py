@@ -17,7 +17,6 @@ from flax.traverse_util import flatten_dict
 
 from lit_fast.errors import UserError
 from lit_fast.inference.model import Model
-from lit_fast.models.architecture import Architecture
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.storage.files import write_atomic
 from lit_fast.storage.paths import join
@@ -53,10 +52,17 @@ Back into lit_fast: `lit-fast embed D --tower model.npz {options}`, and
 
 def check(model: Model, options: ExportOptions) -> None:
     """Raise UserError if big_vision lacks a part of either tower."""
-    missing = _missing_in_vision(model.tower.architecture)
-    if model.config.mask_padding:
-        missing.insert(0, "its text tower attends to padding (text.mask_padding = true)")
-    if missing:
+    a = model.tower.architecture
+    reasons = {  # on the kind of GELU see `_notes`
+        "its text tower attends to padding (text.mask_padding = true)": model.config.mask_padding,
+        f"its image tower has no {a.gelu} activation": a.gelu not in ("tanh", "exact"),
+        "its image tower has no register tokens": a.registers > 0,
+        "its image tower has no LayerNorm before the first block": a.pre_norm,
+        "its image tower has no LayerNorm after pooling": a.norm_after_pool,
+        f"its image tower has no pooling {a.pool!r} beside a class token": a.class_token and a.pool != "tok",
+        f"the epsilon of its LayerNorm is {EPSILON}, not {a.epsilon}": a.epsilon != EPSILON,
+    }
+    if missing := [reason for reason, applies in reasons.items() if applies]:
         raise UserError(
             f"big_vision cannot express this model: {'; '.join(missing)}; --format lit_fast and onnx can"
         )
@@ -90,19 +96,6 @@ def arrays(model: Model) -> dict[str, np.ndarray]:
 def _has_image_head(model: Model) -> bool:
     """Whether big_vision's image tower needs its own `head`."""
     return "img" in model.params or bool(model.params["mean"].any())
-
-
-def _missing_in_vision(a: Architecture) -> list[str]:
-    """List the parts that big_vision's ViT lacks; on the kind of GELU see `_notes`."""
-    reasons = {
-        f"its image tower has no {a.gelu} activation": a.gelu not in ("tanh", "exact"),
-        "its image tower has no register tokens": a.registers > 0,
-        "its image tower has no LayerNorm before the first block": a.pre_norm,
-        "its image tower has no LayerNorm after pooling": a.norm_after_pool,
-        f"its image tower has no pooling {a.pool!r} beside a class token": a.class_token and a.pool != "tok",
-        f"the epsilon of its LayerNorm is {EPSILON}, not {a.epsilon}": a.epsilon != EPSILON,
-    }
-    return [reason for reason, applies in reasons.items() if applies]
 
 
 def _notes(model: Model) -> list[str]:

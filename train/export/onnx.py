@@ -33,7 +33,6 @@ from lit_fast.storage.paths import join, name
 from lit_fast.train.export.card import rounding_note, write_card
 from lit_fast.train.export.onnx_usage import usage
 from lit_fast.train.export.writer import ExportOptions
-from lit_fast.utils.normalize import normalize
 
 # The largest distance between unit vectors. Float32 sums in another order differ by 4e-7 after one layer and 1e-6
 # after twelve (ViT-Ti/16); a GELU of the other kind by 1e-4 after one and 2e-3 after twelve.
@@ -112,14 +111,10 @@ def _write_vision(model: Model, path: str) -> None:
     metadata = _metadata(model) | {"preprocess": json.dumps(tower.preprocess.to_dict())}
     graph.save(path, ("images", np.uint8, (size, size, 3)), output, model.width, metadata)
 
-    @jax.jit
-    def embed(weights: Params, params: Params, images: jax.Array) -> jax.Array:
-        x = normalize(tower.embed(weights, images) - params["mean"])
-        return normalize(x @ params["img"]["head"]["kernel"]) if "img" in params else x
-
+    embed = jax.jit(tower.embed)
     images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
     with jax.default_matmul_precision("highest"):
-        _compare(path, images, lambda images: embed(tower.params, model.params, images))
+        _compare(path, images, lambda x: model.embed_features(np.asarray(embed(tower.params, x))))
 
 
 def _check_finite(owner: str, params: Params) -> None:
@@ -140,7 +135,7 @@ def _random_ids(tower: TextTower, model: Model) -> np.ndarray:
     return ids
 
 
-def _compare(path: str, inputs: np.ndarray, embed: Callable[[np.ndarray], jax.Array]) -> None:
+def _compare(path: str, inputs: np.ndarray, embed: Callable[[np.ndarray], jax.Array | np.ndarray]) -> None:
     """Raise UserError if onnxruntime's embeddings differ by more than `TOLERANCE`."""
     import onnxruntime
 

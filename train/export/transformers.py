@@ -49,7 +49,6 @@ _MEGATRON_BLOCKS = BlockNames(
 )
 # MegatronBertModel ends in a tanh, which is the identity for inputs of this size.
 _TANH_SCALE = 2.0**-16
-_GELU = ACTIVATION_NAMES["tanh"]
 
 _USAGE = """\
 `pip install "transformers>=5.0"`, then:
@@ -130,18 +129,12 @@ def _siglip(model: Model) -> tuple[dict[str, Any], Tensors]:
     text |= to_torch.blocks(CLIP_BLOCKS, txt["Encoder_0"]["encoderblock"])
     text |= to_torch.norm("final_layer_norm", txt["Encoder_0"]["encoder_norm"])
     text |= to_torch.dense("head", txt["head"])
-    text_config = {
-        "model_type": "siglip_text_model",
-        **_text_sizes(model, txt, depth=model.config.shape.depth),
-        "layer_norm_eps": EPSILON,
-        "projection_size": model.width,
-        **_token_ids(model),
-    }
+    text_config = _text_config(model, txt, "siglip_text_model", model.config.shape.depth, EPSILON)
     config = {
         "architectures": ["SiglipModel"],
         "model_type": "siglip",
         "dtype": "float32",
-        "text_config": text_config,
+        "text_config": text_config | {"projection_size": model.width},
         "vision_config": vision_config,
     }
     bias = model.params["b"] if "b" in model.params else np.zeros(1, np.float32)
@@ -191,32 +184,28 @@ def _megatron_bert(model: Model) -> tuple[dict[str, Any], Tensors, np.ndarray]:
     }
     tensors |= to_torch.blocks(_MEGATRON_BLOCKS, txt["Encoder_0"]["encoderblock"])
     tensors |= to_torch.norm("encoder.ln", txt["Encoder_0"]["encoder_norm"])
-    config = {
-        "model_type": "megatron-bert",
-        **_text_sizes(model, txt, depth=model.config.shape.depth + 1),
+    config = _text_config(model, txt, "megatron-bert", model.config.shape.depth + 1, epsilon) | {
         "type_vocab_size": 1,
-        "layer_norm_eps": epsilon,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        **_token_ids(model),
     }
     return config, tensors, txt["head"]["kernel"]
 
 
-def _text_sizes(model: Model, txt: Params, depth: int) -> dict[str, Any]:
+def _text_config(model: Model, txt: Params, model_type: str, depth: int, epsilon: float) -> dict[str, Any]:
     vocab_size, width = txt["Embed_0"]["embedding"].shape
+    tokenizer = model.tokenizer
     return {
+        "model_type": model_type,
         "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": model.config.shape.mlp_dim,
         "num_hidden_layers": depth,
         "num_attention_heads": model.config.shape.heads,
-        "max_position_embeddings": model.tokenizer.max_length,
-        "hidden_act": _GELU,
+        "max_position_embeddings": tokenizer.max_length,
+        "hidden_act": ACTIVATION_NAMES["tanh"],
+        "layer_norm_eps": epsilon,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id if model.config.mask_padding else tokenizer.pad_id,
     }
-
-
-def _token_ids(model: Model) -> dict[str, Any]:
-    tokenizer = model.tokenizer
-    pad_id = tokenizer.eos_id if model.config.mask_padding else tokenizer.pad_id
-    return {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
