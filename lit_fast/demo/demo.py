@@ -12,7 +12,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib import resources
 
 from lit_fast.errors import UserError
@@ -106,18 +105,16 @@ def draw_scenes(scenes: str) -> None:
     from lit_fast.demo.scenes import KNOWN, NOVEL
     from lit_fast.demo.tars import write_captioned, write_classification
 
-    writers: dict[str, Callable[[str], None]] = {
-        "train": lambda path: write_captioned(path, TRAIN_SCENES, 0, KNOWN),
-        "retrieval": lambda path: write_captioned(path, RETRIEVAL_SCENES, 1, NOVEL),
-        "zeroshot": lambda path: write_classification(path, ZERO_SHOT_SCENES, 2, NOVEL),
-    }
-    for name, write in writers.items():
+    for name, write, count, seed, pairs in (
+        ("train", write_captioned, TRAIN_SCENES, 0, KNOWN),
+        ("retrieval", write_captioned, RETRIEVAL_SCENES, 1, NOVEL),
+        ("zeroshot", write_classification, ZERO_SHOT_SCENES, 2, NOVEL),
+    ):
         directory = join(scenes, name)
-        if exists(directory):
-            continue
-        status(f"drawing scenes into {directory}")
-        with replacing_directory(directory) as temporary:
-            write(temporary)
+        if not exists(directory):
+            status(f"drawing scenes into {directory}")
+            with replacing_directory(directory) as temporary:
+                write(temporary, count, seed, pairs)
 
 
 def _write_page(out: StrPath, page: str, commands: list[str], seconds: float | None) -> None:
