@@ -1,4 +1,4 @@
-"""The demo: all commands from `index` to `eval`, on pictures that it draws itself.
+"""Run all commands, from `index` to `eval`, on drawn pictures.
 
 Training scenes, and held-out scenes whose combinations of colour and shape occur in no training scene, are written as
 tar files; a small vision tower of this package embeds them; a text tower is trained on four simulated devices. Nothing
@@ -27,7 +27,9 @@ _FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
 
 
 def run_demo(out: StrPath) -> None:
-    """Run all commands below `out` and write `out/index.html`; existing results are kept.
+    """Run all commands below `out` and write `out/index.html`.
+
+    Existing results are kept.
 
     Raises:
       UserError: `out` cannot be written, or a command failed and printed the reason.
@@ -67,7 +69,7 @@ def demo_commands(out: StrPath) -> list[list[str]]:
 
 
 def as_typed(command: list[str]) -> str:
-    """Return a command as a user types it, with paths relative to the current directory."""
+    """Return a command as typed, with paths relative to the current directory."""
     simulated = f"XLA_FLAGS={_FOUR_DEVICES} " if command[0] == "train" else ""
     here = join(os.getcwd(), "")
     return f"{simulated}lit-fast {shlex.join(argument.removeprefix(here) for argument in command)}"
@@ -86,7 +88,7 @@ def run_command(command: list[str]) -> None:
     process = subprocess.Popen([sys.executable, "-m", "lit_fast", *command], env=env)
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # the command got it as well and is saving its work
+    except KeyboardInterrupt:  # the command received it too and saves its work
         process.wait()
         raise
     except SystemExit:

@@ -1,4 +1,4 @@
-"""Write scenes as tar files, in the layouts of img2dataset (captions) and CLIP_benchmark (classes)."""
+"""Write scenes as tar files in the layouts of img2dataset and CLIP_benchmark."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TEMPLATES = ("one {c}", "one small {c}", "one large {c}", "one striped {c}", "a 
 
 
 def write_captioned(directory: StrPath, scenes: int, seed: int, pairs: Sequence[Pair]) -> None:
-    """Write `00000.tar`, ... with key.jpg, key.txt and key.json (all captions) per scene, as img2dataset does.
+    """Write captioned scenes in img2dataset's layout.
 
-    No two scenes have the same description. Scenes of `NOVEL` pairs, which are for retrieval, get complete captions
-    only.
+    The files are `00000.tar`, ... with key.jpg, key.txt and key.json (all captions) of each scene. No two scenes have
+    the same description. Scenes of `NOVEL` pairs, which are for retrieval, get complete captions only.
     """
     rng = random.Random(seed)
     used: set[Scene] = set()

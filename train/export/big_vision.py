@@ -94,12 +94,12 @@ def arrays(model: Model) -> dict[str, np.ndarray]:
 
 
 def _has_image_head(model: Model) -> bool:
-    """Whether big_vision's image tower needs its own `head`."""
+    """Return whether big_vision's image tower needs its own `head`."""
     return "img" in model.params or bool(model.params["mean"].any())
 
 
 def _notes(model: Model) -> list[str]:
-    """List what differs after the export."""
+    """List the differences between the export and the model."""
     notes = [rounding_note(model)]
     if model.tower.architecture.gelu == "exact":
         notes.append(

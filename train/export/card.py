@@ -1,4 +1,4 @@
-"""The model card: summary, use, training, evaluation and limits."""
+"""Write the model card: summary, use, training, evaluation and limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model_card(model: Model, usage: str, notes: Sequence[str] = (), library: str
     Args:
       model: the exported model.
       usage: Markdown on how the files are used.
-      notes: sentences on what this format computes differently.
+      notes: sentences on the differences between the exported format and lit_fast.
       library: the library that loads the files.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The usage section of an ONNX export's card.
+"""Write the usage section of an ONNX export's card.
 
 Its Python runs unchanged in the directory of the export.
 """

@@ -14,7 +14,7 @@ open_clip/transformer.py, model.py and timm_model.py.
 
 open_clip can hide padding only together with a class token that it appends to the text ("embed_cls"). It then hides
 each position whose predecessor is padding. If end-of-sentence is also the padding, this is correct: the first
-end-of-sentence is visible, what follows it is not, and the class token, which pools, is not either.
+end-of-sentence is visible; the positions after it and the class token, which pools, are hidden.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _usage(model: Model) -> str:
 
 
 def _has_native_pooling(model: Model) -> bool:
-    """Whether open_clip's TextTransformer pools and masks as the text tower does."""
+    """Return whether open_clip's TextTransformer pools and masks as the text tower."""
     return model.config.pooling in ("last", "first") and not model.config.mask_padding
 
 
@@ -176,7 +176,7 @@ def _mlp_ratio(mlp_dim: int, width: int) -> float:
 
 
 def _is_vision_transformer(a: Architecture) -> bool:
-    """Whether open_clip's own VisionTransformer can compute a tower."""
+    """Return whether open_clip's own VisionTransformer can compute a tower."""
     known_tokens = a.class_token and not a.registers
     return known_tokens and a.pool in ("tok", "gap", "projection") and a.gelu in ("exact", "tanh")
 

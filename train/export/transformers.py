@@ -113,7 +113,7 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
 
 
 def _is_siglip(model: Model) -> bool:
-    """Whether SiglipModel computes both towers unchanged."""
+    """Return whether SiglipModel computes both towers unchanged."""
     native_text = model.config.pooling == "last" and not model.config.mask_padding
     return native_text and model.tower.architecture.pool == "map" and "img" not in model.params
 

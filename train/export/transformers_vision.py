@@ -112,7 +112,7 @@ def _vit_embeddings(tower: Tower) -> Tensors:
 
 
 def _registers_and_blocks(tower: Tower, mlp_dim: int) -> Tensors:
-    """Convert registers and blocks; hidden units of zeros, which change nothing, fill the MLPs up to `mlp_dim`."""
+    """Convert registers and blocks; pad the MLPs with zeros to `mlp_dim` hidden units."""
     params, shape = tower.params, tower.architecture.shape
     block = params["Transformer"]["encoderblock"]
     first, last = block["MlpBlock_0"]["Dense_0"], block["MlpBlock_0"]["Dense_1"]
