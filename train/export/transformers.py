@@ -28,7 +28,7 @@ from lit_fast.inference.model import Model
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.storage.files import write_json
 from lit_fast.storage.paths import join
-from lit_fast.train.export.card import probability_function, rounding_note, write_card
+from lit_fast.train.export.card import rounding_note, write_card
 from lit_fast.train.export.fold import image_projection, with_text_head
 from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
 from lit_fast.train.export.pooling_layer import check_pooling, with_pooling_layer
@@ -50,26 +50,6 @@ _MEGATRON_BLOCKS = BlockNames(
 # MegatronBertModel ends in a tanh, which is the identity for inputs of this size.
 _TANH_SCALE = 2.0**-16
 
-_USAGE = """\
-`pip install "transformers>=5.0"`, then:
-
-```python
-import torch
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{name}")
-processor = AutoProcessor.from_pretrained("{name}", backend="pil")
-inputs = processor(
-    text=["a dog", "a flower"], images=[image], padding="max_length", truncation=True, return_tensors="pt"
-)
-with torch.no_grad():
-    outputs = model(**inputs)
-outputs.image_embeds, outputs.text_embeds  # [n, {width}], of unit length
-logits = outputs.logits_per_image{bias}  # [images, texts]; probabilities are their {probability}
-```
-
-Texts must be padded to {length} tokens and cut there, as in these lines.
-"""
 _NO_BIAS = "VisionTextDualEncoderModel has no bias: its logits lack the model's, which is added above."
 _RANGE = "The text tower has one more layer, which pools, and needs float32 or bfloat16: float16 overflows."
 
@@ -102,14 +82,7 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
     class_entry = {"processor_class": processor_class}
     write_json(join(directory, "preprocessor_config.json"), processor | class_entry)
     write_json(join(directory, "processor_config.json"), class_entry)
-    usage = _USAGE.format(
-        name=model.name,
-        width=model.width,
-        bias=bias,
-        probability=probability_function(model),
-        length=model.tokenizer.max_length,
-    )
-    write_card(directory, model, usage, notes, library="transformers")
+    write_card(directory, model, "transformers", notes, bias=bias)
 
 
 def _is_siglip(model: Model) -> bool:
