@@ -10,7 +10,7 @@ import numpy as np
 
 from lit_fast.config import Config
 from lit_fast.data.dataset import Dataset, open_dataset
-from lit_fast.data.matching import rows_without_features
+from lit_fast.data.features import rows_without_features
 from lit_fast.evaluation.evaluate import Evaluate, distinct_names, retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.table import format_results, without_languages
 from lit_fast.models.two_towers import Params, apply_image_head

@@ -9,10 +9,9 @@ import numpy as np
 import tensorstore as ts
 
 from lit_fast.data.dataset import SHARD
-from lit_fast.data.features import Features, Manifest, tower_options
+from lit_fast.data.features import Features, Manifest, first_view, tower_options
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.sources import check_sources
-from lit_fast.data.matching import first_view
 from lit_fast.embed.loader import ImageLoader
 from lit_fast.embed.verify.findings import Finding, repair_remedy, some
 from lit_fast.errors import UserError

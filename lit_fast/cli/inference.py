@@ -110,8 +110,8 @@ def _search(args: argparse.Namespace) -> None:
     import numpy as np
 
     from lit_fast.data.dataset import open_dataset
+    from lit_fast.data.features import matching_features
     from lit_fast.data.images.reader import ImageReader
-    from lit_fast.data.matching import matching_features
     from lit_fast.inference.load import load
     from lit_fast.inference.search import read_hits, search
     from lit_fast.inference.search_page import Answer, as_json, format_answers, search_page

@@ -19,8 +19,7 @@ def info(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--json", metavar="OUT", help="write the same as JSON")
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.report.info import gather
-        from lit_fast.report.info_text import format_info
+        from lit_fast.report.info import format_info, gather
 
         check_output(args.json)
         value = gather(args.path)

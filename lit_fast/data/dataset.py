@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lit_fast.data.records import RecordReader
@@ -68,8 +68,9 @@ class Block:
 
     def encode(self) -> bytes:
         """Return JSON, by column."""
-        columns = {name: column for name, column in self.__dict__.items() if name != "languages" or column}
-        return json.dumps(columns, separators=(",", ":"), ensure_ascii=False).encode()
+        return compact_json(
+            {name: column for name, column in vars(self).items() if name != "languages" or column}
+        )
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,11 @@ class Dataset:
     seed: int
     sources: tuple[Source, ...]
     shard_keys: tuple[str, ...]  # blake2b-128 of the keys of each shard
-    classnames: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()  # zero-shot prompts; "{c}" is replaced by the class name
-    left_out: dict[str, int] = field(
-        default_factory=dict
-    )  # reason -> rows of the sources that are not in the dataset
-    languages: dict[str, int] = field(default_factory=dict)  # code -> captions
-    generation: int = 0  # number of times that it has grown
+    classnames: tuple[str, ...]
+    templates: tuple[str, ...]  # zero-shot prompts; "{c}" is replaced by the class name
+    left_out: dict[str, int]  # reason -> rows of the sources that are not in the dataset
+    languages: dict[str, int]  # code -> captions
+    generation: int  # number of times that it has grown
 
     @property
     def name(self) -> str:
@@ -147,6 +146,11 @@ def generation_directory(path: StrPath, name: str, generation: int) -> str:
     return join(path, f"{name}-{generation}" if generation else name)
 
 
+def compact_json(value: Any) -> bytes:
+    """Return UTF-8 JSON without spaces."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
 def decode_block(record: bytes) -> Block:
     """Invert `Block.encode`."""
     return Block(**json.loads(record))
@@ -188,29 +192,40 @@ def open_dataset(path: StrPath) -> Dataset:
             raise UserError(
                 f"{file} has blocks of {value['block']} and shards of {value['shard']} rows; index the sources again"
             )
-        dataset = Dataset(
-            path=path,
-            rows=value["rows"],
-            captions=value["captions"],
-            captionless=value["captionless"],
-            labelled=value["labelled"],
-            seed=value["seed"],
-            sources=tuple(_parse_source(s) for s in value["sources"]),
-            shard_keys=tuple(value["shard_keys"]),
-            classnames=tuple(value["classnames"]),
-            templates=tuple(value["templates"]),
-            left_out=dict(value["left_out"]),
-            languages=dict(value["languages"]),
-            generation=value["generation"],
-        )
+        record = {f.name: value[f.name] for f in fields(Dataset) if f.name != "path"}
+        record["sources"] = [Source(**s | {"names": tuple(s.get("names", ()))}) for s in record["sources"]]
+        lists = {name: tuple(record[name]) for name in ("sources", "shard_keys", "classnames", "templates")}
+        dataset = Dataset(path=path, **record | lists)
         _validate(dataset)
         return dataset
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {type(error).__name__} {error}; restore it") from None
 
 
-def _parse_source(value: dict[str, Any]) -> Source:
-    return Source(**value | {"names": tuple(value.get("names", ()))})
+def choose_store(dataset: Dataset, content: str, key: str, name: str, stored: list[str], command: str) -> str:
+    """Return `name`, or the only stored name if it is empty.
+
+    Args:
+      dataset: the dataset.
+      content: "features" or "tokens".
+      key: configuration key that selects one.
+      name: selected store.
+      stored: names of the stores of the dataset.
+      command: makes a store.
+
+    Raises:
+      UserError: there is no such store, or there are several and no name was given.
+    """
+    if not stored:
+        raise UserError(f"dataset {dataset.path} has no {content}; make them with: {command}")
+    known = ", ".join(stored)
+    if not name and len(stored) > 1:
+        raise UserError(f"dataset {dataset.path} has {content} of {known}; choose one with the key {key}")
+    if name and name not in stored:
+        raise UserError(
+            f"dataset {dataset.path} has no {content} of {key} {name!r}, only of {known}; make them with: {command}"
+        )
+    return name or stored[0]
 
 
 def _validate(dataset: Dataset) -> None:

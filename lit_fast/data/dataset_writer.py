@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import starmap
 
 from lit_fast.data.dataset import (
     BLOCK,
@@ -16,6 +15,7 @@ from lit_fast.data.dataset import (
     Block,
     Dataset,
     Source,
+    compact_json,
     decode_block,
     decode_captions,
     digest_texts,
@@ -70,7 +70,7 @@ class DatasetWriter:
 
     def _resume_after(self, old: Dataset, full_blocks: int) -> None:
         """Count the rows of the full blocks, which are already copied, and add those of a short last block."""
-        last = list(_read_rows(old, full_blocks)) if full_blocks < old.blocks else []
+        last = _read_rows(old, full_blocks) if full_blocks < old.blocks else []
         self.rows = full_blocks * BLOCK
         self.captions = old.captions - sum(len(r.captions) for r in last)
         self.captionless = old.captionless - sum(not r.captions for r in last)
@@ -111,8 +111,7 @@ class DatasetWriter:
             languages=[list(r.languages) for r in rows] if any(r.languages for r in rows) else [],
         )
         self._index.write(block.encode())
-        captions = [r.captions for r in rows]
-        self._captions.write(json.dumps(captions, separators=(",", ":"), ensure_ascii=False).encode())
+        self._captions.write(compact_json([r.captions for r in rows]))
 
     def _end_shard(self) -> None:
         keys, self._keys = self._keys, []
@@ -134,7 +133,7 @@ class DatasetWriter:
             self._end_shard()
         self._index.close()
         self._captions.close()
-        value: dict[str, Any] = {
+        value = {
             "format": FORMAT,
             "rows": self.rows,
             "captions": self.captions,
@@ -149,7 +148,10 @@ class DatasetWriter:
             "left_out": left_out or {},
             "languages": {l: n for l, n in sorted(self.languages.items()) if l and n},
             "generation": self._generation,
-            "sources": [_encode_source(source) for source in sources],
+            "sources": [
+                {name: value for name, value in vars(source).items() if value or name == "bytes"}
+                for source in sources
+            ],
             "shard_keys": self._shard_keys,
         }
         write_json(join(self._path, "dataset.json"), value)
@@ -168,23 +170,10 @@ def remove_other_generations(dataset: Dataset) -> None:
                 remove_tree(directory)
 
 
-def _encode_source(source: Source) -> dict[str, Any]:
-    """Return a source as JSON without empty values."""
-    return {name: value for name, value in asdict(source).items() if value or name == "bytes"}
-
-
-def _read_rows(dataset: Dataset, number: int) -> Iterator[Row]:
-    """Yield the rows of one block as they were added."""
+def _read_rows(dataset: Dataset, number: int) -> list[Row]:
+    """Return the rows of one block as they were added."""
     block = decode_block(dataset.index_reader().read(number))
     captions = decode_captions(dataset.captions_reader().read(number))
-    languages = block.languages or [[] for _ in block.keys]
-    for i, key in enumerate(block.keys):
-        yield Row(
-            key,
-            block.sources[i],
-            block.offsets[i],
-            block.sizes[i],
-            tuple(captions[i]),
-            block.labels[i],
-            tuple(languages[i]),
-        )
+    languages = block.languages or [[]] * len(block.keys)
+    texts = map(tuple, captions), block.labels, map(tuple, languages)
+    return list(starmap(Row, zip(block.keys, block.sources, block.offsets, block.sizes, *texts, strict=True)))

@@ -23,12 +23,11 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from lit_fast.data.dataset import BLOCK, SHARD, Dataset
+from lit_fast.data.dataset import BLOCK, SHARD, Dataset, choose_store
 from lit_fast.data.shards import (
     READ_THREADS,
     BlockReader,
     array_metadata,
-    read_error,
     shard_file,
     tensorstore_reason,
 )
@@ -41,8 +40,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # One context for all arrays: resources in separate specs would be separate pools.
 _CONTEXT = ts.Context({"file_io_concurrency": {"limit": 16}, "cache_pool": {"total_bytes_limit": 0}})
 
-_MEAN_BLOCKS = 1024  # blocks that the mean is computed over, and how many of them are read at once
-_MEAN_READS = 16
+_MEAN_BLOCKS = 1024  # blocks that the mean is computed over
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,6 @@ class Features:
     def identity(self) -> str:
         """Digest of everything that the vectors depend on."""
         return str(self.provenance["identity"])
-
-    # The array.
 
     def array(self, *, create: bool = False) -> ts.TensorStore:
         """Open the `[rows, views * width]` bfloat16 array. A missing block is an error and does not read as zeros.
@@ -152,23 +148,20 @@ class Features:
         Raises:
           UserError: a shard is missing or damaged.
         """
-        array, blocks = self.array(), self.dataset.blocks
-        total, count = np.zeros(self.width), 0
+        self.array()  # checks shape and type
+        reader, blocks, rows = self.block_reader(), self.dataset.blocks, self.dataset.rows
         sample = np.unique(np.linspace(0, blocks - 1, min(blocks, _MEAN_BLOCKS)).round().astype(int)).tolist()
-        spans = [range(b * BLOCK, min((b + 1) * BLOCK, self.dataset.rows)) for b in sample]
-        try:
-            for i in range(0, len(spans), _MEAN_READS):
-                group = spans[i : i + _MEAN_READS]
-                reads = [array[rows.start : rows.stop, : self.width].read() for rows in group]
-                for rows, read in zip(group, reads, strict=True):
-                    valid = [row not in invalid for row in rows]
-                    total += read.result()[valid].astype(np.float64).sum(axis=0)
-                    count += sum(valid)
-        except ValueError as error:
-            raise read_error(self.path, error) from None
-        return (total / max(count, 1)).astype(np.float32)
 
-    # Shards and their manifests.
+        def add_up(block: int) -> tuple[np.ndarray, int]:
+            vectors = np.empty((BLOCK, self.views * self.width), BFLOAT16)
+            reader.read(block, vectors)
+            first = block * BLOCK
+            valid = [row - first for row in range(first, min(first + BLOCK, rows)) if row not in invalid]
+            return vectors[valid, : self.width].astype(np.float64).sum(axis=0), len(valid)
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            sums, counts = zip(*pool.map(add_up, sample), strict=True)
+        return (np.sum(sums, axis=0) / max(sum(counts), 1)).astype(np.float32)
 
     def shard_rows(self, shard: int) -> int:
         """Return the number of rows of a shard; the last may be short."""
@@ -282,25 +275,62 @@ def open_features(dataset: Dataset, tower: str = "") -> Features:
     Raises:
       UserError: the dataset has no such features, or several and no name was given.
     """
-    known = stored_towers(dataset)
-    remedy = f"make them with: lit-fast embed {dataset.path} --tower NAME_OR_FILE"
-    if not known:
-        raise UserError(f"dataset {dataset.path} has no features; {remedy}")
-    if not tower and len(known) > 1:
-        raise UserError(
-            f"dataset {dataset.path} has features of {', '.join(known)}; choose one with the key tower"
-        )
-    tower = tower or known[0]
-    if tower not in known:
-        raise UserError(
-            f"dataset {dataset.path} has no features of tower {tower!r}, only of {', '.join(known)}; {remedy}"
-        )
+    command = f"lit-fast embed {dataset.path} --tower NAME_OR_FILE"
+    tower = choose_store(dataset, "features", "tower", tower, stored_towers(dataset), command)
     provenance = read_object(
         join(dataset.path, "features", tower, "tower.json"), "name", "source", "identity", "width", "dtype",
         name=str, source=str, identity=str, width=int, views=int, dtype=str, preprocess=dict, options=dict,
         imported=dict,
     )  # fmt: skip
     return Features(dataset, tower, provenance)
+
+
+def with_views(tower: dict[str, Any], views: int) -> dict[str, Any]:
+    """Return the `tower.json` of a tower applied to `views` views of every image.
+
+    With one view it is unchanged. Otherwise `first_view` holds the identity of the tower with view 0 alone.
+    """
+    if views == 1:
+        return tower
+    first = tower["identity"]
+    identity = hashlib.blake2b(f"{first} views {views}".encode(), digest_size=16).hexdigest()
+    return tower | {"identity": identity, "first_view": first, "views": views}
+
+
+def first_view(tower: dict[str, Any]) -> str:
+    """Return the identity of the tower with view 0 alone; equal identities give equal vectors of view 0."""
+    return str(tower.get("first_view", tower["identity"]))
+
+
+def matching_features(dataset: Dataset, tower: dict[str, Any]) -> Features:
+    """Return the dataset's features of exactly this tower, whatever the number of further views.
+
+    Raises:
+      UserError: there are none.
+    """
+    stores = [open_features(dataset, name) for name in stored_towers(dataset)]
+    for features in stores:
+        if first_view(features.provenance) == first_view(tower):
+            return features
+    others = ", ".join(f.tower for f in stores)
+    others = f" but {others}, of other weights, preprocessing or dtype" if others else ""
+    name = tower["name"]
+    if "imported" in tower:
+        raise UserError(
+            f"dataset {dataset.path} has no features of the run's tower {name}{others}, which were imported; import "
+            f"those of the same model: lit-fast import-features SOURCE --out D --tower {name} --format FORMAT"
+        )
+    while name in stored_towers(dataset):
+        name += "-2"
+    raise UserError(
+        f"dataset {dataset.path} has no features of the run's tower {tower['name']}{others}; make them with: "
+        + embed_command(dataset, tower | {"views": 1}, name)
+    )
+
+
+def rows_without_features(dataset: Dataset, tower: dict[str, Any]) -> set[int]:
+    """Return the rows without a usable feature of exactly this tower; raises as `matching_features`."""
+    return set(matching_features(dataset, tower).invalid_rows())
 
 
 def tower_options(tower: dict[str, Any]) -> dict[str, Any]:

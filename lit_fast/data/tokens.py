@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.data.dataset import Dataset
+from lit_fast.data.dataset import Dataset, choose_store
 from lit_fast.data.records import RecordReader
 from lit_fast.data.tokenizer import Tokenizer, load_tokenizer
 from lit_fast.errors import UserError
@@ -103,17 +103,8 @@ def open_tokens(dataset: Dataset, name: str = "") -> Tokens:
     Raises:
       UserError: there are none, or several without a name, or they belong to other rows.
     """
-    known = stored_tokenizers(dataset)
-    remedy = f"make them with: lit-fast tokenize {dataset.path} --tokenizer FILE.model"
-    if not known:
-        raise UserError(f"dataset {dataset.path} has no tokens; {remedy}")
-    if not name and len(known) > 1:
-        raise UserError(
-            f"dataset {dataset.path} has tokens {', '.join(known)}; choose one with the key tokenizer"
-        )
-    name = name or known[0]
-    if name not in known:
-        raise UserError(f"dataset {dataset.path} has no tokens {name!r}, only {', '.join(known)}; {remedy}")
+    command = f"lit-fast tokenize {dataset.path} --tokenizer FILE.model"
+    name = choose_store(dataset, "tokens", "tokenizer", name, stored_tokenizers(dataset), command)
     meta = read_object(
         join(dataset.path, "tokens", name, "tokens.json"),
         "identity", "vocab_size", "max_length", "pad_id", "shard_keys",

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from lit_fast.data.dataset import Dataset
-from lit_fast.data.features import Features
-from lit_fast.data.matching import matching_features
+from lit_fast.data.features import Features, matching_features
 from lit_fast.data.shards import read_error
 from lit_fast.errors import UserError
 from lit_fast.evaluation.bootstrap import bootstrap

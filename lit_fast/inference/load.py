@@ -24,8 +24,7 @@ from flax.traverse_util import flatten_dict
 
 from lit_fast.config import Config
 from lit_fast.config_io import build_config, flatten_toml
-from lit_fast.data.features import tower_options
-from lit_fast.data.matching import first_view
+from lit_fast.data.features import first_view, tower_options
 from lit_fast.data.tokenizer import load_tokenizer
 from lit_fast.errors import UserError
 from lit_fast.inference.model import Model
@@ -214,7 +213,7 @@ def _read_params(path: str, shapes: Any, *, vision: bool) -> Params:
                 raise UserError(
                     f"{weights} does not match the files beside it: {name} {problem}; export the model again"
                 )
-        return nested(((name.removeprefix(prefix), file.take(name)) for name in expected), weights)
+        return nested({name.removeprefix(prefix): file.take(name) for name in expected}, weights)
 
 
 def _read_config(path: str, values: dict[str, Any]) -> Config:

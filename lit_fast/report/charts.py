@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -54,37 +54,6 @@ class Panel(NamedTuple):
     note: str = ""
 
 
-class _Axes(NamedTuple):
-    """The range of the values and the pixels that show it. The horizontal axis starts at 0."""
-
-    right: float  # pixels from the left edge
-    end: float
-    low: float
-    high: float
-    percent: bool
-    unit: str
-
-    def pixel(self, x: float, y: float) -> tuple[float, float]:
-        return (
-            _LEFT + (self.right - _LEFT) * x / self.end,
-            _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (y - self.low) / (self.high - self.low),
-        )
-
-    def format(self, y: float) -> str:
-        return f"{100 * y:.1f} %" if self.percent else f"{y:.4g}"
-
-
-class _Line(NamedTuple):
-    """A series in pixels. `last` is its last value; `dots` are (x, y, tooltip); `chance` is (y, value)."""
-
-    name: str
-    colour: str
-    last: str
-    points: list[tuple[float, float]]
-    dots: list[tuple[float, float, str]]
-    chance: tuple[float, str] | None
-
-
 def panel(heading: str, metric: str, series: Sequence[Series], *, hours: bool = False) -> Panel:
     """Draw a metric of one or several runs; the metric decides the axis."""
     share = "/" in metric or metric in _SHARES  # names of evaluation metrics have a slash
@@ -114,61 +83,67 @@ def chart(
         return fragment("chart.html", lines=[])
     few = len(series) <= _MAX_LABELS
     names_at_ends = percent and few and len(series) > 1 and all(len(s.name) <= _MAX_LABEL for s in series)
-    margin = 104 if names_at_ends else 70 if few else 16
-    marks = _marks(series, percent, zero)
+    right = _WIDTH - (104 if names_at_ends else 70 if few else 16)
+    marks = _y_marks(series, percent, zero)
     end = max(x for s in series for x, _ in s.points) or 1
-    axes = _Axes(_WIDTH - margin, end, marks[0], marks[-1], percent, unit)
-    lines = [_line(axes, s, _colour(i)) for i, s in enumerate(series)]
+
+    def to_x(x: float) -> float:
+        return _LEFT + (right - _LEFT) * x / end
+
+    def to_y(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (y - marks[0]) / (marks[-1] - marks[0])
+
+    def value(y: float) -> str:
+        return f"{100 * y:.1f} %" if percent else f"{y:.4g}"
+
+    def line(number: int, s: Series) -> dict[str, Any]:
+        at = "step {:,.0f}" if unit == "steps" else "{:.3g} hours"
+        tips = [f"{at.format(x)}: {s.name} {value(y)}" for x, y in s.points]
+        points = [(to_x(x), to_y(y)) for x, y in s.points]
+        return {
+            "name": s.name,
+            "colour": f"s{number % COLOURS + 1}" + (" again" if number >= COLOURS else ""),
+            "last": value(s.points[-1][1]),
+            "points": points,
+            "dots": list(zip(points, tips, strict=True)) if len(points) <= _MAX_DOTS else [],
+            "chance": None if s.chance is None else (to_y(s.chance), value(s.chance)),
+        }
+
+    lines = [line(i, s) for i, s in enumerate(series)]
     labels = []
     if few:
-        ys = _spread([line.points[-1][1] for line in lines], _LABEL_DISTANCE)
-        for s, line, y in zip(series, lines, ys, strict=True):
-            value = line.last if percent else _brief(s.points[-1][1], 3)
-            labels.append((y, line.name if names_at_ends else value, line.colour))
+        ys = _spread([to_y(s.points[-1][1]) for s in series], _LABEL_DISTANCE)
+        for s, drawn, y in zip(series, lines, ys, strict=True):
+            last = drawn["last"] if percent else _brief(s.points[-1][1], 3)
+            labels.append((y, s.name if names_at_ends else last, drawn["colour"]))
     return fragment(
         "chart.html",
         width=_WIDTH,
         height=_HEIGHT,
         left=_LEFT,
-        right=axes.right,
+        right=right,
         unit=unit,
-        y_marks=[(axes.pixel(0, m)[1], f"{100 * m:.4g} %" if percent else _brief(m, 10)) for m in marks],
-        x_marks=_x_marks(axes),
+        y_marks=[(to_y(m), f"{100 * m:.4g} %" if percent else _brief(m, 10)) for m in marks],
+        x_marks=[
+            (to_x(0), "0", "start"),
+            (to_x(end / 2), _x_label(end / 2), "middle"),
+            (to_x(end), f"{_x_label(end)} {unit}", "end"),
+        ],
         lines=lines,
         end_labels=labels,
         legend=len(series) > 1 and not names_at_ends,
     )
 
 
-def _marks(series: Sequence[Series], percent: bool, zero: bool) -> list[float]:
+def _y_marks(series: Sequence[Series], percent: bool, zero: bool) -> list[float]:
     values = [y for s in series for _, y in s.points] + [s.chance for s in series if s.chance is not None]
     if percent and min(values) >= 0 and 0.5 < max(values) <= 1:
         return [0.0, 0.25, 0.5, 0.75, 1.0]
     return ticks(min(values), max(values), zero or percent)
 
 
-def _x_marks(axes: _Axes) -> list[tuple[float, str, str]]:
-    """Return (x, label, text-anchor) of the start, the middle and the end."""
-    marks = []
-    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        value = share * axes.end
-        label = f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
-        marks.append(
-            (axes.pixel(value, axes.low)[0], f"{label} {axes.unit}" if share == 1 else label, anchor)
-        )
-    return marks
-
-
-def _line(axes: _Axes, series: Series, colour: str) -> _Line:
-    points = [axes.pixel(x, y) for x, y in series.points]
-    dots = []
-    if len(points) <= _MAX_DOTS:
-        for pixel, (x, y) in zip(points, series.points, strict=True):
-            at = f"step {x:,.0f}" if axes.unit == "steps" else f"{x:.3g} {axes.unit}"
-            dots.append((*pixel, f"{at}: {series.name} {axes.format(y)}"))
-    chance = series.chance
-    level = None if chance is None else (axes.pixel(0, chance)[1], axes.format(chance))
-    return _Line(series.name, colour, axes.format(series.points[-1][1]), points, dots, level)
+def _x_label(x: float) -> str:
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = _MAX_POINTS) -> list[tuple[float, float]]:
@@ -205,10 +180,6 @@ def _brief(value: float, digits: int) -> str:
     if abs(value) >= 10**digits:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.{min(digits, 2)}g}"
-
-
-def _colour(number: int) -> str:
-    return f"s{number % COLOURS + 1}" + (" again" if number >= COLOURS else "")
 
 
 def _spread(positions: Sequence[float], distance: float) -> list[float]:

@@ -31,14 +31,6 @@ _TILE = 8192  # images scored at a time
 _MAX_TEXT = 200  # characters of a caption or class name
 
 
-class Caption(NamedTuple):
-    """A caption that a picture found; `relevant`: it was written for the picture."""
-
-    text: str
-    cosine: str
-    relevant: bool
-
-
 class _Pool(NamedTuple):
     """The captions of one language and the images that have one: the candidates of a query."""
 
@@ -183,13 +175,14 @@ def _queries(pools: Sequence[_Pool], most: int, size: Callable[[_Pool], int]) ->
     return islice(pairs, most)
 
 
-def _nearest_captions(pool: _Pool, image: int) -> list[Caption]:
+def _nearest_captions(pool: _Pool, image: int) -> list[tuple[str, str, bool]]:
+    """Return (caption, cosine, whether it is of the image) of the nearest captions of an image."""
     scores, relevant = pool.texts @ pool.images[image], pool.owner == image
     captions = []
     for rank, i in nearest(scores, relevant):
         text = pool.prefix + _shorten(pool.captions[i])
         text = text if rank < SHOWN else f"no. {rank + 1:,}: {text}"
-        captions.append(Caption(text, f"{scores[i]:.3f}", bool(relevant[i])))
+        captions.append((text, f"{scores[i]:.3f}", bool(relevant[i])))
     return captions
 
 

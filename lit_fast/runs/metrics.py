@@ -105,24 +105,19 @@ def mean_speed(lines: Lines) -> dict[str, float]:
     Compilation, evaluation and checkpoints are not included. "seconds_per_step" is the mean over steps, the other
     figures are means over time.
     """
-    seconds = dict.fromkeys(_SPEED, 0.0)
-    steps = dict.fromkeys(_SPEED, 0.0)
-    sums = dict.fromkeys(_SPEED, 0.0)
-    previous = 0
+    spans, total_steps, previous = [], 0, 0
     for line in lines:
-        count = line["step"] - previous
-        previous = line["step"]
-        if count <= 0 or not is_number(line.get("seconds_per_step")):
-            continue
-        duration = count * line["seconds_per_step"]
-        for name in _SPEED:
-            if is_number(line.get(name)):
-                seconds[name] += duration
-                steps[name] += count
-                sums[name] += duration * line[name]
-    means = {name: sums[name] / seconds[name] for name in _SPEED if seconds[name] > 0}
+        steps, previous = line["step"] - previous, line["step"]
+        if steps > 0 and is_number(line.get("seconds_per_step")):
+            spans.append((steps * line["seconds_per_step"], line))
+            total_steps += steps
+    means = {}
+    for name in _SPEED:
+        known = [(seconds, line[name]) for seconds, line in spans if is_number(line.get(name))]
+        if time := sum(seconds for seconds, _ in known):
+            means[name] = sum(seconds * value for seconds, value in known) / time
     if means:
-        means["seconds_per_step"] = seconds["seconds_per_step"] / steps["seconds_per_step"]
+        means["seconds_per_step"] = sum(seconds for seconds, _ in spans) / total_steps
     return means
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from lit_fast.config import Config
 from lit_fast.config_io import load_config
 from lit_fast.data.dataset import Dataset
-from lit_fast.data.matching import matching_features
+from lit_fast.data.features import matching_features
 from lit_fast.data.tokenizer import Tokenizer, load_tokenizer
 from lit_fast.errors import UserError
 from lit_fast.models.two_towers import (

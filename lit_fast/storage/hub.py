@@ -21,6 +21,14 @@ def offline() -> bool:
     return any(os.environ.get(n, "").lower() in _TRUE for n in ("LIT_FAST_OFFLINE", "HF_HUB_OFFLINE"))
 
 
+def silence_retries() -> None:
+    """Silence huggingface_hub's messages about retries, unless HF_HUB_VERBOSITY is set; errors report failures."""
+    from huggingface_hub.utils import logging
+
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        logging.set_verbosity(logging.CRITICAL)
+
+
 class AbsentError(UserError):
     """The repository has no such file."""
 
@@ -50,6 +58,7 @@ class Snapshot:
         """
         import huggingface_hub as hub
 
+        silence_retries()
         options: dict[str, Any] = {"revision": self.revision, "repo_type": self.repo_type}
         if _COMMIT.fullmatch(self.revision):  # files of a commit do not change: no request is needed
             cached = hub.try_to_load_from_cache(self.repository, name, **options)

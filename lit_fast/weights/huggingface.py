@@ -112,8 +112,6 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
     heads = config.get("num_attention_heads", 12)
     epsilon = config.get("layer_norm_eps", family.epsilon)
     gelu = config.get("hidden_act", family.gelu)
-    if type(heads) is not int or not 0 < heads <= 256:
-        raise UserError(f"{where}: num_attention_heads is {heads!r}")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1e-2:
         raise UserError(f"{where}: layer_norm_eps is {epsilon!r}")
     if not isinstance(gelu, str) or gelu not in _ACTIVATIONS:

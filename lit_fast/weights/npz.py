@@ -49,7 +49,7 @@ def load_npz(path: StrPath) -> Weights:
         _fold_positions(flat, path)
         prefix = _prefix(file.shapes, path)
         file.refuse_unused(lambda n: not n.startswith(prefix) or _IGNORED.fullmatch(n.removeprefix(prefix)))
-    params = nested(flat.items(), path)
+    params = nested(flat, path)
     return Weights(params, _architecture(params, path), "linear")
 
 

@@ -22,7 +22,7 @@ from lit_fast.storage.cache import cache_directory, cached_file
 from lit_fast.storage.files import exists, is_directory, is_file, read_bytes, sha256, write_atomic
 from lit_fast.storage.hub import AbsentError, Snapshot, offline
 from lit_fast.storage.paths import StrPath, absolute, join, name, parent, stem, suffix
-from lit_fast.weights.reader import part_names, parts
+from lit_fast.weights.reader import parts
 from lit_fast.weights.registry import known_towers
 from lit_fast.weights.tokenizer_json import sentencepiece_model
 
@@ -175,8 +175,8 @@ def _fetch_tower(snapshot: Snapshot, optional: Sequence[str]) -> str:
             index = _fetch(snapshot, _INDEX)
         except AbsentError:
             raise UserError(f"{absent}; only .safetensors weights are read") from None
-        for part in part_names(index):
-            _fetch(snapshot, part)
+        for part in parts(index):
+            _fetch(snapshot, name(part))
     return directory
 
 

@@ -18,7 +18,7 @@ BYTES = BLOCK * VIEWS * WIDTH * 2 + 4  # of a block with its crc32c
 def make_features(path, rows):
     """Features alone: reading blocks needs no manifest."""
     shards = -(-rows // SHARD)
-    dataset = Dataset(str(path), rows, rows, 0, 0, 0, (), ("0" * 32,) * shards)
+    dataset = Dataset(str(path), rows, rows, 0, 0, 0, (), ("0" * 32,) * shards, (), (), {}, {}, 0)
     return Features(dataset, "t", {"width": WIDTH, "views": VIEWS})
 
 

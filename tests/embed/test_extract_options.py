@@ -11,9 +11,8 @@ import pytest
 
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import Dataset
-from lit_fast.data.features import embed_command, open_features
+from lit_fast.data.features import embed_command, matching_features, open_features, with_views
 from lit_fast.data.images.decode import decode
-from lit_fast.data.matching import matching_features, with_views
 from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
 from lit_fast.errors import UserError

@@ -16,8 +16,7 @@ from scipy.stats import binom
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.dataset_writer import DatasetWriter, Row
-from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest, open_features
-from lit_fast.data.matching import with_views
+from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest, open_features, with_views
 from lit_fast.errors import UserError
 from lit_fast.evaluation import few_shot
 from lit_fast.evaluation.few_shot import (

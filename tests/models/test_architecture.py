@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from lit_fast.models.architecture import Architecture, flops_per_image, parameters
 from lit_fast.models.sizes import VARIANTS, Shape
@@ -65,7 +66,7 @@ def traced_flops(jaxpr):
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             total += 2 * int(np.prod(out)) * int(np.prod(kernel[:-1]))
-        inner = [traced_flops(inner) for inner in jax.core.jaxprs_in_params(equation.params)]
+        inner = [traced_flops(inner) for inner in jaxprs_in_params(equation.params)]
         if name == "cond":  # the forms for CPUs and other devices have equal products
             assert len(set(inner)) == 1
             inner = inner[:1]

@@ -14,8 +14,7 @@ import numpy as np
 
 from lit_fast.config import StreamConfig
 from lit_fast.data.dataset import open_dataset
-from lit_fast.data.features import BFLOAT16, Features
-from lit_fast.data.matching import matching_features
+from lit_fast.data.features import BFLOAT16, Features, matching_features
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from urllib.parse import quote
 
-from lit_fast.data.dataset import BLOCK, Block, Dataset, decode_block
-from lit_fast.data.images.byte_range import read_byte_range
-from lit_fast.data.images.decode import ImageError
-from lit_fast.data.images.folder import read_folder_image
+from lit_fast.data.dataset import BLOCK, Block, Dataset, Source, decode_block
+from lit_fast.data.images.decode import MAX_IMAGE, ImageError
 from lit_fast.data.images.noise import DEFAULT_SIZE, noise_image
 from lit_fast.data.images.parquet import ParquetImages
 from lit_fast.data.images.sources import check_source
 from lit_fast.data.images.tf_examples import ExampleImages
 from lit_fast.errors import UserError
+from lit_fast.storage.files import file_status, is_directory, read_range, read_whole
+from lit_fast.storage.paths import is_url, join
 
 
 class ImageReader:
     """Reads the encoded images of a dataset by row, from any thread.
-
-    The kind of a row's source, recorded when it was indexed, selects one of the modules beside this one.
 
     Args:
       dataset: the dataset.
@@ -49,9 +48,9 @@ class ImageReader:
         try:
             match source.kind:
                 case "tar":
-                    return read_byte_range(source.path, offset, size)
+                    return _read_byte_range(source.path, offset, size)
                 case "folder":
-                    return read_folder_image(source, block.keys[i])
+                    return _read_folder_image(source, block.keys[i])
                 case "parquet":
                     return self._parquet.read(source, group=offset, row=size)
                 case "array_record":
@@ -85,3 +84,32 @@ class ImageReader:
         except (UserError, IndexError):  # rows that were imported without images have no source
             return False
         return True
+
+
+def _read_byte_range(location: str, offset: int, size: int) -> bytes:
+    data = read_range(location, offset, offset + size)
+    if len(data) < size:
+        raise UserError(f"{location} is shorter than when it was indexed; restore it")
+    return data
+
+
+def _read_folder_image(source: Source, key: str) -> bytes:
+    """Return the file `key` of a folder. If the file is missing, raise ImageError; if the folder is, UserError."""
+    if is_url(source.images):
+        name = quote(key) if source.images.startswith("http") else key
+        data = read_whole(f"{source.images}/{name}", MAX_IMAGE)
+        if data is None:
+            raise ImageError("image file not found")
+        return data
+    location = join(source.images, key)
+    try:
+        status = file_status(location)  # before opening: a pipe would block
+        if not status.is_file:
+            raise ImageError("not a regular file")
+        if status.size > MAX_IMAGE:
+            raise ImageError("image file above 256 MiB")
+        return read_range(location, 0, status.size)
+    except (FileNotFoundError, NotADirectoryError):
+        if not is_directory(source.images):
+            raise UserError(f"{source.images}, the images of {source.path}, is missing; restore it") from None
+        raise ImageError("image file not found") from None

@@ -18,8 +18,7 @@ import pytest
 
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import open_dataset
-from lit_fast.data.features import open_features
-from lit_fast.data.matching import first_view
+from lit_fast.data.features import first_view, open_features
 from lit_fast.errors import UserError
 from tests.embed.contents import captions, keys, tree
 

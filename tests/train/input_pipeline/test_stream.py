@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from lit_fast.config import StreamConfig
 from lit_fast.data.dataset import BLOCK
-from lit_fast.data.features import Features, Manifest, open_features
-from lit_fast.data.matching import with_views
+from lit_fast.data.features import Features, Manifest, open_features, with_views
 from lit_fast.data.tokens import open_tokens
 from lit_fast.errors import UserError
 from lit_fast.storage.files import write_json
