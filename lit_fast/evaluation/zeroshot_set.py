@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,8 @@ class ZeroShotSet:
     template_set: str
     row_of: np.ndarray
     class_of: np.ndarray
-    multilabel: bool = False
-    overrides: dict[str, str] = field(default_factory=dict)
+    multilabel: bool
+    overrides: dict[str, str]
 
 
 def zero_shot_set(
