@@ -149,7 +149,7 @@ def _is_path(path: str, schema: pa.Schema, image: str) -> bool:
     Raises:
       UserError: it holds neither.
     """
-    kind = _type_of(schema, image)
+    kind: Any = _type_of(schema, image)
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
