@@ -3,6 +3,10 @@
 To add a family of transformers: a row in `FAMILIES` of `lit_fast/weights/huggingface.py` and, if its image processor
 is new, a row in `PROCESSORS` of `lit_fast/towers/preprocess_config.py`. To add a layout: a module in
 `lit_fast/weights/` that returns `Weights`, and a branch in `load_layout`.
+
+If the block of the family differs from those of `lit_fast.models.vit`, add a field to `lit_fast.models.architecture.Architecture`
+(with `parameters` and `flops_per_image`), its computation to `vit` or `transformer`, and the field to `Tower.provenance` and
+`from_provenance`. The exports in `lit_fast/train/export/` must refuse a field that their format cannot express.
 """
 
 from __future__ import annotations
