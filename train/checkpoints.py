@@ -12,11 +12,10 @@ from typing import Any
 
 from lit_fast.config import CheckpointConfig
 from lit_fast.errors import UserError, first_line
-from lit_fast.runs.checkpoint import abstract, open_manager, restore, restore_last, save
+from lit_fast.runs.checkpoint import abstract, open_manager, restore_last, save
 from lit_fast.storage.paths import StrPath
 from lit_fast.train.optimizer import evaluation_params
 from lit_fast.train.step import State
-from lit_fast.utils.output import status
 
 # TensorStore's errors end with that of the operating system.
 _REASON = re.compile(r": ([^:]+) \[os_error_code")
@@ -44,12 +43,13 @@ class Checkpoints:
 
         Without a checkpoint that is (0, state).
         """
-
-        def read(step: int) -> tuple[int, State]:
-            trees, _ = restore(self._manager, step, abstract(_to_trees(state)))
-            return step, _from_trees(trees)
-
-        return restore_last(self._manager, read, lambda line: status(f"warning: {line}")) or (0, state)
+        restored = restore_last(self._manager, abstract(_to_trees(state)))
+        if restored is None:
+            return 0, state
+        step, trees = restored
+        return step, State(
+            **({"params": trees["params"], "average": trees.get("average", {})} | trees["rest"])
+        )
 
     def check_finite(self, state: State) -> None:
         """Raise UserError if a step was not finite; such a state is never saved."""
@@ -104,7 +104,3 @@ def _to_trees(state: State) -> dict[str, Any]:
     if params is not state.params:
         rest["params"] = state.params
     return {"params": params, "rest": rest} | ({"average": state.average} if state.average else {})
-
-
-def _from_trees(trees: dict[str, Any]) -> State:
-    return State(**({"params": trees["params"], "average": trees.get("average", {})} | trees["rest"]))

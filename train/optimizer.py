@@ -146,12 +146,12 @@ def _muon(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
     dtype = jnp.dtype(config.momentum_dtype)
     shapes = {n: leaf.shape for n, leaf in zip(parameter_names(params), jax.tree.leaves(params), strict=True)}
     axes = {n: matrix_axes(n, len(shape)) for n, shape in shapes.items() if n.rpartition("/")[2] == "kernel"}
-    scales = {n: _MUON_RMS * math.sqrt(max(_fans(shapes[n], a))) for n, a in axes.items()}
+    fans = {n: [math.prod(shapes[n][i] for i in group) for group in a] for n, a in axes.items()}
     muon = optax.chain(
         optax.contrib.scale_by_muon(
             beta=config.b1, mu_dtype=dtype, weight_dimension_numbers=lambda tree: tree_by_name(axes, tree)
         ),
-        _scale_by_name(scales),
+        _scale_by_name({n: _MUON_RMS * math.sqrt(max(fan)) for n, fan in fans.items()}),
     )
     adam = optax.scale_by_adam(config.b1, config.b2, mu_dtype=dtype, nesterov=True)
     labels = {n: "muon" if n in axes else "adam" for n in shapes}
@@ -167,11 +167,6 @@ def matrix_axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers:
     first = 1 if "encoderblock" in parts else 0
     split = ndim - 1 if "out" in parts else first + 1
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, ndim)))
-
-
-def _fans(shape: tuple[int, ...], axes: optax.contrib.MuonDimensionNumbers) -> tuple[int, int]:
-    inputs, outputs = (math.prod(shape[a] for a in group) for group in axes)
-    return inputs, outputs
 
 
 def _scale_by_name(factors: dict[str, float]) -> optax.GradientTransformation:

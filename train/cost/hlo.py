@@ -19,6 +19,7 @@ _ITEM_BYTES = {
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")  # dtype, dimensions, layout
+_BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")  # innermost
 
 
 class Instruction(NamedTuple):
@@ -158,7 +159,10 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction:
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
     end = _closing_bracket("(" + rest) - 1
-    operands = tuple(operand.split()[-1].lstrip("%") for operand in _split(rest[:end]))
+    inner = rest[:end]
+    while (plain := _BRACKETS.sub("", inner)) != inner:  # the commas that remain separate the operands
+        inner = plain
+    operands = tuple(operand.split()[-1].lstrip("%") for operand in inner.split(",") if operand.strip())
     return Instruction(name, shape, opcode, operands, rest[end + 1 :], root)
 
 
@@ -170,19 +174,6 @@ def _closing_bracket(text: str) -> int:
         if not depth:
             return index
     return len(text)
-
-
-def _split(text: str) -> list[str]:
-    """Split at the commas outside of brackets."""
-    parts, depth, part = [], 0, ""
-    for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and not depth:
-            parts.append(part)
-            part = ""
-        else:
-            part += letter
-    return [p.strip() for p in [*parts, part] if p.strip()]
 
 
 def _bytes(shape: str) -> float:

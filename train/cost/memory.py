@@ -149,28 +149,12 @@ class MemoryEstimate:
         self._build, self._state, self._batch = build, state, batch_shapes(model, config)
         self._images = config.stream.global_batch // num_devices
         self._texts = self._images * config.stream.captions_per_image
-        self._width, self._tile, self._num_devices = model.out_dim, config.loss.tile, num_devices
+        self._width, self._tile = model.out_dim, config.loss.tile
         self._per_text: dict[TextConfig, float] = {}
-
-    @property
-    def parameters(self) -> int:
-        """The stored parameters and their moving average."""
-        return _tree_bytes((self._state.params, self._state.average))
-
-    @property
-    def optimizer(self) -> int:
-        """The optimizer state."""
-        return _tree_bytes(self._state.opt)
-
-    @property
-    def gradients(self) -> int:
-        """The gradients of all parameters."""
-        return _tree_bytes(self._state.params)
-
-    @property
-    def batch(self) -> int:
-        """A device's shard of one batch."""
-        return _tree_bytes(self._batch) // self._num_devices
+        self.parameters = _tree_bytes((state.params, state.average))
+        self.optimizer = _tree_bytes(state.opt)
+        self.gradients = _tree_bytes(state.params)
+        self.batch = _tree_bytes(self._batch) // num_devices  # a device's shard
 
     def residuals(self, text: TextConfig) -> int:
         """Return the bytes of the residuals that are stored for the backward pass."""
@@ -184,9 +168,8 @@ class MemoryEstimate:
         everything = dataclasses.replace(text, keep="everything")
         microbatch = self._texts // text.microbatches * self._residuals_per_text(everything)
         tile = min(self._tile, self._images)
-        logits = (
-            4 * tile * min(2 * tile, self._texts) * 4
-        )  # of a tile of pairs, and three arrays of that shape
+        # Four float32 arrays of the shape of a tile of pairs.
+        logits = 4 * 4 * tile * min(2 * tile, self._texts)
         # In float32: images here and in transfer, texts and their gradients.
         embeddings = 8 * self._width * (self._images + self._texts)
         # Gradients, updates, and the weights in the dtype of the matrix products.

@@ -49,10 +49,8 @@ def plan_data(config: Config) -> PlanData:
     plan = config.plan
     if not config.dataset:
         width, flops = _tower(plan.tower)
-        vocabulary, description = (
-            Vocabulary(plan.vocab_size, plan.max_length),
-            f"assumed: features of {plan.tower}",
-        )
+        vocabulary = Vocabulary(plan.vocab_size, plan.max_length)
+        description = f"assumed: features of {plan.tower}"
         return PlanData(plan.rows, plan.tower, width, flops, vocabulary, _lengths(config), description)
     dataset = open_dataset(config.dataset)
     description, image_flops, views = f"dataset {dataset.path}", None, 1

@@ -66,11 +66,9 @@ class TrainingLog:
         self, workdir: str, config: Config, start_step: int, cost_before: RunCost, meter: ThroughputMeter
     ) -> None:
         self._meter = meter
-        self._writer: MetricsWriter | None = None
-        self._console: Console | None = None
-        if jax.process_index() == 0:
-            self._writer = MetricsWriter(workdir, config, start_step, cost_before)
-            self._console = Console(config.steps, start_step)
+        first = jax.process_index() == 0
+        self._writer = MetricsWriter(workdir, config, start_step, cost_before) if first else None
+        self._console = Console(config.steps, start_step) if first else None
 
     def log_step(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
         """Log the metrics of a step together with the throughput since the last call.

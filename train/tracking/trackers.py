@@ -10,9 +10,9 @@ import io
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, Protocol
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -27,23 +27,12 @@ from lit_fast.utils.output import status
 # Limits on the time that wandb waits for its server. A preempted machine has little time to finish.
 _WANDB_START_SECONDS, _WANDB_FINISH_SECONDS = 30.0, 20.0
 _FLUSH_SECONDS = 5.0  # interval at which TensorBoard's events are flushed
-_PACKAGES = ("wandb", "trackio")  # TensorBoard's is always installed
-
-
-class Tracker(Protocol):
-    """A receiver of metrics; its methods may raise anything."""
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Send metrics by name."""
-
-    def close(self) -> None:
-        """Send everything that is not sent yet."""
 
 
 def check_trackers(config: Config) -> None:
     """Raise UserError if the package of a tracker is not installed."""
     for tracker in config.log.trackers:
-        if tracker in _PACKAGES and importlib.util.find_spec(tracker) is None:
+        if tracker != "tensorboard" and importlib.util.find_spec(tracker) is None:
             raise UserError(
                 f'log.report_to names {tracker}, which is not installed; run pip install "lit-fast[{tracker}]" or '
                 f"remove {tracker} from log.report_to"
@@ -59,12 +48,12 @@ class Trackers:
     """
 
     def __init__(self, workdir: str, config: Config, start_step: int, sent_step: int) -> None:
-        openers: dict[str, Callable[[], Tracker]] = {
+        openers = {
             "tensorboard": lambda: TensorBoard(workdir, start_step),
             "wandb": lambda: WeightsAndBiases(workdir, config),
             "trackio": lambda: Trackio(workdir, config, sent_step),
         }
-        self._open: dict[str, Tracker] = {}
+        self._open: dict[str, TensorBoard | WeightsAndBiases | Trackio] = {}
         for tracker in config.log.trackers:
             with self._drop_on_error(tracker):
                 self._open[tracker] = openers[tracker]()
