@@ -32,11 +32,16 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, tower: dict[str, Any]) -> None:
-        self._tower, self._intervals, self._steps = tower, _intervals(config), config.steps
+        self._tower, self._steps, evaluate = tower, config.steps, config.evaluate
+        self._intervals = (  # in steps; those given in examples or as a share may be fractional
+            evaluate.every_steps,
+            evaluate.every_examples / config.stream.global_batch,
+            evaluate.every_share * config.steps,
+        )
         self._sets: list[tuple[Dataset, Evaluate]] = []
         for paths, evaluation in (
-            (config.evaluate.zero_shot, zero_shot_evaluation),
-            (config.evaluate.retrieval, retrieval_evaluation),
+            (evaluate.zero_shot, zero_shot_evaluation),
+            (evaluate.retrieval, retrieval_evaluation),
         ):
             for path in paths:
                 dataset = open_dataset(path)
@@ -51,7 +56,7 @@ class Evaluator:
 
     def should_run(self, step: int) -> bool:
         """Return whether to evaluate after `step`."""
-        passed = any(step // every > (step - 1) // every for every in self._intervals)
+        passed = any(step // every > (step - 1) // every for every in self._intervals if every)
         return bool(self._sets) and (passed or step == self._steps)
 
     def run(self, embed_text: EmbedText, params: Params, average: Params) -> list[dict[str, Any]]:
@@ -85,14 +90,3 @@ class Evaluator:
     def table(self) -> str:
         """Format the last results for the terminal."""
         return format_results(without_languages(self.results))
-
-
-def _intervals(config: Config) -> list[float]:
-    """Return the intervals in steps; those given in examples or as a share may be fractional."""
-    evaluate = config.evaluate
-    intervals = (
-        evaluate.every_steps,
-        evaluate.every_examples / config.stream.global_batch,
-        evaluate.every_share * config.steps,
-    )
-    return [interval for interval in intervals if interval]

@@ -257,24 +257,26 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
     smallest = unit * _SMALLEST_ROWS
 
     @cache
-    def planner(batch: int) -> Planner:
+    def least_memory(batch: int) -> tuple[Planner, TextConfig]:
         # The microbatches of the configuration need not divide this batch.
         text = dataclasses.replace(config.text, keep="auto", microbatches=1)
         stream = dataclasses.replace(config.stream, global_batch=batch)
-        return Planner(dataclasses.replace(config, stream=stream, text=text), target, mfu=1.0)
+        planner = Planner(dataclasses.replace(config, stream=stream, text=text), target, mfu=1.0)
+        texts = remat_candidates(planner.config, target.devices, target.platform == "cpu")
+        return planner, next(text for text in texts if text.keep == "embeddings")
 
     def estimate(batch: int) -> int:
-        text = _least_memory(planner(batch))
-        return planner(batch).memory(text).total(text)
+        planner, text = least_memory(batch)
+        return planner.memory(text).total(text)
 
     @cache
     def evaluate(batch: int) -> Candidate:
-        text = _least_memory(planner(batch))
+        planner, text = least_memory(batch)
         if target.mesh is not None:
             status(f"compiling a batch of {batch:,}, {describe(text)}")
-        return planner(batch).evaluate(text)
+        return planner.evaluate(text)
 
-    usable, base = planner(smallest).usable_memory, estimate(smallest)
+    usable, base = USABLE_SHARE * target.chip.memory, estimate(smallest)
     slope = estimate(2 * smallest) - base
     batch = smallest
     while 2 * batch < _BATCH_BOUND and base + (2 * batch / smallest - 1) * slope <= usable:
@@ -291,9 +293,3 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
         )
     by = "compiler" if largest.compiled else "estimate"
     return {"global_batch": batch, "bytes": largest.bytes, "overrides": overrides(largest.text), "by": by}
-
-
-def _least_memory(planner: Planner) -> TextConfig:
-    on_cpu = planner.target.platform == "cpu"
-    texts = remat_candidates(planner.config, planner.target.devices, on_cpu)
-    return next(text for text in texts if text.keep == "embeddings")
