@@ -32,16 +32,17 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: State, metrics: dict[str, float]) -> None:
-        """Copy the state and write it in the background; `metrics` are those of an evaluation, if any."""
+        """Copy the state and write it in the background, with the metrics of an evaluation."""
         if step in self._manager.all_steps():  # a run that was stopped right after it had saved
             return
         with self._writing():
             save(self._manager, step, _to_trees(state), {"figures": metrics}, metrics.get(self._best))
 
     def restore_last(self, state: State) -> tuple[int, State]:
-        """Return the number of completed steps and the state after them, with the shardings of `state`.
+        """Restore the last checkpoint, with the shardings of `state`.
 
-        Without a checkpoint that is (0, state).
+        Returns:
+          The number of completed steps and the state after them; (0, state) without a checkpoint.
         """
         restored = restore_last(self._manager, abstract(_to_trees(state)))
         if restored is None:
@@ -83,7 +84,7 @@ class Checkpoints:
 
 
 def _silence_repeated_errors() -> None:
-    """Print nothing for the writes that TensorStore abandons once one has failed; that one raises its error."""
+    """Silence the writes that TensorStore abandons after the first failed one, which raises."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     previous = sys.unraisablehook
 

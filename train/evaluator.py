@@ -1,4 +1,4 @@
-"""Evaluate during training; the embeddings of the images are loaded before the first step."""
+"""Evaluate during training; image embeddings are loaded before the first step."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Evaluator:
         self.results: list[dict[str, Any]] = []
 
     def load_images(self, mean: np.ndarray) -> None:
-        """Load the image embeddings; `mean` float32 [width] is subtracted before normalizing."""
+        """Load the image embeddings; `mean`, float32 [width], is subtracted first."""
         self._loaded = [(d, evaluate, *image_embeddings(d, self._tower, mean)) for d, evaluate in self._sets]
 
     def should_run(self, step: int) -> bool:
@@ -80,7 +80,7 @@ class Evaluator:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """Return the last results by name, `<dataset>/<metric>`, without those of single languages."""
+        """Return the last results by `<dataset>/<metric>`, without single languages."""
         return {
             f"{result['dataset']}/{metric}": value
             for result in without_languages(self.results)

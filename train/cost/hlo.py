@@ -1,4 +1,4 @@
-"""Read the text of a compiled program (HLO): collectives, the compiler's time estimate and the largest buffers.
+"""Read compiled HLO: collectives, estimated cycles and the largest buffers.
 
 The text lists computations. The body of a loop is in it once and is counted as often as the loop runs.
 """
@@ -41,7 +41,7 @@ class Collective(NamedTuple):
 
 
 class ProgramCost(NamedTuple):
-    """Cost of one step on one device; an instruction in a loop is counted as often as the loop runs."""
+    """Cost of one step on one device; loop bodies count as often as they run."""
 
     cycles: float  # of the TensorCore, as the compiler estimates them; 0 without an estimate
     collectives: dict[str, Collective]
@@ -75,7 +75,7 @@ def program_cost(text: str) -> ProgramCost:
 
 
 def largest_buffers(text: str, count: int = 3) -> list[dict[str, Any]]:
-    """Return the largest arrays in device memory: shape, bytes and the operation that produces them.
+    """Return shape, bytes and producing operation of the largest arrays in device memory.
 
     Arrays of one shape are listed once; the compiler may or may not share their memory.
     """
@@ -117,7 +117,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """Return how often a loop runs: from the compiler, or from the constant that its counter is compared with."""
+    """Return the trip count of a loop: the compiler's, or the bound of its counter."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = computations.get(_attribute(loop, "condition"), [])
@@ -131,7 +131,7 @@ def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) ->
 
 
 def _executions(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tuple[str, int, bool]]:
-    """Yield each computation that runs: its name, how often, and whether it is part of a fused kernel."""
+    """Yield (name, number of runs, whether fused) of each computation that runs."""
     stack = [(entry, 1, False)]
     while stack:
         name, times, fused = stack.pop()

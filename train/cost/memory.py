@@ -1,4 +1,4 @@
-"""Estimate the device memory of a training step, and choose the remat policy for `text.keep = "auto"`.
+"""Estimate the memory of a step, and choose the policy of `text.keep = "auto"`.
 
 The estimate sums the shapes of the residuals that the backward pass stores. Where a compiler for the devices exists,
 its figure decides; on CPUs the estimate does.
@@ -110,15 +110,15 @@ def choose_remat(
 
 
 def device_memory(mesh: Mesh) -> int:
-    """Return the bytes of the smallest device of all processes, which must choose the same program."""
-    # A process can query its own devices only.
+    """Return the bytes of the smallest device of all processes."""
+    # All processes must choose the same program, and a process can query its own devices only.
     own = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     own = own or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // len(mesh.local_devices)
     return int(process_allgather(np.int32(own >> 20)).min()) << 20  # JAX has no 64-bit integers by default
 
 
 def remat_candidates(config: Config, num_devices: int, on_cpu: bool) -> Iterator[TextConfig]:
-    """Yield text configurations in order of increasing recomputation and decreasing memory."""
+    """Yield text configurations in order of increasing recomputation."""
     texts = config.stream.global_batch * config.stream.captions_per_image // num_devices
     tokens = _CPU_MICROBATCH_TOKENS[config.text.dtype] if on_cpu else _MICROBATCH_TOKENS
     rows = texts // config.text.pack
@@ -201,7 +201,7 @@ def try_compile(
     optimizer: optax.GradientTransformation,
     state: State,
 ) -> CompiledStep | None:
-    """Compile the step with a remat policy; return None if the compiler runs out of device memory."""
+    """Compile the step with a remat policy; None if it exceeds device memory."""
     try:
         return compile_step(build(text), dataclasses.replace(config, text=text), mesh, optimizer, state)
     except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,4 @@
-"""Candidates of a plan: remat policy, microbatches and packing, the search for the fastest, the largest batch."""
+"""Candidates of a plan: remat policy, microbatches and packing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Planner:
         self._flops: dict[TextConfig, float] = {}
 
     def with_packing(self, text: TextConfig, pack: int) -> TextConfig:
-        """Return the text configuration with `pack` captions per row, and the tokens per row that they require."""
+        """Return the configuration with `pack` captions per row and the tokens they require."""
         if pack == text.pack and text.row_tokens:
             return text
         text = dataclasses.replace(text, pack=pack, row_tokens=0)
@@ -107,7 +107,7 @@ class Planner:
         )
 
     def evaluate(self, text: TextConfig) -> Candidate:
-        """Return the cost of a text configuration, from the compiler where there is one for the target."""
+        """Return the cost of a text configuration, from the compiler if the target has one."""
         if self.target.mesh is None:
             return self._candidate(text, None)
         self.compiles += 1
@@ -143,7 +143,7 @@ class Planner:
         return self._flops[key]
 
     def _estimated_collectives(self) -> dict[str, Collective]:
-        """Sum of the gradients, and rotation of image embeddings and row numbers around the ring."""
+        """Sum of the gradients, and ring rotation of image embeddings and row numbers."""
         devices = self.target.devices
         if devices == 1:
             return {}
@@ -154,7 +154,7 @@ class Planner:
         }
 
     def seconds(self, candidate: Candidate) -> float:
-        """Return the seconds of a step by which candidates are ranked, from the compiler where it estimates them."""
+        """Return the seconds of a step: the compiler's estimate, or that from FLOPs."""
         if candidate.compiler_seconds is not None:
             return candidate.compiler_seconds
         return self.estimated_seconds(candidate.text)
@@ -206,7 +206,7 @@ def fastest(planner: Planner, found: list[Candidate]) -> Candidate | None:
 
 
 def _pack_of_full_rows(planner: Planner) -> int:
-    """Return the power of two of captions that fill the rows of a matrix unit; 1 where they cannot share a row."""
+    """Return the captions per row, a power of two, that fill the rows of a matrix unit."""
     text, data = planner.config.text, planner.data
     if text.dropout and not text.mask_padding:
         return 1
@@ -218,7 +218,7 @@ def _pack_of_full_rows(planner: Planner) -> int:
 
 
 def _add(planner: Planner, text: TextConfig, found: list[Candidate]) -> None:
-    """Evaluate a text configuration that is not among the candidates, while compiles are left."""
+    """Evaluate a text configuration if it is new and compiles are left."""
     if any(text == candidate.text for candidate in found) or planner.compiles >= MAX_COMPILES:
         return
     if planner.target.mesh is not None:
@@ -245,10 +245,10 @@ _BATCH_BOUND = 2**30
 
 
 def largest_batch(config: Config, target: Target) -> dict[str, Any]:
-    """Find the largest batch that fits with `text.keep = "embeddings"`: a power of two x devices x captions per row.
+    """Find the largest batch that fits with `text.keep = "embeddings"`.
 
-    A step's memory is nearly linear in its batch: two estimates give the starting point, then the compiler decides,
-    where there is one.
+    Batches are a power of two x devices x captions per row. A step's memory is nearly linear in its batch: two
+    estimates give the starting point. Then the compiler decides, if the target has one.
 
     Raises:
       UserError: not even a small batch fits.

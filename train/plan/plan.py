@@ -1,4 +1,4 @@
-"""Plan a run: whether it fits in device memory, how long it takes, its price and what limits it.
+"""Plan a run: its memory, time and price, and the limiting resource.
 
 Where there is a compiler for the target, the exact training step is compiled and the figures come from the program.
 Otherwise they come from shapes and the traced step, and the plan says so.
@@ -30,7 +30,7 @@ PAPER_MFU = 0.33
 def make_plan(
     config: Config, target: Target, *, mfu: float, price: float, searched: bool, largest: bool
 ) -> dict[str, Any]:
-    """Return the plan, ready for JSON; bytes and FLOPs are per device, seconds per step.
+    """Return the plan as JSON values; bytes and FLOPs per device, seconds per step.
 
     Args:
       mfu: assumed share of the chips' peak.

@@ -18,7 +18,7 @@ _NO_CHART = ("elapsed_seconds", "chip_hours", "seconds_per_step")
 
 
 def write_report(run: StrPath) -> None:
-    """Write `report.html` from the receipt, the metrics and the configuration in a run's directory."""
+    """Write `report.html` from the receipt, metrics and configuration of a run."""
     receipt = read_object(join(run, "receipt.json"), "status", "evaluation")
     lines = read_metrics(join(run, "metrics.jsonl"))
     duration = format_duration(receipt["elapsed_seconds"])

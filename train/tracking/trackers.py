@@ -1,4 +1,4 @@
-"""Send metrics to the trackers in `log.report_to`: TensorBoard, Weights & Biases, trackio.
+"""Send metrics to TensorBoard, Weights & Biases and trackio.
 
 A tracker that fails is dropped with a warning; the training continues, and metrics.jsonl is complete without it.
 """
@@ -82,9 +82,9 @@ class Trackers:
 
 
 class TensorBoard:
-    """TensorBoard events in W/tensorboard; events after `start_step` of an earlier process are hidden.
+    """TensorBoard events in W/tensorboard; later ones than `start_step` are hidden.
 
-    They are written by the caller. The thread of `tensorboardX.SummaryWriter` ends without notice on a full disk, and
+    The caller's thread writes them. The thread of `tensorboardX.SummaryWriter` ends without notice on a full disk, and
     its queue then blocks the training.
     """
 
@@ -110,7 +110,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, the same one in every process that resumes; its id is in W/wandb.json.
+    """A run of Weights & Biases. Its id in W/wandb.json serves to resume it.
 
     wandb's environment variables win: WANDB_PROJECT, WANDB_NAME, WANDB_RUN_ID, WANDB_DIR, WANDB_MODE and all others.
     Without a server the run is kept in W/wandb, for `wandb sync`.
@@ -163,7 +163,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """A run of trackio, the same one in every process that resumes; its name is in W/trackio.json.
+    """A run of trackio. Its name in W/trackio.json serves to resume it.
 
     It is stored on this machine, where `trackio show` displays it, unless trackio's environment variables name a
     directory, Space or server: TRACKIO_PROJECT, TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_SERVER_URL.
@@ -183,7 +183,7 @@ class Trackio:
         status(f'trackio: run {run}; show it with: trackio show --project "{project}"')
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Log the metrics, unless an earlier process has sent this step; trackio would keep both."""
+        """Log the metrics, unless this step was sent before: trackio would keep both."""
         if step > self._sent_step:
             self._trackio.log(values, step=step)
 
@@ -194,7 +194,7 @@ class Trackio:
 
 
 def _identity(workdir: str, tracker: str, key: str, new: str) -> str:
-    """Return what W/<tracker>.json holds under `key`; it is written with `new` first if there is none."""
+    """Read `key` from W/<tracker>.json; without that file, create it with `new`."""
     file = join(workdir, f"{tracker}.json")
     if not is_file(file):
         write_json(file, {key: new})
