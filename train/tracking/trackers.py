@@ -10,9 +10,9 @@ import io
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import Any, TypeAlias
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -27,6 +27,8 @@ from lit_fast.utils.output import status
 # Limits on the time that wandb waits for its server. A preempted machine has little time to finish.
 _WANDB_START_SECONDS, _WANDB_FINISH_SECONDS = 30.0, 20.0
 _FLUSH_SECONDS = 5.0  # interval at which TensorBoard's events are flushed
+
+Tracker: TypeAlias = "TensorBoard | WeightsAndBiases | Trackio"
 
 
 def check_trackers(config: Config) -> None:
@@ -48,12 +50,12 @@ class Trackers:
     """
 
     def __init__(self, workdir: str, config: Config, start_step: int, sent_step: int) -> None:
-        openers = {
+        openers: dict[str, Callable[[], Tracker]] = {
             "tensorboard": lambda: TensorBoard(workdir, start_step),
             "wandb": lambda: WeightsAndBiases(workdir, config),
             "trackio": lambda: Trackio(workdir, config, sent_step),
         }
-        self._open: dict[str, TensorBoard | WeightsAndBiases | Trackio] = {}
+        self._open: dict[str, Tracker] = {}
         for tracker in config.log.trackers:
             with self._drop_on_error(tracker):
                 self._open[tracker] = openers[tracker]()
