@@ -26,6 +26,7 @@ from PIL import Image
 
 from benchmarks.machine import describe
 from lit_fast.utils.system import cpu_count
+from tests.torch_packages import load_torchvision
 
 SIZES = {"500 x 375": (500, 375), "1600 x 1200": (1600, 1200)}
 
@@ -284,6 +285,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    load_torchvision()  # before timm, which imports it
     if args.plain_loop:
         plain_loop(args.model, args.weights, args.photos, args.plain_loop, args.batch, args.workers)
         return

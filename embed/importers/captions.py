@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,7 +15,6 @@ from lit_fast.embed.sources.columns import (
     NO_KEY,
     NO_TEXT,
     PATHS,
-    Columns,
     choose_columns,
     guess_column,
     parse_key,
@@ -22,7 +22,7 @@ from lit_fast.embed.sources.columns import (
     some,
 )
 from lit_fast.embed.sources.formats import format_of
-from lit_fast.embed.sources.interface import ColumnOptions
+from lit_fast.embed.sources.interface import Columns
 from lit_fast.embed.sources.parquet import read_row_group
 from lit_fast.embed.sources.tables import read_lines
 from lit_fast.errors import UserError, first_line
@@ -32,7 +32,7 @@ from lit_fast.storage.paths import parent, stem
 _Values = Iterator[tuple[dict[str, Any], Columns]]
 
 
-def imported_rows(parts: list[Part], table: str, options: ColumnOptions) -> Iterator[tuple[Row, str]]:
+def imported_rows(parts: list[Part], table: str, options: Columns) -> Iterator[tuple[Row, str]]:
     """Yield the rows of all parts in order, and why each cannot be a row ("" = it can).
 
     Args:
@@ -70,7 +70,7 @@ def check_metadata(parts: list[Part]) -> None:
             _check_count(part.metadata, count, part.rows, part.path)
 
 
-def _rows_of_metadata(parts: list[Part], options: ColumnOptions) -> _Values:
+def _rows_of_metadata(parts: list[Part], options: Columns) -> _Values:
     for part in parts:
         if not part.metadata:
             yield from (({}, Columns()) for _ in range(part.rows))
@@ -82,7 +82,7 @@ def _rows_of_metadata(parts: list[Part], options: ColumnOptions) -> _Values:
         _check_count(part.metadata, count, part.rows, part.path)
 
 
-def _rows_of_table(parts: list[Part], table: str, options: ColumnOptions) -> _Values:
+def _rows_of_table(parts: list[Part], table: str, options: Columns) -> _Values:
     total, count = sum(part.rows for part in parts), 0
     for count, row in enumerate(_read_table(table, options), 1):
         if count <= total:
@@ -97,16 +97,16 @@ def _check_count(table: str, count: int, wanted: int, features: str) -> None:
         )
 
 
-def _columns(table: str, names: Collection[str], options: ColumnOptions, needs_captions: bool) -> Columns:
+def _columns(table: str, names: Collection[str], options: Columns, needs_captions: bool) -> Columns:
     """Choose the columns of a table; the path of the image is the key if there is no other."""
     columns = choose_columns(options, names, table, image=False)
     if needs_captions and not columns.captions:
         raise UserError(f"{table} has no column for captions among {some(names)}; name it with --captions")
     key = columns.key or guess_column(PATHS, names)
-    return Columns("", columns.captions, key, "", columns.language)
+    return replace(columns, key=key, label="")
 
 
-def _read_table(path: str, options: ColumnOptions) -> _Values:
+def _read_table(path: str, options: Columns) -> _Values:
     match format_of(path):
         case "parquet":
             yield from _read_parquet(path, options, needs_captions=True)
@@ -121,7 +121,7 @@ def _read_table(path: str, options: ColumnOptions) -> _Values:
             raise UserError(f"{path} is not a table; give a .csv, .tsv, .jsonl or .parquet file")
 
 
-def _read_parquet(path: str, options: ColumnOptions, needs_captions: bool = False) -> _Values:
+def _read_parquet(path: str, options: Columns, needs_captions: bool = False) -> _Values:
     with open_read(path) as file:
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)

@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_fast.data.images.parquet import ERRORS, check_row_group
-from lit_fast.embed.sources.columns import Columns, choose_columns, parse_key, parse_row
-from lit_fast.embed.sources.image_paths import image_directory, image_size, relative_path
-from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
-from lit_fast.embed.sources.tables import refuse_key
+from lit_fast.embed.sources.columns import choose_columns, parse_key, parse_row
+from lit_fast.embed.sources.image_paths import find_image, image_directory
+from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import name, parent
@@ -26,7 +25,7 @@ from lit_fast.storage.paths import name, parent
 _BATCH_ROWS = 1024
 
 
-def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
+def read_parquet(path: str, options: Columns) -> Iterator[Item]:
     """Yield all rows in order; a row without a key is named after its file and number.
 
     Raises:
@@ -40,10 +39,9 @@ def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
         except ERRORS:
             yield Damage(f"{path} is damaged or is not a parquet file")
             return
+        layout = Layout("parquet", image=columns.image)
         if is_path:
-            layout = Layout("folder", images=image_directory(options.images, path))
-        else:
-            layout = Layout("parquet", image=columns.image)
+            layout = Layout("folder", images=image_directory(options, path))
         yield layout
         wanted = columns.names() + ([columns.image] if is_path else [])
         for group in range(parquet.num_row_groups):
@@ -83,20 +81,14 @@ def read_row_group(parquet: pq.ParquetFile, group: int, columns: list[str]) -> I
 def _sample(
     path: str, values: dict[str, Any], group: int, number: int, layout: Layout, columns: Columns
 ) -> Item:
-    row = parse_row(values, columns)
     # With the directory, since the names of files repeat in other directories.
     own_key = f"{name(parent(path))}/{name(path)}/{group}/{number}"
-    key, problem, offset, size = own_key, "", group, number
+    row = parse_row(values, columns)
     if layout.kind == "folder":
-        offset, size = 0, 0
-        key, problem = relative_path(layout.images, _value(values, columns.image))
-        if not problem:
-            size, problem = image_size(layout.images, key)
-    elif columns.key:
-        key, problem = parse_key(values.get(columns.key))
-    if problem := problem or row.problem:
-        return Skipped(key or own_key, problem)
-    return Sample(key, offset, size, row.captions, row.label, row.languages)
+        key, size, problem = find_image(layout.images, _value(values, columns.image))
+        return row.item(key, 0, size, problem, own_key)
+    key, problem = parse_key(values.get(columns.key)) if columns.key else (own_key, "")
+    return row.item(key, group, number, problem, own_key)
 
 
 def _value(values: dict[str, Any], column: str) -> Any:
@@ -105,7 +97,7 @@ def _value(values: dict[str, Any], column: str) -> Any:
     return values[column] if column in values else (values.get(outer) or {}).get(inner)
 
 
-def _columns(path: str, options: ColumnOptions, parquet: pq.ParquetFile) -> Columns:
+def _columns(path: str, options: Columns, parquet: pq.ParquetFile) -> Columns:
     """Choose the columns; that of the image is dotted where it is a field of a struct."""
     schema = parquet.schema_arrow
     image, outer = "", options.image
@@ -120,11 +112,7 @@ def _columns(path: str, options: ColumnOptions, parquet: pq.ParquetFile) -> Colu
     # The column of the image is not used for captions, even if its name is one of theirs.
     captions = tuple((language, name) for language, name in columns.captions if name != columns.image)
     image = image or _image_column(path, schema, columns.image, parquet)
-    columns = replace(columns, image=image, captions=captions)
-    if _is_path(path, schema, image):
-        refuse_key(options, path)
-        columns = replace(columns, key="")
-    return columns
+    return replace(columns, image=image, captions=captions)
 
 
 def _image_column(path: str, schema: pa.Schema, column: str, parquet: pq.ParquetFile) -> str:

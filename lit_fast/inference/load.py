@@ -184,7 +184,7 @@ def _read_vision_tower(path: str, provenance: dict[str, Any]) -> Tower:
 
 
 def _is_trained_tower(tower: Tower, provenance: dict[str, Any]) -> bool:
-    """Whether a tower computes the features with this provenance."""
+    """Return whether a tower computes features of this provenance."""
     return bool(tower.provenance(provenance["dtype"])["identity"] == first_view(provenance))
 
 

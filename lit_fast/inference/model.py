@@ -1,4 +1,4 @@
-"""A trained model: embed images and texts, and score how well they match.
+"""Embed images and texts with a trained model, and score how well they match.
 
 model = lit_fast.load("runs/b8")  # a run, or a directory of `lit-fast export`
 model.score(["cat.jpg"], ["a cat", "a dog"])

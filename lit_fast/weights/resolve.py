@@ -205,14 +205,14 @@ def _fetch_archive(spec: str, family: str, rest: str) -> str:
     stem = rest.removesuffix(".npz")
     if not known and family == "augreg" and not _AUGREG_FILE.fullmatch(stem):
         raise UserError(f"tower {spec!r} is unknown{_nearest(spec)}; `lit-fast towers` lists names")
-    place = known.source if known else f"{_BUCKETS[family]}/{stem}.npz"
-    if not all(re.fullmatch(_WORD, part) for part in place.split("/")):
+    path = known.source if known else f"{_BUCKETS[family]}/{stem}.npz"
+    if not all(re.fullmatch(_WORD, part) for part in path.split("/")):
         raise UserError(
             f"tower {spec!r} is not the name of a file in a bucket; `lit-fast towers` lists names"
         )
     host = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
-    url = f"{host if '://' in host else f'http://{host}'}".rstrip("/") + f"/{quote(place)}"
-    return cached_file(spec, url, join("storage.googleapis.com", place), known.sha256 if known else "")
+    url = f"{host if '://' in host else f'http://{host}'}".rstrip("/") + f"/{quote(path)}"
+    return cached_file(spec, url, join("storage.googleapis.com", path), known.sha256 if known else "")
 
 
 def _nearest(spec: str) -> str:

@@ -30,6 +30,7 @@ from lit_fast.errors import UserError
 from lit_fast.towers.tower import load_tower
 from tests.embed.contents import keys, tree
 from tests.helpers import encoded, picture, samples, tiny_vit_arrays, write_tar
+from tests.torch_packages import import_package
 
 # The commands with shards of 1024 rows, so that a small dataset has several.
 SMALL_SHARDS = (
@@ -336,11 +337,9 @@ def test_unwritable_directory(dataset: Dataset, tiny_vit: Path) -> None:
 
 def test_stored_features_equal_timms_on_real_photos(realdata: Path, tmp_path: Path) -> None:
     """The whole way, with true weights: tar, decode, crop, ViT, store; timm decides what is right."""
-    try:
-        import timm
-        import torch
-    except Exception as error:
-        pytest.skip(f"timm cannot be imported: {error}")
+    timm = import_package("timm")
+    import torch
+
     weights = realdata / "vit" / "Ti_16-augreg-i21k-i1k-224.npz"
     source = open_dataset(index_dataset([str(realdata / "wds_tf_flowers")], tmp_path / "all", seed=0).path)
     [block] = source.iter_blocks()

@@ -122,6 +122,7 @@ def test_fetch_from_an_unreachable_server_logs_no_retries(
     logger = logging.getLogger("huggingface_hub")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     hub.close()
     with pytest.raises(UserError, match="hf:o/n cannot be downloaded from"):

@@ -1,4 +1,4 @@
-"""The export formats and their interface; write an exported directory and upload it.
+"""Write a model in one of the export formats, and upload the directory.
 
 To add a format, write a module with the two functions of `ExportFormat` and add it to `FORMATS`.
 """

@@ -21,7 +21,7 @@ from lit_fast.data.images.decode import ImageError
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.index import index_dataset
-from lit_fast.embed.sources.interface import ColumnOptions
+from lit_fast.embed.sources.interface import Columns
 from lit_fast.errors import UserError
 from tests.helpers import encoded, picture, samples, tar_bytes, write_tar
 
@@ -29,7 +29,7 @@ FILES = [encoded(picture(i)) for i in range(12)]
 
 
 def index(source: Path | str, out: Path, **options: Any) -> Dataset:
-    return index_dataset([str(source)], out, seed=0, options=ColumnOptions(**options))
+    return index_dataset([str(source)], out, seed=0, options=Columns(**options))
 
 
 def rows(dataset: Dataset) -> dict[str, tuple[Any, ...]]:

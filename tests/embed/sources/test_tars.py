@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_fast.embed.sources import tars
-from lit_fast.embed.sources.interface import ColumnOptions, Damage, Sample, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Sample, Skipped
 from lit_fast.errors import UserError
 from tests.helpers import samples, tar_bytes, write_tar
 
@@ -29,7 +29,7 @@ class Found:
 
 
 def read_tar(path: Path) -> Found:
-    found = list(tars.read_tar(str(path), ColumnOptions()))
+    found = list(tars.read_tar(str(path), Columns()))
     return Found(
         [(i.key, i.offset, i.size, i.captions, i.label) for i in found if isinstance(i, Sample)],
         [(i.key, i.reason) for i in found if isinstance(i, Skipped)],
