@@ -172,7 +172,7 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
         ours = np.asarray(embed(params, images))
         rival = theirs(eager, images)
         difference = np.abs(ours - rival).max()
-        # float32: rounding; bfloat16: the two round at different places.
+        # The two implementations round differently.
         assert difference < (1e-3 if not gpu else 0.25), f"not the same features: {difference}"
         cases = {"ours": lambda x=images: np.asarray(embed(params, x))}
         cases |= {name: lambda m=m, x=images: theirs(m, x) for name, m in models.items()}

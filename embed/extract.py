@@ -274,14 +274,12 @@ def _report(job: Job, rate: float | None) -> None:
             f"embedded {job.rows:,} rows with {job.tower.name} into {path}: {counts}, {rate:,.0f} images/s"
         )
     if invalid:
-        rows = [_name_row(job, row, invalid[row]) for row in sorted(invalid)[:5]]
+        reader, sources = ImageReader(job.features.dataset), job.features.dataset.sources
+        rows = []
+        for row in sorted(invalid)[:5]:
+            block, i = reader.locate(row)
+            rows.append(f"{block.keys[i]} in {name(sources[block.sources[i]].path)}: {invalid[row]}")
         result(f"invalid: {'; '.join(rows)}{'; ...' if len(invalid) > 5 else ''}")
-
-
-def _name_row(job: Job, row: int, reason: str) -> str:
-    dataset = job.features.dataset
-    block, i = ImageReader(dataset).locate(row)
-    return f"{block.keys[i]} in {name(dataset.sources[block.sources[i]].path)}: {reason}"
 
 
 def _report_other_shares(job: Job) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from lit_fast.data.dataset import Dataset, Source, open_dataset
 from lit_fast.data.dataset_writer import DatasetWriter, Row, remove_other_generations
 from lit_fast.data.images.sources import check_sources, size_and_etag
-from lit_fast.embed.key_set import KeySet
 from lit_fast.embed.row_reader import RowReader
+from lit_fast.embed.skipped import KeySet
 from lit_fast.embed.sources.expand import expand
 from lit_fast.embed.sources.formats import class_names, format_of
 from lit_fast.embed.sources.interface import Columns, is_utf8
@@ -133,7 +133,7 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
     known = {source.path: source for source in old.sources}
     new = [source for source in found if source.path not in known]
     other = f"{old.path} is already a dataset, of other sources or another seed"
-    remedy = "the order of a dataset is fixed for good: choose another --out"
+    remedy = "the order of a dataset never changes; choose another --out"
     if old.seed != seed:
         raise UserError(f"{other} ({old.seed}); {remedy}")
     for source in found:

@@ -14,7 +14,6 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -66,14 +65,8 @@ class Journal:
         if end == 0:
             self._write(_record(0, 0, b"", identity))
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Close the file and let other processes continue it."""
+        """Close the file and release its lock."""
         self._file.close()
         self._lock.release()
 

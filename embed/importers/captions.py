@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -42,7 +43,11 @@ def imported_rows(parts: list[Part], table: str, options: Columns) -> Iterator[t
       UserError: a table cannot be read, lacks a column, or has another number of rows than there are features.
     """
     positions = ((source, number) for source, part in enumerate(parts) for number in range(part.rows))
-    tables = _rows_of_table(parts, table, options) if table else _rows_of_metadata(parts, options)
+    if table:
+        total, directory = sum(part.rows for part in parts), parent(parts[0].path)
+        tables = _counted(_read_table(table, options), table, total, directory)
+    else:
+        tables = chain.from_iterable(_read_metadata(part, options) for part in parts)
     for (source, number), (values, columns) in zip(positions, tables, strict=True):
         row = parse_row(values, columns)
         problem = "" if row.problem == NO_TEXT else row.problem  # features without text can be searched
@@ -62,7 +67,7 @@ def check_metadata(parts: list[Part]) -> None:
         if part.metadata:
             with open_read(part.metadata) as file:
                 try:
-                    count = pq.ParquetFile(file).metadata.num_rows
+                    count = pq.read_metadata(file).num_rows
                 except ERRORS:
                     raise UserError(
                         f"{part.metadata} is damaged or is not a parquet file; restore it"
@@ -70,24 +75,19 @@ def check_metadata(parts: list[Part]) -> None:
             _check_count(part.metadata, count, part.rows, part.path)
 
 
-def _rows_of_metadata(parts: list[Part], options: Columns) -> _Values:
-    for part in parts:
-        if not part.metadata:
-            yield from (({}, Columns()) for _ in range(part.rows))
-            continue
-        count = 0
-        for count, row in enumerate(_read_parquet(part.metadata, options), 1):
-            if count <= part.rows:
-                yield row
-        _check_count(part.metadata, count, part.rows, part.path)
+def _read_metadata(part: Part, options: Columns) -> _Values:
+    if not part.metadata:
+        return repeat(({}, Columns()), part.rows)
+    return _counted(_read_parquet(part.metadata, options), part.metadata, part.rows, part.path)
 
 
-def _rows_of_table(parts: list[Part], table: str, options: Columns) -> _Values:
-    total, count = sum(part.rows for part in parts), 0
-    for count, row in enumerate(_read_table(table, options), 1):
-        if count <= total:
+def _counted(rows: _Values, table: str, wanted: int, features: str) -> _Values:
+    """Yield the rows of a table, and refuse another number than `wanted` at the end."""
+    count = 0
+    for count, row in enumerate(rows, 1):
+        if count <= wanted:
             yield row
-    _check_count(table, count, total, parent(parts[0].path))
+    _check_count(table, count, wanted, features)
 
 
 def _check_count(table: str, count: int, wanted: int, features: str) -> None:

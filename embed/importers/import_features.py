@@ -24,9 +24,8 @@ from lit_fast.embed.extract import check_store_name, write_provenance
 from lit_fast.embed.importers.captions import check_metadata, imported_rows
 from lit_fast.embed.importers.parts import Part, find_parts, read_pieces
 from lit_fast.embed.index import check_output_directory, remove_leftovers
-from lit_fast.embed.key_set import KeySet
 from lit_fast.embed.shard_writer import write_shard
-from lit_fast.embed.skipped import SkippedLog
+from lit_fast.embed.skipped import KeySet, SkippedLog
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, sha256, size

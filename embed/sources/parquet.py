@@ -101,18 +101,23 @@ def _columns(path: str, options: Columns, parquet: pq.ParquetFile) -> Columns:
     """Choose the columns; that of the image is dotted where it is a field of a struct."""
     schema = parquet.schema_arrow
     image, outer = "", options.image
-    if outer and outer not in schema.names:
-        outer, _, inner = options.image.partition(".")
-        kind = schema.field(outer).type if outer in schema.names else None
-        if kind is not None and pa.types.is_struct(kind) and kind.get_field_index(inner) >= 0:
-            image = options.image
-        else:
-            outer = options.image
+    if outer not in schema.names and _type_of(schema, outer) is not None:
+        image, outer = outer, outer.partition(".")[0]
     columns = choose_columns(replace(options, image=outer), schema.names, path)
     # The column of the image is not used for captions, even if its name is one of theirs.
     captions = tuple((language, name) for language, name in columns.captions if name != columns.image)
     image = image or _image_column(path, schema, columns.image, parquet)
     return replace(columns, image=image, captions=captions)
+
+
+def _type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
+    """Return the type of a column, or of a field of a struct column; None if there is none."""
+    outer, _, inner = column.partition(".")
+    if column in schema.names or outer not in schema.names:
+        return schema.field(column).type if column in schema.names else None
+    struct = schema.field(outer).type
+    is_field = pa.types.is_struct(struct) and struct.get_field_index(inner) >= 0
+    return struct.field(inner).type if is_field else None
 
 
 def _image_column(path: str, schema: pa.Schema, column: str, parquet: pq.ParquetFile) -> str:
@@ -144,11 +149,7 @@ def _is_path(path: str, schema: pa.Schema, image: str) -> bool:
     Raises:
       UserError: it holds neither.
     """
-    if image in schema.names:
-        kind = schema.field(image).type
-    else:
-        outer, _, inner = image.partition(".")
-        kind = schema.field(outer).type.field(inner).type
+    kind: Any = _type_of(schema, image)
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):

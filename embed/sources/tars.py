@@ -177,7 +177,7 @@ def _members(file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo | str]:
         except (*_TAR_ERRORS, OSError):
             break
         if member is None or member.offset <= end or member.size < 0:
-            break  # a header that points backwards would be read for ever
+            break  # a header that points backwards would be read endlessly
         end = member.offset
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
         yield member
@@ -207,27 +207,24 @@ def _add_member(
     if suffix not in images and suffix not in _TEXT_SUFFIXES:
         return "", False
     row = rows.get(key) or rows.setdefault(key, _Members(key))
+    problem = ""
     if not member.isreg() or member.issparse():
-        row.problem = row.problem or "not a regular file (a link or the like)"
+        problem = "not a regular file (a link or the like)"
     elif suffix in images:
-        return key, _add_image(row, member)
+        if row.offset >= 0:
+            return key, True
+        row.offset, row.size = member.offset_data, member.size
+        if member.size == 0:
+            problem = "empty image file"
+        elif member.size > MAX_IMAGE:
+            problem = "image file above 256 MiB"
+        elif not is_utf8(key):
+            problem = "file name is not UTF-8"
     elif suffix not in row.texts:
         if member.size > _MAX_TEXT:
-            row.problem = row.problem or f"{suffix} above 1 MiB"
+            problem = f"{suffix} above 1 MiB"
         else:
             file.seek(member.offset_data)
             row.texts[suffix] = file.read(member.size)
+    row.problem = row.problem or problem
     return key, False
-
-
-def _add_image(row: _Members, member: tarfile.TarInfo) -> bool:
-    if row.offset >= 0:
-        return True
-    row.offset, row.size = member.offset_data, member.size
-    if member.size == 0:
-        row.problem = row.problem or "empty image file"
-    elif member.size > MAX_IMAGE:
-        row.problem = row.problem or "image file above 256 MiB"
-    elif not is_utf8(row.key):
-        row.problem = row.problem or "file name is not UTF-8"
-    return False

@@ -112,7 +112,7 @@ def _training(model: Model) -> str:
     ]
     if "text_init" in receipt:
         lines.append(f"text tower started from weights of SHA-256 `{receipt['text_init']['sha256']}`")
-    return _list(lines)
+    return "".join(f"* {line}\n" for line in lines)
 
 
 def _evaluation(model: Model) -> str:
@@ -127,7 +127,3 @@ def _evaluation(model: Model) -> str:
         "Intervals cover the choice of images; they do not cover the variation between trainings.\n\n"
         f"```\n{format_results(results)}\n```\n"
     )
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "".join(f"* {line}\n" for line in lines)
