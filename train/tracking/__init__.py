@@ -1,4 +1,4 @@
-"""Metrics, console lines, throughput, profiles, receipts and reports of a training.
+"""Metrics, throughput, profiles, receipts and reports of a training.
 
 To add a metric of the step, add a float32 scalar to `metrics` in `lit_fast.train.step`; to add one that is measured on
 the host, add it to `ThroughputMeter.read`. Both are then in metrics.jsonl, in every tracker and in report.html.
