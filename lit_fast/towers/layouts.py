@@ -4,9 +4,10 @@ To add a family of transformers: a row in `FAMILIES` of `lit_fast/weights/huggin
 is new, a row in `PROCESSORS` of `lit_fast/towers/preprocess_config.py`. To add a layout: a module in
 `lit_fast/weights/` that returns `Weights`, and a branch in `load_layout`.
 
-If the block of the family differs from those of `lit_fast.models.vit`, add a field to `lit_fast.models.architecture.Architecture`
-(with `parameters` and `flops_per_image`), its computation to `vit` or `transformer`, and the field to `Tower.provenance` and
-`from_provenance`. The exports in `lit_fast/train/export/` must refuse a field that their format cannot express.
+If the block of the family differs from that of `lit_fast.models.vit`, add a field to `Architecture` in
+`lit_fast.models.architecture` (with `parameters` and `flops_per_image`), its computation to `vit` or `transformer`, and
+the field to `Tower.provenance` and `from_provenance`. Each module of `lit_fast/train/export/` must refuse a field that
+its format cannot express.
 """
 
 from __future__ import annotations

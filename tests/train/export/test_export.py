@@ -27,6 +27,7 @@ from lit_fast.train.export.writer import (
     FORMATS,
     ExportFormat,
     ExportOptions,
+    check_options,
     format_module,
     write_directory,
 )
@@ -211,6 +212,15 @@ def refused(arguments, message, capsys):
 def test_export_with_wrong_arguments_writes_nothing(trained_run, tmp_path, capsys, options, message):
     refused(["export", trained_run, "--out", tmp_path / "out", *options], message, capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_check_options_of_two_formats_are_accepted_by_both(monkeypatch):
+    options = ExportOptions(classes="names.txt")
+    monkeypatch.setitem(FORMATS, "other", ("native", ("classes",)))
+    for name in ("onnx", "other"):
+        check_options(name, options)
+    with pytest.raises(UserError, match="--classes is for --format onnx or other; leave it out"):
+        check_options("transformers", options)
 
 
 def test_export_into_an_existing_location_keeps_it(trained_run, tmp_path, capsys):
