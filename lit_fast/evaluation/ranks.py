@@ -32,10 +32,11 @@ def ranks(
     n, m = len(queries), len(candidates)
     offsets = np.searchsorted(query_of, np.arange(n + 1))
     out = np.empty(n, np.int64)
-    step = max(1, tile // m)
+    step = min(n, max(1, tile // m))
+    buffer = np.empty((step, m), np.float32)  # reused: allocating a tile takes longer than comparing it
     for lo in range(0, n, step):
         hi = min(lo + step, n)
-        scores = queries[lo:hi] @ candidates.T
+        scores = np.matmul(queries[lo:hi], candidates.T, out=buffer[: hi - lo])
         pairs = slice(offsets[lo], offsets[hi])
         query, candidate = query_of[pairs] - lo, candidate_of[pairs]
         starts = offsets[lo:hi] - offsets[lo]
