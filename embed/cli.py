@@ -17,11 +17,12 @@ def index(parser: argparse.ArgumentParser) -> Run:
     SOURCE is a tar, parquet, array_record or table file, a directory or a pattern, local or at https://, s3://,
     gs:// or hf://: 'train/*.tar', 's3://bucket/{00000..00099}.parquet', captions.csv, imagenet/val,
     annotations/captions_val2017.json, 'hf://datasets/OWNER/NAME/*.parquet'.
-    Images are not copied: sources must stay where they are. Rows are shuffled once, by the seed.
+    Images are not copied: sources must stay where they are. Rows are shuffled once, by the seed; their order
+    never changes.
 
-    Of a directory, the files of its one format are read; or it is a folder of images per class. A .json is
-    read as COCO's captions. Rows of a table with the same image file become one row with all captions, if at most
-    about 260 000 rows are between them; later repeats, and any repeated key, are left out as duplicates.
+    A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
+    format, or one folder of images per class. Rows of a table with the same image file become one row with all
+    captions, if they are near each other; later repeats, and any repeated key, are skipped and counted.
     noise:1024 is 1024 images of uniform random noise, for the key stream.noise of a training.
 
     CLIP_benchmark's evaluation sets: the directory or URL/ of one, or wds:NAME, which is downloaded from the
@@ -35,15 +36,26 @@ def index(parser: argparse.ArgumentParser) -> Run:
     Example: lit-fast index 'cc12m/*.tar' --out cc12m_dataset
     """
     add = parser.add_argument
-    add("source", nargs="+", metavar="SOURCE", help="files, patterns or directories")
+    add("source", nargs="+", metavar="SOURCE", help="files, patterns, directories, URLs, wds:NAME or noise:N")
     add("--out", required=True, metavar="D", help="directory of the dataset")
-    add("--seed", type=_whole(0), default=0, metavar="N", help="seed of the order of the rows (default 0)")
+    add(
+        "--seed",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="seed of the order of the rows (default 0); --append keeps it",
+    )
     add("--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns of captions")
-    add("--image", default="", metavar="NAME", help="column of the image or of its path")
+    add("--image", default="", metavar="NAME", help="column of the image bytes or of the path")
     add("--key", default="", metavar="NAME", help="column of unique names of the rows")
     add("--label", default="", metavar="NAME", help="column of class numbers")
     add("--language", default="", metavar="NAME", help="column of the captions' language")
-    add("--images", default="", metavar="DIR", help="directory of the paths (default: the table's own)")
+    add(
+        "--images",
+        default="",
+        metavar="DIR",
+        help="directory that image paths are relative to (default: the table's)",
+    )
     add("--append", action="store_true", help="add the rows of new sources to the dataset")
 
     def run(args: argparse.Namespace) -> None:
