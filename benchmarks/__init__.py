@@ -1,1 +1,1 @@
-"""Programs that print tables; each runs its rival in the same process or beside it."""
+"""Programs that print tables beside other programs, and `demo_tower`, which pretrains the tower of the demo."""

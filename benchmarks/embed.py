@@ -26,6 +26,7 @@ from PIL import Image
 
 from benchmarks.machine import describe
 from lit_fast.utils.system import cpu_count
+from tests.torch_packages import load_torchvision
 
 SIZES = {"500 x 375": (500, 375), "1600 x 1200": (1600, 1200)}
 
@@ -171,7 +172,7 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
         ours = np.asarray(embed(params, images))
         rival = theirs(eager, images)
         difference = np.abs(ours - rival).max()
-        # float32: rounding; bfloat16: the two round at different places.
+        # The two implementations round differently.
         assert difference < (1e-3 if not gpu else 0.25), f"not the same features: {difference}"
         cases = {"ours": lambda x=images: np.asarray(embed(params, x))}
         cases |= {name: lambda m=m, x=images: theirs(m, x) for name, m in models.items()}
@@ -284,6 +285,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    load_torchvision()  # before timm, which imports it
     if args.plain_loop:
         plain_loop(args.model, args.weights, args.photos, args.plain_loop, args.batch, args.workers)
         return

@@ -15,9 +15,14 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import numpy as np
 import torch
-from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
-from open_clip_train import zero_shot as open_clip_zero_shot
-from open_clip_train.train import get_clip_metrics
+
+from tests.torch_packages import load_torchvision
+
+load_torchvision()
+
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval  # noqa: E402
+from open_clip_train import zero_shot as open_clip_zero_shot  # noqa: E402
+from open_clip_train.train import get_clip_metrics  # noqa: E402
 
 # Both call `float` on arrays of one element, which numpy 2.4 refuses.
 for module in (open_clip_zero_shot, zeroshot_classification):

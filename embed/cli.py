@@ -48,9 +48,9 @@ def index(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.index import index_dataset
-        from lit_fast.embed.sources.interface import ColumnOptions
+        from lit_fast.embed.sources.interface import Columns
 
-        options = ColumnOptions(args.captions, args.image, args.key, args.label, args.language, args.images)
+        options = Columns(args.captions, args.image, args.key, args.label, args.language, args.images)
         index_dataset(args.source, args.out, seed=args.seed, options=options, append=args.append)
 
     return run
@@ -197,9 +197,9 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.importers.import_features import import_features
-        from lit_fast.embed.sources.interface import ColumnOptions
+        from lit_fast.embed.sources.interface import Columns
 
-        options = ColumnOptions(args.captions)
+        options = Columns(args.captions)
         import_features(
             args.source, args.out, args.tower, args.format, table=args.captions_table, options=options
         )

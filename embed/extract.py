@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import jax
 
-from lit_fast.data.dataset import SHARD, Dataset, open_dataset
-from lit_fast.data.features import Features, Manifest, embed_command, with_views
+from lit_fast.data.dataset import SHARD, open_dataset
+from lit_fast.data.features import Features, embed_command, with_views
 from lit_fast.data.images.decode import MAX_PIXELS
+from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.embed.pipeline import StallTimer, run_tower
@@ -38,7 +39,6 @@ from lit_fast.utils.system import cpu_count
 class Job:
     """The work of one process."""
 
-    dataset: Dataset
     features: Features
     tower: Tower
     shards: list[int]  # this process's share, finished or not
@@ -102,10 +102,9 @@ def embed_dataset(
         if max_pixels != MAX_PIXELS:  # decides which rows are invalid
             options["max_pixels"] = max_pixels
         tower = open_tower(tower_spec, options)
-        dtype = dtype or _default_dtype()
+        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         provenance = with_views(tower.provenance(dtype), views) | {"options": options}
         job = Job(
-            dataset,
             Features(dataset, check_store_name(name or tower.name), provenance),
             tower,
             shards=list(range(share[0], dataset.shards, share[1])),
@@ -115,7 +114,11 @@ def embed_dataset(
             max_pixels=max_pixels,
         )
         try:
-            _claim_store(job.features)
+            if different := write_provenance(job.features):
+                raise UserError(
+                    f"{job.features.path} holds features of another tower (other {', '.join(different)}); "
+                    "choose another --name"
+                )
             unfinished = _unfinished_shards(job)
             rate = _embed_shards(job, unfinished, signals) if unfinished else None
             if signals:
@@ -157,40 +160,26 @@ def write_provenance(features: Features) -> list[str]:
     return list(dict.fromkeys(different)) or ["identity"]
 
 
-def _claim_store(features: Features) -> None:
-    if different := write_provenance(features):
-        raise UserError(
-            f"{features.path} holds features of another tower (other {', '.join(different)}); choose another --name"
-        )
-
-
-def _default_dtype() -> str:
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
 def _unfinished_shards(job: Job) -> list[int]:
     """Return the unfinished shards of the share.
 
     Raises:
       UserError: a manifest of the share belongs to other rows or to another tower.
     """
-    manifests = job.features.manifests()
-    for shard in job.shards:
-        if shard in manifests:
-            _check_manifest(job, manifests[shard])
-    finished = set(job.features.finished())
+    features = job.features
+    for shard, manifest in features.manifests().items():
+        if shard not in job.shards:
+            continue
+        keys = features.dataset.shard_keys[shard]
+        if manifest.rows < features.shard_rows(shard):  # it was finished before the dataset grew
+            keys = features.dataset.prefix_digest(shard, manifest.rows)
+        if manifest.keys != keys or manifest.tower != features.identity:
+            raise UserError(
+                f"{features.manifest_path(shard)} belongs to other rows or another tower; choose another --name or "
+                f"delete {features.path}"
+            )
+    finished = features.finished()
     return [shard for shard in job.shards if shard not in finished]
-
-
-def _check_manifest(job: Job, manifest: Manifest) -> None:
-    shard, keys = manifest.shard, job.dataset.shard_keys[manifest.shard]
-    if manifest.rows < job.features.shard_rows(shard):  # it was finished before the dataset grew
-        keys = job.dataset.prefix_digest(shard, manifest.rows)
-    if manifest.keys != keys or manifest.tower != job.features.identity:
-        raise UserError(
-            f"{job.features.manifest_path(shard)} belongs to other rows or another tower; choose another "
-            f"--name or delete {job.features.path}"
-        )
 
 
 def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
@@ -201,7 +190,7 @@ def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
     """
     array = job.features.array(create=True)
     run = compile_tower(job.tower, job.dtype)
-    loader = ImageLoader(job.dataset, job.tower.preprocess, job.max_pixels, job.features.views)
+    loader = ImageLoader(job.features.dataset, job.tower.preprocess, job.max_pixels, job.features.views)
     devices = jax.local_device_count()
     batch_rows = job.device_rows * devices
     finished_rows = job.rows - sum(map(job.features.shard_rows, shards))
@@ -285,21 +274,20 @@ def _report(job: Job, rate: float | None) -> None:
             f"embedded {job.rows:,} rows with {job.tower.name} into {path}: {counts}, {rate:,.0f} images/s"
         )
     if invalid:
-        rows = [_name_row(job, row, invalid[row]) for row in sorted(invalid)[:5]]
+        reader, sources = ImageReader(job.features.dataset), job.features.dataset.sources
+        rows = []
+        for row in sorted(invalid)[:5]:
+            block, i = reader.locate(row)
+            rows.append(f"{block.keys[i]} in {name(sources[block.sources[i]].path)}: {invalid[row]}")
         result(f"invalid: {'; '.join(rows)}{'; ...' if len(invalid) > 5 else ''}")
-
-
-def _name_row(job: Job, row: int, reason: str) -> str:
-    block, i = ImageLoader(job.dataset, job.tower.preprocess, job.max_pixels).locate(row)
-    return f"{block.keys[i]} in {name(job.dataset.sources[block.sources[i]].path)}: {reason}"
 
 
 def _report_other_shares(job: Job) -> None:
     """Print the unfinished shards of other shares, unless a process embeds one of them."""
     finished = set(job.features.finished())
-    left = [s for s in range(job.dataset.shards) if s not in finished]
+    left = [s for s in range(job.features.dataset.shards) if s not in finished]
     if left and not any(is_locked(journal_path(job.features, shard)) for shard in left):
-        command = embed_command(job.dataset, job.features.provenance, job.features.tower)
+        command = embed_command(job.features.dataset, job.features.provenance, job.features.tower)
         status(
             f"note: {len(left):,} shards of other shares are unfinished (first: {left[0]}) and no process is embedding "
             f"them; embed them with: {command} --shard-of 0/1"

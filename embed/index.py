@@ -16,11 +16,11 @@ import numpy as np
 from lit_fast.data.dataset import Dataset, Source, open_dataset
 from lit_fast.data.dataset_writer import DatasetWriter, Row, remove_other_generations
 from lit_fast.data.images.sources import check_sources, size_and_etag
-from lit_fast.embed.key_set import KeySet
 from lit_fast.embed.row_reader import RowReader
+from lit_fast.embed.skipped import KeySet
 from lit_fast.embed.sources.expand import expand
 from lit_fast.embed.sources.formats import class_names, format_of
-from lit_fast.embed.sources.interface import ColumnOptions, is_utf8
+from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names, remove_tree
 from lit_fast.storage.paths import StrPath, is_url, join
@@ -35,7 +35,7 @@ def index_dataset(
     out: StrPath,
     *,
     seed: int = 0,
-    options: ColumnOptions | None = None,
+    options: Columns | None = None,
     append: bool = False,
 ) -> Dataset:
     """Index `sources` (see `expand`) into a new dataset, or append to an existing one.
@@ -43,7 +43,7 @@ def index_dataset(
     Raises:
       UserError: no source, no usable row, `out` holds something else, or a source has changed.
     """
-    out, options = os.fspath(out), options or ColumnOptions()
+    out, options = os.fspath(out), options or Columns()
     if not is_utf8(out):
         raise UserError(f"the name {out!a} is not UTF-8; choose another --out")
     if options.images and not is_url(options.images):
@@ -110,7 +110,7 @@ def remove_leftovers(out: str, existed: bool, old: Dataset | None) -> None:
         remove_tree(out)
 
 
-def _find_sources(patterns: list[str], options: ColumnOptions) -> list[Source]:
+def _find_sources(patterns: list[str], options: Columns) -> list[Source]:
     """Return the sources; `kind` is the name of the format until the source is read."""
     paths = expand(patterns)
     for path in [*paths, options.images]:
@@ -133,7 +133,7 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
     known = {source.path: source for source in old.sources}
     new = [source for source in found if source.path not in known]
     other = f"{old.path} is already a dataset, of other sources or another seed"
-    remedy = "the order of a dataset is fixed for good: choose another --out"
+    remedy = "the order of a dataset never changes; choose another --out"
     if old.seed != seed:
         raise UserError(f"{other} ({old.seed}); {remedy}")
     for source in found:

@@ -13,8 +13,8 @@ import os
 import struct
 import time
 import zlib
-from types import TracebackType
-from typing import IO, Any
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -65,14 +65,8 @@ class Journal:
         if end == 0:
             self._write(_record(0, 0, b"", identity))
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Close the file and let other processes continue it."""
+        """Close the file and release its lock."""
         self._file.close()
         self._lock.release()
 
@@ -112,49 +106,39 @@ class Journal:
           The position of their end, 0 if they belong to other work.
         """
         self._file.seek(0)
-        first = self._next()
-        if first is None or first[1:] != (0, b"", identity):
+        data = self._file.read()
+        records = _records(data)
+        first = next(records, None)
+        if first is None or first[:-1] != (0, 0, b"", identity):
             self.discarded = first is not None
             return 0
-        end, width = self._file.tell(), self.features.shape[1]
-        while (record := self._next()) is not None:
-            start, rows, data, invalid = record
-            if start != self.done or start + rows > len(self.features) or len(data) != rows * width * 2:
+        end, width = first[-1], self.features.shape[1]
+        for start, rows, features, invalid, record_end in records:
+            if start != self.done or start + rows > len(self.features) or len(features) != rows * width * 2:
                 break
-            features = np.frombuffer(data, BFLOAT16).reshape(rows, width)
-            self._keep(features, {int(row): reason for row, reason in invalid.items()})
-            end = self._file.tell()
+            known = np.frombuffer(features, BFLOAT16).reshape(rows, width)
+            self._keep(known, {int(row): reason for row, reason in invalid.items()})
+            end = record_end
         return end
 
-    def _next(self) -> tuple[int, int, bytes, dict[str, Any]] | None:
-        head = _read(self._file, _HEADER.size)
-        if len(head) < _HEADER.size:
-            return None
-        magic, start, rows, data_bytes, json_bytes, crc = _HEADER.unpack(head)
-        if magic != _MAGIC or data_bytes > self.features.nbytes or json_bytes > 1 << 28:
-            return None
-        payload = _read(self._file, data_bytes + json_bytes)
-        if len(payload) < data_bytes + json_bytes or crc != _checksum(head, payload):
-            return None
-        return start, rows, payload[:data_bytes], json.loads(payload[data_bytes:])
+
+def _records(data: bytes) -> Iterator[tuple[int, int, bytes, dict[str, Any], int]]:
+    """Yield (first row, rows, features, JSON, position of its end) of the records before the first damaged one."""
+    end = 0
+    while end + _HEADER.size <= len(data):
+        begin, end = end, end + _HEADER.size
+        magic, start, rows, data_bytes, json_bytes, crc = _HEADER.unpack(data[begin:end])
+        features, text = data[end : end + data_bytes], data[end + data_bytes : end + data_bytes + json_bytes]
+        end += data_bytes + json_bytes
+        if magic != _MAGIC or end > len(data):
+            return
+        if crc != zlib.crc32(text, zlib.crc32(features, zlib.crc32(data[begin : begin + _HEADER.size - 4]))):
+            return
+        yield start, rows, features, json.loads(text), end
 
 
 def _record(start: int, rows: int, data: bytes, value: dict[str, Any]) -> bytes:
     text = json.dumps(value, sort_keys=True).encode()
-    payload = data + text
-    head = _HEADER.pack(_MAGIC, start, rows, len(data), len(text), 0)
-    return _HEADER.pack(_MAGIC, start, rows, len(data), len(text), _checksum(head, payload)) + payload
-
-
-def _checksum(head: bytes, payload: bytes) -> int:
-    """Return the CRC-32 of a record without the checksum field of its header."""
-    return zlib.crc32(payload, zlib.crc32(head[:-4]))
-
-
-def _read(file: IO[bytes], count: int) -> bytes:
-    """Read up to `count` bytes; fewer only at the end of the file."""
-    parts = []
-    while count > 0 and (part := file.read(count)):
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+    head = _HEADER.pack(_MAGIC, start, rows, len(data), len(text), 0)[:-4]
+    checksum = zlib.crc32(text, zlib.crc32(data, zlib.crc32(head)))
+    return head + checksum.to_bytes(4, "little") + data + text

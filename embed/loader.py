@@ -1,6 +1,6 @@
 """Decode and preprocess images in threads, ahead of the device and in order.
 
-Threads suffice, since PIL and numpy release the interpreter lock while they decode and resize.
+Threads suffice: PIL and numpy release the interpreter lock while they decode and resize.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lit_fast.data.dataset import Block, Dataset
+from lit_fast.data.dataset import Dataset
 from lit_fast.data.images.decode import ImageError, decode
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.towers.preprocess import Preprocess
@@ -26,9 +26,8 @@ class Batch:
 
     first: int  # row of the dataset
     rows: int
-    images: (
-        np.ndarray
-    )  # uint8 [batch rows * views, size, size, 3]; zeros where a row is invalid or there is none
+    # uint8 [batch rows * views, size, size, 3]; zeros where a row is invalid or there is none
+    images: np.ndarray
     invalid: dict[int, str]  # row of the dataset -> why its image could not be decoded
 
 
@@ -43,10 +42,6 @@ class ImageLoader:
     def shape(self) -> tuple[int, int, int, int]:
         """Views, height, width and channels of one row."""
         return self._views, self._preprocess.size, self._preprocess.size, 3
-
-    def locate(self, row: int) -> tuple[Block, int]:
-        """Return the index block of a row, and the row's number in it."""
-        return self._reader.locate(row)
 
     def load(self, first: int, rows: int, out: np.ndarray) -> dict[int, str]:
         """Write the pixels of consecutive rows into `out`.
@@ -80,7 +75,7 @@ class ImageLoader:
         if self._views == 1:
             out[0] = preprocess.apply(image)
             return
-        block, i = self.locate(row)
+        block, i = self._reader.locate(row)
         for number in range(self._views):
             out[number] = preprocess.view(image, block.keys[i], number)
 

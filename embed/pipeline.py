@@ -25,28 +25,24 @@ class StallTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Forget all before, which was compiling and filling the pipeline."""
+        """Reset the counts, which so far are those of compiling and filling the pipeline."""
         self.images = self.device = 0.0
         self._start = time.monotonic()
 
     def note(self) -> str:
         """Return the larger stall for the progress line; "" if there was none."""
-        total = time.monotonic() - self._start
-        if not self.images + self.device:
-            return ""
-        if self.images > self.device:
-            return f"waiting for images {self.images / total:.0%}"
-        return f"waiting for the device {self.device / total:.0%}"
+        stall, label = max((self.device, "the device"), (self.images, "images"))
+        return f"waiting for {label} {stall / (time.monotonic() - self._start):.0%}" if stall else ""
 
     def advice(self) -> str:
         """Return the bottleneck and how to widen it; "" if there was no stall."""
-        if not self.images + self.device:
+        if not (note := self.note()):
             return ""
         if jax.default_backend() == "cpu":
-            return f"{self.note()}: on a CPU decoding and the tower share the cores, more cores help both"
+            return f"{note}: on a CPU decoding and the tower share the cores; more cores help both"
         if self.images > self.device:
-            return f"{self.note()}: add cores or --workers, or --reduced-decode if the images are large"
-        return f"{self.note()}: device-bound, nothing to gain on the host"
+            return f"{note}: add cores or --workers, or --reduced-decode if the images are large"
+        return f"{note}: device-bound, nothing to gain on the host"
 
 
 def run_tower(

@@ -9,7 +9,7 @@ from lit_fast.data.dataset import SHARD, Source
 from lit_fast.data.dataset_writer import Row
 from lit_fast.embed.skipped import SkippedLog
 from lit_fast.embed.sources.formats import FORMATS
-from lit_fast.embed.sources.interface import ColumnOptions, Damage, Layout, Sample, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Layout, Sample, Skipped
 from lit_fast.utils.permutation import permutation
 from lit_fast.utils.progress import Progress
 
@@ -26,9 +26,9 @@ class RowReader:
     """
 
     def __init__(
-        self, sources: Sequence[Source], options: ColumnOptions, first_source: int, num_classes: int
+        self, sources: Sequence[Source], options: Columns, first_source: int, num_classes: int
     ) -> None:
-        """Make a reader; nothing is read yet.
+        """Set up the reader; nothing is read yet.
 
         Args:
           sources: `kind` of each is the name of its format.
@@ -55,23 +55,25 @@ class RowReader:
         that no more rows are in memory.
         """
         progress = Progress("index", len(self.sources), "files")
-        group = _Group()
-        total = 0
+        group: dict[object, Row] = {}
+        grouped = 0  # rows of earlier groups
         for number in permutation(len(self.sources), seed, 0).tolist():
             for row in self._rows(number):
-                group.add(row, merge=self.sources[number].kind == "folder")
-                if len(group.rows) >= 2 * GROUP_ROWS:
-                    total += len(group.rows)
-                    progress.advance(0, f"{total:,} rows")
-                    yield group.rows
-                    group = _Group()
-            progress.advance(1, f"{total + len(group.rows):,} rows")
-            if len(group.rows) >= GROUP_ROWS:
-                total += len(group.rows)
-                yield group.rows
-                group = _Group()
-        if group.rows:
-            yield group.rows
+                # A folder may have several rows of one image: merge their captions.
+                key = (row.source, row.key) if self.sources[number].kind == "folder" else len(group)
+                group[key] = _merge(group[key], row) if key in group else row
+                if len(group) >= 2 * GROUP_ROWS:
+                    grouped += len(group)
+                    yield list(group.values())
+                    group.clear()
+                    progress.advance(0, f"{grouped:,} rows")
+            progress.advance(1, f"{grouped + len(group):,} rows")
+            if len(group) >= GROUP_ROWS:
+                grouped += len(group)
+                yield list(group.values())
+                group.clear()
+        if group:
+            yield list(group.values())
         progress.close()
 
     def _rows(self, number: int) -> Iterator[Row]:
@@ -90,25 +92,6 @@ class RowReader:
                     self.skipped.add(item.key, source.path, reason)
                 case Sample(key, offset, size, captions, label, languages):
                     yield Row(key, self._first + number, offset, size, captions, label, languages)
-
-
-class _Group:
-    """The rows of one group."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self._by_file: dict[tuple[int, str], int] = {}
-
-    def add(self, row: Row, *, merge: bool) -> None:
-        """Append a row; with `merge`, add its captions to an earlier row of its image."""
-        if not merge:
-            self.rows.append(row)
-            return
-        position = self._by_file.setdefault((row.source, row.key), len(self.rows))
-        if position == len(self.rows):
-            self.rows.append(row)
-        else:
-            self.rows[position] = _merge(self.rows[position], row)
 
 
 def _merge(first: Row, second: Row) -> Row:

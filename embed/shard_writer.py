@@ -1,7 +1,8 @@
 """Write the features of one shard.
 
-Batches are appended to a journal. Then the whole shard is written to the array, and last its manifest, with which it is
-finished. If a process is killed, any later one continues from the journal and produces identical bytes.
+Batches are appended to a journal. Then the whole shard is written to the array, and its manifest last: a shard is
+finished when its manifest exists. If a process is killed, any later one continues from the journal and produces
+identical bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class ShardWriter:
         self.finished = False
         if self._journal.discarded:
             status(
-                f"note: {path} is of other settings and is discarded; shard {shard} is embedded from its first row"
+                f"note: {path} was written with other settings and is discarded; shard {shard} starts at its first row"
             )
 
     @property

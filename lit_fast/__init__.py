@@ -1,4 +1,7 @@
-"""SigLiT: train a text tower against the precomputed features of a frozen vision tower."""
+"""SigLiT: train a text tower against the precomputed features of a frozen vision tower.
+
+`lit_fast.embed` and `lit_fast.train`, the two stages, are the folders `embed/` and `train/` of the repository.
+"""
 
 from __future__ import annotations
 

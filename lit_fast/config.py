@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses whose fields carry their help text, choices and bounds."""
+"""The configuration: frozen dataclasses; fields carry help, choices and bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check a configuration: each value against the choices and bounds of its key, and keys against each other."""
+"""Check a configuration: each value by itself, then keys against each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration as text: TOML files, packaged recipes, `--section.key value` flags and the reference."""
+"""The configuration as text: TOML, recipes, flags and the reference page."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
 
 
 def read_toml(location: StrPath) -> dict[str, Any]:
-    """Return the values of a TOML file by dotted name, whether they are keys of a configuration or not.
+    """Return the values of a TOML file by dotted name; keys may be unknown.
 
     Raises:
       UserError: the file cannot be read or is not TOML.
@@ -93,7 +93,10 @@ def flatten_toml(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def build_config(values: Mapping[str, Any], where: str) -> Config:
-    """Build a configuration from values by dotted name; `where` they are from completes error messages.
+    """Build a configuration from values by dotted name.
+
+    Args:
+      where: source of the values, for error messages.
 
     Raises:
       UserError: unknown key, wrong type or value.
@@ -169,7 +172,7 @@ def _parse_value(key: str, text: str) -> Any:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """Return a parsed value in the type of its key; whole numbers are valid for float keys."""
+    """Convert a parsed value to the type of its key; floats accept whole numbers."""
     kind = type(settings()[key].default)
     if kind is float and type(value) is int:
         return float(value)

@@ -1,4 +1,4 @@
-"""Fixtures of all tests. JAX runs on four pretended CPU devices; this must be set before it is imported."""
+"""Fixtures of all tests. JAX runs on four simulated CPU devices; this must be set before it is imported."""
 
 import os
 

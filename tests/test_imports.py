@@ -29,7 +29,7 @@ GROUND_FLOOR = (
     ("cli",),
 )
 EMBED = (
-    ("embed.sources", "embed.journal", "embed.key_set", "embed.loader", "embed.tokenize"),
+    ("embed.sources", "embed.journal", "embed.loader", "embed.tokenize"),
     ("embed.pipeline", "embed.shard_writer", "embed.skipped"),
     ("embed.row_reader",),
     ("embed.index", "embed.extract"),

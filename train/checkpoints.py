@@ -12,11 +12,10 @@ from typing import Any
 
 from lit_fast.config import CheckpointConfig
 from lit_fast.errors import UserError, first_line
-from lit_fast.runs.checkpoint import abstract, open_manager, restore, restore_last, save
+from lit_fast.runs.checkpoint import abstract, open_manager, restore_last, save
 from lit_fast.storage.paths import StrPath
 from lit_fast.train.optimizer import evaluation_params
 from lit_fast.train.step import State
-from lit_fast.utils.output import status
 
 # TensorStore's errors end with that of the operating system.
 _REASON = re.compile(r": ([^:]+) \[os_error_code")
@@ -33,23 +32,25 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: State, metrics: dict[str, float]) -> None:
-        """Copy the state and write it in the background; `metrics` are those of an evaluation, if any."""
+        """Copy the state and write it in the background, with the metrics of an evaluation."""
         if step in self._manager.all_steps():  # a run that was stopped right after it had saved
             return
         with self._writing():
             save(self._manager, step, _to_trees(state), {"figures": metrics}, metrics.get(self._best))
 
     def restore_last(self, state: State) -> tuple[int, State]:
-        """Return the number of completed steps and the state after them, with the shardings of `state`.
+        """Restore the last checkpoint, with the shardings of `state`.
 
-        Without a checkpoint that is (0, state).
+        Returns:
+          The number of completed steps and the state after them; (0, state) without a checkpoint.
         """
-
-        def read(step: int) -> tuple[int, State]:
-            trees, _ = restore(self._manager, step, abstract(_to_trees(state)))
-            return step, _from_trees(trees)
-
-        return restore_last(self._manager, read, lambda line: status(f"warning: {line}")) or (0, state)
+        restored = restore_last(self._manager, abstract(_to_trees(state)))
+        if restored is None:
+            return 0, state
+        step, trees = restored
+        return step, State(
+            **({"params": trees["params"], "average": trees.get("average", {})} | trees["rest"])
+        )
 
     def check_finite(self, state: State) -> None:
         """Raise UserError if a step was not finite; such a state is never saved."""
@@ -83,7 +84,7 @@ class Checkpoints:
 
 
 def _silence_repeated_errors() -> None:
-    """Print nothing for the writes that TensorStore abandons once one has failed; that one raises its error."""
+    """Silence the writes that TensorStore abandons after the first failed one, which raises."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     previous = sys.unraisablehook
 
@@ -104,7 +105,3 @@ def _to_trees(state: State) -> dict[str, Any]:
     if params is not state.params:
         rest["params"] = state.params
     return {"params": params, "rest": rest} | ({"average": state.average} if state.average else {})
-
-
-def _from_trees(trees: dict[str, Any]) -> State:
-    return State(**({"params": trees["params"], "average": trees.get("average", {})} | trees["rest"]))

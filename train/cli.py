@@ -15,7 +15,7 @@ from lit_fast.cli.options import (
 )
 from lit_fast.config_io import load_config, recipes
 from lit_fast.errors import UserError
-from lit_fast.utils.output import result, status
+from lit_fast.utils.output import result
 
 
 def train(parser: argparse.ArgumentParser) -> Run:
@@ -100,7 +100,6 @@ def plan(parser: argparse.ArgumentParser) -> Run:
             price=args.price,
             searched=not args.no_search,
             largest=args.largest_batch,
-            say=status,
         )
         result(format_plan(found))
         write_json_output(args.json, {"config": args.config} | found)

@@ -1,4 +1,4 @@
-"""Evaluate during training; the embeddings of the images are loaded before the first step."""
+"""Evaluate during training; image embeddings are loaded before the first step."""
 
 from __future__ import annotations
 
@@ -32,11 +32,16 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, tower: dict[str, Any]) -> None:
-        self._tower, self._intervals, self._steps = tower, _intervals(config), config.steps
+        self._tower, self._steps, evaluate = tower, config.steps, config.evaluate
+        self._intervals = (  # in steps; those given in examples or as a share may be fractional
+            evaluate.every_steps,
+            evaluate.every_examples / config.stream.global_batch,
+            evaluate.every_share * config.steps,
+        )
         self._sets: list[tuple[Dataset, Evaluate]] = []
         for paths, evaluation in (
-            (config.evaluate.zero_shot, zero_shot_evaluation),
-            (config.evaluate.retrieval, retrieval_evaluation),
+            (evaluate.zero_shot, zero_shot_evaluation),
+            (evaluate.retrieval, retrieval_evaluation),
         ):
             for path in paths:
                 dataset = open_dataset(path)
@@ -46,12 +51,12 @@ class Evaluator:
         self.results: list[dict[str, Any]] = []
 
     def load_images(self, mean: np.ndarray) -> None:
-        """Load the image embeddings; `mean` float32 [width] is subtracted before normalizing."""
+        """Load the image embeddings; `mean`, float32 [width], is subtracted first."""
         self._loaded = [(d, evaluate, *image_embeddings(d, self._tower, mean)) for d, evaluate in self._sets]
 
     def should_run(self, step: int) -> bool:
         """Return whether to evaluate after `step`."""
-        passed = any(step // every > (step - 1) // every for every in self._intervals)
+        passed = any(step // every > (step - 1) // every for every in self._intervals if every)
         return bool(self._sets) and (passed or step == self._steps)
 
     def run(self, embed_text: EmbedText, params: Params, average: Params) -> list[dict[str, Any]]:
@@ -75,7 +80,7 @@ class Evaluator:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """Return the last results by name, `<dataset>/<metric>`, without those of single languages."""
+        """Return the last results by `<dataset>/<metric>`, without single languages."""
         return {
             f"{result['dataset']}/{metric}": value
             for result in without_languages(self.results)
@@ -85,14 +90,3 @@ class Evaluator:
     def table(self) -> str:
         """Format the last results for the terminal."""
         return format_results(without_languages(self.results))
-
-
-def _intervals(config: Config) -> list[float]:
-    """Return the intervals in steps; those given in examples or as a share may be fractional."""
-    evaluate = config.evaluate
-    intervals = (
-        evaluate.every_steps,
-        evaluate.every_examples / config.stream.global_batch,
-        evaluate.every_share * config.steps,
-    )
-    return [interval for interval in intervals if interval]

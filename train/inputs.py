@@ -33,7 +33,7 @@ class Inputs:
     evaluator: Evaluator
 
     def mean(self, center: bool) -> np.ndarray:
-        """Return the vector that is subtracted from the features, float32 [width]: their mean, or zero."""
+        """Return the mean of the features, float32 [width]; zero without `center`."""
         features = self.features
         mean = features.mean(features.invalid_rows()) if center else np.zeros(features.width)
         return mean.astype(np.float32)
@@ -64,7 +64,7 @@ def open_inputs(config: Config, workdir: StrPath, mesh: Mesh) -> Inputs:
 
 
 def check_batch(config: Config, devices: int) -> None:
-    """Raise UserError if the batch cannot be split equally over devices and microbatches."""
+    """Raise UserError if devices and microbatches do not divide the batch."""
     batch, text = config.stream.global_batch, config.text
     if batch % devices:
         raise UserError(f"stream.global_batch {batch} is not divisible by the {devices} devices")

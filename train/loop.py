@@ -225,7 +225,7 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
 
 
 class PreemptionSignal:
-    """Records SIGTERM and Ctrl-C, so that the current step is completed and saved first.
+    """Records SIGTERM and Ctrl-C, so that the current step is completed and saved.
 
     A second signal ends the process at once.
     """
@@ -261,7 +261,7 @@ def _to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 def _create_workdir(
     workdir: str, config: Config, inputs: Inputs, text_init: dict[str, Any] | None
 ) -> Lock | None:
-    """Lock the run directory and record the inputs, once all processes have checked it."""
+    """Lock the run directory and write its records."""
     lock = lock_workdir(workdir)
     sync_global_devices("checked")  # no process writes before all have checked the directory
     if jax.process_index() == 0:

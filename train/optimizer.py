@@ -1,4 +1,4 @@
-"""Build the optimizer: rules on parameter names, the schedule, the core update, weight decay.
+"""Build the optimizer: core update, schedule, weight decay, rules on parameter names.
 
 The chain is big_vision's: clip the gradients, core update, learning rate, weight decay, schedule. Weight decay comes
 after the learning rate and before the schedule, so in the paper's convention it is not scaled by the learning rate:
@@ -66,7 +66,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.Gr
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
-    """Return a function from the number of completed updates to a factor in [0, 1] (big_vision, utils.py).
+    """Return the schedule: completed updates -> factor in [0, 1] (big_vision, utils.py).
 
     After the warm-up: cosine or linear to zero, the reciprocal square root, or constant; all times a linear warm-up,
     so that the first update of a warm-up does nothing, and a linear cool-down to zero at the end.
@@ -138,20 +138,21 @@ def _core_update(config: OptimizerConfig, params: Any) -> optax.GradientTransfor
 
 
 def _muon(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
-    """Return `optax.contrib.muon` without learning rate: Muon for the kernels, Adam for all other parameters.
+    """Return Muon for the kernels and Adam for all other parameters.
 
+    This is `optax.contrib.muon` without the learning rate.
     Each layer's kernel is one matrix [inputs, outputs], although layers are stacked in one array and the kernels of
     attention are split into heads.
     """
     dtype = jnp.dtype(config.momentum_dtype)
     shapes = {n: leaf.shape for n, leaf in zip(parameter_names(params), jax.tree.leaves(params), strict=True)}
     axes = {n: matrix_axes(n, len(shape)) for n, shape in shapes.items() if n.rpartition("/")[2] == "kernel"}
-    scales = {n: _MUON_RMS * math.sqrt(max(_fans(shapes[n], a))) for n, a in axes.items()}
+    fans = {n: [math.prod(shapes[n][i] for i in group) for group in a] for n, a in axes.items()}
     muon = optax.chain(
         optax.contrib.scale_by_muon(
             beta=config.b1, mu_dtype=dtype, weight_dimension_numbers=lambda tree: tree_by_name(axes, tree)
         ),
-        _scale_by_name(scales),
+        _scale_by_name({n: _MUON_RMS * math.sqrt(max(fan)) for n, fan in fans.items()}),
     )
     adam = optax.scale_by_adam(config.b1, config.b2, mu_dtype=dtype, nesterov=True)
     labels = {n: "muon" if n in axes else "adam" for n in shapes}
@@ -159,7 +160,7 @@ def _muon(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
 
 
 def matrix_axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers:
-    """Return which axes of a kernel are inputs and which are outputs of its matrix; a remaining first axis is layers.
+    """Return the input and the output axes of a kernel; a remaining first axis is layers.
 
     Kernels are [inputs, outputs]; of attention [inputs, heads, width] or, after it, [heads, width, outputs].
     """
@@ -167,11 +168,6 @@ def matrix_axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers:
     first = 1 if "encoderblock" in parts else 0
     split = ndim - 1 if "out" in parts else first + 1
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, ndim)))
-
-
-def _fans(shape: tuple[int, ...], axes: optax.contrib.MuonDimensionNumbers) -> tuple[int, int]:
-    inputs, outputs = (math.prod(shape[a] for a in group) for group in axes)
-    return inputs, outputs
 
 
 def _scale_by_name(factors: dict[str, float]) -> optax.GradientTransformation:
@@ -204,9 +200,9 @@ def tree_by_name(values: dict[str, Any], tree: Any) -> Any:
 
 
 def match_rules(key: str, rules: tuple[str, ...], names: list[str], default: float) -> dict[str, float]:
-    """Return a factor per name: of the first rule whose regex matches the whole name, else the default.
+    """Return the factor of each name: that of the first matching rule, or the default.
 
-    A rule is `REGEX=FACTOR`, or `REGEX`, which means the factor 1.
+    A rule matches whole names. It is `REGEX=FACTOR`, or `REGEX`, which means the factor 1.
 
     Args:
       key: config key of the rules, for the error message.

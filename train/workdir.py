@@ -1,4 +1,4 @@
-"""Create, lock and check the directory of a run, and load the parameters that a run starts from.
+"""Lock, check and write the directory of a run, and load its initial parameters.
 
 A run resumes only with its own configuration and inputs. `check_*` compare them before anything is written;
 `write_workdir` records them once all checks have passed.
@@ -36,7 +36,7 @@ _TEXT_INIT = "text_init.json"
 
 
 def lock_workdir(workdir: StrPath) -> Lock | None:
-    """Lock the directory against other trainings until the lock is released or this process ends.
+    """Lock the directory against other trainings.
 
     Only the first process of a training locks it; the others get None.
 
@@ -71,7 +71,7 @@ def check_workdir(workdir: StrPath, config: Config) -> None:
 
 
 def check_identity(workdir: StrPath, name: str, identity: str) -> None:
-    """Raise UserError if the run started with another "tower", "tokens" or "stream" than this identity."""
+    """Raise UserError if W/<name>.json, written at the start of the run, has another identity."""
     file = join(workdir, f"{name}.json")
     record = read_json(file) if is_file(file) else {"identity": identity}
     if not isinstance(record, dict) or "identity" not in record:
@@ -90,7 +90,7 @@ def write_workdir(
     stream: Stream,
     text_init: dict[str, Any] | None,
 ) -> None:
-    """Write the configuration and the records of the inputs; `text_init` is that of `load_initial_params`."""
+    """Write the configuration and the records of the inputs."""
     # First, because this file makes the directory a run: after a kill the run can be resumed.
     write_atomic(join(workdir, "config.toml"), to_toml(config).encode())
     write_json(join(workdir, "tower.json"), features.provenance)
@@ -133,7 +133,7 @@ def load_initial_params(
 def check_initial_params(
     workdir: StrPath, source: str, start_step: int, text_init: dict[str, Any] | None
 ) -> None:
-    """Raise UserError if all checkpoints were damaged and the run would start from random parameters."""
+    """Raise UserError if all checkpoints are damaged and `source` was not read."""
     if source and not start_step and text_init is None:
         raise UserError(
             f"workdir {workdir} has no readable checkpoint; rerun the same command to start again from {source}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,7 +16,6 @@ from lit_fast.embed.sources.columns import (
     NO_KEY,
     NO_TEXT,
     PATHS,
-    Columns,
     choose_columns,
     guess_column,
     parse_key,
@@ -22,7 +23,7 @@ from lit_fast.embed.sources.columns import (
     some,
 )
 from lit_fast.embed.sources.formats import format_of
-from lit_fast.embed.sources.interface import ColumnOptions
+from lit_fast.embed.sources.interface import Columns
 from lit_fast.embed.sources.parquet import read_row_group
 from lit_fast.embed.sources.tables import read_lines
 from lit_fast.errors import UserError, first_line
@@ -32,7 +33,7 @@ from lit_fast.storage.paths import parent, stem
 _Values = Iterator[tuple[dict[str, Any], Columns]]
 
 
-def imported_rows(parts: list[Part], table: str, options: ColumnOptions) -> Iterator[tuple[Row, str]]:
+def imported_rows(parts: list[Part], table: str, options: Columns) -> Iterator[tuple[Row, str]]:
     """Yield the rows of all parts in order, and why each cannot be a row ("" = it can).
 
     Args:
@@ -42,7 +43,11 @@ def imported_rows(parts: list[Part], table: str, options: ColumnOptions) -> Iter
       UserError: a table cannot be read, lacks a column, or has another number of rows than there are features.
     """
     positions = ((source, number) for source, part in enumerate(parts) for number in range(part.rows))
-    tables = _rows_of_table(parts, table, options) if table else _rows_of_metadata(parts, options)
+    if table:
+        total, directory = sum(part.rows for part in parts), parent(parts[0].path)
+        tables = _counted(_read_table(table, options), table, total, directory)
+    else:
+        tables = chain.from_iterable(_read_metadata(part, options) for part in parts)
     for (source, number), (values, columns) in zip(positions, tables, strict=True):
         row = parse_row(values, columns)
         problem = "" if row.problem == NO_TEXT else row.problem  # features without text can be searched
@@ -62,7 +67,7 @@ def check_metadata(parts: list[Part]) -> None:
         if part.metadata:
             with open_read(part.metadata) as file:
                 try:
-                    count = pq.ParquetFile(file).metadata.num_rows
+                    count = pq.read_metadata(file).num_rows
                 except ERRORS:
                     raise UserError(
                         f"{part.metadata} is damaged or is not a parquet file; restore it"
@@ -70,24 +75,19 @@ def check_metadata(parts: list[Part]) -> None:
             _check_count(part.metadata, count, part.rows, part.path)
 
 
-def _rows_of_metadata(parts: list[Part], options: ColumnOptions) -> _Values:
-    for part in parts:
-        if not part.metadata:
-            yield from (({}, Columns()) for _ in range(part.rows))
-            continue
-        count = 0
-        for count, row in enumerate(_read_parquet(part.metadata, options), 1):
-            if count <= part.rows:
-                yield row
-        _check_count(part.metadata, count, part.rows, part.path)
+def _read_metadata(part: Part, options: Columns) -> _Values:
+    if not part.metadata:
+        return repeat(({}, Columns()), part.rows)
+    return _counted(_read_parquet(part.metadata, options), part.metadata, part.rows, part.path)
 
 
-def _rows_of_table(parts: list[Part], table: str, options: ColumnOptions) -> _Values:
-    total, count = sum(part.rows for part in parts), 0
-    for count, row in enumerate(_read_table(table, options), 1):
-        if count <= total:
+def _counted(rows: _Values, table: str, wanted: int, features: str) -> _Values:
+    """Yield the rows of a table, and refuse another number than `wanted` at the end."""
+    count = 0
+    for count, row in enumerate(rows, 1):
+        if count <= wanted:
             yield row
-    _check_count(table, count, total, parent(parts[0].path))
+    _check_count(table, count, wanted, features)
 
 
 def _check_count(table: str, count: int, wanted: int, features: str) -> None:
@@ -97,16 +97,16 @@ def _check_count(table: str, count: int, wanted: int, features: str) -> None:
         )
 
 
-def _columns(table: str, names: Collection[str], options: ColumnOptions, needs_captions: bool) -> Columns:
+def _columns(table: str, names: Collection[str], options: Columns, needs_captions: bool) -> Columns:
     """Choose the columns of a table; the path of the image is the key if there is no other."""
     columns = choose_columns(options, names, table, image=False)
     if needs_captions and not columns.captions:
         raise UserError(f"{table} has no column for captions among {some(names)}; name it with --captions")
     key = columns.key or guess_column(PATHS, names)
-    return Columns("", columns.captions, key, "", columns.language)
+    return replace(columns, key=key, label="")
 
 
-def _read_table(path: str, options: ColumnOptions) -> _Values:
+def _read_table(path: str, options: Columns) -> _Values:
     match format_of(path):
         case "parquet":
             yield from _read_parquet(path, options, needs_captions=True)
@@ -121,7 +121,7 @@ def _read_table(path: str, options: ColumnOptions) -> _Values:
             raise UserError(f"{path} is not a table; give a .csv, .tsv, .jsonl or .parquet file")
 
 
-def _read_parquet(path: str, options: ColumnOptions, needs_captions: bool = False) -> _Values:
+def _read_parquet(path: str, options: Columns, needs_captions: bool = False) -> _Values:
     with open_read(path) as file:
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)

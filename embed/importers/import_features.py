@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,9 @@ from lit_fast.embed.extract import check_store_name, write_provenance
 from lit_fast.embed.importers.captions import check_metadata, imported_rows
 from lit_fast.embed.importers.parts import Part, find_parts, read_pieces
 from lit_fast.embed.index import check_output_directory, remove_leftovers
-from lit_fast.embed.key_set import KeySet
 from lit_fast.embed.shard_writer import write_shard
-from lit_fast.embed.skipped import SkippedLog
-from lit_fast.embed.sources.interface import ColumnOptions, is_utf8
+from lit_fast.embed.skipped import KeySet, SkippedLog
+from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, sha256, size
 from lit_fast.storage.paths import StrPath, join, parent
@@ -43,7 +44,7 @@ def import_features(
     format: str,
     *,
     table: StrPath | None = None,
-    options: ColumnOptions | None = None,
+    options: Columns | None = None,
 ) -> None:
     """Make a dataset of the features in `source`, or continue an unfinished one.
 
@@ -58,7 +59,7 @@ def import_features(
       UserError: files are missing or damaged or do not fit each other, `out` holds something else, or no row has a
         usable feature.
     """
-    name, options = check_store_name(tower), options or ColumnOptions()
+    name, options = check_store_name(tower), options or Columns()
     source, out = os.path.abspath(source), os.fspath(out)
     table = os.path.abspath(table) if table else ""
     if not is_utf8(f"{source}{out}"):
@@ -85,7 +86,7 @@ def import_features(
 
 
 def _provenance(
-    parts: list[Part], name: str, source: str, format: str, table: str, options: ColumnOptions
+    parts: list[Part], name: str, source: str, format: str, table: str, options: Columns
 ) -> dict[str, Any]:
     """Return the content of `tower.json`: name of the model, files of the features."""
     width = parts[0].width
@@ -112,34 +113,28 @@ def _provenance(
     }
 
 
-def _write_index(
-    parts: list[Part], sources: list[Source], out: str, table: str, options: ColumnOptions
-) -> Dataset:
+def _write_index(parts: list[Part], sources: list[Source], out: str, table: str, options: Columns) -> Dataset:
     """Write index and captions of all rows in order, except rows with a repeated key."""
     check_output_directory(out)
     existed, skipped, keys = exists(out), SkippedLog(), KeySet()
     writer: DatasetWriter | None = None
-    group: list[Row] = []
 
-    def write_group() -> None:
-        nonlocal writer
-        for row, is_new in zip(group, keys.add([row.key for row in group]).tolist(), strict=True):
-            if is_new:
-                writer = writer or DatasetWriter(out)
-                writer.add(row)
-            else:
-                skipped.add(row.key, sources[row.source].path, "duplicate key")
-        group.clear()
-
-    try:
+    def usable_rows() -> Iterator[Row]:
         for row, problem in imported_rows(parts, table, options):
             if problem:
                 skipped.add(row.key, sources[row.source].path, problem)
-                continue
-            group.append(row)
-            if len(group) == _GROUP_ROWS:
-                write_group()
-        write_group()
+            else:
+                yield row
+
+    try:
+        rows = usable_rows()
+        while group := list(islice(rows, _GROUP_ROWS)):
+            for row, is_new in zip(group, keys.add([row.key for row in group]).tolist(), strict=True):
+                if is_new:
+                    writer = writer or DatasetWriter(out)
+                    writer.add(row)
+                else:
+                    skipped.add(row.key, sources[row.source].path, "duplicate key")
         if writer is None:
             raise UserError("; ".join([f"no usable row in {parent(parts[0].path)}", skipped.report()]))
     except UserError:

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from lit_fast.data.images.sources import size_and_etag
-from lit_fast.embed.sources.columns import Columns, parse_row, require_column
-from lit_fast.embed.sources.image_paths import image_directory, image_size, relative_path
-from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
+from lit_fast.embed.sources.columns import parse_row, require_column
+from lit_fast.embed.sources.image_paths import find_image, image_directory
+from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
 from lit_fast.errors import UserError
 from lit_fast.storage.files import open_read
 
 _MAX_JSON = 2 << 30  # bytes; all captions of COCO are 0.1 GB
 
 
-def read_coco(path: str, options: ColumnOptions) -> Iterator[Item]:
+def read_coco(path: str, options: Columns) -> Iterator[Item]:
     """Yield one row per image, with all its captions, in the order of the images' ids.
 
     Raises:
       UserError: the file cannot be read, is too large, or is another JSON.
     """
-    if options.key:
-        raise UserError(f"{path}: --key is not for COCO, where the path is the key; leave it out")
-    directory = image_directory(options.images, path)
+    directory = image_directory(options, path)
     yield Layout("folder", images=directory)
     value = _load(path)
     if value is None:
@@ -55,10 +54,6 @@ def read_coco(path: str, options: ColumnOptions) -> Iterator[Item]:
 def _sample(
     directory: str, image: dict[str, Any], annotations: list[dict[str, Any]], columns: Columns
 ) -> Item:
-    path, problem = relative_path(directory, image.get(columns.image))
-    size = 0
-    if not problem:
-        size, problem = image_size(directory, path)
     # The annotations of one image as one row: each column has the list of their values.
     values: dict[str, Any] = {name: [a.get(name) for a in annotations] for name in columns.names()}
     if columns.label:
@@ -66,22 +61,21 @@ def _sample(
         values[columns.label] = next(iter(labels)) if len(labels) == 1 else image.get(columns.label)
     if columns.language:
         values[columns.language] = [v if isinstance(v, str) else "" for v in values[columns.language]]
-    row = parse_row(values, columns)
-    if problem := problem or row.problem:
-        return Skipped(path or f"image {image['id']}", problem)
-    return Sample(path, 0, size, row.captions, row.label, row.languages)
+    path, size, problem = find_image(directory, image.get(columns.image))
+    return parse_row(values, columns).item(path, 0, size, problem, f"image {image['id']}")
 
 
-def _columns(path: str, options: ColumnOptions, images: list[Any], annotations: list[Any]) -> Columns:
+def _columns(path: str, options: Columns, images: list[Any], annotations: list[Any]) -> Columns:
     """Choose the key of the file's name in an image, the others in an annotation."""
     keys = list(next((i for i in images if isinstance(i, dict)), {}))
     require_column(options.image, keys, f"{path}: images")
     keys = list(next((a for a in annotations if isinstance(a, dict)), {}))
-    captions = options.captions or (("", "caption"),)
-    if annotations:
-        for name in [*(n for _, n in captions), options.label, options.language]:
-            require_column(name, keys, f"{path}: annotations")
-    return Columns(options.image or "file_name", captions, "", options.label, options.language)
+    columns = replace(
+        options, captions=options.captions or (("", "caption"),), image=options.image or "file_name"
+    )
+    for name in columns.names() if annotations else ():
+        require_column(name, keys, f"{path}: annotations")
+    return columns
 
 
 def _load(path: str) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lit_fast.embed.sources.interface import MAX_CAPTION, ColumnOptions, is_utf8
+from lit_fast.embed.sources.interface import MAX_CAPTION, Columns, Sample, Skipped, is_utf8
 from lit_fast.errors import UserError
 
 # Tried in this order, without regard to case.
@@ -33,22 +33,6 @@ NO_TEXT = "no caption and no label"
 NO_KEY = "no key"
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns of one source; "" or empty = it has none."""
-
-    image: str = ""
-    captions: tuple[tuple[str, str], ...] = ()  # (language or "", column)
-    key: str = ""
-    label: str = ""
-    language: str = ""
-
-    def names(self) -> list[str]:
-        """Return all columns but the image's, each once."""
-        names = [*(name for _, name in self.captions), self.key, self.label, self.language]
-        return [name for name in dict.fromkeys(names) if name]
-
-
 class ParsedRow(NamedTuple):
     """The captions and the label of one row."""
 
@@ -57,17 +41,26 @@ class ParsedRow(NamedTuple):
     label: int = -1  # -1 = none
     problem: str = ""  # why this cannot be a row
 
+    def item(self, key: str, offset: int, size: int, problem: str = "", name: str = "") -> Sample | Skipped:
+        """Return the row of an image; where the image, the key or the row has a problem, a skipped entry.
 
-def choose_columns(
-    options: ColumnOptions, columns: Collection[str], where: str, *, image: bool = True
-) -> Columns:
-    """Return the columns that `options` name, and guess the others.
+        Args:
+          problem: that of the image or the key.
+          name: the name of a skipped entry without a key.
+        """
+        if problem := problem or self.problem:
+            return Skipped(key or name, problem)
+        return Sample(key, offset, size, self.captions, self.label, self.languages)
+
+
+def choose_columns(options: Columns, columns: Collection[str], where: str, *, image: bool = True) -> Columns:
+    """Return the columns that `options` name; guess the others.
 
     Raises:
       UserError: a name is not among `columns`; or, with `image`, there is no column for the image, or neither one for
         captions nor one for labels.
     """
-    for name in [*(n for _, n in options.captions), options.key, options.label, options.language]:
+    for name in options.names():
         require_column(name, columns, where)
     chosen = options.image
     if image:
@@ -90,7 +83,7 @@ def choose_columns(
         raise UserError(
             f"{where} has no column for captions or labels among {some(columns)}; name it with --captions or --label"
         )
-    return Columns(chosen, captions, key, label, options.language)
+    return replace(options, captions=captions, image=chosen, key=key, label=label)
 
 
 def require_column(name: str, columns: Collection[str], where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 
@@ -106,8 +105,9 @@ def _in_directory(directory: str) -> list[str]:
                 _refuse_several_splits(directory, {name(parent(f)) for f in found})
             return found
     _refuse_several_splits(directory, set(subdirectories))
-    if any(_has_images(join(directory, name)) for name in itertools.islice(subdirectories, 100)):
-        return [directory]
+    for folder in subdirectories[:100]:
+        if any(suffix(file) in IMAGE_SUFFIXES for file in list_names(join(directory, folder))[:1000]):
+            return [directory]
     raise UserError(
         f"source {directory}: there is no .tar, .parquet, .csv, .tsv, .jsonl or .array_record in this directory or "
         "one level below, and no folder of images per class"
@@ -135,10 +135,6 @@ def _of_one_format(directory: str, found: list[str]) -> list[str]:
             f"{directory.rstrip('/')}/*.tar"
         )
     return next(iter(files.values()), [])
-
-
-def _has_images(directory: str) -> bool:
-    return any(suffix(file) in IMAGE_SUFFIXES for file in list_names(directory)[:1000])
 
 
 def _braces(pattern: str) -> list[str]:

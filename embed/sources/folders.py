@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lit_fast.embed.sources.image_paths import image_size, relative_path
+from lit_fast.embed.sources.columns import ParsedRow
+from lit_fast.embed.sources.image_paths import find_image
 from lit_fast.embed.sources.interface import (
     IMAGE_SUFFIXES,
-    ColumnOptions,
+    Columns,
     Item,
     Layout,
-    Sample,
-    Skipped,
     is_utf8,
 )
 from lit_fast.errors import UserError
@@ -35,7 +34,7 @@ def class_folders(path: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_folder(path: str, options: ColumnOptions) -> Iterator[Item]:
+def read_folder(path: str, options: Columns) -> Iterator[Item]:
     """Yield one row per image file, at any depth below its class.
 
     Links to directories are not followed.
@@ -43,7 +42,7 @@ def read_folder(path: str, options: ColumnOptions) -> Iterator[Item]:
     Raises:
       UserError: a directory cannot be read, or `options` name columns.
     """
-    if options != ColumnOptions(images=options.images):
+    if options != Columns(images=options.images):
         raise UserError(
             f"{path} is a directory of classes and has no columns that options could name; leave them out"
         )
@@ -52,14 +51,7 @@ def read_folder(path: str, options: ColumnOptions) -> Iterator[Item]:
         try:
             for file in walk_files(join(path, folder)):
                 if suffix(file) in IMAGE_SUFFIXES:
-                    yield _sample(path, join(folder, file), label)
+                    key, size, problem = find_image(path, join(folder, file))
+                    yield ParsedRow(label=label).item(key, 0, size, problem)
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-
-
-def _sample(directory: str, name: str, label: int) -> Item:
-    path, problem = relative_path(directory, name)
-    size = 0
-    if not problem:
-        size, problem = image_size(directory, path)
-    return Skipped(path, problem) if problem else Sample(path, 0, size, (), label)

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.noise import is_noise
-from lit_fast.embed.sources import coco, folders, noise, parquet, records, tables, tars
+from lit_fast.embed.sources import coco, folders, parquet, records, tables, tars
 from lit_fast.embed.sources.benchmark import lines_near
-from lit_fast.embed.sources.interface import Format
+from lit_fast.embed.sources.interface import Columns, Format, Item, Layout, Sample
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_directory, open_read
 from lit_fast.storage.paths import is_url, name, parent, suffix
+
+_MAX_NOISE = 1 << 20  # images
+
+
+def read_noise(path: str, options: Columns) -> Iterator[Item]:
+    """Read `noise:N`: yield N rows of uniform random noise, without captions.
+
+    Raises:
+      UserError: the number of images is 0 or too large, or `options` name columns.
+    """
+    if options != Columns():
+        raise UserError(f"{path} is noise and has no columns that options could name; leave them out")
+    digits = path.partition(":")[2]
+    count = int(digits) if len(digits) < 20 else _MAX_NOISE + 1
+    if not 0 < count <= _MAX_NOISE:
+        raise UserError(f"source {path}: give a number of images from 1 to {_MAX_NOISE:,}")
+    yield Layout("noise")
+    for number in range(count):
+        yield Sample(f"noise-{number}", number, 0, ())
+
 
 FORMATS = {
     "tar": Format(tars.read_tar, (".tar",)),
@@ -21,7 +41,7 @@ FORMATS = {
     "coco": Format(coco.read_coco, (".json",)),
     "array_record": Format(records.read_records, (".array_record",), records.class_names),
     "folder": Format(folders.read_folder, class_names=folders.class_folders),
-    "noise": Format(noise.read_noise),
+    "noise": Format(read_noise),
 }
 
 _BY_SUFFIX = {suffix: format for format, entry in FORMATS.items() for suffix in entry.suffixes}

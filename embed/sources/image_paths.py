@@ -10,19 +10,23 @@ import os
 import posixpath
 
 from lit_fast.data.images.decode import MAX_IMAGE
-from lit_fast.embed.sources.interface import is_utf8
+from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import file_status, is_directory
-from lit_fast.storage.paths import is_url, join, parent
+from lit_fast.storage.paths import is_url, join, parent, suffix
 
 
-def image_directory(images: str, table: str) -> str:
-    """Return the directory of the paths in `table`: `images`, or else the table's own.
+def image_directory(options: Columns, table: str) -> str:
+    """Return the directory of the paths in `table`: that of `options`, or else the table's own.
 
     Raises:
-      UserError: there is no such directory.
+      UserError: there is no such directory, or `options` name a key.
     """
-    directory = images or parent(table)
+    if options.key:
+        raise UserError(
+            f"{table}: --key is not for tables of image files, where the path is the key; leave it out"
+        )
+    directory = options.images or parent(table)
     if is_url(directory):
         return directory.rstrip("/")
     directory = os.path.abspath(directory)
@@ -33,12 +37,31 @@ def image_directory(images: str, table: str) -> str:
     return directory
 
 
-def relative_path(directory: str, path: object) -> tuple[str, str]:
-    """Normalise a path in a table.
+def find_image(directory: str, path: object, default_suffix: str = "") -> tuple[str, int, str]:
+    """Normalise a path in a table and look the file up.
 
     Returns:
-      The path relative to the directory of images, and why it cannot be used ("" = it can).
+      The path relative to the directory of images, the bytes of the file (0 = remote), and why it cannot be used ("" =
+      it can).
     """
+    inner, problem = _relative_path(directory, path)
+    if problem:
+        return inner, 0, problem
+    inner = inner if suffix(inner) else inner + default_suffix
+    if is_url(directory):
+        return inner, 0, ""
+    try:
+        status = file_status(join(directory, inner))
+    except OSError:
+        return inner, 0, f"image file not found in {directory}"
+    if not status.is_file:
+        return inner, 0, "not a regular file"
+    if not status.size:
+        return inner, 0, "empty image file"
+    return inner, status.size, "image file above 256 MiB" if status.size > MAX_IMAGE else ""
+
+
+def _relative_path(directory: str, path: object) -> tuple[str, str]:
     if isinstance(path, list) and len(path) == 1:
         path = path[0]
     if isinstance(path, bytes):
@@ -56,18 +79,3 @@ def relative_path(directory: str, path: object) -> tuple[str, str]:
     if inner.startswith(("../", "/")) or inner in (".", ".."):
         return path, f"path outside {directory}"
     return inner, ""
-
-
-def image_size(directory: str, path: str) -> tuple[int, str]:
-    """Return the bytes of an image file (0 = remote), and the problem with it ("" = none)."""
-    if is_url(directory):
-        return 0, ""
-    try:
-        status = file_status(join(directory, path))
-    except OSError:
-        return 0, f"image file not found in {directory}"
-    if not status.is_file:
-        return 0, "not a regular file"
-    if not status.size:
-        return 0, "empty image file"
-    return status.size, "image file above 256 MiB" if status.size > MAX_IMAGE else ""

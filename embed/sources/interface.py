@@ -16,23 +16,28 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 @dataclass(frozen=True)
-class ColumnOptions:
-    """The options of `lit-fast index` that name columns or JSON keys; "" = guess."""
+class Columns:
+    """The columns, JSON keys or features of a source by their role.
+
+    As options of `lit-fast index`, "" or () = guess; of a source, it has none.
+    """
 
     captions: tuple[tuple[str, str], ...] = ()  # (language or "", name)
     image: str = ""
     key: str = ""
     label: str = ""
     language: str = ""
-    images: str = ""  # directory
+    images: str = ""  # directory of the image files; an option only
+
+    def names(self) -> list[str]:
+        """Return all columns but the image's, each once."""
+        names = [*(name for _, name in self.captions), self.key, self.label, self.language]
+        return [name for name in dict.fromkeys(names) if name]
 
     def as_options(self) -> tuple[str, ...]:
         """Return `name=value` for each option that was given."""
         captions = ",".join(f"{l}={n}" if l else n for l, n in self.captions)
-        given = {"captions": captions} | {
-            n: getattr(self, n) for n in ("image", "key", "label", "language", "images")
-        }
-        return tuple(f"{name}={value}" for name, value in given.items() if value)
+        return tuple(f"{n}={v}" for n, v in (vars(self) | {"captions": captions}).items() if v)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Damage:
 
 Item = Layout | Sample | Skipped | Damage
 
-Reader = Callable[[str, ColumnOptions], Iterator[Item]]
+Reader = Callable[[str, Columns], Iterator[Item]]
 """Read a source, given by its path or URL, lazily and once.
 
 A reader yields one `Layout` before the first `Sample`, then a `Sample` or a `Skipped` for every entry, in the order of

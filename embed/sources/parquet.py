@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_fast.data.images.parquet import ERRORS, check_row_group
-from lit_fast.embed.sources.columns import Columns, choose_columns, parse_key, parse_row
-from lit_fast.embed.sources.image_paths import image_directory, image_size, relative_path
-from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
-from lit_fast.embed.sources.tables import refuse_key
+from lit_fast.embed.sources.columns import choose_columns, parse_key, parse_row
+from lit_fast.embed.sources.image_paths import find_image, image_directory
+from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import name, parent
@@ -26,7 +25,7 @@ from lit_fast.storage.paths import name, parent
 _BATCH_ROWS = 1024
 
 
-def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
+def read_parquet(path: str, options: Columns) -> Iterator[Item]:
     """Yield all rows in order; a row without a key is named after its file and number.
 
     Raises:
@@ -40,10 +39,9 @@ def read_parquet(path: str, options: ColumnOptions) -> Iterator[Item]:
         except ERRORS:
             yield Damage(f"{path} is damaged or is not a parquet file")
             return
+        layout = Layout("parquet", image=columns.image)
         if is_path:
-            layout = Layout("folder", images=image_directory(options.images, path))
-        else:
-            layout = Layout("parquet", image=columns.image)
+            layout = Layout("folder", images=image_directory(options, path))
         yield layout
         wanted = columns.names() + ([columns.image] if is_path else [])
         for group in range(parquet.num_row_groups):
@@ -83,20 +81,14 @@ def read_row_group(parquet: pq.ParquetFile, group: int, columns: list[str]) -> I
 def _sample(
     path: str, values: dict[str, Any], group: int, number: int, layout: Layout, columns: Columns
 ) -> Item:
-    row = parse_row(values, columns)
     # With the directory, since the names of files repeat in other directories.
     own_key = f"{name(parent(path))}/{name(path)}/{group}/{number}"
-    key, problem, offset, size = own_key, "", group, number
+    row = parse_row(values, columns)
     if layout.kind == "folder":
-        offset, size = 0, 0
-        key, problem = relative_path(layout.images, _value(values, columns.image))
-        if not problem:
-            size, problem = image_size(layout.images, key)
-    elif columns.key:
-        key, problem = parse_key(values.get(columns.key))
-    if problem := problem or row.problem:
-        return Skipped(key or own_key, problem)
-    return Sample(key, offset, size, row.captions, row.label, row.languages)
+        key, size, problem = find_image(layout.images, _value(values, columns.image))
+        return row.item(key, 0, size, problem, own_key)
+    key, problem = parse_key(values.get(columns.key)) if columns.key else (own_key, "")
+    return row.item(key, group, number, problem, own_key)
 
 
 def _value(values: dict[str, Any], column: str) -> Any:
@@ -105,26 +97,27 @@ def _value(values: dict[str, Any], column: str) -> Any:
     return values[column] if column in values else (values.get(outer) or {}).get(inner)
 
 
-def _columns(path: str, options: ColumnOptions, parquet: pq.ParquetFile) -> Columns:
+def _columns(path: str, options: Columns, parquet: pq.ParquetFile) -> Columns:
     """Choose the columns; that of the image is dotted where it is a field of a struct."""
     schema = parquet.schema_arrow
     image, outer = "", options.image
-    if outer and outer not in schema.names:
-        outer, _, inner = options.image.partition(".")
-        kind = schema.field(outer).type if outer in schema.names else None
-        if kind is not None and pa.types.is_struct(kind) and kind.get_field_index(inner) >= 0:
-            image = options.image
-        else:
-            outer = options.image
+    if outer not in schema.names and _type_of(schema, outer) is not None:
+        image, outer = outer, outer.partition(".")[0]
     columns = choose_columns(replace(options, image=outer), schema.names, path)
     # The column of the image is not used for captions, even if its name is one of theirs.
     captions = tuple((language, name) for language, name in columns.captions if name != columns.image)
     image = image or _image_column(path, schema, columns.image, parquet)
-    columns = replace(columns, image=image, captions=captions)
-    if _is_path(path, schema, image):
-        refuse_key(options, path)
-        columns = replace(columns, key="")
-    return columns
+    return replace(columns, image=image, captions=captions)
+
+
+def _type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
+    """Return the type of a column, or of a field of a struct column; None if there is none."""
+    outer, _, inner = column.partition(".")
+    if column in schema.names or outer not in schema.names:
+        return schema.field(column).type if column in schema.names else None
+    struct = schema.field(outer).type
+    is_field = pa.types.is_struct(struct) and struct.get_field_index(inner) >= 0
+    return struct.field(inner).type if is_field else None
 
 
 def _image_column(path: str, schema: pa.Schema, column: str, parquet: pq.ParquetFile) -> str:
@@ -156,11 +149,7 @@ def _is_path(path: str, schema: pa.Schema, image: str) -> bool:
     Raises:
       UserError: it holds neither.
     """
-    if image in schema.names:
-        kind = schema.field(image).type
-    else:
-        outer, _, inner = image.partition(".")
-        kind = schema.field(outer).type.field(inner).type
+    kind: Any = _type_of(schema, image)
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):

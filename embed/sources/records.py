@@ -11,15 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from lit_fast.data.images.tf_examples import ERRORS, ExampleError, open_records, parse_example
-from lit_fast.embed.sources.columns import (
-    LABEL,
-    Columns,
-    choose_columns,
-    guess_column,
-    parse_key,
-    parse_row,
-)
-from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
+from lit_fast.embed.sources.columns import LABEL, choose_columns, guess_column, parse_key, parse_row
+from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
 from lit_fast.errors import first_line
 from lit_fast.storage.files import read_text
 from lit_fast.storage.paths import join, name, parent
@@ -27,7 +20,7 @@ from lit_fast.storage.paths import join, name, parent
 _RECORDS_PER_READ = 64
 
 
-def read_records(path: str, options: ColumnOptions) -> Iterator[Item]:
+def read_records(path: str, options: Columns) -> Iterator[Item]:
     """Yield one row per record; a row without a key is named after its file and number.
 
     Raises:
@@ -75,23 +68,19 @@ def class_names(path: str) -> tuple[str, ...]:
 
 
 def _sample(path: str, number: int, values: dict[str, Any], columns: Columns) -> Item:
-    row = parse_row(values, columns)
-    own_key = _own_key(path, number)
-    key, key_problem = parse_key(values.get(columns.key)) if columns.key else (own_key, "")
+    row, own_key = parse_row(values, columns), _own_key(path, number)
+    key, problem = parse_key(values.get(columns.key)) if columns.key else (own_key, "")
     image = values.get(columns.image)
-    problem = key_problem or row.problem
-    if not problem and not (image and isinstance(image[0], bytes) and image[0]):
-        problem = f"no image in {columns.image}"
-    if problem:
-        return Skipped(key or own_key, problem)
-    return Sample(key, number, 0, row.captions, row.label, row.languages)
+    if not (image and isinstance(image[0], bytes) and image[0]):
+        problem = problem or row.problem or f"no image in {columns.image}"
+    return row.item(key, number, 0, problem, own_key)
 
 
 def _own_key(path: str, number: int) -> str:
     return f"{name(parent(path))}/{name(path)}/{number}"
 
 
-def _columns(path: str, options: ColumnOptions, values: dict[str, Any]) -> Columns:
+def _columns(path: str, options: Columns, values: dict[str, Any]) -> Columns:
     names, typed = list(values), _typed_features(path)
     image = options.image or guess_column(typed.get("Image", []), names)
     label = options.label or guess_column(typed.get("ClassLabel", []), names)

@@ -13,17 +13,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import IO, Any
 
-from lit_fast.embed.sources.columns import IMAGE, PATHS, Columns, choose_columns, guess_column, parse_row
-from lit_fast.embed.sources.image_paths import image_directory, image_size, relative_path
-from lit_fast.embed.sources.interface import (
-    MAX_CAPTION,
-    ColumnOptions,
-    Damage,
-    Item,
-    Layout,
-    Sample,
-    Skipped,
-)
+from lit_fast.embed.sources.columns import IMAGE, PATHS, choose_columns, guess_column, parse_row
+from lit_fast.embed.sources.image_paths import find_image, image_directory
+from lit_fast.embed.sources.interface import MAX_CAPTION, Columns, Damage, Item, Layout, Skipped
 from lit_fast.errors import UserError
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import suffix
@@ -31,13 +23,13 @@ from lit_fast.storage.paths import suffix
 MAX_LINE = 16 << 20  # characters
 
 
-def read_table(path: str, options: ColumnOptions) -> Iterator[Item]:
+def read_table(path: str, options: Columns) -> Iterator[Item]:
     """Yield one row per line; the caller merges repeats of an image.
 
     Raises:
       UserError: the file cannot be read, or lacks a column.
     """
-    directory = image_directory(options.images, path)
+    directory = image_directory(options, path)
     yield Layout("folder", images=directory)
     columns: Columns | None = None
     for number, values in read_lines(path):
@@ -45,17 +37,9 @@ def read_table(path: str, options: ColumnOptions) -> Iterator[Item]:
             yield Skipped(f"line {number}", values)
             continue
         columns = columns or _columns(path, options, list(values))
-        image, problem = relative_path(directory, values.get(columns.image))
-        if columns.image == "image/key" and not suffix(image):
-            image += ".jpg"  # Crossmodal-3600 omits it
-        size = 0
-        if not problem:
-            size, problem = image_size(directory, image)
-        row = parse_row(values, columns)
-        if problem := problem or row.problem:
-            yield Skipped(image or f"line {number}", problem)
-        else:
-            yield Sample(image, 0, size, row.captions, row.label, row.languages)
+        default_suffix = ".jpg" if columns.image == "image/key" else ""  # Crossmodal-3600 omits it
+        key, size, problem = find_image(directory, values.get(columns.image), default_suffix)
+        yield parse_row(values, columns).item(key, 0, size, problem, f"line {number}")
     if columns is None:
         yield Damage(f"{path} has no rows")
 
@@ -75,18 +59,9 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def refuse_key(options: ColumnOptions, where: str) -> None:
-    """Raise UserError if `options` name a key: that of an image file is its path."""
-    if options.key:
-        raise UserError(
-            f"{where}: --key is not for tables of image files, where the path is the key; leave it out"
-        )
-
-
-def _columns(path: str, options: ColumnOptions, names: list[str]) -> Columns:
-    refuse_key(options, path)
+def _columns(path: str, options: Columns, names: list[str]) -> Columns:
     image = options.image or guess_column((*PATHS, *IMAGE), names)
-    return replace(choose_columns(replace(options, image=image), names, path), key="")
+    return choose_columns(replace(options, image=image), names, path)
 
 
 def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:

@@ -10,19 +10,18 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from lit_fast.data.images.decode import MAX_IMAGE
 from lit_fast.embed.sources.benchmark import lines_near
-from lit_fast.embed.sources.columns import Columns, choose_columns, parse_key, parse_row
+from lit_fast.embed.sources.columns import choose_columns, parse_key, parse_row
 from lit_fast.embed.sources.interface import (
     IMAGE_SUFFIXES,
-    ColumnOptions,
+    Columns,
     Damage,
     Item,
     Layout,
-    Sample,
     Skipped,
     is_utf8,
 )
@@ -49,7 +48,7 @@ class _Members:
     problem: str = ""  # why this cannot be a row
 
 
-def read_tar(path: str, options: ColumnOptions) -> Iterator[Item]:
+def read_tar(path: str, options: Columns) -> Iterator[Item]:
     """Yield all rows of a tar, in the order in which their keys first appear.
 
     `options` name keys of the `.json`, `txt`, `cls` or, for the image, a suffix. Beside a `dataset_type.txt` that says
@@ -83,10 +82,10 @@ def read_tar(path: str, options: ColumnOptions) -> Iterator[Item]:
 
 
 def _samples(
-    path: str, rows: dict[str, _Members], options: ColumnOptions, images: tuple[str, ...]
+    path: str, rows: dict[str, _Members], options: Columns, images: tuple[str, ...]
 ) -> Iterator[Item]:
     lines = lines_near(parent(path), "dataset_type.txt") == ("retrieval",)
-    named = any((options.captions, options.key, options.label, options.language))
+    named = bool(options.names())
     names: dict[str, None] = {}  # of all rows, in order
     suffixes = ".jpg, .jpeg, .png, .webp, .gif or .bmp" if images is IMAGE_SUFFIXES else images[0]
     for members in rows.values():
@@ -98,13 +97,10 @@ def _samples(
         if named:
             names |= dict.fromkeys(values)
         row = parse_row(values, _columns(values, options))
-        key, problem = members.key, row.problem
-        if options.key and not problem:
+        key = members.key
+        if options.key and not row.problem:
             key, problem = parse_key(values.get(options.key))
-        if problem:
-            yield Skipped(key or members.key, problem)
-        else:
-            yield Sample(key, members.offset, members.size, row.captions, row.label, row.languages)
+        yield row.item(key, members.offset, members.size, problem, members.key)
     if names:
         choose_columns(options, list(names), path, image=False)  # refuses a name that no row has
 
@@ -126,7 +122,7 @@ def _values(members: _Members, lines: bool) -> dict[str, Any]:
     return values
 
 
-def _columns(values: dict[str, Any], options: ColumnOptions) -> Columns:
+def _columns(values: dict[str, Any], options: Columns) -> Columns:
     """Return the named columns.
 
     By default these are the first of `captions`, `caption` and `txt` with a text, and `cls`.
@@ -140,7 +136,7 @@ def _columns(values: dict[str, Any], options: ColumnOptions) -> Columns:
                 captions = (("", name),)
                 break
     label = options.label or ("cls" if "cls" in values else "")
-    return Columns("", captions, options.key, label, options.language)
+    return replace(options, captions=captions, label=label)
 
 
 def _refuse_compressed(path: str, start: bytes) -> None:
@@ -181,7 +177,7 @@ def _members(file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo | str]:
         except (*_TAR_ERRORS, OSError):
             break
         if member is None or member.offset <= end or member.size < 0:
-            break  # a header that points backwards would be read for ever
+            break  # a header that points backwards would be read endlessly
         end = member.offset
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
         yield member
@@ -211,27 +207,24 @@ def _add_member(
     if suffix not in images and suffix not in _TEXT_SUFFIXES:
         return "", False
     row = rows.get(key) or rows.setdefault(key, _Members(key))
+    problem = ""
     if not member.isreg() or member.issparse():
-        row.problem = row.problem or "not a regular file (a link or the like)"
+        problem = "not a regular file (a link or the like)"
     elif suffix in images:
-        return key, _add_image(row, member)
+        if row.offset >= 0:
+            return key, True
+        row.offset, row.size = member.offset_data, member.size
+        if member.size == 0:
+            problem = "empty image file"
+        elif member.size > MAX_IMAGE:
+            problem = "image file above 256 MiB"
+        elif not is_utf8(key):
+            problem = "file name is not UTF-8"
     elif suffix not in row.texts:
         if member.size > _MAX_TEXT:
-            row.problem = row.problem or f"{suffix} above 1 MiB"
+            problem = f"{suffix} above 1 MiB"
         else:
             file.seek(member.offset_data)
             row.texts[suffix] = file.read(member.size)
+    row.problem = row.problem or problem
     return key, False
-
-
-def _add_image(row: _Members, member: tarfile.TarInfo) -> bool:
-    if row.offset >= 0:
-        return True
-    row.offset, row.size = member.offset_data, member.size
-    if member.size == 0:
-        row.problem = row.problem or "empty image file"
-    elif member.size > MAX_IMAGE:
-        row.problem = row.problem or "image file above 256 MiB"
-    elif not is_utf8(row.key):
-        row.problem = row.problem or "file name is not UTF-8"
-    return False

@@ -11,7 +11,7 @@ from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.shard_writer import journal_path
 from lit_fast.embed.verify.findings import Finding, finish_remedy, repair_remedy, some
 from lit_fast.embed.verify.sample import open_stored_tower, verify_sample
-from lit_fast.embed.verify.shard_scan import check_scan, scan_shard
+from lit_fast.embed.verify.shard_scan import scan_shard
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, remove
 from lit_fast.storage.paths import join
@@ -51,11 +51,11 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
     readable: list[Manifest] = []
     progress = Progress(f"verify {features.tower}", sum(m.rows for m in manifests), "rows")
     with ThreadPoolExecutor(min(4, cpu_count()), thread_name_prefix="verify") as pool:
-        scans = pool.map(lambda manifest: scan_shard(array, manifest), manifests)
-        for manifest, scan in zip(manifests, scans, strict=True):
-            yield from check_scan(features, manifest, scan, repair_remedy(features))
+        scans = pool.map(lambda manifest: scan_shard(features, array, manifest), manifests)
+        for manifest, (findings, is_readable) in zip(manifests, scans, strict=True):
+            yield from findings
             progress.advance(manifest.rows)
-            if not scan.unreadable:
+            if is_readable:
                 readable.append(manifest)
     progress.close()
     if sample and readable:

@@ -79,7 +79,7 @@ def verify_sample(
                 continue
             different.setdefault(row // SHARD, []).append(f"row {row:,}: {reason}")
     for shard, found in sorted(different.items()):
-        what = f"{len(found)} of the rows embedded again are not what is stored ({some(found)})"
+        what = f"{len(found)} of the rows embedded again differ from the stored ones ({some(found)})"
         yield Finding(part, what, repair_remedy(features), shard)
     if compared and not different:
         result(f"{part}: {compared} rows embedded again, smallest cosine {smallest:.6f}")

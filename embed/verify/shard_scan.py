@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import tensorstore as ts
@@ -17,44 +16,69 @@ import tensorstore as ts
 from lit_fast.data.dataset import BLOCK, decode_block
 from lit_fast.data.features import Features, Manifest
 from lit_fast.data.shards import tensorstore_reason
-from lit_fast.embed.verify.findings import Finding, some
+from lit_fast.embed.verify.findings import Finding, repair_remedy, some
 from lit_fast.errors import UserError
 
 _MAX_RUN = 32
 _MIN_VALID = 64  # blocks with fewer valid rows are not checked for equal halves
 
 
-@dataclass
-class ShardScan:
-    """Properties of the rows of a shard; positions are relative to its first row."""
+def scan_shard(features: Features, array: ts.TensorStore, manifest: Manifest) -> tuple[list[Finding], bool]:
+    """Read all blocks of a shard; TensorStore compares the checksums.
 
-    digest: str
-    hashes: np.ndarray  # uint64 [rows]
-    finite: np.ndarray  # bool [rows]
-    zero: np.ndarray  # bool [rows]
-    unreadable: list[int] = field(default_factory=list)  # first rows of blocks
-    reason: str = ""  # of the first unreadable block
+    Args:
+      array: `features.array()`.
 
-
-def scan_shard(array: ts.TensorStore, manifest: Manifest) -> ShardScan:
-    """Read all blocks of a shard; TensorStore compares the checksums."""
-    rows, hasher = manifest.rows, hashlib.blake2b(digest_size=16)
-    scan = ShardScan("", np.zeros(rows, np.uint64), np.ones(rows, bool), np.zeros(rows, bool))
+    Returns:
+      The findings, and whether every block can be read.
+    """
+    rows, first, hasher = manifest.rows, manifest.first, hashlib.blake2b(digest_size=16)
+    hashes = np.zeros(rows, np.uint64)
+    finite, readable = np.ones((2, rows), bool)
+    zero, invalid = np.zeros((2, rows), bool)
+    invalid[[r - first for r in manifest.invalid]] = True
+    unreadable: list[int] = []  # first rows of blocks
+    reason = ""  # of the first unreadable block
     for lo in range(0, rows, BLOCK):
         hi = min(lo + BLOCK, rows)
         try:
-            block = array[manifest.first + lo : manifest.first + hi].read().result()
+            block = array[first + lo : first + hi].read().result()
         except ValueError as error:
-            scan.unreadable.append(lo)
-            scan.reason = scan.reason or tensorstore_reason(error)
+            unreadable.append(first + lo)
+            readable[lo:hi] = False
+            reason = reason or tensorstore_reason(error)
             continue
         hasher.update(np.ascontiguousarray(block).view(np.uint8).data)
         bits = block.view(np.uint16)
-        scan.finite[lo:hi] = ((bits & 0x7F80) != 0x7F80).all(axis=1)
-        scan.zero[lo:hi] = ~(bits & 0x7FFF).any(axis=1)
-        scan.hashes[lo:hi] = row_hashes(bits)
-    scan.digest = hasher.hexdigest()
-    return scan
+        finite[lo:hi] = ((bits & 0x7F80) != 0x7F80).all(axis=1)
+        zero[lo:hi] = ~(bits & 0x7FFF).any(axis=1)
+        hashes[lo:hi] = row_hashes(bits)
+    damages = []
+    if unreadable:
+        damages.append(f"cannot be read, the blocks from row {some(unreadable)}: {reason}")
+    elif manifest.features and hasher.hexdigest() != manifest.features:
+        damages.append("does not hold the features that its manifest was written for")
+    for what, which in (
+        ("NaN or infinite", ~finite),
+        ("zero and not marked invalid", zero & ~invalid),
+        ("marked invalid and not zero", ~zero & invalid),
+    ):
+        wrong = (np.flatnonzero(which & readable) + first).tolist()
+        if wrong:
+            damages.append(f"{'row' if len(wrong) == 1 else 'rows'} {some(wrong)}: {what}")
+    valid = np.flatnonzero(readable & ~invalid & ~zero)
+    damages += _equal_neighbours(first + valid, hashes[valid])
+    part, remedy = f"features {features.tower}", repair_remedy(features)
+    findings = [Finding(part, damage, remedy, manifest.shard) for damage in damages]
+    _, inverse, counts = np.unique(hashes[valid], return_inverse=True, return_counts=True)
+    repeated = first + valid[counts[inverse] > 1]
+    if len(repeated):
+        keys = some(_keys(features, repeated[:6].tolist()))
+        note = (
+            f"{len(repeated):,} rows have the same features as another row, as equal images do (keys {keys})"
+        )
+        findings.append(Finding(part, note, shard=manifest.shard, wrong=False))
+    return findings, not unreadable
 
 
 def row_hashes(bits: np.ndarray) -> np.ndarray:
@@ -75,58 +99,23 @@ def row_hashes(bits: np.ndarray) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))).sum(axis=1, dtype=np.uint64)
 
 
-def check_scan(features: Features, manifest: Manifest, scan: ShardScan, remedy: str) -> Iterator[Finding]:
-    """Yield the findings on a scanned shard; `remedy` is that for damage."""
-    part, shard, first = f"features {features.tower}", manifest.shard, manifest.first
-    invalid = np.zeros(manifest.rows, bool)
-    invalid[[r - first for r in manifest.invalid]] = True
-    readable = np.ones(manifest.rows, bool)
-    for lo in scan.unreadable:
-        readable[lo : lo + BLOCK] = False
-    if scan.unreadable:
-        blocks = some(first + lo for lo in scan.unreadable)
-        what = f"cannot be read, the blocks from row {blocks}: {scan.reason}"
-        yield Finding(part, what, remedy, shard)
-    elif manifest.features and scan.digest != manifest.features:
-        what = "does not hold the features that its manifest was written for"
-        yield Finding(part, what, remedy, shard)
-    for what, which in (
-        ("NaN or infinite", ~scan.finite),
-        ("zero and not marked invalid", scan.zero & ~invalid),
-        ("marked invalid and not zero", ~scan.zero & invalid),
-    ):
-        rows = (np.flatnonzero(which & readable) + first).tolist()
-        if rows:
-            yield Finding(part, f"{'row' if len(rows) == 1 else 'rows'} {some(rows)}: {what}", remedy, shard)
-    yield from _check_repeats(features, manifest, scan, readable & ~invalid & ~scan.zero, remedy)
+def _equal_neighbours(rows: np.ndarray, hashes: np.ndarray) -> Iterator[str]:
+    """Yield the damage that equal features of many neighbours show.
 
-
-def _check_repeats(
-    features: Features, manifest: Manifest, scan: ShardScan, valid: np.ndarray, remedy: str
-) -> Iterator[Finding]:
-    part, shard, first = f"features {features.tower}", manifest.shard, manifest.first
-    positions = np.flatnonzero(valid)
-    hashes = scan.hashes[positions]
+    Args:
+      rows: int `[n]`, ascending rows of the dataset.
+      hashes: uint64 `[n]`, the hashes of their features.
+    """
     ends = np.flatnonzero(np.append(hashes[1:] != hashes[:-1], True))
     lengths = np.diff(ends, prepend=-1)
     if len(lengths) and lengths.max() >= _MAX_RUN:
         last = ends[lengths.argmax()]
-        span = f"{first + positions[last - lengths.max() + 1]:,} to {first + positions[last]:,}"
-        yield Finding(part, f"rows {span} all have the same features", remedy, shard)
-    for lo in range(0, manifest.rows, BLOCK):
-        block = hashes[(positions >= lo) & (positions < lo + BLOCK)]
-        most = np.unique(block, return_counts=True)[1].max(initial=0)
+        yield f"rows {rows[last - lengths.max() + 1]:,} to {rows[last]:,} all have the same features"
+    for number in np.unique(rows // BLOCK):
+        block = hashes[rows // BLOCK == number]
+        most = np.unique(block, return_counts=True)[1].max()
         if len(block) >= _MIN_VALID and most > len(block) / 2:
-            what = f"{most:,} of {len(block):,} rows from row {first + lo:,} on have the same features"
-            yield Finding(part, what, remedy, shard)
-    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    repeated = positions[counts[inverse] > 1]
-    if len(repeated):
-        keys = some(_keys(features, (first + repeated[:6]).tolist()))
-        what = (
-            f"{len(repeated):,} rows have the same features as another row, as equal images do (keys {keys})"
-        )
-        yield Finding(part, what, shard=shard, wrong=False)
+            yield f"{most:,} of {len(block):,} rows from row {number * BLOCK:,} on have the same features"
 
 
 def _keys(features: Features, rows: list[int]) -> list[str]:

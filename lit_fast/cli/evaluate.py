@@ -79,11 +79,7 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
         "--average", action="store_true", help="evaluate the average of the weights, if the run has one"
     )
 
-    def run(args: argparse.Namespace) -> None:
-        enable_compilation_cache()
-        _evaluate(args)
-
-    return run
+    return _evaluate
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -145,6 +141,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         few_shot.append(result | {"train_dataset": next(names), "dataset": next(names)})
 
     # --- zero-shot and retrieval
+    enable_compilation_cache()
     run = open_run(args.run, args.step, args.average)
     model = {"model": run.name, "pretrained": f"step {run.step}{' average' * args.average}"}
     results, page = [], []

@@ -9,7 +9,7 @@ from lit_fast.config import sections, settings
 from lit_fast.config_io import describe
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, json_bytes, local_path, write_atomic
-from lit_fast.storage.paths import StrPath, absolute, parent
+from lit_fast.storage.paths import StrPath, absolute, join, parent
 
 
 def check_output(location: StrPath | None, option: str = "--json") -> None:
@@ -76,7 +76,6 @@ def enable_compilation_cache() -> None:
     import jax
 
     from lit_fast.storage.cache import cache_directory
-    from lit_fast.storage.paths import join
 
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", join(cache_directory(), "compiled"))

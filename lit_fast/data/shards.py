@@ -16,7 +16,7 @@ import numpy as np
 
 from lit_fast.data.dataset import BLOCK, SHARD
 from lit_fast.errors import UserError, first_line
-from lit_fast.storage.files import read_into, read_tail
+from lit_fast.storage.files import read_into, read_range, size
 from lit_fast.storage.paths import join, parent
 
 READ_THREADS = 8  # concurrent reads that a local disk needs
@@ -102,9 +102,11 @@ class BlockReader:
 
 def _read_index(file: str) -> np.ndarray:
     """Return the offset and length of every block of a shard, uint64 `[blocks, 2]`."""
-    data = np.frombuffer(read_tail(file, 16 * _BLOCKS + _CHECKSUM), np.uint8)
-    if len(data) < 16 * _BLOCKS + _CHECKSUM:
+    end = size(file)
+    start = end - 16 * _BLOCKS - _CHECKSUM
+    if start < 0:
         raise ValueError(f"{file} is too short for an index")
+    data = np.frombuffer(read_range(file, start, end), np.uint8)
     index, checksum = data[:-_CHECKSUM], data[-_CHECKSUM:]
     if google_crc32c.value(index) != int(checksum.copy().view("<u4")[0]):
         raise ValueError(f"{file} has the wrong crc32c in its index")

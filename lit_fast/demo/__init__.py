@@ -1,1 +1,1 @@
-"""The demo: the commands from `index` to `eval` on drawn pictures."""
+"""Run the commands from `index` to `eval` on drawn pictures."""

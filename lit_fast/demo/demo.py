@@ -1,4 +1,4 @@
-"""The demo: all commands from `index` to `eval`, on pictures that it draws itself.
+"""Run all commands, from `index` to `eval`, on drawn pictures.
 
 Training scenes, and held-out scenes whose combinations of colour and shape occur in no training scene, are written as
 tar files; a small vision tower of this package embeds them; a text tower is trained on four simulated devices. Nothing
@@ -12,7 +12,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib import resources
 
 from lit_fast.errors import UserError
@@ -28,7 +27,9 @@ _FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
 
 
 def run_demo(out: StrPath) -> None:
-    """Run all commands below `out` and write `out/index.html`; existing results are kept.
+    """Run all commands below `out` and write `out/index.html`.
+
+    Existing results are kept.
 
     Raises:
       UserError: `out` cannot be written, or a command failed and printed the reason.
@@ -68,7 +69,7 @@ def demo_commands(out: StrPath) -> list[list[str]]:
 
 
 def as_typed(command: list[str]) -> str:
-    """Return a command as a user types it, with paths relative to the current directory."""
+    """Return a command as typed, with paths relative to the current directory."""
     simulated = f"XLA_FLAGS={_FOUR_DEVICES} " if command[0] == "train" else ""
     here = join(os.getcwd(), "")
     return f"{simulated}lit-fast {shlex.join(argument.removeprefix(here) for argument in command)}"
@@ -87,7 +88,7 @@ def run_command(command: list[str]) -> None:
     process = subprocess.Popen([sys.executable, "-m", "lit_fast", *command], env=env)
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # the command got it as well and is saving its work
+    except KeyboardInterrupt:  # the command received it too and saves its work
         process.wait()
         raise
     except SystemExit:
@@ -106,18 +107,16 @@ def draw_scenes(scenes: str) -> None:
     from lit_fast.demo.scenes import KNOWN, NOVEL
     from lit_fast.demo.tars import write_captioned, write_classification
 
-    writers: dict[str, Callable[[str], None]] = {
-        "train": lambda path: write_captioned(path, TRAIN_SCENES, 0, KNOWN),
-        "retrieval": lambda path: write_captioned(path, RETRIEVAL_SCENES, 1, NOVEL),
-        "zeroshot": lambda path: write_classification(path, ZERO_SHOT_SCENES, 2, NOVEL),
-    }
-    for name, write in writers.items():
+    for name, write, count, seed, pairs in (
+        ("train", write_captioned, TRAIN_SCENES, 0, KNOWN),
+        ("retrieval", write_captioned, RETRIEVAL_SCENES, 1, NOVEL),
+        ("zeroshot", write_classification, ZERO_SHOT_SCENES, 2, NOVEL),
+    ):
         directory = join(scenes, name)
-        if exists(directory):
-            continue
-        status(f"drawing scenes into {directory}")
-        with replacing_directory(directory) as temporary:
-            write(temporary)
+        if not exists(directory):
+            status(f"drawing scenes into {directory}")
+            with replacing_directory(directory) as temporary:
+                write(temporary, count, seed, pairs)
 
 
 def _write_page(out: StrPath, page: str, commands: list[str], seconds: float | None) -> None:

@@ -1,4 +1,7 @@
-"""Draw scenes with PIL; positions, sizes, angles, hues, backgrounds and noise vary with every picture."""
+"""Draw scenes with PIL.
+
+Positions, sizes, angles, hues, backgrounds and noise are random.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from lit_fast.demo.scenes import BACKGROUNDS, COLOURS, COUNTS, PLACES, SIZE, Sce
 
 @dataclass(frozen=True)
 class Spot:
-    """One drawn shape: the number of its thing, its centre and its half width, in pixels."""
+    """The index of a thing, and the centre and half width of one of its shapes in pixels."""
 
     thing: int
     x: float
@@ -25,7 +28,7 @@ class Spot:
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw the scene as a 64 x 64 RGB picture; positions, sizes, angles, hues and noise vary with `rng`."""
+    """Draw the scene as a 64 x 64 RGB picture, at random positions."""
     return draw(scene, arrange(scene, rng), rng)
 
 
@@ -89,7 +92,7 @@ def _background(colour: tuple[int, ...], rng: random.Random) -> Image.Image:
 
 @functools.cache
 def _shades() -> tuple[Image.Image, ...]:
-    """Return masks that mix two shades: flat, gradients in sixteen directions, clouds, stripes."""
+    """Return masks that mix two shades: flat, gradients, stripes and clouds."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE - 0.5
     fields = [np.zeros_like(x)] * 8
@@ -106,7 +109,7 @@ def _shades() -> tuple[Image.Image, ...]:
 
 @functools.cache
 def _noise() -> tuple[Image.Image, ...]:
-    """Return noise of several strengths around 128, twice as wide as a picture, for random crops."""
+    """Return noise around 128, twice as wide as a picture, for random crops."""
     rng = np.random.default_rng(1)
     tiles = []
     for sigma in (2, 4, 6, 8, 10, 12):
@@ -117,7 +120,7 @@ def _noise() -> tuple[Image.Image, ...]:
 
 @functools.cache
 def _mask(shape: str, fill: str, diameter: int, angle: int) -> Image.Image:
-    """Return the 8-bit coverage of one shape, drawn at eight times the size and averaged."""
+    """Return the 8-bit coverage of a shape, drawn at 8 times the size and averaged."""
     scale = 8
     side = diameter + 4  # space for corners after the rotation
     canvas = Image.new("L", (side * scale, side * scale))

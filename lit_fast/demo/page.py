@@ -1,4 +1,4 @@
-"""The demo's result as one HTML page: figures, curves, pictures found by sentences, confusions."""
+"""Render the demo's results as one HTML page."""
 
 from __future__ import annotations
 
@@ -75,19 +75,21 @@ def build_page(
 
 
 def curves(metrics: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> list[Series]:
-    """Return the evaluations during training as lines, with the chance levels of the results."""
+    """Return the metrics of `_CURVES` over the steps, with their chance levels."""
     chances = {f"{r['dataset']}/{metric}": chance for r in results for metric, chance in r["chance"].items()}
-    out = []
-    for name, chance in chances.items():
-        label = _CURVES.get(name.rpartition("/")[2])
-        points = curve(list(metrics), name)
-        if points and label:
-            out.append(Series(label, points, chance))
-    return out
+    return [
+        Series(label, points, chance)
+        for name, chance in chances.items()
+        if (label := _CURVES.get(name.rpartition("/")[2])) and (points := curve(list(metrics), name))
+    ]
 
 
 def gallery(run: Run, path: StrPath) -> tuple[list[Query], list[Query]]:
-    """Draw sentences that found their own picture first, and sentences that did not; one per picture."""
+    """Sample sentences, at most one per picture.
+
+    Returns:
+      The sentences whose own picture is the nearest, and the other sentences.
+    """
     dataset = open_dataset(path)
     read = ImageReader(dataset).read_or_none
     rows, images = run.image_embeddings(dataset)
@@ -108,7 +110,7 @@ def gallery(run: Run, path: StrPath) -> tuple[list[Query], list[Query]]:
 
 
 def confusions(run: Run, path: StrPath) -> list[tuple[str, dict[str, float]]]:
-    """Return each class with the shares of its images by predicted class, largest first."""
+    """Return, per class, the shares of the predicted classes, largest first."""
     dataset = open_dataset(path)
     rows, images = run.image_embeddings(dataset)
     labels = np.concatenate([np.array(block.labels) for block in dataset.iter_blocks()])[rows]

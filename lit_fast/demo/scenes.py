@@ -74,14 +74,17 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The facts that captions state; jitter, shading and noise are added by `lit_fast.demo.drawing`."""
+    """The facts that captions state; `lit_fast.demo.drawing` adds random details."""
 
     things: tuple[Thing, ...]
     background: str
 
 
 def sample(rng: random.Random, pairs: Sequence[Pair] = KNOWN, kinds: int = 0) -> Scene:
-    """Draw a scene of `kinds` things (0: one, two or three) with colour-shape pairs from `pairs`."""
+    """Sample a scene of `kinds` things with colours and shapes of `pairs`.
+
+    If `kinds` is 0, the number is random: one, two or three.
+    """
     kinds = kinds or rng.choices((1, 2, 3), (3, 5, 2))[0]
     if kinds == 1:
         places = [rng.choice(tuple(PLACES))]
@@ -101,9 +104,10 @@ def sample(rng: random.Random, pairs: Sequence[Pair] = KNOWN, kinds: int = 0) ->
 
 
 def captions(scene: Scene, rng: random.Random, count: int = 3, complete: bool = False) -> list[str]:
-    """Return `count` true sentences about the scene; the first is complete, all of them if `complete`.
+    """Return `count` true sentences about the scene.
 
-    An incomplete caption omits the background, a size, a fill, the places or a whole thing.
+    The first is complete; with `complete` all of them are. An incomplete caption omits the background, a size, a fill,
+    the places or a whole thing.
     """
     out: list[str] = []
     while len(out) < count:
@@ -120,10 +124,10 @@ def _sentence(scene: Scene, rng: random.Random, full: bool) -> str:
         things = [rng.choice(things)]
     detail = 1.0 if full else 0.6
     phrases = {t: _phrase(t, rng, detail) for t in things}
-    if len(things) == 1 and len(scene.things) == 1:
-        body = _single(things[0], phrases[things[0]], rng, full)
-    elif len(things) == 1:
+    if len(things) == 1:
         body = phrases[things[0]]
+        if len(scene.things) == 1 and (full or rng.random() >= 0.4):
+            body += f" {_where(things[0].place, rng)}"
     elif len(things) == 2:
         body = _double(things[0], things[1], phrases, rng, full)
     else:
@@ -156,12 +160,6 @@ def _where(place: str, rng: random.Random, brief: bool = False) -> str:
     if place in ("left", "right"):
         return rng.choice((f"on the {place}", f"on the {place} side"))
     return "in the middle" if place == "middle" else f"at the {place}"
-
-
-def _single(thing: Thing, phrase: str, rng: random.Random, full: bool) -> str:
-    if not full and rng.random() < 0.4:
-        return phrase
-    return f"{phrase} {_where(thing.place, rng)}"
 
 
 def _double(first: Thing, second: Thing, phrases: dict[Thing, str], rng: random.Random, full: bool) -> str:

@@ -1,4 +1,4 @@
-"""Write scenes as tar files, in the layouts of img2dataset (captions) and CLIP_benchmark (classes)."""
+"""Write scenes as tar files in the layouts of img2dataset and CLIP_benchmark."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lit_fast.demo.scenes import NOVEL, PAIRS, Pair, Scene, captions, sample
 from lit_fast.storage.files import local_path, make_directory, write_atomic
 from lit_fast.storage.paths import StrPath, join
 
+PER_TAR = 2048  # scenes
+
 # No article: "an orange star".
 TEMPLATES = ("one {c}", "one small {c}", "one large {c}", "one striped {c}", "a picture of one {c}")
 
 
-def write_captioned(
-    directory: StrPath, scenes: int, seed: int, pairs: Sequence[Pair], per_tar: int = 2048
-) -> None:
-    """Write `00000.tar`, ... with key.jpg, key.txt and key.json (all captions) per scene, as img2dataset does.
+def write_captioned(directory: StrPath, scenes: int, seed: int, pairs: Sequence[Pair]) -> None:
+    """Write captioned scenes in img2dataset's layout.
 
-    No two scenes have the same description. Scenes of `NOVEL` pairs, which are for retrieval, get complete captions
-    only.
+    The files are `00000.tar`, ... with key.jpg, key.txt and key.json (all captions) of each scene. No two scenes have
+    the same description. Scenes of `NOVEL` pairs, which are for retrieval, get complete captions only.
     """
     rng = random.Random(seed)
     used: set[Scene] = set()
     make_directory(directory)
-    for first in range(0, scenes, per_tar):
-        with tarfile.open(local_path(join(directory, f"{first // per_tar:05d}.tar")), "w") as tar:
-            for number in range(first, min(first + per_tar, scenes)):
+    for first in range(0, scenes, PER_TAR):
+        with tarfile.open(local_path(join(directory, f"{first // PER_TAR:05d}.tar")), "w") as tar:
+            for number in range(first, min(first + PER_TAR, scenes)):
                 while (scene := sample(rng, pairs)) in used:
                     pass
                 used.add(scene)
@@ -43,7 +43,7 @@ def write_captioned(
                 _add(tar, f"{number:09d}.json", json.dumps(meta).encode())
 
 
-def write_classification(directory: StrPath, scenes: int, seed: int, pairs: Sequence[Pair] = NOVEL) -> None:
+def write_classification(directory: StrPath, scenes: int, seed: int, pairs: Sequence[Pair]) -> None:
     """Write single-thing scenes in CLIP_benchmark's layout.
 
     The pictures show each of `pairs` equally often. The class names are all pairs, so a picture can also be taken for

@@ -78,8 +78,7 @@ def classifier(classnames: Sequence[str], templates: Sequence[str], embed_text: 
         texts = [t.replace("{}", name) for name in names[lo : lo + group] for t in templates]
         embedded = embed_text(texts)
         means.append(embedded.reshape(-1, len(templates), embedded.shape[1]).mean(axis=1))
-    classes = np.concatenate(means)
-    return normalize(classes)
+    return normalize(np.concatenate(means))
 
 
 def accuracy_table(ranks: np.ndarray, labels: np.ndarray) -> np.ndarray:

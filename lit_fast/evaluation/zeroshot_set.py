@@ -11,8 +11,7 @@ They come from the dataset, or from files:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,8 +47,8 @@ class ZeroShotSet:
     template_set: str
     row_of: np.ndarray
     class_of: np.ndarray
-    multilabel: bool = False
-    overrides: dict[str, str] = field(default_factory=dict)
+    multilabel: bool
+    overrides: dict[str, str]
 
 
 def zero_shot_set(
@@ -86,8 +85,15 @@ def zero_shot_set(
             "give one name per class, in the same order"
         )
     prompts = (read_lines(templates) if templates else dataset.templates) or ("{c}",)
-    _check_texts(dataset, classnames, canonical_names, names)
-    _check_texts(dataset, templates, canonical_templates, prompts)
+    for file, check, texts in (
+        (classnames, canonical_names, names),
+        (templates, canonical_templates, prompts),
+    ):
+        try:
+            check(texts)
+        except UserError as error:
+            origin = file or f"classnames.txt or templates of dataset {dataset.path}"
+            raise UserError(f"{origin}: {error}{'' if file else ', then index it again'}") from None
     row_of, class_of = _labels(dataset, labels)
     if len(class_of) and class_of.max() >= len(names):
         raise UserError(
@@ -103,19 +109,6 @@ def zero_shot_set(
     return ZeroShotSet(
         tuple(names), tuple(prompts), template_set, row_of, class_of, labels is not None, overrides
     )
-
-
-def _check_texts(
-    dataset: Dataset, file: StrPath | None, check: Callable[[Sequence[str]], Any], texts: Sequence[str]
-) -> None:
-    try:
-        check(texts)
-    except UserError as error:
-        if file:
-            raise UserError(f"{file}: {error}") from None
-        raise UserError(
-            f"classnames.txt or templates of dataset {dataset.path}: {error}, then index it again"
-        ) from None
 
 
 def _labels(dataset: Dataset, file: StrPath | None) -> tuple[np.ndarray, np.ndarray]:

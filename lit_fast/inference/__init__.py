@@ -1,1 +1,1 @@
-"""A trained model in use: load, classify, search."""
+"""Use a trained model: load, classify, search."""

@@ -35,18 +35,17 @@ def check_labels(labels: Sequence[str], templates: Sequence[str]) -> None:
 
 
 def expand_images(paths: Sequence[StrPath]) -> list[str]:
-    """Return files as they are, and the image files of directories, sorted by name.
+    """Replace each directory by its image files, sorted by name.
 
     Raises:
       UserError: a directory has no image files.
     """
     files: list[str] = []
     for path in paths:
-        if not is_directory(path):
-            files.append(str(path))
-            continue
-        inside = [join(path, name) for name in list_names(path) if suffix(name) in _SUFFIXES]
-        images = [file for file in inside if is_file(file)]
+        images = [str(path)]
+        if is_directory(path):
+            inside = [join(path, name) for name in list_names(path) if suffix(name) in _SUFFIXES]
+            images = [file for file in inside if is_file(file)]
         if not images:
             raise UserError(f"{path} has no image files ({', '.join(_SUFFIXES)}); name another directory")
         files += images
@@ -68,23 +67,27 @@ def classify(
       UserError: the vision tower's weights are absent, or see `check_labels`.
     """
     check_labels(labels, templates)
-    _ = model.tower  # raise an error about the tower here, not once per image
+    _ = model.tower  # if the tower cannot be loaded, fail here and not for each image
     classes = classifier(labels, templates, model.embed_text)
     scores = np.full((len(images), len(labels)), np.nan, np.float32)
     errors: dict[int, str] = {}
-    for start in range(0, len(images), _BATCH):
-        batch = range(start, min(start + _BATCH, len(images)))
-        embeddings: dict[int, np.ndarray] = {}
+
+    def score(batch: range) -> None:
+        """Score a batch; if an image of it cannot be used, score its halves."""
         try:
-            embeddings = dict(zip(batch, model.embed_image([images[i] for i in batch]), strict=True))
-        except UserError:  # an image of the batch cannot be used
-            for i in batch:
-                try:
-                    embeddings[i] = model.embed_image([images[i]])[0]
-                except UserError as error:
-                    errors[i] = str(error)
-        if embeddings:
-            scores[list(embeddings)] = model.compare(np.stack(list(embeddings.values())), classes)
+            embeddings = model.embed_image([images[i] for i in batch])
+        except UserError as error:
+            if len(batch) == 1:
+                errors[batch[0]] = str(error)
+                return
+            middle = len(batch) // 2
+            score(batch[:middle])
+            score(batch[middle:])
+        else:
+            scores[batch.start : batch.stop] = model.compare(embeddings, classes)
+
+    for start in range(0, len(images), _BATCH):
+        score(range(start, min(start + _BATCH, len(images))))
     return scores, errors
 
 
@@ -99,13 +102,12 @@ def format_scores(images: Sequence[StrPath], labels: Sequence[str], scores: np.n
     """Return a line for each image without error: name, labels by decreasing score."""
     lines = []
     width = max((len(str(image)) for image in images), default=0)
+    more = f" and {len(labels) - _MAX_SHOWN:,} more" if len(labels) > _MAX_SHOWN else ""
     for image, row in zip(images, scores, strict=True):
-        if np.isnan(row).any():
-            continue
-        order = np.argsort(-row, kind="stable")
-        best = ", ".join(f"{labels[i]} {100 * row[i]:.3g} %" for i in order[:_MAX_SHOWN])
-        more = f" and {len(labels) - _MAX_SHOWN:,} more" if len(labels) > _MAX_SHOWN else ""
-        lines.append(f"{image!s:{width}}  {best}{more}")
+        if not np.isnan(row).any():
+            order = np.argsort(-row, kind="stable")[:_MAX_SHOWN]
+            best = ", ".join(f"{labels[i]} {100 * row[i]:.3g} %" for i in order)
+            lines.append(f"{image!s:{width}}  {best}{more}")
     return "\n".join(lines)
 
 
@@ -113,11 +115,10 @@ def as_json(
     model: Model, images: Sequence[StrPath], labels: Sequence[str], scores: np.ndarray, errors: dict[int, str]
 ) -> dict[str, Any]:
     """Return the scores of all labels as a JSON object."""
-    entries: list[dict[str, Any]] = []
-    for i, (image, row) in enumerate(zip(images, scores, strict=True)):
-        if i in errors:
-            entries.append({"image": str(image), "error": errors[i]})
-        else:
-            entries.append({"image": str(image), "scores": dict(zip(labels, row.tolist(), strict=True))})
+    entries = [
+        {"image": str(image)}
+        | ({"error": errors[i]} if i in errors else {"scores": dict(zip(labels, row.tolist(), strict=True))})
+        for i, (image, row) in enumerate(zip(images, scores, strict=True))
+    ]
     kind = "share" if model.loss.name == "softmax" else "probability"
     return {"model": model.name, "step": model.step, "score": kind, "images": entries}

@@ -184,7 +184,7 @@ def _read_vision_tower(path: str, provenance: dict[str, Any]) -> Tower:
 
 
 def _is_trained_tower(tower: Tower, provenance: dict[str, Any]) -> bool:
-    """Whether a tower computes the features with this provenance."""
+    """Return whether a tower computes features of this provenance."""
     return bool(tower.provenance(provenance["dtype"])["identity"] == first_view(provenance))
 
 
@@ -213,7 +213,7 @@ def _read_params(path: str, shapes: Any, *, vision: bool) -> Params:
                 raise UserError(
                     f"{weights} does not match the files beside it: {name} {problem}; export the model again"
                 )
-        return nested(((name.removeprefix(prefix), file.take(name)) for name in expected), weights)
+        return nested({name.removeprefix(prefix): file.take(name) for name in expected}, weights)
 
 
 def _read_config(path: str, values: dict[str, Any]) -> Config:

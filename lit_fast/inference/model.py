@@ -1,4 +1,4 @@
-"""A trained model: embed images and texts, and score how well they match.
+"""Embed images and texts with a trained model, and score how well they match.
 
 model = lit_fast.load("runs/b8")  # a run, or a directory of `lit-fast export`
 model.score(["cat.jpg"], ["a cat", "a dog"])
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -89,7 +89,7 @@ class Model:
         """Return normalised embeddings float32 [n, width] of texts."""
         if isinstance(texts, str):
             raise UserError("texts is a single text; give a list of texts")
-        return self._run_text(self._params_on_devices, texts)
+        return self._run_text(texts)
 
     # The names of CLIP's methods.
     encode_image = embed_image
@@ -120,10 +120,9 @@ class Model:
         return compile_tower(self.tower, self.tower_json["dtype"])
 
     @cached_property
-    def _run_text(self) -> Callable[[Params, Sequence[str]], np.ndarray]:
+    def _run_text(self) -> Callable[[Sequence[str]], np.ndarray]:
+        mesh = make_mesh(jax.local_devices())
         module = text_tower(self.config, self.tokenizer, self.width)
-        return text_embedder(module, self.tokenizer, make_mesh(jax.local_devices()))
-
-    @cached_property
-    def _params_on_devices(self) -> Params:
-        return jax.device_put(self.params, replicated(make_mesh(jax.local_devices())))
+        return partial(
+            text_embedder(module, self.tokenizer, mesh), jax.device_put(self.params, replicated(mesh))
+        )

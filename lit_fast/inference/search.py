@@ -31,34 +31,6 @@ class Hit:
     captions: tuple[str, ...]
 
 
-class _Nearest:
-    """The best rows of every query so far, by decreasing cosine.
-
-    Unfilled entries have the cosine -inf.
-
-    Attributes:
-      rows: int64 [queries, top].
-      cosines: float32 [queries, top].
-    """
-
-    def __init__(self, num_queries: int, top: int) -> None:
-        self.rows = np.zeros((num_queries, top), np.int64)
-        self.cosines = np.full((num_queries, top), -np.inf, np.float32)
-
-    def update(self, rows: np.ndarray, cosines: np.ndarray) -> None:
-        """Add rows int64 [n] with cosines float32 [n, queries].
-
-        Rows must be greater than all rows before.
-        """
-        changed = np.flatnonzero(cosines.max(axis=0, initial=-np.inf) > self.cosines[:, -1])
-        new_rows = np.broadcast_to(rows, (len(changed), len(rows)))
-        rows = np.concatenate([self.rows[changed], new_rows], axis=1)
-        cosines = np.concatenate([self.cosines[changed], cosines.T[changed]], axis=1)
-        order = np.argsort(-cosines, axis=1, kind="stable")[:, : self.rows.shape[1]]
-        self.rows[changed] = np.take_along_axis(rows, order, axis=1)
-        self.cosines[changed] = np.take_along_axis(cosines, order, axis=1)
-
-
 def search(
     features: Features, queries: np.ndarray, top: int, embed: Callable[[np.ndarray], np.ndarray]
 ) -> list[list[tuple[int, float]]]:
@@ -89,6 +61,9 @@ def search(
     top = min(top, int(valid.sum()))
     if not top:
         return [[] for _ in queries]
+    # The best rows of every query so far and their cosines, by decreasing cosine; -inf where there are fewer.
+    best_rows = np.zeros((len(queries), top), np.int64)
+    best_cosines = np.full((len(queries), top), -np.inf, np.float32)
 
     def score_block(block: int) -> tuple[np.ndarray, np.ndarray]:
         stored = np.empty((BLOCK, features.views * features.width), BFLOAT16)
@@ -105,21 +80,29 @@ def search(
             )
         return rows, cosines
 
-    nearest = _Nearest(len(queries), top)
+    def keep_best(rows: np.ndarray, cosines: np.ndarray) -> None:
+        """Merge the rows [n] of the next block with their cosines [n, queries]."""
+        changed = np.flatnonzero(cosines.max(axis=0, initial=-np.inf) > best_cosines[:, -1])
+        rows = np.concatenate([best_rows[changed], np.tile(rows, (len(changed), 1))], axis=1)
+        cosines = np.concatenate([best_cosines[changed], cosines.T[changed]], axis=1)
+        order = np.argsort(-cosines, axis=1, kind="stable")[:, :top]
+        best_rows[changed] = np.take_along_axis(rows, order, axis=1)
+        best_cosines[changed] = np.take_along_axis(cosines, order, axis=1)
+
     pending: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(cpu_count(), thread_name_prefix="search")
     try:
         for block in range(features.dataset.blocks):
             pending.append(pool.submit(score_block, block))
             if len(pending) == _IN_FLIGHT:
-                nearest.update(*pending.popleft().result())
+                keep_best(*pending.popleft().result())
         while pending:
-            nearest.update(*pending.popleft().result())
+            keep_best(*pending.popleft().result())
     finally:
         pool.shutdown(cancel_futures=True)
     return [
-        list(zip(rows.tolist(), cosines.tolist(), strict=True))
-        for rows, cosines in zip(nearest.rows, nearest.cosines, strict=True)
+        list(zip(rows, cosines, strict=True))
+        for rows, cosines in zip(best_rows.tolist(), best_cosines.tolist(), strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The rows found by a search: a table for the terminal, JSON, and a page with the pictures."""
+"""Format the rows found by a search as a table, as JSON and as an HTML page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Answer:
 
 
 def format_answers(answers: Sequence[Answer], width: int) -> str:
-    """Return a table per query, cut at `width`: rank, cosine, probability, row, key and first caption."""
+    """Return a table per query, cut at `width` characters."""
     return "\n\n".join(f"{_heading(answer)}\n{_table(answer, width)}" for answer in answers)
 
 
@@ -57,7 +57,10 @@ def as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 
 def search_page(title: str, note: str, answers: Sequence[Answer], read: ReadImage) -> str:
-    """Render a page with the pictures that were found; `read` returns the image file of a row."""
+    """Render a page with the pictures that were found.
+
+    `read` returns the image file of a row.
+    """
     sections = []
     for answer in answers:
         figures = []
@@ -94,5 +97,5 @@ def _first_caption(hit: Hit) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return the text in one line without control characters, which a terminal would obey."""
+    """Return the text in one line without control characters."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

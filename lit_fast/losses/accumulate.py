@@ -1,7 +1,9 @@
 """Loss, gradients and logit statistics of all pairs, summed over the tiles of the ring.
 
 A loss formula (`PairLossFn`) maps one tile of pairs to its loss and the derivative by each logit. Gradients are formed
-in the same pass: nothing is stored for a backward pass, and no array of batch x batch exists.
+in the same pass: nothing is stored for a backward pass, and no array of batch x batch exists. Therefore a loss may
+depend on embeddings, temperature and bias only through `logits = scale * cosine + bias`; a weight that is computed from
+`PairTile.cosine` counts as a constant.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""HTML pages and the charts and galleries on them."""
+"""HTML pages with charts and galleries, and what `lit-fast info` and `compare` print."""

@@ -5,9 +5,9 @@ Examples are drawn from a fixed seed, so the same run gives the same page.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,11 +143,11 @@ def retrieval_section(
             pool.prefix + _shorten(pool.captions[i]),
             nearest_images(pool.images @ pool.texts[i], int(pool.owner[i]), pool.rows, read),
         )
-        for pool, i in _queries(pools, most, lambda pool: len(pool.texts))
+        for pool, i in _queries(pools, [len(pool.texts) for pool in pools], most)
     ]
     by_picture = [
         (Figure(thumbnail(read(int(pool.rows[i])))), _nearest_captions(pool, i))
-        for pool, i in _queries(pools, most, lambda pool: len(pool.images))
+        for pool, i in _queries(pools, [len(pool.images) for pool in pools], most)
     ]
     figures = [f for _, found in by_caption for f in found] + [f for f, _ in by_picture]
     title = results[0]["dataset"]
@@ -166,13 +166,12 @@ def few_shot_section(result: dict[str, Any]) -> Markup:
     return figures_section(f"{result['dataset']}: few-shot from {result['train_dataset']}", [result])
 
 
-def _queries(pools: Sequence[_Pool], most: int, size: Callable[[_Pool], int]) -> Iterator[tuple[_Pool, int]]:
+def _queries(pools: Sequence[_Pool], sizes: Sequence[int], most: int) -> list[tuple[_Pool, int]]:
     """Draw up to `most` queries, alternating between the pools."""
     generator = np.random.default_rng(0)  # one for all: languages of the same images draw different ones
-    drawn = [generator.permutation(size(pool))[:most].tolist() for pool in pools]
-    rounds = zip_longest(*drawn)
-    pairs = ((pool, i) for numbers in rounds for pool, i in zip(pools, numbers, strict=True) if i is not None)
-    return islice(pairs, most)
+    drawn = [generator.permutation(size)[:most].tolist() for size in sizes]
+    queries = [(pool, i) for numbers in zip_longest(*drawn) for pool, i in zip(pools, numbers, strict=True)]
+    return [(pool, i) for pool, i in queries if i is not None][:most]
 
 
 def _nearest_captions(pool: _Pool, image: int) -> list[tuple[str, str, bool]]:

@@ -42,20 +42,16 @@ def figures_table(results: Sequence[dict[str, Any]], groups: Sequence[str], clas
     """Return the figures of results, each below the heading of its group where that is not empty."""
     draws = any("seeds" in result for result in results)
     bars, interval = Cell(classes="bars"), Cell("95 % interval", "number range")
-    rows: list[tuple[str | Cell, ...]] = []
+    rows: list[list[str | Cell]] = []
     for group, result in zip(groups, results, strict=True):
         if group:
-            rows.append((group,))
+            rows.append([group])
         for name, value in result["metrics"].items():
             low, high = result["interval_95"][name]
             chance = result["chance"][name]
-            cells: list[str | Cell] = [
-                percent(value),
-                interval._replace(text=f"{100 * low:.1f} to {100 * high:.1f} %"),
-                percent(chance),
-            ]
+            row: list[str | Cell] = [Cell(LABELS.get(name, name), title=name), percent(value)]
             if draws:
-                cells.insert(1, ", ".join(f"{100 * v:.1f}" for v in result["seeds"][name]))
-            label = Cell(LABELS.get(name, name), title=name)
-            rows.append((label, *cells, bars._replace(bar=(value, chance))))
+                row.append(", ".join(f"{100 * v:.1f}" for v in result["seeds"][name]))
+            row.append(interval._replace(text=f"{100 * low:.1f} to {100 * high:.1f} %"))
+            rows.append([*row, percent(chance), bars._replace(bar=(value, chance))])
     return Table(("figure", "reached", *(["draws"] * draws), interval, "chance", bars), rows, classes)

@@ -12,7 +12,6 @@ digest of each tree is stored beside it and compared when it is read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, E
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import is_directory, list_names, local_path, make_directory, rename
 from lit_fast.storage.paths import StrPath, absolute, join, parent
+from lit_fast.utils.output import status
 
 # Orbax logs every save at INFO of the root logger, warns of absent sharding files, and prints tracebacks of
 # exceptions that it also raises.
@@ -133,19 +133,19 @@ def restore_params(
 
 
 def restore_last(
-    manager: ocp.CheckpointManager, read: Callable[[int], Any], warn: Callable[[str], None]
-) -> Any:
-    """Return `read(step)` of the newest step that is not damaged; None if there is none.
+    manager: ocp.CheckpointManager, abstract_trees: dict[str, Any]
+) -> tuple[int, dict[str, Any]] | None:
+    """Return the newest step that is not damaged and its trees; None if there is none.
 
     Damaged checkpoints are moved to W/damaged.
     """
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            return read(step)
+            return step, restore(manager, step, abstract_trees)[0]
         except DamagedCheckpointError as error:
             directory = str(manager.directory)
             damaged = join(parent(directory), "damaged")
-            warn(f"{error}; moved to {damaged}, continuing from the previous checkpoint")
+            status(f"warning: {error}; moved to {damaged}, continuing from the previous checkpoint")
             if jax.process_index() == 0:
                 make_directory(damaged)
                 rename(join(directory, str(step)), join(damaged, f"{step}-{len(list_names(damaged))}"))

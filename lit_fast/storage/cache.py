@@ -1,4 +1,4 @@
-"""The cache of downloaded files outside of the Hugging Face Hub: weights in buckets, labels, compiled programs."""
+"""The cache of files from buckets and web servers. Files of the Hugging Face Hub are in the Hub's own cache."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def cache_directory() -> str:
     return os.path.expanduser(directory)
 
 
-def cached_file(spec: str, url: str, place: str, sha256: str = "") -> str:
+def cached_file(spec: str, url: str, path_in_cache: str, sha256: str = "") -> str:
     """Return the path of a file in the cache, downloading it from `url` unless it is there.
 
     Args:
       spec: the name that the user gave, for messages.
       url: an http or https address.
-      place: the file's path within the cache.
+      path_in_cache: the file's path below the cache directory.
       sha256: its digest; "": it must have the MD5 that the server sends, if any.
 
     Raises:
       UserError: it cannot be downloaded, no request may be made, or it has another digest.
     """
-    path = join(cache_directory(), place)
+    path = join(cache_directory(), path_in_cache)
     if is_file(path):
         return path
-    by_hand = f"bring {url} and put it at {path}, or give the path of a local file"
+    action = f"download {url} to {path} on another machine, or give the path of a local file"
     if offline():
-        raise UserError(f"{spec} is not in the cache and no request may be made (offline); {by_hand}")
+        raise UserError(f"{spec} is not in the cache and no request may be made (offline); {action}")
     try:
         _download(url, path, sha256)
     except UserError as error:
-        raise UserError(f"{spec} cannot be downloaded: {error}; {by_hand}") from None
+        raise UserError(f"{spec} cannot be downloaded: {error}; {action}") from None
     return path
 
 

@@ -30,35 +30,38 @@ def local_path(location: StrPath) -> str:
     """Return the path of a local file or directory, for libraries that open files themselves.
 
     Raises:
-      UserError: the location is a URL.
+      UserError: the location is a URL, which would otherwise become a directory of that name.
     """
-    return _local(location)
+    location = os.fspath(location)
+    if is_url(location):
+        raise UserError(f"{location} is a URL, where only a local path can be used; give a path")
+    return location
 
 
 def exists(location: StrPath) -> bool:
     """Return whether there is a file or directory."""
-    return os.path.exists(_local(location))
+    return os.path.exists(local_path(location))
 
 
 def is_file(location: StrPath) -> bool:
     """Return whether there is a regular file."""
-    return os.path.isfile(_local(location))
+    return os.path.isfile(local_path(location))
 
 
 def is_directory(location: StrPath) -> bool:
     """Return whether there is a directory."""
-    return os.path.isdir(_local(location))
+    return os.path.isdir(local_path(location))
 
 
 def size(location: StrPath) -> int:
     """Return the bytes of a file; raises OSError where there is none."""
-    return os.path.getsize(_local(location))
+    return os.path.getsize(local_path(location))
 
 
 def directory_size(location: StrPath) -> int:
     """Return the bytes of all files below a directory; files that vanish meanwhile do not count."""
     total = 0
-    for directory, _, names in os.walk(_local(location)):
+    for directory, _, names in os.walk(local_path(location)):
         for name in names:
             with suppress(FileNotFoundError):
                 total += os.lstat(join(directory, name)).st_size
@@ -75,7 +78,7 @@ class FileStatus(NamedTuple):
 
 def file_status(location: StrPath) -> FileStatus:
     """Return the size and kind of a file or directory without opening it; raises OSError where it cannot be read."""
-    status = os.stat(_local(location))
+    status = os.stat(local_path(location))
     return FileStatus(status.st_size, stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode))
 
 
@@ -102,7 +105,7 @@ def size_and_etag(location: StrPath) -> tuple[int, str]:
 def list_names(location: StrPath) -> list[str]:
     """Return the names of the files and directories directly in a directory, sorted; [] where there is none."""
     try:
-        return sorted(os.listdir(_local(location)))
+        return sorted(os.listdir(local_path(location)))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -115,12 +118,12 @@ def match_files(pattern: StrPath) -> list[str]:
     """
     if is_url(pattern):
         return remote.listing(os.fspath(pattern))
-    return sorted(f for f in glob.glob(_local(pattern), recursive=True) if os.path.isfile(f))
+    return sorted(f for f in glob.glob(local_path(pattern), recursive=True) if os.path.isfile(f))
 
 
 def list_directories(location: StrPath) -> list[str]:
     """Return the names of the directories directly in a directory, sorted; raises OSError where there is none."""
-    with os.scandir(_local(location)) as entries:
+    with os.scandir(local_path(location)) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir())
 
 
@@ -134,7 +137,7 @@ def walk_files(location: StrPath) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise error
 
-    root = _local(location)
+    root = local_path(location)
     for directory, folders, names in os.walk(root, onerror=refuse):
         folders.sort()
         for name in sorted(names):
@@ -143,24 +146,24 @@ def walk_files(location: StrPath) -> Iterator[str]:
 
 def make_directory(location: StrPath) -> None:
     """Create a directory and those above it, unless it exists."""
-    os.makedirs(_local(location) or ".", exist_ok=True)
+    os.makedirs(local_path(location) or ".", exist_ok=True)
 
 
 def rename(source: StrPath, target: StrPath) -> None:
     """Move a file or directory within a file system; raises OSError."""
-    os.replace(_local(source), _local(target))
+    os.replace(local_path(source), local_path(target))
 
 
 def remove(location: StrPath) -> None:
     """Delete a file, if it is there."""
     with suppress(FileNotFoundError):
-        os.unlink(_local(location))
+        os.unlink(local_path(location))
 
 
 def remove_tree(location: StrPath) -> None:
     """Delete a directory with everything below it, if it is there."""
     with suppress(FileNotFoundError):
-        shutil.rmtree(_local(location))
+        shutil.rmtree(local_path(location))
 
 
 def open_read(location: StrPath) -> io.BufferedReader:
@@ -180,7 +183,7 @@ def open_read(location: StrPath) -> io.BufferedReader:
 
 def open_append(location: StrPath) -> IO[bytes]:
     """Open a local file for appending bytes, unbuffered; `sync` makes the written bytes durable."""
-    return open(_local(location), "a+b", buffering=0)
+    return open(local_path(location), "a+b", buffering=0)
 
 
 def sync(file: IO[bytes]) -> None:
@@ -191,7 +194,7 @@ def sync(file: IO[bytes]) -> None:
 
 def sync_path(location: StrPath) -> None:
     """Flush a file that another library wrote, or the entries of a directory, to the disk."""
-    descriptor = os.open(_local(location), os.O_RDONLY)
+    descriptor = os.open(local_path(location), os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -204,7 +207,7 @@ def replacing(location: StrPath) -> Iterator[str]:
 
     For libraries that write files themselves. After an exception the temporary file is deleted.
     """
-    path = _local(location)
+    path = local_path(location)
     make_directory(parent(path))
     temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
     try:
@@ -223,7 +226,7 @@ def replacing_directory(location: StrPath) -> Iterator[str]:
     `location` is absent or an empty directory. All files get the permissions of new files, whichever the library
     that wrote them chose. After an exception the temporary directory is deleted.
     """
-    path = absolute(_local(location))
+    path = absolute(local_path(location))
     make_directory(parent(path))
     temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
     remove_tree(temporary)
@@ -245,17 +248,17 @@ def replacing_directory(location: StrPath) -> Iterator[str]:
 def link_or_copy(source: StrPath, target: StrPath) -> None:
     """Make `target` the same file as `source`, or a copy where the file system has no hard links; raises OSError."""
     try:
-        os.link(_local(source), _local(target))
+        os.link(local_path(source), local_path(target))
     except FileNotFoundError:
         raise
     except OSError:
-        shutil.copyfile(_local(source), _local(target))
+        shutil.copyfile(local_path(source), local_path(target))
         sync_path(target)
 
 
 def read_bytes(location: StrPath) -> bytes:
     """Return the content of a file; raises OSError."""
-    with open(_local(location), "rb") as file:
+    with open(local_path(location), "rb") as file:
         return file.read()
 
 
@@ -268,7 +271,7 @@ def read_range(location: StrPath, start: int, stop: int) -> bytes:
     """
     if is_url(location):
         return remote.read_range(os.fspath(location), start, stop - start)
-    with open(_local(location), "rb", buffering=0) as file:
+    with open(local_path(location), "rb", buffering=0) as file:
         file.seek(start)
         parts = []
         while start < stop and (part := file.read(stop - start)):
@@ -308,13 +311,6 @@ def read_text(location: StrPath, limit: int = MAX_TEXT_BYTES) -> str | None:
         raise UserError(f"{location} cannot be read as UTF-8 text: {error}") from None
 
 
-def read_tail(location: StrPath, size: int) -> bytes:
-    """Return the last `size` bytes of a file, fewer where it is shorter; raises OSError."""
-    with open(_local(location), "rb", buffering=0) as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-        return file.read()
-
-
 def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
     """Fill writable buffers of bytes, one after the other, with the bytes of a file from `start` on.
 
@@ -322,7 +318,7 @@ def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
       OSError: the file cannot be read.
       ValueError: the file ends earlier.
     """
-    with open(_local(location), "rb", buffering=0) as file:
+    with open(local_path(location), "rb", buffering=0) as file:
         file.seek(start)
         for buffer in buffers:
             done = 0
@@ -410,17 +406,5 @@ def sha256(location: StrPath) -> str:
 
 def digest(location: StrPath, algorithm: str) -> str:
     """Return the hexadecimal digest of a file's bytes, by an algorithm of hashlib."""
-    with open(_local(location), "rb") as file:
+    with open(local_path(location), "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-def _local(location: StrPath) -> str:
-    """Return a local path; refuse a URL, which would otherwise become a directory of that name.
-
-    Raises:
-      UserError: the location is a URL.
-    """
-    location = os.fspath(location)
-    if is_url(location):
-        raise UserError(f"{location} is a URL, where only a local path can be used; give a path")
-    return location

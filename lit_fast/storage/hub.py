@@ -21,6 +21,14 @@ def offline() -> bool:
     return any(os.environ.get(n, "").lower() in _TRUE for n in ("LIT_FAST_OFFLINE", "HF_HUB_OFFLINE"))
 
 
+def silence_retries() -> None:
+    """Silence huggingface_hub's messages about retries, unless HF_HUB_VERBOSITY is set; errors report failures."""
+    from huggingface_hub.utils import logging
+
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        logging.set_verbosity(logging.CRITICAL)
+
+
 class AbsentError(UserError):
     """The repository has no such file."""
 
@@ -50,6 +58,7 @@ class Snapshot:
         """
         import huggingface_hub as hub
 
+        silence_retries()
         options: dict[str, Any] = {"revision": self.revision, "repo_type": self.repo_type}
         if _COMMIT.fullmatch(self.revision):  # files of a commit do not change: no request is needed
             cached = hub.try_to_load_from_cache(self.repository, name, **options)
@@ -69,7 +78,10 @@ class Snapshot:
         except UserError:
             raise
         except Exception as error:  # of huggingface_hub, of httpx, of the disk
-            kind = AbsentError if _is_absent(error) else UserError
+            absent = isinstance(error, hub.errors.RemoteEntryNotFoundError) or (
+                isinstance(error, hub.errors.LocalEntryNotFoundError) and offline()
+            )
+            kind = AbsentError if absent else UserError
             raise kind(f"{self} {hub_problem(error, self.repository, self.repo_type, name)}") from None
         self.revision = os.path.basename(path[: -len(name) - 1])  # .../snapshots/COMMIT/NAME
         return path
@@ -85,7 +97,7 @@ def hub_problem(error: BaseException, repository: str, repo_type: str = "model",
 
     page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repository}"
     option = " --repo-type dataset" if repo_type == "dataset" else ""
-    by_hand = f'run "hf download {repository}{option} --local-dir DIR" elsewhere and give DIR'
+    action = f'run "hf download {repository}{option} --local-dir DIR" elsewhere and give DIR'
     match error:
         case errors.GatedRepoError():
             return f"is gated; accept its licence at {page} and run: hf auth login"
@@ -100,13 +112,5 @@ def hub_problem(error: BaseException, repository: str, repo_type: str = "model",
         case errors.HfHubHTTPError():
             return f"was refused by the server with status {error.response.status_code} ({page}); try again later"
     if offline() or isinstance(error, errors.OfflineModeIsEnabled):
-        return f"is not in the cache and no request may be made (offline); {by_hand}"
-    return f"cannot be downloaded from {page}: {first_line(error.__cause__ or error)}; {by_hand}"
-
-
-def _is_absent(error: BaseException) -> bool:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return True
-    return isinstance(error, errors.LocalEntryNotFoundError) and offline()
+        return f"is not in the cache and no request may be made (offline); {action}"
+    return f"cannot be downloaded from {page}: {first_line(error.__cause__ or error)}; {action}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from types import TracebackType
 from typing import Self
 
 from lit_fast.storage.files import local_path, make_directory
@@ -19,10 +18,8 @@ class InUseError(Exception):
 class Lock:
     """An exclusive lock, held until `release`, the end of the `with` block or the end of the process.
 
-    Where another process holds it, it is tried again for `wait` seconds.
-
     Raises:
-      InUseError: another process holds it.
+      InUseError: another process still holds it after `wait` seconds.
     """
 
     def __init__(self, location: StrPath, wait: float = 0.0) -> None:
@@ -46,14 +43,12 @@ class Lock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
 def is_locked(location: StrPath) -> bool:
-    """Whether a process holds the lock; False where there is no such file."""
+    """Return whether a process holds the lock; False where there is no such file."""
     try:
         file = open(local_path(location), "rb")  # noqa: SIM115
     except FileNotFoundError:

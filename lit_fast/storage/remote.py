@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from lit_fast.errors import UserError, first_line
-from lit_fast.storage.hub import hub_problem
+from lit_fast.storage.hub import hub_problem, silence_retries
 from lit_fast.storage.paths import SCHEMES
 
 # s3fs retries a few times by itself, gcsfs six times, huggingface_hub five times.
@@ -228,6 +228,7 @@ def _filesystem(url: str) -> Any:
 def _open_filesystem(scheme: str) -> Any:
     import fsspec
 
+    silence_retries()
     for package in ("gcsfs", "s3fs", "aiobotocore", "botocore"):
         # They print tracebacks of failures that are handled here.
         logging.getLogger(package).setLevel(logging.CRITICAL + 1)

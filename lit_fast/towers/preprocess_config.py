@@ -7,11 +7,17 @@ features.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
+
 from lit_fast.errors import UserError
 from lit_fast.towers.preprocess import INTERPOLATIONS, Preprocess
+
+Triple = tuple[float, float, float]
 
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -51,28 +57,27 @@ def huggingface(config: dict[str, Any], path: str) -> Preprocess:
     Raises:
       UserError: it is another processor, or a transform cannot be expressed.
     """
-    name = config.get("image_processor_type") or config.get("feature_extractor_type")
-    suffix = next((s for s in _SUFFIXES if isinstance(name, str) and name.endswith(s)), "")
-    known = PROCESSORS.get(name.removesuffix(suffix)) if suffix and isinstance(name, str) else None
-    if known is None:
-        raise _refusal(
-            path, f"image processor {name!r} is unknown; known are those of {', '.join(PROCESSORS)}"
-        )
-    settings = known | {k: v for k, v in config.items() if v is not None}
-    for key in ("do_pad", "do_flip_channel_order", "do_rescale_offset", "rescale_offset"):
-        if settings.get(key):
-            raise _refusal(path, f"{key} cannot be done")
-    if not settings.get("do_resize", True):
-        raise _refusal(path, "do_resize is false, but all images must come out in one size")
-    method, resize = _size(settings["size"], known["square"], path)
-    size = _side(settings.get("crop_size"), "crop_size", path) if settings.get("do_center_crop") else resize
-    if method == "hf-crop" and not settings.get("do_center_crop"):
-        raise _refusal(path, "short side without centre crop: the images would not be square")
-    if method == "pil-squash" and (resize < size or (resize - size) // 2 != round((resize - size) / 2)):
-        raise _refusal(path, f"a centre crop of {size} out of {resize} x {resize} pixels cannot be done")
-    mean, std = _normalisation(settings, path)
-    preprocess = _preprocess(path, method, size, resize, mean, std, _filter(settings["resample"], path))
-    return replace(preprocess, alpha="white" if settings["do_convert_rgb"] else "drop")
+    with _naming(path):
+        name = config.get("image_processor_type") or config.get("feature_extractor_type")
+        suffix = next((s for s in _SUFFIXES if isinstance(name, str) and name.endswith(s)), "")
+        known = PROCESSORS.get(name.removesuffix(suffix)) if suffix and isinstance(name, str) else None
+        if known is None:
+            raise ValueError(f"image processor {name!r} is unknown; known are {', '.join(PROCESSORS)}")
+        settings = known | {k: v for k, v in config.items() if v is not None}
+        for key in ("do_pad", "do_flip_channel_order", "do_rescale_offset", "rescale_offset"):
+            if settings.get(key):
+                raise ValueError(f"{key} cannot be done")
+        if not settings.get("do_resize", True):
+            raise ValueError("do_resize is false, but all images must get one size")
+        method, resize = _size(settings["size"], known["square"])
+        size = _side(settings.get("crop_size"), "crop_size") if settings.get("do_center_crop") else resize
+        if method == "hf-crop" and not settings.get("do_center_crop"):
+            raise ValueError("short side without centre crop: the images would not be square")
+        if method == "pil-squash" and (resize < size or (resize - size) // 2 != round((resize - size) / 2)):
+            raise ValueError(f"a centre crop of {size} out of {resize} x {resize} pixels cannot be done")
+        mean, std = _normalisation(settings)
+        preprocess = Preprocess(method, size, resize, mean, std, _filter(settings["resample"]))
+        return replace(preprocess, alpha="white" if settings["do_convert_rgb"] else "drop")
 
 
 def timm(pretrained_cfg: dict[str, Any], path: str) -> Preprocess:
@@ -84,90 +89,88 @@ def timm(pretrained_cfg: dict[str, Any], path: str) -> Preprocess:
     Raises:
       UserError: a transform cannot be expressed.
     """
-    settings = {k: v for k, v in pretrained_cfg.items() if v}  # timm takes its default for falsy values
-    shape = settings.get("input_size", (3, 224, 224))
-    if not isinstance(shape, list | tuple) or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
-        raise _refusal(path, f"input_size {shape!r} is not that of square RGB images")
-    fraction = settings.get("crop_pct", 0.875)
-    if not _is_number(fraction) or not 0.1 <= fraction <= 1:
-        raise _refusal(path, f"crop_pct {fraction!r} is not a fraction")
-    size = _pixels(shape[1], "input_size", path)
-    mode = settings.get("crop_mode", "center")
-    if mode not in ("center", "squash"):
-        raise _refusal(path, f"crop_mode {mode!r}; there are 'center' and 'squash'")
-    return _preprocess(
-        path,
-        "pil-crop" if mode == "center" else "pil-squash",
-        size,
-        math.floor(size / fraction),
-        _triple(settings.get("mean", _IMAGENET[0]), "mean", path),
-        _triple(settings.get("std", _IMAGENET[1]), "std", path),
-        settings.get("interpolation", "bicubic"),
-    )
+    with _naming(path):
+        settings = {k: v for k, v in pretrained_cfg.items() if v}  # timm takes its default for falsy values
+        shape = settings.get("input_size", (3, 224, 224))
+        if not isinstance(shape, list | tuple) or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
+            raise ValueError(f"input_size {shape!r} is not that of square RGB images")
+        fraction = settings.get("crop_pct", 0.875)
+        if not _is_number(fraction) or not 0.1 <= fraction <= 1:
+            raise ValueError(f"crop_pct {fraction!r} is not a fraction")
+        size = _pixels(shape[1], "input_size")
+        mode = settings.get("crop_mode", "center")
+        if mode not in ("center", "squash"):
+            raise ValueError(f"crop_mode {mode!r}; there are 'center' and 'squash'")
+        return Preprocess(
+            "pil-crop" if mode == "center" else "pil-squash",
+            size,
+            math.floor(size / fraction),
+            _triple(settings.get("mean", _IMAGENET[0]), "mean"),
+            _triple(settings.get("std", _IMAGENET[1]), "std"),
+            settings.get("interpolation", "bicubic"),
+        )
 
 
-def _preprocess(path: str, *fields: Any) -> Preprocess:
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Add the file and the action to the message of a value that cannot be used."""
     try:
-        return Preprocess(*fields)
+        yield
     except (TypeError, ValueError) as error:
-        raise _refusal(path, str(error)) from None
+        raise UserError(f"{path}: {error}; give --preprocess") from None
 
 
-def _size(value: Any, square: bool, path: str) -> tuple[str, int]:
+def _size(value: Any, square: bool) -> tuple[str, int]:
     """Return the method and its `resize` for any form of `size`."""
     if isinstance(value, dict) and value.keys() == {"shortest_edge"}:
-        return "hf-crop", _pixels(value["shortest_edge"], "size", path)
+        return "hf-crop", _pixels(value["shortest_edge"], "size")
     if isinstance(value, int) and not square:
-        return "hf-crop", _pixels(value, "size", path)
-    return "pil-squash", _side(value, "size", path)
+        return "hf-crop", _pixels(value, "size")
+    return "pil-squash", _side(value, "size")
 
 
-def _side(value: Any, name: str, path: str) -> int:
+def _side(value: Any, name: str) -> int:
     """Return the side of a square given as 224, [224, 224] or {"height": 224, "width": 224}."""
     if isinstance(value, dict) and value.keys() == {"height", "width"}:
         value = [value["height"], value["width"]]
     sides = value if isinstance(value, list | tuple) else [value]
     if len(sides) not in (1, 2) or sides[0] != sides[-1]:
-        raise _refusal(path, f"{name} {value!r} is not the side of a square")
-    return _pixels(sides[0], name, path)
+        raise ValueError(f"{name} {value!r} is not the side of a square")
+    return _pixels(sides[0], name)
 
 
-def _pixels(value: Any, name: str, path: str) -> int:
+def _pixels(value: Any, name: str) -> int:
     if type(value) is not int:
-        raise _refusal(path, f"{name} {value!r} is not a number of pixels")
+        raise ValueError(f"{name} {value!r} is not a number of pixels")
     return value
 
 
-def _filter(value: Any, path: str) -> str:
-    for name, resampling in INTERPOLATIONS.items():
-        if type(value) is int and value == resampling:
-            return name
-    raise _refusal(path, f"resample {value!r} is not one of PIL's filters")
+def _filter(value: Any) -> str:
+    if type(value) is not int or value not in INTERPOLATIONS.values():
+        raise ValueError(f"resample {value!r} is not one of PIL's filters")
+    return Image.Resampling(value).name.lower()
 
 
-def _normalisation(settings: dict[str, Any], path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(settings: dict[str, Any]) -> tuple[Triple, Triple]:
     """Return mean and std for pixels in [0, 1], with `rescale_factor` included."""
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if settings.get("do_normalize", True):
-        mean, std = (_triple(settings[k], k, path) for k in ("image_mean", "image_std"))
+    normalize = settings.get("do_normalize", True)
+    mean = _triple(settings["image_mean"] if normalize else 0, "image_mean")
+    std = _triple(settings["image_std"] if normalize else 1, "image_std")
     factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1
     if not _is_number(factor) or factor <= 0:
-        raise _refusal(path, f"rescale_factor {factor!r} is not a positive number")
+        raise ValueError(f"rescale_factor {factor!r} is not a positive number")
     if math.isclose(factor, 1 / 255, rel_tol=1e-6):
         return mean, std
-    return tuple(m / (255 * factor) for m in mean), tuple(s / (255 * factor) for s in std)
+    scale = 255 * factor
+    return _triple([m / scale for m in mean], "image_mean"), _triple([s / scale for s in std], "image_std")
 
 
-def _triple(value: Any, name: str, path: str) -> tuple[float, float, float]:
+def _triple(value: Any, name: str) -> Triple:
     values = value if isinstance(value, list | tuple) else [value] * 3
     if len(values) != 3 or not all(_is_number(v) for v in values):
-        raise _refusal(path, f"{name} {value!r} is not a number per channel")
+        raise ValueError(f"{name} {value!r} is not a number per channel")
     return float(values[0]), float(values[1]), float(values[2])
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _refusal(path: str, problem: str) -> UserError:
-    return UserError(f"{path}: {problem}; give --preprocess")

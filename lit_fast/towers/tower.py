@@ -193,7 +193,8 @@ def load_tower(
     path = local_weights(spec)
     weights, preprocess_at = load_layout(path)
     architecture = _with_options(weights, pool, gelu, path)
-    params = _without_unused_heads(weights.params, architecture)
+    heads = {"MAPHead_0": "map", "projection": "projection"}  # parameters of one pooling only
+    params = {k: v for k, v in weights.params.items() if heads.get(k) in (None, architecture.pool)}
     patch, grid = architecture.patch, math.isqrt(params["pos_embedding"].shape[1])
     _check_shapes(params, architecture, grid, path)
     published = preprocess_at(None)
@@ -235,12 +236,6 @@ def _with_options(weights: Weights, pool: str | None, gelu: str | None, path: st
         choices = ", ".join(p for p in POOLS if available[p])
         raise UserError(f"pool {pool!r} does not fit the weights of {path}; choose from {choices}")
     return dataclasses.replace(a, pool=pool)
-
-
-def _without_unused_heads(params: Params, a: Architecture) -> Params:
-    """Return the parameters without those of other poolings."""
-    unused = {"MAPHead_0": "map", "projection": "projection"}
-    return {name: tree for name, tree in params.items() if unused.get(name) in (None, a.pool)}
 
 
 def _preprocess(preprocess_at: PreprocessAt, size: int, method: str | None) -> Preprocess:

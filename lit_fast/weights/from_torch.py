@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from lit_fast.errors import UserError
-from lit_fast.weights.parameters import Params, nested
+from lit_fast.weights.parameters import Params
 from lit_fast.weights.reader import WeightsFile
 
 
@@ -54,10 +55,11 @@ def norm(file: WeightsFile, name: str, width: int) -> Params:
     return {"scale": file.take(f"{name}.weight", width), "bias": file.take(f"{name}.bias", width)}
 
 
-def dense(file: WeightsFile, name: str, inputs: int | None, outputs: int | None) -> Params:
-    """Convert a dense layer [outputs, inputs] with bias to the kernel [inputs, outputs]."""
+def dense(file: WeightsFile, name: str, inputs: int | None, outputs: int | None, bias: bool = True) -> Params:
+    """Convert a dense layer [outputs, inputs] to the kernel [inputs, outputs]; without bias, the bias is zeros."""
     kernel = file.take(f"{name}.weight", outputs, inputs).T
-    return {"kernel": kernel, "bias": file.take(f"{name}.bias", kernel.shape[1])}
+    size = kernel.shape[1]
+    return {"kernel": kernel, "bias": file.take(f"{name}.bias", size) if bias else np.zeros(size, np.float32)}
 
 
 def mlp(file: WeightsFile, fc1: str, fc2: str, width: int) -> Params:
@@ -102,8 +104,10 @@ def scaled(layer: Params, gamma: np.ndarray) -> Params:
 def blocks(file: WeightsFile, names: BlockNames, width: int, heads: int, qkv_bias: bool = True) -> Params:
     """Convert all blocks and stack them on a leading axis, with LayerScale folded into the layers before it.
 
+    `heads` may be any value of a config.json.
+
     Raises:
-      UserError: a block or a part of one is missing, or has another shape than the first block's.
+      UserError: a block or a part of one is missing or has another shape, or `heads` does not divide the width.
     """
     number = re.compile(re.escape(names.block) + r"(\d{1,4})\.")
     found = {int(m[1]) for m in map(number.match, file.shapes) if m}
@@ -112,10 +116,17 @@ def blocks(file: WeightsFile, names: BlockNames, width: int, heads: int, qkv_bia
     if len(found) != max(found) + 1:
         missing = min(set(range(max(found))) - found)
         raise UserError(f"{file.path}: {names.block}{missing} is missing")
-    if heads < 1 or width % heads:
-        raise UserError(f"{file.path}: a width of {width} cannot be split into {heads} heads")
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise UserError(f"{file.path}: a width of {width} cannot be split into {heads!r} heads")
     layers = [_block(file, names, f"{names.block}{i}.", width, heads, qkv_bias) for i in range(len(found))]
-    return _stacked(layers, file)
+
+    def stack(path: jax.tree_util.KeyPath, *arrays: np.ndarray) -> np.ndarray:
+        if len({array.shape for array in arrays}) > 1:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"{file.path}: {name} does not have the same shape in every block")
+        return np.stack(arrays)
+
+    return jax.tree_util.tree_map_with_path(stack, *layers)
 
 
 def _block(
@@ -124,15 +135,9 @@ def _block(
     query, key, value, out = (prefix + part for part in names.attention)
     last = dense(file, out, width, width)
     if query == key:  # one matrix for the three
-        three = packed(file, f"{query}.weight", f"{query}.bias" if qkv_bias else "", 3, width)
-    elif qkv_bias:
-        three = [dense(file, part, width, width) for part in (query, key, value)]
+        three = packed(file, f"{query}.weight", f"{query}.bias", 3, width)
     else:
-        zero = np.zeros(width, np.float32)
-        three = [
-            {"kernel": file.take(f"{part}.weight", width, width).T, "bias": zero}
-            for part in (query, key, value)
-        ]
+        three = [dense(file, part, width, width, qkv_bias) for part in (query, key, value)]
     choices = [(prefix + a, prefix + b) for a, b in names.mlps]
     fc1, fc2 = next((pair for pair in choices if f"{pair[0]}.weight" in file.shapes), choices[0])
     two = mlp(file, fc1, fc2, width)
@@ -146,16 +151,3 @@ def _block(
         "LayerNorm_1": norm(file, prefix + names.norms[1], width),
         "MlpBlock_0": two,
     }
-
-
-def _stacked(layers: list[Params], file: WeightsFile) -> Params:
-    def leaves(tree: Any, name: str = "") -> dict[str, np.ndarray]:
-        if not isinstance(tree, dict):
-            return {name: tree}
-        return {n: a for k, v in tree.items() for n, a in leaves(v, f"{name}/{k}".lstrip("/")).items()}
-
-    flat = [leaves(layer) for layer in layers]
-    for name in flat[0]:
-        if len({layer[name].shape for layer in flat}) > 1:
-            raise UserError(f"{file.path}: {name} does not have the same shape in every block")
-    return nested(((name, np.stack([layer[name] for layer in flat])) for name in flat[0]), file.path)

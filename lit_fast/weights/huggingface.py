@@ -112,8 +112,6 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
     heads = config.get("num_attention_heads", 12)
     epsilon = config.get("layer_norm_eps", family.epsilon)
     gelu = config.get("hidden_act", family.gelu)
-    if type(heads) is not int or not 0 < heads <= 256:
-        raise UserError(f"{where}: num_attention_heads is {heads!r}")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1e-2:
         raise UserError(f"{where}: layer_norm_eps is {epsilon!r}")
     if not isinstance(gelu, str) or gelu not in _ACTIVATIONS:
@@ -123,14 +121,10 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
     with open_safetensors(path) as file:
         prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in file.shapes)), "")
         names = family.blocks._replace(block=prefix + family.blocks.block)
-        if kind in ("clip_vision_model", "siglip_vision_model"):
+        patches, final = "embeddings.patch_embeddings.projection", "layernorm"
+        if family.blocks is CLIP_BLOCKS:
             patches, final = "embeddings.patch_embedding", "post_layernorm"
-            params: Params = {
-                "embedding": embedding(file, prefix + patches, bias=kind == "siglip_vision_model")
-            }
-        else:
-            patches, final = "embeddings.patch_embeddings.projection", "layernorm"
-            params = {"embedding": embedding(file, prefix + patches, bias=True)}
+        params: Params = {"embedding": embedding(file, prefix + patches, bias=kind != "clip_vision_model")}
         width = len(params["embedding"]["bias"])
         params["Transformer"] = {
             "encoderblock": blocks(file, names, width, heads, config.get("qkv_bias", True) is not False),

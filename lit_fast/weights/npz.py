@@ -10,7 +10,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import IO
 
@@ -33,7 +33,7 @@ _RATIO_LIMIT = 100
 _SMALL = 64 << 20
 
 
-def load_npz(path: StrPath) -> Weights:
+def load_npz(path: str) -> Weights:
     """Read a ViT from a `.npz`, without its classifier (`head`, `pre_logits`).
 
     Without a MAP head the GELU is exact, as timm runs these weights; with one (ViT-g, ViT-G, SigLIP) it is tanh's
@@ -42,14 +42,15 @@ def load_npz(path: StrPath) -> Weights:
     Raises:
       UserError: the file is not such a `.npz`, or an array is missing, in excess or of another shape.
     """
-    path = os.fspath(path)
     with open_npz(path) as file:
-        names = current_names(file.shapes, path)
+        prefix = next((p for p in _PREFIXES if f"{p}embedding/kernel" in file.shapes), None)
+        if prefix is None:
+            raise UserError(f"{path} does not hold a ViT: embedding/kernel is missing")
+        names = _current_names({n.removeprefix(prefix): n for n in file.shapes if n.startswith(prefix)}, path)
         flat = stack_blocks(file, names, "Transformer")
         _fold_positions(flat, path)
-        prefix = _prefix(file.shapes, path)
         file.refuse_unused(lambda n: not n.startswith(prefix) or _IGNORED.fullmatch(n.removeprefix(prefix)))
-    params = nested(flat.items(), path)
+    params = nested(flat, path)
     return Weights(params, _architecture(params, path), "linear")
 
 
@@ -111,28 +112,22 @@ def _claimed_shape(member: IO[bytes], size: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _prefix(names: Iterable[str], path: str) -> str:
-    found = [p for p in _PREFIXES if f"{p}embedding/kernel" in names]
-    if not found:
-        raise UserError(f"{path} does not hold a ViT: embedding/kernel is missing")
-    return found[0]
-
-
-def current_names(names: Iterable[str], path: str) -> dict[str, str]:
+def _current_names(names: dict[str, str], path: str) -> dict[str, str]:
     """Map big_vision's current name of each array of the tower to its name in the file.
 
     The order of the fixes is that of big_vision (models/vit.py, fix_old_checkpoints).
 
+    Args:
+      names: name without the file's prefix -> name in the file.
+      path: for messages.
+
     Raises:
-      UserError: there is no ViT, or two arrays have the same name.
+      UserError: two arrays have the same name.
     """
-    prefix = _prefix(names, path)
-    inside = {tuple(n.removeprefix(prefix).split("/")): n for n in names if n.startswith(prefix)}
     out: dict[str, str] = {}
-    for parts, name in _renumbered(inside).items():
-        current = "/".join(parts)
+    for current, name in _renumbered(names).items():
         current = re.sub(r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding", current)
-        if ("probe",) in inside and re.match(r"probe$|(MlpBlock|MultiHeadDot\w+|LayerNorm)_\d", current):
+        if "probe" in names and re.match(r"probe$|(MlpBlock|MultiHeadDot\w+|LayerNorm)_\d", current):
             current = f"MAPHead_0/{current}"
         if not re.match(r"(embedding|Transformer|MAPHead_0)/|(cls|pos_embedding)$", current):
             continue
@@ -142,25 +137,21 @@ def current_names(names: Iterable[str], path: str) -> dict[str, str]:
     return out
 
 
-def _renumbered(names: dict[tuple[str, ...], str]) -> dict[tuple[str, ...], str]:
-    """Number modules `<Class>_<number>` from 0 for each class, as Linen does; returns new name -> name in the file."""
-    numbered = re.compile(r"([A-Z]\w*)_(\d+)")
-    numbers: dict[tuple[tuple[str, ...], str], set[int]] = {}
-    for parts in names:
-        for i, part in enumerate(parts):
-            if m := numbered.fullmatch(part):
-                numbers.setdefault((parts[:i], m[1]), set()).add(int(m[2]))
+def _renumbered(names: dict[str, str]) -> dict[str, str]:
+    """Number modules `<Class>_<number>` from 0 for each class and parent, as Linen does."""
+    module = re.compile(r"(?<![^/])([A-Z]\w*)_(\d+)(?![^/])")
+    numbers: dict[str, set[int]] = {}  # of a parent and class
+    for name in names:
+        for match in module.finditer(name):
+            numbers.setdefault(name[: match.end(1)], set()).add(int(match[2]))
 
-    def current(parts: tuple[str, ...]) -> tuple[str, ...]:
-        out = []
-        for i, part in enumerate(parts):
-            m = numbered.fullmatch(part)
-            out.append(f"{m[1]}_{sorted(numbers[parts[:i], m[1]]).index(int(m[2]))}" if m else part)
-        return tuple(out)
+    def current(match: re.Match[str]) -> str:
+        siblings = sorted(numbers[match.string[: match.end(1)]])
+        return f"{match[1]}_{siblings.index(int(match[2]))}"
 
-    renamed: dict[tuple[str, ...], str] = {}
-    for parts, name in names.items():
-        renamed.setdefault(current(parts), name)
+    renamed: dict[str, str] = {}
+    for name, stored in names.items():
+        renamed.setdefault(module.sub(current, name), stored)
     return renamed
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.sizes import Shape
-from lit_fast.storage.paths import StrPath
 
 Params = dict[str, Any]
 
@@ -67,24 +67,16 @@ def architecture_of(params: Params, gelu: str, epsilon: float, pool: str | None 
     )
 
 
-def nested(flat: Iterable[tuple[str, np.ndarray]], path: StrPath) -> Params:
-    """Return arrays with `/`-joined names as nested dicts; `path` is for messages.
+def nested(flat: dict[str, np.ndarray], path: str) -> Params:
+    """Nest arrays by the slashes in their names; `path` is for messages.
 
     Raises:
-      UserError: one name is a prefix of another.
+      UserError: a name is that of an array and of a group of arrays.
     """
-    tree: Params = {}
-    for name, array in flat:
-        *parents, leaf = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UserError(f"{path}: {name} is inside of an array")
-        if leaf in node:
-            raise UserError(f"{path}: {name} is both an array and a group of arrays")
-        node[leaf] = array
-    return tree
+    groups = {group for name in flat for group in accumulate(name.split("/")[:-1], "{}/{}".format)}
+    if both := sorted(groups & flat.keys()):
+        raise UserError(f"{path}: {both[0]} is both an array and a group of arrays")
+    return unflatten_dict(flat, sep="/")
 
 
 def square_grid(positions: int, path: str) -> int:

@@ -75,32 +75,23 @@ class WeightsFile:
             )
 
 
-def part_names(index: StrPath) -> list[str]:
-    """Return the names of the files that a `.safetensors.index.json` lists, all of which are beside it.
+def parts(path: StrPath) -> list[str]:
+    """Return the weights files of a `.safetensors`, which is the only one, or of a `.safetensors.index.json`.
 
     Raises:
       UserError: the index is damaged or names something else than `.safetensors` files beside it.
     """
-    names = read_object(index, "weight_map")["weight_map"]
-    parts = list(names.values()) if isinstance(names, dict) else []
-    for name in parts:
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
-            raise UserError(f"{index} is damaged: {str(name)[:80]!r} is not a .safetensors file beside it")
-    if not 0 < len(set(parts)) <= _MAX_PARTS:
-        raise UserError(f"{index} is damaged: weight_map names {len(set(parts))} files")
-    return sorted(set(parts))
-
-
-def parts(path: StrPath) -> list[str]:
-    """Return the weights files of a `.safetensors`, which is the only one, or of an index.
-
-    Raises:
-      UserError: as `part_names`.
-    """
     path = os.fspath(path)
-    return (
-        [path] if path.endswith(".safetensors") else [join(parent(path), name) for name in part_names(path)]
-    )
+    if path.endswith(".safetensors"):
+        return [path]
+    files = read_object(path, "weight_map")["weight_map"]
+    names = list(files.values()) if isinstance(files, dict) else []
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
+            raise UserError(f"{path} is damaged: {str(name)[:80]!r} is not a .safetensors file beside it")
+    if not 0 < len(set(names)) <= _MAX_PARTS:
+        raise UserError(f"{path} is damaged: weight_map names {len(set(names))} files")
+    return [join(parent(path), name) for name in sorted(set(names))]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -52,23 +52,15 @@ def known_towers() -> tuple[KnownTower, ...]:
 
 def _tower(row: dict[str, Any]) -> KnownTower:
     name = row["name"]
-    architecture = Architecture(
-        shape=Shape(*row["shape"]) if "shape" in row else VARIANTS[row["variant"]],
-        patch=row["patch"],
-        pool=row["pool"],
-        gelu=row.get("gelu", "exact"),
-        class_token=row.get("class_token", True),
-        registers=row.get("registers", 0),
-        pre_norm=row.get("pre_norm", False),
-        projection=row.get("projection", 0),
-    )
+    shape = Shape(*row["shape"]) if "shape" in row else VARIANTS[row["variant"]]
+    options = {f.name: row[f.name] for f in fields(Architecture) if f.name in row}
     return KnownTower(
         name=name,
         family=row["family"],
         licence=row["licence"],
         source=row.get("source") or name.removeprefix("hf:").replace("timm:", "timm/"),
         resolution=row["resolution"],
-        architecture=architecture,
+        architecture=Architecture(**options | {"shape": shape}),
         sha256=row.get("sha256", ""),
     )
 

@@ -22,7 +22,7 @@ from lit_fast.storage.cache import cache_directory, cached_file
 from lit_fast.storage.files import exists, is_directory, is_file, read_bytes, sha256, write_atomic
 from lit_fast.storage.hub import AbsentError, Snapshot, offline
 from lit_fast.storage.paths import StrPath, absolute, join, name, parent, stem, suffix
-from lit_fast.weights.reader import part_names, parts
+from lit_fast.weights.reader import parts
 from lit_fast.weights.registry import known_towers
 from lit_fast.weights.tokenizer_json import sentencepiece_model
 
@@ -175,8 +175,8 @@ def _fetch_tower(snapshot: Snapshot, optional: Sequence[str]) -> str:
             index = _fetch(snapshot, _INDEX)
         except AbsentError:
             raise UserError(f"{absent}; only .safetensors weights are read") from None
-        for part in part_names(index):
-            _fetch(snapshot, part)
+        for part in parts(index):
+            _fetch(snapshot, name(part))
     return directory
 
 
@@ -205,14 +205,14 @@ def _fetch_archive(spec: str, family: str, rest: str) -> str:
     stem = rest.removesuffix(".npz")
     if not known and family == "augreg" and not _AUGREG_FILE.fullmatch(stem):
         raise UserError(f"tower {spec!r} is unknown{_nearest(spec)}; `lit-fast towers` lists names")
-    place = known.source if known else f"{_BUCKETS[family]}/{stem}.npz"
-    if not all(re.fullmatch(_WORD, part) for part in place.split("/")):
+    path = known.source if known else f"{_BUCKETS[family]}/{stem}.npz"
+    if not all(re.fullmatch(_WORD, part) for part in path.split("/")):
         raise UserError(
             f"tower {spec!r} is not the name of a file in a bucket; `lit-fast towers` lists names"
         )
     host = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
-    url = f"{host if '://' in host else f'http://{host}'}".rstrip("/") + f"/{quote(place)}"
-    return cached_file(spec, url, join("storage.googleapis.com", place), known.sha256 if known else "")
+    url = f"{host if '://' in host else f'http://{host}'}".rstrip("/") + f"/{quote(path)}"
+    return cached_file(spec, url, join("storage.googleapis.com", path), known.sha256 if known else "")
 
 
 def _nearest(spec: str) -> str:

@@ -64,7 +64,7 @@ def read_text_weights(source: str) -> TextWeights:
     for name, array in loss.items():
         if array.size != 1:
             raise UserError(f"{path}: {name} has shape {array.shape}, expected a single number")
-    params = nested(flat.items(), path)
+    params = nested(flat, path)
     loss = {name: array.reshape(1) for name, array in loss.items()}
     return TextWeights(source, path, weights_digest(path), params, loss)
 
@@ -121,7 +121,7 @@ def start_from(weights: TextWeights, fresh: Params) -> tuple[Params, str]:
         notes.append(f"temperature {np.exp(loss['t'][0]):.4g}")
     if "b" in loss:
         notes.append(f"bias {loss['b'][0]:.4g}")
-    return fresh | {"txt": nested(have.items(), weights.path)} | loss, ", ".join(notes)
+    return fresh | {"txt": nested(have, weights.path)} | loss, ", ".join(notes)
 
 
 def _read_npz(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -158,8 +158,6 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     elif kind not in ("siglip_text_model", "siglip2_text_model"):
         raise UserError(f"{where}: model type {kind!r} has no supported text tower; give SigLIP or SigLIP 2")
     heads = config.get("num_attention_heads", 12)
-    if not isinstance(heads, int) or not 0 < heads <= 256:
-        raise UserError(f"{where}: num_attention_heads is {heads!r}")
     # TextTower has one activation and one epsilon, those of all published towers.
     for key, value in {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}.items():
         if config.get(key, value) != value:

@@ -85,8 +85,6 @@ def load_timm(path: str, config: dict[str, Any], where: str) -> Weights:
         }
         width = len(params["embedding"]["bias"])
         heads = arguments.get("num_heads", heads_of(name, width))
-        if type(heads) is not int or not 0 < heads <= 256:
-            raise UserError(f"{where}: num_heads is {heads!r}")
         params["Transformer"] = {"encoderblock": blocks(file, BLOCKS, width, heads)}
         if "fc_norm.weight" in file.shapes:
             params["pooled_norm"] = norm(file, "fc_norm", width)

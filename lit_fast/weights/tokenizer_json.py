@@ -74,15 +74,19 @@ def _convert(document: dict[str, Any]) -> bytes:
     for step in _steps(document["pre_tokenizer"], "pretokenizers"):
         effects |= _pre_tokenizer_effects(step)
     _check_effects(effects)
-    normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = (
-        "prefix" in effects,
-        "collapse" in effects,
-    )
+    normalizer.add_dummy_prefix = "prefix" in effects
+    normalizer.remove_extra_whitespaces = "collapse" in effects
 
     added = {token["id"]: token for token in document["added_tokens"]}
     if user_defined := [token["content"] for token in added.values() if not token["special"]]:
         raise _InexpressibleError(f"has {len(user_defined)} user-defined tokens like {user_defined[0]!r}")
-    names, scores = _unigram(model) if trainer.model_type == _UNIGRAM else _bpe(model)
+    if trainer.model_type == _UNIGRAM:
+        names, scores = (
+            [str(name) for name, _ in model["vocab"]],
+            [float(score) for _, score in model["vocab"]],
+        )
+    else:
+        names, scores = _bpe(model)
     if "split" in effects and any(_SPACE in name[1:] for name in names):
         raise _InexpressibleError("splits at spaces, but has pieces that contain spaces")
     for i in range(len(names), max(added, default=-1) + 1):  # special tokens beyond the model's vocabulary
@@ -159,10 +163,6 @@ def _check_effects(effects: set[str]) -> None:
         )
     if not equal or "escape" not in effects:
         raise _InexpressibleError("treats spaces differently")
-
-
-def _unigram(model: dict[str, Any]) -> tuple[list[str], list[float]]:
-    return [str(name) for name, _ in model["vocab"]], [float(score) for _, score in model["vocab"]]
 
 
 def _bpe(model: dict[str, Any]) -> tuple[list[str], list[float]]:

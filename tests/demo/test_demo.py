@@ -155,7 +155,7 @@ def test_gallery_shows_right_and_wrong_queries(tmp_path: Path) -> None:
 
 
 def test_confusions_give_shares_of_predicted_names(tmp_path: Path) -> None:
-    write_classification(tmp_path / "tars", 16, 1)
+    write_classification(tmp_path / "tars", 16, 1, NOVEL)
     index_dataset([str(tmp_path / "tars" / "test")], tmp_path / "set", seed=0)
 
     def embed(texts: list[str]) -> np.ndarray:  # every picture is nearest to "red circle"

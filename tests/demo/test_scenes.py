@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lit_fast.demo import tars
 from lit_fast.demo.drawing import arrange, draw, render
 from lit_fast.demo.scenes import (
     BACKGROUNDS,
@@ -153,9 +154,12 @@ def test_captions_if_incomplete_are_true() -> None:
                 assert (verb == "are") == (number in ("two", "three"))
 
 
-def test_write_captioned_has_the_img2dataset_layout_and_distinct_scenes(tmp_path: Path) -> None:
-    write_captioned(tmp_path / "a", 50, 7, NOVEL, per_tar=20)
-    write_captioned(tmp_path / "b", 50, 7, NOVEL, per_tar=20)
+def test_write_captioned_has_the_img2dataset_layout_and_distinct_scenes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "PER_TAR", 20)
+    write_captioned(tmp_path / "a", 50, 7, NOVEL)
+    write_captioned(tmp_path / "b", 50, 7, NOVEL)
     assert [p.name for p in sorted((tmp_path / "a").iterdir())] == ["00000.tar", "00001.tar", "00002.tar"]
     texts = []
     for path in sorted((tmp_path / "a").iterdir()):
@@ -172,7 +176,7 @@ def test_write_captioned_has_the_img2dataset_layout_and_distinct_scenes(tmp_path
 
 
 def test_write_classification_has_novel_pairs_in_the_clip_benchmark_layout(tmp_path: Path) -> None:
-    write_classification(tmp_path, 2 * len(NOVEL), 1)
+    write_classification(tmp_path, 2 * len(NOVEL), 1, NOVEL)
     names = (tmp_path / "classnames.txt").read_text().splitlines()
     assert names == [f"{colour} {shape}" for colour, shape in PAIRS]
     assert (tmp_path / "zeroshot_classification_templates.txt").read_text().splitlines() == list(TEMPLATES)

@@ -1,4 +1,4 @@
-"""`embed`: right features, nothing lost, and the same bytes however often it is killed."""
+"""`embed`: right features, no lost rows, and the same bytes after any number of kills."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lit_fast.errors import UserError
 from lit_fast.towers.tower import load_tower
 from tests.embed.contents import keys, tree
 from tests.helpers import encoded, picture, samples, tiny_vit_arrays, write_tar
+from tests.torch_packages import import_package
 
 # The commands with shards of 1024 rows, so that a small dataset has several.
 SMALL_SHARDS = (
@@ -213,7 +215,7 @@ def test_embed_killed_while_a_shard_is_finished_ends_with_the_same_bytes(
         "batch_size": 8,
         "max_pixels": 64_000_000,
     }
-    with Journal(Path(features.path) / "partial" / "00001.journal", 1024, 32, belongs) as journal:
+    with closing(Journal(Path(features.path) / "partial" / "00001.journal", 1024, 32, belongs)) as journal:
         for lo in range(0, 1024, 8):
             rows = {r - 1024: why for r, why in invalid.items() if lo <= r - 1024 < lo + 8}
             journal.append(data[1024 + lo : 1032 + lo], rows)
@@ -292,7 +294,7 @@ def test_max_pixels(dataset: Dataset, tiny_vit: Path, capsys: pytest.CaptureFixt
 def test_embed_on_a_full_disk_is_one_line_and_continues_later(
     dataset: Dataset, tiny_vit: Path, tmp_path: Path
 ) -> None:
-    """A limit on the size of files stands for the full disk: writes fail with an OSError."""
+    """A limit on the size of files simulates a full disk: writes fail with an OSError."""
     script = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -335,12 +337,10 @@ def test_unwritable_directory(dataset: Dataset, tiny_vit: Path) -> None:
 
 
 def test_stored_features_equal_timms_on_real_photos(realdata: Path, tmp_path: Path) -> None:
-    """The whole way, with true weights: tar, decode, crop, ViT, store; timm decides what is right."""
-    try:
-        import timm
-        import torch
-    except Exception as error:
-        pytest.skip(f"timm cannot be imported: {error}")
+    """From a tar to the store (decode, crop, ViT) with pretrained weights; timm is the reference."""
+    timm = import_package("timm")
+    import torch
+
     weights = realdata / "vit" / "Ti_16-augreg-i21k-i1k-224.npz"
     source = open_dataset(index_dataset([str(realdata / "wds_tf_flowers")], tmp_path / "all", seed=0).path)
     [block] = source.iter_blocks()
@@ -356,9 +356,9 @@ def test_stored_features_equal_timms_on_real_photos(realdata: Path, tmp_path: Pa
     got = Features.read_all(open_features(dataset)).astype(np.float32)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=1000).eval()
     model.load_pretrained(str(weights))
-    how = load_tower(str(weights)).preprocess
+    preprocess = load_tower(str(weights)).preprocess
     [block] = dataset.iter_blocks()
-    pixels = np.stack([how.apply(decode(files[int(key)])) for key in block.keys])
+    pixels = np.stack([preprocess.apply(decode(files[int(key)])) for key in block.keys])
     x = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).float() / 127.5 - 1
     with torch.no_grad():
         want = model.forward_features(x)[:, 0].numpy()

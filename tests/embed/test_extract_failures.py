@@ -1,4 +1,4 @@
-"""A full disk, a missing permission, too little memory: one line, and the work goes on afterwards."""
+"""A full disk, a missing permission, too little memory: one error line, and a rerun continues."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_embed_on_a_small_disk_keeps_its_work(small_disk: Path, dataset: Dataset
     done = subprocess.run(line, capture_output=True, text=True)
     assert stopped(done, "No space left on device", AGAIN), done.stderr
     before = sum(p.stat().st_size for p in (small_disk / "t" / "partial").iterdir())
-    assert before > 10_000  # what was embedded is kept
+    assert before > 10_000  # the embedded rows are kept
     done = subprocess.run(line, capture_output=True, text=True)  # still full
     assert stopped(done, "No space left on device", AGAIN), done.stderr
     assert sum(p.stat().st_size for p in (small_disk / "t" / "partial").iterdir()) >= before
@@ -113,7 +113,7 @@ def test_embed_without_permission_is_one_line_and_continues_later(
 def test_embed_with_a_signal_at_any_time_ends_in_one_line(
     number: signal.Signals, dataset: Dataset, tiny_vit: Path
 ) -> None:
-    """While it imports, compiles, embeds or writes; the line says that the same command goes on."""
+    """While it imports, compiles, embeds or writes; the error line says that the same command continues."""
     for delay in (0.3, 1.5, 2.5):
         process = subprocess.Popen(
             command(dataset.path, tiny_vit, "--batch-size", "1"), stderr=subprocess.PIPE, text=True
@@ -121,7 +121,7 @@ def test_embed_with_a_signal_at_any_time_ends_in_one_line(
         time.sleep(delay)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-        if process.returncode in (0, -number):  # it was faster, or had not begun
+        if process.returncode in (0, -number):  # it was faster, or had not started
             continue
         assert process.returncode == 128 + number, err
         assert "Traceback" not in err

@@ -97,7 +97,7 @@ def test_embed_of_a_grown_dataset_killed_ends_with_the_same_bytes(
             time.sleep(0.001)
         process.send_signal([signal.SIGKILL, signal.SIGTERM][number % 2])
         process.communicate()
-        # what was finished stays readable
+        # finished shards stay readable
         manifest = Features(dataset, "killed", read_json(killed / "tower.json")).manifest(1)
         assert manifest.rows in (476, 1024)
     embed_dataset(dataset.path, str(tiny_vit), name="killed", batch_size=2)

@@ -1,4 +1,4 @@
-"""Options that decide the features: they do what they say, and a store says how to make it again."""
+"""Options that decide the features: their effect, and the store's record of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`index`: order, completeness, what is left out, and when it refuses."""
+"""`index`: order, completeness, skipped rows and refusals."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_indexing_again(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     before = tree(out)
     index_dataset([str(tars)], out, seed=0)
     assert "already indexed: 40 rows" in capsys.readouterr().out
-    with pytest.raises(UserError, match="fixed for good: choose another --out"):
+    with pytest.raises(UserError, match="never changes; choose another --out"):
         index_dataset([str(tars)], out, seed=1)
     with pytest.raises(UserError, match="choose another --out"):
         index_dataset([f"{tars}/00000.tar"], out, seed=0)

@@ -95,7 +95,7 @@ def test_what_append_refuses(tars: Path, tmp_path: Path) -> None:
 def test_a_grown_dataset_equals_one_written_at_once(
     first: int, second: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks, digests and counts, for all places of the border in block, record file and shard."""
+    """Blocks, digests and counts, for all positions of the border in block, record file and shard."""
     patch_shard_rows(monkeypatch, 2048)
     monkeypatch.setattr(lit_fast.data.records, "FILE_RECORDS", 2)
     sources = [Source("/nowhere.tar", 1)]

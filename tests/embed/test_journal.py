@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +15,7 @@ from lit_fast.storage.lock import is_locked
 
 
 def make_journal(path: Path, records: int = 5, **belongs: int) -> Journal:
-    with Journal(path, 20, 4, belongs) as journal:
+    with closing(Journal(path, 20, 4, belongs)) as journal:
         for i in range(records):
             journal.append(np.full((2, 4), i, ml_dtypes.bfloat16), {2 * i: "bad"} if i % 2 else {})
     return journal
@@ -27,41 +28,40 @@ def test_journal_with_any_damage_keeps_the_records_before_it(tmp_path: Path) -> 
     ends = []
     for size in range(len(data) + 1):
         path.write_bytes(data[:size])
-        with Journal(path, 20, 4, {"identity": 1}) as journal:
+        with closing(Journal(path, 20, 4, {"identity": 1})) as journal:
             assert journal.done % 2 == 0
             np.testing.assert_array_equal(journal.features[: journal.done], whole.features[: journal.done])
             assert journal.invalid == {r: w for r, w in whole.invalid.items() if r < journal.done}
             ends.append(journal.done)
     assert ends == sorted(ends)
     assert (ends[-1], ends[-2]) == (10, 8)
-    for place in range(0, len(data), 3):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-        with Journal(path, 20, 4, {"identity": 1}) as journal:
+    for position in range(0, len(data), 3):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
+        with closing(Journal(path, 20, 4, {"identity": 1})) as journal:
             assert journal.done < 10
             np.testing.assert_array_equal(journal.features[: journal.done], whole.features[: journal.done])
 
 
 def test_journal_of_other_work_is_discarded(tmp_path: Path) -> None:
     make_journal(tmp_path / "j", identity=1)
-    with Journal(tmp_path / "j", 20, 4, {"identity": 2}) as journal:
+    with closing(Journal(tmp_path / "j", 20, 4, {"identity": 2})) as journal:
         assert (journal.done, journal.discarded) == (0, True)
-    with Journal(tmp_path / "j", 20, 4, {"identity": 2}) as journal:
+    with closing(Journal(tmp_path / "j", 20, 4, {"identity": 2})) as journal:
         assert (journal.done, journal.discarded) == (0, False)
 
 
 def test_journal_in_use_is_refused(tmp_path: Path) -> None:
     with (
-        Journal(tmp_path / "j", 20, 4, {}),
+        closing(Journal(tmp_path / "j", 20, 4, {})),
         pytest.raises(UserError, match="another process"),
-        Journal(tmp_path / "j", 20, 4, {}),
     ):
-        pass
+        Journal(tmp_path / "j", 20, 4, {})
 
 
 def test_journal_is_locked_while_it_is_open(tmp_path: Path) -> None:
     path = tmp_path / "j"
     assert not is_locked(path)
     assert not path.exists()
-    with Journal(path, 20, 4, {}):
+    with closing(Journal(path, 20, 4, {})):
         assert is_locked(path)
     assert not is_locked(path)

@@ -13,7 +13,7 @@ from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.towers.preprocess import Preprocess
 from tests.helpers import encoded, picture, write_tar
 
-HOW = Preprocess("pil-crop", 16, 18)
+PREPROCESS = Preprocess("pil-crop", 16, 18)
 
 
 @pytest.mark.parametrize("views", [1, 3])
@@ -26,7 +26,7 @@ def test_load_batches_holds_the_rows_of_each_span(views: int, workers: int, tmp_
     dataset = index_dataset([str(tmp_path / "0.tar")], tmp_path / "d", seed=0)
     [block] = dataset.iter_blocks()
     spans = [(0, 20), (20, 20), (44, 7)]
-    loader = ImageLoader(dataset, HOW, MAX_PIXELS, views)
+    loader = ImageLoader(dataset, PREPROCESS, MAX_PIXELS, views)
     for batch, (first, rows) in zip(load_batches(loader, iter(spans), 20, workers), spans, strict=True):
         assert (batch.first, batch.rows) == (first, rows)
         pixels = batch.images.reshape(20, views, 16, 16, 3)
@@ -35,5 +35,5 @@ def test_load_batches_holds_the_rows_of_each_span(views: int, workers: int, tmp_
             key = block.keys[first + i]
             assert (first + i in batch.invalid) == (key == "x")
             for number in range(views):
-                want = 0 if key == "x" else HOW.view(decode(files[key]), key, number)
+                want = 0 if key == "x" else PREPROCESS.view(decode(files[key]), key, number)
                 np.testing.assert_array_equal(pixels[i, number], want)

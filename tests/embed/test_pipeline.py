@@ -22,7 +22,7 @@ def test_run_tower_yields_every_batch_with_its_own_output() -> None:
 
 
 def test_run_tower_without_device_memory_names_the_remedy() -> None:
-    """What JAX raises when an array of 64 TiB does not fit; a limit on the process makes XLA hang instead."""
+    """JAX raises its own error for an array of 64 TiB; a limit on the process makes XLA hang instead."""
     batch = Batch(0, 1, np.zeros((1, 4, 4, 3), np.uint8), {})
     with pytest.raises(UserError, match="out of memory; lower --batch-size"):
         list(run_tower(iter([batch]), lambda images: jax.numpy.zeros(1 << 46, jax.numpy.uint8), StallTimer()))

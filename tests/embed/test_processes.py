@@ -1,4 +1,4 @@
-"""Several processes share out the shards of a dataset and need each other for nothing."""
+"""Several processes embed disjoint shards of a dataset independently of each other."""
 
 from __future__ import annotations
 

@@ -57,6 +57,16 @@ def test_classify_scores_equal_the_mean_over_the_templates(loss, tiny_vit, pictu
     assert list(value["images"][0]["scores"]) == LABELS
 
 
+def test_classify_with_several_broken_images_scores_the_others(tiny_vit, pictures):
+    model = random_model(load_tower(str(tiny_vit)), SMALL)
+    good, broken = pictures / "0.jpg", pictures / "1b.PNG"
+    scores, errors = classify(model, [good, broken, good, broken, broken, good], LABELS, ["{c}"])
+    assert list(errors) == [1, 3, 4]
+    assert np.isnan(scores[[1, 3, 4]]).all()
+    alone, _ = classify(model, [good], LABELS, ["{c}"])
+    np.testing.assert_array_equal(scores[[0, 2, 5]], np.repeat(alone, 3, axis=0))
+
+
 @pytest.mark.parametrize(
     ("labels", "templates", "message"),
     [

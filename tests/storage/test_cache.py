@@ -52,7 +52,7 @@ def test_cached_file_a_right_digest_passes(server: Server, headers: dict[str, st
 def test_cached_file_a_refusal_is_one_line(server: Server, status: int, problem: str) -> None:
     server.answers["/f"] = Answer(status=status)
     with pytest.raises(
-        UserError, match=f"name cannot be downloaded: .*{problem}.*; bring .* and put it at"
+        UserError, match=f"name cannot be downloaded: .*{problem}.*; download .* on another machine"
     ) as caught:
         cached_file("name", f"{server.url}/f", "f")
     assert "\n" not in str(caught.value)
@@ -63,7 +63,9 @@ def test_cached_file_offline_names_the_file_to_bring(
 ) -> None:
     monkeypatch.setenv("LIT_FAST_OFFLINE", "1")
     url, path = f"{server.url}/f", tmp_path / "cache" / "f"
-    with pytest.raises(UserError, match=rf"offline\); bring {url} and put it at {path}, or give the path"):
+    with pytest.raises(
+        UserError, match=rf"offline\); download {url} to {path} on another machine, or give the path"
+    ):
         cached_file("name", url, "f")
     path.parent.mkdir()
     path.write_bytes(b"brought")

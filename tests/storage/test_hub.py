@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,20 @@ def test_fetch_a_closed_server_uses_the_cache(hub: Hub) -> None:
     Snapshot("o/n").fetch("config.json")
     hub.close()
     assert Path(Snapshot("o/n").fetch("config.json")).read_bytes() == b"{}"
+
+
+def test_fetch_from_an_unreachable_server_logs_no_retries(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    hub.close()
+    with pytest.raises(UserError, match="hf:o/n cannot be downloaded from"):
+        Snapshot("o/n").fetch("config.json")
+    assert not caplog.records
 
 
 def test_hub_problem_of_an_unreachable_server_names_the_cause(hub: Hub) -> None:

@@ -298,7 +298,7 @@ def test_start_from_a_tower_with_more_parts_is_refused(tmp_path):
         ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05"),
         ({"num_attention_heads": 7}, "width of 24 cannot be split into 7 heads"),
-        ({"num_attention_heads": "3"}, "num_attention_heads is '3'"),
+        ({"num_attention_heads": "3"}, "cannot be split into '3' heads"),
     ],
 )
 def test_read_text_weights_of_other_models_is_refused(config, message, tmp_path):

@@ -42,7 +42,7 @@ def step_flops(
 
 
 def program_flops(program: Any) -> float:
-    """Return the FLOPs of all matrix products of a traced program (a jaxpr), with recomputation.
+    """Count the FLOPs of the matrix products in a jaxpr, with recomputation.
 
     The body of a loop counts as often as it runs. Of several branches the most expensive one counts; of branches by
     platform, the default.

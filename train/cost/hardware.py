@@ -1,4 +1,4 @@
-"""Data sheets of TPUs and GPUs, and a measurement of this machine's CPU."""
+"""Peak rates of TPUs and GPUs from data sheets, and a measurement of this machine's CPU."""
 
 from __future__ import annotations
 
@@ -64,15 +64,16 @@ def chip_of(kind: str) -> Chip | None:
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Return the peak FLOP/s of a device in dense bfloat16 products; None if the chip is unknown."""
+    """Return the peak FLOP/s in dense bfloat16 products; None for unknown chips."""
     chip = chip_of(device.device_kind)
     return chip.flops if chip else None
 
 
 def this_processor(num_devices: int, memory: float) -> Chip:
-    """Measure this machine's CPU with a few float32 products and copies, shared by its devices.
+    """Measure this machine's CPU with float32 products and copies.
 
     Args:
+      num_devices: devices that share the CPU equally.
       memory: bytes per device.
     """
     size = 1536

@@ -1,4 +1,4 @@
-"""Read the text of a compiled program (HLO): collectives, the compiler's time estimate and the largest buffers.
+"""Read compiled HLO: collectives, estimated cycles and the largest buffers.
 
 The text lists computations. The body of a loop is in it once and is counted as often as the loop runs.
 """
@@ -19,6 +19,7 @@ _ITEM_BYTES = {
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")  # dtype, dimensions, layout
+_BRACKETS = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")  # innermost
 
 
 class Instruction(NamedTuple):
@@ -40,7 +41,7 @@ class Collective(NamedTuple):
 
 
 class ProgramCost(NamedTuple):
-    """Cost of one step on one device; an instruction in a loop is counted as often as the loop runs."""
+    """Cost of one step on one device; loop bodies count as often as they run."""
 
     cycles: float  # of the TensorCore, as the compiler estimates them; 0 without an estimate
     collectives: dict[str, Collective]
@@ -74,7 +75,7 @@ def program_cost(text: str) -> ProgramCost:
 
 
 def largest_buffers(text: str, count: int = 3) -> list[dict[str, Any]]:
-    """Return the largest arrays in device memory: shape, bytes and the operation that produces them.
+    """Return shape, bytes and producing operation of the largest arrays in device memory.
 
     Arrays of one shape are listed once; the compiler may or may not share their memory.
     """
@@ -116,7 +117,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """Return how often a loop runs: from the compiler, or from the constant that its counter is compared with."""
+    """Return the trip count of a loop: the compiler's, or the bound of its counter."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = computations.get(_attribute(loop, "condition"), [])
@@ -130,7 +131,7 @@ def trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) ->
 
 
 def _executions(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tuple[str, int, bool]]:
-    """Yield each computation that runs: its name, how often, and whether it is part of a fused kernel."""
+    """Yield (name, number of runs, whether fused) of each computation that runs."""
     stack = [(entry, 1, False)]
     while stack:
         name, times, fused = stack.pop()
@@ -158,7 +159,10 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction:
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
     end = _closing_bracket("(" + rest) - 1
-    operands = tuple(operand.split()[-1].lstrip("%") for operand in _split(rest[:end]))
+    inner = rest[:end]
+    while (plain := _BRACKETS.sub("", inner)) != inner:  # the commas that remain separate the operands
+        inner = plain
+    operands = tuple(operand.split()[-1].lstrip("%") for operand in inner.split(",") if operand.strip())
     return Instruction(name, shape, opcode, operands, rest[end + 1 :], root)
 
 
@@ -170,19 +174,6 @@ def _closing_bracket(text: str) -> int:
         if not depth:
             return index
     return len(text)
-
-
-def _split(text: str) -> list[str]:
-    """Split at the commas outside of brackets."""
-    parts, depth, part = [], 0, ""
-    for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and not depth:
-            parts.append(part)
-            part = ""
-        else:
-            part += letter
-    return [p.strip() for p in [*parts, part] if p.strip()]
 
 
 def _bytes(shape: str) -> float:

@@ -1,4 +1,4 @@
-"""Estimate the device memory of a training step, and choose the remat policy for `text.keep = "auto"`.
+"""Estimate the memory of a step, and choose the policy of `text.keep = "auto"`.
 
 The estimate sums the shapes of the residuals that the backward pass stores. Where a compiler for the devices exists,
 its figure decides; on CPUs the estimate does.
@@ -110,15 +110,15 @@ def choose_remat(
 
 
 def device_memory(mesh: Mesh) -> int:
-    """Return the bytes of the smallest device of all processes, which must choose the same program."""
-    # A process can query its own devices only.
+    """Return the bytes of the smallest device of all processes."""
+    # All processes must choose the same program, and a process can query its own devices only.
     own = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     own = own or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // len(mesh.local_devices)
     return int(process_allgather(np.int32(own >> 20)).min()) << 20  # JAX has no 64-bit integers by default
 
 
 def remat_candidates(config: Config, num_devices: int, on_cpu: bool) -> Iterator[TextConfig]:
-    """Yield text configurations in order of increasing recomputation and decreasing memory."""
+    """Yield text configurations in order of increasing recomputation."""
     texts = config.stream.global_batch * config.stream.captions_per_image // num_devices
     tokens = _CPU_MICROBATCH_TOKENS[config.text.dtype] if on_cpu else _MICROBATCH_TOKENS
     rows = texts // config.text.pack
@@ -149,28 +149,12 @@ class MemoryEstimate:
         self._build, self._state, self._batch = build, state, batch_shapes(model, config)
         self._images = config.stream.global_batch // num_devices
         self._texts = self._images * config.stream.captions_per_image
-        self._width, self._tile, self._num_devices = model.out_dim, config.loss.tile, num_devices
+        self._width, self._tile = model.out_dim, config.loss.tile
         self._per_text: dict[TextConfig, float] = {}
-
-    @property
-    def parameters(self) -> int:
-        """The stored parameters and their moving average."""
-        return _tree_bytes((self._state.params, self._state.average))
-
-    @property
-    def optimizer(self) -> int:
-        """The optimizer state."""
-        return _tree_bytes(self._state.opt)
-
-    @property
-    def gradients(self) -> int:
-        """The gradients of all parameters."""
-        return _tree_bytes(self._state.params)
-
-    @property
-    def batch(self) -> int:
-        """A device's shard of one batch."""
-        return _tree_bytes(self._batch) // self._num_devices
+        self.parameters = _tree_bytes((state.params, state.average))
+        self.optimizer = _tree_bytes(state.opt)
+        self.gradients = _tree_bytes(state.params)
+        self.batch = _tree_bytes(self._batch) // num_devices  # a device's shard
 
     def residuals(self, text: TextConfig) -> int:
         """Return the bytes of the residuals that are stored for the backward pass."""
@@ -184,9 +168,8 @@ class MemoryEstimate:
         everything = dataclasses.replace(text, keep="everything")
         microbatch = self._texts // text.microbatches * self._residuals_per_text(everything)
         tile = min(self._tile, self._images)
-        logits = (
-            4 * tile * min(2 * tile, self._texts) * 4
-        )  # of a tile of pairs, and three arrays of that shape
+        # Four float32 arrays of the shape of a tile of pairs.
+        logits = 4 * 4 * tile * min(2 * tile, self._texts)
         # In float32: images here and in transfer, texts and their gradients.
         embeddings = 8 * self._width * (self._images + self._texts)
         # Gradients, updates, and the weights in the dtype of the matrix products.
@@ -218,7 +201,7 @@ def try_compile(
     optimizer: optax.GradientTransformation,
     state: State,
 ) -> CompiledStep | None:
-    """Compile the step with a remat policy; return None if the compiler runs out of device memory."""
+    """Compile the step with a remat policy; None if it exceeds device memory."""
     try:
         return compile_step(build(text), dataclasses.replace(config, text=text), mesh, optimizer, state)
     except jax.errors.JaxRuntimeError as error:

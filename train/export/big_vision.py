@@ -12,12 +12,13 @@ become the image tower's own `head`: (f - mean) W = f W - mean W, and the scale 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lit_fast.errors import UserError
 from lit_fast.inference.model import Model
-from lit_fast.models.architecture import Architecture
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.storage.files import write_atomic
 from lit_fast.storage.paths import join
@@ -25,40 +26,22 @@ from lit_fast.train.export.card import rounding_note, write_card
 from lit_fast.train.export.fold import image_head, with_token_table
 from lit_fast.train.export.writer import ExportOptions
 
-_USAGE = """\
-With [big_vision](https://github.com/google-research/big_vision) in the path:
-
-```python
-import ml_collections
-from big_vision.models.proj.image_text import two_towers
-
-config = ml_collections.ConfigDict(dict(
-    image_model="vit", text_model="proj.image_text.text_transformer",
-    image={image},
-    text={text},
-    out_dim={out_dim}, temperature_init=10.0{bias},
-))
-params = two_towers.load(None, "./model.npz", config)
-model = two_towers.Model(**config)
-images, texts, extra = model.apply({{"params": params}}, pixels, ids)  # {extra}
-```
-
-`pixels`: float32 [n, {size}, {size}, 3], made by `{method}` (`lit_fast.towers`), less {mean}, divided by {std}.
-`ids`: int32 [m, {length}]: `tokenize(max_len={length}, eos="sticky", pad_value={pad}, model="tokenizer.model")`.
-
-Back into lit_fast: `lit-fast embed D --tower model.npz {options}`, and
-`--text.init model.npz:txt` with `lit-fast tokenize D --tokenizer tokenizer.model --max-length {length}{padding}`.
-"""
-
 
 def check(model: Model, options: ExportOptions) -> None:
     """Raise UserError if big_vision lacks a part of either tower."""
-    missing = _missing_in_vision(model.tower.architecture)
-    if model.config.mask_padding:
-        missing.insert(0, "its text tower attends to padding (text.mask_padding = true)")
-    if missing:
+    a = model.tower.architecture
+    reasons = {  # on the kind of GELU see `_notes`
+        "its text tower attends to padding (text.mask_padding = true)": model.config.mask_padding,
+        f"its image tower has no {a.gelu} activation": a.gelu not in ("tanh", "exact"),
+        "its image tower has no register tokens": a.registers > 0,
+        "its image tower has no LayerNorm before the first block": a.pre_norm,
+        "its image tower has no LayerNorm after pooling": a.norm_after_pool,
+        f"its image tower has no pooling {a.pool!r} beside a class token": a.class_token and a.pool != "tok",
+        f"the epsilon of its LayerNorm is {EPSILON}, not {a.epsilon}": a.epsilon != EPSILON,
+    }
+    if missing := [reason for reason, applies in reasons.items() if applies]:
         raise UserError(
-            f"big_vision cannot express this model: {'; '.join(missing)}; --format lit_fast and onnx can"
+            f"big_vision cannot express this model: {'; '.join(missing)}; export with --format lit_fast or onnx"
         )
 
 
@@ -66,7 +49,7 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
     """Write the weights, the tokenizer and the card."""
     np.savez(join(directory, "model.npz"), allow_pickle=False, **arrays(model))
     write_atomic(join(directory, "tokenizer.model"), model.tokenizer.model)
-    write_card(directory, model, _usage(model), _notes(model), library="big_vision")
+    write_card(directory, model, "big_vision", _notes(model), **_towers(model))
 
 
 def arrays(model: Model) -> dict[str, np.ndarray]:
@@ -88,25 +71,12 @@ def arrays(model: Model) -> dict[str, np.ndarray]:
 
 
 def _has_image_head(model: Model) -> bool:
-    """Whether big_vision's image tower needs its own `head`."""
+    """Return whether big_vision's image tower needs its own `head`."""
     return "img" in model.params or bool(model.params["mean"].any())
 
 
-def _missing_in_vision(a: Architecture) -> list[str]:
-    """List the parts that big_vision's ViT lacks; on the kind of GELU see `_notes`."""
-    reasons = {
-        f"its image tower has no {a.gelu} activation": a.gelu not in ("tanh", "exact"),
-        "its image tower has no register tokens": a.registers > 0,
-        "its image tower has no LayerNorm before the first block": a.pre_norm,
-        "its image tower has no LayerNorm after pooling": a.norm_after_pool,
-        f"its image tower has no pooling {a.pool!r} beside a class token": a.class_token and a.pool != "tok",
-        f"the epsilon of its LayerNorm is {EPSILON}, not {a.epsilon}": a.epsilon != EPSILON,
-    }
-    return [reason for reason, applies in reasons.items() if applies]
-
-
 def _notes(model: Model) -> list[str]:
-    """List what differs after the export."""
+    """List the differences between the export and the model."""
     notes = [rounding_note(model)]
     if model.tower.architecture.gelu == "exact":
         notes.append(
@@ -120,27 +90,18 @@ def _notes(model: Model) -> list[str]:
     return notes
 
 
-def _usage(model: Model) -> str:
-    a, shape, preprocess = model.tower.architecture, model.config.shape, model.tower.preprocess
-    image = a.shape._asdict() | {"patch_size": (a.patch, a.patch), "pool_type": a.pool}
-    text = shape._asdict() | {"vocab_size": model.tokenizer.vocab_size, "pool_type": model.config.pooling}
-    for tower in (image, text):
-        tower["num_heads"] = tower.pop("heads")
-    pad = model.tokenizer.pad_id
-    # If the configuration has this key, with any value, big_vision looks for a bias in the file.
-    bias = f", bias_init={float(model.params['b'][0])}" if "b" in model.params else ""
-    return _USAGE.format(
-        image=f"dict({', '.join(f'{k}={v!r}' for k, v in image.items())})",
-        text=f"dict({', '.join(f'{k}={v!r}' for k, v in text.items())})",
-        out_dim=(model.width if _has_image_head(model) else None, model.width if model.config.head else None),
-        bias=bias,
-        extra='extra["t"], extra["b"]' if bias else 'extra["t"]',
-        size=preprocess.size,
-        method=preprocess.method,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        length=model.tokenizer.max_length,
-        pad=pad,
-        padding="" if pad == model.tokenizer.eos_id else f" --pad-id {pad}",
-        options=f"--preprocess {preprocess.method} --gelu {a.gelu} --resolution {preprocess.size}",
-    )
+def _towers(model: Model) -> dict[str, Any]:
+    """Return big_vision's configuration of the two towers, as Python source."""
+    a, text = model.tower.architecture, model.config
+    configs = {
+        "image": a.shape._asdict() | {"patch_size": (a.patch, a.patch), "pool_type": a.pool},
+        "text": text.shape._asdict() | {"vocab_size": model.tokenizer.vocab_size, "pool_type": text.pooling},
+    }
+    for config in configs.values():
+        config["num_heads"] = config.pop("heads")
+    source = {
+        tower: f"dict({', '.join(f'{k}={v!r}' for k, v in config.items())})"
+        for tower, config in configs.items()
+    }
+    widths = (model.width if _has_image_head(model) else None, model.width if text.head else None)
+    return source | {"out_dim": widths}

@@ -1,10 +1,12 @@
-"""The model card: summary, use, training, evaluation and limits."""
+"""Write the model card: summary, use, training, evaluation and limits."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lit_fast.errors import UserError
 from lit_fast.evaluation.table import format_results
@@ -14,28 +16,16 @@ from lit_fast.storage.paths import join
 from lit_fast.train.evaluator import AVERAGED
 from lit_fast.weights.registry import known_towers
 
-_LIMITS = """\
-The model scores how well an image and a text match, as far as its training pairs taught it. It has the biases of
-those images and captions, was not tested for safety or fairness, and is not fit for decisions about people. Figures
-hold for the datasets named here and do not carry over to others. It reads at most {length} tokens of a text.
-"""
 
-
-def write_card(
-    directory: str, model: Model, usage: str, notes: Sequence[str] = (), library: str = "lit_fast"
-) -> None:
-    """Write the `model_card` as `README.md`."""
-    write_atomic(join(directory, "README.md"), model_card(model, usage, notes, library).encode())
-
-
-def model_card(model: Model, usage: str, notes: Sequence[str] = (), library: str = "lit_fast") -> str:
-    """Return a `README.md` with the front matter of the Hugging Face Hub.
+def write_card(directory: str, model: Model, library: str, notes: Sequence[str] = (), **values: Any) -> None:
+    """Write `README.md`, with the front matter of the Hugging Face Hub.
 
     Args:
+      directory: an existing directory.
       model: the exported model.
-      usage: Markdown on how the files are used.
-      notes: sentences on what this format computes differently.
-      library: the library that loads the files.
+      library: the library that loads the files; `templates/` has a file of this name on their use.
+      notes: sentences on the differences between the exported format and lit_fast.
+      **values: variables of the template.
 
     Raises:
       UserError: the run's receipt is damaged.
@@ -47,21 +37,24 @@ def model_card(model: Model, usage: str, notes: Sequence[str] = (), library: str
             f"the model's receipt.json is damaged: {type(error).__name__} {error}; delete it to export without its "
             "figures"
         ) from None
-    sections = [
-        f"{_front_matter(model, library)}# {model.name}\n",
-        _summary(model),
-        f"## Use\n\n{usage}",
-        *([f"## Differences\n\n{_list(notes)}"] if notes else []),
-        f"## Training\n\n{training}",
-        f"## Evaluation\n\n{evaluation}",
-        f"## Limits\n\n{_LIMITS.format(length=model.tokenizer.max_length)}",
-    ]
-    return "\n".join(sections)
-
-
-def probability_function(model: Model) -> str:
-    """Return the name of the function from logits [images, texts] to probabilities."""
-    return "softmax over the texts" if model.loss.name == "softmax" else "sigmoid"
+    licence = _tower_licence(model)
+    environment = Environment(
+        loader=PackageLoader(__package__),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    card = environment.get_template(f"{library}.md.jinja").render(
+        values,
+        model=model,
+        front_matter=_front_matter(model, library, licence),
+        licence=licence,
+        probability="softmax over the texts" if model.loss.name == "softmax" else "sigmoid",
+        notes=notes,
+        training=training,
+        evaluation=evaluation,
+    )
+    write_atomic(join(directory, "README.md"), card.encode())
 
 
 def rounding_note(model: Model) -> str:
@@ -86,38 +79,20 @@ def _tower_licence(model: Model) -> str:
     return ""
 
 
-def _front_matter(model: Model, library: str) -> str:
+def _front_matter(model: Model, library: str, licence: str) -> str:
     """Return YAML, in which strings and lists are written as in JSON."""
     entries: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["siglit", "clip", "image-text-retrieval", "contrastive"],
     }
-    if licence := _tower_licence(model):
+    if licence:
         entries["license"] = licence.lower()
     source = str(model.tower_json["source"])
     if source.startswith(("hf:", "timm:")):
         entries["base_model"] = source.removeprefix("hf:").replace("timm:", "timm/").partition("@")[0]
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in entries.items())
     return f"---\n{lines}---\n\n"
-
-
-def _summary(model: Model) -> str:
-    provenance, shape = model.tower_json, model.config.shape
-    licence = _tower_licence(model)
-    lines = [
-        f"vision tower: {provenance['name']}, {model.width} features, SHA-256 of its weights "
-        f"`{provenance.get('sha256', 'unknown')}`",
-        f"licence of the vision tower: {f'{licence} (of the vision tower)' if licence else 'not known'}",
-        f"text tower: width {shape.width}, depth {shape.depth}, {shape.heads} heads, pooling "
-        f"{model.config.pooling}, {model.tokenizer.vocab_size:,} pieces, {model.tokenizer.max_length} tokens",
-        f"weights: {'moving average up to ' if model.average else ''}step {model.step:,}",
-    ]
-    return (
-        "Images and texts as vectors of one space: a frozen public vision tower, and a text tower trained for it "
-        f"with the {model.loss.name} loss (SigLiT, https://arxiv.org/abs/2303.15343, section 4.4).\n\n"
-        + _list(lines)
-    )
 
 
 def _training(model: Model) -> str:
@@ -137,7 +112,7 @@ def _training(model: Model) -> str:
     ]
     if "text_init" in receipt:
         lines.append(f"text tower started from weights of SHA-256 `{receipt['text_init']['sha256']}`")
-    return _list(lines)
+    return "".join(f"* {line}\n" for line in lines)
 
 
 def _evaluation(model: Model) -> str:
@@ -152,7 +127,3 @@ def _evaluation(model: Model) -> str:
         "Intervals cover the choice of images; they do not cover the variation between trainings.\n\n"
         f"```\n{format_results(results)}\n```\n"
     )
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "".join(f"* {line}\n" for line in lines)

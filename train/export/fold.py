@@ -18,10 +18,9 @@ def image_head(model: Model) -> np.ndarray:
     Returns:
       float32 [width, width].
     """
-    if "img" in model.params:
-        kernel: np.ndarray = model.params["img"]["head"]["kernel"]
-        return kernel
-    return np.eye(model.width, dtype=np.float32)
+    if "img" not in model.params:
+        return np.eye(model.width, dtype=np.float32)
+    return np.asarray(model.params["img"]["head"]["kernel"])
 
 
 def image_projection(model: Model) -> np.ndarray:
@@ -33,16 +32,14 @@ def image_projection(model: Model) -> np.ndarray:
     head = image_head(model)
     if model.tower.architecture.pool != "projection":
         return head
-    projection: np.ndarray = model.tower.params["projection"]["kernel"]
-    return projection @ head
+    return np.asarray(model.tower.params["projection"]["kernel"]) @ head
 
 
 def centered_norm(tower: Tower, mean: np.ndarray) -> Params:
     """Return the LayerNorm before the pooled feature with centring in its bias.
 
     The bias subtracts `mean` [width] from the feature. If the feature is projected, the bias subtracts a vector that
-    the projection maps to `mean`. Such a vector exists, since a projection does not raise
-    the number of dimensions.
+    the projection maps to `mean`. Such a vector exists, since a projection does not raise the number of dimensions.
     """
     norm = tower.params.get("pooled_norm") or tower.params["Transformer"]["encoder_norm"]
     shift: np.ndarray = np.asarray(mean, np.float64)

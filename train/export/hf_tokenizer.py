@@ -13,6 +13,7 @@ in float64 for the library.
 from __future__ import annotations
 
 import base64
+import string
 from typing import Any
 
 from lit_fast.data.tokenizer import Tokenizer
@@ -83,9 +84,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     private = {piece: chr(_LAST_PRIVATE - i) for i, piece in enumerate(user_defined)}
     names = [_name(p, private) for p in proto.pieces]
     eos = names[tokenizer.eos_id]
-    special_ids = sorted({tokenizer.eos_id, tokenizer.pad_id})
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
     end = {"SpecialToken": {"id": eos, "type_id": 0}}
+    # Split the text "<0x41>" after its first character: it must not become the byte piece of that name.
+    split_byte_names = {
+        "type": "Split",
+        "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
     return {
         "version": "1.0",
         "truncation": None,
@@ -100,10 +107,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
                 "normalized": False,
                 "special": True,
             }
-            for i in special_ids
+            for i in sorted({tokenizer.eos_id, tokenizer.pad_id})
         ],
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec, private)},
-        "pre_tokenizer": _split_byte_names() if unigram and proto.trainer_spec.byte_fallback else None,
+        "pre_tokenizer": split_byte_names if unigram and proto.trainer_spec.byte_fallback else None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [first, end],
@@ -131,43 +138,25 @@ def _name(piece: Any, private: dict[str, str]) -> str:
     return private.get(piece.piece, f" {piece.piece}")
 
 
-def _replace(pattern: str, content: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
-
-
-def _replace_all(regex: str, content: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"Regex": regex}, "content": content}
+def _replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
 
 def _normalizers(spec: Any, private: dict[str, str]) -> list[dict[str, Any]]:
     """Return ASCII lower-casing, then the steps of sentencepiece's normalizer.cc."""
-    capitals = [chr(i) for i in range(ord("A"), ord("Z") + 1)]
-    steps = [_replace(letter, letter.lower()) for letter in capitals]
+    steps = [_replace(letter, letter.lower()) for letter in string.ascii_uppercase]
     steps += [_replace(piece, private[piece]) for piece in sorted(private, key=len, reverse=True)]
     if spec.precompiled_charsmap:
         table = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": table})
     if spec.remove_extra_whitespaces:
-        steps += [_replace_all(r"\A +", ""), _replace_all(" {2,}", " ")]
+        steps += [_replace(r"\A +", "", "Regex"), _replace(" {2,}", " ", "Regex")]
     if spec.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": _SPACE})
     steps.append(_replace(" ", _SPACE))
     if spec.remove_extra_whitespaces:
-        steps.append(_replace_all(rf"{_SPACE}+\z", ""))
+        steps.append(_replace(rf"{_SPACE}+\z", "", "Regex"))
     return steps
-
-
-def _split_byte_names() -> dict[str, Any]:
-    """Split the text "<0x41>" after its first character.
-
-    It must not become the byte piece of that name.
-    """
-    return {
-        "type": "Split",
-        "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
-        "behavior": "MergedWithPrevious",
-        "invert": False,
-    }
 
 
 def _unigram(proto: Any, names: list[str]) -> dict[str, Any]:

@@ -29,19 +29,6 @@ from lit_fast.train.export.card import write_card
 from lit_fast.train.export.writer import ExportOptions
 from lit_fast.weights.to_torch import contiguous
 
-_USAGE = """\
-`pip install lit-fast`, then:
-
-```python
-import lit_fast
-
-model = lit_fast.load(".")  # this folder; from the Hub: lit_fast.load("hf:OWNER/NAME")
-images = model.embed_image(["image.jpg"])  # float32 [1, {width}], of unit length
-texts = model.embed_text(["a dog", "a flower"])  # float32 [2, {width}]
-scores = model.score(["image.jpg"], ["a dog", "a flower"])  # float32 [1, 2]
-```
-"""
-
 
 def check(model: Model, options: ExportOptions) -> None:
     """Raise UserError if the vision tower's weights cannot be loaded."""
@@ -57,7 +44,7 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
     write_json(join(directory, TOWER), _file_names_only(model.tower_json))
     if model.receipt is not None:
         write_json(join(directory, RECEIPT), _file_names_only(model.receipt))
-    write_card(directory, model, _USAGE.format(width=model.width))
+    write_card(directory, model, "lit_fast")
 
 
 def _config(model: Model) -> dict[str, Any]:

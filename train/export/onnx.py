@@ -31,9 +31,7 @@ from lit_fast.models.two_towers import Params, embed_ids, text_tower
 from lit_fast.storage.files import read_lines, write_atomic
 from lit_fast.storage.paths import join, name
 from lit_fast.train.export.card import rounding_note, write_card
-from lit_fast.train.export.onnx_usage import usage
 from lit_fast.train.export.writer import ExportOptions
-from lit_fast.utils.normalize import normalize
 
 # The largest distance between unit vectors. Float32 sums in another order differ by 4e-7 after one layer and 1e-6
 # after twelve (ViT-Ti/16); a GELU of the other kind by 1e-4 after one and 2e-3 after twelve.
@@ -80,8 +78,9 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
         classes = classifier(names, templates, model.embed_text)
         np.save(join(directory, "zero_shot.npy"), classes, allow_pickle=False)
         write_atomic(join(directory, "classes.txt"), "".join(f"{name}\n" for name in names).encode())
-    text = usage(model, options.vision, bool(names))
-    write_card(directory, model, text, (_OPERATORS, rounding_note(model)), library="onnx")
+    notes = (_OPERATORS, rounding_note(model))
+    values = _scoring(model) | {"vision": options.vision, "zero_shot": bool(names)}
+    write_card(directory, model, "onnx", notes, **values)
 
 
 def _write_text(model: Model, path: str) -> None:
@@ -112,14 +111,10 @@ def _write_vision(model: Model, path: str) -> None:
     metadata = _metadata(model) | {"preprocess": json.dumps(tower.preprocess.to_dict())}
     graph.save(path, ("images", np.uint8, (size, size, 3)), output, model.width, metadata)
 
-    @jax.jit
-    def embed(weights: Params, params: Params, images: jax.Array) -> jax.Array:
-        x = normalize(tower.embed(weights, images) - params["mean"])
-        return normalize(x @ params["img"]["head"]["kernel"]) if "img" in params else x
-
+    embed = jax.jit(tower.embed)
     images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
     with jax.default_matmul_precision("highest"):
-        _compare(path, images, lambda images: embed(tower.params, model.params, images))
+        _compare(path, images, lambda x: model.embed_features(np.asarray(embed(tower.params, x))))
 
 
 def _check_finite(owner: str, params: Params) -> None:
@@ -140,7 +135,7 @@ def _random_ids(tower: TextTower, model: Model) -> np.ndarray:
     return ids
 
 
-def _compare(path: str, inputs: np.ndarray, embed: Callable[[np.ndarray], jax.Array]) -> None:
+def _compare(path: str, inputs: np.ndarray, embed: Callable[[np.ndarray], jax.Array | np.ndarray]) -> None:
     """Raise UserError if onnxruntime's embeddings differ by more than `TOLERANCE`."""
     import onnxruntime
 
@@ -174,9 +169,13 @@ def _prompts(options: ExportOptions) -> tuple[list[str], list[str]]:
     return names, templates
 
 
+def _scoring(model: Model) -> dict[str, float]:
+    """Return the temperature and the bias, if any, of the scores."""
+    bias = {"bias": float(model.params["b"][0])} if "b" in model.params else {}
+    return {"temperature": math.exp(float(model.params["t"][0])), **bias}
+
+
 def _metadata(model: Model) -> dict[str, str]:
     """Return the values that turn two embeddings into a score."""
-    params = model.params
-    bias = {"bias": str(float(params["b"][0]))} if "b" in params else {}
-    temperature = math.exp(float(params["t"][0]))
-    return {"run": model.name, "loss": model.loss.name, "temperature": str(temperature), **bias}
+    scoring = {name: str(value) for name, value in _scoring(model).items()}
+    return {"run": model.name, "loss": model.loss.name, **scoring}

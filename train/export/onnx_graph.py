@@ -48,17 +48,15 @@ class Graph:
         output: str,
         width: int,
         metadata: Mapping[str, str],
-        max_weight_bytes: int = MAX_WEIGHT_BYTES,
     ) -> None:
         """Write the graph and check the file.
 
         Args:
-          path: the local file; if the weights are larger than `max_weight_bytes`, they go to `<path>.data`.
+          path: the local file; weights larger than `MAX_WEIGHT_BYTES` are stored in `<path>.data`.
           inputs: the input's name, its dtype, and its shape without the leading batch axis, which is of any length.
           output: the value that becomes "embeddings", float32 [batch, width].
           width: of the output.
           metadata: stored in the file by name.
-          max_weight_bytes: bytes of weights that are stored in the file itself.
         """
         name, dtype, shape = inputs
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
@@ -78,6 +76,6 @@ class Graph:
             producer_version=__version__,
         )
         helper.set_model_props(model, dict(metadata))
-        external = sum(len(weight.raw_data) for weight in self._weights) > max_weight_bytes
+        external = sum(len(weight.raw_data) for weight in self._weights) > MAX_WEIGHT_BYTES
         onnx.save_model(model, path, save_as_external_data=external, location=f"{paths.name(path)}.data")
         checker.check_model(path, full_check=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import TensorProto
@@ -44,7 +44,7 @@ class _Scope:
         return self.child(name, self.params[name])
 
     def child(self, name: str, params: Params) -> _Scope:
-        return _Scope(self.graph, params, f"{self.path}/{name}", self.heads, self.gelu, self.epsilon)
+        return replace(self, params=params, path=f"{self.path}/{name}")
 
     def weight(self, name: str) -> str:
         return self.graph.weight(f"{self.path}/{name}", self.params[name])

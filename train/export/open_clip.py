@@ -14,7 +14,7 @@ open_clip/transformer.py, model.py and timm_model.py.
 
 open_clip can hide padding only together with a class token that it appends to the text ("embed_cls"). It then hides
 each position whose predecessor is padding. If end-of-sentence is also the padding, this is correct: the first
-end-of-sentence is visible, what follows it is not, and the class token, which pools, is not either.
+end-of-sentence is visible; the positions after it and the class token, which pools, are hidden.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lit_fast.models.architecture import Architecture
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.storage.files import write_json
 from lit_fast.storage.paths import join
-from lit_fast.train.export.card import probability_function, rounding_note, write_card
+from lit_fast.train.export.card import rounding_note, write_card
 from lit_fast.train.export.fold import centered_norm, image_projection, with_text_head
 from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
 from lit_fast.train.export.open_clip_timm import timm_name, timm_vision
@@ -48,28 +48,6 @@ _BLOCKS = BlockNames(
     (("mlp.c_fc", "mlp.c_proj"),),
 )
 
-_USAGE = """\
-`pip install open_clip_torch transformers timm`, then:
-
-```python
-import open_clip
-import torch
-
-model, _, preprocess = open_clip.create_model_and_transforms("{address}"){comment}
-model.eval()
-tokenizer = open_clip.get_tokenizer("{address}")
-with torch.no_grad():
-    images = model.encode_image(preprocess(image)[None], normalize=True)  # of a PIL image, [1, {width}]
-    texts = model.encode_text(tokenizer(["a dog", "a flower"]), normalize=True)  # [2, {width}]
-    logits = model.logit_scale.exp() * images @ texts.T{bias}  # [1, 2]; probabilities are their {probability}
-```
-
-CLIP_benchmark evaluates it with `--model {address} --pretrained ""`. It uses class names and templates as they
-are written; `lit-fast eval` lower-cases them and removes their punctuation first, as big_vision does.
-"""
-_PUSH_HINT = """
-For the Hub export it with `--push OWNER/NAME`: open_clip looks for the tokenizer in the repository that the files name.
-"""
 _TEXT_REPAIR = (
     "open_clip's tokenizer repairs text first (ftfy: mojibake, curly quotes, HTML entities; white space), which "
     "lit_fast does not: such texts may get other ids."
@@ -116,22 +94,11 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
     save_file(tensors, join(directory, "open_clip_model.safetensors"), {"format": "pt"})
     write_tokenizer(model.tokenizer, directory, masked=model.config.mask_padding)
     notes += [rounding_note(model), _TEXT_REPAIR] + ([] if _has_native_pooling(model) else [_RANGE])
-    write_card(directory, model, _usage(model), notes, library="open_clip")
-
-
-def _usage(model: Model) -> str:
-    pushed = "/" in model.name  # OWNER/NAME
-    return _USAGE.format(
-        address=f"{'hf-hub' if pushed else 'local-dir'}:{model.name}",
-        comment="" if pushed else "  # this folder",
-        width=model.width,
-        bias=" + model.logit_bias" if "b" in model.params else "",
-        probability=probability_function(model),
-    ) + ("" if pushed else _PUSH_HINT)
+    write_card(directory, model, "open_clip", notes)
 
 
 def _has_native_pooling(model: Model) -> bool:
-    """Whether open_clip's TextTransformer pools and masks as the text tower does."""
+    """Return whether open_clip's TextTransformer pools and masks as the text tower."""
     return model.config.pooling in ("last", "first") and not model.config.mask_padding
 
 
@@ -176,7 +143,7 @@ def _mlp_ratio(mlp_dim: int, width: int) -> float:
 
 
 def _is_vision_transformer(a: Architecture) -> bool:
-    """Whether open_clip's own VisionTransformer can compute a tower."""
+    """Return whether open_clip's own VisionTransformer can compute a tower."""
     known_tokens = a.class_token and not a.registers
     return known_tokens and a.pool in ("tok", "gap", "projection") and a.gelu in ("exact", "tanh")
 

@@ -49,11 +49,8 @@ def timm_name(a: Architecture, size: int) -> str | None:
         for (variant, patch), sizes in models.items():
             name = f"vit_{_WORDS[variant]}_patch{patch}_{family}"
             name += "" if family == "reg4_dinov2" else f"_{size}"
-            same_sizes = VARIANTS[variant] == a.shape and patch == a.patch and size in sizes
-            same_layers = tokens == _TOKENS[family] and (gelu_of(name), epsilon_of(name)) == (
-                a.gelu,
-                a.epsilon,
-            )
+            same_sizes = (VARIANTS[variant], patch) == (a.shape, a.patch) and size in sizes
+            same_layers = (_TOKENS[family], gelu_of(name), epsilon_of(name)) == (tokens, a.gelu, a.epsilon)
             if same_sizes and same_layers:
                 return name
     return None

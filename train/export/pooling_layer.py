@@ -21,8 +21,6 @@ GAIN needs the range of float32 or bfloat16; float16 overflows.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import numpy as np
 
@@ -40,13 +38,6 @@ _AMPLIFIED = 2.0**36
 _EXTRA_PER_HEAD = 8  # additional dimensions; four in all are used
 
 
-class PooledTower(NamedTuple):
-    """A pre-LN text transformer whose output at every position is the pooled vector."""
-
-    params: Params  # under big_vision's names, with head; blocks stacked
-    epsilon: float  # of every LayerNorm
-
-
 def check_pooling(pooling: str, library: str) -> None:
     """Raise UserError if one attention layer cannot express the pooling."""
     if pooling in ("max", "map"):
@@ -55,7 +46,7 @@ def check_pooling(pooling: str, library: str) -> None:
         )
 
 
-def with_pooling_layer(txt: Params, pooling: str, eos_id: int | None) -> PooledTower:
+def with_pooling_layer(txt: Params, pooling: str, eos_id: int | None) -> tuple[Params, float]:
     """Return a tower whose output at any position is the pooled one, up to scale.
 
     Args:
@@ -63,12 +54,17 @@ def with_pooling_layer(txt: Params, pooling: str, eos_id: int | None) -> PooledT
       pooling: "mean", "first" or "last".
       eos_id: end-of-sentence, if the caller's code base masks padding: "last" is its position. None: nothing is
         masked, and all texts have the same length.
+
+    Returns:
+      The parameters of a pre-LN text transformer, float32 under big_vision's names, with head and stacked blocks; and
+      the epsilon of its LayerNorms.
     """
     txt = with_text_head(txt)
     encoder, block = txt["Encoder_0"], txt["Encoder_0"]["encoderblock"]
-    attention = block["MultiHeadDotProductAttention_0"]
+    attention, mlp = block["MultiHeadDotProductAttention_0"], block["MlpBlock_0"]
     _, width, heads, head_width = attention["query"]["kernel"].shape
     wide = width + _EXTRA_PER_HEAD * heads
+    wide_head = wide // heads
     mark = width + 2  # after the two dimensions of the constant
     keep = (width / wide) ** 0.5
 
@@ -85,34 +81,27 @@ def with_pooling_layer(txt: Params, pooling: str, eos_id: int | None) -> PooledT
             "bias": _padded(norm["bias"], {-1: wide}),
         }
 
-    def padded_heads(layer: Params, factor: float = 1.0) -> Params:
-        return {
-            "kernel": _padded(_float64(layer["kernel"]) * factor, {1: wide, -1: wide // heads}),
-            "bias": _padded(_float64(layer["bias"]) * factor, {-1: wide // heads}),
-        }
+    def padded_dense(layer: Params, kernel: dict[int, int], bias: dict[int, int]) -> Params:
+        return {"kernel": _padded(layer["kernel"], kernel), "bias": _padded(layer["bias"], bias)}
 
+    # Attention divides scores by the square root of the head width, which grows.
+    query_scale = (wide_head / head_width) ** 0.5
+    query = jax.tree.map(lambda array: _float64(array) * query_scale, attention["query"])
+    heads_kernel, heads_bias = {1: wide, -1: wide_head}, {-1: wide_head}
     layers: Params = {
         "LayerNorm_0": padded_norm(block["LayerNorm_0"]),
         "MultiHeadDotProductAttention_0": {
-            # Attention divides scores by the square root of the head width, which grows.
-            "query": padded_heads(attention["query"], (wide / heads / head_width) ** 0.5),
-            "key": padded_heads(attention["key"]),
-            "value": padded_heads(attention["value"]),
-            "out": {
-                "kernel": _padded(_centered(attention["out"]["kernel"]), {2: wide // heads, -1: wide}),
-                "bias": _padded(_centered(attention["out"]["bias"]), {-1: wide}),
-            },
+            "query": padded_dense(query, heads_kernel, heads_bias),
+            "key": padded_dense(attention["key"], heads_kernel, heads_bias),
+            "value": padded_dense(attention["value"], heads_kernel, heads_bias),
+            "out": padded_dense(
+                jax.tree.map(_centered, attention["out"]), {2: wide_head, -1: wide}, {-1: wide}
+            ),
         },
         "LayerNorm_1": padded_norm(block["LayerNorm_1"]),
         "MlpBlock_0": {
-            "Dense_0": {
-                "kernel": _padded(block["MlpBlock_0"]["Dense_0"]["kernel"], {1: wide}),
-                "bias": _float64(block["MlpBlock_0"]["Dense_0"]["bias"]),
-            },
-            "Dense_1": {
-                "kernel": _padded(_centered(block["MlpBlock_0"]["Dense_1"]["kernel"]), {-1: wide}),
-                "bias": _padded(_centered(block["MlpBlock_0"]["Dense_1"]["bias"]), {-1: wide}),
-            },
+            "Dense_0": padded_dense(mlp["Dense_0"], {1: wide}, {}),
+            "Dense_1": padded_dense(jax.tree.map(_centered, mlp["Dense_1"]), {-1: wide}, {-1: wide}),
         },
     }
     last = _pooling_layer(layers, width, keep, mark if pooling != "mean" else None)
@@ -131,7 +120,7 @@ def with_pooling_layer(txt: Params, pooling: str, eos_id: int | None) -> PooledT
             "bias": np.zeros(kernel.shape[1]),
         },
     }
-    return PooledTower(jax.tree.map(lambda array: array.astype(np.float32), params), EPSILON * width / wide)
+    return jax.tree.map(lambda array: array.astype(np.float32), params), EPSILON * width / wide
 
 
 def _pooling_layer(layers: Params, width: int, keep: float, mark: int | None) -> Params:

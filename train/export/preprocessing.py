@@ -53,7 +53,7 @@ def check_open_clip_preprocess(preprocess: Preprocess) -> None:
 
 
 def open_clip_preprocess(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
-    """Return open_clip's `preprocess_cfg` and notes on what differs."""
+    """Return open_clip's `preprocess_cfg` and notes on the differences."""
     p = preprocess
     config = {
         "size": p.size,
@@ -70,7 +70,7 @@ def open_clip_preprocess(preprocess: Preprocess) -> tuple[dict[str, Any], list[s
 
 
 def image_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
-    """Return transformers' `preprocessor_config.json` and notes on what differs."""
+    """Return transformers' `preprocessor_config.json` and notes on the differences."""
     p = preprocess
     square = {"height": p.resize, "width": p.resize}
     config = {

@@ -28,7 +28,7 @@ from lit_fast.inference.model import Model
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.storage.files import write_json
 from lit_fast.storage.paths import join
-from lit_fast.train.export.card import probability_function, rounding_note, write_card
+from lit_fast.train.export.card import rounding_note, write_card
 from lit_fast.train.export.fold import image_projection, with_text_head
 from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
 from lit_fast.train.export.pooling_layer import check_pooling, with_pooling_layer
@@ -49,28 +49,7 @@ _MEGATRON_BLOCKS = BlockNames(
 )
 # MegatronBertModel ends in a tanh, which is the identity for inputs of this size.
 _TANH_SCALE = 2.0**-16
-_GELU = ACTIVATION_NAMES["tanh"]
 
-_USAGE = """\
-`pip install "transformers>=5.0"`, then:
-
-```python
-import torch
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{name}")
-processor = AutoProcessor.from_pretrained("{name}", backend="pil")
-inputs = processor(
-    text=["a dog", "a flower"], images=[image], padding="max_length", truncation=True, return_tensors="pt"
-)
-with torch.no_grad():
-    outputs = model(**inputs)
-outputs.image_embeds, outputs.text_embeds  # [n, {width}], of unit length
-logits = outputs.logits_per_image{bias}  # [images, texts]; probabilities are their {probability}
-```
-
-Texts must be padded to {length} tokens and cut there, as in these lines.
-"""
 _NO_BIAS = "VisionTextDualEncoderModel has no bias: its logits lack the model's, which is added above."
 _RANGE = "The text tower has one more layer, which pools, and needs float32 or bfloat16: float16 overflows."
 
@@ -103,18 +82,11 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
     class_entry = {"processor_class": processor_class}
     write_json(join(directory, "preprocessor_config.json"), processor | class_entry)
     write_json(join(directory, "processor_config.json"), class_entry)
-    usage = _USAGE.format(
-        name=model.name,
-        width=model.width,
-        bias=bias,
-        probability=probability_function(model),
-        length=model.tokenizer.max_length,
-    )
-    write_card(directory, model, usage, notes, library="transformers")
+    write_card(directory, model, "transformers", notes, bias=bias)
 
 
 def _is_siglip(model: Model) -> bool:
-    """Whether SiglipModel computes both towers unchanged."""
+    """Return whether SiglipModel computes both towers unchanged."""
     native_text = model.config.pooling == "last" and not model.config.mask_padding
     return native_text and model.tower.architecture.pool == "map" and "img" not in model.params
 
@@ -130,18 +102,12 @@ def _siglip(model: Model) -> tuple[dict[str, Any], Tensors]:
     text |= to_torch.blocks(CLIP_BLOCKS, txt["Encoder_0"]["encoderblock"])
     text |= to_torch.norm("final_layer_norm", txt["Encoder_0"]["encoder_norm"])
     text |= to_torch.dense("head", txt["head"])
-    text_config = {
-        "model_type": "siglip_text_model",
-        **_text_sizes(model, txt, depth=model.config.shape.depth),
-        "layer_norm_eps": EPSILON,
-        "projection_size": model.width,
-        **_token_ids(model),
-    }
+    text_config = _text_config(model, txt, "siglip_text_model", model.config.shape.depth, EPSILON)
     config = {
         "architectures": ["SiglipModel"],
         "model_type": "siglip",
         "dtype": "float32",
-        "text_config": text_config,
+        "text_config": text_config | {"projection_size": model.width},
         "vision_config": vision_config,
     }
     bias = model.params["b"] if "b" in model.params else np.zeros(1, np.float32)
@@ -191,32 +157,28 @@ def _megatron_bert(model: Model) -> tuple[dict[str, Any], Tensors, np.ndarray]:
     }
     tensors |= to_torch.blocks(_MEGATRON_BLOCKS, txt["Encoder_0"]["encoderblock"])
     tensors |= to_torch.norm("encoder.ln", txt["Encoder_0"]["encoder_norm"])
-    config = {
-        "model_type": "megatron-bert",
-        **_text_sizes(model, txt, depth=model.config.shape.depth + 1),
+    config = _text_config(model, txt, "megatron-bert", model.config.shape.depth + 1, epsilon) | {
         "type_vocab_size": 1,
-        "layer_norm_eps": epsilon,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        **_token_ids(model),
     }
     return config, tensors, txt["head"]["kernel"]
 
 
-def _text_sizes(model: Model, txt: Params, depth: int) -> dict[str, Any]:
+def _text_config(model: Model, txt: Params, model_type: str, depth: int, epsilon: float) -> dict[str, Any]:
     vocab_size, width = txt["Embed_0"]["embedding"].shape
+    tokenizer = model.tokenizer
     return {
+        "model_type": model_type,
         "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": model.config.shape.mlp_dim,
         "num_hidden_layers": depth,
         "num_attention_heads": model.config.shape.heads,
-        "max_position_embeddings": model.tokenizer.max_length,
-        "hidden_act": _GELU,
+        "max_position_embeddings": tokenizer.max_length,
+        "hidden_act": ACTIVATION_NAMES["tanh"],
+        "layer_norm_eps": epsilon,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id if model.config.mask_padding else tokenizer.pad_id,
     }
-
-
-def _token_ids(model: Model) -> dict[str, Any]:
-    tokenizer = model.tokenizer
-    pad_id = tokenizer.eos_id if model.config.mask_padding else tokenizer.pad_id
-    return {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}

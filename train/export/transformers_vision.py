@@ -12,7 +12,6 @@ from lit_fast.towers.tower import Tower
 from lit_fast.train.export.fold import centered_map_head, centered_norm
 from lit_fast.weights import to_torch
 from lit_fast.weights.huggingface import ACTIVATION_NAMES, CLIP_BLOCKS, DINOV2_BLOCKS, VIT_BLOCKS
-from lit_fast.weights.parameters import Params
 from lit_fast.weights.to_torch import Tensors
 
 
@@ -113,24 +112,19 @@ def _vit_embeddings(tower: Tower) -> Tensors:
 
 
 def _registers_and_blocks(tower: Tower, mlp_dim: int) -> Tensors:
-    params, width = tower.params, tower.architecture.shape.width
+    """Convert registers and blocks; pad the MLPs with zeros to `mlp_dim` hidden units."""
+    params, shape = tower.params, tower.architecture.shape
     block = params["Transformer"]["encoderblock"]
-    block = block | {"MlpBlock_0": _padded_mlp(block["MlpBlock_0"], mlp_dim)}
-    tensors = to_torch.blocks(DINOV2_BLOCKS, block, layer_scale=True)
-    return tensors | {
-        "embeddings.register_tokens": params["registers"],
-        "embeddings.mask_token": np.zeros((1, width), np.float32),
-    }
-
-
-def _padded_mlp(mlp: Params, mlp_dim: int) -> Params:
-    """Append hidden units of zeros, which change nothing, to the stacked MLPs."""
-    first, last = mlp["Dense_0"], mlp["Dense_1"]
-    more = mlp_dim - first["bias"].shape[-1]
-    return {
+    first, last = block["MlpBlock_0"]["Dense_0"], block["MlpBlock_0"]["Dense_1"]
+    none, more = (0, 0), (0, mlp_dim - shape.mlp_dim)
+    mlp = {
         "Dense_0": {
-            "kernel": np.pad(first["kernel"], ((0, 0), (0, 0), (0, more))),
-            "bias": np.pad(first["bias"], ((0, 0), (0, more))),
+            "kernel": np.pad(first["kernel"], (none, none, more)),
+            "bias": np.pad(first["bias"], (none, more)),
         },
-        "Dense_1": last | {"kernel": np.pad(last["kernel"], ((0, 0), (0, more), (0, 0)))},
+        "Dense_1": last | {"kernel": np.pad(last["kernel"], (none, more, none))},
+    }
+    return to_torch.blocks(DINOV2_BLOCKS, block | {"MlpBlock_0": mlp}, layer_scale=True) | {
+        "embeddings.register_tokens": params["registers"],
+        "embeddings.mask_token": np.zeros((1, shape.width), np.float32),
     }

@@ -1,4 +1,4 @@
-"""The export formats and their interface; write an exported directory and upload it.
+"""Write a model in one of the export formats, and upload the directory.
 
 To add a format, write a module with the two functions of `ExportFormat` and add it to `FORMATS`.
 """
@@ -67,12 +67,11 @@ def format_module(format_name: str) -> ExportFormat:
 
 def check_options(format_name: str, options: ExportOptions) -> None:
     """Raise UserError if an option is set that the format does not accept."""
-    for owner, (_, accepted) in FORMATS.items():
-        for option in accepted:
-            if getattr(options, option) and owner != format_name:
-                raise UserError(
-                    f"--{option.replace('_', '-')} is for --format {owner}; leave it out or change --format"
-                )
+    for option in {option for _, accepted in FORMATS.values() for option in accepted}:
+        if getattr(options, option) and option not in FORMATS[format_name][1]:
+            owners = " or ".join(name for name, (_, accepted) in FORMATS.items() if option in accepted)
+            flag = option.replace("_", "-")
+            raise UserError(f"--{flag} is for --format {owners}; leave it out or change --format")
 
 
 def check_directory(out: str) -> None:

@@ -9,4 +9,7 @@
 
 To change the order of batches, edit one of the two shuffles; they know nothing of corruption or packing. To change
 which captions are used, edit captions; to corrupt batches in another way, edit corruption.
+
+`stream.memory_gib` decides which shuffle runs, so change both. Raise `stream.ORDER_VERSION` with every change of the
+order: it is part of the identity that a resumed run compares. packing sizes its rows for captions in random order.
 """

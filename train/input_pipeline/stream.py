@@ -27,6 +27,8 @@ from lit_fast.train.input_pipeline.exact_shuffle import ExactShuffle
 from lit_fast.train.input_pipeline.window_layout import plan_layout
 from lit_fast.train.input_pipeline.window_shuffle import WindowShuffle
 
+ORDER_VERSION = "1"  # raise it when the order of the rows changes
+
 Batch = dict[str, np.ndarray]
 """images bfloat16 [n, width], ids uint16 or uint32 [n * captions, length], rows int32 [n]."""
 
@@ -146,7 +148,7 @@ def open_stream(
     vectors = dataset.rows * features.views * features.width
     size = 2 * (vectors + dataset.captions * tokens.meta["max_length"])
     identity: list[Any] = [
-        "1", dataset.digest, features.identity, tokens.meta["identity"], seed, config.global_batch,
+        ORDER_VERSION, dataset.digest, features.identity, tokens.meta["identity"], seed, config.global_batch,
         config.captions_per_image, hashlib.blake2b(unusable.tobytes(), digest_size=16).hexdigest(),
     ]  # fmt: skip
     corruption = open_corruption(features, tokens, config, seed)

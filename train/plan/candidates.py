@@ -1,9 +1,8 @@
-"""Candidates of a plan: remat policy, microbatches and packing, the search for the fastest, the largest batch."""
+"""Candidates of a plan: remat policy, microbatches and packing."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -31,10 +30,10 @@ from lit_fast.train.plan.data import PlanData, plan_data
 from lit_fast.train.plan.target import Target
 from lit_fast.train.step import abstract_training, make_step
 from lit_fast.utils.format import format_duration
+from lit_fast.utils.output import status
 
 MAX_COMPILES = 6  # of a search; each takes about a minute on two cores
 _MATRIX_UNIT_TOKENS = 128  # rows of a matrix unit
-Say = Callable[[str], None]
 
 
 class Candidate(NamedTuple):
@@ -52,9 +51,9 @@ class Candidate(NamedTuple):
 class Planner:
     """Evaluates candidates for one configuration and target."""
 
-    def __init__(self, config: Config, target: Target, mfu: float, say: Say) -> None:
+    def __init__(self, config: Config, target: Target, mfu: float) -> None:
         check_batch(config, target.devices)
-        self.target, self.mfu, self.say = target, mfu, say
+        self.target, self.mfu = target, mfu
         self.data: PlanData = plan_data(config)
         self.texts = config.stream.global_batch * config.stream.captions_per_image // target.devices
         self.config = dataclasses.replace(config, text=self.with_packing(config.text, config.text.pack))
@@ -67,7 +66,7 @@ class Planner:
         self._flops: dict[TextConfig, float] = {}
 
     def with_packing(self, text: TextConfig, pack: int) -> TextConfig:
-        """Return the text configuration with `pack` captions per row, and the tokens per row that they require."""
+        """Return the configuration with `pack` captions per row and the tokens they require."""
         if pack == text.pack and text.row_tokens:
             return text
         text = dataclasses.replace(text, pack=pack, row_tokens=0)
@@ -94,7 +93,7 @@ class Planner:
             return self.evaluate(text)
         if mesh is not None:
             if self.target.platform != "cpu":
-                self.say(f"compiling for {self.target.topology}: about a minute on two cores")
+                status(f"compiling for {self.target.topology}: about a minute on two cores")
             fit = choose_remat(self.config, self.build, mesh, self._optimizer, self._state, int(chip.memory))
             self.compiles += 1
             return self._candidate(fit.text, fit.compiled) if fit.compiled else self.evaluate(fit.text)
@@ -108,7 +107,7 @@ class Planner:
         )
 
     def evaluate(self, text: TextConfig) -> Candidate:
-        """Return the cost of a text configuration, from the compiler where there is one for the target."""
+        """Return the cost of a text configuration, from the compiler if the target has one."""
         if self.target.mesh is None:
             return self._candidate(text, None)
         self.compiles += 1
@@ -119,13 +118,12 @@ class Planner:
         flops, usable = self.executed_flops(text), self.usable_memory
         if compiled is None:
             need = self.memory(text).total(text)
-            if refused := self.target.mesh is not None:
+            if self.target.mesh is not None:  # the compiler refused it
                 need = max(need, int(self.target.chip.memory))
-            fits = need <= usable and not refused
-            return Candidate(text, need, fits, flops, None, self._estimated_collectives(), None)
+            return Candidate(text, need, need <= usable, flops, None, self._estimated_collectives(), None)
         cost, clock = program_cost(compiled.text), self.target.chip.clock
         if cost.unknown_loops:
-            self.say(f"{cost.unknown_loops} loops of unknown length count once: times and bytes are too low")
+            status(f"{cost.unknown_loops} loops of unknown length count once: times and bytes are too low")
         seconds = cost.cycles / clock if clock else None
         # On one device, collectives are local copies.
         collectives = cost.collectives if self.target.devices > 1 else {}
@@ -145,7 +143,7 @@ class Planner:
         return self._flops[key]
 
     def _estimated_collectives(self) -> dict[str, Collective]:
-        """Sum of the gradients, and rotation of image embeddings and row numbers around the ring."""
+        """Sum of the gradients, and ring rotation of image embeddings and row numbers."""
         devices = self.target.devices
         if devices == 1:
             return {}
@@ -156,7 +154,7 @@ class Planner:
         }
 
     def seconds(self, candidate: Candidate) -> float:
-        """Return the seconds of a step by which candidates are ranked, from the compiler where it estimates them."""
+        """Return the seconds of a step: the compiler's estimate, or that from FLOPs."""
         if candidate.compiler_seconds is not None:
             return candidate.compiler_seconds
         return self.estimated_seconds(candidate.text)
@@ -185,9 +183,9 @@ def search(planner: Planner, default: Candidate) -> list[Candidate]:
 
     can_compile = planner.target.mesh is not None
     texts = policies(config.text.pack)
-    for text in texts[
-        : MAX_COMPILES - 3 if can_compile else None
-    ]:  # leave compiles for packing and microbatches
+    if can_compile:
+        texts = texts[: MAX_COMPILES - 3]  # leave compiles for packing and microbatches
+    for text in texts:
         _add(planner, text, found)
     if can_compile and (best := fastest(planner, found)):
         pack = _pack_of_full_rows(planner)
@@ -208,7 +206,7 @@ def fastest(planner: Planner, found: list[Candidate]) -> Candidate | None:
 
 
 def _pack_of_full_rows(planner: Planner) -> int:
-    """Return the power of two of captions that fill the rows of a matrix unit; 1 where they cannot share a row."""
+    """Return the captions per row, a power of two, that fill the rows of a matrix unit."""
     text, data = planner.config.text, planner.data
     if text.dropout and not text.mask_padding:
         return 1
@@ -220,14 +218,14 @@ def _pack_of_full_rows(planner: Planner) -> int:
 
 
 def _add(planner: Planner, text: TextConfig, found: list[Candidate]) -> None:
-    """Evaluate a text configuration that is not among the candidates, while compiles are left."""
+    """Evaluate a text configuration if it is new and compiles are left."""
     if any(text == candidate.text for candidate in found) or planner.compiles >= MAX_COMPILES:
         return
     if planner.target.mesh is not None:
         longest = max((c.compiled.seconds for c in found if c.compiled), default=60)
         left = format_duration((MAX_COMPILES - planner.compiles) * longest)
         count = f"{planner.compiles + 1} of at most {MAX_COMPILES}"
-        planner.say(f"compiling {describe(text)}, {count}; at most about {left} left")
+        status(f"compiling {describe(text)}, {count}; at most about {left} left")
     found.append(planner.evaluate(text))
 
 
@@ -246,11 +244,11 @@ _SMALLEST_ROWS = 2048  # rows per device of the smallest batch tried; it has sev
 _BATCH_BOUND = 2**30
 
 
-def largest_batch(config: Config, target: Target, say: Say) -> dict[str, Any]:
-    """Find the largest batch that fits with `text.keep = "embeddings"`: a power of two x devices x captions per row.
+def largest_batch(config: Config, target: Target) -> dict[str, Any]:
+    """Find the largest batch that fits with `text.keep = "embeddings"`.
 
-    A step's memory is nearly linear in its batch: two estimates give the starting point, then the compiler decides,
-    where there is one.
+    Batches are a power of two x devices x captions per row. A step's memory is nearly linear in its batch: two
+    estimates give the starting point. Then the compiler decides, if the target has one.
 
     Raises:
       UserError: not even a small batch fits.
@@ -259,21 +257,26 @@ def largest_batch(config: Config, target: Target, say: Say) -> dict[str, Any]:
     smallest = unit * _SMALLEST_ROWS
 
     @cache
-    def planner(batch: int) -> Planner:
-        return _planner_for_batch(config, target, batch, say)
+    def least_memory(batch: int) -> tuple[Planner, TextConfig]:
+        # The microbatches of the configuration need not divide this batch.
+        text = dataclasses.replace(config.text, keep="auto", microbatches=1)
+        stream = dataclasses.replace(config.stream, global_batch=batch)
+        planner = Planner(dataclasses.replace(config, stream=stream, text=text), target, mfu=1.0)
+        texts = remat_candidates(planner.config, target.devices, target.platform == "cpu")
+        return planner, next(text for text in texts if text.keep == "embeddings")
 
     def estimate(batch: int) -> int:
-        text = _least_memory(planner(batch))
-        return planner(batch).memory(text).total(text)
+        planner, text = least_memory(batch)
+        return planner.memory(text).total(text)
 
     @cache
     def evaluate(batch: int) -> Candidate:
-        text = _least_memory(planner(batch))
+        planner, text = least_memory(batch)
         if target.mesh is not None:
-            say(f"compiling a batch of {batch:,}, {describe(text)}")
-        return planner(batch).evaluate(text)
+            status(f"compiling a batch of {batch:,}, {describe(text)}")
+        return planner.evaluate(text)
 
-    usable, base = planner(smallest).usable_memory, estimate(smallest)
+    usable, base = USABLE_SHARE * target.chip.memory, estimate(smallest)
     slope = estimate(2 * smallest) - base
     batch = smallest
     while 2 * batch < _BATCH_BOUND and base + (2 * batch / smallest - 1) * slope <= usable:
@@ -290,16 +293,3 @@ def largest_batch(config: Config, target: Target, say: Say) -> dict[str, Any]:
         )
     by = "compiler" if largest.compiled else "estimate"
     return {"global_batch": batch, "bytes": largest.bytes, "overrides": overrides(largest.text), "by": by}
-
-
-def _planner_for_batch(config: Config, target: Target, batch: int, say: Say) -> Planner:
-    """Return a planner for another batch; the microbatches of the configuration need not divide it."""
-    text = dataclasses.replace(config.text, keep="auto", microbatches=1)
-    stream = dataclasses.replace(config.stream, global_batch=batch)
-    return Planner(dataclasses.replace(config, stream=stream, text=text), target, 1.0, say)
-
-
-def _least_memory(planner: Planner) -> TextConfig:
-    on_cpu = planner.target.platform == "cpu"
-    texts = remat_candidates(planner.config, planner.target.devices, on_cpu)
-    return next(text for text in texts if text.keep == "embeddings")

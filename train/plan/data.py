@@ -1,4 +1,4 @@
-"""The data of a plan: the figures of the dataset where there is one, otherwise section [plan] of the configuration."""
+"""The data of a plan, from the dataset or from section [plan]."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PlanData(NamedTuple):
 
 
 def plan_data(config: Config) -> PlanData:
-    """Return the properties of the dataset, and those of section [plan] for what it lacks.
+    """Describe the dataset; section [plan] replaces missing features and tokens.
 
     Raises:
       UserError: the dataset is damaged, or the tower is unknown.
@@ -49,10 +49,8 @@ def plan_data(config: Config) -> PlanData:
     plan = config.plan
     if not config.dataset:
         width, flops = _tower(plan.tower)
-        vocabulary, description = (
-            Vocabulary(plan.vocab_size, plan.max_length),
-            f"assumed: features of {plan.tower}",
-        )
+        vocabulary = Vocabulary(plan.vocab_size, plan.max_length)
+        description = f"assumed: features of {plan.tower}"
         return PlanData(plan.rows, plan.tower, width, flops, vocabulary, _lengths(config), description)
     dataset = open_dataset(config.dataset)
     description, image_flops, views = f"dataset {dataset.path}", None, 1
@@ -83,7 +81,7 @@ def _lengths(config: Config) -> np.ndarray:
 
 
 def _tower(name: str) -> tuple[int, float]:
-    """Return the feature width of a vision tower, and the FLOPs of its forward pass for one image."""
+    """Return the feature width of a vision tower and its forward FLOPs per image."""
     for tower in known_towers():
         if tower.name == name:
             return tower.architecture.width, flops_per_image(tower.architecture, tower.resolution)

@@ -1,4 +1,4 @@
-"""Plan a run: whether it fits in device memory, how long it takes, its price and what limits it.
+"""Plan a run: its memory, time and price, and the limiting resource.
 
 Where there is a compiler for the target, the exact training step is compiled and the figures come from the program.
 Otherwise they come from shapes and the traced step, and the plan says so.
@@ -16,7 +16,6 @@ from lit_fast.train.cost.hlo import largest_buffers
 from lit_fast.train.plan.candidates import (
     Candidate,
     Planner,
-    Say,
     describe,
     fastest,
     largest_batch,
@@ -29,22 +28,29 @@ PAPER_MFU = 0.33
 
 
 def make_plan(
-    config: Config, target: Target, *, mfu: float, price: float, searched: bool, largest: bool, say: Say
+    config: Config, target: Target, *, mfu: float, price: float, searched: bool, largest: bool
 ) -> dict[str, Any]:
-    """Return the plan, ready for JSON; bytes and FLOPs are per device, seconds per step.
+    """Return the plan as JSON values; bytes and FLOPs per device, seconds per step.
 
     Args:
       mfu: assumed share of the chips' peak.
       price: of one chip per hour; 0: unknown.
       searched: look for faster candidates than the configuration itself.
       largest: look for the largest batch.
-      say: prints a status line.
 
     Raises:
       UserError: the configuration is invalid for these devices, or no candidate fits.
     """
-    planner = Planner(config, target, mfu, say)
-    default = _default(planner, config if largest else None)
+    planner = Planner(config, target, mfu)
+    try:
+        default = planner.default()
+    except UserError as error:
+        if not largest:
+            raise
+        fits = largest_batch(config, target)
+        raise UserError(
+            f"{error}; the largest that fits: --stream.global_batch {fits['global_batch']} {fits['overrides']}"
+        ) from None
     candidates = [default]
     if searched and target.platform != "cpu":  # the CPU compiler estimates no time
         candidates = search(planner, default)
@@ -103,21 +109,8 @@ def make_plan(
         "overrides": overrides(best.text) if best and best.text != default.text else "",
     }
     if largest:
-        plan["largest_batch"] = largest_batch(config, target, say)
+        plan["largest_batch"] = largest_batch(config, target)
     return plan
-
-
-def _default(planner: Planner, config: Config | None) -> Candidate:
-    """Evaluate the default candidate; if it does not fit, the error names the largest batch of `config` that does."""
-    try:
-        return planner.default()
-    except UserError as error:
-        if config is None:
-            raise
-        fits = largest_batch(config, planner.target, planner.say)
-        raise UserError(
-            f"{error}; the largest that fits: --stream.global_batch {fits['global_batch']} {fits['overrides']}"
-        ) from None
 
 
 def lower_bounds(planner: Planner, candidate: Candidate) -> dict[str, float]:

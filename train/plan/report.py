@@ -91,7 +91,7 @@ def _step(plan: dict[str, Any]) -> list[str]:
 
 
 def format_times(plan: dict[str, Any]) -> list[str]:
-    """Return the table of times: the lower bound, the compiler's estimate, and two assumed MFUs."""
+    """Return the table of times: lower bound, compiler's estimate, two assumed MFUs."""
     labels = {
         "floor": f"lower bound, by {_RESOURCES[plan['limit']]}",
         "compiler": "compiler's estimate (no measurement)",
@@ -171,7 +171,7 @@ def _advice(plan: dict[str, Any]) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, ...]], left: set[int], header: bool = False) -> list[str]:
-    """Return the lines of a table, indented below its heading, which is the first row with `header`."""
+    """Return the lines of a table, indented; with `header` the first row is not."""
     rows = [(label if header and not n else f"  {label}", *cells) for n, (label, *cells) in enumerate(rows)]
     return format_table(rows, left).splitlines()
 

@@ -1,4 +1,4 @@
-"""Show the progress of a training: a bar on a terminal, elsewhere one line per log interval."""
+"""Show training progress: a bar on a terminal, elsewhere a line per log interval."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Console:
             self._bar.advance(1, self._note)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the metrics after `step`, which may be an earlier one than the last that was counted."""
+        """Show the metrics after `step`; more steps may be counted already."""
         columns = _columns(values)
         if self._bar:
             self._note = "  ".join(column.strip() for column in columns)

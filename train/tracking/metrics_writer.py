@@ -20,7 +20,7 @@ from lit_fast.train.tracking.trackers import Trackers
 
 
 class MetricsWriter:
-    """Appends one JSON object per call to `metrics.jsonl`, and sends the same to the trackers.
+    """Appends metrics to `metrics.jsonl`, a JSON object per line, and sends them to trackers.
 
     An earlier process may have continued after its last checkpoint. Those steps are repeated, so their lines are
     removed; the time they took is kept in a line of the restart.
@@ -43,7 +43,7 @@ class MetricsWriter:
         self._trackers = Trackers(workdir, config, start_step, lines[-1]["step"] if lines else 0)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Write metrics by the names in `lit_fast.runs.metrics`; `step` is the number of completed updates."""
+        """Write the metrics after `step` updates, by the names in `lit_fast.runs.metrics`."""
         self._file.write(_json_line({"step": step} | values))
         self._trackers.write(step, values)
 
@@ -60,17 +60,15 @@ def _json_line(line: dict[str, Any]) -> bytes:
 
 
 class TrainingLog:
-    """Logs the metrics of a training to `metrics.jsonl`, the trackers and the terminal, in the first process only."""
+    """Logs metrics to `metrics.jsonl`, trackers and terminal, in the first process only."""
 
     def __init__(
         self, workdir: str, config: Config, start_step: int, cost_before: RunCost, meter: ThroughputMeter
     ) -> None:
         self._meter = meter
-        self._writer: MetricsWriter | None = None
-        self._console: Console | None = None
-        if jax.process_index() == 0:
-            self._writer = MetricsWriter(workdir, config, start_step, cost_before)
-            self._console = Console(config.steps, start_step)
+        first = jax.process_index() == 0
+        self._writer = MetricsWriter(workdir, config, start_step, cost_before) if first else None
+        self._console = Console(config.steps, start_step) if first else None
 
     def log_step(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
         """Log the metrics of a step together with the throughput since the last call.

@@ -15,7 +15,7 @@ from lit_fast.utils.output import status
 
 
 def parse_profile_steps(text: str, steps: int) -> range:
-    """Return the steps A to B, counted from 1, both included, of `A:B`; none of an empty text.
+    """Parse `A:B`, two steps counted from 1, both included; an empty text is no steps.
 
     Raises:
       UserError: the text is no such range in a run of `steps`.

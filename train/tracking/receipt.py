@@ -107,7 +107,7 @@ def _digests(workdir: StrPath) -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Return commit and whether tracked files differ from it, if the code is a git checkout; else None."""
+    """Return commit and "dirty" of the git checkout of the code; None outside a checkout."""
     directory = absolute(os.fspath(importlib.resources.files("lit_fast")))  # type: ignore[call-overload]
 
     def git(*arguments: str) -> str:
@@ -125,7 +125,7 @@ def git_revision() -> dict[str, Any] | None:
 
 
 def _peak_memory() -> dict[str, int]:
-    """Return the peak of the fullest device of this process, or of the process where devices do not report it."""
+    """Return the peak of the fullest local device, or of the process if devices report none."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     known = [peak for peak in peaks if peak is not None]
     if known:

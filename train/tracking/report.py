@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -10,7 +9,7 @@ from lit_fast.report.charts import TITLES, Panel, Series, panel, title
 from lit_fast.report.page import Table, percent, render
 from lit_fast.runs.metrics import Lines, curve, metric_names, read_metrics
 from lit_fast.storage.files import read_bytes, read_object, write_atomic
-from lit_fast.storage.paths import absolute, join, name
+from lit_fast.storage.paths import StrPath, absolute, join, name
 from lit_fast.utils.format import format_duration
 
 _SPREAD = re.compile(r"(.+)_(min|mean|max)")
@@ -18,8 +17,8 @@ _SPREAD = re.compile(r"(.+)_(min|mean|max)")
 _NO_CHART = ("elapsed_seconds", "chip_hours", "seconds_per_step")
 
 
-def write_report(run: str | os.PathLike[str]) -> None:
-    """Write `report.html` from the receipt, the metrics and the configuration in a run's directory."""
+def write_report(run: StrPath) -> None:
+    """Write `report.html` from the receipt, metrics and configuration of a run."""
     receipt = read_object(join(run, "receipt.json"), "status", "evaluation")
     lines = read_metrics(join(run, "metrics.jsonl"))
     duration = format_duration(receipt["elapsed_seconds"])

@@ -1,4 +1,4 @@
-"""Measure the speed of a training, the share of time that it waits for data, and its total cost."""
+"""Measure the throughput of a training, its wait for data, and its total cost."""
 
 from __future__ import annotations
 
@@ -61,10 +61,7 @@ class ThroughputMeter:
         return RunCost(before.seconds + seconds, before.chip_hours + seconds * self._devices / 3600)
 
     def read(self, step: int) -> dict[str, float]:
-        """Return metrics of the steps since the last reading, by the names in `lit_fast.runs.metrics`.
-
-        To add a metric that is measured on the host, add it here.
-        """
+        """Return metrics since the last reading, by the names in `lit_fast.runs.metrics`."""
         now = (step, time.monotonic(), self.paused.total, self.waiting.total)
         steps, seconds, paused, waiting = (a - b for a, b in zip(now, self._last, strict=True))
         self._last = now

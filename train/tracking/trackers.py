@@ -1,4 +1,4 @@
-"""Send metrics to the trackers in `log.report_to`: TensorBoard, Weights & Biases, trackio.
+"""Send metrics to TensorBoard, Weights & Biases and trackio.
 
 A tracker that fails is dropped with a warning; the training continues, and metrics.jsonl is complete without it.
 """
@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -27,23 +27,14 @@ from lit_fast.utils.output import status
 # Limits on the time that wandb waits for its server. A preempted machine has little time to finish.
 _WANDB_START_SECONDS, _WANDB_FINISH_SECONDS = 30.0, 20.0
 _FLUSH_SECONDS = 5.0  # interval at which TensorBoard's events are flushed
-_PACKAGES = ("wandb", "trackio")  # TensorBoard's is always installed
 
-
-class Tracker(Protocol):
-    """A receiver of metrics; its methods may raise anything."""
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Send metrics by name."""
-
-    def close(self) -> None:
-        """Send everything that is not sent yet."""
+Tracker: TypeAlias = "TensorBoard | WeightsAndBiases | Trackio"
 
 
 def check_trackers(config: Config) -> None:
     """Raise UserError if the package of a tracker is not installed."""
     for tracker in config.log.trackers:
-        if tracker in _PACKAGES and importlib.util.find_spec(tracker) is None:
+        if tracker != "tensorboard" and importlib.util.find_spec(tracker) is None:
             raise UserError(
                 f'log.report_to names {tracker}, which is not installed; run pip install "lit-fast[{tracker}]" or '
                 f"remove {tracker} from log.report_to"
@@ -93,9 +84,9 @@ class Trackers:
 
 
 class TensorBoard:
-    """TensorBoard events in W/tensorboard; events after `start_step` of an earlier process are hidden.
+    """TensorBoard events in W/tensorboard; later ones than `start_step` are hidden.
 
-    They are written by the caller. The thread of `tensorboardX.SummaryWriter` ends without notice on a full disk, and
+    The caller's thread writes them. The thread of `tensorboardX.SummaryWriter` ends without notice on a full disk, and
     its queue then blocks the training.
     """
 
@@ -121,7 +112,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, the same one in every process that resumes; its id is in W/wandb.json.
+    """A run of Weights & Biases. Its id in W/wandb.json serves to resume it.
 
     wandb's environment variables win: WANDB_PROJECT, WANDB_NAME, WANDB_RUN_ID, WANDB_DIR, WANDB_MODE and all others.
     Without a server the run is kept in W/wandb, for `wandb sync`.
@@ -174,7 +165,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """A run of trackio, the same one in every process that resumes; its name is in W/trackio.json.
+    """A run of trackio. Its name in W/trackio.json serves to resume it.
 
     It is stored on this machine, where `trackio show` displays it, unless trackio's environment variables name a
     directory, Space or server: TRACKIO_PROJECT, TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_SERVER_URL.
@@ -194,7 +185,7 @@ class Trackio:
         status(f'trackio: run {run}; show it with: trackio show --project "{project}"')
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Log the metrics, unless an earlier process has sent this step; trackio would keep both."""
+        """Log the metrics, unless this step was sent before: trackio would keep both."""
         if step > self._sent_step:
             self._trackio.log(values, step=step)
 
@@ -205,7 +196,7 @@ class Trackio:
 
 
 def _identity(workdir: str, tracker: str, key: str, new: str) -> str:
-    """Return what W/<tracker>.json holds under `key`; it is written with `new` first if there is none."""
+    """Read `key` from W/<tracker>.json; without that file, create it with `new`."""
     file = join(workdir, f"{tracker}.json")
     if not is_file(file):
         write_json(file, {key: new})

@@ -1,4 +1,4 @@
-"""`lit-fast import-features`: rows, captions and features as the files have them, whatever is in the way."""
+"""`lit-fast import-features`: rows, captions and features as the files have them; damage and misfits are refused."""
 
 import csv
 import json
@@ -88,7 +88,7 @@ def test_the_same_command_changes_nothing_and_an_interrupted_one_goes_on(tmp_pat
     whole = tree(tmp_path / "d")
     assert imports(tmp_path / "s", tmp_path / "d") == 0
     assert tree(tmp_path / "d") == whole
-    # What a kill leaves: no manifest, no tower.json, nothing but the records.
+    # After a kill: no manifest and no tower.json, only the records.
     for gone in (["features/clip/manifest"], ["features"], ["features", "dataset.json"]):
         for name in gone:
             path = tmp_path / "d" / name

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_fast.embed.importers.torch_file import read_torch_file
+from lit_fast.embed.importers.parts import read_torch_file
 from lit_fast.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -162,7 +162,7 @@ def test_other_containers_are_refused(tmp_path):
 def test_without_torch_the_remedy_is_named(tmp_path):
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        "from lit_fast.embed.importers.torch_file import read_torch_file\n"
+        "from lit_fast.embed.importers.parts import read_torch_file\n"
         "read_torch_file('x.pt')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -175,8 +175,8 @@ def test_flipped_and_cut_bytes_give_one_line_or_arrays_of_the_file(tmp_path_fact
     file = io.BytesIO()
     crafted(file, pickled(b"]" + tensor() + b"a"))
     mutable = bytearray(file.getvalue())
-    for place in data.draw(st.lists(st.integers(0, len(mutable) - 1), max_size=4)):
-        mutable[place] = data.draw(st.integers(0, 255))
+    for position in data.draw(st.lists(st.integers(0, len(mutable) - 1), max_size=4)):
+        mutable[position] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "flipped.pt"
     path.write_bytes(mutable[: data.draw(st.integers(len(mutable) // 2, len(mutable)))])
     try:

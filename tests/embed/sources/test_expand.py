@@ -1,4 +1,4 @@
-"""SOURCE arguments: files, patterns and directories, and how formats are recognised."""
+"""SOURCE arguments: files, patterns and directories, and the recognition of formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every format that `index` reads: the rows, what is guessed, what is left out, and the images afterwards."""
+"""Every format that `index` reads: rows, guessed columns, skipped entries, and the images afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lit_fast.data.images.decode import ImageError
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.index import index_dataset
-from lit_fast.embed.sources.interface import ColumnOptions
+from lit_fast.embed.sources.interface import Columns
 from lit_fast.errors import UserError
 from tests.helpers import encoded, picture, samples, tar_bytes, write_tar
 
@@ -29,7 +29,7 @@ FILES = [encoded(picture(i)) for i in range(12)]
 
 
 def index(source: Path | str, out: Path, **options: Any) -> Dataset:
-    return index_dataset([str(source)], out, seed=0, options=ColumnOptions(**options))
+    return index_dataset([str(source)], out, seed=0, options=Columns(**options))
 
 
 def rows(dataset: Dataset) -> dict[str, tuple[Any, ...]]:
@@ -57,7 +57,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_parquet_of_the_hub(tmp_path: Path) -> None:
-    """A struct of bytes and path; the class names are in the metadata; a row without bytes keeps its place."""
+    """A struct of bytes and path; the class names are in the metadata; a row without bytes keeps its position."""
     struct = [{"bytes": data, "path": None} for data in FILES]
     struct[3] = {"bytes": None, "path": "x"}
     names = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}}}
@@ -323,7 +323,7 @@ def test_coco(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_per_class(tmp_path: Path) -> None:
-    """The number of a class is the rank of its folder's name; names may stand in a file beside."""
+    """The number of a class is the rank of its folder's name; a file beside may have the names."""
     root = tmp_path / "val"
     for i, data in enumerate(FILES):
         path = root / f"n{i % 3:02d}" / ("deep" if i == 5 else "") / f"{i}.JPEG"

@@ -21,7 +21,7 @@ from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.tf_examples import ExampleError, parse_example
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.sources.formats import FORMATS, format_of
-from lit_fast.embed.sources.interface import ColumnOptions, Damage, Item, Layout, Sample, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Sample, Skipped
 from lit_fast.errors import UserError
 from tests.embed.sources.examples import example
 from tests.helpers import tar_bytes
@@ -80,7 +80,7 @@ def check(error: UserError, path: Path) -> None:
 
 
 def items(path: Path) -> list[Item]:
-    return list(FORMATS[format_of(str(path))].read(str(path), ColumnOptions()))
+    return list(FORMATS[format_of(str(path))].read(str(path), Columns()))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -242,7 +242,7 @@ def test_huge_fields_nuls_and_open_quotes(tmp_path: Path) -> None:
 
 
 def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
-    """What it swallows is not one long caption."""
+    """The rest of the file does not become one long caption."""
     (tmp_path / "x.jpg").write_bytes(b"x")
     (tmp_path / "t.csv").write_text('filepath,title\nx.jpg,"a\nb"\nx.jpg,"c\nx.jpg,d\nx.jpg,e')
     _, sample, skipped = items(tmp_path / "t.csv")
@@ -290,7 +290,7 @@ def test_an_extended_header_of_absurd_size(tmp_path: Path) -> None:
         file.write(info.tobuf())
         file.truncate(4 << 30)
     found = items(tmp_path / "0.tar")
-    # What comes last before the damage might go on after it.
+    # The last row before the damage may continue after it.
     assert [i.reason for i in found if isinstance(i, Skipped)] == ["cut off by damage of the tar"]
     assert "is damaged at byte 2048" in found[1].description
 

@@ -29,10 +29,10 @@ def test_rows_are_numbered_and_have_no_captions(noise):
     assert (noise.captions, noise.captionless, noise.classnames) == (0, 70, ())
 
 
-@pytest.mark.parametrize("how", [("pil-crop", 32, 40), ("tf-squash", 24, 24), ("hf-crop", 17, 19)])
-def test_the_tower_sees_unblurred_uniform_noise(noise, how):
-    out = np.empty((70, 1, how[1], how[1], 3), np.uint8)
-    assert ImageLoader(noise, Preprocess(*how), MAX_PIXELS).load(0, 70, out) == {}
+@pytest.mark.parametrize("preprocess", [("pil-crop", 32, 40), ("tf-squash", 24, 24), ("hf-crop", 17, 19)])
+def test_the_tower_sees_unblurred_uniform_noise(noise, preprocess):
+    out = np.empty((70, 1, preprocess[1], preprocess[1], 3), np.uint8)
+    assert ImageLoader(noise, Preprocess(*preprocess), MAX_PIXELS).load(0, 70, out) == {}
     values = out.reshape(-1).astype(np.float64)
     # The mean of n uniform bytes varies by 73.9 / sqrt(n), their variance by 5300 / sqrt(n): five times each.
     assert abs(values.mean() - 127.5) < 5 * 73.9 / np.sqrt(len(values))

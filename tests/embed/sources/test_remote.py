@@ -157,7 +157,7 @@ def test_index_a_table_of_image_urls_reads_each_image(
 
 
 def assert_equals_local(url: str, files: Path, tmp_path: Path, tower: Path) -> None:
-    """What lies at `url` gives the same rows and features as the same files on the disk."""
+    """Files at `url` give the same rows and features as on the local disk."""
     local = index_dataset([f"{files}/*.tar", f"{files}/rest.parquet"], tmp_path / "local", seed=0)
     away = index_dataset([f"{url}/*.tar", f"{url}/rest.parquet"], tmp_path / "away", seed=0)
     assert contents(away) == contents(local)

@@ -1,4 +1,4 @@
-"""The tar reader: what it finds, what it leaves out and how it notices damage."""
+"""The tar reader: rows, skipped entries and damage."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_fast.embed.sources import tars
-from lit_fast.embed.sources.interface import ColumnOptions, Damage, Sample, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Sample, Skipped
 from lit_fast.errors import UserError
 from tests.helpers import samples, tar_bytes, write_tar
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a tar holds: `(key, offset, size, captions, label)` per row, and what was left out."""
+    """The content of a tar: `(key, offset, size, captions, label)` per row, and the skipped entries."""
 
     rows: list[tuple[str, int, int, tuple[str, ...], int]]
     left_out: list[tuple[str, str]]
@@ -29,7 +29,7 @@ class Found:
 
 
 def read_tar(path: Path) -> Found:
-    found = list(tars.read_tar(str(path), ColumnOptions()))
+    found = list(tars.read_tar(str(path), Columns()))
     return Found(
         [(i.key, i.offset, i.size, i.captions, i.label) for i in found if isinstance(i, Sample)],
         [(i.key, i.reason) for i in found if isinstance(i, Skipped)],
@@ -149,18 +149,18 @@ def test_retrieval_sets_have_a_caption_per_line(tmp_path: Path) -> None:
 
 
 def header(data: bytes, name: str) -> int:
-    """Where the header of a member lies."""
+    """The offset of a member's header."""
     return data.index(name.encode() + b"\0" * 10)
 
 
 def test_a_damaged_header_in_mid_file_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", samples(5))
     data = bytearray(path.read_bytes())
-    place = header(data, "000000003.jpg")
-    data[place + 130] ^= 1
+    position = header(data, "000000003.jpg")
+    data[position + 130] ^= 1
     path.write_bytes(data)
     found = read_tar(path)
-    assert f"0.tar is damaged at byte {place}: the rest of it is not read" in found.damage
+    assert f"0.tar is damaged at byte {position}: the rest of it is not read" in found.damage
     assert [row[0] for row in found.rows] == ["000000000", "000000001"]
     assert left_out(path) == {"000000002": "cut off by damage of the tar"}  # more of it may have followed
 
@@ -211,8 +211,8 @@ def test_any_damage_gives_fewer_rows_or_an_error(
 ) -> None:
     """Never another exception, never a row outside the file."""
     damaged = bytearray(WHOLE)
-    place = st.one_of(st.integers(0, len(WHOLE) - 1), st.integers(0, 511))
-    for where, value in data.draw(st.lists(st.tuples(place, st.integers(0, 255)), max_size=8)):
+    position = st.one_of(st.integers(0, len(WHOLE) - 1), st.integers(0, 511))
+    for where, value in data.draw(st.lists(st.tuples(position, st.integers(0, 255)), max_size=8)):
         damaged[where] = value
     if data.draw(st.booleans()):  # a wrong field behind a right checksum
         for field, width in ((124, 12), (156, 1), (0, 100)):

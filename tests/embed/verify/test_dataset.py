@@ -79,9 +79,9 @@ def test_verify_of_an_intact_dataset_finds_and_changes_nothing(
     assert tree(dataset.path) == before
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[position] ^= 1
     path.write_bytes(data)
 
 
@@ -214,7 +214,7 @@ def test_verify_finds_features_of_other_weights(dataset, tmp_path, capsys) -> No
     assert not verify_dataset(dataset.path, tower="tiny")
     found = lines(capsys)
     assert len(found) == 2
-    assert all("of the rows embedded again are not what is stored (row" in line for line in found)
+    assert all("of the rows embedded again differ from the stored ones (row" in line for line in found)
     assert verify_dataset(dataset.path, tower="tiny", sample=0)
     # other weights under the name of the file that tower.json names: refused, nothing is removed
     np.savez(tmp_path / "other.npz", **tiny_vit_arrays())

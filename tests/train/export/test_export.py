@@ -21,12 +21,13 @@ from lit_fast.data.dataset import open_dataset
 from lit_fast.errors import UserError
 from lit_fast.runs.run import open_run
 from lit_fast.towers.tower import load_tower
-from lit_fast.train.export.card import model_card
+from lit_fast.train.export.card import write_card
 from lit_fast.train.export.native import write
 from lit_fast.train.export.writer import (
     FORMATS,
     ExportFormat,
     ExportOptions,
+    check_options,
     format_module,
     write_directory,
 )
@@ -122,7 +123,12 @@ def test_every_vision_tower_loads_as_the_same_model(tmp_path, name):
 # --- the model card
 
 
-def test_card_has_front_matter_and_the_figures_of_the_receipt(exported, trained_run):
+def card_of(model, directory):
+    write_card(str(directory), model, "lit_fast")
+    return (directory / "README.md").read_text()
+
+
+def test_card_has_front_matter_and_the_figures_of_the_receipt(exported, trained_run, tmp_path):
     card = (exported / "README.md").read_text()
     receipt = json.loads((trained_run / "receipt.json").read_text())
     assert card.startswith('---\nlibrary_name: "lit_fast"\n')
@@ -138,8 +144,8 @@ def test_card_has_front_matter_and_the_figures_of_the_receipt(exported, trained_
     low, high = plain["interval_95"]["image_retrieval_recall@5"]
     assert f"{100 * figure:.1f}  {100 * low:5.1f} - {100 * high:5.1f}" in card
     assert "(average)" not in card
-    assert "(average)" in model_card(lit_fast.load(trained_run, average=True), "")
-    assert "These weights were not evaluated" in model_card(lit_fast.load(trained_run, step=2), "")
+    assert "(average)" in card_of(lit_fast.load(trained_run, average=True), tmp_path)
+    assert "These weights were not evaluated" in card_of(lit_fast.load(trained_run, step=2), tmp_path)
 
 
 def test_card_python_runs_and_scores_as_the_model(exported, tmp_path, monkeypatch):
@@ -153,10 +159,11 @@ def test_card_python_runs_and_scores_as_the_model(exported, tmp_path, monkeypatc
     np.testing.assert_array_equal(names["scores"], names["model"].compare(names["images"], names["texts"]))
 
 
-def test_card_of_a_known_tower_names_licence_and_base_model(tiny_vit):
+def test_card_of_a_known_tower_names_licence_and_base_model(tiny_vit, tmp_path):
     tower = load_tower(str(tiny_vit))
     provenance = tower.provenance("float32") | {"source": "timm:vit_tiny_patch16_224.augreg_in21k"}
-    card = model_card(random_model(tower, TextConfig(width=32, depth=1, heads=2), tower_json=provenance), "")
+    model = random_model(tower, TextConfig(width=32, depth=1, heads=2), tower_json=provenance)
+    card = card_of(model, tmp_path)
     assert 'license: "apache-2.0"\nbase_model: "timm/vit_tiny_patch16_224.augreg_in21k"\n---\n' in card
     assert "The run left no receipt" in card
     cards = pytest.importorskip("huggingface_hub").ModelCard
@@ -205,6 +212,15 @@ def refused(arguments, message, capsys):
 def test_export_with_wrong_arguments_writes_nothing(trained_run, tmp_path, capsys, options, message):
     refused(["export", trained_run, "--out", tmp_path / "out", *options], message, capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_check_options_of_two_formats_are_accepted_by_both(monkeypatch):
+    options = ExportOptions(classes="names.txt")
+    monkeypatch.setitem(FORMATS, "other", ("native", ("classes",)))
+    for name in ("onnx", "other"):
+        check_options(name, options)
+    with pytest.raises(UserError, match="--classes is for --format onnx or other; leave it out"):
+        check_options("transformers", options)
 
 
 def test_export_into_an_existing_location_keeps_it(trained_run, tmp_path, capsys):

@@ -27,6 +27,7 @@ from tests.weights.test_families import TIMM
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
+from lit_fast.train.export import onnx_graph  # noqa: E402
 from lit_fast.train.export.onnx import check, write  # noqa: E402
 from lit_fast.train.export.onnx_graph import Graph  # noqa: E402
 from lit_fast.train.export.onnx_towers import image_embeddings, text_embeddings  # noqa: E402
@@ -117,13 +118,14 @@ def test_vision_graph_normalises_each_channel(tiny_vit, tmp_path):
     np.testing.assert_allclose(run(path, images), want, rtol=0, atol=CLOSE)
 
 
-def test_graph_with_large_weights_stores_them_in_a_second_file(tiny_vit, tmp_path):
+def test_graph_with_large_weights_stores_them_in_a_second_file(tiny_vit, tmp_path, monkeypatch):
     tower, images = load_tower(str(tiny_vit)), pixels(2, 32)
     got = []
     for name, largest in (("one", 1 << 31), ("two", 100_000)):
+        monkeypatch.setattr(onnx_graph, "MAX_WEIGHT_BYTES", largest)
         graph, path = Graph(), str(tmp_path / f"{name}.onnx")
         output = image_embeddings(graph, "images", tower, {"mean": np.zeros(32, np.float32)})
-        graph.save(path, ("images", np.uint8, (32, 32, 3)), output, 32, {}, max_weight_bytes=largest)
+        graph.save(path, ("images", np.uint8, (32, 32, 3)), output, 32, {})
         got.append(run(path, images))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.onnx", "two.onnx", "two.onnx.data"]
     assert (tmp_path / "two.onnx").stat().st_size < (tmp_path / "one.onnx").stat().st_size / 2

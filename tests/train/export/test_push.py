@@ -22,8 +22,8 @@ class Hub(Server):
         super().__init__()
         self.private, self.files, self.status = {}, {}, 200
 
-    def answer(self, path, body):
-        method, _, headers = self.requests[-1]
+    def answer(self, method, path, body):
+        headers = self.requests[-1][2]
         if method == "GET":
             name = re.fullmatch(r"/api/models/([^/]+/[^/?]+)(/revision/main)?(\?.*)?", path)[1]
             if name not in self.private:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_fast.data.dataset import BLOCK, FORMAT, SHARD, Source, open_dataset
-from lit_fast.embed.key_set import KeySet
+from lit_fast.embed.skipped import KeySet
 
 
 @given(st.lists(st.lists(st.text(max_size=3))))
