@@ -14,7 +14,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from lit_fast.config import Config, LossConfig
+from lit_fast.config import Config
 from lit_fast.losses.accumulate import LogitMaxima, LogitStats, LossParams, logit_metrics
 from lit_fast.losses.contrastive import contrastive_loss
 from lit_fast.losses.pairs import make_sides
@@ -27,9 +27,8 @@ from lit_fast.utils.normalize import normalize
 DeviceBatch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-_SEEDS_INDEX = (
-    2**32 - 1
-)  # no row of a batch has this number, so dropout and the choice of negatives share no key
+# Key index of the choice of negatives; no row of a batch has this number, so dropout never uses the same key.
+_SEEDS_INDEX = 2**32 - 1
 
 
 class State(NamedTuple):
@@ -104,7 +103,7 @@ def make_step(
         } | logit_metrics(stats)
         if "b" in params:
             metrics["bias"] = params["b"][0]
-        if _masks_pairs(config.loss):
+        if config.loss.negatives != "all" or config.loss.same_caption == "mask":
             metrics["negatives"] = stats.sums.num_negatives
 
         finite = jnp.isfinite(loss + metrics["grad_norm"] + metrics["param_norm"])
@@ -118,10 +117,6 @@ def make_step(
 
     shardings = replicated(mesh), batch_sharding(mesh)
     return jax.jit(step, in_shardings=shardings, out_shardings=shardings[0], donate_argnums=0)
-
-
-def _masks_pairs(loss: LossConfig) -> bool:
-    return loss.negatives != "all" or loss.same_caption == "mask"
 
 
 def _loss_and_grads(

@@ -11,6 +11,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -29,12 +31,7 @@ class Tokenizer:
     padding: int | None = None  # id; None: end-of-sentence
 
     def __post_init__(self) -> None:
-        processor = sentencepiece.SentencePieceProcessor()
-        try:
-            processor.LoadFromSerializedProto(self.model)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(f"not a sentencepiece model: {error}") from None
-        if processor.eos_id() < 0:
+        if self.eos_id < 0:
             raise UserError(
                 "the sentencepiece model has no end-of-sentence piece, which ends and pads captions; use another model"
             )
@@ -42,22 +39,29 @@ class Tokenizer:
             raise UserError(
                 f"max_length {self.max_length} is too short for a token and end-of-sentence; use 2 or more"
             )
-        pieces = processor.get_piece_size()
-        if not 0 <= (self.padding or 0) < pieces:
+        if not 0 <= self.pad_id < self.vocab_size:
             raise UserError(
-                f"padding id {self.padding} is not one of the {pieces} pieces; use 0 to {pieces - 1}"
+                f"padding id {self.padding} is not one of the {self.vocab_size} pieces; use 0 to {self.vocab_size - 1}"
             )
-        object.__setattr__(self, "_processor", processor)
+
+    @cached_property
+    def _processor(self) -> Any:
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(self.model)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"not a sentencepiece model: {error}") from None
+        return processor
 
     @property
     def vocab_size(self) -> int:
         """Number of pieces."""
-        return self._processor.get_piece_size()  # type: ignore[attr-defined]
+        return self._processor.get_piece_size()
 
     @property
     def eos_id(self) -> int:
         """Id of the end of sentence."""
-        return self._processor.eos_id()  # type: ignore[attr-defined]
+        return self._processor.eos_id()
 
     @property
     def pad_id(self) -> int:
@@ -66,7 +70,7 @@ class Tokenizer:
 
     def text_ids(self) -> np.ndarray:
         """Return the ids int64 [n] of the pieces of text, without special pieces and padding."""
-        special = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)  # type: ignore[attr-defined]
+        special = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
         ids = range(self.vocab_size)
         return np.array([i for i in ids if i != self.pad_id and not any(s(i) for s in special)], np.int64)
 
@@ -79,7 +83,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Return the ids of each text, at most `max_length` with end-of-sentence last, and the number of cut texts."""
-        ids = self._processor.encode([lower(text) for text in texts])  # type: ignore[attr-defined]
+        ids = self._processor.encode([lower(text) for text in texts])
         eos, keep = self.eos_id, self.max_length - 1
         return [[*i[:keep], eos] for i in ids], sum(len(i) > keep for i in ids)
 
@@ -110,3 +114,15 @@ def load_tokenizer(location: StrPath, max_length: int, padding: int | None = Non
         return Tokenizer(model, max_length, padding)
     except UserError as error:
         raise UserError(f"tokenizer {location}: {error}") from None
+
+
+def load_recorded_tokenizer(location: StrPath, record: dict[str, Any]) -> Tokenizer:
+    """Read the sentencepiece model that a `tokens.json` records.
+
+    Raises:
+      UserError: the file is missing or another model.
+    """
+    tokenizer = load_tokenizer(location, record["max_length"], record["pad_id"])
+    if tokenizer.identity != record["identity"]:
+        raise UserError(f"{location} is not the tokenizer that tokens.json records; restore it")
+    return tokenizer

@@ -15,7 +15,7 @@ import numpy as np
 
 from lit_fast.data.dataset import Dataset, choose_store
 from lit_fast.data.records import RecordReader
-from lit_fast.data.tokenizer import Tokenizer, load_tokenizer
+from lit_fast.data.tokenizer import Tokenizer, load_recorded_tokenizer
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_file, list_names, read_object
 from lit_fast.storage.paths import join
@@ -75,11 +75,7 @@ class Tokens:
         Raises:
           UserError: tokenizer.model is missing or another one.
         """
-        meta, location = self.meta, join(self.path, "tokenizer.model")
-        tokenizer = load_tokenizer(location, meta["max_length"], meta["pad_id"])
-        if tokenizer.identity != meta["identity"]:
-            raise UserError(f"{location} is not the tokenizer that made the tokens beside it; restore it")
-        return tokenizer
+        return load_recorded_tokenizer(join(self.path, "tokenizer.model"), self.meta)
 
     def reader(self) -> RecordReader:
         """Return a reader of the records of all blocks; decode them with `decode`."""

@@ -52,9 +52,8 @@ class Dense(nn.Module):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _affine(num_input_axes: int, x: jax.Array, kernel: jax.Array, bias: Bias) -> jax.Array:
     """Compute [..., *n] in the dtype of x from x [..., *k], kernel float32 [*k, *n] and bias float32 [*n]."""
-    forms = {"cpu": _flat, "default": _plain}
-    forms = {platform: partial(form, num_input_axes) for platform, form in forms.items()}
-    return lax.platform_dependent(x, kernel, bias, **forms)
+    forms = partial(_flat, num_input_axes), partial(_plain, num_input_axes)
+    return lax.platform_dependent(x, kernel, bias, cpu=forms[0], default=forms[1])
 
 
 def _affine_forward(
@@ -66,9 +65,8 @@ def _affine_forward(
 def _affine_backward(
     num_input_axes: int, residuals: tuple[jax.Array, jax.Array, Bias], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, Bias]:
-    forms = {"cpu": _flat_gradients, "default": _plain_gradients}
-    forms = {platform: partial(form, num_input_axes) for platform, form in forms.items()}
-    return lax.platform_dependent(dy, *residuals, **forms)
+    forms = partial(_flat_gradients, num_input_axes), partial(_plain_gradients, num_input_axes)
+    return lax.platform_dependent(dy, *residuals, cpu=forms[0], default=forms[1])
 
 
 _affine.defvjp(_affine_forward, _affine_backward)

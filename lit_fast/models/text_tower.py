@@ -17,15 +17,16 @@ EPSILON = 1e-6  # of every LayerNorm
 
 
 class RowLayout(NamedTuple):
-    """Where the k captions of each of n rows of `length` tokens are; None where all tokens are alike."""
+    """The k captions of each of n rows of `length` tokens.
+
+    Without a mask all tokens take part; without `positions` a token's position is that in the row.
+    """
 
     first: jax.Array  # int32 [n, k], the first token of a caption
     last: jax.Array  # int32 [n, k], its last token
-    caption_mask: jax.Array | None  # bool [n, k, length], true for the tokens of the caption; None: all
-    attention_mask: (
-        jax.Array | None
-    )  # bool [n, 1, 1 or length, length], true where a query attends; None: all
-    positions: jax.Array | None  # int32 [n, length], of a token in its caption; None: that in the row
+    caption_mask: jax.Array | None  # bool [n, k, length], true for the tokens of the caption
+    attention_mask: jax.Array | None  # bool [n, 1, 1 or length, length], true where a query attends
+    positions: jax.Array | None  # int32 [n, length], of a token in its caption
 
     @classmethod
     def unpacked(cls, ids: jax.Array, eos_id: int | None) -> RowLayout:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.dense import Dense
-from lit_fast.models.transformer import Encoder, MAPHead
+from lit_fast.models.transformer import Encoder, LayerNorm, MAPHead
 
 
 class ViT(nn.Module):
@@ -27,14 +27,9 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         a, width = self.architecture, self.architecture.shape.width
-        x = nn.Conv(
-            width,
-            (a.patch, a.patch),
-            strides=(a.patch, a.patch),
-            padding="VALID",
-            dtype=self.dtype,
-            name="embedding",
-        )(images.astype(self.dtype))
+        patch = (a.patch, a.patch)
+        embedding = nn.Conv(width, patch, patch, padding="VALID", dtype=self.dtype, name="embedding")
+        x = embedding(images.astype(self.dtype))
         n, h, w, _ = x.shape
         x = x.reshape(n, h * w, width)
         init = nn.initializers.normal(stddev=width**-0.5)
@@ -48,20 +43,13 @@ class ViT(nn.Module):
             tokens = jnp.concatenate(front, axis=1).astype(self.dtype)
             x = jnp.concatenate([jnp.tile(tokens, (n, 1, 1)), x], axis=1)
         if a.pre_norm:
-            x = nn.LayerNorm(epsilon=a.epsilon, use_fast_variance=False, name="pre_norm")(x)
+            x = LayerNorm(epsilon=a.epsilon, name="pre_norm")(x)
+        final_norm = not a.norm_after_pool
         encoder = Encoder(
-            a.shape,
-            a.gelu,
-            a.epsilon,
-            dtype=self.dtype,
-            final_norm=not a.norm_after_pool,
-            name="Transformer",
+            a.shape, a.gelu, a.epsilon, dtype=self.dtype, final_norm=final_norm, name="Transformer"
         )
-        x = (
-            encoder(x)
-            if a.pool in ("gap", "map")
-            else encoder(x, output_positions=jnp.zeros((n, 1), jnp.int32))
-        )
+        first = None if a.pool in ("gap", "map") else jnp.zeros((n, 1), jnp.int32)
+        x = encoder(x, output_positions=first)
         if a.pool == "gap":
             x = x[:, -h * w :].mean(axis=1)
         elif a.pool == "map":
@@ -69,9 +57,7 @@ class ViT(nn.Module):
         else:
             x = x[:, 0]
         if a.norm_after_pool:
-            x = nn.LayerNorm(
-                epsilon=a.epsilon, use_fast_variance=False, dtype=jnp.float32, name="pooled_norm"
-            )(x)
+            x = LayerNorm(epsilon=a.epsilon, dtype=jnp.float32, name="pooled_norm")(x)
         if a.pool == "projection":
             x = Dense((a.projection,), use_bias=False, dtype=self.dtype, name="projection")(x)
         return x.astype(jnp.float32)

@@ -22,7 +22,7 @@ from lit_fast.config import Config
 from lit_fast.config_io import load_config
 from lit_fast.data.dataset import Dataset
 from lit_fast.data.features import matching_features
-from lit_fast.data.tokenizer import Tokenizer, load_tokenizer
+from lit_fast.data.tokenizer import Tokenizer, load_recorded_tokenizer
 from lit_fast.errors import UserError
 from lit_fast.models.two_towers import (
     Params,
@@ -85,7 +85,7 @@ def image_embeddings(
       UserError: the dataset has no features of exactly this tower.
     """
     features = matching_features(dataset, tower)
-    rows = np.setdiff1d(np.arange(dataset.rows), np.array(sorted(features.invalid_rows()), np.int64))
+    rows = np.delete(np.arange(dataset.rows), list(features.invalid_rows()))
     return rows, centered(features.read_all()[rows], mean)
 
 
@@ -130,11 +130,7 @@ def read_tokenizer(run: StrPath) -> Tokenizer:
       UserError: it is missing, damaged or another one.
     """
     tokens = read_object(join(run, "tokens.json"), "identity", "max_length", "pad_id")
-    location = join(run, "tokenizer.model")
-    tokenizer = load_tokenizer(location, tokens["max_length"], tokens["pad_id"])
-    if tokenizer.identity != tokens["identity"]:
-        raise UserError(f"{location} is not the tokenizer that the run was trained with; restore it")
-    return tokenizer
+    return load_recorded_tokenizer(join(run, "tokenizer.model"), tokens)
 
 
 def open_run(run: StrPath, step: int | None = None, average: bool = False) -> Run:

@@ -103,7 +103,7 @@ def test_another_tower_or_tokenizer_than_the_runs_is_refused(trained_run, tmp_pa
         hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     assert command("search", data, "words", "--model", run, "--page", page) == 2
-    assert "tokenizer.model is not the tokenizer that the run was trained with" in capsys.readouterr().err
+    assert "tokenizer.model is not the tokenizer that tokens.json records" in capsys.readouterr().err
     assert not page.exists()
 
 

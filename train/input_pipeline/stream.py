@@ -18,7 +18,6 @@ import grain
 import numpy as np
 
 from lit_fast.config import StreamConfig
-from lit_fast.data.dataset import BLOCK, Dataset
 from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
@@ -139,7 +138,10 @@ def open_stream(
         raise UserError(
             f"stream.global_batch {config.global_batch} is not divisible by {processes} processes; use a multiple"
         )
-    unusable = np.array(sorted(_captionless_rows(dataset) | set(invalid)), np.int64)
+    captionless = np.empty(0, np.int64)
+    if dataset.captionless:
+        captionless = np.flatnonzero(np.concatenate([b.captions for b in dataset.iter_blocks()]) == 0)
+    unusable = np.union1d(captionless, np.array(list(invalid), np.int64))
     usable_rows = dataset.rows - len(unusable)
     if not usable_rows:
         raise UserError(f"dataset {dataset.path} has no row with a valid image and a caption; use another")
@@ -187,15 +189,3 @@ def open_stream(
         identity=hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
         description=f"{usable_rows:,} rows{skipped}{views}, {size / 2**30:.2f} GiB, {how}",
     )
-
-
-def _captionless_rows(dataset: Dataset) -> set[int]:
-    """Return the rows without a caption; reads nothing if there are none."""
-    if not dataset.captionless:
-        return set()
-    return {
-        b * BLOCK + i
-        for b, block in enumerate(dataset.iter_blocks())
-        for i, count in enumerate(block.captions)
-        if count == 0
-    }
