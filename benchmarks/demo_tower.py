@@ -158,7 +158,7 @@ def batches(seed: int, size: int, crowds: int) -> Iterator[Batch]:
 
 
 def init(seed: int) -> Params:
-    """Initialise the parameters of the tower and of the heads."""
+    """Initialize the parameters of the tower and of the heads."""
     keys = jax.random.split(jax.random.key(seed), 5)
     width = MODEL.architecture.width
 

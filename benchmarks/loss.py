@@ -44,7 +44,7 @@ Result = dict[str, Any]
 
 
 def inputs(batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw images and texts float32 [batch, width], normalised, each text near its image."""
+    """Draw images and texts float32 [batch, width], normalized, each text near its image."""
     rng = np.random.default_rng(0)
 
     def unit(x: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
     python -m benchmarks.search [--rows 10_000_000] [--queries 1]
 
 768-wide bfloat16 features of random numbers, centred, the best 20 rows. Rivals on the same rows, converted to
-float32, centred and normalised beforehand (not counted): numpy's matrix product with argpartition, and faiss's
+float32, centred and normalized beforehand (not counted): numpy's matrix product with argpartition, and faiss's
 IndexFlatIP if `pip install faiss-cpu` has been run. They need twice the store's bytes of memory, faiss three
 times in the making; `--ours` leaves them out.
 """

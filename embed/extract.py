@@ -264,7 +264,8 @@ def _report(job: Job, rate: float | None) -> None:
     if job.rows and len(invalid) == job.rows:
         reason = next(iter(invalid.values()))
         raise UserError(
-            f"none of the {job.rows:,} images could be embedded (first: {reason}); fix the cause, then delete {path}"
+            f"none of the {job.rows:,} images could be embedded (first: {reason}); fix the cause, then delete "
+            f"{path} and rerun"
         )
     counts = f"{job.rows - len(invalid):,} valid, {len(invalid):,} invalid"
     if rate is None:

@@ -126,8 +126,8 @@ class ShardWriter:
         if stored.features and features_digest(self._journal.features[: stored.rows]) != stored.features:
             self._journal.remove()
             raise UserError(
-                f"{self._features.path}: shard {self._shard} does not hold the features that its manifest was written "
-                f"for; repair it with: lit-fast verify {self._features.dataset.path} --tower {self._features.tower} "
+                f"{self._features.path}: shard {self._shard} is damaged, its digest differs from its manifest's; "
+                f"repair it with: lit-fast verify {self._features.dataset.path} --tower {self._features.tower} "
                 "--repair"
             )
 

@@ -83,7 +83,7 @@ def _layer(tree: Any, i: int) -> Any:
 
 
 def augreg_vit(images: np.ndarray, arrays: dict[str, np.ndarray], gelu: str) -> np.ndarray:
-    """Compute class-token features of normalised images [n, s, s, 3] from the arrays of an AugReg file."""
+    """Compute class-token features of normalized images [n, s, s, 3] from the arrays of an AugReg file."""
     kernel = np.float64(arrays["embedding/kernel"])
     patch = kernel.shape[0]
     n, size = len(images), images.shape[1]
@@ -117,7 +117,7 @@ def augreg_vit(images: np.ndarray, arrays: dict[str, np.ndarray], gelu: str) -> 
 def torch_vit(
     images: np.ndarray, weights: dict[str, np.ndarray], heads: int, gelu: str, epsilon: float, pool: str
 ) -> np.ndarray:
-    """Compute features of normalised images [n, s, s, 3] from weights under timm's names, as [out, in] matrices.
+    """Compute features of normalized images [n, s, s, 3] from weights under timm's names, as [out, in] matrices.
 
     Query, key and value are separate (`attn.q`, ...). The weights decide which parts exist: class token, further
     tokens, positions with or without rows for these, norm before the blocks, LayerScale, MAP head.

@@ -159,7 +159,7 @@ def _caption_ids(batch: DeviceBatch, length: int) -> jax.Array:
 def _embed_texts(
     model: TextTower, config: Config, params: Params, batch: DeviceBatch, key: jax.Array
 ) -> jax.Array:
-    """Embed this device's captions in their order, normalised, float32 [n * captions, width].
+    """Embed this device's captions in their order, normalized, float32 [n * captions, width].
 
     Dropout of a row depends on `key` and the row's position in the global batch. So neither microbatches nor, where a
     row is one caption, the number of devices change it.

@@ -30,7 +30,7 @@ from lit_fast.storage.files import (
 from lit_fast.storage.lock import InUseError, Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.train.input_pipeline.stream import Stream
-from lit_fast.weights.text import read_text_weights, start_from
+from lit_fast.weights.text_towers import read_text_weights, start_from
 
 _TEXT_INIT = "text_init.json"
 

@@ -198,7 +198,7 @@ def _report(features: Features) -> None:
     if len(invalid) == dataset.rows:
         raise UserError(
             f"none of the {dataset.rows:,} rows has a usable feature (first: {next(iter(invalid.values()))}); "
-            f"fix the cause, then delete {dataset.path}"
+            f"fix the cause, then delete {dataset.path} and rerun"
         )
     result(
         f"imported {dataset.rows:,} rows with {dataset.captions:,} captions into {dataset.path}, features "

@@ -6,7 +6,7 @@ import os
 import re
 
 from lit_fast.data.images.noise import is_noise
-from lit_fast.embed.sources.benchmark import PREFIX, benchmark_tars, hub_tars
+from lit_fast.embed.sources.clip_benchmark import PREFIX, benchmark_tars, hub_tars
 from lit_fast.embed.sources.formats import format_by_name
 from lit_fast.embed.sources.interface import IMAGE_SUFFIXES
 from lit_fast.errors import UserError

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources import coco, folders, parquet, records, tables, tars
-from lit_fast.embed.sources.benchmark import lines_near
+from lit_fast.embed.sources.clip_benchmark import lines_near
 from lit_fast.embed.sources.interface import Columns, Format, Item, Layout, Sample
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_directory, open_read

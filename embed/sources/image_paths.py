@@ -1,6 +1,6 @@
 """Paths of image files in a table: relative to one directory and inside it.
 
-Only the text of a path is checked: normalised, it must be inside the directory. Symbolic links in the directory are
+Only the text of a path is checked: normalized, it must be inside the directory. Symbolic links in the directory are
 followed.
 """
 
@@ -38,7 +38,7 @@ def image_directory(options: Columns, table: str) -> str:
 
 
 def find_image(directory: str, path: object, default_suffix: str = "") -> tuple[str, int, str]:
-    """Normalise a path in a table and look the file up.
+    """Normalize a path in a table and look the file up.
 
     Returns:
       The path relative to the directory of images, the bytes of the file (0 = remote), and why it cannot be used ("" =

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from lit_fast.data.images.decode import MAX_IMAGE
-from lit_fast.embed.sources.benchmark import lines_near
+from lit_fast.embed.sources.clip_benchmark import lines_near
 from lit_fast.embed.sources.columns import choose_columns, parse_key, parse_row
 from lit_fast.embed.sources.interface import (
     IMAGE_SUFFIXES,

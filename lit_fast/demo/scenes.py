@@ -2,7 +2,7 @@
 
 A scene has one to three things. A thing is one, two or three equal shapes of one size, colour and fill in one place.
 One in four pairs of colour and shape (`NOVEL`) occurs in no training scene, while every colour and every shape does:
-a model that recognises "a purple heart" has learnt "purple" and "heart". All scenes are a function of the seed.
+a model that recognizes "a purple heart" has learnt "purple" and "heart". All scenes are a function of the seed.
 """
 
 from __future__ import annotations

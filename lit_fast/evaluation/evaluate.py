@@ -32,8 +32,8 @@ SETTINGS = ("template_set", "class_names", "labels", "candidates")  # of a zero-
 Evaluate = Callable[[np.ndarray, np.ndarray, EmbedText], list[dict[str, Any]]]
 """(rows, images, embed_text) -> results.
 
-`rows` int64 [n] are the rows that have an embedding, increasing; `images` float32 [n, D] are their normalised
-embeddings; `embed_text` maps texts to normalised float32 [m, D].
+`rows` int64 [n] are the rows that have an embedding, increasing; `images` float32 [n, D] are their normalized
+embeddings; `embed_text` maps texts to normalized float32 [m, D].
 """
 
 InvalidRows = Callable[[], Collection[int]]

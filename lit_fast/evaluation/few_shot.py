@@ -1,6 +1,6 @@
 """Few-shot linear evaluation: a ridge regression on the features of a few images per class.
 
-The procedure is big_vision's (evaluators/fewshot_lsr.py), on features as stored: not normalised, rounded to bfloat16.
+The procedure is big_vision's (evaluators/fewshot_lsr.py), on features as stored: not normalized, rounded to bfloat16.
 The figures depend on the tower alone and are the same for all its runs, so they are computed once and cached with the
 features of the test images:
 

@@ -21,8 +21,8 @@ def retrieval_ranks(
     """Rank in both directions.
 
     Args:
-      images: normalised float32 [n, D], finite.
-      texts: normalised float32 [m, D], finite.
+      images: normalized float32 [n, D], finite.
+      texts: normalized float32 [m, D], finite.
       owner: int [m], non-decreasing: the image that a text belongs to. Every image has at least one text.
 
     Returns:

@@ -17,7 +17,7 @@ from lit_fast.evaluation.ranks import chance_of_hit
 from lit_fast.utils.normalize import normalize
 
 EmbedText = Callable[[list[str]], np.ndarray]
-"""Texts to normalised float32 [n, D]."""
+"""Texts to normalized float32 [n, D]."""
 
 _TEXTS = 8192  # embedded at a time; only class embeddings are kept
 
@@ -66,7 +66,7 @@ def canonical_templates(templates: Sequence[str]) -> list[str]:
 def classifier(classnames: Sequence[str], templates: Sequence[str], embed_text: EmbedText) -> np.ndarray:
     """Return the class embeddings, float32 [classes, D].
 
-    Each is the mean over the templates of the normalised text embeddings, divided by (1e-8 + its norm).
+    Each is the mean over the templates of the normalized text embeddings, divided by (1e-8 + its norm).
 
     Raises:
       UserError: see `canonical_names` and `canonical_templates`.

@@ -69,7 +69,7 @@ class Model:
           images: files, PIL images or uint8 arrays [height, width, 3].
 
         Returns:
-          Normalised embeddings float32 [n, width].
+          Normalized embeddings float32 [n, width].
 
         Raises:
           UserError: an image cannot be used; the message names it.
@@ -82,11 +82,11 @@ class Model:
         return self.embed_features(features)
 
     def embed_features(self, features: np.ndarray) -> np.ndarray:
-        """Return normalised embeddings float32 [n, width] of stored features [n, width]."""
+        """Return normalized embeddings float32 [n, width] of stored features [n, width]."""
         return apply_image_head(self.params, centered(features, self.params["mean"]))
 
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Return normalised embeddings float32 [n, width] of texts."""
+        """Return normalized embeddings float32 [n, width] of texts."""
         if isinstance(texts, str):
             raise UserError("texts is a single text; give a list of texts")
         return self._run_text(texts)

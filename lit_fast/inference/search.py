@@ -42,9 +42,9 @@ def search(
 
     Args:
       features: complete; of several views the first is compared.
-      queries: normalised float32 [queries, width].
+      queries: normalized float32 [queries, width].
       top: rows per query; fewer are returned if the dataset has fewer valid rows.
-      embed: from stored features bfloat16 [n, width] to normalised embeddings float32 [n, width], see
+      embed: from stored features bfloat16 [n, width] to normalized embeddings float32 [n, width], see
         `lit_fast.inference.model.Model.embed_features`.
 
     Returns:

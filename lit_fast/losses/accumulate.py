@@ -31,7 +31,7 @@ from lit_fast.losses.ring import from_tiles, ring_scan, scan_text_tiles
 class LossParams(NamedTuple):
     """What a loss is differentiated by. Gradients have the same structure."""
 
-    texts: jax.Array  # float32 [m, width], normalised embeddings of this device's texts
+    texts: jax.Array  # float32 [m, width], normalized embeddings of this device's texts
     log_scale: jax.Array  # float32 [], logarithm of the temperature
     bias: jax.Array | None = None  # float32 []
     head: jax.Array | None = None  # float32 [width, width], applied to the image features

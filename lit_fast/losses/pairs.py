@@ -27,7 +27,7 @@ _SALTS = (0x9E3779B9, 0x7F4A7C15)
 class ImageSide(NamedTuple):
     """The images of a device. Fields that the configuration does not need are None."""
 
-    features: jax.Array  # float32 or bfloat16 [n, width], normalised; n is equal on all devices
+    features: jax.Array  # float32 or bfloat16 [n, width], normalized; n is equal on all devices
     rows: jax.Array  # int32 [n], rows of the dataset
     captions: jax.Array | None = None  # uint32 [n, captions per image, 2], hashes of the image's captions
     random_ids: jax.Array | None = None  # uint32 [n]
@@ -55,7 +55,7 @@ def make_sides(
     Args:
       config: decides which fields are needed.
       num_devices: size of the mesh axis.
-      features: float32 or bfloat16 [n, width], normalised.
+      features: float32 or bfloat16 [n, width], normalized.
       rows: int32 [n].
       captions_per_image: m / n.
       ids: returns the token ids, integer [m, length], captions of an image consecutive; called if needed.
@@ -85,7 +85,7 @@ def make_sides(
 class ImageTile(NamedTuple):
     """n images."""
 
-    embeddings: jax.Array  # float32 [n, width], normalised
+    embeddings: jax.Array  # float32 [n, width], normalized
     side: ImageSide
     valid: jax.Array  # bool [n]
 
@@ -93,7 +93,7 @@ class ImageTile(NamedTuple):
 class TextTile(NamedTuple):
     """m texts, or [tiles, m, ...] for all tiles of a device."""
 
-    embeddings: jax.Array  # float32 [m, width], normalised
+    embeddings: jax.Array  # float32 [m, width], normalized
     side: TextSide
     valid: jax.Array  # bool [m]
     inputs: Any = None  # of the loss formula, arrays [m, ...]
@@ -129,7 +129,7 @@ def make_image_tile(
 
 
 def apply_head(features: jax.Array, head: jax.Array, precision: str) -> jax.Array:
-    """Map features [n, width] by a head [width, width] to normalised embeddings, float32 [n, width]."""
+    """Map features [n, width] by a head [width, width] to normalized embeddings, float32 [n, width]."""
     # The padding of a tile is zero, where a norm has no gradient.
     nonzero = jnp.any(features != 0, axis=-1, keepdims=True)
     linear = jnp.where(nonzero, einsum(precision, "nd,de->ne", features, head), 1.0)
@@ -204,7 +204,7 @@ def hash_ids(ids: jax.Array) -> jax.Array:
 
 
 def mix(x: jax.Array) -> jax.Array:
-    """Apply MurmurHash3's finaliser: a bijection of uint32 in which every bit depends on every other."""
+    """Apply MurmurHash3's finalizer: a bijection of uint32 in which every bit depends on every other."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

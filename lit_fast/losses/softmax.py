@@ -56,7 +56,7 @@ def softmax_loss(
     mean over the texts of that of a text's softmax over the images. Targets are uniform over the positives. With one
     caption per image and no repeated row this is the loss of CLIP. Masked pairs are in no softmax.
 
-    The first scan computes the normalisers. Those of the texts stay on their device, those of the images rotate.
+    The first scan computes the normalizers. Those of the texts stay on their device, those of the images rotate.
     """
     scale = jnp.exp(params.log_scale)
     num_images, num_texts = len(images.rows) * num_devices, len(texts.rows) * num_devices

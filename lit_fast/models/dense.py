@@ -26,7 +26,7 @@ Bias = jax.Array | None
 class Dense(nn.Module):
     """`x kernel + bias` over the last axes: [..., *k] -> [..., *features] in `dtype`.
 
-    Parameters are named and initialised as by Flax's `Dense` and `DenseGeneral`: kernel float32 [*k, *features] and
+    Parameters are named and initialized as by Flax's `Dense` and `DenseGeneral`: kernel float32 [*k, *features] and
     bias float32 [*features].
     """
 

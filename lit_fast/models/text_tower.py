@@ -113,7 +113,7 @@ class TextTower(nn.Module):
     def __call__(
         self, ids: jax.Array, lengths: jax.Array | None = None, dropout_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Embed captions, not normalised.
+        """Embed captions, not normalized.
 
         Args:
           ids: int [n, max_length], one padded caption per row; with `lengths` int [n, row tokens].

@@ -75,7 +75,7 @@ def embed_ids(
     lengths: jax.Array | None = None,
     dropout_keys: jax.Array | None = None,
 ) -> jax.Array:
-    """Embed token ids, normalised; arguments as of `TextTower.__call__`.
+    """Embed token ids, normalized; arguments as of `TextTower.__call__`.
 
     Returns:
       float32 [n, width]; with `lengths` [n k, width].
@@ -87,7 +87,7 @@ def embed_ids(
 def text_embedder(
     model: TextTower, tokenizer: Tokenizer, mesh: Mesh
 ) -> Callable[[Params, Sequence[str]], np.ndarray]:
-    """Return a function (params, texts) -> normalised float32 [n, width], compiled once for all devices."""
+    """Return a function (params, texts) -> normalized float32 [n, width], compiled once for all devices."""
     batch_size = -(-EMBED_BATCH // mesh.size) * mesh.size
     sharding = batch_sharding(mesh)
 
@@ -110,12 +110,12 @@ def text_embedder(
 
 
 def centered(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Subtract `mean` from stored features [n, width] and normalise them, float32."""
+    """Subtract `mean` from stored features [n, width] and normalize them, float32."""
     return normalize(features.astype(np.float32) - mean)
 
 
 def apply_image_head(params: Params, images: np.ndarray) -> np.ndarray:
-    """Apply the image head, if any, to centred and normalised features float32 [n, width]; normalised."""
+    """Apply the image head, if any, to centred and normalized features float32 [n, width]; normalized."""
     if "img" not in params:
         return images
     return normalize(images @ np.asarray(params["img"]["head"]["kernel"]))

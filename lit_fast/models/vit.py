@@ -16,7 +16,7 @@ from lit_fast.models.transformer import Encoder, LayerNorm, MAPHead
 class ViT(nn.Module):
     """A ViT without classifier.
 
-    images: float [n, size, size, 3], normalised -> float32 [n, architecture.width]. The positional embedding covers
+    images: float [n, size, size, 3], normalized -> float32 [n, architecture.width]. The positional embedding covers
     the patches only and is added before class and register tokens are prepended; the class token includes its own
     position, if it has one (big_vision, models/vit.py).
     """

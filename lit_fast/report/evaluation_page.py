@@ -76,8 +76,8 @@ def zero_shot_section(
       results: of this dataset, as `lit-fast eval` writes them.
       dataset: boxes replace pictures that cannot be read from its sources.
       rows: int64 [n], the rows that have an embedding, increasing.
-      images: their normalised embeddings, float32 [n, D].
-      embed_text: texts to normalised float32 [n, D].
+      images: their normalized embeddings, float32 [n, D].
+      embed_text: texts to normalized float32 [n, D].
       max_pictures: shown at most.
       files: class names and so on in place of the dataset's, see `zero_shot_set`.
     """

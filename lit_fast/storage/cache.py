@@ -63,4 +63,4 @@ def _download(url: str, path: str, sha256: str) -> None:
         expected = sha256 or remote.md5(url)
         found = digest(temporary, "sha256" if sha256 else "md5")
         if expected and found != expected:
-            raise UserError(f"{url} has the digest {found}, not {expected}")
+            raise UserError(f"{url} has the digest {found}, not {expected}; try again, or give a local file")

@@ -75,7 +75,7 @@ def huggingface(config: dict[str, Any], path: str) -> Preprocess:
             raise ValueError("short side without centre crop: the images would not be square")
         if method == "pil-squash" and (resize < size or (resize - size) // 2 != round((resize - size) / 2)):
             raise ValueError(f"a centre crop of {size} out of {resize} x {resize} pixels cannot be done")
-        mean, std = _normalisation(settings)
+        mean, std = _normalization(settings)
         preprocess = Preprocess(method, size, resize, mean, std, _filter(settings["resample"]))
         return replace(preprocess, alpha="white" if settings["do_convert_rgb"] else "drop")
 
@@ -151,7 +151,7 @@ def _filter(value: Any) -> str:
     return Image.Resampling(value).name.lower()
 
 
-def _normalisation(settings: dict[str, Any]) -> tuple[Triple, Triple]:
+def _normalization(settings: dict[str, Any]) -> tuple[Triple, Triple]:
     """Return mean and std for pixels in [0, 1], with `rescale_factor` included."""
     normalize = settings.get("do_normalize", True)
     mean = _triple(settings["image_mean"] if normalize else 0, "image_mean")

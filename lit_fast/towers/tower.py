@@ -273,6 +273,6 @@ def _check_shapes(params: Params, a: Architecture, grid: int, path: str) -> None
         if name not in have:
             raise UserError(f"{path}: {name} is missing")
         if name not in want:
-            raise UserError(f"{path}: {name} does not belong to this kind of ViT")
+            raise UserError(f"{path}: {name} is a parameter that this ViT does not have")
         if want[name] != have[name]:
             raise UserError(f"{path}: {name} has shape {have[name]}, the ViT needs {want[name]}")

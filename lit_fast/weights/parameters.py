@@ -35,7 +35,7 @@ def architecture_of(params: Params, gelu: str, epsilon: float, pool: str | None 
 
     Args:
       params: nested under big_vision's names.
-      gelu: see `Architecture`; SwiGLU is recognised by its shapes.
+      gelu: see `Architecture`; SwiGLU is recognized by its shapes.
       epsilon: of LayerNorm.
       pool: see `Architecture`; by default the MAP head, else the class token, else the mean, whichever exists.
 

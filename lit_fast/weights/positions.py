@@ -36,7 +36,7 @@ def _cubic_matrix(old: int, new: int, antialias: bool) -> np.ndarray:
     """Return the interpolation matrix float64 [new, old], with half-pixel centres.
 
     torch uses Keys' kernel with a = -0.75 and repeats the edge; with antialias a = -0.5, stretched when
-    shrinking, cut off at the edge and normalised (ATen, UpSample.h and UpSampleKernel.cpp).
+    shrinking, cut off at the edge and normalized (ATen, UpSample.h and UpSampleKernel.cpp).
     """
     centre = (np.arange(new)[:, None] + 0.5) * (old / new) - 0.5
     matrix = np.zeros((new, old))

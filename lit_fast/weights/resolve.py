@@ -129,7 +129,7 @@ def local_weights(spec: str) -> str:
             )
         path = found[0]
     if not is_file(path):
-        raise UserError(f"tower {spec} is not a regular file: {path}")
+        raise UserError(f"tower {path} is not a regular file; give a file or a directory")
     if not path.endswith(_SUFFIXES):
         raise UserError(
             f"tower {spec} is {suffix(path) or 'a file without suffix'}; give weights as .npz or .safetensors"

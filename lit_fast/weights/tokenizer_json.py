@@ -1,6 +1,6 @@
 """Convert `tokenizer.json` of Hugging Face's tokenizers library to a sentencepiece model that gives the same ids.
 
-Sentencepiece does in one step what the library does in three: a normaliser, a pre-tokeniser and the model. A file is
+Sentencepiece does in one step what the library does in three: a normalizer, a pre-tokenizer and the model. A file is
 converted if its steps are those of sentencepiece; any other step is refused, as it would change ids. The text
 "<0x41>", the name of a byte piece, is text to sentencepiece, while the library may take it for the byte.
 """

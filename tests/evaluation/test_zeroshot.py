@@ -69,12 +69,12 @@ def test_canonical_names_of_empty_name_raise_user_error(name: str) -> None:
 
 
 def embed_letters(texts: list[str]) -> np.ndarray:
-    """Normalised letter counts: a text tower whose results can be worked out by hand."""
+    """Normalized letter counts: a text tower whose results can be worked out by hand."""
     counts = np.array([[t.count(c) for c in "abc {}"] + [1] for t in texts], np.float32)
     return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
-def test_classifier_is_the_normalised_mean_of_normalised_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classifier_is_the_normalized_mean_of_normalized_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     names, templates = ["aab", "b, a", "c", "ca"], ["{c}", "A {}.", "{c} {c} bb"]
     want = []
     for name in ("aab", "b", "c", "ca"):

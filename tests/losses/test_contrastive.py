@@ -182,7 +182,7 @@ def test_formula_gradients_equal_differences(options, case):
         )
 
 
-def test_sigmoid_at_initialisation_is_the_papers_value():
+def test_sigmoid_at_initialization_is_the_papers_value():
     """With orthogonal embeddings it is 10.00005 + (n - 1) * 4.54e-5."""
     n = 64
     batch = draw(0, n, 1, 2 * n)[0] | {

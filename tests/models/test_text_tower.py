@@ -1,4 +1,4 @@
-"""The text tower against a float64 reference, its initialisation and its dropout."""
+"""The text tower against a float64 reference, its initialization and its dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_tower_with_narrow_table_or_no_head_equals_the_reference(options):
     np.testing.assert_allclose(jax.jit(tower.apply)({"params": params}, ids), want, atol=3e-5)
 
 
-def test_narrow_table_is_initialised_at_the_scale_of_the_plain_one():
+def test_narrow_table_is_initialized_at_the_scale_of_the_plain_one():
     tower = TextTower(Shape(768, 1, 64, 12), 5000, 4, 8, embedding_width=96)
     p = jax.jit(tower.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     assert p["Embed_0"]["embedding"].shape == (5000, 96)
@@ -124,7 +124,7 @@ def test_dropout_of_a_row_depends_on_its_key_alone(pooling):
     assert len(np.unique(np.round(same, 3), axis=0)) == 8
 
 
-def test_initialisation_is_big_visions():
+def test_initialization_is_big_visions():
     tower = TextTower(VARIANTS["B"]._replace(depth=2), 2000, 16, 768)
     p = tower.init(jax.random.key(0), jnp.zeros((1, 16), jnp.int32))["params"]
     # Standard deviations of at least 12 288 samples: a relative error of 1/sqrt(2n) < 0.7 %.

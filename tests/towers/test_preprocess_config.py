@@ -49,7 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "padding": {"image_processor_type": "CLIPImageProcessor", "size": 201, "crop_size": 224},
     "squashed clip": {"image_processor_type": "CLIPImageProcessor", "size": [224, 224], "do_center_crop": False},
     "lanczos": {"image_processor_type": "ViTImageProcessor", "resample": 1},
-    "not normalised": {"image_processor_type": "ViTImageProcessor", "do_normalize": False},
+    "not normalized": {"image_processor_type": "ViTImageProcessor", "do_normalize": False},
     "to [-1, 1] by scale": {"image_processor_type": "ViTImageProcessor", "rescale_factor": 1 / 127.5,
                             "image_mean": [1, 1, 1], "image_std": 1.0},
     "not rescaled": {"image_processor_type": "ViTImageProcessor", "do_rescale": False,
@@ -70,7 +70,7 @@ def photos(realdata: Path) -> list[Image.Image]:
     return [*whole, whole[0].crop((0, 3, 224, 150)), whole[1].crop((7, 0, 98, 224)).resize((333, 777))]
 
 
-def normalised(preprocess: Preprocess, image: Image.Image) -> np.ndarray:
+def normalized(preprocess: Preprocess, image: Image.Image) -> np.ndarray:
     return (preprocess.apply(image) / 255.0 - np.array(preprocess.mean)) / np.array(preprocess.std)
 
 
@@ -99,10 +99,10 @@ def test_huggingface_pixels_equal_transformers(name: str) -> None:
         image = noise(*shape)
         want = raw(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         np.testing.assert_array_equal(preprocess.apply(image), want)
-        # The same normalisation, there in float32: values up to 255 with a relative error of 2**-23.
+        # The same normalization, there in float32: values up to 255 with a relative error of 2**-23.
         want = full(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         np.testing.assert_allclose(
-            normalised(preprocess, image), want, rtol=1e-6, atol=1e-6 * np.abs(want).max()
+            normalized(preprocess, image), want, rtol=1e-6, atol=1e-6 * np.abs(want).max()
         )
 
 

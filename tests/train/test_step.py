@@ -20,7 +20,7 @@ from lit_fast.train.step import init_state, make_step
 WIDTH, LENGTH, VOCAB = 24, 8, 100
 SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=2)
 TOWER = TextTower(SHAPE, VOCAB, LENGTH, WIDTH)
-# Without optimised machine code compiling takes half the time.
+# Without optimized machine code compiling takes half the time.
 QUICK = {"xla_backend_optimization_level": 0}
 
 

@@ -52,7 +52,7 @@ def pixels(count: int, size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
 
 
-def normalised(images: np.ndarray) -> Any:
+def normalized(images: np.ndarray) -> Any:
     """Images as the torch models take them: float32 [n, 3, size, size] in [-1, 1]."""
     import torch
 
@@ -65,7 +65,7 @@ def assert_same_features(tower: Tower, feature: Callable[[Any], Any], size: int)
 
     images = pixels(3, size)
     with torch.no_grad():
-        want = feature(normalised(images)).numpy()
+        want = feature(normalized(images)).numpy()
     got = np.asarray(jax.jit(tower.embed)(tower.params, images))
     assert got.shape == want.shape == (3, tower.width)
     assert want.std() > 0.1

@@ -7,7 +7,7 @@ Names are those of big_vision's models/proj/image_text/two_towers.py.
     README.md        model card, with the configuration that loads it
 
 Blocks are stored one by one, as big_vision's text tower reads them. Subtracting the mean feature and the image head
-become the image tower's own `head`: (f - mean) W = f W - mean W, and the scale of f is lost in normalising.
+become the image tower's own `head`: (f - mean) W = f W - mean W, and the scale of f is lost in normalizing.
 """
 
 from __future__ import annotations

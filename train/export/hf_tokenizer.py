@@ -1,10 +1,10 @@
 """Write a sentencepiece tokenizer as Hugging Face's `tokenizer.json`.
 
 The tokenizers library gives the same ids from it. The file expresses sentencepiece's one step as
-three: a normaliser (lower-casing, Unicode, white space), the model (unigram or BPE with its pieces), and a template
+three: a normalizer (lower-casing, Unicode, white space), the model (unigram or BPE with its pieces), and a template
 that appends end-of-sentence, which truncation keeps.
 
-Ids are equal for every text that holds no lone surrogate and, if the model normalises Unicode, no unusual sequence of
+Ids are equal for every text that holds no lone surrogate and, if the model normalizes Unicode, no unusual sequence of
 combining marks, for which the library reads sentencepiece's table differently. A unigram model may split a run such
 as "......." elsewhere: between splits of the same score the rounding of sums decides, in float32 for sentencepiece and
 in float64 for the library.
@@ -25,7 +25,7 @@ _SPACE = "\u2581"
 # Types of pieces and models in sentencepiece_model.proto.
 _NORMAL, _UNKNOWN, _USER_DEFINED, _BYTE = 1, 2, 4, 6
 _UNIGRAM, _BPE = 1, 2
-# User-defined pieces are never split. The normaliser replaces each by one character of the last private-use plane.
+# User-defined pieces are never split. The normalizer replaces each by one character of the last private-use plane.
 _LAST_PRIVATE = 0x10FFFD
 _MAX_USER_DEFINED = 1000
 

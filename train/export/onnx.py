@@ -1,7 +1,7 @@
 """Export as ONNX graphs, optionally with vision tower and zero-shot head.
 
-    text.onnx             ids int64 [batch, length] -> embeddings float32 [batch, width], normalised
-    vision.onnx           images uint8 [batch, size, size, 3] -> embeddings float32 [batch, width], normalised
+    text.onnx             ids int64 [batch, length] -> embeddings float32 [batch, width], normalized
+    vision.onnx           images uint8 [batch, size, size, 3] -> embeddings float32 [batch, width], normalized
     tokenizer.model       sentencepiece; the other rules of tokenization are in text.onnx's metadata
     zero_shot.npy         float32 [classes, width], see `lit_fast.evaluation.zeroshot.classifier`
     classes.txt           its class names, one a line

@@ -53,7 +53,7 @@ class _Scope:
 def text_embeddings(graph: Graph, ids: str, tower: TextTower, params: Params) -> str:
     """Add `lit_fast.models.two_towers.embed_ids`.
 
-    int64 [batch, length] -> normalised float32 [batch, width].
+    int64 [batch, length] -> normalized float32 [batch, width].
     """
     p = _Scope(graph, params["txt"], "txt", tower.shape.heads, text.GELU, text.EPSILON)
     x = graph.add("Gather", p["Embed_0"].weight("embedding"), ids)
@@ -81,8 +81,8 @@ def text_embeddings(graph: Graph, ids: str, tower: TextTower, params: Params) ->
 def image_embeddings(graph: Graph, images: str, tower: Tower, params: Params) -> str:
     """Add `Model.embed_image` of `lit_fast.inference.model`, without its rounding.
 
-    uint8 [batch, size, size, 3] -> normalised float32 [batch, width]. Features are centred and normalised; an image
-    head, if there is one, maps them, and they are normalised again.
+    uint8 [batch, size, size, 3] -> normalized float32 [batch, width]. Features are centred and normalized; an image
+    head, if there is one, maps them, and they are normalized again.
     """
     a = tower.architecture
     p = _Scope(graph, tower.params, "vit", a.shape.heads, a.gelu, a.epsilon)

@@ -9,7 +9,7 @@ position then holds
     residual stream + GAIN * (pooled vector before the last LayerNorm's scale and bias, and a constant)
 
 and GAIN is so large that the first term vanishes in float32. The code base's final LayerNorm divides by the standard
-deviation of this, a positive factor, which normalising the embedding removes again. The constant is scaled by the same
+deviation of this, a positive factor, which normalizing the embedding removes again. The constant is scaled by the same
 factor and carries the biases.
 
 Constant and mark need dimensions of their own, which must not disturb the LayerNorms. Therefore the output of every

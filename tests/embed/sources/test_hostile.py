@@ -23,7 +23,7 @@ from lit_fast.embed.index import index_dataset
 from lit_fast.embed.sources.formats import FORMATS, format_of
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Sample, Skipped
 from lit_fast.errors import UserError
-from tests.embed.sources.examples import example
+from tests.embed.sources.tf_example import example
 from tests.helpers import tar_bytes
 
 ROWS = 12

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from tests.embed.sources.examples import example
 from tests.embed.sources.test_formats import FILES, index, rows
+from tests.embed.sources.tf_example import example
 
 
 def test_array_records_of_tfds(tmp_path: Path) -> None:

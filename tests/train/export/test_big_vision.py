@@ -13,7 +13,7 @@ from lit_fast.towers.tower import load_tower
 from lit_fast.train.export.big_vision import arrays, check, write
 from lit_fast.train.export.writer import ExportOptions
 from lit_fast.utils.normalize import EPSILON
-from lit_fast.weights.text import read_text_weights, start_from
+from lit_fast.weights.text_towers import read_text_weights, start_from
 from tests.reference import text_tower as reference_text
 from tests.trained import random_model
 from tests.weights.checkpoints import write_huggingface, write_timm
@@ -74,7 +74,7 @@ def test_image_head_equals_centring_and_our_head(tiny_vit, center, image_head):
     features = np.random.default_rng(1).normal(size=(20, model.width)).astype(np.float32)
     head = features.astype(np.float64)
     assert ("params/img/head/kernel" in file) == (center or image_head)
-    if center or image_head:  # big_vision, models/vit.py: a dense layer; two_towers.py: normalised so
+    if center or image_head:  # big_vision, models/vit.py: a dense layer; two_towers.py: normalized so
         head = head @ file["params/img/head/kernel"] + file["params/img/head/bias"]
     want = head / (np.linalg.norm(head, axis=1, keepdims=True) + EPSILON)
     # float32 against float64 over 32 products.

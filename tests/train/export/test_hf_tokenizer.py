@@ -91,7 +91,7 @@ def test_ids_equal_sentencepiece_for_random_texts(kind, texts):
 
 @settings(deadline=None, max_examples=150)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=24), max_size=8))
-def test_ids_without_normalisation_equal_sentencepiece_for_any_text(texts):
+def test_ids_without_normalization_equal_sentencepiece_for_any_text(texts):
     same(trained("bpe as it is"), texts)
 
 

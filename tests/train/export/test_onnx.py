@@ -107,7 +107,7 @@ def test_vision_towers_equal_the_float64_reference(kind, tmp_path):
         np.testing.assert_allclose(run(path, images), want, rtol=0, atol=CLOSE)
 
 
-def test_vision_graph_normalises_each_channel(tiny_vit, tmp_path):
+def test_vision_graph_normalizes_each_channel(tiny_vit, tmp_path):
     tower, images = load_tower(str(tiny_vit)), pixels(2, 32)
     mean, std = (0.1, 0.4, 0.6), (0.2, 0.3, 0.5)
     tower = replace(tower, preprocess=replace(tower.preprocess, mean=mean, std=std))

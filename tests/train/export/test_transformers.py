@@ -54,7 +54,7 @@ def loaded_by_transformers(folder, name="VisionTextDualEncoderModel"):
     return model, transformers.AutoProcessor.from_pretrained(folder, backend="pil")
 
 
-def normalised(features):
+def normalized(features):
     return features / features.norm(dim=-1, keepdim=True)
 
 
@@ -71,7 +71,7 @@ def compare_images(model, theirs, case):
     with torch.no_grad():
         got = theirs[0].get_image_features(**inputs).pooler_output
     # Unit vectors of 32 or more float32 components; measured at most 2e-6.
-    np.testing.assert_allclose(normalised(got), want, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(normalized(got), want, rtol=0, atol=1e-5)
     return inputs, want
 
 
@@ -91,7 +91,7 @@ def compare_texts(model, theirs):
     want = reference_texts(model, TEXTS)
     with torch.no_grad():
         got = theirs[0].get_text_features(**inputs).pooler_output
-    np.testing.assert_allclose(normalised(got), want, rtol=0, atol=1e-5)  # as of images
+    np.testing.assert_allclose(normalized(got), want, rtol=0, atol=1e-5)  # as of images
     return inputs, want
 
 

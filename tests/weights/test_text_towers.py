@@ -19,7 +19,7 @@ from lit_fast.errors import UserError
 from lit_fast.models.sizes import Shape
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import init_params
-from lit_fast.weights.text import read_text_weights, start_from
+from lit_fast.weights.text_towers import read_text_weights, start_from
 from tests.reference import text_tower
 from tests.torch_packages import import_package
 from tests.web import running_hub  # noqa: F401
