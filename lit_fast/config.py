@@ -108,7 +108,7 @@ class LossConfig:
     name: str = setting(
         "sigmoid", "pairwise sigmoid loss, or softmax (CLIP, LiT)", choices=("sigmoid", "softmax")
     )
-    temperature_init: float = setting(10.0, "initial temperature", above=0)
+    temperature_init: float = setting(10.0, "initial temperature, the factor of the cosine", above=0)
     temperature_max: float = setting(
         0.0, "upper limit, applied to the temperature after each update; 0: no limit"
     )
@@ -128,7 +128,7 @@ class LossConfig:
     negatives: str = setting(
         "all",
         "negative pairs in the sigmoid loss: all, or negatives_per_positive of them per text (section 4.8 of the "
-        "paper). For its matched-pairs setting raise steps by the factor by which the pairs decrease",
+        "SigLIP paper; for its matched-pairs setting raise steps by the factor by which the pairs decrease)",
         choices=("all", "random", "hardest", "easiest"),
     )
     negatives_per_positive: float = setting(
@@ -164,7 +164,7 @@ class StreamConfig:
     )
     corrupt_images: float = setting(
         0.0,
-        "probability that an image is replaced by noise, to test robustness (section 4.10 of the paper)",
+        "probability that an image is replaced by noise, to test robustness (section 4.10 of the SigLIP paper)",
         minimum=0,
         maximum=1,
     )
@@ -305,7 +305,10 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The run. Each key is also a flag: `--optimizer.learning_rate 3e-4`."""
+    """The run. Each key is also a flag, `--optimizer.learning_rate 3e-4`.
+
+    A default applies where CONFIG does not set the key. Booleans are true or false, lists are separated by commas.
+    """
 
     dataset: str = setting("", "directory of a dataset with features and tokens")
     tower: str = setting("", "name of the features; empty: the only ones of the dataset")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import tomllib
 from collections import defaultdict
@@ -213,7 +214,7 @@ def reference() -> str:
                 cells = f"`{field.name}`", kind, f"`{default}`", text
                 rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         title = f"[{section}]" if section else "Keys without a section"
-        parts.append(f"## {title}\n\n{cls.__doc__}\n\n" + "\n".join(rows))
+        parts.append(f"## {title}\n\n{inspect.getdoc(cls)}\n\n" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
 
 

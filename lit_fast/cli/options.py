@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 
 from lit_fast.config import sections, settings
@@ -50,7 +51,9 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     """
     parser.usage = parser.format_usage().removeprefix("usage: ").rstrip() + " [--section.key VALUE ...]"
     groups = {
-        section: parser.add_argument_group(f"[{section}]" if section else "configuration", cls.__doc__)
+        section: parser.add_argument_group(
+            f"[{section}]" if section else "configuration", inspect.getdoc(cls)
+        )
         for section, cls in sections().items()
     }
     for key in settings():
