@@ -14,7 +14,7 @@ from lit_fast.runs.run import open_run
 from lit_fast.storage.files import sha256
 from tests.e2e.trainings import TINY
 from tests.synthetic import make_dataset
-from tests.weights.test_text import apart, drawn, nested
+from tests.weights.test_text_towers import apart, drawn, nested
 
 CONFIG = f"steps = 3{TINY}every_steps = 1\nkeep = 3\n"
 
