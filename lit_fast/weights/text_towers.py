@@ -199,10 +199,14 @@ def _text_config(flat: Params, path: str) -> dict[str, Any]:
 
     depth = size(f"{_BLOCK}LayerNorm_0/scale", 2, 0)
     table = size("Embed_0/embedding", 2, 1)
-    if "head/kernel" in flat:
-        size("head/kernel", 2, 1)
+    width = size("pos_embedding", 3, 2)
+    if "head/kernel" in flat and size("head/kernel", 2, 0) != width:
+        shape = flat["head/kernel"].shape
+        raise UserError(
+            f"{path}: head/kernel has shape {shape}, expected {width} rows, the width of the tower"
+        )
     return {
-        "text.width": size("pos_embedding", 3, 2),
+        "text.width": width,
         "text.depth": depth,
         "text.mlp_dim": size(f"{_BLOCK}MlpBlock_0/Dense_0/kernel", 3, 2),
         "text.heads": size(f"{_BLOCK}MultiHeadDotProductAttention_0/query/kernel", 4, 2),

@@ -78,7 +78,7 @@ PLAN = "plan {p}/c.toml --topology "
         ("train {p}/c.toml --dataset {p}/d", "--workdir"),
         (TRAIN + " --dataset {p}/none", "dataset {p}/none does not exist"),
         (TRAIN + " --tower B_8", "no features of tower 'B_8', only of tower"),
-        (TRAIN + " --tokenizer bpe", "no tokens 'bpe', only words"),
+        (TRAIN + " --tokenizer bpe", "has no tokens of tokenizer 'bpe', only of words"),
         (TRAIN + " --stream.global_batch 18", "18 is not divisible by the 4 devices"),
         (TRAIN + " --text.keep products --text.microbatches 3", "not divisible by text.microbatches 3"),
         (TRAIN + " --optimizer.learnin-rate 1", "did you mean optimizer.learning_rate?"),

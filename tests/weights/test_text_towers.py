@@ -314,6 +314,13 @@ def test_read_text_weights_without_a_text_tower_is_refused(tmp_path, tiny_vit):
         read_text_weights(f"{tmp_path / 'none.npz'}:txt")
 
 
+def test_start_from_a_head_of_another_width_is_refused(tmp_path):
+    arrays = drawn(tower()) | {"head/kernel": np.ones((1, 1), np.float32)}
+    np.savez(tmp_path / "w.npz", **arrays)
+    with pytest.raises(UserError, match=r"head/kernel has shape \(1, 1\), expected \d+ rows"):
+        start_from(read_text_weights(str(tmp_path / "w.npz")), fresh(tower()))
+
+
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_start_from_a_damaged_file_fails_in_one_line(data, tmp_path_factory):
