@@ -125,7 +125,7 @@ def test_embed_of_a_grown_dataset_refuses_damaged_old_rows(
     features = open_features(dataset, "grown")
     features.array()[1030].write(np.ones(32, BFLOAT16)).result()
     dataset = grow(tmp_path)
-    with pytest.raises(UserError, match=r"shard 1 is damaged .* verify .* --tower grown --repair"):
+    with pytest.raises(UserError, match=r"shard 1 is damaged, .* verify .* --tower grown --repair"):
         embed_dataset(dataset.path, str(tiny_vit), name="grown", batch_size=2)
     assert main(["verify", str(dataset.path), "--tower", "grown", "--repair"]) == 0
     other = features.manifest(0)
