@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lit_fast.errors import UserError
-from lit_fast.evaluation.ranks import chance_of_hit
+from lit_fast.evaluation.retrieval import chance_of_hit
 from lit_fast.utils.normalize import normalize
 
 EmbedText = Callable[[list[str]], np.ndarray]

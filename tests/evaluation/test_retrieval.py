@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_fast.evaluation.ranks import chance_of_hit, ranks
-from lit_fast.evaluation.retrieval import chance_recalls, recall_table, recalls, retrieval_ranks
+from lit_fast.evaluation.ranks import count_columns, count_rows, ranks
+from lit_fast.evaluation.retrieval import (
+    chance_of_hit,
+    chance_recalls,
+    recall_table,
+    recalls,
+    retrieval_ranks,
+)
 
 
 def sorted_ranks(scores: np.ndarray, right: list[list[int]]) -> list[int]:
@@ -41,32 +47,38 @@ def retrieval_sets(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return vectors(len(counts)), vectors(len(owner)), owner
 
 
-@given(retrieval_sets(), st.integers(1, 600))
+TILES = st.tuples(st.integers(1, 12), st.integers(1, 50))
+
+
+@given(retrieval_sets(), TILES, st.integers(1, 60))
 @settings(max_examples=300, deadline=None)
 def test_ranks_equal_a_full_sort_with_ties(
-    drawn: tuple[np.ndarray, np.ndarray, np.ndarray], tile: int
+    drawn: tuple[np.ndarray, np.ndarray, np.ndarray], tile: tuple[int, int], compared: int
 ) -> None:
     images, texts, owner = drawn
     scores = images.astype(np.float64) @ texts.astype(np.float64).T
     own = [np.flatnonzero(owner == i).tolist() for i in range(len(images))]
-    numbers = np.arange(len(owner))
-    text_ranks = ranks(texts, images, numbers, owner, tile=tile)
-    image_ranks = ranks(images, texts, owner, numbers, tile=tile)
+    text_ranks, image_ranks = retrieval_ranks(images, texts, owner, tile=tile)
     assert text_ranks.tolist() == sorted_ranks(scores.T, [[i] for i in owner.tolist()])
     assert image_ranks.tolist() == sorted_ranks(scores, own)
-    for whole, tiled in zip(retrieval_ranks(images, texts, owner), (text_ranks, image_ranks), strict=True):
-        assert whole.tolist() == tiled.tolist()
+    # One direction by itself, in whole rows.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_fast.evaluation.ranks._COMPARED", compared)
+        one = ranks(images, texts, owner, np.arange(len(owner)), tile=tile[0] * tile[1])
+        other = ranks(texts, images, np.arange(len(owner)), owner, tile=tile[1])
+    assert one.tolist() == image_ranks.tolist()
+    assert other.tolist() == text_ranks.tolist()
 
 
-@given(st.integers(0, 10_000))
+@given(st.integers(0, 10_000), TILES)
 @settings(max_examples=50, deadline=None)
-def test_recalls_equal_argsort_in_float64(seed: int) -> None:
+def test_recalls_equal_argsort_in_float64(seed: int, tile: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, 7, rng.integers(1, 40))
     owner = np.repeat(np.arange(len(counts)), counts)
     images = rng.normal(size=(len(counts), 24)).astype(np.float32)
     texts = (images[owner] + 2 * rng.normal(size=(len(owner), 24))).astype(np.float32)
-    got = all_recalls(*retrieval_ranks(images, texts, owner), owner)
+    got = all_recalls(*retrieval_ranks(images, texts, owner, tile=tile), owner)
 
     scores = images.astype(np.float64) @ texts.astype(np.float64).T
     for k in (1, 5, 10):
@@ -76,6 +88,14 @@ def test_recalls_equal_argsort_in_float64(seed: int) -> None:
         first_images = np.argsort(-scores.T, axis=1, kind="stable")[:, :k]
         own = [owner[j] in first for j, first in enumerate(first_images)]
         assert got[f"image_retrieval_recall@{k}"] == pytest.approx(np.mean(own))
+
+
+@given(st.integers(0, 100), st.integers(1, 600), st.integers(1, 40))
+@settings(max_examples=30, deadline=None)
+def test_count_rows_and_columns_equal_sums(seed: int, rows: int, columns: int) -> None:
+    marks = np.random.default_rng(seed).random((rows, columns)) < 0.9
+    assert count_rows(marks).tolist() == marks.sum(axis=1).tolist()
+    assert count_columns(marks).tolist() == marks.sum(axis=0).tolist()
 
 
 def test_recalls_of_one_misranked_text() -> None:
@@ -89,10 +109,11 @@ def test_recalls_of_one_misranked_text() -> None:
     assert got["image_retrieval_recall@5"] == got["text_retrieval_recall@10"] == 1.0
 
 
-@pytest.mark.parametrize("tile", [1, 6, 100])
-def test_ranks_of_equal_scores_prefer_the_lower_index(tile: int) -> None:
+@pytest.mark.parametrize("tile", [(1, 1), (2, 2), (9, 9)])
+def test_ranks_of_equal_scores_prefer_the_lower_index(tile: tuple[int, int]) -> None:
     ones, numbers = np.ones((3, 1), np.float32), np.arange(3)
-    assert ranks(ones, ones, numbers, numbers, tile=tile).tolist() == [0, 1, 2]
+    got = retrieval_ranks(ones, ones, numbers, tile=tile)
+    assert [r.tolist() for r in got] == [[0, 1, 2], [0, 1, 2]]
     # Of its two right candidates the query finds the second, number 1, first.
     right = ranks(ones[:1], ones, np.array([0, 0]), np.array([2, 1]))
     assert right.tolist() == [1]
@@ -103,20 +124,31 @@ def test_retrieval_ranks_of_one_image_are_zero() -> None:
     assert [r.tolist() for r in got] == [[0, 0], [0]]
 
 
+@pytest.mark.parametrize("owner", [[0, 0, 0], [0, 1], [0, 1, 2], [0, 1, 0], [1, 0, 1]])
+def test_retrieval_ranks_of_invalid_owners_raises_value_error(owner: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"owners of|in order"):
+        retrieval_ranks(np.ones((2, 2), np.float32), np.ones((3, 2), np.float32), np.array(owner))
+
+
 def test_ranks_need_less_memory_than_the_matrix() -> None:
     import tracemalloc
 
     rng = np.random.default_rng(0)
     images, texts = (rng.normal(size=(4000, 8)).astype(np.float32) for _ in range(2))
     owner = np.arange(4000)
-    tracemalloc.start()
-    try:
-        ranks(images, texts, owner, owner, tile=1 << 18)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    # Four bytes per score of a tile and one for each mask; the whole matrix would be 64 MB.
-    assert peak < 2.5 * 4 * (1 << 18)
+    for work in (
+        lambda: ranks(images, texts, owner, owner, tile=1 << 18),
+        lambda: retrieval_ranks(images, texts, owner, tile=(512, 512)),
+    ):
+        tracemalloc.start()
+        try:
+            work()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        # Four bytes per score of a tile and a byte for each of four marks, beside what each row has; the whole
+        # matrix would be 64 MB.
+        assert peak < 2.5 * 4 * (1 << 18)
 
 
 def test_recall_table_counts_an_image_with_its_texts() -> None:
