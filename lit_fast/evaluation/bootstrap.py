@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from lit_fast.utils.system import cpu_count
+
 RESAMPLES = 1000
-_CHUNK = 25  # resamples in memory at a time, with a seed of their own
+
+_MAX_COUNTS = 1 << 22  # in memory at a time: 32 MiB as float64
+_RESAMPLES_PER_SEED = (
+    25  # drawn together by one thread, so the result does not depend on the number of threads
+)
 
 Statistics = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 """(rows int64 [g, k], weights float64 [r, g]) -> figures by name, float64 [r].
@@ -38,12 +45,20 @@ def bootstrap(
       resamples: their number.
     """
     rows, sizes = _groups(table)
-    chunks = []
-    for first in range(0, resamples, _CHUNK):
+    shares = sizes / len(table)
+    chunk = max(1, _MAX_COUNTS // len(rows))
+    draws = min(_RESAMPLES_PER_SEED, chunk)
+    chunk = chunk // draws * draws
+
+    def counts(first: int) -> np.ndarray:
         generator = np.random.default_rng((0, first))
-        count = min(_CHUNK, resamples - first)
-        weights = generator.multinomial(len(table), sizes / len(table), size=count)
-        chunks.append(statistics(rows, weights.astype(np.float64)))
+        return generator.multinomial(len(table), shares, size=min(draws, resamples - first))
+
+    chunks = []
+    with ThreadPoolExecutor(cpu_count(), thread_name_prefix="bootstrap") as pool:
+        for lo in range(0, resamples, chunk):
+            weights = pool.map(counts, range(lo, min(lo + chunk, resamples), draws))
+            chunks.append(statistics(rows, np.concatenate(list(weights), dtype=np.float64)))
     return {
         name: np.nanquantile(np.concatenate([figures[name] for figures in chunks]), (0.025, 0.975)).tolist()
         for name in chunks[0]

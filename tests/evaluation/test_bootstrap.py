@@ -1,6 +1,7 @@
 """Bootstrap intervals against the binomial distribution and against drawing image by image."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
@@ -28,7 +29,7 @@ def test_bootstrap_of_a_share_is_binomial_and_deterministic() -> None:
     assert got == bootstrap(share, table[::-1])
 
 
-def test_bootstrap_of_a_ratio_equals_drawing_images() -> None:
+def test_bootstrap_of_a_ratio_equals_drawing_images(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     texts = rng.integers(1, 6, 300)
     table = np.stack([rng.binomial(texts, 0.4), texts], axis=1)
@@ -37,31 +38,38 @@ def test_bootstrap_of_a_ratio_equals_drawing_images() -> None:
     want = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
     # The ratio's standard deviation is about 0.017; of its percentiles from 4000 draws 0.0007 is the error.
     np.testing.assert_allclose(bootstrap(ratio, table, 4000)["ratio"], want, atol=0.003)
+    monkeypatch.setattr("lit_fast.evaluation.bootstrap._MAX_COUNTS", 1000)  # a few resamples at a time
+    np.testing.assert_allclose(bootstrap(ratio, table, 4000)["ratio"], want, atol=0.003)
 
 
-def resampled(table: np.ndarray, resamples: int) -> np.ndarray:
-    """Return the multiplicity of each distinct row in each resample."""
+def resampled(table: np.ndarray, resamples: int, cores: int) -> np.ndarray:
+    """How often each distinct row counts in each resample, by so many threads."""
     seen: list[np.ndarray] = []
 
-    def record(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    def look(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         seen.append(weights)
         return {"total": weights.sum(axis=1)}
 
-    bootstrap(record, table, resamples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_fast.evaluation.bootstrap.cpu_count", lambda: cores)
+        bootstrap(look, table, resamples)
     return np.concatenate(seen)
 
 
-@given(st.integers(0, 1000), st.integers(1, 300), st.integers(1, 70))
+@given(st.integers(0, 1000), st.integers(1, 300), st.integers(1, 70), st.integers(2, 16))
 @settings(max_examples=30, deadline=None)
-def test_bootstrap_resamples_all_images(seed: int, images: int, resamples: int) -> None:
+def test_bootstrap_resamples_all_images_independently_of_threads(
+    seed: int, images: int, resamples: int, cores: int
+) -> None:
     table = np.random.default_rng(seed).integers(0, 3, (images, 2))
-    got = resampled(table, resamples)
+    got = resampled(table, resamples, cores)
     assert got.shape == (resamples, len(np.unique(table, axis=0)))
     assert (got.sum(axis=1) == images).all()
+    np.testing.assert_array_equal(got, resampled(table, resamples, 1))
 
 
-def test_bootstrap_chunks_draw_different_resamples() -> None:
-    got = resampled(np.arange(100)[:, None], 100)
+def test_bootstrap_threads_draw_different_resamples() -> None:
+    got = resampled(np.arange(100)[:, None], 100, 2)
     assert len(np.unique(got, axis=0)) == 100  # the same seed twice would draw the same resamples again
 
 
