@@ -97,11 +97,13 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     add("--shard-of", type=_share, metavar="I/N", help=share)
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.cli.options import enable_compilation_cache
+        from lit_fast.cli.options import start_jax
         from lit_fast.data.images.decode import MAX_PIXELS
         from lit_fast.embed.extract import embed_dataset
+        from lit_fast.runtime import process_rank
 
-        enable_compilation_cache()
+        share = args.shard_of or process_rank()
+        start_jax()
         embed_dataset(
             args.dataset,
             args.tower,
@@ -116,7 +118,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
             workers=args.workers,
             dtype=args.dtype,
             max_pixels=args.max_pixels or MAX_PIXELS,
-            share=args.shard_of,
+            share=share,
         )
 
     return run

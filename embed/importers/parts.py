@@ -20,7 +20,7 @@ import numpy as np
 
 from lit_fast.data.features import BFLOAT16
 from lit_fast.embed.sources.expand import natural
-from lit_fast.errors import UserError, first_line
+from lit_fast.errors import UserError, first_line, os_reason
 from lit_fast.storage.files import is_directory, is_file, list_names, local_path, size
 from lit_fast.storage.paths import StrPath, join, suffix
 
@@ -131,7 +131,7 @@ def _read_npy(path: str) -> np.ndarray:
     try:
         array = np.lib.format.open_memmap(local_path(path), mode="r")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
     except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(f"{path} is damaged or is not an .npy file of numbers: {first_line(error)}") from None
     if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 2 or not array.shape[1]:
@@ -179,7 +179,7 @@ def read_torch_file(path: StrPath) -> Any:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or first_line(error)}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than tensors in lists and dicts and is not unpickled; save the features alone with "

@@ -17,7 +17,7 @@ from lit_fast.embed.sources.interface import (
     Layout,
     is_utf8,
 )
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import list_directories, walk_files
 from lit_fast.storage.paths import join, suffix
 
@@ -27,7 +27,7 @@ def class_folders(path: str) -> tuple[str, ...]:
     try:
         names = [name for name in list_directories(path) if not name.startswith(".")]
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
     for name in names:
         if not is_utf8(name):
             raise UserError(f"{path}: the name of the folder {name!a} is not UTF-8; rename it")
@@ -54,4 +54,4 @@ def read_folder(path: str, options: Columns) -> Iterator[Item]:
                     key, size, problem = find_image(path, join(folder, file))
                     yield ParsedRow(label=label).item(key, 0, size, problem)
         except OSError as error:
-            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+            raise UserError(f"{error.filename} cannot be read: {os_reason(error)}") from None
