@@ -41,16 +41,19 @@ class ParsedRow(NamedTuple):
     label: int = -1  # -1 = none
     problem: str = ""  # why this cannot be a row
 
-    def item(self, key: str, offset: int, size: int, problem: str = "", name: str = "") -> Sample | Skipped:
+    def item(
+        self, key: str, offset: int, size: int, problem: str = "", name: str = "", check: int = 0
+    ) -> Sample | Skipped:
         """Return the row of an image; where the image, the key or the row has a problem, a skipped entry.
 
         Args:
           problem: that of the image or the key.
           name: the name of a skipped entry without a key.
+          check: `lit_fast.data.images.fingerprint.image_checksum`; 0: unknown.
         """
         if problem := problem or self.problem:
             return Skipped(key or name, problem)
-        return Sample(key, offset, size, self.captions, self.label, self.languages)
+        return Sample(key, offset, size, self.captions, self.label, self.languages, check)
 
 
 def choose_columns(options: Columns, columns: Collection[str], where: str, *, image: bool = True) -> Columns:

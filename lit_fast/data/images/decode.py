@@ -22,6 +22,10 @@ class ImageError(ValueError):
     """An image file that cannot be decoded; the message is a short reason without the name of the file."""
 
 
+class ChangedImageError(ImageError):
+    """An image file that is not the one that was indexed."""
+
+
 def decode(
     data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None, alpha: str = "drop"
 ) -> Image.Image:
