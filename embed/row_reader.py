@@ -104,8 +104,6 @@ class RowReader:
 def _merge(first: Row, second: Row) -> Row:
     # A row without languages has captions of unknown ones.
     one, two = (row.languages or ("",) * len(row.captions) for row in (first, second))
-    language_of = dict(zip(second.captions, two, strict=True)) | dict(zip(first.captions, one, strict=True))
-    captions = tuple(dict.fromkeys((*first.captions, *second.captions)))
-    languages = tuple(language_of[caption] for caption in captions)
+    languages = (*one, *two) if any((*one, *two)) else ()
     label = first.label if first.label >= 0 else second.label
-    return replace(first, captions=captions, languages=languages if any(languages) else (), label=label)
+    return replace(first, captions=(*first.captions, *second.captions), languages=languages, label=label)

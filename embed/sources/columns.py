@@ -111,12 +111,12 @@ def some(names: Collection[str]) -> str:
 def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
     """Parse captions, languages and label of one row.
 
-    A caption may be a string, bytes, a list of them, or objects with `raw`, `caption` or `text`. Repeated and empty
-    captions are dropped.
+    A caption may be a string, bytes, a list of them, or objects with `raw`, `caption` or `text`. Empty captions are
+    dropped; repeated ones count, as in CLIP_benchmark.
     """
     label, problem = _parse_label(values.get(columns.label)) if columns.label else (-1, "")
     language_values = values.get(columns.language) if columns.language else None
-    found: dict[str, str] = {}  # caption -> language
+    found: list[tuple[str, str]] = []  # caption, language
     for language, column in columns.captions:
         texts = _strings(values.get(column))
         if columns.language and not language:
@@ -129,13 +129,13 @@ def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
             if len(text) > MAX_CAPTION:
                 return ParsedRow(problem="caption above 1 MiB")
             if text.strip():
-                found.setdefault(text.strip(), code)
+                found.append((text.strip(), code))
     if problem:
         return ParsedRow(problem=problem)
     if not found and label < 0:
         return ParsedRow(problem=NO_TEXT)
-    codes = tuple(found.values())
-    return ParsedRow(tuple(found), codes if any(codes) else (), label)
+    codes = tuple(code for _, code in found)
+    return ParsedRow(tuple(text for text, _ in found), codes if any(codes) else (), label)
 
 
 def parse_key(value: Any) -> tuple[str, str]:
