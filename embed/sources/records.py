@@ -1,4 +1,4 @@
-"""Read files of `tf.train.Example`: array_records, as TensorFlow Datasets writes them, and TFRecords, as img2dataset does.
+"""Read files of `tf.train.Example`: array_records and TFRecords, as TensorFlow Datasets and img2dataset write them.
 
 `features.json` in the same directory says which feature is an image, `<label>.labels.txt` has the class names.
 
@@ -75,9 +75,7 @@ def class_names(path: str) -> tuple[str, ...]:
     return ()
 
 
-def _rows(
-    path: str, options: Columns, kind: str, records: Iterator[_Record | Damage]
-) -> Iterator[Item]:
+def _rows(path: str, options: Columns, kind: str, records: Iterator[_Record | Damage]) -> Iterator[Item]:
     columns: Columns | None = None
     for number, record in enumerate(records):
         if isinstance(record, Damage):
@@ -155,7 +153,9 @@ def _framed_records(path: str, file: IO[bytes]) -> Iterator[_Record | Damage]:
             if not position:
                 yield Damage(f"{path} is damaged, cut off or is not a TFRecord file")
             elif len(frame) < 12:
-                yield Damage(f"{path} is cut off at byte {end}, in a record's length: the rest of it is missing")
+                yield Damage(
+                    f"{path} is cut off at byte {end}, in a record's length: the rest of it is missing"
+                )
             else:
                 yield Damage(f"{path} is damaged at byte {position}: the rest of it is not read")
             return
