@@ -10,8 +10,10 @@ from lit_fast.data.dataset_writer import Row
 from lit_fast.data.images.sources import find_change
 from lit_fast.embed.skipped import SkippedLog
 from lit_fast.embed.sources.formats import FORMATS
-from lit_fast.embed.sources.interface import Columns, Damage, Layout, Sample, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Guess, Layout, Note, Sample, Skipped
 from lit_fast.errors import UserError
+from lit_fast.storage.paths import name
+from lit_fast.utils.output import status
 from lit_fast.utils.permutation import permutation
 from lit_fast.utils.progress import Progress
 
@@ -41,6 +43,7 @@ class RowReader:
         self.skipped = SkippedLog()
         self.damages: list[str] = []
         self._options, self._first, self._num_classes = options, first_source, num_classes
+        self._printed: set[tuple[str, str]] = set()  # kind of the source, line about it
 
     def source_of(self, row: Row) -> Source:
         """Return the source of a row."""
@@ -82,11 +85,16 @@ class RowReader:
         progress.close()
 
     def _rows(self, number: int) -> Iterator[Row]:
-        source = self.sources[number]
+        source, guess = self.sources[number], ""
         for item in FORMATS[source.kind].read(source.path, self._options):
             match item:
                 case Layout(kind, image, images):
                     self.sources[number] = replace(source, kind=kind, image=image, images=images)
+                case Note(text):
+                    self._print(source, text)
+                case Guess(columns):
+                    self._print_guess(source, guess)
+                    guess = columns
                 case Skipped(key, reason):
                     self.skipped.add(key, source.path, reason)
                 case Damage(description):
@@ -96,9 +104,25 @@ class RowReader:
                     reason = f"label outside the {self._num_classes} class names"
                     self.skipped.add(item.key, source.path, reason)
                 case Sample(key, offset, size, captions, label, languages, check):
+                    if guess and captions:
+                        self._print_guess(source, guess, captions[0])
+                        guess = ""
                     yield Row(key, self._first + number, offset, size, captions, label, languages, check)
+        self._print_guess(source, guess)
         if change := find_change(source):
             raise UserError(f"source {source.path} {change}: it was written meanwhile; rerun the command")
+
+    def _print(self, source: Source, text: str, rest: str = "") -> None:
+        """Print a line about a source, once for all sources of its format."""
+        if (source.kind, text) not in self._printed:
+            self._printed.add((source.kind, text))
+            status(f"{name(source.path)}: {text}{rest}")
+
+    def _print_guess(self, source: Source, columns: str, caption: str = "") -> None:
+        if columns:
+            shown = caption if len(caption) <= 80 else f"{caption[:77]}..."
+            shown = shown if shown.isprintable() else ascii(shown)[1:-1]
+            self._print(source, f"guessed {columns}", f'; first caption: "{shown}"' if caption else "")
 
 
 def _merge(first: Row, second: Row) -> Row:
