@@ -13,6 +13,9 @@ from dataclasses import dataclass
 MAX_CAPTION = 1 << 20  # characters
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+NO_IMAGE_FILE = "no image file (.jpg, .jpeg, .png, .webp, .gif or .bmp)"
+
+JUNK = "hidden file or leftover of another program"  # see `lit_fast.storage.paths.is_junk`
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,13 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """Columns that the reader guessed, for the user to judge; the caller adds the first caption.
+    """A guess of the reader, for the user to judge; the caller prints it with the first caption.
 
     Attributes:
-      columns: the guessed columns, each with its role: "image = filepath, captions = title (also: caption)".
+      text: "image = filepath, captions = title (also: caption)", or any `property = value`.
     """
 
-    columns: str
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """A line about a source for the user: a guess that is none of columns, or a doubt about the input."""
-
-    text: str  # without the name of the file
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +93,23 @@ class Damage:
     description: str
 
 
-Item = Layout | Guess | Note | Sample | Skipped | Damage
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What the user should know of a source that is read; printed as a warning."""
+
+    text: str
+
+
+Item = Layout | Guess | Sample | Skipped | Damage | Note
 
 Reader = Callable[[str, Columns], Iterator[Item]]
 """Read a source, given by its path or URL, lazily and once.
 
 A reader yields one `Layout` before the first `Sample`, then a `Sample` or a `Skipped` for every entry, in the order of
 the source. It yields a `Guess` before the first row that was read with guessed columns, and again where others are
-guessed; equal ones of many files are printed once, as are equal `Note`s. At damage it yields `Damage` and reads no
-further. It raises `UserError` if the source cannot be read at all or lacks a named column; no content of a file makes
-it raise anything else.
+guessed; equal ones of many files are printed once. At damage it yields `Damage` and reads no further. It
+raises `UserError` if the source cannot be read at all or lacks a named column; no content of a file makes it raise
+anything else.
 """
 
 
