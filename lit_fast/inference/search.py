@@ -28,8 +28,8 @@ class Hit:
     row: int
     cosine: float
     key: str
-    source: str  # shortest distinct end of its source's path, "" in a dataset of one source
     captions: tuple[str, ...]
+    source: str = ""  # shortest distinct end of its source's path, "" in a dataset of one source
 
 
 def search(
@@ -117,5 +117,5 @@ def read_hits(dataset: Dataset, found: list[tuple[int, float]]) -> list[Hit]:
     for row, cosine in found:
         number, i = divmod(row, BLOCK)
         source = dataset.source_names[rows[number].sources[i]] if len(dataset.sources) > 1 else ""
-        hits.append(Hit(row, cosine, rows[number].keys[i], source, tuple(texts[number][i])))
+        hits.append(Hit(row, cosine, rows[number].keys[i], tuple(texts[number][i]), source))
     return hits
