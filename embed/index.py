@@ -74,7 +74,7 @@ def index_dataset(
     except UserError:
         remove_leftovers(out, existed, old)
         raise
-    for description in reader.damages:
+    for description in [*reader.damages, *reader.notes]:
         status(f"warning: {description}")
     reader.skipped.write(out, old.generation + 1 if old else 0)
     dataset = writer.finish(

@@ -10,7 +10,7 @@ from lit_fast.data.dataset_writer import Row
 from lit_fast.data.images.sources import find_change
 from lit_fast.embed.skipped import SkippedLog
 from lit_fast.embed.sources.formats import FORMATS
-from lit_fast.embed.sources.interface import Columns, Damage, Layout, Sample, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Layout, Note, Sample, Skipped
 from lit_fast.errors import UserError
 from lit_fast.utils.permutation import permutation
 from lit_fast.utils.progress import Progress
@@ -25,6 +25,7 @@ class RowReader:
       sources: the sources, with the layout of their images once they are read.
       skipped: the rows that were skipped so far.
       damages: descriptions of the damage found so far.
+      notes: what else the user should know.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class RowReader:
         self.sources = list(sources)
         self.skipped = SkippedLog()
         self.damages: list[str] = []
+        self.notes: list[str] = []
         self._options, self._first, self._num_classes = options, first_source, num_classes
 
     def source_of(self, row: Row) -> Source:
@@ -92,6 +94,8 @@ class RowReader:
                 case Damage(description):
                     self.damages.append(description)
                     self.skipped.add("the rest", source.path, "file damaged or cut off")
+                case Note(text):
+                    self.notes.append(text)
                 case Sample() if self._num_classes and item.label >= self._num_classes:
                     reason = f"label outside the {self._num_classes} class names"
                     self.skipped.add(item.key, source.path, reason)

@@ -19,6 +19,7 @@ from lit_fast.embed.sources.clip_benchmark import lines_near
 from lit_fast.embed.sources.columns import choose_columns, parse_key, parse_row
 from lit_fast.embed.sources.interface import (
     IMAGE_SUFFIXES,
+    JUNK,
     Columns,
     Damage,
     Item,
@@ -28,7 +29,7 @@ from lit_fast.embed.sources.interface import (
 )
 from lit_fast.errors import UserError
 from lit_fast.storage.files import open_read
-from lit_fast.storage.paths import parent
+from lit_fast.storage.paths import is_junk, parent
 
 _TEXT_SUFFIXES = (".txt", ".json", ".cls")
 _MAX_TEXT = 1 << 20  # bytes of one member
@@ -74,6 +75,9 @@ def read_tar(path: str, options: Columns) -> Iterator[Item]:
                         # More of its members may be in the damaged part.
                         rows[last_key].problem = "cut off by damage of the tar"
                     break
+                if is_junk(member.name) and not member.isdir():
+                    yield Skipped(member.name, JUNK)
+                    continue
                 key, is_repeat = _add_member(rows, member, file, images)
                 if is_repeat:
                     yield Skipped(key, "duplicate key")

@@ -130,7 +130,9 @@ def list_directories(location: StrPath) -> list[str]:
 
 
 def walk_files(location: StrPath) -> Iterator[str]:
-    """Yield the relative paths of all files below a directory, sorted; links to directories are not followed.
+    """Yield the relative paths of all files below a directory, sorted.
+
+    Links to directories are not followed but yielded.
 
     Raises:
       OSError: a directory cannot be read.
@@ -142,7 +144,8 @@ def walk_files(location: StrPath) -> Iterator[str]:
     root = local_path(location)
     for directory, folders, names in os.walk(root, onerror=refuse):
         folders.sort()
-        for name in sorted(names):
+        links = [folder for folder in folders if os.path.islink(os.path.join(directory, folder))]
+        for name in sorted([*names, *links]):
             yield os.path.relpath(os.path.join(directory, name), root)
 
 
