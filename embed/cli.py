@@ -17,8 +17,8 @@ def index(parser: argparse.ArgumentParser) -> Run:
     SOURCE is a tar, parquet, array_record or table file, a directory or a pattern, local or at https://, s3://,
     gs:// or hf://: 'train/*.tar', 's3://bucket/{00000..00099}.parquet', captions.csv, imagenet/val,
     annotations/captions_val2017.json, 'hf://datasets/OWNER/NAME/*.parquet'.
-    Images are not copied: sources must stay where they are. Rows are shuffled once, by the seed; their order
-    never changes.
+    Images are not copied: sources must stay where they are, unchanged. After they have moved, --relocate connects
+    the dataset to them again. Rows are shuffled once, by the seed; their order never changes.
 
     A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
     format, or one folder of images per class. Rows of a table with the same image file become one row with all
@@ -35,10 +35,11 @@ def index(parser: argparse.ArgumentParser) -> Run:
     Labels: label, cls, class_id.
 
     Example: lit-fast index 'cc12m/*.tar' --out cc12m_dataset
+    Example: lit-fast index --relocate /old/cc12m=s3://bucket/cc12m cc12m_dataset
     """
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="files, patterns, directories, URLs, wds:NAME or noise:N")
-    add("--out", required=True, metavar="D", help="directory of the dataset")
+    add("--out", metavar="D", help="directory of the dataset")
     add(
         "--seed",
         type=_whole(0),
@@ -58,8 +59,24 @@ def index(parser: argparse.ArgumentParser) -> Run:
         help="directory that image paths are relative to (default: the table's)",
     )
     add("--append", action="store_true", help="add the rows of new sources to the dataset")
+    add(
+        "--relocate",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="the sources of the dataset SOURCE have moved from OLD to NEW, paths or URLs of files or directories",
+    )
 
     def run(args: argparse.Namespace) -> None:
+        if args.relocate:
+            if len(args.source) > 1 or args.out or args.append:
+                parser.error("--relocate takes one dataset and no --out: lit-fast index --relocate OLD=NEW D")
+            from lit_fast.embed.relocate import relocate_sources
+
+            relocate_sources(args.source[0], args.relocate)
+            return
+        if not args.out:
+            parser.error("the following arguments are required: --out")
         from lit_fast.embed.index import index_dataset
         from lit_fast.embed.sources.interface import Columns
 
