@@ -20,7 +20,14 @@ import google_crc32c
 from lit_fast.data.images.decode import MAX_IMAGE
 from lit_fast.data.images.fingerprint import image_checksum
 from lit_fast.data.images.tf_examples import ERRORS, ExampleError, open_records, parse_example
-from lit_fast.embed.sources.columns import LABEL, choose_columns, guess_column, parse_key, parse_row
+from lit_fast.embed.sources.columns import (
+    LABEL,
+    choose_columns,
+    find_guess,
+    guess_column,
+    parse_key,
+    parse_row,
+)
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import open_read, read_text
@@ -93,6 +100,7 @@ def _rows(path: str, options: Columns, kind: str, records: Iterator[_Record | Da
         if columns is None:
             columns = _columns(path, options, values)
             yield Layout(kind, image=columns.image)
+            yield from find_guess(options, columns, list(values))
         yield _sample(own_key, record, values, columns)
 
 
@@ -195,7 +203,9 @@ def _mask(crc: int) -> int:
 def _columns(path: str, options: Columns, values: dict[str, Any]) -> Columns:
     names, typed = list(values), _typed_features(path)
     image = options.image or guess_column(typed.get("Image", []), names)
-    label = options.label or guess_column(typed.get("ClassLabel", []), names)
+    label = options.label
+    if not label and "label" not in options.declined:
+        label = guess_column(typed.get("ClassLabel", []), names)
     return choose_columns(replace(options, image=image, label=label), names, path)
 
 
