@@ -28,7 +28,8 @@ def index(parser: argparse.ArgumentParser) -> Run:
     CLIP_benchmark's evaluation sets: the directory or URL/ of one, or wds:NAME, which is downloaded from the
     Hugging Face Hub: wds:imagenet1k, wds:imagenetv2, wds:vtab/cifar10, wds:mscoco_captions, ...
 
-    Names of columns are guessed. Captions: captions, caption, title, text, txt, sentences, raw, alt_text,
+    Columns that no option names are guessed by name, and the guess is printed. --captions '', --key '' and --label ''
+    use none. Captions: captions, caption, title, text, txt, sentences, raw, alt_text,
     captions/text. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded, or paths in filepath,
     file_path, image_path, path, file_name, filename, file. Keys: key, __key__, uid; the path of an image file.
     Labels: label, cls, class_id.
@@ -46,11 +47,11 @@ def index(parser: argparse.ArgumentParser) -> Run:
         metavar="N",
         help="seed of the order of the rows (default 0); --append keeps it",
     )
-    add("--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns of captions")
-    add("--image", default="", metavar="NAME", help="column of the image bytes or of the path")
-    add("--key", default="", metavar="NAME", help="column of unique names of the rows")
-    add("--label", default="", metavar="NAME", help="column of class numbers")
-    add("--language", default="", metavar="NAME", help="column of the captions' language")
+    add("--captions", type=_captions, metavar="[LANG=]NAME[,...]", help="columns of captions")
+    add("--image", type=_name, metavar="NAME", help="column of the image bytes or of the path")
+    add("--key", metavar="NAME", help="column of unique names of the rows")
+    add("--label", metavar="NAME", help="column of class numbers")
+    add("--language", metavar="NAME", help="column of the captions' language")
     add(
         "--images",
         default="",
@@ -79,7 +80,13 @@ def index(parser: argparse.ArgumentParser) -> Run:
         from lit_fast.embed.index import index_dataset
         from lit_fast.embed.sources.interface import Columns
 
-        options = Columns(args.captions, args.image, args.key, args.label, args.language, args.images)
+        given = {role: getattr(args, role) for role in ("captions", "key", "label", "language")}
+        options = Columns(
+            **{role: value for role, value in given.items() if value},
+            image=args.image or "",
+            images=args.images,
+            declined=tuple(role for role, value in given.items() if value is not None and not value),
+        )
         index_dataset(args.source, args.out, seed=args.seed, options=options, append=args.append)
 
     return run
@@ -222,13 +229,13 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
     add("--tower", required=True, metavar="NAME", help="name of the model that made them")
     add("--format", required=True, choices=("clip-retrieval", "sail"), help="program that wrote them")
     add("--captions-table", metavar="FILE", help="table with captions: .csv, .tsv, .jsonl or .parquet")
-    add("--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns of captions")
+    add("--captions", type=_captions, metavar="[LANG=]NAME[,...]", help="columns of captions")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.importers.import_features import import_features
         from lit_fast.embed.sources.interface import Columns
 
-        options = Columns(args.captions)
+        options = Columns(args.captions or (), declined=("captions",) if args.captions == () else ())
         import_features(
             args.source, args.out, args.tower, args.format, table=args.captions_table, options=options
         )
@@ -246,7 +253,15 @@ def _whole(minimum: int) -> Callable[[str], int]:
     return whole_number
 
 
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("every row needs an image; name its column, or leave the option out")
+    return text
+
+
 def _captions(text: str) -> tuple[tuple[str, str], ...]:
+    if not text:
+        return ()
     pairs = [part.rpartition("=")[::2] for part in text.split(",")]
     if not all(name for _, name in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list like title or en=caption,de=caption_de")
