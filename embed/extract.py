@@ -17,7 +17,7 @@ import jax
 from lit_fast.data.dataset import SHARD, open_dataset
 from lit_fast.data.features import Features, embed_command, with_views
 from lit_fast.data.images.decode import MAX_PIXELS
-from lit_fast.data.images.reader import ImageReader
+from lit_fast.data.images.reader import ImageReader, find_changed_images
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.embed.pipeline import StallTimer, run_tower
@@ -120,6 +120,11 @@ def embed_dataset(
                     "choose another --name"
                 )
             unfinished = _unfinished_shards(job)
+            if unfinished and (changed := find_changed_images(dataset)):
+                raise UserError(
+                    f"{len(changed)} of 64 sampled images of {dataset.path} have changed since they were indexed "
+                    f"(first: {changed[0]!a}); restore them, or index the sources as a new dataset"
+                )
             rate = _embed_shards(job, unfinished, signals) if unfinished else None
             if signals:
                 return
@@ -275,11 +280,11 @@ def _report(job: Job, rate: float | None) -> None:
             f"embedded {job.rows:,} rows with {job.tower.name} into {path}: {counts}, {rate:,.0f} images/s"
         )
     if invalid:
-        reader, sources = ImageReader(job.features.dataset), job.features.dataset.sources
+        reader, dataset = ImageReader(job.features.dataset), job.features.dataset
         rows = []
         for row in sorted(invalid)[:5]:
             block, i = reader.locate(row)
-            rows.append(f"{block.keys[i]} in {name(sources[block.sources[i]].path)}: {invalid[row]}")
+            rows.append(f"{block.keys[i]} in {dataset.source_names[block.sources[i]]}: {invalid[row]}")
         result(f"invalid: {'; '.join(rows)}{'; ...' if len(invalid) > 5 else ''}")
 
 

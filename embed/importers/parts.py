@@ -22,7 +22,7 @@ from lit_fast.data.features import BFLOAT16
 from lit_fast.embed.sources.expand import natural
 from lit_fast.errors import UserError, first_line, os_reason
 from lit_fast.storage.files import is_directory, is_file, list_names, local_path, size
-from lit_fast.storage.paths import StrPath, join, suffix
+from lit_fast.storage.paths import StrPath, is_junk, join, suffix
 
 _FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
@@ -58,7 +58,7 @@ def find_parts(source: StrPath, format: str) -> list[Part]:
                 f"{source} has {'metadata' if odd in metadata else 'features'} of part {odd} alone; restore the other"
             )
     else:
-        names = [name for name in list_names(source) if name.endswith(".pt")]
+        names = [name for name in list_names(source) if name.endswith(".pt") and not is_junk(name)]
         paths = {i: join(source, name) for i, name in enumerate(sorted(names, key=natural))}
         wanted = "*.pt; SAIL's encode.py writes them to tensor_data/image_embedding/MODEL/DATA"
     if not paths:

@@ -61,8 +61,8 @@ def _sample(
         values[columns.label] = next(iter(labels)) if len(labels) == 1 else image.get(columns.label)
     if columns.language:
         values[columns.language] = [v if isinstance(v, str) else "" for v in values[columns.language]]
-    path, size, problem = find_image(directory, image.get(columns.image))
-    return parse_row(values, columns).item(path, 0, size, problem, f"image {image['id']}")
+    found = find_image(directory, image.get(columns.image))
+    return found.item(parse_row(values, columns), f"image {image['id']}")
 
 
 def _columns(path: str, options: Columns, images: list[Any], annotations: list[Any]) -> Columns:
@@ -70,9 +70,8 @@ def _columns(path: str, options: Columns, images: list[Any], annotations: list[A
     keys = list(next((i for i in images if isinstance(i, dict)), {}))
     require_column(options.image, keys, f"{path}: images")
     keys = list(next((a for a in annotations if isinstance(a, dict)), {}))
-    columns = replace(
-        options, captions=options.captions or (("", "caption"),), image=options.image or "file_name"
-    )
+    captions = options.captions or (() if "captions" in options.declined else (("", "caption"),))
+    columns = replace(options, captions=captions, image=options.image or "file_name")
     for name in columns.names() if annotations else ():
         require_column(name, keys, f"{path}: annotations")
     return columns

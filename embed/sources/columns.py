@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lit_fast.embed.sources.interface import MAX_CAPTION, Columns, Sample, Skipped, is_utf8
+from lit_fast.embed.sources.interface import MAX_CAPTION, Columns, Guess, Sample, Skipped, is_utf8
 from lit_fast.errors import UserError
 
 # Tried in this order, without regard to case.
@@ -29,6 +29,14 @@ URLS = ("url", "image_url")
 KEY = ("key", "__key__", "uid")
 LABEL = ("label", "cls", "class_id")
 
+_CANDIDATES = {
+    "image": (*IMAGE, *PATHS),
+    "captions": CAPTIONS,
+    "key": KEY,
+    "label": LABEL,
+    "language": (),
+}
+
 NO_TEXT = "no caption and no label"
 NO_KEY = "no key"
 
@@ -41,16 +49,19 @@ class ParsedRow(NamedTuple):
     label: int = -1  # -1 = none
     problem: str = ""  # why this cannot be a row
 
-    def item(self, key: str, offset: int, size: int, problem: str = "", name: str = "") -> Sample | Skipped:
+    def item(
+        self, key: str, offset: int, size: int, problem: str = "", name: str = "", check: int = 0
+    ) -> Sample | Skipped:
         """Return the row of an image; where the image, the key or the row has a problem, a skipped entry.
 
         Args:
           problem: that of the image or the key.
           name: the name of a skipped entry without a key.
+          check: `lit_fast.data.images.fingerprint.image_checksum`; 0: unknown.
         """
         if problem := problem or self.problem:
             return Skipped(key or name, problem)
-        return Sample(key, offset, size, self.captions, self.label, self.languages)
+        return Sample(key, offset, size, self.captions, self.label, self.languages, check)
 
 
 def choose_columns(options: Columns, columns: Collection[str], where: str, *, image: bool = True) -> Columns:
@@ -75,15 +86,37 @@ def choose_columns(options: Columns, columns: Collection[str], where: str, *, im
                 f"{where} has no column for the image among {some(columns)}; name it with --image"
             )
     captions = options.captions
-    if not captions and (found := guess_column(CAPTIONS, columns)):
+    if not captions and "captions" not in options.declined and (found := guess_column(CAPTIONS, columns)):
         captions = (("", found),)
-    key = options.key or guess_column(KEY, columns)
-    label = options.label or guess_column(LABEL, columns)
+    key = options.key or ("" if "key" in options.declined else guess_column(KEY, columns))
+    label = options.label or ("" if "label" in options.declined else guess_column(LABEL, columns))
     if image and not captions and not label:
         raise UserError(
             f"{where} has no column for captions or labels among {some(columns)}; name it with --captions or --label"
         )
     return replace(options, captions=captions, image=chosen, key=key, label=label)
+
+
+def find_guess(options: Columns, columns: Columns, names: Collection[str]) -> Iterator[Guess]:
+    """Yield the `Guess` of a source: the `columns` that `options` do not name; none if they name all.
+
+    Args:
+      options: those of the command.
+      columns: what was chosen.
+      names: all columns of the source; those that could have the same role are shown, too.
+    """
+    taken = {columns.image.partition(".")[0], columns.image, *columns.names()}
+    guesses = []
+    for role, candidates in _CANDIDATES.items():
+        value = getattr(columns, role)
+        if not value or getattr(options, role):
+            continue
+        shown = [name for _, name in value] if role == "captions" else [value]
+        others = [name for name in names if name.lower() in candidates and name not in taken]
+        also = f" (also: {some(others)})" if others else ""
+        guesses.append(f"{role} = {some(shown)}{also}")
+    if guesses:
+        yield Guess(", ".join(guesses))
 
 
 def require_column(name: str, columns: Collection[str], where: str) -> None:
@@ -108,12 +141,12 @@ def some(names: Collection[str]) -> str:
 def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
     """Parse captions, languages and label of one row.
 
-    A caption may be a string, bytes, a list of them, or objects with `raw`, `caption` or `text`. Repeated and empty
-    captions are dropped.
+    A caption may be a string, bytes, a list of them, or objects with `raw`, `caption` or `text`. Empty captions are
+    dropped; repeated ones count, as in CLIP_benchmark.
     """
     label, problem = _parse_label(values.get(columns.label)) if columns.label else (-1, "")
     language_values = values.get(columns.language) if columns.language else None
-    found: dict[str, str] = {}  # caption -> language
+    found: list[tuple[str, str]] = []  # caption, language
     for language, column in columns.captions:
         texts = _strings(values.get(column))
         if columns.language and not language:
@@ -126,13 +159,13 @@ def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
             if len(text) > MAX_CAPTION:
                 return ParsedRow(problem="caption above 1 MiB")
             if text.strip():
-                found.setdefault(text.strip(), code)
+                found.append((text.strip(), code))
     if problem:
         return ParsedRow(problem=problem)
     if not found and label < 0:
         return ParsedRow(problem=NO_TEXT)
-    codes = tuple(found.values())
-    return ParsedRow(tuple(found), codes if any(codes) else (), label)
+    codes = tuple(code for _, code in found)
+    return ParsedRow(tuple(text for text, _ in found), codes if any(codes) else (), label)
 
 
 def parse_key(value: Any) -> tuple[str, str]:

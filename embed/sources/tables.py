@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import IO, Any
 
-from lit_fast.embed.sources.columns import IMAGE, PATHS, choose_columns, guess_column, parse_row
+from lit_fast.embed.sources.columns import IMAGE, PATHS, choose_columns, find_guess, guess_column, parse_row
 from lit_fast.embed.sources.image_paths import find_image, image_directory
 from lit_fast.embed.sources.interface import MAX_CAPTION, Columns, Damage, Item, Layout, Skipped
 from lit_fast.errors import UserError, os_reason
@@ -36,10 +36,12 @@ def read_table(path: str, options: Columns) -> Iterator[Item]:
         if isinstance(values, str):
             yield Skipped(f"line {number}", values)
             continue
-        columns = columns or _columns(path, options, list(values))
+        if columns is None:
+            columns = _columns(path, options, list(values))
+            yield from find_guess(options, columns, list(values))
         default_suffix = ".jpg" if columns.image == "image/key" else ""  # Crossmodal-3600 omits it
-        key, size, problem = find_image(directory, values.get(columns.image), default_suffix)
-        yield parse_row(values, columns).item(key, 0, size, problem, f"line {number}")
+        image = find_image(directory, values.get(columns.image), default_suffix)
+        yield image.item(parse_row(values, columns), f"line {number}")
     if columns is None:
         yield Damage(f"{path} has no rows")
 

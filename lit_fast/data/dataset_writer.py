@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import starmap
+from typing import Any
 
 from lit_fast.data.dataset import (
     BLOCK,
@@ -23,7 +24,7 @@ from lit_fast.data.dataset import (
     open_dataset,
 )
 from lit_fast.data.records import RecordWriter
-from lit_fast.storage.files import list_names, remove_tree, write_json
+from lit_fast.storage.files import list_names, read_json, remove_tree, write_json
 from lit_fast.storage.paths import StrPath, join
 
 
@@ -38,6 +39,7 @@ class Row:
     captions: tuple[str, ...]
     label: int = -1  # class number; -1: none
     languages: tuple[str, ...] = ()  # empty, or one per caption ("" = unknown)
+    check: int = 0  # checksum of the image, see `lit_fast.data.images.fingerprint`; 0: none
 
 
 class DatasetWriter:
@@ -109,6 +111,7 @@ class DatasetWriter:
             captions=[len(r.captions) for r in rows],
             labels=[r.label for r in rows],
             languages=[list(r.languages) for r in rows] if any(r.languages for r in rows) else [],
+            checks=[r.check for r in rows] if any(r.check for r in rows) else [],
         )
         self._index.write(block.encode())
         self._captions.write(compact_json([r.captions for r in rows]))
@@ -148,16 +151,23 @@ class DatasetWriter:
             "left_out": left_out or {},
             "languages": {l: n for l, n in sorted(self.languages.items()) if l and n},
             "generation": self._generation,
-            "sources": [
-                {name: value for name, value in vars(source).items() if value or name == "bytes"}
-                for source in sources
-            ],
+            "sources": _source_records(sources),
             "shard_keys": self._shard_keys,
         }
         write_json(join(self._path, "dataset.json"), value)
         dataset = open_dataset(self._path)
         remove_other_generations(dataset)
         return dataset
+
+
+def write_sources(dataset: Dataset) -> None:
+    """Replace the sources in the `dataset.json` of a dataset by its `sources`."""
+    file = join(dataset.path, "dataset.json")
+    write_json(file, read_json(file) | {"sources": _source_records(dataset.sources)})
+
+
+def _source_records(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in vars(s).items() if value or name == "bytes"} for s in sources]
 
 
 def remove_other_generations(dataset: Dataset) -> None:
@@ -176,4 +186,6 @@ def _read_rows(dataset: Dataset, number: int) -> list[Row]:
     captions = decode_captions(dataset.captions_reader().read(number))
     languages = block.languages or [[]] * len(block.keys)
     texts = map(tuple, captions), block.labels, map(tuple, languages)
-    return list(starmap(Row, zip(block.keys, block.sources, block.offsets, block.sizes, *texts, strict=True)))
+    checks = block.checks or [0] * len(block.keys)
+    columns = (block.keys, block.sources, block.offsets, block.sizes, *texts, checks)
+    return list(starmap(Row, zip(*columns, strict=True)))

@@ -7,11 +7,12 @@ from functools import cache, lru_cache
 from urllib.parse import quote
 
 from lit_fast.data.dataset import BLOCK, Block, Dataset, Source, decode_block
-from lit_fast.data.images.decode import MAX_IMAGE, ImageError
+from lit_fast.data.images.decode import MAX_IMAGE, ChangedImageError, ImageError
+from lit_fast.data.images.fingerprint import image_checksum
 from lit_fast.data.images.noise import DEFAULT_SIZE, noise_image
 from lit_fast.data.images.parquet import ParquetImages
 from lit_fast.data.images.sources import check_source
-from lit_fast.data.images.tf_examples import ExampleImages
+from lit_fast.data.images.tf_examples import ExampleImages, image_of_example
 from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import file_status, is_directory, read_range, read_whole
 from lit_fast.storage.paths import is_url, join
@@ -27,7 +28,7 @@ class ImageReader:
 
     def __init__(self, dataset: Dataset, noise_size: int = DEFAULT_SIZE) -> None:
         self._dataset, self._noise_size = dataset, noise_size
-        self._parquet, self._examples = ParquetImages(), ExampleImages()
+        self._parquet, self._examples = ParquetImages(dataset.path), ExampleImages()
         index = dataset.index_reader()
         self._block = lru_cache(maxsize=8)(lambda number: decode_block(index.read(number)))
         # A source that does not answer is asked once, not once per image.
@@ -42,9 +43,20 @@ class ImageReader:
 
         Raises:
           UserError: the source cannot be read or has changed.
-          ImageError: this image alone cannot be read.
+          ImageError: this image alone cannot be read, or its file has changed.
         """
         block, i = self.locate(row)
+        source, check = self._dataset.sources[block.sources[i]], block.check(i)
+        size = block.sizes[i] if source.kind in ("tar", "folder") else 0
+        data = self._read(block, i)
+        if check and (image_checksum(data) != check or len(data) != (size or len(data))):
+            if source.kind == "folder":
+                raise ChangedImageError("the image file has changed since it was indexed")
+            raise _changed(source, block.keys[i])
+        return data
+
+    def _read(self, block: Block, i: int) -> bytes:
+        """Return the image of row `i` of a block as it is in the source now."""
         source, offset, size = self._dataset.sources[block.sources[i]], block.offsets[i], block.sizes[i]
         try:
             match source.kind:
@@ -56,6 +68,12 @@ class ImageReader:
                     return self._parquet.read(source, group=offset, row=size)
                 case "array_record":
                     return self._examples.read(source, record=offset)
+                case "tfrecord":
+                    record = _read_byte_range(source.path, offset, size)
+                    try:
+                        return image_of_example(record, source.image)
+                    except ImageError:  # it had one when it was indexed
+                        raise _changed(source, block.keys[i]) from None
                 case "noise":
                     return noise_image(offset, self._noise_size)
                 case "features":
@@ -83,10 +101,39 @@ class ImageReader:
 
     def _check_source(self, number: int) -> bool:
         try:
-            check_source(self._dataset.sources[number], self._dataset)
+            check_source(self._dataset.sources[number], self._dataset.path)
         except (UserError, IndexError):  # rows that were imported without images have no source
             return False
         return True
+
+
+def find_changed_images(dataset: Dataset, sample: int = 64) -> list[str]:
+    """Read evenly spaced rows and return the keys of those whose image file is not the one that was indexed.
+
+    A file that holds many images is checked by `check_sources`.
+
+    Raises:
+      UserError: a source cannot be read or has changed.
+    """
+    reader, changed = ImageReader(dataset), []
+    for row in sorted({dataset.rows * i // sample for i in range(sample)}):
+        block, i = reader.locate(row)
+        if dataset.sources[block.sources[i]].kind != "folder" or not block.check(i):
+            continue
+        try:
+            reader.read(row)
+        except ChangedImageError:
+            changed.append(block.keys[i])
+        except ImageError:
+            continue  # missing: embedding marks the row as invalid
+    return changed
+
+
+def _changed(source: Source, key: str) -> UserError:
+    return UserError(
+        f"source {source.path} has changed since it was indexed: the image of {key!a} is another; restore it, or "
+        "index the sources as a new dataset"
+    )
 
 
 def _read_byte_range(location: str, offset: int, size: int) -> bytes:
