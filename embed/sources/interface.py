@@ -34,10 +34,13 @@ class Columns:
         names = [*(name for _, name in self.captions), self.key, self.label, self.language]
         return [name for name in dict.fromkeys(names) if name]
 
+    def as_dict(self) -> dict[str, str]:
+        """Return the options by name, "" for those that were not given."""
+        return vars(self) | {"captions": ",".join(f"{l}={n}" if l else n for l, n in self.captions)}
+
     def as_options(self) -> tuple[str, ...]:
         """Return `name=value` for each option that was given."""
-        captions = ",".join(f"{l}={n}" if l else n for l, n in self.captions)
-        return tuple(f"{n}={v}" for n, v in (vars(self) | {"captions": captions}).items() if v)
+        return tuple(f"{n}={v}" for n, v in self.as_dict().items() if v)
 
 
 @dataclass(frozen=True)
