@@ -161,7 +161,8 @@ def write_index(rows: Iterable[tuple[Row, str]], sources: list[Source], out: str
     try:
         usable = usable_rows()
         while group := list(islice(usable, _GROUP_ROWS)):
-            for row, is_new in zip(group, keys.add([row.key for row in group]).tolist(), strict=True):
+            are_new = keys.add([(row.source, row.key) for row in group]).tolist()
+            for row, is_new in zip(group, are_new, strict=True):
                 if is_new:
                     writer = writer or DatasetWriter(out)
                     writer.add(row)

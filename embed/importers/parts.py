@@ -22,7 +22,7 @@ from lit_fast.embed.importers.vectors import SUFFIXES, open_vectors
 from lit_fast.embed.sources.expand import expand, natural
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names
-from lit_fast.storage.paths import StrPath, is_url, join, stem, suffix
+from lit_fast.storage.paths import StrPath, is_junk, is_url, join, stem, suffix
 from lit_fast.utils.output import status
 
 FORMATS = ("clip-retrieval", "npy", "safetensors", "parquet", "sail")
@@ -106,7 +106,7 @@ def _guess_format(sources: list[str]) -> str:
             if "img_emb" in names:
                 found.setdefault("clip-retrieval", source)
             for file in names:
-                if (kind := SUFFIXES.get(suffix(file), "")) and not file.startswith("."):
+                if (kind := SUFFIXES.get(suffix(file), "")) and not is_junk(file):
                     found.setdefault(kind, join(source, file))
         elif kind := SUFFIXES.get(suffix(source.rstrip("}")), ""):
             found.setdefault(kind, source)
@@ -133,7 +133,7 @@ def _files(source: str, format: str) -> list[str]:
             raise UserError(f"{other} is no {' or '.join(suffixes)} file; give files of --format {format}")
         return found
     source = os.path.abspath(source)
-    names = [n for n in list_names(source) if suffix(n) in suffixes and not n.startswith(".")]
+    names = [n for n in list_names(source) if suffix(n) in suffixes and not is_junk(n)]
     if not names:
         hint = "; SAIL's encode.py writes them to tensor_data/image_embedding/MODEL/DATA"
         raise UserError(f"{source} has no *{suffixes[0]} files{hint if format == 'sail' else ''}")

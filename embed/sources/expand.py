@@ -18,7 +18,7 @@ from lit_fast.storage.files import (
     list_names,
     match_files,
 )
-from lit_fast.storage.paths import is_pattern, is_url, join, name, parent, suffix
+from lit_fast.storage.paths import is_junk, is_pattern, is_url, join, name, parent, suffix
 
 _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
@@ -62,7 +62,7 @@ def _local(plain: str, pattern: str) -> list[str]:
     path = os.path.abspath(plain)
     if is_directory(path):
         return benchmark_tars(path) or _in_directory(path)
-    found = [path] if exists(path) else match_files(path)
+    found = [path] if exists(path) else _matches(path)
     if not found:
         where = "" if plain == pattern else f" (from {pattern})"
         problem = "matches no file" if is_pattern(plain) else "does not exist"
@@ -75,7 +75,7 @@ def _remote(plain: str, pattern: str) -> list[str]:
         return [plain]
     if plain.endswith("/") and (tars := benchmark_tars(plain)):
         return tars
-    found = match_files(plain)
+    found = _matches(plain)
     if plain.endswith("/"):
         found = _of_one_format(plain, found)
     if not found:
@@ -83,6 +83,12 @@ def _remote(plain: str, pattern: str) -> list[str]:
             f"source {plain} (from {pattern}) matches no file; give files, a pattern or a directory"
         )
     return found
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the files that match a pattern, or are in a URL that ends with `/`, without junk."""
+    fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    return [file for file in match_files(pattern) if not is_junk(file[len(fixed) + 1 :])]
 
 
 def _in_directory(directory: str) -> list[str]:
@@ -94,11 +100,11 @@ def _in_directory(directory: str) -> list[str]:
     Raises:
       UserError: there are several formats or several splits, or no readable file.
     """
-    subdirectories = list_directories(directory)
-    for folders in ([directory], [join(directory, d) for d in subdirectories if not d.startswith(".")]):
+    subdirectories = [d for d in list_directories(directory) if not is_junk(d)]
+    for folders in ([directory], [join(directory, d) for d in subdirectories]):
         files = [join(folder, file) for folder in folders for file in list_names(folder)]
         found = _of_one_format(
-            directory, [f for f in files if not name(f).startswith(".") and format_by_name(f) and is_file(f)]
+            directory, [f for f in files if not is_junk(name(f)) and format_by_name(f) and is_file(f)]
         )
         if found:
             if folders != [directory]:

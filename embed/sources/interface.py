@@ -13,6 +13,9 @@ from dataclasses import dataclass
 MAX_CAPTION = 1 << 20  # characters
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+NO_IMAGE_FILE = "no image file (.jpg, .jpeg, .png, .webp, .gif or .bmp)"
+
+JUNK = "hidden file or leftover of another program"  # see `lit_fast.storage.paths.is_junk`
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Sample:
     captions: tuple[str, ...]
     label: int = -1
     languages: tuple[str, ...] = ()
+    check: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,14 @@ class Damage:
     description: str
 
 
-Item = Layout | Sample | Skipped | Damage
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What the user should know of a source that is read; printed as a warning."""
+
+    text: str
+
+
+Item = Layout | Sample | Skipped | Damage | Note
 
 Reader = Callable[[str, Columns], Iterator[Item]]
 """Read a source, given by its path or URL, lazily and once.

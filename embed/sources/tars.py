@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from lit_fast.data.images.decode import MAX_IMAGE
+from lit_fast.data.images.fingerprint import HEAD, image_checksum
 from lit_fast.embed.sources.clip_benchmark import lines_near
 from lit_fast.embed.sources.columns import choose_columns, parse_key, parse_row
 from lit_fast.embed.sources.interface import (
     IMAGE_SUFFIXES,
+    JUNK,
     Columns,
     Damage,
     Item,
@@ -27,7 +29,7 @@ from lit_fast.embed.sources.interface import (
 )
 from lit_fast.errors import UserError
 from lit_fast.storage.files import open_read
-from lit_fast.storage.paths import parent
+from lit_fast.storage.paths import is_junk, parent
 
 _TEXT_SUFFIXES = (".txt", ".json", ".cls")
 _MAX_TEXT = 1 << 20  # bytes of one member
@@ -44,6 +46,7 @@ class _Members:
     key: str
     offset: int = -1  # of the image
     size: int = 0
+    check: int = 0
     texts: dict[str, bytes] = field(default_factory=dict)  # suffix -> content
     problem: str = ""  # why this cannot be a row
 
@@ -72,6 +75,9 @@ def read_tar(path: str, options: Columns) -> Iterator[Item]:
                         # More of its members may be in the damaged part.
                         rows[last_key].problem = "cut off by damage of the tar"
                     break
+                if is_junk(member.name) and not member.isdir():
+                    yield Skipped(member.name, JUNK)
+                    continue
                 key, is_repeat = _add_member(rows, member, file, images)
                 if is_repeat:
                     yield Skipped(key, "duplicate key")
@@ -100,7 +106,7 @@ def _samples(
         key = members.key
         if options.key and not row.problem:
             key, problem = parse_key(values.get(options.key))
-        yield row.item(key, members.offset, members.size, problem, members.key)
+        yield row.item(key, members.offset, members.size, problem, members.key, members.check)
     if names:
         choose_columns(options, list(names), path, image=False)  # refuses a name that no row has
 
@@ -214,6 +220,8 @@ def _add_member(
         if row.offset >= 0:
             return key, True
         row.offset, row.size = member.offset_data, member.size
+        file.seek(member.offset_data)  # the buffer has these bytes: they follow the header
+        row.check = image_checksum(file.read(min(member.size, HEAD)))
         if member.size == 0:
             problem = "empty image file"
         elif member.size > MAX_IMAGE:

@@ -203,6 +203,19 @@ def test_json_lines_with_captions_in_two_languages(images: Path, tmp_path: Path)
     assert main([*command, "--captions", "en=en"]) == 2  # the same sources with other options
 
 
+def test_table_with_repeated_captions_keeps_each(images: Path, tmp_path: Path) -> None:
+    """In one row, in rows of one image and in two languages; CLIP_benchmark counts them, too."""
+    lines = [("0.jpg", "Radio", "Radio"), ("0.jpg", "Radio", "Funk"), ("1.jpg", ["a", "a"], "a")]
+    text = "\n".join(json.dumps({"file_name": f, "en": en, "de": de}) for f, en, de in lines)
+    (tmp_path / "t.jsonl").write_text(text)
+    options = {"images": str(images), "captions": (("en", "en"), ("de", "de"))}
+    dataset = index(tmp_path / "t.jsonl", tmp_path / "d", **options)
+    found = rows(dataset)
+    assert found["0.jpg"][:2] == (["Radio", "Radio", "Radio", "Funk"], ["en", "de", "en", "de"])
+    assert found["1.jpg"][:2] == (["a", "a", "a"], ["en", "en", "de"])
+    assert (dataset.captions, dataset.languages) == (7, {"de": 3, "en": 4})
+
+
 def test_captions_of_crossmodal_3600(images: Path, tmp_path: Path) -> None:
     """As its captions.jsonl has them: photos without a suffix, an object per language."""
     lines = [
@@ -338,6 +351,66 @@ def test_a_folder_per_class(tmp_path: Path) -> None:
     assert index(root, tmp_path / "e").classnames == ("fish", "bird", "frog")
     with pytest.raises(UserError, match="has no columns that options could name"):
         index(root, tmp_path / "f", label="x")
+
+
+def test_class_folders_skip_junk_and_count_all_that_is_no_row(tmp_path: Path, capsys: Any) -> None:
+    root = tmp_path / "val"
+    files = ["bird/0.jpg", "cat/1.jpg", "cat/deep/2.jpg"]
+    junk = [
+        "__MACOSX/bird/._0.jpg",
+        ".hidden/3.jpg",
+        "@eaDir/bird/0.jpg",
+        "bird/.ipynb_checkpoints/0-checkpoint.jpg",
+        "bird/._0.jpg",
+        "bird/Thumbs.db",
+        ".DS_Store",
+    ]
+    others = ["bird/notes.txt", "README.md"]
+    for i, name in enumerate([*files, *junk, *others, "top.jpg", "x/a.tif"]):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(FILES[i % 12])
+    (root / "empty").mkdir()
+    dataset = index(root, tmp_path / "d")
+    assert dataset.classnames == ("bird", "cat", "empty", "x")
+    assert {key: row[2] for key, row in rows(dataset).items()} == {files[0]: 0, files[1]: 1, files[2]: 1}
+    assert dataset.left_out == {
+        "hidden file or leftover of another program": len(junk),
+        "no image file (.jpg, .jpeg, .png, .webp, .gif or .bmp)": len(others) + 1,
+        "image beside the class folders": 1,
+    }
+    assert dataset.rows + sum(dataset.left_out.values()) == sum(p.is_file() for p in root.rglob("*"))
+    assert "has 2 class folders without an image, which are classes: empty, x" in capsys.readouterr().err
+
+
+def test_class_folders_in_class_folders_are_reported(tmp_path: Path, capsys: Any) -> None:
+    for i, name in enumerate(["pets/cat/0.jpg", "pets/dog/1.jpg", "cars/images/2.jpg"]):
+        (tmp_path / "s" / name).parent.mkdir(parents=True)
+        (tmp_path / "s" / name).write_bytes(FILES[i])
+    (tmp_path / "s" / "pets" / "link").symlink_to(tmp_path / "s" / "cars")
+    (tmp_path / "s" / "linked").symlink_to(tmp_path / "s" / "cars")  # a class by itself
+    for name in ("pets/a.jpg", "pets/b.jpg"):
+        (tmp_path / "s" / name).write_bytes(FILES[5])
+    # An image source of its own is needed to be known as a folder of classes.
+    dataset = index(tmp_path / "s", tmp_path / "d")
+    assert (dataset.rows, dataset.classnames) == (6, ("cars", "linked", "pets"))
+    assert dataset.left_out == {"no image file (.jpg, .jpeg, .png, .webp, .gif or .bmp)": 1}
+    error = capsys.readouterr().err
+    assert "pets (cat, dog) are not classes of their own: their images are of the class pets" in error
+
+
+def test_junk_in_tables_and_tars_is_no_row(images: Path, tmp_path: Path) -> None:
+    for name in ("._1.jpg", ".hidden/2.jpg", "__MACOSX/3.jpg"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes(FILES[0])
+    lines = ["./images/0.jpg", "images/._1.jpg", "images/.hidden/2.jpg", "images/__MACOSX/3.jpg"]
+    (tmp_path / "t.csv").write_text("filepath,title\n" + "".join(f"{line},text\n" for line in lines))
+    dataset = index(tmp_path / "t.csv", tmp_path / "d")
+    assert (dataset.rows, dataset.left_out) == (1, {"hidden file or leftover of another program": 3})
+    members = [("./0.jpg", FILES[0]), ("./._0.jpg", b"x"), ("./0.txt", b"text"), ("__MACOSX/0.txt", b"no")]
+    write_tar(tmp_path / "0.tar", [*members, (".DS_Store", b"x"), ("._0.txt", b"x")])
+    dataset = index(tmp_path / "0.tar", tmp_path / "e")
+    assert (dataset.rows, dataset.left_out) == (1, {"hidden file or leftover of another program": 4})
 
 
 # --- tars
