@@ -139,7 +139,7 @@ def _columns(table: str, names: Collection[str], options: Columns, needs_caption
     columns = choose_columns(options, names, table, image=False)
     if needs_captions and not columns.captions:
         raise UserError(f"{table} has no column for captions among {some(names)}; name it with --captions")
-    key = columns.key or guess_column(PATHS, names)
+    key = columns.key or ("" if "key" in options.declined else guess_column(PATHS, names))
     return replace(columns, key=key, label="")
 
 

@@ -77,8 +77,8 @@ def import_features(
     if not tables:
         check_metadata(parts)
     named = "" if not table else os.fspath(table) if is_url(table) else os.path.abspath(table)
-    chosen = {"features": features, "captions_table": named} | options.as_dict()
-    names = tuple(f"{name}={value}" for name, value in chosen.items() if value)
+    others = {"features": features, "captions_table": named}
+    names = (*options.as_options(), *(f"{name}={value}" for name, value in others.items() if value))
     sizes = map(size_and_etag, (part.path for part in parts))
     found = [
         Source(part.path, size, "features", etag=etag, names=names)
@@ -93,7 +93,12 @@ def import_features(
     digests = [source.etag if is_url(source.path) else sha256(source.path) for source in found]
     names_below = relative([source.path for source in found])
     files = [[name, digest] for name, digest in zip(names_below, digests, strict=True)]
-    imported = {"format": format, "sources": texts, **chosen, "files": files}
+    imported = {
+        "format": format,
+        "sources": texts,
+        **dict(name.partition("=")[::2] for name in names),
+        "files": files,
+    }
     write_store(
         Features(dataset, store, imported_provenance(store, parts[0].width, parts[0].dtype, imported)),
         lambda source: open_vectors(parts[source].path, parts[source].column),

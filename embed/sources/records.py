@@ -12,7 +12,14 @@ from typing import Any
 
 from lit_fast.data.images.fingerprint import image_checksum
 from lit_fast.data.images.tf_examples import ERRORS, ExampleError, open_records, parse_example
-from lit_fast.embed.sources.columns import LABEL, choose_columns, guess_column, parse_key, parse_row
+from lit_fast.embed.sources.columns import (
+    LABEL,
+    choose_columns,
+    find_guess,
+    guess_column,
+    parse_key,
+    parse_row,
+)
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
 from lit_fast.errors import first_line
 from lit_fast.storage.files import read_text
@@ -47,6 +54,7 @@ def read_records(path: str, options: Columns) -> Iterator[Item]:
                 if columns is None:
                     columns = _columns(path, options, values)
                     yield Layout("array_record", image=columns.image)
+                    yield from find_guess(options, columns, list(values))
                 yield _sample(path, number, values, columns)
             first += len(records)
             if not records:
@@ -85,7 +93,9 @@ def _own_key(path: str, number: int) -> str:
 def _columns(path: str, options: Columns, values: dict[str, Any]) -> Columns:
     names, typed = list(values), _typed_features(path)
     image = options.image or guess_column(typed.get("Image", []), names)
-    label = options.label or guess_column(typed.get("ClassLabel", []), names)
+    label = options.label
+    if not label and "label" not in options.declined:
+        label = guess_column(typed.get("ClassLabel", []), names)
     return choose_columns(replace(options, image=image, label=label), names, path)
 
 

@@ -343,9 +343,10 @@ def tower_options(tower: dict[str, Any]) -> dict[str, Any]:
 def embed_command(dataset: Dataset, tower: dict[str, Any], name: str) -> str:
     """Return the command that makes features `name` with a tower, with all options that its identity depends on."""
     if "imported" in tower:
-        imported = {key: str(tower["imported"].get(key, "")) for key in _IMPORT_OPTIONS}
+        recorded = tower["imported"]
+        imported = {key: str(recorded[key]) for key in _IMPORT_OPTIONS if key in recorded}
         options = {"out": dataset.path, "tower": tower["name"]} | imported
-        sources = tower["imported"].get("sources", [tower["source"]])
+        sources = recorded.get("sources", [tower["source"]])
         return _command("import-features", *map(str, sources), options=options)
     options = {"tower": tower["source"], "name": name} | tower_options(tower) | {"dtype": tower["dtype"]}
     if tower.get("views", 1) > 1:
@@ -356,6 +357,5 @@ def embed_command(dataset: Dataset, tower: dict[str, Any], name: str) -> str:
 def _command(name: str, *arguments: str, options: dict[str, Any]) -> str:
     words: list[str] = []
     for option, value in options.items():
-        if value != "":
-            words += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        words += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return shlex.join(["lit-fast", name, *arguments, *words])

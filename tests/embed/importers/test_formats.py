@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import open_dataset
-from lit_fast.data.features import open_features
+from lit_fast.data.features import embed_command, open_features
 from lit_fast.embed.importers.parts import relative
 from lit_fast.embed.importers.vectors import open_vectors
 from lit_fast.errors import UserError
@@ -282,17 +283,25 @@ def test_column_of_a_hub_dataset_becomes_features(hub: Hub, tmp_path, capsys):
     assert "error" in error(capsys)
 
 
+def test_guesses_can_be_declined(tmp_path, capsys):
+    table = {"v": column(vectors(4), KINDS["fixed"]), "key": ["a"] * 4, "text": texts(4)}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    words = ["--out", tmp_path / "d", "--tower", "t", "--captions", "", "--key", ""]
+    assert main([str(word) for word in ["import-features", tmp_path / "x.parquet", *words]]) == 0
+    assert stored(tmp_path / "d")[:2] == ([f"x/{i}" for i in range(4)], [[]] * 4)
+    dataset = open_dataset(tmp_path / "d")
+    command = embed_command(dataset, open_features(dataset).provenance, "t")
+    assert shlex.split(command)[-4:] == ["--captions", "", "--key", ""]
+    assert main(shlex.split(command)[1:]) == 0
+
+
 def test_import_command_of_a_store_makes_the_same_store(tmp_path, capsys):
     np.save(tmp_path / "x y.npy", vectors(5))
     (tmp_path / "t.csv").write_text("id,words\n" + "".join(f"k{i},w {i}\n" for i in range(5)))
     options = {"table": tmp_path / "t.csv", "captions": "words", "key": "id"}
     assert imports(tmp_path / "d", tmp_path / "x y.npy", **options) == 0
-    from lit_fast.data.features import embed_command
-
     dataset = open_dataset(tmp_path / "d")
     command = embed_command(dataset, open_features(dataset).provenance, "t")
-    import shlex
-
     words = shlex.split(command)
     assert words[:3] == ["lit-fast", "import-features", str(tmp_path / "x y.npy")]
     capsys.readouterr()
