@@ -14,8 +14,8 @@ Run = Callable[[argparse.Namespace], None]
 def index(parser: argparse.ArgumentParser) -> Run:
     """Write the index of a dataset: its rows of images and captions, in their order.
 
-    SOURCE is a tar, parquet, array_record or table file, a directory or a pattern, local or at https://, s3://,
-    gs:// or hf://: 'train/*.tar', 's3://bucket/{00000..00099}.parquet', captions.csv, imagenet/val,
+    SOURCE is a tar, parquet, tfrecord, array_record or table file, a directory or a pattern, local or at https://,
+    s3://, gs:// or hf://: 'train/*.tar', 's3://bucket/{00000..00099}.parquet', captions.csv, imagenet/val,
     annotations/captions_val2017.json, 'hf://datasets/OWNER/NAME/*.parquet'.
     Images are not copied: sources must stay where they are, unchanged. After they have moved, --relocate connects
     the dataset to them again. Rows are shuffled once, by the seed; their order never changes.

@@ -42,6 +42,7 @@ class Source:
     | tar | first byte of the image file in the tar, and its number of bytes |
     | parquet | row group, and row in it; `image` is the column, dotted for a field of a struct |
     | array_record | record number, 0; `image` is the feature of the tf.train.Example |
+    | tfrecord | first byte of the record's data in the file, and its number of bytes; `image` as above |
     | folder | 0, bytes of the image file when it was indexed (0 = unknown); the file is `images` and the row's key |
     | noise | number of the image, 0; there is no file |
     | features | row in the file, 0; its features were imported, there is no image |
