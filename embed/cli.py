@@ -215,31 +215,57 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
 def import_features(parser: argparse.ArgumentParser) -> Run:
     """Make a dataset of features that another program has computed.
 
-    clip-retrieval: SOURCE is the directory with img_emb/*.npy and optionally metadata/*.parquet, which has the
-    captions and keys. sail: SOURCE is the directory with 0.pt, 1.pt, ..., the features of the images; PyTorch must be
-    installed, and nothing is unpickled.
+    SOURCE is .npy, .safetensors, parquet or .pt files, a directory or a pattern of them, or a URL of parquet files:
+    features.npy, 'parts/*.safetensors', 'hf://datasets/OWNER/NAME/*.parquet'; or the directory that clip-retrieval
+    wrote: img_emb/*.npy and optionally metadata/*.parquet, which has the captions and keys. A file holds an array of
+    floats [n, width]; a parquet file has them in a column of lists, beside those of captions and keys. .pt files need
+    PyTorch; nothing is unpickled.
 
-    Rows keep the order of the files. Captions may come from a table with one row per row of features, in the same
-    order. The model of the features cannot be checked: --tower names it, and features of the same name and width
+    Rows keep the order of the files, sorted by the numbers in their names. Captions and keys may come from a table
+    with one row per row of features, in the same order. A row without a key is named after its file and number.
+    --captions '' and --key '' use none.
+    Vectors that are zero, not finite or missing are marked invalid and counted; repeated keys are left out and
+    counted. The model of the features cannot be checked: --tower names it, and features of the same name and width
     count as the same tower's. If the command is interrupted, the same command continues.
 
-    Example: lit-fast import-features laion_b32 --out laion --tower clip_b32 --format clip-retrieval
+    In Python, lit_fast.embed.import_rows makes a dataset of vectors from any encoder.
+
+    Example: lit-fast import-features laion_b32 --out laion --tower clip_b32
     """
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="directory with the features")
+    add("source", nargs="+", metavar="SOURCE", help="files, directories, patterns or URLs with the features")
     add("--out", required=True, metavar="D", help="directory of the dataset")
     add("--tower", required=True, metavar="NAME", help="name of the model that made them")
-    add("--format", required=True, choices=("clip-retrieval", "sail"), help="program that wrote them")
-    add("--captions-table", metavar="FILE", help="table with captions: .csv, .tsv, .jsonl or .parquet")
+    formats = ("clip-retrieval", "npy", "safetensors", "parquet", "sail")
+    add("--format", default="", choices=formats, help="default: by the names of the files")
+    add(
+        "--features",
+        default="",
+        metavar="NAME",
+        help="column or tensor with the features, where several can be",
+    )
+    add(
+        "--captions-table",
+        metavar="FILE",
+        help="table with captions: .csv, .tsv, .jsonl, .parquet or a pattern",
+    )
     add("--captions", type=_captions, metavar="[LANG=]NAME[,...]", help="columns of captions")
+    add("--key", metavar="NAME", help="column of unique names of the rows")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.importers.import_features import import_features
         from lit_fast.embed.sources.interface import Columns
 
-        options = Columns(args.captions or (), declined=("captions",) if args.captions == () else ())
+        declined = tuple(n for n in ("captions", "key") if getattr(args, n) in ((), ""))
+        options = Columns(args.captions or (), key=args.key or "", declined=declined)
         import_features(
-            args.source, args.out, args.tower, args.format, table=args.captions_table, options=options
+            args.source,
+            args.out,
+            args.tower,
+            args.format,
+            features=args.features,
+            table=args.captions_table,
+            options=options,
         )
 
     return run
