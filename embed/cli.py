@@ -21,8 +21,9 @@ def index(parser: argparse.ArgumentParser) -> Run:
     the dataset to them again. Rows are shuffled once, by the seed; their order never changes.
 
     A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
-    format, or one folder of images per class. Rows of a table with the same image file become one row with all
-    captions, if they are near each other; later repeats, and any repeated key, are skipped and counted.
+    format, images with x.txt or x.json beside x.jpg (img2dataset's `files`), or one folder of images per class.
+    Rows of a table with the same image file become one row with all captions, if they are near each other; later
+    repeats, and any repeated key, are skipped and counted.
     noise:1024 is 1024 images of uniform random noise, for the key stream.noise of a training.
 
     CLIP_benchmark's evaluation sets: the directory or URL/ of one, or wds:NAME, which is downloaded from the
