@@ -27,7 +27,7 @@ from lit_fast.embed.sources.interface import (
     Skipped,
     is_utf8,
 )
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import is_junk, parent
 
@@ -83,7 +83,7 @@ def read_tar(path: str, options: Columns) -> Iterator[Item]:
                     yield Skipped(key, "duplicate key")
                 last_key = key or last_key
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
     yield from _samples(path, rows, options, images)
 
 
