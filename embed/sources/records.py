@@ -1,11 +1,13 @@
 """Read array_record files of `tf.train.Example`, as TensorFlow Datasets writes them.
 
-`features.json` in the same directory says which feature is an image, `<label>.labels.txt` has the class names.
+`features.json` in the same directory says which feature is an image, `<label>.labels.txt` has the class names,
+`dataset_info.json` the number of records of each file.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from lit_fast.data.images.fingerprint import image_checksum
 from lit_fast.data.images.tf_examples import ERRORS, ExampleError, open_records, parse_example
 from lit_fast.embed.sources.columns import LABEL, choose_columns, guess_column, parse_key, parse_row
-from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Note, Skipped
 from lit_fast.errors import first_line
 from lit_fast.storage.files import read_text
 from lit_fast.storage.paths import join, name, parent
@@ -34,6 +36,9 @@ def read_records(path: str, options: Columns) -> Iterator[Item]:
     except ERRORS:
         yield Damage(f"{path} is damaged or is not an array_record file")
         return
+    expected = _expected_records(path)
+    if expected not in (None, count):
+        yield Note(f"{path} has {count:,} records, but dataset_info.json beside it says {expected:,}")
     first = 0
     try:
         while first < count:
@@ -100,3 +105,17 @@ def _typed_features(path: str) -> dict[str, list[str]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return found
     return found
+
+
+def _expected_records(path: str) -> int | None:
+    """Return the number of records of a file by TFDS's dataset_info.json, None if it does not say."""
+    match = re.search(r"(\w+)\.array_record-(\d+)-of-(\d+)$", name(path))
+    try:
+        value = json.loads(read_text(join(parent(path), "dataset_info.json")) or "{}")
+        for split in value.get("splits", ()) if match else ():
+            lengths = split["shardLengths"]
+            if match and split["name"] == match[1] and len(lengths) == int(match[3]):
+                return int(lengths[int(match[2])])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None
+    return None
