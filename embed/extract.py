@@ -280,11 +280,11 @@ def _report(job: Job, rate: float | None) -> None:
             f"embedded {job.rows:,} rows with {job.tower.name} into {path}: {counts}, {rate:,.0f} images/s"
         )
     if invalid:
-        reader, sources = ImageReader(job.features.dataset), job.features.dataset.sources
+        reader, dataset = ImageReader(job.features.dataset), job.features.dataset
         rows = []
         for row in sorted(invalid)[:5]:
             block, i = reader.locate(row)
-            rows.append(f"{block.keys[i]} in {name(sources[block.sources[i]].path)}: {invalid[row]}")
+            rows.append(f"{block.keys[i]} in {dataset.source_names[block.sources[i]]}: {invalid[row]}")
         result(f"invalid: {'; '.join(rows)}{'; ...' if len(invalid) > 5 else ''}")
 
 

@@ -32,7 +32,7 @@ EMBED = (
     ("embed.sources", "embed.journal", "embed.loader", "embed.tokenize"),
     ("embed.pipeline", "embed.shard_writer", "embed.skipped"),
     ("embed.row_reader",),
-    ("embed.index", "embed.extract"),
+    ("embed.index", "embed.extract", "embed.relocate"),
     ("embed.verify", "embed.importers"),
     ("embed.cli",),
 )

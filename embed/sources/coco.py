@@ -70,9 +70,8 @@ def _columns(path: str, options: Columns, images: list[Any], annotations: list[A
     keys = list(next((i for i in images if isinstance(i, dict)), {}))
     require_column(options.image, keys, f"{path}: images")
     keys = list(next((a for a in annotations if isinstance(a, dict)), {}))
-    columns = replace(
-        options, captions=options.captions or (("", "caption"),), image=options.image or "file_name"
-    )
+    captions = options.captions or (() if "captions" in options.declined else (("", "caption"),))
+    columns = replace(options, captions=captions, image=options.image or "file_name")
     for name in columns.names() if annotations else ():
         require_column(name, keys, f"{path}: annotations")
     return columns

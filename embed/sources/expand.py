@@ -115,8 +115,8 @@ def _in_directory(directory: str) -> list[str]:
         if any(suffix(file) in IMAGE_SUFFIXES for file in list_names(join(directory, folder))[:1000]):
             return [directory]
     raise UserError(
-        f"source {directory}: there is no .tar, .parquet, .csv, .tsv, .jsonl or .array_record in this directory or "
-        "one level below, and no folder of images per class"
+        f"source {directory}: there is no .tar, .parquet, .csv, .tsv, .jsonl, .tfrecord or .array_record in this "
+        "directory or one level below, and no folder of images per class"
     )
 
 
@@ -131,9 +131,10 @@ def _of_one_format(directory: str, found: list[str]) -> list[str]:
         files.setdefault(format_by_name(file), []).append(file)
     files.pop("", None)
     files.pop("coco", None)
-    stems = {os.path.splitext(f)[0] for f in files.get("tar", [])}
-    if stems and all(os.path.splitext(f)[0] in stems for f in files.get("parquet", [])):
-        files.pop("parquet", None)  # img2dataset's log beside each tar
+    for kind in ("tar", "tfrecord"):
+        stems = {os.path.splitext(f)[0] for f in files.get(kind, [])}
+        if stems and all(os.path.splitext(f)[0] in stems for f in files.get("parquet", [])):
+            files.pop("parquet", None)  # img2dataset's log beside each file
     if len(files) > 1:
         suffixes = sorted({suffix(f) or f for group in files.values() for f in group[:1]})
         raise UserError(

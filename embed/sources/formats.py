@@ -40,6 +40,7 @@ FORMATS = {
     "table": Format(tables.read_table, (".csv", ".tsv", ".jsonl", ".ndjson")),
     "coco": Format(coco.read_coco, (".json",)),
     "array_record": Format(records.read_records, (".array_record",), records.class_names),
+    "tfrecord": Format(records.read_tfrecord, (".tfrecord", ".tfrecords", ".tfrec"), records.class_names),
     "folder": Format(folders.read_folder, class_names=folders.class_folders),
     "noise": Format(read_noise),
 }
@@ -65,8 +66,8 @@ def format_of(path: str) -> str:
 
 def format_by_name(path: str) -> str:
     """Return the format of the suffix of a path or URL, "" for an unknown one."""
-    if re.search(r"\.array_record-\d+-of-\d+$", name(path).lower()):  # TFDS: .array_record-00000-of-00004
-        return "array_record"
+    if found := re.search(r"\.(array_record|tfrecord)-\d+-of-\d+$", name(path).lower()):
+        return found[1]  # TFDS: .tfrecord-00000-of-00004
     return _BY_SUFFIX.get(suffix(path), "")
 
 

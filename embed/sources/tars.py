@@ -23,12 +23,13 @@ from typing import IO, Any, NamedTuple
 from lit_fast.data.images.decode import MAX_IMAGE
 from lit_fast.data.images.fingerprint import HEAD, image_checksum
 from lit_fast.embed.sources.clip_benchmark import lines_near
-from lit_fast.embed.sources.columns import NO_TEXT, choose_columns, parse_key, parse_row, some
+from lit_fast.embed.sources.columns import NO_TEXT, choose_columns, find_guess, parse_key, parse_row, some
 from lit_fast.embed.sources.interface import (
     IMAGE_SUFFIXES,
     JUNK,
     Columns,
     Damage,
+    Guess,
     Item,
     Layout,
     Note,
@@ -102,6 +103,7 @@ class _TarReader:
         self._names: dict[str, None] = {}  # of the values of all rows, in order
         self._notes: dict[str, None] = {}
         self._unused: set[str] = set()  # suffixes of members of rows
+        self._guessed: set[tuple[tuple[tuple[str, str], ...], str]] = set()  # captions and label
 
     def read(self, file: IO[bytes]) -> Iterator[Item]:
         rows: dict[str, _Members] = {}
@@ -132,7 +134,7 @@ class _TarReader:
         if archives > 1:
             yield Note(f"{self._path} holds {archives} archives one after another, all of which are read")
         if self._unused:
-            self._notes[f"members with {some(sorted(self._unused))} belong to rows and are not used"] = None
+            yield Guess(f"not used = members with {some(sorted(self._unused))} beside images")
         for note in self._notes:
             yield Note(f"{self._path}: {note}")
         if self._names:
@@ -199,9 +201,10 @@ class _TarReader:
             else:
                 yield from (Skipped(name, _OTHER_SUFFIX) for name in members.others)
             if members.parts:
-                yield self._row(members, is_alone=alike == 1)
+                yield from self._row(members, is_alone=alike == 1)
 
-    def _row(self, members: _Members, *, is_alone: bool) -> Item:
+    def _row(self, members: _Members, *, is_alone: bool) -> Iterator[Item]:
+        """Yield the row of one key, or a skipped entry; before it, a guess about its columns."""
         parts = members.parts.values()
         suffixes = [part.suffix for part in parts]
         images = [part for part in parts if part.suffix in self._images]
@@ -215,23 +218,29 @@ class _TarReader:
             of = ", ".join(self._images[:-1]) + " or " if len(self._images) > 1 else ""
             problem = f"no image ({of}{self._images[-1]})" if is_alone else _AMBIGUOUS
         if problem:
-            return Skipped(members.key, problem)
+            yield Skipped(members.key, problem)
+            return
         values, is_json = self._values(members)
         if self._options.names():
             self._names |= dict.fromkeys(values)
         columns = self._columns(values)
         row = parse_row(values, columns)
+        if not row.problem and (columns.captions, columns.label) not in self._guessed:
+            self._guessed.add((columns.captions, columns.label))
+            yield from find_guess(self._options, columns, list(values))
         if row.problem == NO_TEXT and not is_alone:
-            return Skipped(members.key, _AMBIGUOUS)
+            yield Skipped(members.key, _AMBIGUOUS)
+            return
         if not is_json:
             if row.problem == NO_TEXT or any(name not in values for name in columns.names()):
-                return Skipped(members.key, _NO_JSON)
+                yield Skipped(members.key, _NO_JSON)
+                return
             self._notes["a .json is not a JSON object; the row has the texts of its other members"] = None
         key = members.key
         if self._options.key and not row.problem:
             key, problem = parse_key(values.get(self._options.key))
         [image] = images
-        return row.item(key, image.offset, image.size, problem, members.key, image.check)
+        yield row.item(key, image.offset, image.size, problem, members.key, image.check)
 
     def _values(self, members: _Members) -> tuple[dict[str, Any], bool]:
         """Return the fields of the `.json` and the other texts by suffix; and whether the `.json` can be read."""
@@ -254,15 +263,15 @@ class _TarReader:
 
         By default these are the first of `captions`, `caption` and `txt` with a text, and `cls`.
         """
-        captions = self._options.captions
-        if not captions:
+        captions, declined = self._options.captions, self._options.declined
+        if not captions and "captions" not in declined:
             for name in ("captions", "caption", "txt"):
                 found = values.get(name)
                 parts = found if isinstance(found, list) else [found]
                 if any(isinstance(part, str | bytes) and part.strip() for part in parts):
                     captions = (("", name),)
                     break
-        label = self._options.label or ("cls" if "cls" in values else "")
+        label = self._options.label or ("cls" if "cls" in values and "label" not in declined else "")
         return replace(self._options, captions=captions, label=label)
 
 

@@ -11,6 +11,7 @@ They come from the dataset, or from files:
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +135,12 @@ def _read_lists(dataset: Dataset, file: StrPath, keys: list[str]) -> list[list[i
     if not isinstance(value, dict | list):
         raise UserError(
             f"{file} is neither a JSON list of lists nor an object from keys to lists; give one of them"
+        )
+    if isinstance(value, dict) and len(set(keys)) < len(keys):
+        key = next(key for key, count in Counter(keys).items() if count > 1)
+        raise UserError(
+            f"{file} names rows by their keys, but {dataset.path} has {key!r} in several sources; index and evaluate "
+            "each source as a dataset of its own"
         )
     lists = []
     for key in keys:

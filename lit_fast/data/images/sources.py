@@ -32,6 +32,8 @@ def identify(source: Source) -> Source:
     Raises:
       UserError: the file cannot be read, or is neither a regular file nor a directory.
     """
+    if is_remote_directory(source):
+        return source
     size, etag = size_and_etag(source.path)
     found = replace(source, bytes=size, etag=etag, modified=0, digest="")
     if not size or etag:
@@ -89,16 +91,32 @@ def find_change(source: Source) -> str:
     Raises:
       UserError: it cannot be read.
     """
+    if is_remote_directory(source):
+        return ""
     size, etag = size_and_etag(source.path)
     if size != source.bytes:
         return f"has {size} bytes, but had {source.bytes} when it was indexed"
     if etag != source.etag:
         return "is another file than when it was indexed (its ETag changed)"
-    if not source.digest or (source.modified and _modified(source.path) == source.modified):
+    if etag or (source.modified and _modified(source.path) == source.modified):
         return ""
-    if _digest(source.path, size) != source.digest:
+    return find_other_content(source)
+
+
+def find_other_content(source: Source) -> str:
+    """Compare a file of the recorded size with the recorded digest; return the difference, "" without any.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    if source.digest and _digest(source.path, source.bytes) != source.digest:
         return "has other content than when it was indexed"
     return ""
+
+
+def is_remote_directory(source: Source) -> bool:
+    """Whether a source is a directory of images at a URL, to which it was relocated: there is no file to compare."""
+    return not source.bytes and source.kind == "folder" and is_url(source.path)
 
 
 def _modified(path: str) -> int:

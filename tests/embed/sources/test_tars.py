@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.sources import tars
-from lit_fast.embed.sources.interface import JUNK, Columns, Damage, Note, Sample, Skipped
+from lit_fast.embed.sources.interface import JUNK, Columns, Damage, Guess, Note, Sample, Skipped
 from lit_fast.errors import UserError
 from tests.helpers import samples, tar_bytes, write_tar
 
@@ -28,6 +28,7 @@ class Found:
     left_out: list[tuple[str, str]]
     damage: str
     notes: list[str]
+    guesses: list[str]
 
 
 def read_tar(path: Path, options: Columns | None = None) -> Found:
@@ -37,6 +38,7 @@ def read_tar(path: Path, options: Columns | None = None) -> Found:
         [(i.key, i.reason) for i in found if isinstance(i, Skipped)],
         "".join(i.description for i in found if isinstance(i, Damage)),
         [i.text for i in found if isinstance(i, Note)],
+        [i.text for i in found if isinstance(i, Guess)],
     )
 
 
@@ -252,7 +254,7 @@ def test_a_suffix_of_several_parts_is_one_where_an_option_names_it(tmp_path: Pat
     assert pairs(path, options) == {"0": (b"right", ("text",))}
     assert [row[4] for row in found.rows] == [7]
     assert found.left_out == []  # left.jpg is of the row
-    assert "members with .jpg belong to rows" in found.notes[0]
+    assert found.guesses == ["not used = members with .jpg beside images"]
 
 
 def test_of_members_with_one_name_the_last_counts(tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_members_that_are_not_used_are_counted_or_named(tmp_path: Path) -> None:
     assert [key for key, *_ in found.rows] == ["a"]
     want = [("d/Thumbs.db", JUNK), ("._a.jpg", JUNK), (".txt", JUNK), ("README", other), ("b.npy", other)]
     assert found.left_out == want
-    assert found.notes == [f"{tmp_path}/0.tar: members with .npy belong to rows and are not used"]
+    assert found.guesses == ["captions = txt", "not used = members with .npy beside images"]
 
 
 def test_a_json_that_cannot_be_read_beside_a_text_is_noted(tmp_path: Path) -> None:
