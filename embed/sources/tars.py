@@ -37,7 +37,7 @@ from lit_fast.embed.sources.interface import (
     is_utf8,
 )
 from lit_fast.embed.sources.tar_members import ArchiveEnd, TarDamage, read_members
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import is_junk, parent
 
@@ -89,7 +89,7 @@ def read_tar(path: str, options: Columns) -> Iterator[Item]:
             _refuse_compressed(path, file.read(6))
             yield from _TarReader(path, options).read(file)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
 
 
 class _TarReader:
@@ -164,7 +164,7 @@ class _TarReader:
         return row, skipped
 
     def _split(self, name: str) -> tuple[str, str]:
-        """Return the key and the suffix in lower case; ("", "") if there is no suffix."""
+        """Return the key and the suffix in lower case, which is "" if there is none."""
         base = name.rpartition("/")[2]
         for suffix in self._long:
             if base.lower().endswith(suffix) and len(base) > len(suffix):
