@@ -20,6 +20,7 @@ def index(parser: argparse.ArgumentParser) -> Run:
     Images are not copied: sources must stay where they are, unchanged. After they have moved, --relocate connects
     the dataset to them again. Rows are shuffled once, by the seed; their order never changes.
 
+    In a tar, files whose names are equal up to the last dot are one row; the last file of a name counts.
     A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
     format, images with x.txt or x.json beside x.jpg (img2dataset's `files`), or one folder of images per class.
     Rows of a table with the same image file become one row with all captions, if they are near each other; later
