@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from lit_fast.config import CheckpointConfig
-from lit_fast.errors import UserError, first_line
+from lit_fast.errors import UserError, first_line, os_reason
 from lit_fast.runs.checkpoint import abstract, open_manager, restore_last, save
 from lit_fast.storage.paths import StrPath
 from lit_fast.train.optimizer import evaluation_params
 from lit_fast.train.step import State
 
-# TensorStore's errors end with that of the operating system.
-_REASON = re.compile(r": ([^:]+) \[os_error_code")
+# TensorStore's errors name the file first and end with the reason of the operating system.
+_FILE, _REASON = re.compile(r'"(/[^"]+)"'), re.compile(r": ([^:]+) \[os_error_code")
 
 
 class Checkpoints:
@@ -76,10 +76,11 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # Orbax passes TensorStore's errors on
-            found = _REASON.search(str(error))
-            reason = found[1] if found else first_line(error)
+            file, reason = _FILE.search(str(error)), _REASON.search(str(error))
+            text = os_reason(error) if isinstance(error, OSError) else first_line(error)
             raise UserError(
-                f"{self._manager.directory} cannot be written: {reason}; fix the cause, then rerun the same command"
+                f"{file[1] if file else getattr(error, 'filename', '') or self._manager.directory} cannot be written: "
+                f"{reason[1] if reason else text}; fix the cause, then rerun the same command"
             ) from None
 
 
