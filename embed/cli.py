@@ -20,9 +20,13 @@ def index(parser: argparse.ArgumentParser) -> Run:
     Images are not copied: sources must stay where they are, unchanged. After they have moved, --relocate connects
     the dataset to them again. Rows are shuffled once, by the seed; their order never changes.
 
+    In a tar, files whose names are equal up to the last dot are one row; the last file of a name counts.
     A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
-    format, or one folder of images per class. Rows of a table with the same image file become one row with all
-    captions, if they are near each other; later repeats, and any repeated key, are skipped and counted.
+    format, images with x.txt or x.json beside x.jpg (img2dataset's `files`), or one folder of images per class.
+    Rows of a table with the same image file become one row with all captions, if they are near each other; later
+    repeats, and any repeated key, are skipped and counted.
+    Hidden files and leftovers of other programs (__MACOSX, Thumbs.db, @eaDir, ...) are skipped.
+    Folders named by ImageNet's WordNet ids (n01440764) get its class names and the 80 prompt templates.
     noise:1024 is 1024 images of uniform random noise, for the key stream.noise of a training.
 
     CLIP_benchmark's evaluation sets: the directory or URL/ of one, or wds:NAME, which is downloaded from the
@@ -58,6 +62,16 @@ def index(parser: argparse.ArgumentParser) -> Run:
         metavar="DIR",
         help="directory that image paths are relative to (default: the table's)",
     )
+    add(
+        "--classnames",
+        metavar="FILE",
+        help="names of the classes: one per line, or a folder's name, a tab and the class name; '' keeps the sources'",
+    )
+    add(
+        "--templates",
+        metavar="FILE",
+        help="prompt templates, one per line with {c} for the name; '' for none",
+    )
     add("--append", action="store_true", help="add the rows of new sources to the dataset")
     add(
         "--relocate",
@@ -77,6 +91,7 @@ def index(parser: argparse.ArgumentParser) -> Run:
             return
         if not args.out:
             parser.error("the following arguments are required: --out")
+        from lit_fast.embed.class_names import ClassOptions
         from lit_fast.embed.index import index_dataset
         from lit_fast.embed.sources.interface import Columns
 
@@ -87,7 +102,10 @@ def index(parser: argparse.ArgumentParser) -> Run:
             images=args.images,
             declined=tuple(role for role, value in given.items() if value is not None and not value),
         )
-        index_dataset(args.source, args.out, seed=args.seed, options=options, append=args.append)
+        classes = ClassOptions(args.classnames, args.templates)
+        index_dataset(
+            args.source, args.out, seed=args.seed, options=options, append=args.append, classes=classes
+        )
 
     return run
 
@@ -121,11 +139,13 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     add("--shard-of", type=_share, metavar="I/N", help=share)
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.cli.options import enable_compilation_cache
+        from lit_fast.cli.options import start_jax
         from lit_fast.data.images.decode import MAX_PIXELS
         from lit_fast.embed.extract import embed_dataset
+        from lit_fast.runtime import process_rank
 
-        enable_compilation_cache()
+        share = args.shard_of or process_rank()
+        start_jax()
         embed_dataset(
             args.dataset,
             args.tower,
@@ -140,7 +160,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
             workers=args.workers,
             dtype=args.dtype,
             max_pixels=args.max_pixels or MAX_PIXELS,
-            share=args.shard_of,
+            share=share,
         )
 
     return run

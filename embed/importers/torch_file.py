@@ -6,7 +6,7 @@ import pickle
 from typing import Any
 
 from lit_fast.data.features import BFLOAT16
-from lit_fast.errors import UserError, first_line
+from lit_fast.errors import UserError, first_line, os_reason
 from lit_fast.storage.files import local_path
 from lit_fast.storage.paths import StrPath
 
@@ -51,7 +51,7 @@ def read_torch_file(path: StrPath) -> Any:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or first_line(error)}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than tensors in lists and dicts and is not unpickled; save the features alone with "

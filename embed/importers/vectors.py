@@ -16,7 +16,7 @@ from lit_fast.data.features import BFLOAT16
 from lit_fast.data.images.parquet import ERRORS
 from lit_fast.embed.importers.torch_file import read_torch_file
 from lit_fast.embed.sources.columns import require_column, some
-from lit_fast.errors import UserError, first_line
+from lit_fast.errors import UserError, first_line, os_reason
 from lit_fast.storage.files import is_file, local_path, open_read, size
 from lit_fast.storage.paths import is_url, suffix
 
@@ -242,7 +242,7 @@ def _read_npy(path: str) -> np.ndarray:
     try:
         array = np.lib.format.open_memmap(local_path(path), mode="r")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
     except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(f"{path} is damaged or is not an .npy file of numbers: {first_line(error)}") from None
     if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 2 or not array.shape[1]:

@@ -16,7 +16,7 @@ import numpy as np
 from lit_fast.data.dataset import BLOCK, Dataset, decode_block, decode_captions
 from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.errors import UserError
-from lit_fast.utils.system import cpu_count
+from lit_fast.storage.machine import cpu_count
 
 _IN_FLIGHT = 16  # blocks whose results are awaited
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from functools import cache, lru_cache
 from urllib.parse import quote
 
@@ -12,7 +13,7 @@ from lit_fast.data.images.noise import DEFAULT_SIZE, noise_image
 from lit_fast.data.images.parquet import ParquetImages
 from lit_fast.data.images.sources import check_source
 from lit_fast.data.images.tf_examples import ExampleImages, image_of_example
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import file_status, is_directory, read_range, read_whole
 from lit_fast.storage.paths import is_url, join
 
@@ -80,8 +81,10 @@ class ImageReader:
                         f"{self._dataset.path} was imported as features and has no images; index them"
                     )
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # nothing is wrong with the file
+                raise
             raise UserError(
-                f"{error.filename or source.path} cannot be read: {error.strerror or error}; restore it, then rerun "
+                f"{error.filename or source.path} cannot be read: {os_reason(error)}; restore it, then rerun "
                 "the command"
             ) from None
         raise UserError(f"{self._dataset.path} has a source of unknown kind {source.kind!r}; update lit-fast")

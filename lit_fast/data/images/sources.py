@@ -9,7 +9,7 @@ from dataclasses import replace
 from lit_fast.data.dataset import Dataset, Source
 from lit_fast.data.images.fingerprint import file_digest
 from lit_fast.data.images.noise import is_noise
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage import files as storage
 from lit_fast.storage.files import file_status, is_directory
 from lit_fast.storage.paths import ELSEWHERE, is_url, parent
@@ -132,4 +132,4 @@ def _digest(path: str, size: int) -> str:
     try:
         return file_digest(path, size)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
