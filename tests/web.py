@@ -186,12 +186,13 @@ class Hub(Server):
         repository = f"{asked['type']}s/{asked['organization']}/{asked['name']}"
         if not authorized or self.refused:
             return Answer(b"{}", status=self.refused or 401)
+        url = f"{self.url}/{repository}"
         if repository in self.repositories:
-            return Answer(b"{}", status=409)
+            return Answer(json.dumps({"error": "exists", "url": url}).encode(), status=409)
         self.repositories[repository] = {".gitattributes": b"*.bin filter=lfs"}
         if asked.get("visibility") == "private":
             self.private.add(repository)
-        return _json({"url": f"{self.url}/{repository}"})
+        return _json({"url": url})
 
     def _api(
         self, repository: str, files: dict[str, bytes], commit: str, rest: list[str], body: bytes

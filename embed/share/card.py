@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
 from lit_fast.data.dataset import Dataset
 from lit_fast.data.features import Features
 from lit_fast.data.tokens import Tokens
-from lit_fast.embed.share.contents import Places
+from lit_fast.embed.share.contents import Places, absent_images
 from lit_fast.storage.paths import ELSEWHERE, name, parent
 from lit_fast.utils.format import format_bytes
 
@@ -32,7 +33,7 @@ def write_card(
       licence: an identifier as the Hub has them, "" = unknown.
     """
     own = repository.rpartition("/")[2]
-    local = sorted({p for s in dataset.sources if (p := places.hide(s.path)).startswith(ELSEWHERE)})
+    absent = absent_images([places.hide_source(source) for source in dataset.sources])
     lines = [
         "---",
         f"license: {licence or 'unknown'}",
@@ -76,13 +77,13 @@ def write_card(
     if dataset.left_out:
         lines += ["", "Rows of the sources that are not in the dataset:", ""]
         lines += [f"- {count:,}: {_plain(reason)}" for reason, count in dataset.left_out.items()]
-    if local:
+    if absent:
         lines += [
             "",
             f"`{ELSEWHERE}N/...` are files of the machine that pushed the dataset. Whoever has them connects them, and",
             "can then embed the images with another tower:",
             "",
-            f"    lit-fast index --relocate {parent(local[0])}=DIRECTORY {own}",
+            f"    lit-fast index --relocate {absent[0]}=DIRECTORY {own}",
         ]
     lines += [
         "",
@@ -98,22 +99,23 @@ def write_card(
 def _choice(features: Sequence[Features], tokens: Sequence[Tokens]) -> str:
     """Return the options that choose a store where there are several."""
     tower = f" --tower {features[0].tower}" if len(features) > 1 else ""
-    return tower + (f" --tokenizer {tokens[0].name}" if len(tokens) > 1 else "")
+    return tower + (f" --tokenizer {shlex.quote(tokens[0].name)}" if len(tokens) > 1 else "")
 
 
 def _sources(dataset: Dataset, places: Places) -> list[str]:
     counts, sizes, first = Counter[str](), Counter[str](), dict[str, str]()
     for source in dataset.sources:
         path = places.hide(source.path)
-        place = f"{parent(path)}/" if "/" in path else path
+        place = f"{parent(path)}/" if path.count("/") > 2 else path
         counts[place] += 1
         sizes[place] += source.bytes
         first.setdefault(place, name(path))
     lines = []
     for place, count in list(counts.items())[:_SHOWN]:
-        files = f"{count:,} files, first" if count > 1 else "file"
+        files = f": {count:,} files, first {_plain(first[place])}" if count > 1 else ""
+        files = files or (f": {_plain(first[place])}" if place.endswith("/") else "")
         size = f", {format_bytes(sizes[place])}" if sizes[place] else ""
-        lines.append(f"- {_plain(place)} ({files} {_plain(first[place])}{size})")
+        lines.append(f"- {_plain(place)}{files}{size}")
     if len(counts) > _SHOWN:
         lines.append(f"- and {len(counts) - _SHOWN:,} more places")
     return lines

@@ -7,6 +7,7 @@ The path of a local source becomes `elsewhere://N/NAME`: N numbers the directori
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,9 +29,11 @@ class Places:
 
     @classmethod
     def of(cls, dataset: Dataset) -> Places:
-        """Number the directories of a dataset's sources in their order."""
-        found = [d for s in dataset.sources for d in (parent(s.path), s.images) if d.startswith("/")]
-        return cls({directory: number for number, directory in enumerate(dict.fromkeys(found), 1)})
+        """Number the directories of a dataset's sources in their order, after numbers that it was pulled with."""
+        places = [place for s in dataset.sources for place in (parent(s.path), s.images)]
+        local = dict.fromkeys(place for place in places if place.startswith("/"))
+        pulled = [int(m[1]) for p in places if (m := re.match(rf"{ELSEWHERE}(\d{{1,9}})(/|$)", p))]
+        return cls({directory: number for number, directory in enumerate(local, 1 + max(pulled, default=0))})
 
     def hide(self, location: str) -> str:
         """Return a path or URL as it is pushed; other texts are unchanged."""
@@ -60,6 +63,12 @@ class Places:
         if isinstance(value, list):
             return [self.hide_all(item) for item in value]
         return self.hide(value) if isinstance(value, str) else value
+
+
+def absent_images(sources: Sequence[Source]) -> list[str]:
+    """Return the places of the images that only another machine has, of sources as they were pushed."""
+    found = (s for s in sources if s.kind != "features" and s.path.startswith(ELSEWHERE))
+    return sorted({s.path if s.path.count("/") == 2 else parent(s.path) for s in found})
 
 
 def dataset_files(

@@ -16,6 +16,7 @@ from dataclasses import replace
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import open_features, stored_towers
 from lit_fast.data.tokens import open_tokens, stored_tokenizers
+from lit_fast.embed.share.contents import absent_images
 from lit_fast.embed.share.manifest import MAX_BYTES, NAME, Manifest, decode_manifest
 from lit_fast.embed.verify.features import verify_features
 from lit_fast.embed.verify.records import verify_records
@@ -37,7 +38,7 @@ from lit_fast.storage.files import (
 from lit_fast.storage.hub import AbsentError, Snapshot
 from lit_fast.storage.hub_dataset import FileDigest, HubDataset, remove_download_records
 from lit_fast.storage.lock import InUseError, Lock
-from lit_fast.storage.paths import ELSEWHERE, StrPath, absolute, join, name, parent
+from lit_fast.storage.paths import StrPath, absolute, join, name, parent
 from lit_fast.utils.format import format_bytes
 from lit_fast.utils.output import result, status
 from lit_fast.utils.progress import Progress
@@ -190,7 +191,9 @@ def _check_dataset(partial: str, manifest: Manifest, out: str, repository: str) 
         open_tokens(_at(dataset, partial), tokenizer).tokenizer()
     for finding in findings:
         if finding.wrong:
-            raise UserError(f"{repository} is damaged in its {finding.part}: {finding.what}; ask its owner")
+            raise UserError(
+                f"{repository} is damaged in its {finding.part}: {finding.what}; ask its owner, and delete {partial}"
+            )
     return dataset
 
 
@@ -219,8 +222,7 @@ def _report(dataset: Dataset, manifest: Manifest, out: str, origin: str) -> None
     )
     if towers and not tokenizers and not stored_tokenizers(_at(dataset, out)):
         result(f"make tokens with: lit-fast tokenize {shlex.quote(out)} --train-vocab 32000")
-    elsewhere = sorted({parent(s.path) for s in dataset.sources if s.path.startswith(ELSEWHERE)})
-    if elsewhere:
+    if elsewhere := absent_images(dataset.sources):
         more = f" and {len(elsewhere) - 1} more" if len(elsewhere) > 1 else ""
         result(
             f"its images are not here: whoever has those of {elsewhere[0]}{more} connects them with: lit-fast index "

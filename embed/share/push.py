@@ -6,6 +6,7 @@ repository has are skipped: if the command is interrupted, the same command cont
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from lit_fast.data.dataset import SHARD, Dataset, open_dataset
@@ -26,7 +27,7 @@ from lit_fast.utils.progress import Progress
 _GROUP_FILES = 100  # in a commit
 _GROUP_BYTES = 4 << 30
 
-_LAST = ("dataset.json", "README.md", NAME)  # in the last commit
+_LAST = ("dataset.json", NAME)  # in the last commit
 
 
 def push_dataset(
@@ -50,11 +51,18 @@ def push_dataset(
       UserError: a store is incomplete, the repository is public or holds another dataset, or the Hub refuses.
     """
     hub = HubDataset(repository, "pushed")
+    if licence and not re.fullmatch(r"[\w.+-]{1,100}", licence, re.ASCII):
+        raise UserError(
+            f"--license {licence!r} is not the name of a licence; give one like cc-by-4.0, or other"
+        )
     dataset = open_dataset(path)
     features, tokens = _choose_features(dataset, towers), _choose_tokens(dataset, tokenizers)
     places = Places.of(dataset)
     files = dataset_files(dataset, features, tokens, places)
-    hub.create(public)
+    _note_paths_in_keys(dataset)
+    is_public = hub.create(public)
+    if public and not is_public:
+        status(f"note: {repository} exists and stays private; change this at {hub.address}/settings")
     there = hub.files()
     before = _pushed_before(hub, there, dataset)
     digests = _digests(files)
@@ -74,11 +82,13 @@ def push_dataset(
     total = sum(digests[name].size for name in new)
     status(
         f"push {len(new):,} of {len(files):,} files, {format_bytes(total)}, to {hub.address}"
-        f" ({'public' if public else 'private'})"
+        f" ({'public' if is_public else 'private'})"
     )
     progress = Progress("push", total // 1_000_000, "MB")
     done = 0
-    for group in _groups([name for name in new if name not in _LAST], digests):
+    # The card first: the Hub refuses it if it does not know the licence.
+    early = sorted((name for name in new if name not in _LAST), key=lambda name: name != "README.md")
+    for group in _groups(early, digests):
         hub.commit({name: files[name] for name in group}, [], "Upload with lit-fast push")
         done += sum(digests[name].size for name in group)
         progress.advance(done // 1_000_000 - progress.done)
@@ -119,6 +129,15 @@ def _choose_tokens(dataset: Dataset, names: Sequence[str] | None) -> list[Tokens
         except UserError as error:
             status(f"note: tokens {name} are not pushed: {error}")
     return stores
+
+
+def _note_paths_in_keys(dataset: Dataset) -> None:
+    """Print a note if keys of rows are absolute paths, which cannot be replaced."""
+    keys = next(dataset.iter_blocks()).keys if dataset.blocks else []
+    if paths := [key for key in keys if key.startswith("/")]:
+        status(
+            f"note: the keys of the rows are paths of this machine and are pushed as they are ({paths[0]})"
+        )
 
 
 def _digests(files: dict[str, str | bytes]) -> dict[str, FileDigest]:

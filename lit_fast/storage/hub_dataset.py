@@ -92,8 +92,8 @@ class HubDataset:
 
         return f"{constants.ENDPOINT}/datasets/{self.name}"
 
-    def create(self, public: bool) -> None:
-        """Make the repository, unless it exists.
+    def create(self, public: bool) -> bool:
+        """Make the repository, unless it exists; return whether it is public.
 
         Raises:
           UserError: it exists and is public although `public` is False.
@@ -103,6 +103,7 @@ class HubDataset:
             is_private = self._api().dataset_info(self.name).private
         if not public and not is_private:
             raise UserError(f"{self.name} is public; give --public to push there, or choose another name")
+        return not is_private
 
     def commit_of(self, revision: str) -> str:
         """Return the commit of a branch, tag or commit."""

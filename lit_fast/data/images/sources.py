@@ -68,9 +68,10 @@ def check_source(source: Source, dataset: str) -> None:
             f"{dataset} was imported as features and has no images; to embed them, index the images as a dataset"
         )
     if source.path.startswith(ELSEWHERE):
+        place = source.path if source.path.count("/") == 2 else parent(source.path)
         raise UserError(
             f"the images of {dataset} are not here, since it was pulled without them (source {source.path}); connect "
-            f"them with: lit-fast index --relocate {parent(source.path)}=DIRECTORY {dataset}"
+            f"them with: lit-fast index --relocate {place}=DIRECTORY {dataset}"
         )
     try:
         change = find_change(source)
