@@ -243,7 +243,7 @@ def _read_npy(path: str) -> np.ndarray:
         array = np.lib.format.open_memmap(local_path(path), mode="r")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
-    except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError) as error:
+    except Exception as error:  # NumPy parses the header with Python's tokenizer, which raises many kinds
         raise UserError(f"{path} is damaged or is not an .npy file of numbers: {first_line(error)}") from None
     if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 2 or not array.shape[1]:
         raise UserError(f"{path} holds {array.dtype} {list(array.shape)}; features are floats [n, width]")

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import open_dataset
 from lit_fast.data.features import embed_command, open_features
+from lit_fast.embed import import_rows
 from lit_fast.embed.importers.parts import relative
 from lit_fast.embed.importers.vectors import open_vectors
 from lit_fast.errors import UserError
@@ -180,6 +181,43 @@ def test_table_with_other_keys_than_the_features_is_refused(tmp_path, capsys):
     assert "t.csv has 'c' in key, row 2, where the features have 'b' in key" in error(capsys)
 
 
+def test_captions_of_a_dataset_are_those_of_its_rows(tmp_path, capsys):
+    given = [(f"k{i}", v, [f"a {i}", f"b {i}"]) for i, v in enumerate(vectors(5))]
+    import_rows(given, tmp_path / "one", tower="t")
+    np.save(tmp_path / "x.npy", vectors(5, seed=1))
+    assert imports(tmp_path / "d", tmp_path / "x.npy", table=tmp_path / "one") == 0
+    assert stored(tmp_path / "d")[:2] == stored(tmp_path / "one")[:2]
+    assert imports(tmp_path / "e", tmp_path / "x.npy", table=tmp_path / "one", captions="text") == 2
+    assert "has no columns that options could name" in error(capsys)
+    np.save(tmp_path / "x.npy", vectors(6, seed=1))
+    assert imports(tmp_path / "e", tmp_path / "x.npy", table=tmp_path / "one") == 2
+    assert "one has 5 rows, but" in error(capsys)
+
+
+def mutated(data, draw):
+    """Bytes with some flipped, and perhaps the end cut off."""
+    changed = bytearray(data)
+    for position in draw(st.lists(st.integers(0, len(changed) - 1), min_size=1, max_size=4)):
+        changed[position] = draw(st.integers(0, 255))
+    return bytes(changed[: draw(st.sampled_from([len(data), len(data) // 2, len(data) - 1]))])
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_damaged_files_give_one_line_or_vectors(tmp_path_factory, data):
+    suffix, whole = data.draw(st.sampled_from([(".npy", NPY), (".safetensors", SAFETENSORS)]))
+    path = tmp_path_factory.getbasetemp() / f"mutated{suffix}"
+    path.write_bytes(mutated(whole, data.draw))
+    try:
+        opened = open_vectors(str(path))
+        if opened.shape.rows:
+            rows = np.arange(min(opened.shape.rows, 50))
+            values, _ = opened.read(rows)
+            assert values.shape == (len(rows), opened.shape.width)
+    except UserError as damage:
+        assert "\n" not in str(damage)  # noqa: PT017
+
+
 def npy(x):
     buffer = io.BytesIO()
     np.save(buffer, x, allow_pickle=True)
@@ -196,6 +234,9 @@ def safetensors(**tensors):
     from safetensors.numpy import save
 
     return save(tensors)
+
+
+NPY, SAFETENSORS = npy(vectors(20)), safetensors(a=vectors(20), b=np.arange(4))
 
 
 @pytest.mark.parametrize(
