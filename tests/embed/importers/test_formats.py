@@ -114,6 +114,27 @@ def test_parquet_vectors_equal_the_written_ones_for_any_rows(tmp_path_factory, d
         np.testing.assert_array_equal(values[whole], x[wanted[whole]])
 
 
+def test_flipped_bit_of_a_parquet_footer_gives_one_line_or_the_rows_that_were_written(tmp_path):
+    x, path, opened = vectors(12), tmp_path / "x.parquet", 0
+    table = pa.table({"v": column(x, KINDS["fixed"])})
+    pq.write_table(table, path, row_group_size=5, compression="none", store_schema=False)
+    whole = path.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")
+    for position in range(len(whole) - 8 - footer, len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 2]) + whole[position + 1 :])
+        try:
+            found = open_vectors(str(path))
+            values, reasons = found.read(np.arange(found.shape.rows))
+        except UserError as damage:
+            assert "\n" not in str(damage)  # noqa: PT017
+            continue
+        opened += 1
+        assert found.shape.rows == 12
+        whole_rows = [i for i in range(12) if i not in reasons]
+        np.testing.assert_array_equal(values[whole_rows], x[whole_rows])
+    assert opened
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, BFLOAT16])
 def test_safetensors_file_becomes_features(dtype, tmp_path, capsys):
     x = vectors(30, dtype)
@@ -254,6 +275,7 @@ NPY, SAFETENSORS = npy(vectors(20)), safetensors(a=vectors(20), b=np.arange(4))
         ({"a.parquet": parquet(x=[[1, 2]])}, "no column of lists of floats"),
         ({"a.parquet": parquet(x=[[1.0]], y=[[1.0]])}, "name one with --features"),
         ({"a.parquet": parquet(x=pa.array([None, []], KINDS["list"]))}, "no vector in x"),
+        ({"a.npy": npy(np.zeros((1, 70_000)))}, "70,000 numbers a row; features have at most 65,536"),
         ({"a.parquet": parquet(x=[[1.0]])[:-9]}, "is damaged or is not a parquet file"),
         ({"a.txt": b""}, "holds no features"),
     ],
