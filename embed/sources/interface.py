@@ -32,6 +32,7 @@ class Columns:
     language: str = ""
     images: str = ""  # directory of the image files; an option only
     declined: tuple[str, ...] = ()  # roles whose column is not guessed; an option only
+    lists: bool = False  # captions are lists written as text; of a source only
 
     def names(self) -> list[str]:
         """Return all columns but the image's, each once."""
@@ -65,6 +66,7 @@ class Sample:
     label: int = -1
     languages: tuple[str, ...] = ()
     check: int = 0
+    dropped: str = ""  # why the label is not used, for the report
 
 
 @dataclass(frozen=True, slots=True)

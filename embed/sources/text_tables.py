@@ -38,7 +38,7 @@ MAX_LINE = 16 << 20  # characters
 MAX_JSON = 1 << 30  # characters of a file that is one JSON value or whose objects span lines
 
 _HEAD = 1 << 16  # bytes from which the encoding is guessed
-_UNZIP: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+_UNZIP: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
@@ -313,7 +313,8 @@ def _separator(line: str, known: Collection[str]) -> str:
         names = {field.strip().strip('"').lower() for field in fields}
         return sum(name in known or is_image_name(name) for name in names), len(fields)
 
-    return max(_SEPARATORS, key=score)  # the first of equal ones
+    best = max(_SEPARATORS, key=score)  # the first of equal ones
+    return best if best in line else ","
 
 
 def _split(line: str, separator: str) -> list[str]:
@@ -422,12 +423,21 @@ class _Records:
         return self._encloses_rows(fields)
 
     def _encloses_rows(self, fields: list[str]) -> bool:
-        """Whether a line after the first of a record looks like a row: it has an image where the record has one."""
+        """Whether a line of a record looks like a row by itself: it has an image where the record has one.
+
+        In the first line this is natural for the fields before the quote that opens there, in the last line for those
+        behind the quote that closes there.
+        """
+        several = [i for i, field in enumerate(fields) if "\n" in field or "\r" in field]
         images = [i for i, field in enumerate(fields) if is_image_name(field)]
-        for line in self._read[1:]:
-            own = _split(line, self._separator)
-            if len(own) == len(fields) and any(is_image_name(own[i]) for i in images):
-                return True
+        for number, line in enumerate(self._read):
+            own = line.rstrip("\r\n").split(self._separator) if number == 0 else _split(line, self._separator)
+            for i in images if len(own) == len(fields) else ():
+                is_natural = (number == 0 and i <= min(several, default=0)) or (
+                    number == len(self._read) - 1 and i >= max(several, default=0)
+                )
+                if not is_natural and is_image_name(own[i]):
+                    return True
         return False
 
     def _opening(self) -> str:
