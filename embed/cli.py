@@ -20,9 +20,12 @@ def index(parser: argparse.ArgumentParser) -> Run:
     Images are not copied: sources must stay where they are, unchanged. After they have moved, --relocate connects
     the dataset to them again. Rows are shuffled once, by the seed; their order never changes.
 
+    In a tar, files whose names are equal up to the last dot are one row; the last file of a name counts.
     A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
-    format, or one folder of images per class. Rows of a table with the same image file become one row with all
-    captions, if they are near each other; later repeats, and any repeated key, are skipped and counted.
+    format, images with x.txt or x.json beside x.jpg (img2dataset's `files`), or one folder of images per class.
+    Rows of a table with the same image file become one row with all captions, if they are near each other; later
+    repeats, and any repeated key, are skipped and counted.
+    Hidden files and leftovers of other programs (__MACOSX, Thumbs.db, @eaDir, ...) are skipped.
     Folders named by ImageNet's WordNet ids (n01440764) get its class names and the 80 prompt templates.
     noise:1024 is 1024 images of uniform random noise, for the key stream.noise of a training.
 
@@ -62,7 +65,7 @@ def index(parser: argparse.ArgumentParser) -> Run:
     add(
         "--classnames",
         metavar="FILE",
-        help="names of the classes: one per line, or lines of a folder's name and a class name; '' keeps the sources'",
+        help="names of the classes: one per line, or a folder's name, a tab and the class name; '' keeps the sources'",
     )
     add(
         "--templates",

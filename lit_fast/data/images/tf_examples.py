@@ -85,11 +85,15 @@ def open_records(path: str) -> ArrayRecordReader:
 
     Raises:
       UserError: the file is remote.
-      ValueError, RuntimeError: it is not an array_record file.
+      ValueError, RuntimeError: it is not an array_record file, is cut off, or has data behind its end.
     """
     if is_url(path):
         raise UserError(f"{path}: array_record files are read from a local disk only; copy it first")
-    return ArrayRecordReader(local_path(path), "readahead_buffer_size:0,max_parallelism:0")
+    reader = ArrayRecordReader(local_path(path), "readahead_buffer_size:0,max_parallelism:0")
+    if not reader.ok():  # it would have no records
+        reader.close()  # raises the reason
+        raise ValueError("it cannot be opened")
+    return reader
 
 
 def image_of_example(record: bytes, feature: str) -> bytes:
