@@ -91,9 +91,7 @@ class RowReader:
             yield list(group.values())
         progress.close()
         for reason, count in self._dropped.items():
-            self.notes.append(
-                f"{count:,} rows have captions and no usable label, which is left out: {reason}"
-            )
+            self.notes.append(f"{count:,} rows were taken without one value: {reason}")
 
     def _rows(self, number: int) -> Iterator[Row]:
         source, guesses = self.sources[number], list[str]()

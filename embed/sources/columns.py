@@ -82,7 +82,7 @@ class ParsedRow(NamedTuple):
     languages: tuple[str, ...] = ()  # empty, or one per caption
     label: int = -1  # -1 = none
     problem: str = ""  # why this cannot be a row
-    dropped: str = ""  # why its label is not used
+    dropped: str = ""  # why its label, or one of several captions, is not used
 
     def item(
         self, key: str, offset: int, size: int, problem: str = "", name: str = "", check: int = 0
@@ -252,6 +252,7 @@ def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
     label, no_label = parse_label(value_of(values, columns.label)) if columns.label else (-1, "")
     language_values = value_of(values, columns.language) if columns.language else None
     found: list[tuple[str, str]] = []  # caption, language
+    dropped = no_label
     for language, column in columns.captions:
         texts = list(caption_texts(value_of(values, column), columns.lists))
         if columns.language and not language:
@@ -259,6 +260,9 @@ def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
         else:
             languages = [language] * len(texts)
         for (text, problem), code in zip(texts, languages, strict=True):
+            if problem == NOT_TEXT:
+                dropped = dropped or problem
+                continue
             if problem or not is_utf8(text) or not is_utf8(code):
                 return ParsedRow(problem=problem or NO_UTF8)
             if len(text) > MAX_CAPTION:
@@ -266,10 +270,10 @@ def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
             if text.strip():
                 found.append((text.strip(), code))
     if not found and label < 0:
-        return ParsedRow(problem=no_label or NO_TEXT)
+        return ParsedRow(problem=dropped or NO_TEXT)
     codes = tuple(code for _, code in found)
     texts_only = tuple(text for text, _ in found)
-    return ParsedRow(texts_only, codes if any(codes) else (), label, dropped=no_label)
+    return ParsedRow(texts_only, codes if any(codes) else (), label, dropped=dropped)
 
 
 def parse_key(value: Any) -> tuple[str, str]:
@@ -293,8 +297,8 @@ def parse_label(value: Any) -> tuple[int, str]:
         value = int(value)
     if isinstance(value, bytes | str):
         text = value.strip() if isinstance(value, bytes) else value.strip().encode("utf-8", "replace")
-        value = int(text) if re.fullmatch(rb"[0-9]{1,9}|-1", text) else None
-    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < 1_000_000_000:
+        value = int(text) if re.fullmatch(rb"[0-9]{1,9}", text) else None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1_000_000_000:
         return -1, NO_LABEL
     return value, ""
 

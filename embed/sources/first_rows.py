@@ -13,8 +13,9 @@ from lit_fast.errors import UserError
 
 FIRST_ROWS = 100
 
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)*")
 _UNLIKELY = {
-    "numbers": re.compile(r"[-+]?\d+([.,]\d+)*"),
+    "numbers": _NUMBER,
     "URLs": re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://\S+"),
     "paths": re.compile(r"\S*[/\\]\S*|\S+\.(?:jpe?g|png|webp|gif|bmp|txt|json)", re.IGNORECASE),
 }
@@ -32,7 +33,7 @@ def refine_columns(
     if labels and not any(number >= 0 for number, _ in labels.values()):
         if columns.captions and not options.label:
             columns = replace(columns, label="")
-        elif not columns.captions and all(problem for _, problem in labels.values()):
+        elif not columns.captions and not any(_NUMBER.fullmatch(label) for label in labels):
             raise UserError(
                 f"{where}: label {columns.label} has {_shown(labels)}, where a class number from 0 on is needed; "
                 "number the classes, and list their names in classnames.txt beside the file"

@@ -66,7 +66,7 @@ class Sample:
     label: int = -1
     languages: tuple[str, ...] = ()
     check: int = 0
-    dropped: str = ""  # why the label is not used, for the report
+    dropped: str = ""  # why its label, or one of several captions, is not used
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,13 @@ from lit_fast.embed.sources.columns import (
 from lit_fast.embed.sources.first_rows import FIRST_ROWS, describe_refinement, refine_columns
 from lit_fast.embed.sources.image_paths import clean_path, find_image, find_subdirectory, image_directory
 from lit_fast.embed.sources.interface import Columns, Damage, Guess, Item, Layout, Skipped
-from lit_fast.embed.sources.text_tables import Entry, Header, TableRow, is_image_name, read_entries
+from lit_fast.embed.sources.text_tables import (
+    Entry,
+    Header,
+    TableRow,
+    is_image_name,
+    read_entries,
+)
 from lit_fast.errors import UserError
 from lit_fast.storage.paths import name
 
@@ -49,7 +55,8 @@ def read_table(path: str, options: Columns) -> Iterator[Item]:
     if not rows:
         yield Layout("folder", images=directory)
         yield from (entry for entry in head if isinstance(entry, Skipped | Damage))
-        yield Damage(f"{path} has no rows")
+        if not any(isinstance(entry, Damage) for entry in head):
+            yield Damage(f"{path} has no rows")
         return
     header = next((entry for entry in head if isinstance(entry, Header)), None)
     chosen, names = _choose(path, options, header, rows)

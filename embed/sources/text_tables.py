@@ -118,6 +118,20 @@ def read_entries(path: str, known: Collection[str] = ()) -> Iterator[Entry]:
         )
 
 
+def is_json_table(path: str) -> bool:
+    """Whether a JSON file is an array, or has an object per line; not one that cannot be read."""
+    try:
+        with open_read(path) as file:
+            start = file.read(_HEAD)
+    except (UserError, OSError):
+        return False
+    text = start.decode(_encoding(start)[0], "replace").lstrip("\ufeff \t\r\n")
+    lines = [line for line in text.splitlines()[:100] if line.strip()]
+    return text.startswith("[") or (
+        len(lines) > 1 and isinstance(_parse_json(lines[0]), dict) and lines[1].startswith("{")
+    )
+
+
 def table_suffix(path: str) -> str:
     """Return the suffix of a table, without that of its compression: ".csv" for "x.csv.gz"."""
     found = suffix(path)
@@ -236,7 +250,8 @@ def _json_values(path: str, lines: _Lines) -> Iterator[Entry]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
-            yield Damage(f"{path} is not JSON after object {number}: the rest of it is not read")
+            rest = f" after object {number}: the rest of it is not read" if number else ""
+            yield Damage(f"{path} is not JSON{rest}")
             return
         for item in value if isinstance(value, list) else [value]:
             number += 1
