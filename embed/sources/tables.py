@@ -48,8 +48,22 @@ def read_table(path: str, options: Columns) -> Iterator[Item]:
     Raises:
       UserError: the file cannot be read, or lacks a column.
     """
+    known = KNOWN_COLUMNS | {column.lower() for column in _named(options)}
+    return table_rows(path, options, read_entries(path, known))
+
+
+def table_rows(path: str, options: Columns, entries: Iterator[Entry]) -> Iterator[Item]:
+    """Yield one row per row of a table; the caller merges repeats of an image.
+
+    Args:
+      path: of the table, beside the images.
+      options: those of the command.
+      entries: the header, if it has one, and the rows.
+
+    Raises:
+      UserError: the table lacks a column.
+    """
     directory = image_directory(options, path)
-    entries = read_entries(path, KNOWN_COLUMNS | {column.lower() for column in _named(options)})
     head = _first_rows(entries)
     rows = [entry.values for entry in head if isinstance(entry, TableRow)]
     if not rows:
@@ -76,7 +90,7 @@ def read_table(path: str, options: Columns) -> Iterator[Item]:
         for entry in head:
             if isinstance(entry, TableRow):
                 image = find_image(directory, _image_of(entry.values, columns), default_suffix)
-                yield image.item(parse_row(entry.values, columns), f"line {entry.line}")
+                yield image.item(parse_row(entry.values, columns), entry.name)
             elif not isinstance(entry, Header):
                 yield entry
         head = _first_rows(entries)

@@ -62,9 +62,15 @@ _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 class TableRow(NamedTuple):
     """One row of a table."""
 
-    line: int  # of its begin, from 1 on; of JSON that spans lines, the number of the object
+    number: int  # of its first line, from 1 on; of the object in JSON that spans lines
     values: dict[str, Any]
     lines: int = 1
+    unit: str = "line"
+
+    @property
+    def name(self) -> str:
+        """Name of the row for messages."""
+        return f"{self.unit} {self.number}"
 
 
 class Header(NamedTuple):
@@ -118,8 +124,8 @@ def read_entries(path: str, known: Collection[str] = ()) -> Iterator[Entry]:
         )
 
 
-def is_json_table(path: str) -> bool:
-    """Whether a JSON file is an array, or has an object per line; not one that cannot be read."""
+def is_json_lines(path: str) -> bool:
+    """Whether a JSON file has an object per line; not one that cannot be read."""
     try:
         with open_read(path) as file:
             start = file.read(_HEAD)
@@ -127,9 +133,7 @@ def is_json_table(path: str) -> bool:
         return False
     text = start.decode(_encoding(start)[0], "replace").lstrip("\ufeff \t\r\n")
     lines = [line for line in text.splitlines()[:100] if line.strip()]
-    return text.startswith("[") or (
-        len(lines) > 1 and isinstance(_parse_json(lines[0]), dict) and lines[1].startswith("{")
-    )
+    return len(lines) > 1 and isinstance(_parse_json(lines[0]), dict) and lines[1].startswith("{")
 
 
 def table_suffix(path: str) -> str:
@@ -256,7 +260,7 @@ def _json_values(path: str, lines: _Lines) -> Iterator[Entry]:
         for item in value if isinstance(value, list) else [value]:
             number += 1
             if isinstance(item, dict):
-                yield TableRow(number, item)
+                yield TableRow(number, item, unit="object")
             else:
                 yield Skipped(f"object {number}", "value is not a JSON object")
         position = _skip_space(text, position)
