@@ -327,3 +327,56 @@ def test_images_beside_tars_are_named(tmp_path: Path, capsys: pytest.CaptureFixt
         capsys.readouterr().err
         == f"warning: the images in {root}/photos are not read, only 0.tar and files like it\n"
     )
+
+
+COCO_START = '{"info": {}, "images": [{"file_name": "1.jpg"'
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"images/1.jpg": b"", "data.json": '[{"image": "1.jpg"'},
+            "holds images in images and data.json; give .*/s/data",
+        ),
+        (
+            {"train2017/1.jpg": b"", "annotations/captions_train2017.json": COCO_START},
+            r"and annotations/captions_train2017\.json; give .*/s/annotations/captions_train2017\.json, with --images",
+        ),
+        (
+            {"a/1.jpg": b"", "b/2.jpg": b"", "dataset_coco.json": COCO_START},
+            r"holds images in a, b and dataset_coco\.json; give",
+        ),
+        (
+            {"train2017/1.jpg": b"", "val2017/1.jpg": b""},
+            "holds the splits train2017, val2017; name one of them",
+        ),
+        ({"train/cat/1.jpg": b"", "notes.md": b""}, "holds the split train only; give .*/s/train"),
+        (
+            {"images/x/1.jpg": b"", "labels/x/1.txt": "0 0.5 0.5 0.1 0.1"},
+            "holds images in images and texts of the same names in labels; put each text beside its image",
+        ),
+    ],
+)
+def test_folders_that_are_no_classes_are_refused(
+    tmp_path: Path, files: dict[str, bytes | str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        expand([str(write(tmp_path / "s", files))])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"cat/1.jpg": b"", "dog/1.jpg": b"", "class_index.json": '{"0": ["cat"]}', "README.txt": "1"},
+        {"cat/1.jpg": b"", "config.json": '{"size": 3}'},
+        {"train/1.jpg": b"", "train/1.txt": "a dog"},
+        {"cat/1.jpg": b"", "dog/2.jpg": b"", "boxes.json": COCO_START},
+    ],
+)
+def test_folders_that_may_be_classes_or_pairs_are_a_source(
+    tmp_path: Path, files: dict[str, bytes | str]
+) -> None:
+    root = write(tmp_path / "s", files)
+    assert expand([str(root)]) == [str(root)]
