@@ -312,7 +312,7 @@ def _field_entries(path: str, lines: _Lines, known: Collection[str]) -> Iterator
             counts = (
                 f"{len(fields)} field{'s' if len(fields) != 1 else ''}, where the first line has {len(names)}"
             )
-            yield Skipped(f"line {record.line}", counts)
+            yield from (Skipped(f"line {record.line + i}", counts) for i in range(record.lines))
             continue
         values = {name: field for name, field in zip(names, fields, strict=True) if name}
         yield TableRow(record.line, values, record.lines)
@@ -427,7 +427,8 @@ class _Records:
                 if problem != _OPEN:
                     break
                 continue
-            if len(self._read) == 1 or not self._are_rows(fields):
+            is_whole = not self.width or len(fields) == self.width
+            if len(self._read) == 1 or (is_whole and not self._are_rows(fields)):
                 return fields
             break
         self._lines.put_back(self._read[1:])
