@@ -113,7 +113,7 @@ def read_entries(path: str, known: Collection[str] = ()) -> Iterator[Entry]:
             )
             return
         except _READ_ERRORS as error:
-            if plain is file and isinstance(error, OSError):
+            if isinstance(error, OSError) and (plain is file or error.errno is not None):
                 raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
             yield Damage(f"{path} is damaged or cut off: the rest of it is not read ({first_line(error)})")
             return
