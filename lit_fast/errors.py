@@ -22,9 +22,13 @@ class MachineError(UserError):
 
 
 def first_line(error: BaseException, length: int = 200) -> str:
-    """Return the first line of an exception's text, cut at `length`; the exception's type where it has no text."""
+    """Return the first line of an exception's text, cut at `length`; the exception's type where it has no text.
+
+    Characters that cannot be printed are escaped.
+    """
     lines = str(error).strip().splitlines()
-    return lines[0][:length] if lines else type(error).__name__
+    line = lines[0][:length] if lines else type(error).__name__
+    return line if line.isprintable() else ascii(line)[1:-1]
 
 
 def os_reason(error: OSError) -> str:
