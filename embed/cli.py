@@ -22,8 +22,9 @@ def index(parser: argparse.ArgumentParser) -> Run:
 
     In a tar, files whose names are equal up to the last dot are one row; the last file of a name counts.
     A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
-    format, or one folder of images per class. Rows of a table with the same image file become one row with all
-    captions, if they are near each other; later repeats, and any repeated key, are skipped and counted.
+    format, images with x.txt or x.json beside x.jpg (img2dataset's `files`), or one folder of images per class.
+    Rows of a table with the same image file become one row with all captions, if they are near each other; later
+    repeats, and any repeated key, are skipped and counted.
     Hidden files and leftovers of other programs (__MACOSX, Thumbs.db, @eaDir, ...) are skipped.
     Folders named by ImageNet's WordNet ids (n01440764) get its class names and the 80 prompt templates.
     noise:1024 is 1024 images of uniform random noise, for the key stream.noise of a training.

@@ -139,7 +139,9 @@ def _find_sources(patterns: list[str], options: Columns) -> list[Source]:
     for path in [*paths, options.images]:
         if not is_utf8(path):
             raise UserError(f"the name {path!a} is not UTF-8; rename it")
-    return identify_all([Source(path, 0, format_of(path), names=options.as_options()) for path in paths])
+    return identify_all(
+        [Source(path, 0, format_of(path, options), names=options.as_options()) for path in paths]
+    )
 
 
 def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> list[Source]:

@@ -200,4 +200,4 @@ def test_real_data(realdata: Path, tmp_path: Path) -> None:
     assert flowers.classnames == ("daisy", "dandelion", "rose", "sunflower", "tulip")
     assert flowers.templates[0] == "a photo of a {c}."
     train = index_dataset([f"{realdata}/flickr8k/train/{{00000..00005}}.tar"], tmp_path / "train", seed=0)
-    assert (train.rows, train.left_out) == (6000, {})
+    assert (train.rows, train.captions, train.left_out) == (6000, 30_000, {})  # nine of them are repeated
