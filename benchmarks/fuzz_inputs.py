@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -19,6 +20,8 @@ import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordWriter
+
+from lit_fast.embed.sources.interface import Columns
 
 SECRET = 999_983  # identity of an image outside the directory of the images
 
@@ -39,6 +42,18 @@ _WORDS = (
 _ODD = (None, [], {}, "", -1, 2**70, 1.5, 1e308, True, "\ud800", "../x.jpg", [[[]]], {"raw": 3}, "\0", "NaN")
 _TOKENS = (b'"', b"\n", b"\r", b",", b"\t", b"\0", b"[" * 900, b"{", b"}", b"\xff\xfe", b"\xef\xbb\xbf", b"1e999",
            b"\\ud800", b"9" * 5000, b"null", b"..", b"/", b"'", b";", b"|", b":", b"\x80")  # fmt: skip
+_OPTIONS = (
+    Columns(captions=(("", "text"),)),
+    Columns(captions=(("en", "title"), ("de", "caption"))),
+    Columns(captions=(("", "txt"),), label="cls"),
+    Columns(captions=(("", "meta.caption"),), image="seg.png"),
+    Columns(key="id", label="label"),
+    Columns(key="text"),
+    Columns(image="image"),
+    Columns(image="png", language="text"),
+    Columns(declined=("captions", "label")),
+    Columns(declined=("captions",), label="label"),
+)
 
 
 @dataclass
@@ -59,6 +74,7 @@ class Input:
     rows: set[int] = field(default_factory=set)
     labels: dict[int, int] = field(default_factory=dict)
     truth: bool = True
+    options: Columns = field(default_factory=Columns)
 
 
 def mark(identity: int) -> str:
@@ -322,9 +338,8 @@ def make_tfrecord(rng: Random) -> Input:
     return Input("tfrecord", "r.tfrecord", {"r.tfrecord": data}, identities, labels)
 
 
-def make_folder(rng: Random) -> Input:
+def make_folder(rng: Random, *, is_pairs: bool = False) -> Input:
     files, rows, labels, identity = {}, set[int](), {}, rng.randrange(1000)
-    is_pairs = rng.random() < 0.5
     folders = rng.sample(("n01440764", "b", "c d", "é", "00000"), rng.randrange(2, 5))
     for label, folder in enumerate(sorted(folders)):
         for number in range(rng.randrange(1, 4)):
@@ -335,7 +350,8 @@ def make_folder(rng: Random) -> Input:
             files[f"{stem}.{rng.choice(('jpg', 'PNG', 'JPEG'))}"] = image(rng, identity)
             rows.add(identity)
             if is_pairs:
-                files[f"{stem}.txt"] = caption(rng, identity).encode()
+                text, kind = caption(rng, identity), rng.choice(("txt", "json"))
+                files[f"{stem}.{kind}"] = (text if kind == "txt" else json.dumps({"caption": text})).encode()
             else:
                 labels[identity] = label
         if rng.random() < 0.3:
@@ -344,7 +360,7 @@ def make_folder(rng: Random) -> Input:
             ] = b"x"
     if rng.random() < 0.3:
         files[f"{rng.choice(('__MACOSX/0', '.git/0', '.cache/b'))}.jpg"] = b"x"
-    return Input("folder", "", files, rows, labels)
+    return Input("pairs" if is_pairs else "folder", "", files, rows, labels)
 
 
 MAKERS: dict[str, Callable[[Random], Input]] = {
@@ -355,6 +371,7 @@ MAKERS: dict[str, Callable[[Random], Input]] = {
     "parquet": make_parquet,
     "array_record": make_records,
     "folder": make_folder,
+    "pairs": partial(make_folder, is_pairs=True),
 }
 
 
@@ -378,7 +395,8 @@ def damage(rng: Random, given: Input) -> Input:
     else:
         for _ in range(rng.choice((1, 1, 1, 2, 4))):
             data = _damage_bytes(rng, data)
-    return Input(given.format, given.name, {**given.files, name: data}, truth=False)
+    options = rng.choice(_OPTIONS) if rng.random() < 0.15 else Columns()
+    return Input(given.format, given.name, {**given.files, name: data}, truth=False, options=options)
 
 
 def _damage_bytes(rng: Random, data: bytes) -> bytes:

@@ -36,7 +36,7 @@ from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.tf_examples import image_of_example
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.sources.formats import FORMATS
-from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Sample, Skipped
+from lit_fast.embed.sources.interface import Damage, Item, Layout, Sample, Skipped
 from lit_fast.errors import UserError
 
 DAMAGED = 15  # inputs per seed beside the whole one
@@ -44,7 +44,16 @@ CPU_SECONDS = 10  # for one input
 WALL_SECONDS = 120  # without progress: the process hangs
 
 # The formats by their share; an array_record file has at least 128 kB.
-_SHARES = {"tar": 6, "table": 6, "coco": 4, "tfrecord": 3, "parquet": 2, "folder": 1, "array_record": 1}
+_SHARES = {
+    "tar": 6,
+    "table": 6,
+    "coco": 4,
+    "tfrecord": 3,
+    "parquet": 2,
+    "folder": 1,
+    "pairs": 1,
+    "array_record": 1,
+}
 
 
 class FindingError(Exception):
@@ -161,6 +170,7 @@ def _work(seed: Any, stop: int, deadline: float, formats: list[str], scratch: st
                     _log(log, seed.value, number, given, f"more than {CPU_SECONDS} s", traceback.format_exc())
                 except Exception as error:
                     problem = f"{type(error).__name__}: {error}"
+                    problem = problem.replace(f"{folder}/in", "")
                     _log(log, seed.value, number, given, problem, traceback.format_exc())
                 finally:
                     signal.setitimer(signal.ITIMER_PROF, 0)
@@ -204,7 +214,7 @@ def check(given: Input, folder: Path, counts: Counter[str], *, indexed: bool) ->
         (place / name).write_bytes(data)
     path = str(place / given.name) if given.name else str(place)
     try:
-        items = list(FORMATS[given.format].read(path, Columns()))
+        items = list(FORMATS[given.format].read(path, given.options))
     except UserError as error:
         _check_message(given, error, counts)
         return
@@ -285,7 +295,7 @@ def _check_row(given: Input, data: bytes, captions: tuple[str, ...], label: int)
 def _check_index(given: Input, folder: Path, path: str, counts: Counter[str], *, is_empty: bool) -> None:
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     try:
-        dataset = index_dataset([path], folder / "out", seed=1)
+        dataset = index_dataset([path], folder / "out", seed=1, options=given.options)
     except UserError as error:
         if not is_empty or not given.truth:
             _check_message(given, error, counts)
