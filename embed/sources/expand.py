@@ -101,7 +101,7 @@ def _in_directory(directory: str) -> list[str]:
     """Return the files of the one format in a directory.
 
     Without any, return those in its subdirectories; without any there, the directory itself if it holds images.
-    COCO's `.json` must be named, since many other files have this suffix.
+    A `.json` must be named, since many other files have this suffix.
 
     Raises:
       UserError: there are several formats or several splits, or no readable file.
@@ -181,7 +181,7 @@ def _of_one_format(directory: str, found: list[str]) -> list[str]:
     for file in found:
         files.setdefault(format_by_name(file), []).append(file)
     files.pop("", None)
-    files.pop("coco", None)
+    files.pop("json", None)
     for kind in ("tar", "tfrecord"):
         stems = {os.path.splitext(f)[0] for f in files.get(kind, [])}
         if stems and all(os.path.splitext(f)[0] in stems for f in files.get("parquet", [])):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.noise import is_noise
-from lit_fast.embed.sources import coco, folders, pairs, parquet, records, tables, tars
+from lit_fast.embed.sources import folders, json_files, pairs, parquet, records, tables, tars
 from lit_fast.embed.sources.clip_benchmark import lines_near
 from lit_fast.embed.sources.interface import Columns, Format, Item, Layout, Sample
 from lit_fast.errors import UserError
@@ -25,7 +25,7 @@ def read_noise(path: str, options: Columns) -> Iterator[Item]:
     Raises:
       UserError: the number of images is 0 or too large, or `options` name columns.
     """
-    if options != Columns():
+    if options.names() or options.image:
         raise UserError(f"{path} is noise and has no columns that options could name; leave them out")
     digits = path.partition(":")[2]
     count = int(digits) if len(digits) < 20 else _MAX_NOISE + 1
@@ -40,7 +40,7 @@ FORMATS = {
     "tar": Format(tars.read_tar, (".tar",)),
     "parquet": Format(parquet.read_parquet, (".parquet", ".pq"), parquet.class_names),
     "table": Format(tables.read_table, (".csv", ".tsv", ".jsonl", ".ndjson")),
-    "coco": Format(coco.read_coco, (".json",)),
+    "json": Format(json_files.read_json_file, (".json",)),
     "array_record": Format(records.read_records, (".array_record",), records.class_names),
     "tfrecord": Format(records.read_tfrecord, (".tfrecord", ".tfrecords", ".tfrec"), records.class_names),
     "folder": Format(folders.read_folder, class_names=folders.class_folders),

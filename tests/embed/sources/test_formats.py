@@ -328,7 +328,7 @@ def test_coco(images: Path, tmp_path: Path) -> None:
     assert len(found) == 11
     value["annotations"] = {}
     (tmp_path / "captions_val.json").write_text(json.dumps(value))
-    with pytest.raises(UserError, match="not in COCO's format"):
+    with pytest.raises(UserError, match="has no column for captions or labels among id, file_name"):
         index(tmp_path / "captions_val.json", tmp_path / "e", images=str(images))
 
 
