@@ -216,9 +216,13 @@ def i_path(column: str) -> bool:
     return column in ("filepath", "image_path", "file_name")
 
 
-def make_coco(rng: Random) -> Input:
+def make_json(rng: Random) -> Input:
     names, files = _image_files(rng, rng.randrange(1, 6))
-    if rng.random() < 0.3:
+    form = rng.choice(("coco", "coco", "karpathy", "list"))
+    value: dict[str, object] | list[object]
+    if form == "list":
+        value = [{"file_name": name, "caption": caption(rng, i), "x": []} for name, i in names]
+    elif form == "karpathy":
         images = []
         for i, (name, identity) in enumerate(names):
             folder, _, base = name.rpartition("/")
@@ -226,7 +230,7 @@ def make_coco(rng: Random) -> Input:
             place = {"filepath": folder, "filename": base} if folder else {"filename": base}
             images.append({**place, "imgid": i, "split": "train", "sentences": texts})
         rng.shuffle(images)
-        value: dict[str, object] = {"images": images, "dataset": "flickr8k"}
+        value = {"images": images, "dataset": "flickr8k"}
     else:
         text = rng.random() < 0.3
         images = [{"id": str(i) if text else i, "file_name": name, "width": 1} for name, i in names]
@@ -243,7 +247,7 @@ def make_coco(rng: Random) -> Input:
         rng.shuffle(images)
         rng.shuffle(annotations)
         value = {"images": images, "annotations": annotations}
-    return Input("coco", "c.json", {**files, "c.json": json.dumps(value).encode()}, {i for _, i in names})
+    return Input("json", "c.json", {**files, "c.json": json.dumps(value).encode()}, {i for _, i in names})
 
 
 def make_parquet(rng: Random) -> Input:
@@ -366,7 +370,7 @@ def make_folder(rng: Random, *, is_pairs: bool = False) -> Input:
 MAKERS: dict[str, Callable[[Random], Input]] = {
     "tar": make_tar,
     "table": make_table,
-    "coco": make_coco,
+    "json": make_json,
     "tfrecord": make_tfrecord,
     "parquet": make_parquet,
     "array_record": make_records,
@@ -380,7 +384,7 @@ def damage(rng: Random, given: Input) -> Input:
     name = given.name or rng.choice(sorted(given.files))
     data = given.files[name]
     change = rng.randrange(12)
-    if given.format == "coco" and change < 6:
+    if given.format == "json" and change < 6:
         data = json.dumps(_odd_json(rng, json.loads(data))).encode()
     elif given.format == "tar" and change < 4:
         data = _damage_header(rng, data)

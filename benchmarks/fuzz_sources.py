@@ -47,7 +47,7 @@ WALL_SECONDS = 120  # without progress: the process hangs
 _SHARES = {
     "tar": 6,
     "table": 6,
-    "coco": 4,
+    "json": 4,
     "tfrecord": 3,
     "parquet": 2,
     "folder": 1,

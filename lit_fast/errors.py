@@ -14,11 +14,20 @@ class UserError(Exception):
 
     exit_status = 2
 
+    def __init__(self, message: str) -> None:
+        """Take the message; characters of a file name or file that cannot be printed are escaped in it."""
+        super().__init__(printable(message))
+
 
 class MachineError(UserError):
     """A failure of the machine or of other processes, with nothing wrong in the command."""
 
     exit_status = 1
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes for line ends and all other characters that cannot be printed."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException, length: int = 200) -> str:
@@ -27,8 +36,7 @@ def first_line(error: BaseException, length: int = 200) -> str:
     Characters that cannot be printed are escaped.
     """
     lines = str(error).strip().splitlines()
-    line = lines[0][:length] if lines else type(error).__name__
-    return line if line.isprintable() else ascii(line)[1:-1]
+    return printable(lines[0][:length] if lines else type(error).__name__)
 
 
 def os_reason(error: OSError) -> str:
