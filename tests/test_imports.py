@@ -34,6 +34,7 @@ EMBED = (
     ("embed.row_reader",),
     ("embed.index", "embed.extract", "embed.relocate"),
     ("embed.verify", "embed.importers"),
+    ("embed.share",),
     ("embed.cli",),
 )
 TRAIN = (
