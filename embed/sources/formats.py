@@ -11,6 +11,7 @@ from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources import folders, json_files, pairs, parquet, records, tables, tars
 from lit_fast.embed.sources.clip_benchmark import lines_near
 from lit_fast.embed.sources.interface import Columns, Format, Item, Layout, Sample
+from lit_fast.embed.sources.text_tables import is_json_lines, table_suffix
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_directory, open_read
 from lit_fast.storage.paths import is_url, name, parent, suffix
@@ -63,7 +64,9 @@ def format_of(path: str, options: Columns = NO_OPTIONS) -> str:
     if local and is_directory(path):
         return "pairs" if pairs.has_pairs(path, options) else "folder"
     if by_name := format_by_name(path):
-        return by_name
+        return "table" if suffix(path) == ".json" and is_json_lines(path) else by_name
+    if table_suffix(path) == ".txt":  # only where it is named: other programs write them beside images
+        return "table"
     return "parquet" if local and _first_bytes(path) == b"PAR1" else "tar"
 
 
@@ -71,7 +74,8 @@ def format_by_name(path: str) -> str:
     """Return the format of the suffix of a path or URL, "" for an unknown one."""
     if found := re.search(r"\.(array_record|tfrecord)-\d+-of-\d+$", name(path).lower()):
         return found[1]  # TFDS: .tfrecord-00000-of-00004
-    return _BY_SUFFIX.get(suffix(path), "")
+    is_table = _BY_SUFFIX.get(table_suffix(path)) == "table"
+    return "table" if is_table else _BY_SUFFIX.get(suffix(path), "")
 
 
 class OwnClassNames(NamedTuple):
