@@ -247,8 +247,9 @@ def guess_column(candidates: Collection[str], columns: Collection[str]) -> str:
 
 
 def some(names: Collection[str]) -> str:
-    """Return up to twenty names as text for a message."""
-    shown = [name if name.isprintable() else ascii(name) for name in list(names)[:20]]
+    """Return up to twenty names as text for a message, each cut at 80 characters."""
+    escaped = [name if name.isprintable() else ascii(name) for name in list(names)[:20]]
+    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in escaped]
     return ", ".join(shown) + (", ..." if len(names) > 20 else "") if shown else "nothing"
 
 

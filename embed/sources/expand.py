@@ -12,6 +12,7 @@ from lit_fast.embed.sources.columns import some
 from lit_fast.embed.sources.formats import format_by_name
 from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, Columns
 from lit_fast.embed.sources.pairs import has_pairs
+from lit_fast.embed.sources.unread import unread_format
 from lit_fast.errors import UserError
 from lit_fast.storage.files import (
     exists,
@@ -180,6 +181,8 @@ def _of_images(directory: str) -> list[str]:
             f"source {directory} holds images without texts beside them and without a folder per class; give a "
             "table that names them, or a directory of class folders"
         )
+    if others and (problem := unread_format(f"x{others.most_common(1)[0][0]}")):
+        raise UserError(f"source {directory} has {others.most_common(1)[0][0]} files; such a file {problem}")
     found = f"only {some([kind for kind, _ in others.most_common()])}" if others else "no files"
     raise UserError(
         f"source {directory} has {found}; give .tar, .parquet, .csv, .tsv, .jsonl, .tfrecord or .array_record files, "
