@@ -247,8 +247,9 @@ def guess_column(candidates: Collection[str], columns: Collection[str]) -> str:
 
 
 def some(names: Collection[str]) -> str:
-    """Return up to twenty names as text for a message."""
-    shown = [name if name.isprintable() else ascii(name) for name in list(names)[:20]]
+    """Return up to twenty names as text for a message, each cut at 80 characters."""
+    escaped = [name if name.isprintable() else ascii(name) for name in list(names)[:20]]
+    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in escaped]
     return ", ".join(shown) + (", ..." if len(names) > 20 else "") if shown else "nothing"
 
 
@@ -320,7 +321,8 @@ def parse_label(value: Any) -> tuple[int, str]:
         value = int(value)
     if isinstance(value, bytes | str):
         text = value.strip() if isinstance(value, bytes) else value.strip().encode("utf-8", "replace")
-        value = int(text) if re.fullmatch(rb"[0-9]{1,9}", text) else None
+        match = re.fullmatch(rb"([0-9]{1,9})(\.0+)?", text)
+        value = int(match[1]) if match else None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1_000_000_000:
         return -1, NO_LABEL
     return value, ""
