@@ -229,7 +229,7 @@ class _TarReader:
         values, is_json = self._values(members)
         if self._options.names():
             self._names |= dict.fromkeys(nested_names([values]))
-        columns = text_columns(self._options, values)
+        columns = text_columns(self._path, self._options, values)
         row = parse_row(values, columns)
         if not row.problem and (columns.captions, columns.label) not in self._guessed:
             self._guessed.add((columns.captions, columns.label))
@@ -238,7 +238,7 @@ class _TarReader:
             yield Skipped(members.key, _AMBIGUOUS)
             return
         if not is_json:
-            if row.problem == NO_TEXT or any(name not in values for name in columns.names()):
+            if row.problem == NO_TEXT or any(value_of(values, n) is None for n in columns.names()):
                 yield Skipped(members.key, NO_JSON)
                 return
             self._notes["a .json is not a JSON object; the row has the texts of its other members"] = None
