@@ -48,6 +48,7 @@ class RecordWriter:
                 remove(join(directory, name))
         self._directory, self._count = directory, 0
         self._writer: ArrayRecordWriter | None = None
+        self._file = ExitStack()  # the file that is being written
         if after is None:
             return
         for number in range(count // FILE_RECORDS):
@@ -67,19 +68,20 @@ class RecordWriter:
             self.close()
         path = _record_file(self._directory, self._count // FILE_RECORDS)
         with _write_errors(path):
-            self._writer = self._writer or ArrayRecordWriter(local_path(path), "group_size:1,zstd")
+            if self._writer is None:
+                self._writer = ArrayRecordWriter(self._file.enter_context(replacing(path)), "group_size:1,zstd")
             self._writer.write(record)
         self._count += 1
 
     def close(self) -> None:
-        """Finish the current file and flush it to disk."""
+        """Finish the current file: flush it to disk, or upload it to its bucket."""
         if self._writer is None:
             return
         path = _record_file(self._directory, (self._count - 1) // FILE_RECORDS)
         with _write_errors(path):
             self._writer.close()
         self._writer = None
-        sync_path(path)
+        self._file.close()
 
 
 @contextmanager
@@ -116,9 +118,7 @@ class RecordReader:
             with self._lock:
                 reader = self._readers.get(file)
                 if reader is None:
-                    if not is_file(path):
-                        raise UserError(f"{path} is missing; restore it or make the dataset again")
-                    reader = self._readers[file] = ArrayRecordReader(local_path(path))
+                    reader = self._readers[file] = ArrayRecordReader(local_copy(path))
                 return bytes(reader.read(record, record + 1)[0])
         except (ValueError, RuntimeError, IndexError) as error:
             raise UserError(
