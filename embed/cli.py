@@ -23,6 +23,7 @@ def index(parser: argparse.ArgumentParser) -> Run:
     A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
     format, or one folder of images per class. Rows of a table with the same image file become one row with all
     captions, if they are near each other; later repeats, and any repeated key, are skipped and counted.
+    Folders named by ImageNet's WordNet ids (n01440764) get its class names and the 80 prompt templates.
     noise:1024 is 1024 images of uniform random noise, for the key stream.noise of a training.
 
     CLIP_benchmark's evaluation sets: the directory or URL/ of one, or wds:NAME, which is downloaded from the
@@ -58,6 +59,16 @@ def index(parser: argparse.ArgumentParser) -> Run:
         metavar="DIR",
         help="directory that image paths are relative to (default: the table's)",
     )
+    add(
+        "--classnames",
+        metavar="FILE",
+        help="names of the classes: one per line, or lines of a folder's name and a class name; '' keeps the sources'",
+    )
+    add(
+        "--templates",
+        metavar="FILE",
+        help="prompt templates, one per line with {c} for the name; '' for none",
+    )
     add("--append", action="store_true", help="add the rows of new sources to the dataset")
     add(
         "--relocate",
@@ -77,6 +88,7 @@ def index(parser: argparse.ArgumentParser) -> Run:
             return
         if not args.out:
             parser.error("the following arguments are required: --out")
+        from lit_fast.embed.class_names import ClassOptions
         from lit_fast.embed.index import index_dataset
         from lit_fast.embed.sources.interface import Columns
 
@@ -87,7 +99,10 @@ def index(parser: argparse.ArgumentParser) -> Run:
             images=args.images,
             declined=tuple(role for role, value in given.items() if value is not None and not value),
         )
-        index_dataset(args.source, args.out, seed=args.seed, options=options, append=args.append)
+        classes = ClassOptions(args.classnames, args.templates)
+        index_dataset(
+            args.source, args.out, seed=args.seed, options=options, append=args.append, classes=classes
+        )
 
     return run
 

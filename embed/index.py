@@ -16,10 +16,17 @@ from lit_fast.data.dataset import Dataset, Source, open_dataset
 from lit_fast.data.dataset_writer import DatasetWriter, Row, remove_other_generations
 from lit_fast.data.images.noise import is_noise
 from lit_fast.data.images.sources import check_sources, identify_all
+from lit_fast.embed.class_names import (
+    ClassOptions,
+    check_labels,
+    check_same_names,
+    find_class_names,
+    report_labels,
+)
 from lit_fast.embed.row_reader import RowReader
 from lit_fast.embed.skipped import KeySet
 from lit_fast.embed.sources.expand import expand
-from lit_fast.embed.sources.formats import class_names, format_of
+from lit_fast.embed.sources.formats import format_of
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names, remove_tree
@@ -42,13 +49,14 @@ def index_dataset(
     seed: int = 0,
     options: Columns | None = None,
     append: bool = False,
+    classes: ClassOptions | None = None,
 ) -> Dataset:
     """Index `sources` (see `expand`) into a new dataset, or append to an existing one.
 
     Raises:
       UserError: no source, no usable row, `out` holds something else, or a source has changed.
     """
-    out, options = os.fspath(out), options or Columns()
+    out, options, classes = os.fspath(out), options or Columns(), classes or ClassOptions()
     if not is_utf8(out):
         raise UserError(f"the name {out!a} is not UTF-8; choose another --out")
     if options.images and not is_url(options.images):
@@ -58,8 +66,9 @@ def index_dataset(
     if exists(join(out, "dataset.json")):
         old = open_dataset(out)
         remove_other_generations(old)  # of a growth that was killed
-        found = _new_sources(old, found, seed, append)
+        all_found, found = found, _new_sources(old, found, seed, append)
         if not found:
+            check_same_names(all_found, classes, old)
             result(f"{out} is already indexed: {old.rows:,} rows with {old.captions:,} captions")
             return old
         check_sources(old)
@@ -67,13 +76,16 @@ def index_dataset(
         check_output_directory(out)
 
     existed = exists(out)
-    classnames, templates = _common_class_names(found, old)
+    classnames, templates = find_class_names(found, classes, old)
     reader = RowReader(found, options, len(old.sources) if old else 0, len(classnames))
     try:
         writer = _write_rows(reader, out, seed, old)
+        check_labels(reader.labels, classnames)
     except UserError:
         remove_leftovers(out, existed, old)
         raise
+    if old is None:
+        report_labels(reader.labels, classnames)
     for description in [*reader.damages, *reader.notes]:
         status(f"warning: {description}")
     reader.skipped.write(out, old.generation + 1 if old else 0)
@@ -157,28 +169,6 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
             f"{old.path} is already a dataset, without {_some_of(new)}; to add their rows at its end, give --append"
         )
     return []
-
-
-def _common_class_names(
-    sources: list[Source], old: Dataset | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the class names and prompt templates of all sources; () if they differ.
-
-    Raises:
-      UserError: the dataset that grows has others, so that its labels would mean something else.
-    """
-    found = class_names(sources)
-    if old is not None and old.classnames:
-        if any(classnames != old.classnames for classnames, _ in found):
-            raise UserError(
-                f"{sources[0].path} has other class names than {old.path}; index it as a dataset of its own"
-            )
-        return old.classnames, old.templates
-    if len(found) > 1 or old is not None:
-        if any(any(pair) for pair in found):
-            status("warning: the sources have different class names, so none are stored")
-        return (), ()
-    return found.pop()
 
 
 def _write_rows(reader: RowReader, out: str, seed: int, old: Dataset | None) -> DatasetWriter:

@@ -28,6 +28,7 @@ class RowReader:
       skipped: the rows that were skipped so far.
       damages: descriptions of the damage found so far.
       notes: what else the user should know.
+      labels: the distinct class numbers found so far, those above the number of classes as one.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class RowReader:
         self.skipped = SkippedLog()
         self.damages: list[str] = []
         self.notes: list[str] = []
+        self.labels: set[int] = set()
         self._options, self._first, self._num_classes = options, first_source, num_classes
         self._printed: set[tuple[str, str]] = set()  # format of a source, its guesses
 
@@ -89,6 +91,8 @@ class RowReader:
     def _rows(self, number: int) -> Iterator[Row]:
         source, guesses = self.sources[number], list[str]()
         for item in FORMATS[source.kind].read(source.path, self._options):
+            if isinstance(item, Sample) and item.label >= 0:
+                self.labels.add(min(item.label, self._num_classes + 1))
             match item:
                 case Layout(kind, image, images):
                     self.sources[number] = replace(source, kind=kind, image=image, images=images)

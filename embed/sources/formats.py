@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.noise import is_noise
@@ -71,23 +72,33 @@ def format_by_name(path: str) -> str:
     return _BY_SUFFIX.get(suffix(path), "")
 
 
-def class_names(sources: Sequence[Source]) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Return the different (class names, prompt templates) of the sources' directories.
+class OwnClassNames(NamedTuple):
+    """What a directory of sources says about its classes."""
 
-    They are the lines of `classnames.txt` and `zeroshot_classification_templates.txt` beside a source or one level up,
-    as CLIP_benchmark has them. Without the former, the class names are those that the first source of a directory has
-    by its format. `kind` of each source must be the name of its format.
+    path: str  # the first source of the directory
+    keys: tuple[str, ...]  # class names by the format: names of folders, of a parquet's ClassLabel, ...
+    classnames: tuple[str, ...]  # lines of classnames.txt
+    templates: tuple[str, ...]  # lines of zeroshot_classification_templates.txt
+
+
+def own_class_names(sources: Sequence[Source]) -> list[OwnClassNames]:
+    """Return what each directory of sources says about its classes.
+
+    The files are beside a source or one level up, as CLIP_benchmark has them. The first source of a directory counts;
+    `kind` of each source must be the name of its format.
     """
     first: dict[str, Source] = {}
     for source in sources:
         first.setdefault(_directory(source), source)
-    return {
-        (
-            lines_near(directory, "classnames.txt") or FORMATS[source.kind].class_names(source.path),
+    return [
+        OwnClassNames(
+            source.path,
+            FORMATS[source.kind].class_names(source.path),
+            lines_near(directory, "classnames.txt"),
             tuple(filter(None, lines_near(directory, "zeroshot_classification_templates.txt"))),
         )
         for directory, source in first.items()
-    }
+    ]
 
 
 def _directory(source: Source) -> str:

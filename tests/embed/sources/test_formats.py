@@ -391,7 +391,6 @@ def test_class_folders_in_class_folders_are_reported(tmp_path: Path, capsys: Any
     (tmp_path / "s" / "linked").symlink_to(tmp_path / "s" / "cars")  # a class by itself
     for name in ("pets/a.jpg", "pets/b.jpg"):
         (tmp_path / "s" / name).write_bytes(FILES[5])
-    # An image source of its own is needed to be known as a folder of classes.
     dataset = index(tmp_path / "s", tmp_path / "d")
     assert (dataset.rows, dataset.classnames) == (6, ("cars", "linked", "pets"))
     assert dataset.left_out == {"no image file (.jpg, .jpeg, .png, .webp, .gif or .bmp)": 1}
