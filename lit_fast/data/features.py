@@ -27,6 +27,7 @@ from lit_fast.data.dataset import BLOCK, SHARD, Dataset, choose_store
 from lit_fast.data.shards import (
     BlockReader,
     array_metadata,
+    read_threads,
     shard_file,
     tensorstore_reason,
 )

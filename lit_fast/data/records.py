@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from lit_fast.errors import UserError
-from lit_fast.storage.files import (
-    is_file,
-    link_or_copy,
-    list_names,
-    local_path,
-    make_directory,
-    remove,
-    sync_path,
-)
+from lit_fast.storage.cache import local_copy
+from lit_fast.storage.files import link_or_copy, list_names, make_directory, remove, replacing
 from lit_fast.storage.paths import StrPath, join
 
 FILE_RECORDS = 4096
@@ -69,7 +62,9 @@ class RecordWriter:
         path = _record_file(self._directory, self._count // FILE_RECORDS)
         with _write_errors(path):
             if self._writer is None:
-                self._writer = ArrayRecordWriter(self._file.enter_context(replacing(path)), "group_size:1,zstd")
+                self._writer = ArrayRecordWriter(
+                    self._file.enter_context(replacing(path)), "group_size:1,zstd"
+                )
             self._writer.write(record)
         self._count += 1
 
@@ -120,6 +115,8 @@ class RecordReader:
                 if reader is None:
                     reader = self._readers[file] = ArrayRecordReader(local_copy(path))
                 return bytes(reader.read(record, record + 1)[0])
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; restore it or make the dataset again") from None
         except (ValueError, RuntimeError, IndexError) as error:
             raise UserError(
                 f"{path} is damaged at record {record}: {error}; restore it or make the dataset again"

@@ -19,7 +19,6 @@ from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import read_into, read_tail
 from lit_fast.storage.paths import is_bucket, join, parent
 
-
 _BLOCKS = SHARD // BLOCK
 _CHECKSUM = 4  # bytes
 

@@ -9,6 +9,7 @@ AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL name another server, FSSPEC_S3_ANON=true
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -29,11 +30,23 @@ THREADS = 32  # requests at a time
 _FIRST = {"max_retries": 4, "initial_delay": "200ms", "max_delay": "1s"}
 _LATER = {"max_retries": 16, "initial_delay": "250ms", "max_delay": "8s"}
 
+# They lead the default chain to credentials that are neither keys in the environment nor the machine's role.
+_AWS_VARIABLES = (
+    "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)  # fmt: skip
+
 _PROBLEMS = (  # in TensorStore's messages; those of the servers follow them
-    (r"PERMISSION_DENIED|UNAUTHENTICATED|\b40[13]\b|AccessDenied|Forbidden", "may not be used: check the credentials"),
+    (
+        r"PERMISSION_DENIED|UNAUTHENTICATED|\b40[13]\b|AccessDenied|Forbidden",
+        "may not be used: check the credentials",
+    ),
     (r"credential|auth", "may not be used: check the credentials"),
     (r"NoSuchBucket|bucket does not exist", "does not exist: there is no such bucket"),
-    (r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|\b(429|5\d\d)\b", "does not answer, after several attempts"),
+    (
+        r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|\b(429|5\d\d)\b",
+        "does not answer, after several attempts",
+    ),
 )
 
 
@@ -60,7 +73,9 @@ def spec(url: str) -> dict[str, Any]:
     found: dict[str, Any] = {"driver": "s3", **place}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint:  # by default TensorStore sends a HEAD request before each write to servers other than Amazon's
+    if (
+        endpoint
+    ):  # by default TensorStore sends a HEAD request before each write to servers other than Amazon's
         found |= {"endpoint": endpoint.rstrip("/"), "use_conditional_write": True}
     if region or endpoint:
         found["aws_region"] = region or "auto"
@@ -68,6 +83,8 @@ def spec(url: str) -> dict[str, Any]:
         found["aws_credentials"] = {"type": "anonymous"}
     elif os.environ.get("AWS_ACCESS_KEY_ID"):  # the default chain prints errors where there is no ~/.aws
         found["aws_credentials"] = {"type": "environment"}
+    elif not any(name in os.environ for name in _AWS_VARIABLES) and not os.path.isdir(os.path.expanduser("~/.aws")):
+        found["aws_credentials"] = {"type": "imds"}
     return found
 
 
@@ -107,27 +124,24 @@ def generation(url: str) -> bytes:
     return found.stamp.generation if found.state == "value" else ABSENT
 
 
-def read_range(url: str, start: int, stop: int | None, expect: bytes | None = None) -> Object:
+def read_range(url: str, start: int, stop: int | None) -> bytes:
     """Read the bytes from `start` to `stop` of an object; a negative `start` counts from its end.
 
-    Args:
-      expect: a generation that the object must have.
-
     Raises:
-      FileNotFoundError: there is none, or it has another generation.
+      FileNotFoundError: there is none.
       ValueError: it ends earlier.
       UserError: the bucket cannot be read.
     """
     store, key = _locate(url)
     try:
-        found = _wait(url, store.read(key, byte_range=slice(start, stop), if_equal=expect))
+        found = _wait(url, store.read(key, byte_range=slice(start, stop)))
     except UserError as error:
         if "OUT_OF_RANGE" in str(error.__cause__):
             raise ValueError(f"{url} ends early") from None
         raise
     if found.state != "value":
-        raise FileNotFoundError(2, "object not found", url)
-    return Object(found.value, found.stamp.generation)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+    return found.value
 
 
 def write(url: str, data: bytes, expect: bytes | None = None) -> bytes:

@@ -42,6 +42,8 @@ def local_copy(location: StrPath) -> str:
       UserError: it cannot be read.
     """
     if not is_bucket(location):
+        if not is_file(location):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
         return local_path(location)
     from lit_fast.storage import buckets
 

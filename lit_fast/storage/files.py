@@ -50,7 +50,8 @@ def _buckets() -> Any:
 def upload(directory: str, location: StrPath) -> None:
     """Write all files below a local directory into a bucket, under the same relative names."""
     _buckets().each(
-        lambda name: write_atomic(join(location, name), read_bytes(join(directory, name))), list(walk_files(directory))
+        lambda name: write_atomic(join(location, name), read_bytes(join(directory, name))),
+        list(walk_files(directory)),
     )
 
 
@@ -356,7 +357,7 @@ def read_tail(location: StrPath, count: int) -> bytes:
       ValueError: it is shorter.
     """
     if is_bucket(location):
-        return _buckets().read_range(os.fspath(location), -count, None).data
+        return _buckets().read_range(os.fspath(location), -count, None)
     end = size(location)
     if end < count:
         raise ValueError(f"{location} has only {end} bytes")
@@ -402,7 +403,7 @@ def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
       ValueError: the file ends earlier.
     """
     if is_bucket(location):
-        data = _buckets().read_range(os.fspath(location), start, start + sum(map(len, buffers))).data
+        data = memoryview(_buckets().read_range(os.fspath(location), start, start + sum(map(len, buffers))))
         for buffer in buffers:
             buffer[:], data = data[: len(buffer)], data[len(buffer) :]
         return
