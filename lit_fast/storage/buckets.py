@@ -13,7 +13,6 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple, NoReturn
@@ -83,7 +82,9 @@ def spec(url: str) -> dict[str, Any]:
         found["aws_credentials"] = {"type": "anonymous"}
     elif os.environ.get("AWS_ACCESS_KEY_ID"):  # the default chain prints errors where there is no ~/.aws
         found["aws_credentials"] = {"type": "environment"}
-    elif not any(name in os.environ for name in _AWS_VARIABLES) and not os.path.isdir(os.path.expanduser("~/.aws")):
+    elif not any(name in os.environ for name in _AWS_VARIABLES) and not os.path.isdir(
+        os.path.expanduser("~/.aws")
+    ):
         found["aws_credentials"] = {"type": "imds"}
     return found
 
@@ -166,22 +167,11 @@ def names_below(url: str) -> list[str]:
     return sorted(_text(url, key) for key in _wait(url, store.list()))
 
 
-def has_below(url: str) -> bool:
-    """Return whether there is an object below a URL."""
-    return bool(names_below(url))
-
-
 def delete_below(url: str) -> None:
     """Delete all objects below a URL."""
     base = url.rstrip("/")
-    urls = [f"{base}/{name}" for name in names_below(base)]
-    each(delete, urls)
-
-
-def each(work: Any, urls: Sequence[str]) -> list[Any]:
-    """Return `work(url)` for each URL, several at a time."""
     with ThreadPoolExecutor(THREADS, "bucket") as pool:
-        return list(pool.map(work, urls))
+        list(pool.map(delete, [f"{base}/{name}" for name in names_below(base)]))
 
 
 def _text(url: str, key: bytes) -> str:

@@ -17,15 +17,19 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from lit_fast.errors import UserError, os_reason
 from lit_fast.storage import remote
 from lit_fast.storage.paths import StrPath, absolute, is_bucket, is_url, join, parent
 
 MAX_TEXT_BYTES = 16 << 20
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def local_path(location: StrPath) -> str:
@@ -47,12 +51,15 @@ def _buckets() -> Any:
     return buckets
 
 
-def upload(directory: str, location: StrPath) -> None:
-    """Write all files below a local directory into a bucket, under the same relative names."""
-    _buckets().each(
-        lambda name: write_atomic(join(location, name), read_bytes(join(directory, name))),
-        list(walk_files(directory)),
-    )
+def copy_files(source: StrPath, names: Sequence[str], target: StrPath) -> None:
+    """Copy files between local directories and buckets, several at a time, under the same relative names."""
+    in_threads(lambda name: write_atomic(join(target, name), read_bytes(join(source, name))), names)
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int = 16) -> list[R]:
+    """Return `work(item)` for each item, computed in threads, which wait for requests or a disk."""
+    with ThreadPoolExecutor(threads, "storage") as pool:
+        return list(pool.map(work, items))
 
 
 def exists(location: StrPath) -> bool:
@@ -285,7 +292,7 @@ def replacing_directory(location: StrPath) -> Iterator[str]:
     if is_bucket(location):
         with tempfile.TemporaryDirectory(prefix="lit_fast.") as temporary:
             yield temporary
-            upload(temporary, location)
+            copy_files(temporary, list(walk_files(temporary)), location)
         return
     path = absolute(local_path(location))
     make_directory(parent(path))
