@@ -66,7 +66,10 @@ def find_class_names(sources: Sequence[Source], options: ClassOptions, old: Data
         return ClassNames(old.classnames, old.templates)
     if len(found) > 1 or old is not None:
         if any(any(classes) for classes in found):
-            status("warning: the sources have different class names, so none are stored")
+            status(
+                "warning: the sources have different class names or templates, so none are stored; "
+                "their labels may mean different classes"
+            )
         return ClassNames()
     [(classes, report)] = found.items()
     ids = [name for name in classes.names if _ID.fullmatch(name)]
@@ -160,7 +163,8 @@ def _resolve(own: OwnClassNames, options: ClassOptions) -> tuple[ClassNames, str
 def _match(lines: tuple[str, ...], file: str, own: OwnClassNames) -> tuple[str, ...]:
     """Return the names in the lines of a file by the keys that a source has for its classes, or else by position.
 
-    A line is a name, or a key and a name: `n01440764 tench, Tinca tinca`, `n02119789 1 kit_fox`.
+    A line is a name, or a key, a tab and a name. After an id or a number a space will do, as in ImageNet's files:
+    `n01440764 tench, Tinca tinca`, `n02119789 1 kit_fox`.
     """
     keys, pairs = own.keys, [_split(line) for line in lines]
     by_key = {key: name for key, name in pairs if name}
@@ -187,10 +191,14 @@ def _match(lines: tuple[str, ...], file: str, own: OwnClassNames) -> tuple[str, 
 
 
 def _split(line: str) -> tuple[str, str]:
-    """Return the key and the name of a line."""
+    """Return the key and the name of a line, of which one may be empty."""
     if match := _NUMBERED.fullmatch(line):
         return match[1], match[2].replace("_", " ")
-    key, _, name = line.partition("\t" if "\t" in line else " ")
+    key, tab, name = line.partition("\t")
+    if not tab:
+        key, _, name = line.partition(" ")
+        if not _ID.fullmatch(key):
+            return line, ""
     return key.strip(), name.strip()
 
 

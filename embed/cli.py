@@ -20,9 +20,13 @@ def index(parser: argparse.ArgumentParser) -> Run:
     Images are not copied: sources must stay where they are, unchanged. After they have moved, --relocate connects
     the dataset to them again. Rows are shuffled once, by the seed; their order never changes.
 
-    A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
-    format, or one folder of images per class. Rows of a table with the same image file become one row with all
-    captions, if they are near each other; later repeats, and any repeated key, are skipped and counted.
+    In a tar, files whose names are equal up to the last dot are one row; the last file of a name counts.
+    A table is a .csv, .tsv or .jsonl file. A .json file is COCO's captions, Karpathy's splits (dataset_coco.json
+    with --split train+restval) or a list of objects. A directory holds files of one format, images with x.txt or
+    x.json beside x.jpg (img2dataset's `files`), or one folder of images per class.
+    Rows of a table with the same image file become one row with all captions, if they are near each other; later
+    repeats, and any repeated key, are skipped and counted.
+    Hidden files and leftovers of other programs (__MACOSX, Thumbs.db, @eaDir, ...) are skipped.
     Folders named by ImageNet's WordNet ids (n01440764) get its class names and the 80 prompt templates.
     noise:1024 is 1024 images of uniform random noise, for the key stream.noise of a training.
 
@@ -62,12 +66,18 @@ def index(parser: argparse.ArgumentParser) -> Run:
     add(
         "--classnames",
         metavar="FILE",
-        help="names of the classes: one per line, or lines of a folder's name and a class name; '' keeps the sources'",
+        help="names of the classes: one per line, or a folder's name, a tab and the class name; '' keeps the sources'",
     )
     add(
         "--templates",
         metavar="FILE",
         help="prompt templates, one per line with {c} for the name; '' for none",
+    )
+    add(
+        "--split",
+        type=_split,
+        metavar="NAME[+NAME...]",
+        help="rows with these values in `split` only",
     )
     add("--append", action="store_true", help="add the rows of new sources to the dataset")
     add(
@@ -97,6 +107,7 @@ def index(parser: argparse.ArgumentParser) -> Run:
             **{role: value for role, value in given.items() if value},
             image=args.image or "",
             images=args.images,
+            split=args.split or "",
             declined=tuple(role for role, value in given.items() if value is not None and not value),
         )
         classes = ClassOptions(args.classnames, args.templates)
@@ -299,6 +310,12 @@ def _whole(minimum: int) -> Callable[[str], int]:
 def _name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("every row needs an image; name its column, or leave the option out")
+    return text
+
+
+def _split(text: str) -> str:
+    if not all(text.split("+")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like train or train+restval")
     return text
 
 

@@ -30,7 +30,7 @@ from lit_fast.embed.sources.formats import format_of
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names, remove_tree
-from lit_fast.storage.paths import StrPath, is_url, join
+from lit_fast.storage.paths import StrPath, is_junk, is_url, join
 from lit_fast.utils.output import result, status
 from lit_fast.utils.permutation import permutation
 
@@ -108,7 +108,11 @@ def check_output_directory(out: str) -> None:
     """Raise UserError if `out` has files, except those of an indexing that was killed."""
     if exists(out) and not is_directory(out):
         raise UserError(f"{out} is a file; choose another --out")
-    others = [name for name in list_names(out) if name not in _OWN_FILES and not name.endswith(".tmp")]
+    others = [
+        name
+        for name in list_names(out)
+        if name not in _OWN_FILES and not name.endswith(".tmp") and not is_junk(name)
+    ]
     if others:
         raise UserError(f"{out} holds other files ({others[0]}); choose an empty or new directory as --out")
 
@@ -135,7 +139,9 @@ def _find_sources(patterns: list[str], options: Columns) -> list[Source]:
     for path in [*paths, options.images]:
         if not is_utf8(path):
             raise UserError(f"the name {path!a} is not UTF-8; rename it")
-    return identify_all([Source(path, 0, format_of(path), names=options.as_options()) for path in paths])
+    return identify_all(
+        [Source(path, 0, format_of(path, options), names=options.as_options()) for path in paths]
+    )
 
 
 def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> list[Source]:

@@ -33,3 +33,8 @@ def os_reason(error: OSError) -> str:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"{error.strerror}, of which this process may have {limit}; raise the limit with ulimit -n"
     return error.strerror or first_line(error)
+
+
+def is_shortage(error: OSError) -> bool:
+    """Return whether the process or machine lacks open files or memory, so that nothing is wrong with the file."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

@@ -8,7 +8,15 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lit_fast.embed.sources.interface import MAX_CAPTION, Columns, Guess, Sample, Skipped, is_utf8
+from lit_fast.embed.sources.interface import (
+    MAX_CAPTION,
+    OTHER_SPLIT,
+    Columns,
+    Guess,
+    Sample,
+    Skipped,
+    is_utf8,
+)
 from lit_fast.errors import UserError
 
 # Tried in this order, without regard to case.
@@ -59,7 +67,9 @@ class ParsedRow(NamedTuple):
           name: the name of a skipped entry without a key.
           check: `lit_fast.data.images.fingerprint.image_checksum`; 0: unknown.
         """
-        if problem := problem or self.problem:
+        if self.problem.startswith(OTHER_SPLIT) or not problem:
+            problem = self.problem
+        if problem:
             return Skipped(key or name, problem)
         return Sample(key, offset, size, self.captions, self.label, self.languages, check)
 
@@ -144,6 +154,8 @@ def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
     A caption may be a string, bytes, a list of them, or objects with `raw`, `caption` or `text`. Empty captions are
     dropped; repeated ones count, as in CLIP_benchmark.
     """
+    if other := find_split(values, columns):
+        return ParsedRow(problem=other)
     label, problem = _parse_label(values.get(columns.label)) if columns.label else (-1, "")
     language_values = values.get(columns.language) if columns.language else None
     found: list[tuple[str, str]] = []  # caption, language
@@ -166,6 +178,17 @@ def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
         return ParsedRow(problem=NO_TEXT)
     codes = tuple(code for _, code in found)
     return ParsedRow(tuple(text for text, _ in found), codes if any(codes) else (), label)
+
+
+def find_split(values: Mapping[str, Any], columns: Columns) -> str:
+    """Return the reason to skip a row of another split than `columns.split`, "" for none."""
+    if not columns.split:
+        return ""
+    value = _single(values.get("split"))
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    split = value.strip() if isinstance(value, str) else "none"
+    return "" if split in columns.split.split("+") else f"{OTHER_SPLIT}{split[:40]}"
 
 
 def parse_key(value: Any) -> tuple[str, str]:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.noise import is_noise
-from lit_fast.embed.sources import coco, folders, parquet, records, tables, tars
+from lit_fast.embed.sources import folders, json_files, pairs, parquet, records, tables, tars
 from lit_fast.embed.sources.clip_benchmark import lines_near
 from lit_fast.embed.sources.interface import Columns, Format, Item, Layout, Sample
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_directory, open_read
 from lit_fast.storage.paths import is_url, name, parent, suffix
 
+NO_OPTIONS = Columns()
 _MAX_NOISE = 1 << 20  # images
 
 
@@ -24,7 +25,7 @@ def read_noise(path: str, options: Columns) -> Iterator[Item]:
     Raises:
       UserError: the number of images is 0 or too large, or `options` name columns.
     """
-    if options != Columns():
+    if options.names() or options.image:
         raise UserError(f"{path} is noise and has no columns that options could name; leave them out")
     digits = path.partition(":")[2]
     count = int(digits) if len(digits) < 20 else _MAX_NOISE + 1
@@ -39,17 +40,18 @@ FORMATS = {
     "tar": Format(tars.read_tar, (".tar",)),
     "parquet": Format(parquet.read_parquet, (".parquet", ".pq"), parquet.class_names),
     "table": Format(tables.read_table, (".csv", ".tsv", ".jsonl", ".ndjson")),
-    "coco": Format(coco.read_coco, (".json",)),
+    "json": Format(json_files.read_json_file, (".json",)),
     "array_record": Format(records.read_records, (".array_record",), records.class_names),
     "tfrecord": Format(records.read_tfrecord, (".tfrecord", ".tfrecords", ".tfrec"), records.class_names),
     "folder": Format(folders.read_folder, class_names=folders.class_folders),
+    "pairs": Format(pairs.read_pairs),
     "noise": Format(read_noise),
 }
 
 _BY_SUFFIX = {suffix: format for format, entry in FORMATS.items() for suffix in entry.suffixes}
 
 
-def format_of(path: str) -> str:
+def format_of(path: str, options: Columns = NO_OPTIONS) -> str:
     """Return the key in `FORMATS` of a file, directory or URL.
 
     It is decided by the suffix, else by the first bytes. An unknown file counts as a tar; the reader of tars reports
@@ -59,7 +61,7 @@ def format_of(path: str) -> str:
         return "noise"
     local = not is_url(path)
     if local and is_directory(path):
-        return "folder"
+        return "pairs" if pairs.has_pairs(path, options) else "folder"
     if by_name := format_by_name(path):
         return by_name
     return "parquet" if local and _first_bytes(path) == b"PAR1" else "tar"
@@ -104,7 +106,7 @@ def own_class_names(sources: Sequence[Source]) -> list[OwnClassNames]:
 def _directory(source: Source) -> str:
     if source.kind == "noise":  # there is no file
         return ""
-    return source.path if source.kind == "folder" else parent(source.path)
+    return source.path if source.kind in ("folder", "pairs") else parent(source.path)
 
 
 def _first_bytes(path: str) -> bytes:

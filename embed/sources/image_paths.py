@@ -14,7 +14,7 @@ from lit_fast.data.images.decode import MAX_IMAGE
 from lit_fast.data.images.fingerprint import HEAD, image_checksum
 from lit_fast.embed.sources.columns import ParsedRow
 from lit_fast.embed.sources.interface import JUNK, Columns, Sample, Skipped, is_utf8
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, is_shortage
 from lit_fast.storage.files import file_status, is_directory, read_range
 from lit_fast.storage.paths import is_junk, is_url, join, parent, suffix
 
@@ -76,6 +76,8 @@ def find_image(directory: str, path: object, default_suffix: str = "") -> ImageF
     except (FileNotFoundError, NotADirectoryError):
         return ImageFile(inner, problem=f"image file not found in {directory}")
     except OSError as error:
+        if is_shortage(error):
+            raise
         return ImageFile(inner, problem=f"image file cannot be read ({error.strerror})")
 
 

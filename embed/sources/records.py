@@ -1,6 +1,7 @@
 """Read files of `tf.train.Example`: array_records and TFRecords, as TensorFlow Datasets and img2dataset write them.
 
-`features.json` in the same directory says which feature is an image, `<label>.labels.txt` has the class names.
+`features.json` in the same directory says which feature is an image, `<label>.labels.txt` has the class names,
+`dataset_info.json` the number of records of each file.
 
 A TFRecord file is a sequence of records: length (uint64), masked CRC-32C of the length, data, masked CRC-32C of the
 data (tensorflow/core/lib/io/record_writer.h). All checksums are compared at indexing.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,12 +30,13 @@ from lit_fast.embed.sources.columns import (
     parse_key,
     parse_row,
 )
-from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Note, Skipped
 from lit_fast.errors import UserError, first_line, os_reason
 from lit_fast.storage.files import open_read, read_text
 from lit_fast.storage.paths import join, name, parent
 
 _RECORDS_PER_READ = 64
+_BLOCK, _SIGNATURE = 1 << 16, 64  # bytes, of array_record
 _MAX_RECORD = 2 * MAX_IMAGE  # bytes
 _CHUNK = 1 << 20  # bytes
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x78\x01": "zlib", b"\x78\x9c": "zlib", b"\x78\xda": "zlib"}
@@ -84,10 +87,12 @@ def class_names(path: str) -> tuple[str, ...]:
 
 def _rows(path: str, options: Columns, kind: str, records: Iterator[_Record | Damage]) -> Iterator[Item]:
     columns: Columns | None = None
+    count = 0
     for number, record in enumerate(records):
         if isinstance(record, Damage):
             yield record
             return
+        count += 1
         own_key = f"{name(parent(path))}/{name(path)}/{number}"
         if record.problem:
             yield Skipped(own_key, record.problem)
@@ -102,6 +107,9 @@ def _rows(path: str, options: Columns, kind: str, records: Iterator[_Record | Da
             yield Layout(kind, image=columns.image)
             yield from find_guess(options, columns, list(values))
         yield _sample(own_key, record, values, columns)
+    expected = _expected_records(path)
+    if expected not in (None, count):
+        yield Note(f"{path} has {count:,} records, but dataset_info.json beside it says {expected:,}")
 
 
 def _sample(own_key: str, record: _Record, values: dict[str, Any], columns: Columns) -> Item:
@@ -124,6 +132,9 @@ def _array_records(path: str) -> Iterator[_Record | Damage]:
     except ERRORS:
         yield Damage(f"{path} is damaged or is not an array_record file")
         return
+    if position := _find_second_file(path):
+        yield Damage(f"{path} holds another array_record file from byte {position} on: none of it is read")
+        return
     first = 0
     try:
         while first < count:
@@ -137,6 +148,23 @@ def _array_records(path: str) -> Iterator[_Record | Damage]:
         yield Damage(
             f"{path} is damaged at record {first} or after: the rest of it is not read ({first_line(error)})"
         )
+
+
+def _find_second_file(path: str) -> int:
+    """Return where another array_record file follows in a file, 0 if none does.
+
+    array_record finds its index at the end of the file, by a position from the start: of two files of equal lengths
+    it would read the first only. All begin with the same bytes (riegeli's file signature), and fill whole blocks.
+    """
+    with open_read(path) as file:
+        end, start = file.seek(0, os.SEEK_END), b""
+        for position in range(0, end, _BLOCK):
+            file.seek(position)
+            found = file.read(_SIGNATURE)
+            if position and found == start:
+                return position
+            start = start or found
+    return 0
 
 
 def _tfrecords(path: str) -> Iterator[_Record | Damage]:
@@ -220,3 +248,17 @@ def _typed_features(path: str) -> dict[str, list[str]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return found
     return found
+
+
+def _expected_records(path: str) -> int | None:
+    """Return the number of records of a file by TFDS's dataset_info.json, None if it does not say."""
+    match = re.search(r"(\w+)\.(array_record|tfrecord)-(\d+)-of-(\d+)$", name(path))
+    try:
+        value = json.loads(read_text(join(parent(path), "dataset_info.json")) or "{}")
+        for split in value.get("splits", ()) if match else ():
+            lengths = split["shardLengths"]
+            if match and split["name"] == match[1] and len(lengths) == int(match[4]):
+                return int(lengths[int(match[3])])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None
+    return None

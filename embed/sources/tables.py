@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import IO, Any
 
@@ -29,19 +29,33 @@ def read_table(path: str, options: Columns) -> Iterator[Item]:
     Raises:
       UserError: the file cannot be read, or lacks a column.
     """
+    return table_rows(path, options, ((f"line {number}", values) for number, values in read_lines(path)))
+
+
+def table_rows(
+    path: str, options: Columns, rows: Iterable[tuple[str, dict[str, Any] | str]]
+) -> Iterator[Item]:
+    """Yield one row per row of a table; the caller merges repeats of an image.
+
+    Args:
+      rows: the name of each, and its values by column or the problem with it.
+
+    Raises:
+      UserError: the table lacks a column.
+    """
     directory = image_directory(options, path)
     yield Layout("folder", images=directory)
     columns: Columns | None = None
-    for number, values in read_lines(path):
+    for where, values in rows:
         if isinstance(values, str):
-            yield Skipped(f"line {number}", values)
+            yield Skipped(where, values)
             continue
         if columns is None:
             columns = _columns(path, options, list(values))
             yield from find_guess(options, columns, list(values))
         default_suffix = ".jpg" if columns.image == "image/key" else ""  # Crossmodal-3600 omits it
         image = find_image(directory, values.get(columns.image), default_suffix)
-        yield image.item(parse_row(values, columns), f"line {number}")
+        yield image.item(parse_row(values, columns), where)
     if columns is None:
         yield Damage(f"{path} has no rows")
 

@@ -75,6 +75,11 @@ def zero_shot_set(
     """
     names = read_lines(classnames) if classnames else dataset.classnames
     missing = [n for n, have in (("labels", labels or dataset.labelled), ("class names", names)) if not have]
+    if missing == ["class names"]:
+        raise UserError(
+            f"dataset {dataset.path} has no class names for zero-shot classification; give --classnames FILE, one name "
+            "per line"
+        )
     if missing:
         raise UserError(
             f"dataset {dataset.path} has no {' and no '.join(missing)} for zero-shot classification; index tars with a "

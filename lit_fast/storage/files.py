@@ -176,6 +176,18 @@ def walk_files(location: StrPath) -> Iterator[str]:
     Raises:
       OSError: a directory cannot be read.
     """
+    for directory, names in walk_directories(location):
+        yield from (join(directory, name) for name in names)
+
+
+def walk_directories(location: StrPath) -> Iterator[tuple[str, list[str]]]:
+    """Yield the relative path of a directory and of each below it, "" first, with the sorted names of its files.
+
+    Links to directories are not followed but are among the names.
+
+    Raises:
+      OSError: a directory cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
@@ -187,8 +199,8 @@ def walk_files(location: StrPath) -> Iterator[str]:
     for directory, folders, names in os.walk(root, onerror=refuse):
         folders.sort()
         links = [folder for folder in folders if os.path.islink(os.path.join(directory, folder))]
-        for name in sorted([*names, *links]):
-            yield os.path.relpath(os.path.join(directory, name), root)
+        relative = os.path.relpath(directory, root)
+        yield "" if relative == "." else relative, sorted([*names, *links])
 
 
 def make_directory(location: StrPath) -> None:

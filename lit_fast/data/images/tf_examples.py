@@ -14,9 +14,8 @@ from lit_fast.data.dataset import Source
 from lit_fast.data.images.decode import ImageError
 from lit_fast.errors import UserError
 from lit_fast.storage.files import local_path
+from lit_fast.storage.machine import cached_files
 from lit_fast.storage.paths import is_url
-
-_OPEN_FILES = 256
 
 # The exceptions of array_record for damaged files.
 ERRORS = (ValueError, RuntimeError, IndexError, OverflowError, MemoryError)
@@ -85,11 +84,15 @@ def open_records(path: str) -> ArrayRecordReader:
 
     Raises:
       UserError: the file is remote.
-      ValueError, RuntimeError: it is not an array_record file.
+      ValueError, RuntimeError: it is not an array_record file, is cut off, or has data behind its end.
     """
     if is_url(path):
         raise UserError(f"{path}: array_record files are read from a local disk only; copy it first")
-    return ArrayRecordReader(local_path(path), "readahead_buffer_size:0,max_parallelism:0")
+    reader = ArrayRecordReader(local_path(path), "readahead_buffer_size:0,max_parallelism:0")
+    if not reader.ok():  # it would have no records
+        reader.close()  # raises the reason
+        raise ValueError("it cannot be opened")
+    return reader
 
 
 def image_of_example(record: bytes, feature: str) -> bytes:
@@ -111,7 +114,7 @@ class ExampleImages:
     """Reads images from array_record files; keeps the most recently used files open."""
 
     def __init__(self) -> None:
-        self._open = lru_cache(maxsize=_OPEN_FILES)(_RecordFile)
+        self._open = lru_cache(maxsize=cached_files())(_RecordFile)
 
     def read(self, source: Source, *, record: int) -> bytes:
         """Return the image in feature `source.image` of a record.

@@ -93,7 +93,7 @@ def test_expand_refuses(tree: Path, pattern: str, message: str) -> None:
         ("/x/a.TAR", "tar"),
         ("s3://bucket/a.pq", "parquet"),
         ("https://host/a.tsv?version=2.tar", "table"),
-        ("/x/captions.json", "coco"),
+        ("/x/captions.json", "json"),
         ("/x/flowers-train.array_record-00000-of-00004", "array_record"),
         ("/x/unknown", "tar"),
     ],
