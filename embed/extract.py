@@ -17,7 +17,7 @@ import jax
 from lit_fast.data.dataset import SHARD, open_dataset
 from lit_fast.data.features import Features, embed_command, with_views
 from lit_fast.data.images.decode import MAX_PIXELS
-from lit_fast.data.images.reader import ImageReader
+from lit_fast.data.images.reader import ImageReader, find_changed_images
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.embed.pipeline import StallTimer, run_tower
@@ -120,6 +120,11 @@ def embed_dataset(
                     "choose another --name"
                 )
             unfinished = _unfinished_shards(job)
+            if unfinished and (changed := find_changed_images(dataset)):
+                raise UserError(
+                    f"{len(changed)} of 64 sampled images of {dataset.path} have changed since they were indexed "
+                    f"(first: {changed[0]!a}); restore them, or index the sources as a new dataset"
+                )
             rate = _embed_shards(job, unfinished, signals) if unfinished else None
             if signals:
                 return

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 
 from lit_fast.data.dataset import Dataset, Source, open_dataset
 from lit_fast.data.dataset_writer import DatasetWriter, Row, remove_other_generations
-from lit_fast.data.images.sources import check_sources, size_and_etag
+from lit_fast.data.images.noise import is_noise
+from lit_fast.data.images.sources import check_sources, identify_all
 from lit_fast.embed.row_reader import RowReader
 from lit_fast.embed.skipped import KeySet
 from lit_fast.embed.sources.expand import expand
@@ -27,6 +27,11 @@ from lit_fast.storage.paths import StrPath, is_url, join
 from lit_fast.utils.output import result, status
 from lit_fast.utils.permutation import permutation
 
+_DUPLICATE = "duplicate key"
+_DUPLICATE_REMEDY = (
+    "a key is unique within its source: of each duplicate the first was taken; to have all, sort a table by its image, "
+    "whose captions then become one row, or split an archive"
+)
 _OWN_FILES = {"index", "captions", "left_out.jsonl"}  # of an indexing that was killed
 
 
@@ -82,6 +87,8 @@ def index_dataset(
     _report(dataset, old, len(found))
     if report := reader.skipped.report():
         result(report)
+    if _DUPLICATE in reader.skipped.counts:
+        status(f"note: {_DUPLICATE_REMEDY}")
     return dataset
 
 
@@ -116,12 +123,7 @@ def _find_sources(patterns: list[str], options: Columns) -> list[Source]:
     for path in [*paths, options.images]:
         if not is_utf8(path):
             raise UserError(f"the name {path!a} is not UTF-8; rename it")
-    with ThreadPoolExecutor(16) as pool:  # one request for each remote file
-        sizes = list(pool.map(size_and_etag, paths))
-    return [
-        Source(path, size, format_of(path), etag=etag, names=options.as_options())
-        for path, (size, etag) in zip(paths, sizes, strict=True)
-    ]
+    return identify_all([Source(path, 0, format_of(path), names=options.as_options()) for path in paths])
 
 
 def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> list[Source]:
@@ -138,7 +140,11 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
         raise UserError(f"{other} ({old.seed}); {remedy}")
     for source in found:
         before = known.get(source.path, source)
-        if (before.bytes, before.etag) != (source.bytes, source.etag):
+        if (before.bytes, before.etag, before.digest or source.digest) != (
+            source.bytes,
+            source.etag,
+            source.digest,
+        ):
             raise UserError(f"{other}: {source.path} has changed since it was indexed; {remedy}")
         if before.names != source.names and not append:
             raise UserError(f"{other}: {source.path} was indexed with other options; {remedy}")
@@ -182,13 +188,16 @@ def _write_rows(reader: RowReader, out: str, seed: int, old: Dataset | None) -> 
       UserError: there is no usable row.
     """
     keys = KeySet()
+    sources = [*(old.sources if old else ()), *reader.sources]
+    noise = len(sources)  # noise:N begins with the images of noise:M, M < N
+    identity = [noise if is_noise(source.path) else number for number, source in enumerate(sources)]
     for block in old.iter_blocks() if old else ():
-        keys.add(block.keys)
+        keys.add([(identity[s], key) for s, key in zip(block.sources, block.keys, strict=True)])
     writer: DatasetWriter | None = None
     for number, group in enumerate(reader.groups(seed)):
-        is_new = keys.add([row.key for row in group])
+        is_new = keys.add([(identity[row.source], row.key) for row in group])
         for i in np.flatnonzero(~is_new).tolist():
-            reader.skip(group[i], "duplicate key")
+            reader.skip(group[i], _DUPLICATE)
         rows = [group[i] for i in np.flatnonzero(is_new).tolist()]
         for i in _shuffled(rows, reader, seed, number):
             writer = writer or DatasetWriter(out, grow=old)

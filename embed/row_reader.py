@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from lit_fast.data.dataset import SHARD, Source
 from lit_fast.data.dataset_writer import Row
+from lit_fast.data.images.sources import find_change
 from lit_fast.embed.skipped import SkippedLog
 from lit_fast.embed.sources.formats import FORMATS
 from lit_fast.embed.sources.interface import Columns, Damage, Layout, Sample, Skipped
+from lit_fast.errors import UserError
 from lit_fast.utils.permutation import permutation
 from lit_fast.utils.progress import Progress
 
@@ -53,6 +55,9 @@ class RowReader:
 
         A group ends after the source with which it reaches `GROUP_ROWS`, and within a source at twice this number, so
         that no more rows are in memory.
+
+        Raises:
+          UserError: a source cannot be read, or was written meanwhile.
         """
         progress = Progress("index", len(self.sources), "files")
         group: dict[object, Row] = {}
@@ -90,15 +95,15 @@ class RowReader:
                 case Sample() if self._num_classes and item.label >= self._num_classes:
                     reason = f"label outside the {self._num_classes} class names"
                     self.skipped.add(item.key, source.path, reason)
-                case Sample(key, offset, size, captions, label, languages):
-                    yield Row(key, self._first + number, offset, size, captions, label, languages)
+                case Sample(key, offset, size, captions, label, languages, check):
+                    yield Row(key, self._first + number, offset, size, captions, label, languages, check)
+        if change := find_change(source):
+            raise UserError(f"source {source.path} {change}: it was written meanwhile; rerun the command")
 
 
 def _merge(first: Row, second: Row) -> Row:
     # A row without languages has captions of unknown ones.
     one, two = (row.languages or ("",) * len(row.captions) for row in (first, second))
-    language_of = dict(zip(second.captions, two, strict=True)) | dict(zip(first.captions, one, strict=True))
-    captions = tuple(dict.fromkeys((*first.captions, *second.captions)))
-    languages = tuple(language_of[caption] for caption in captions)
+    languages = (*one, *two) if any((*one, *two)) else ()
     label = first.label if first.label >= 0 else second.label
-    return replace(first, captions=captions, languages=languages if any(languages) else (), label=label)
+    return replace(first, captions=(*first.captions, *second.captions), languages=languages, label=label)

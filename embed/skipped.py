@@ -59,10 +59,10 @@ class SkippedLog:
 
 
 class KeySet:
-    """A set of keys in 8 bytes per key: sorted arrays of hashes, each at least twice as long as the next.
+    """A set of (source, key) in 8 bytes each: sorted arrays of hashes, each at least twice as long as the next.
 
-    A key is identified by 64 bits of its BLAKE2b. Of 100 million different keys two have the same bits with a
-    probability of 0.03 %; then one row is skipped as a duplicate.
+    A key is unique within its source. It is identified by 64 bits of its BLAKE2b. Of 100 million different keys two
+    have the same bits with a probability of 0.03 %; then one row is skipped as a duplicate.
 
     Adding n keys sorts each hash about log2(n / batch) times. A look-up is a binary search in as many arrays.
     """
@@ -73,13 +73,13 @@ class KeySet:
     def __len__(self) -> int:
         return sum(map(len, self._sorted))
 
-    def add(self, keys: Sequence[str]) -> np.ndarray:
-        """Add keys.
+    def add(self, keys: Sequence[tuple[int, str]]) -> np.ndarray:
+        """Add keys, each with the number of its source.
 
         Returns:
           bool `[len(keys)]`: whether the key was added for the first time.
         """
-        hashes = np.fromiter((_hash(key) for key in keys), np.uint64, len(keys))
+        hashes = np.fromiter((_hash(source, key) for source, key in keys), np.uint64, len(keys))
         unique, first = np.unique(hashes, return_index=True)
         is_new = np.ones(len(unique), bool)
         for known in self._sorted:
@@ -100,6 +100,6 @@ class KeySet:
             self._sorted.append(merged)
 
 
-def _hash(key: str) -> int:
-    data = key.encode("utf-8", "surrogatepass")
+def _hash(source: int, key: str) -> int:
+    data = source.to_bytes(4, "little") + key.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

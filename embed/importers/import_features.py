@@ -129,7 +129,9 @@ def _write_index(parts: list[Part], sources: list[Source], out: str, table: str,
     try:
         rows = usable_rows()
         while group := list(islice(rows, _GROUP_ROWS)):
-            for row, is_new in zip(group, keys.add([row.key for row in group]).tolist(), strict=True):
+            for row, is_new in zip(
+                group, keys.add([(row.source, row.key) for row in group]).tolist(), strict=True
+            ):
                 if is_new:
                     writer = writer or DatasetWriter(out)
                     writer.add(row)

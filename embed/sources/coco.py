@@ -61,8 +61,8 @@ def _sample(
         values[columns.label] = next(iter(labels)) if len(labels) == 1 else image.get(columns.label)
     if columns.language:
         values[columns.language] = [v if isinstance(v, str) else "" for v in values[columns.language]]
-    path, size, problem = find_image(directory, image.get(columns.image))
-    return parse_row(values, columns).item(path, 0, size, problem, f"image {image['id']}")
+    found = find_image(directory, image.get(columns.image))
+    return found.item(parse_row(values, columns), f"image {image['id']}")
 
 
 def _columns(path: str, options: Columns, images: list[Any], annotations: list[Any]) -> Columns:

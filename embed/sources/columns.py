@@ -41,16 +41,19 @@ class ParsedRow(NamedTuple):
     label: int = -1  # -1 = none
     problem: str = ""  # why this cannot be a row
 
-    def item(self, key: str, offset: int, size: int, problem: str = "", name: str = "") -> Sample | Skipped:
+    def item(
+        self, key: str, offset: int, size: int, problem: str = "", name: str = "", check: int = 0
+    ) -> Sample | Skipped:
         """Return the row of an image; where the image, the key or the row has a problem, a skipped entry.
 
         Args:
           problem: that of the image or the key.
           name: the name of a skipped entry without a key.
+          check: `lit_fast.data.images.fingerprint.image_checksum`; 0: unknown.
         """
         if problem := problem or self.problem:
             return Skipped(key or name, problem)
-        return Sample(key, offset, size, self.captions, self.label, self.languages)
+        return Sample(key, offset, size, self.captions, self.label, self.languages, check)
 
 
 def choose_columns(options: Columns, columns: Collection[str], where: str, *, image: bool = True) -> Columns:
@@ -108,12 +111,12 @@ def some(names: Collection[str]) -> str:
 def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
     """Parse captions, languages and label of one row.
 
-    A caption may be a string, bytes, a list of them, or objects with `raw`, `caption` or `text`. Repeated and empty
-    captions are dropped.
+    A caption may be a string, bytes, a list of them, or objects with `raw`, `caption` or `text`. Empty captions are
+    dropped; repeated ones count, as in CLIP_benchmark.
     """
     label, problem = _parse_label(values.get(columns.label)) if columns.label else (-1, "")
     language_values = values.get(columns.language) if columns.language else None
-    found: dict[str, str] = {}  # caption -> language
+    found: list[tuple[str, str]] = []  # caption, language
     for language, column in columns.captions:
         texts = _strings(values.get(column))
         if columns.language and not language:
@@ -126,13 +129,13 @@ def parse_row(values: Mapping[str, Any], columns: Columns) -> ParsedRow:
             if len(text) > MAX_CAPTION:
                 return ParsedRow(problem="caption above 1 MiB")
             if text.strip():
-                found.setdefault(text.strip(), code)
+                found.append((text.strip(), code))
     if problem:
         return ParsedRow(problem=problem)
     if not found and label < 0:
         return ParsedRow(problem=NO_TEXT)
-    codes = tuple(found.values())
-    return ParsedRow(tuple(found), codes if any(codes) else (), label)
+    codes = tuple(code for _, code in found)
+    return ParsedRow(tuple(text for text, _ in found), codes if any(codes) else (), label)
 
 
 def parse_key(value: Any) -> tuple[str, str]:

@@ -51,7 +51,6 @@ def read_folder(path: str, options: Columns) -> Iterator[Item]:
         try:
             for file in walk_files(join(path, folder)):
                 if suffix(file) in IMAGE_SUFFIXES:
-                    key, size, problem = find_image(path, join(folder, file))
-                    yield ParsedRow(label=label).item(key, 0, size, problem)
+                    yield find_image(path, join(folder, file)).item(ParsedRow(label=label))
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import posixpath
+from typing import NamedTuple
 
 from lit_fast.data.images.decode import MAX_IMAGE
-from lit_fast.embed.sources.interface import Columns, is_utf8
+from lit_fast.data.images.fingerprint import HEAD, image_checksum
+from lit_fast.embed.sources.columns import ParsedRow
+from lit_fast.embed.sources.interface import Columns, Sample, Skipped, is_utf8
 from lit_fast.errors import UserError
-from lit_fast.storage.files import file_status, is_directory
+from lit_fast.storage.files import file_status, is_directory, read_range
 from lit_fast.storage.paths import is_url, join, parent, suffix
 
 
@@ -37,28 +40,41 @@ def image_directory(options: Columns, table: str) -> str:
     return directory
 
 
-def find_image(directory: str, path: object, default_suffix: str = "") -> tuple[str, int, str]:
-    """Normalize a path in a table and look the file up.
+class ImageFile(NamedTuple):
+    """An image file that a source names."""
 
-    Returns:
-      The path relative to the directory of images, the bytes of the file (0 = remote), and why it cannot be used ("" =
-      it can).
-    """
+    key: str  # path relative to the directory of images
+    size: int = 0  # bytes; 0: unknown, as for remote files
+    check: int = 0  # checksum; 0: unknown, as for remote files
+    problem: str = ""  # why it cannot be used; "": it can
+
+    def item(self, row: ParsedRow, name: str = "") -> Sample | Skipped:
+        """Return the row of this image; `name` names a skipped entry without a path."""
+        return row.item(self.key, 0, self.size, self.problem, name, self.check)
+
+
+def find_image(directory: str, path: object, default_suffix: str = "") -> ImageFile:
+    """Normalize a path in a table and look the file up; a local file is opened for its checksum."""
     inner, problem = _relative_path(directory, path)
     if problem:
-        return inner, 0, problem
+        return ImageFile(inner, problem=problem)
     inner = inner if suffix(inner) else inner + default_suffix
     if is_url(directory):
-        return inner, 0, ""
+        return ImageFile(inner)
+    location = join(directory, inner)
     try:
-        status = file_status(join(directory, inner))
-    except OSError:
-        return inner, 0, f"image file not found in {directory}"
-    if not status.is_file:
-        return inner, 0, "not a regular file"
-    if not status.size:
-        return inner, 0, "empty image file"
-    return inner, status.size, "image file above 256 MiB" if status.size > MAX_IMAGE else ""
+        status = file_status(location)  # before opening: a pipe would block
+        if not status.is_file:
+            return ImageFile(inner, problem="not a regular file")
+        if not status.size:
+            return ImageFile(inner, problem="empty image file")
+        if status.size > MAX_IMAGE:
+            return ImageFile(inner, problem="image file above 256 MiB")
+        return ImageFile(inner, status.size, image_checksum(read_range(location, 0, HEAD)))
+    except (FileNotFoundError, NotADirectoryError):
+        return ImageFile(inner, problem=f"image file not found in {directory}")
+    except OSError as error:
+        return ImageFile(inner, problem=f"image file cannot be read ({error.strerror})")
 
 
 def _relative_path(directory: str, path: object) -> tuple[str, str]:

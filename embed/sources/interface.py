@@ -59,6 +59,7 @@ class Sample:
     captions: tuple[str, ...]
     label: int = -1
     languages: tuple[str, ...] = ()
+    check: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,8 +85,7 @@ def _sample(
     own_key = f"{name(parent(path))}/{name(path)}/{group}/{number}"
     row = parse_row(values, columns)
     if layout.kind == "folder":
-        key, size, problem = find_image(layout.images, _value(values, columns.image))
-        return row.item(key, 0, size, problem, own_key)
+        return find_image(layout.images, _value(values, columns.image)).item(row, own_key)
     key, problem = parse_key(values.get(columns.key)) if columns.key else (own_key, "")
     return row.item(key, group, number, problem, own_key)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from lit_fast.data.images.fingerprint import image_checksum
 from lit_fast.data.images.tf_examples import ERRORS, ExampleError, open_records, parse_example
 from lit_fast.embed.sources.columns import LABEL, choose_columns, guess_column, parse_key, parse_row
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
@@ -73,7 +74,8 @@ def _sample(path: str, number: int, values: dict[str, Any], columns: Columns) ->
     image = values.get(columns.image)
     if not (image and isinstance(image[0], bytes) and image[0]):
         problem = problem or row.problem or f"no image in {columns.image}"
-    return row.item(key, number, 0, problem, own_key)
+        return row.item(key, number, 0, problem, own_key)
+    return row.item(key, number, 0, problem, own_key, image_checksum(image[0]))
 
 
 def _own_key(path: str, number: int) -> str:

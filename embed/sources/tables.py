@@ -38,8 +38,8 @@ def read_table(path: str, options: Columns) -> Iterator[Item]:
             continue
         columns = columns or _columns(path, options, list(values))
         default_suffix = ".jpg" if columns.image == "image/key" else ""  # Crossmodal-3600 omits it
-        key, size, problem = find_image(directory, values.get(columns.image), default_suffix)
-        yield parse_row(values, columns).item(key, 0, size, problem, f"line {number}")
+        image = find_image(directory, values.get(columns.image), default_suffix)
+        yield image.item(parse_row(values, columns), f"line {number}")
     if columns is None:
         yield Damage(f"{path} has no rows")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from lit_fast.data.images.decode import MAX_IMAGE
+from lit_fast.data.images.fingerprint import HEAD, image_checksum
 from lit_fast.embed.sources.clip_benchmark import lines_near
 from lit_fast.embed.sources.columns import choose_columns, parse_key, parse_row
 from lit_fast.embed.sources.interface import (
@@ -44,6 +45,7 @@ class _Members:
     key: str
     offset: int = -1  # of the image
     size: int = 0
+    check: int = 0
     texts: dict[str, bytes] = field(default_factory=dict)  # suffix -> content
     problem: str = ""  # why this cannot be a row
 
@@ -100,7 +102,7 @@ def _samples(
         key = members.key
         if options.key and not row.problem:
             key, problem = parse_key(values.get(options.key))
-        yield row.item(key, members.offset, members.size, problem, members.key)
+        yield row.item(key, members.offset, members.size, problem, members.key, members.check)
     if names:
         choose_columns(options, list(names), path, image=False)  # refuses a name that no row has
 
@@ -214,6 +216,8 @@ def _add_member(
         if row.offset >= 0:
             return key, True
         row.offset, row.size = member.offset_data, member.size
+        file.seek(member.offset_data)  # the buffer has these bytes: they follow the header
+        row.check = image_checksum(file.read(min(member.size, HEAD)))
         if member.size == 0:
             problem = "empty image file"
         elif member.size > MAX_IMAGE:

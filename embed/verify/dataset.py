@@ -13,6 +13,7 @@ from lit_fast.data.tokens import stored_tokenizers
 from lit_fast.embed.verify.features import repair_features, verify_features
 from lit_fast.embed.verify.findings import Finding
 from lit_fast.embed.verify.records import verify_records
+from lit_fast.embed.verify.sources import verify_sources
 from lit_fast.errors import UserError
 from lit_fast.storage.files import write_json
 from lit_fast.storage.paths import StrPath
@@ -54,6 +55,7 @@ def verify_dataset(
         return kept
 
     findings += report(verify_records(dataset))
+    findings += report(verify_sources(dataset, sample))
     for name in [] if tower else stored_towers(dataset):
         try:
             stores.append(open_features(dataset, name))

@@ -51,6 +51,10 @@ class Source:
     image: str = ""
     images: str = ""  # absolute directory, or a URL
     etag: str = ""  # of a remote file, if its server gives one
+    modified: int = 0  # time of a local file in nanoseconds
+    digest: str = (
+        ""  # of a local file, or of a remote one without an ETag: see lit_fast.data.images.fingerprint
+    )
     names: tuple[str, ...] = ()  # options of `index` that chose columns
 
 
@@ -65,12 +69,17 @@ class Block:
     captions: list[int]  # number of captions
     labels: list[int]  # class number; -1: none
     languages: list[list[str]] = field(default_factory=list)  # empty if no row of the block has any
+    checks: list[int] = field(
+        default_factory=list
+    )  # checksums of the images; empty if no row of the block has one
 
     def encode(self) -> bytes:
         """Return JSON, by column."""
-        return compact_json(
-            {name: column for name, column in vars(self).items() if name != "languages" or column}
-        )
+        return compact_json({name: column for name, column in vars(self).items() if column})
+
+    def check(self, i: int) -> int:
+        """Return the checksum of an image, see `lit_fast.data.images.fingerprint`; 0: it has none."""
+        return self.checks[i] if self.checks else 0
 
 
 @dataclass(frozen=True)
@@ -234,8 +243,16 @@ def _validate(dataset: Dataset) -> None:
     counts += [dataset.seed, *dataset.left_out.values(), *dataset.languages.values()]
     texts = [*dataset.shard_keys, *dataset.classnames, *dataset.templates, *dataset.languages]
     for source in dataset.sources:
-        counts.append(source.bytes)
-        texts += [source.path, source.kind, source.image, source.images, source.etag, *source.names]
+        counts += [source.bytes, source.modified]
+        texts += [
+            source.path,
+            source.kind,
+            source.image,
+            source.images,
+            source.etag,
+            source.digest,
+            *source.names,
+        ]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError("a count is not a whole number")
     if not all(isinstance(text, str) for text in texts):

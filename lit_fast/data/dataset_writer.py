@@ -38,6 +38,7 @@ class Row:
     captions: tuple[str, ...]
     label: int = -1  # class number; -1: none
     languages: tuple[str, ...] = ()  # empty, or one per caption ("" = unknown)
+    check: int = 0  # checksum of the image, see `lit_fast.data.images.fingerprint`; 0: none
 
 
 class DatasetWriter:
@@ -109,6 +110,7 @@ class DatasetWriter:
             captions=[len(r.captions) for r in rows],
             labels=[r.label for r in rows],
             languages=[list(r.languages) for r in rows] if any(r.languages for r in rows) else [],
+            checks=[r.check for r in rows] if any(r.check for r in rows) else [],
         )
         self._index.write(block.encode())
         self._captions.write(compact_json([r.captions for r in rows]))
@@ -176,4 +178,6 @@ def _read_rows(dataset: Dataset, number: int) -> list[Row]:
     captions = decode_captions(dataset.captions_reader().read(number))
     languages = block.languages or [[]] * len(block.keys)
     texts = map(tuple, captions), block.labels, map(tuple, languages)
-    return list(starmap(Row, zip(block.keys, block.sources, block.offsets, block.sizes, *texts, strict=True)))
+    checks = block.checks or [0] * len(block.keys)
+    columns = (block.keys, block.sources, block.offsets, block.sizes, *texts, checks)
+    return list(starmap(Row, zip(*columns, strict=True)))

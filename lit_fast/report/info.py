@@ -13,6 +13,7 @@ from typing import Any
 from lit_fast.config_io import read_toml
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import embed_command, open_features, stored_towers
+from lit_fast.data.images.sources import find_change
 from lit_fast.data.tokens import open_tokens, stored_tokenizers
 from lit_fast.errors import UserError
 from lit_fast.runs.metrics import evaluations, read_metrics
@@ -23,7 +24,6 @@ from lit_fast.storage.files import (
     list_names,
     read_json,
     read_object,
-    size,
 )
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.utils.format import format_table
@@ -112,9 +112,9 @@ def _sources(dataset: Dataset, problems: list[str]) -> dict[str, Any]:
             continue  # remote files are not queried, and noise is no file
         if not exists(source.path):
             missing.append(source.path)
-        elif is_file(source.path) and size(source.path) != source.bytes:
+        elif is_file(source.path) and find_change(source):
             changed.append(source.path)
-    for state, names in (("missing", missing), ("changed in size", changed)):
+    for state, names in (("missing", missing), ("changed", changed)):
         if names:
             problems.append(
                 f"{len(names)} of {len(dataset.sources)} sources {state}: {_first_names(names)}; embedding needs them"

@@ -69,17 +69,19 @@ def directory_size(location: StrPath) -> int:
 
 
 class FileStatus(NamedTuple):
-    """The size and kind of a file."""
+    """The size, the kind and the time of a file."""
 
     size: int  # bytes
     is_file: bool  # a regular file
     is_directory: bool
+    modified: int  # nanoseconds since 1970
 
 
 def file_status(location: StrPath) -> FileStatus:
-    """Return the size and kind of a file or directory without opening it; raises OSError where it cannot be read."""
+    """Return the status of a file or directory without opening it; raises OSError where it cannot be read."""
     status = os.stat(local_path(location))
-    return FileStatus(status.st_size, stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode))
+    mode = status.st_mode
+    return FileStatus(status.st_size, stat.S_ISREG(mode), stat.S_ISDIR(mode), status.st_mtime_ns)
 
 
 def size_and_etag(location: StrPath) -> tuple[int, str]:

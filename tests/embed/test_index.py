@@ -75,10 +75,10 @@ def test_groups_keep_files_together(tars: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_left_out_is_counted_named_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "a.tar", [*samples(2), ("lost.txt", b"x"), ("mute.jpg", b"x")])
-    write_tar(tmp_path / "b.tar", samples(2, first=1))
+    write_tar(tmp_path / "b.tar", [*samples(2, first=1), *samples(1, first=1)])
     (tmp_path / "c.tar").write_bytes(b"not a tar")
     dataset = index_dataset([f"{tmp_path}/?.tar"], tmp_path / "d", seed=0)
-    assert dataset.rows == 3
+    assert dataset.rows == 4  # 000000001 of a.tar and of b.tar
     assert dataset.left_out == {
         "duplicate key": 1,
         "no image (.jpg, .jpeg, .png, .webp, .gif or .bmp)": 1,
@@ -86,7 +86,7 @@ def test_left_out_is_counted_named_and_listed(tmp_path: Path, capsys: pytest.Cap
         "file damaged or cut off": 1,
     }
     out, err = capsys.readouterr()
-    assert "indexed 3 rows with 6 captions from 3 files" in out
+    assert "indexed 4 rows with 8 captions from 3 files" in out
     assert "left out 4: " in out
     assert "1 no caption and no label (mute in a.tar)" in out
     assert "c.tar is not a tar file" in err

@@ -23,7 +23,7 @@ def test_equals_a_set_of_strings(batches: list[list[str]]) -> None:
         for key in batch:
             want.append(key not in known)
             known.add(key)
-        assert keys.add(batch).tolist() == want
+        assert keys.add([(0, key) for key in batch]).tolist() == want
     assert len(keys) == len(known)
 
 
@@ -32,7 +32,7 @@ def test_arrays_stay_few_and_sorted(sizes: list[int]) -> None:
     """Each is at least twice as long as the next, so there are at most log2(n) + 1; 8 bytes per key."""
     keys, total = KeySet(), 0
     for size in sizes:
-        assert keys.add([str(n) for n in range(total, total + size)]).all()
+        assert keys.add([(n % 3, str(n)) for n in range(total, total + size)]).all()
         total += size
     arrays = keys._sorted
     assert sum(a.nbytes for a in arrays) == 8 * total

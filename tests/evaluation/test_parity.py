@@ -15,11 +15,14 @@ import pytest
 
 from lit_fast.data.dataset import Dataset
 from lit_fast.data.dataset_writer import DatasetWriter, Row
+from lit_fast.embed.index import index_dataset
+from lit_fast.embed.sources.interface import Columns
 from lit_fast.evaluation.bootstrap import point_estimates
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.ranks import ranks
 from lit_fast.evaluation.zeroshot import accuracies, accuracy_table
 from lit_fast.storage.files import json_bytes
+from tests.helpers import encoded, picture
 from tests.torch_packages import import_package
 
 WIDTH = 24
@@ -138,19 +141,22 @@ def test_accuracy_equals_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (got["acc1"], got["acc5"]) == (one / 400, five / 400)
 
 
-def captioned(path: Path, images: int) -> Dataset:
-    """One to six captions per image."""
+def captioned(path: Path, images: int, repeats: bool = False) -> Dataset:
+    """One to six captions per image; with `repeats`, some of them twice."""
     rng = np.random.default_rng(images)
     writer = DatasetWriter(path)
     for i in range(images):
-        writer.add(Row(f"k{i}", 0, 0, 0, tuple(f"caption {j} of {i}" for j in range(rng.integers(1, 7)))))
+        count = rng.integers(1, 7)
+        numbers = rng.integers(0, count, count) if repeats else range(count)
+        writer.add(Row(f"k{i}", 0, 0, 0, tuple(f"caption {j} of {i}" for j in numbers)))
     return writer.finish(seed=0, sources=[])
 
 
-def test_retrieval_equals_clip_benchmark(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repeats", [False, True])
+def test_retrieval_equals_clip_benchmark(tmp_path: Path, repeats: bool) -> None:
     torch = pytest.importorskip("torch")
     theirs = benchmark("metrics.zeroshot_retrieval")
-    data, texts = captioned(tmp_path / "d", 150), TextVectors()
+    data, texts = captioned(tmp_path / "d", 150, repeats), TextVectors()
     captions = [c for block in data.iter_captions() for c in block]
     rng = np.random.default_rng(1)
     x = unit(np.stack([texts(c).mean(axis=0) for c in captions]) + 0.12 * rng.normal(size=(150, WIDTH)))
@@ -163,6 +169,23 @@ def test_retrieval_equals_clip_benchmark(tmp_path: Path) -> None:
         of = got["texts" if name.startswith("image") else "images"]
         # Theirs is a float32 mean; as a number of hits the two are the same.
         assert got["metrics"][name] * of == pytest.approx(round(value * of), abs=1e-9), name
+
+
+def test_captions_of_flickr8k_are_those_of_clip_benchmark(tmp_path: Path) -> None:
+    """A line per caption of which some are equal; CLIP_benchmark counts all, in one set 5000 of 1000 images."""
+    theirs = benchmark("datasets.flickr")
+    rng = np.random.default_rng(0)
+    lines = [f"{i}.jpg,caption {rng.integers(4)}\n" for i in range(30) for _ in range(5)]
+    (tmp_path / "flickr8k_test_karpathy.csv").write_text("image,caption\n" + "".join(lines))
+    for i in range(30):
+        (tmp_path / f"{i}.jpg").write_bytes(encoded(picture(i)))
+    file = str(tmp_path / "flickr8k_test_karpathy.csv")
+    want = dict(theirs.Flickr(str(tmp_path), file).data)
+    data = index_dataset([file], tmp_path / "d", options=Columns(image="image"))
+    keys = [key for block in data.iter_blocks() for key in block.keys]
+    got = dict(zip(keys, (c for block in data.iter_captions() for c in block), strict=True))
+    assert data.captions == 150
+    assert got == want
 
 
 def test_clip_benchmark_builds_its_table_from_our_files(tmp_path: Path) -> None:

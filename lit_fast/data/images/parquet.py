@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.decode import ImageError
+from lit_fast.data.images.sources import check_source
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import open_read
 
@@ -39,12 +40,14 @@ def check_row_group(path: str, parquet: pq.ParquetFile, group: int) -> None:
 
 
 class ParquetImages:
-    """Reads images from parquet files, with a cache of decoded row groups.
+    """Reads images from the parquet files of a dataset, with a cache of decoded row groups.
 
-    A row group is read by one thread while the others that need it wait.
+    A row group is read by one thread while the others that need it wait. Since its rows have no checksums, the file
+    is checked before and after each row group.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dataset: str) -> None:
+        self._dataset = dataset
         self._row_groups: OrderedDict[tuple[str, int], _RowGroup] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -52,7 +55,7 @@ class ParquetImages:
         """Return the image in `row` of a row group.
 
         Raises:
-          UserError: the file is damaged or shorter than when it was indexed.
+          UserError: the file is damaged or has changed since it was indexed.
           ImageError: the row has no image.
         """
         key = (source.path, group)
@@ -61,7 +64,9 @@ class ParquetImages:
             self._row_groups.move_to_end(key)
         with entry.lock:
             if entry.column is None:
+                check_source(source, self._dataset)
                 entry.column = _read_column(source, group)
+                check_source(source, self._dataset)
                 self._evict()
             column = entry.column
         if row >= len(column):

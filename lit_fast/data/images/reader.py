@@ -6,7 +6,8 @@ from functools import cache, lru_cache
 from urllib.parse import quote
 
 from lit_fast.data.dataset import BLOCK, Block, Dataset, Source, decode_block
-from lit_fast.data.images.decode import MAX_IMAGE, ImageError
+from lit_fast.data.images.decode import MAX_IMAGE, ChangedImageError, ImageError
+from lit_fast.data.images.fingerprint import image_checksum
 from lit_fast.data.images.noise import DEFAULT_SIZE, noise_image
 from lit_fast.data.images.parquet import ParquetImages
 from lit_fast.data.images.sources import check_source
@@ -26,7 +27,7 @@ class ImageReader:
 
     def __init__(self, dataset: Dataset, noise_size: int = DEFAULT_SIZE) -> None:
         self._dataset, self._noise_size = dataset, noise_size
-        self._parquet, self._examples = ParquetImages(), ExampleImages()
+        self._parquet, self._examples = ParquetImages(dataset.path), ExampleImages()
         index = dataset.index_reader()
         self._block = lru_cache(maxsize=8)(lambda number: decode_block(index.read(number)))
         # A source that does not answer is asked once, not once per image.
@@ -41,9 +42,22 @@ class ImageReader:
 
         Raises:
           UserError: the source cannot be read or has changed.
-          ImageError: this image alone cannot be read.
+          ImageError: this image alone cannot be read, or its file has changed.
         """
         block, i = self.locate(row)
+        source, size, check = self._dataset.sources[block.sources[i]], block.sizes[i], block.check(i)
+        data = self._read(block, i)
+        if check and (image_checksum(data) != check or len(data) != (size or len(data))):
+            if source.kind == "folder":
+                raise ChangedImageError("the image file has changed since it was indexed")
+            raise UserError(
+                f"source {source.path} has changed since it was indexed: the image of {block.keys[i]!a} is another; "
+                "restore it, or index the sources as a new dataset"
+            )
+        return data
+
+    def _read(self, block: Block, i: int) -> bytes:
+        """Return the image of row `i` of a block as it is in the source now."""
         source, offset, size = self._dataset.sources[block.sources[i]], block.offsets[i], block.sizes[i]
         try:
             match source.kind:
@@ -80,10 +94,32 @@ class ImageReader:
 
     def _check_source(self, number: int) -> bool:
         try:
-            check_source(self._dataset.sources[number], self._dataset)
+            check_source(self._dataset.sources[number], self._dataset.path)
         except (UserError, IndexError):  # rows that were imported without images have no source
             return False
         return True
+
+
+def find_changed_images(dataset: Dataset, sample: int = 64) -> list[str]:
+    """Read evenly spaced rows and return the keys of those whose image file is not the one that was indexed.
+
+    A file that holds many images is checked by `check_sources`.
+
+    Raises:
+      UserError: a source cannot be read or has changed.
+    """
+    reader, changed = ImageReader(dataset), []
+    for row in sorted({dataset.rows * i // sample for i in range(sample)}):
+        block, i = reader.locate(row)
+        if dataset.sources[block.sources[i]].kind != "folder" or not block.check(i):
+            continue
+        try:
+            reader.read(row)
+        except ChangedImageError:
+            changed.append(block.keys[i])
+        except ImageError:
+            continue  # missing: embedding marks the row as invalid
+    return changed
 
 
 def _read_byte_range(location: str, offset: int, size: int) -> bytes:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from lit_fast.data.dataset import Dataset, Source
+from lit_fast.data.images.fingerprint import file_digest
 from lit_fast.data.images.noise import is_noise
 from lit_fast.errors import UserError
 from lit_fast.storage import files as storage
-from lit_fast.storage.files import is_directory
+from lit_fast.storage.files import file_status, is_directory
 from lit_fast.storage.paths import is_url
+
+_THREADS = 16  # for remote sources, which need requests
 
 
 def size_and_etag(path: str) -> tuple[int, str]:
@@ -21,38 +26,87 @@ def size_and_etag(path: str) -> tuple[int, str]:
     return (0, "") if is_noise(path) else storage.size_and_etag(path)
 
 
+def identify(source: Source) -> Source:
+    """Return a source with the size, ETag, time and digest of the file that is at its path now.
+
+    Raises:
+      UserError: the file cannot be read, or is neither a regular file nor a directory.
+    """
+    size, etag = size_and_etag(source.path)
+    found = replace(source, bytes=size, etag=etag, modified=0, digest="")
+    if not size or etag:
+        return found
+    return replace(found, modified=_modified(source.path), digest=_digest(source.path, size))
+
+
+def identify_all(sources: Sequence[Source]) -> list[Source]:
+    """Return `identify` of all sources."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(identify, sources))
+
+
 def check_sources(dataset: Dataset) -> None:
     """Check all sources; no row is read.
 
     Raises:
       UserError: a source is missing or has changed.
     """
-    # Remote sources need a request each, hence the threads.
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda source: check_source(source, dataset), dataset.sources))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(lambda source: check_source(source, dataset.path), dataset.sources))
 
 
-def check_source(source: Source, dataset: Dataset) -> None:
-    """Check one source of a dataset.
+def check_source(source: Source, dataset: str) -> None:
+    """Check one source of the dataset at the path `dataset`.
 
     Raises:
       UserError: it is missing, has changed or never had images.
     """
     if source.kind == "features":
         raise UserError(
-            f"{dataset.path} was imported as features and has no images; to embed them, index the images as a dataset"
+            f"{dataset} was imported as features and has no images; to embed them, index the images as a dataset"
         )
     try:
-        size, etag = size_and_etag(source.path)
+        change = find_change(source)
     except UserError as error:
-        raise UserError(f"source {source.path} of {dataset.path}: {error}; restore it") from None
-    if size != source.bytes:
         raise UserError(
-            f"source {source.path} has {size} bytes, but had {source.bytes} when it was indexed; restore it"
-        )
-    if etag != source.etag:
-        raise UserError(
-            f"source {source.path} is another file than when it was indexed (its ETag changed); restore it"
-        )
+            f"source {source.path} of {dataset}: {error}; restore it, or if it has moved: lit-fast index "
+            f"--relocate OLD=NEW {dataset}"
+        ) from None
+    if change:
+        raise UserError(f"source {source.path} {change}; restore it, or index the sources as a new dataset")
     if source.images and not is_url(source.images) and not is_directory(source.images):
-        raise UserError(f"{source.images}, the images of {source.path}, is missing; restore it")
+        raise UserError(
+            f"{source.images}, the images of {source.path}, is missing; restore it, or if it has moved: lit-fast "
+            f"index --relocate OLD=NEW {dataset}"
+        )
+
+
+def find_change(source: Source) -> str:
+    """Return how the file of a source differs from the indexed one, "" if it does not.
+
+    A file of the same size that was copied or touched since has another time. Then its digest decides.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    size, etag = size_and_etag(source.path)
+    if size != source.bytes:
+        return f"has {size} bytes, but had {source.bytes} when it was indexed"
+    if etag != source.etag:
+        return "is another file than when it was indexed (its ETag changed)"
+    if not source.digest or (source.modified and _modified(source.path) == source.modified):
+        return ""
+    if _digest(source.path, size) != source.digest:
+        return "has other content than when it was indexed"
+    return ""
+
+
+def _modified(path: str) -> int:
+    return 0 if is_url(path) else file_status(path).modified
+
+
+def _digest(path: str, size: int) -> str:
+    try:
+        return file_digest(path, size)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import tarfile
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -173,23 +174,102 @@ def png(*chunks: tuple[bytes, bytes]) -> bytes:
     return data[:33] + b"".join(more) + data[33:]
 
 
-def test_decode_refuses_bombs_beside_the_pixels() -> None:
+def test_decode_does_not_read_text_and_profiles_of_a_png() -> None:
+    want = np.asarray(decode(encoded(picture(1), "PNG")))
     bomb = zlib.compress(b"\0" * 100_000_000, 9)
-    for kind, start in ((b"zTXt", b"k\0\0"), (b"iCCP", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")):
-        assert decode(png((kind, start + zlib.compress(b"\0" * 1000)))).size == (48, 40)
-        with pytest.raises(ImageError, match="too large"):
-            decode(png((kind, start + bomb)))
-    with pytest.raises(ImageError, match="Too much memory"):
-        decode(png(*[(b"zTXt", b"k\0\0" + zlib.compress(b"\0" * 1_000_000))] * 80))
+    starts = ((b"zTXt", b"k\0\0"), (b"iCCP", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0"))
+    files = [png((kind, start + bomb)) for kind, start in starts]
+    files += [png(*[(b"zTXt", b"k\0\0" + zlib.compress(b"\0" * 1_000_000))] * 80)]
+    files += [png((b"tEXt", b"k\0" + b"a" * 3_000_000)), png((b"iCCP", b"damaged"), (b"eXIf", b"damaged"))]
+    tracemalloc.start()
+    try:
+        for data in files:
+            np.testing.assert_array_equal(np.asarray(decode(data)), want)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def many_scans(scans: int, side: int = 160) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    data = encoded(picture(1, side, side), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * scans + b"\xff\xd9"
 
 
 def test_decode_refuses_thousands_of_scans() -> None:
-    data = encoded(picture(1, 160, 160), "JPEG", progressive=True)
-    last = data[data.rindex(b"\xff\xda") : -2]
-    few = data[:-2] + last * 50 + b"\xff\xd9"
-    assert decode(few).size == (160, 160)
+    assert decode(many_scans(50)).size == (160, 160)
     with pytest.raises(ImageError, match="more than 100 scans"):
-        decode(data[:-2] + last * 1000 + b"\xff\xd9")
+        decode(many_scans(1000))
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes((0xFF, marker)) + struct.pack(">H", 2 + len(content)) + content
+
+
+SCANS = b"\xff\xda\x00\x08" * 200  # bytes that look like 200 scans
+THUMBNAILS = many_scans(150, 16)
+BESIDE_A_PICTURE = [
+    segment(0xE1, b"Exif\0\0" + THUMBNAILS),
+    segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + SCANS),
+    segment(0xE2, b"ICC_PROFILE\0\1\1" + SCANS),
+    segment(0xE2, b"MPF\0" + SCANS),
+    segment(0xE2, b"MPF\0MM\0*\0\0\0\x08\0\1\xb0\1\0\4\0\0\0\1\0\0\0\x09\0\0\0\0"),
+    segment(0xED, b"Photoshop 3.0\x008BIM" + SCANS),
+    segment(0xFE, SCANS),
+]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_decode_counts_no_scans_beside_the_picture(progressive: bool) -> None:
+    data = encoded(picture(1), "JPEG", progressive=progressive)
+    want = np.asarray(decode(data))
+    for beside in BESIDE_A_PICTURE:
+        np.testing.assert_array_equal(np.asarray(decode(data[:2] + beside + data[2:])), want)
+    for after in (THUMBNAILS, data * 150, SCANS, b"\0\0\0\x18ftypmp42" + SCANS):
+        np.testing.assert_array_equal(np.asarray(decode(data + after)), want)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_decode_ignores_segments_and_bytes_after_the_end(data: st.DataObject) -> None:
+    noise = st.binary(max_size=60) | st.sampled_from([SCANS, THUMBNAILS, b"\xff\xd9", b"\xff" * 9])
+    heads = st.sampled_from([b"", b"Exif\0\0", b"MPF\0", b"ICC_PROFILE\0\1\1", b"Photoshop 3.0\x008BIM"])
+    markers = st.sampled_from([0xE1, 0xE2, 0xE5, 0xED, 0xEF, 0xFE])
+    segments = data.draw(
+        st.lists(st.builds(lambda m, h, n: segment(m, h + n), markers, heads, noise), max_size=4)
+    )
+    # libjpeg reads metadata between scans, too.
+    scans = data.draw(st.sampled_from([0, 90, 150]))
+    file = many_scans(scans, 24)
+    places = [2, file.index(b"\xff\xda"), file.rindex(b"\xff\xda")]
+    at = data.draw(st.sampled_from(places))
+    changed = file[:at] + b"".join(segments) + file[at:] + b"".join(data.draw(st.lists(noise, max_size=3)))
+    if scans == 150:
+        with pytest.raises(ImageError, match="more than 100 scans"):
+            decode(changed)
+    else:
+        np.testing.assert_array_equal(np.asarray(decode(changed)), np.asarray(decode(file)))
+
+
+@pytest.mark.parametrize(
+    "hide", [b"\xff\x02", b"\xff\xbf", b"\xff\xd3", b"\xff\x01", b"\xff\xf0", b"\xff\xc8"]
+)
+def test_decode_counts_scans_behind_markers_without_a_length(hide: bytes) -> None:
+    # If a length were read there, the scans behind it would be taken for the bytes of a segment.
+    file = many_scans(150, 24)
+    at = file.rindex(b"\xff\xda", 0, len(file) // 4)
+    with pytest.raises(ImageError):
+        decode(file[:at] + hide + b"\xff\xff" + file[at:])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("after", [b"\0", b"\0" * 5000, bytes(range(256)) * 9, SCANS])
+def test_decode_ignores_what_follows_an_image(format: str, after: bytes) -> None:
+    for more in ({}, {"save_all": True, "append_images": [picture(2)] * 40}):
+        if format in ("PNG", "WEBP", "GIF") or not more:
+            data = encoded(picture(1), format, **more)
+            np.testing.assert_array_equal(np.asarray(decode(data + after)), np.asarray(decode(data)))
 
 
 def test_decode_refuses_absurd_canvases() -> None:

@@ -133,11 +133,11 @@ def test_rows_that_are_no_features_are_invalid_and_repeated_keys_left_out(tmp_pa
     part[0, 3], part[1], part[2, 0], part[3, 1] = np.nan, 0, np.inf, 3.4e38  # the last one only in bfloat16
     np.save(file, part)
     table = pq.read_table(tmp_path / "s/metadata/metadata_2.parquet").to_pydict()
-    table["image_path"][1], table["image_path"][2] = "pictures/0.jpg", None
+    table["image_path"][1], table["image_path"][2] = "pictures/8.jpg", None
     pq.write_table(pa.table(table), tmp_path / "s/metadata/metadata_2.parquet")
     assert imports(tmp_path / "s", tmp_path / "d") == 0
     out = capsys.readouterr().out
-    assert "left out 1: 1 duplicate key (pictures/0.jpg in img_emb_2.npy)" in out
+    assert "left out 1: 1 duplicate key (pictures/8.jpg in img_emb_2.npy)" in out
     names, texts, features, invalid = stored(tmp_path / "d")
     assert names[8:] == ["pictures/8.jpg", "img_emb_2/2", "pictures/11.jpg"]
     assert texts[9] == ["a red thing number 10"]

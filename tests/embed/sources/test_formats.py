@@ -203,6 +203,19 @@ def test_json_lines_with_captions_in_two_languages(images: Path, tmp_path: Path)
     assert main([*command, "--captions", "en=en"]) == 2  # the same sources with other options
 
 
+def test_table_with_repeated_captions_keeps_each(images: Path, tmp_path: Path) -> None:
+    """In one row, in rows of one image and in two languages; CLIP_benchmark counts them, too."""
+    lines = [("0.jpg", "Radio", "Radio"), ("0.jpg", "Radio", "Funk"), ("1.jpg", ["a", "a"], "a")]
+    text = "\n".join(json.dumps({"file_name": f, "en": en, "de": de}) for f, en, de in lines)
+    (tmp_path / "t.jsonl").write_text(text)
+    options = {"images": str(images), "captions": (("en", "en"), ("de", "de"))}
+    dataset = index(tmp_path / "t.jsonl", tmp_path / "d", **options)
+    found = rows(dataset)
+    assert found["0.jpg"][:2] == (["Radio", "Radio", "Radio", "Funk"], ["en", "de", "en", "de"])
+    assert found["1.jpg"][:2] == (["a", "a", "a"], ["en", "en", "de"])
+    assert (dataset.captions, dataset.languages) == (7, {"de": 3, "en": 4})
+
+
 def test_captions_of_crossmodal_3600(images: Path, tmp_path: Path) -> None:
     """As its captions.jsonl has them: photos without a suffix, an object per language."""
     lines = [

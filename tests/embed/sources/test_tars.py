@@ -67,7 +67,10 @@ def test_long_names_and_folders(tmp_path: Path, format: int) -> None:
     ("members", "captions"),
     [
         ({"txt": b" a dog \n"}, ("a dog",)),
-        ({"txt": b"one", "json": b'{"captions": ["one", "two", "one", " ", "two "]}'}, ("one", "two")),
+        (
+            {"txt": b"one", "json": b'{"captions": ["one", "two", "one", " ", "two "]}'},
+            ("one", "two", "one", "two"),
+        ),
         ({"txt": b"one", "json": b'{"caption": "other"}'}, ("other",)),
         ({"json": b'{"caption": ["x", 3, null, "y"], "captions": []}'}, ("x", "y")),
         ({"txt": b"one", "json": b"{"}, ("one",)),

@@ -238,7 +238,10 @@ def test_verify_without_weights_or_images_checks_the_rest(dataset, made, tmp_pat
     recorded["sources"][0]["path"] = str(tmp_path / "gone.tar")
     (Path(dataset.path) / "dataset.json").write_text(json.dumps(recorded))
     assert verify_dataset(dataset.path)
-    assert "note  features tiny: no row was embedded again: source" in lines(capsys)[0]
+    notes = lines(capsys)
+    assert "note  sources: 1 not read: " in notes[0]
+    assert "if they have moved: lit-fast index --relocate OLD=NEW" in notes[0]
+    assert "note  features tiny: no row was embedded again: source" in notes[1]
     damage_flip(open_features(dataset))
     before = tree(dataset.path)
     assert not verify_dataset(dataset.path)

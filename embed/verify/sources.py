@@ -1,0 +1,50 @@
+"""Check that the sources of a dataset still are the files that were indexed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from lit_fast.data.dataset import Dataset, Source
+from lit_fast.data.images.reader import find_changed_images
+from lit_fast.data.images.sources import find_change
+from lit_fast.embed.verify.findings import Finding, some
+from lit_fast.errors import UserError
+
+_PART = "sources"
+_REMEDY = "restore them, or index the sources as a new dataset"
+
+
+def verify_sources(dataset: Dataset, sample: int) -> Iterator[Finding]:
+    """Yield a finding for the sources that have changed, a note for those that cannot be read.
+
+    Args:
+      dataset: the dataset.
+      sample: number of evenly spaced rows whose image files are compared.
+    """
+    sources = [source for source in dataset.sources if source.kind not in ("features", "noise")]
+    with ThreadPoolExecutor(16) as pool:
+        states = list(pool.map(_state, sources))
+    changed = [f"{s.path} {change}" for s, (change, _) in zip(sources, states, strict=True) if change]
+    unreadable = [problem for _, problem in states if problem]
+    if changed:
+        yield Finding(_PART, f"{len(changed):,} changed: {some(changed)}", _REMEDY)
+    if unreadable:
+        relocate = f"if they have moved: lit-fast index --relocate OLD=NEW {dataset.path}"
+        yield Finding(_PART, f"{len(unreadable):,} not read: {some(unreadable)}", relocate, wrong=False)
+    if changed or unreadable or not sample:
+        return
+    try:
+        images = find_changed_images(dataset, sample)
+    except (UserError, ValueError, TypeError, KeyError, IndexError):  # an index record: a finding of its own
+        return
+    if images:
+        yield Finding(_PART, f"{len(images):,} of {sample:,} sampled images changed: {some(images)}", _REMEDY)
+
+
+def _state(source: Source) -> tuple[str, str]:
+    """Return how a source has changed, and why it cannot be read."""
+    try:
+        return find_change(source), ""
+    except UserError as error:
+        return "", str(error)
