@@ -24,11 +24,13 @@ from lit_fast.embed.extract import check_store_name, write_provenance
 from lit_fast.embed.importers.captions import check_metadata, imported_rows
 from lit_fast.embed.importers.parts import Part, find_parts, read_pieces
 from lit_fast.embed.index import check_output_directory, remove_leftovers
+from lit_fast.embed.locks import lock_rows
 from lit_fast.embed.shard_writer import write_shard
 from lit_fast.embed.skipped import KeySet, SkippedLog
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, sha256, size
+from lit_fast.storage.lock import Lock, LostLockError
 from lit_fast.storage.paths import StrPath, join, parent
 from lit_fast.utils.output import result
 from lit_fast.utils.progress import Progress
@@ -69,19 +71,24 @@ def import_features(
         check_metadata(parts)
     given = (*options.as_options(), *([f"captions_table={table}"] if table else []))
     sources = [Source(part.path, size(part.path), "features", names=given) for part in parts]
-    if exists(join(out, "dataset.json")):
-        dataset = open_dataset(out)
-        if dataset.sources != tuple(sources):
-            raise UserError(f"{out} is already a dataset, of other sources or options; choose another --out")
-    else:
-        dataset = _write_index(parts, sources, out, table, options)
-    features = Features(dataset, name, _provenance(parts, name, source, format, table, options))
-    if write_provenance(features):
-        raise UserError(
-            f"{features.path} was made of other files, or these have changed; choose another --out"
-        )
-    if len(features.finished()) < dataset.shards:
-        _write_features(features, parts)
+    if not exists(join(out, "dataset.json")):
+        check_output_directory(out)
+    with lock_rows(out) as lock:
+        if exists(join(out, "dataset.json")):
+            dataset = open_dataset(out)
+            if dataset.sources != tuple(sources):
+                raise UserError(
+                    f"{out} is already a dataset, of other sources or options; choose another --out"
+                )
+        else:
+            dataset = _write_index(parts, sources, out, lock, table, options)
+        features = Features(dataset, name, _provenance(parts, name, source, format, table, options))
+        if write_provenance(features):
+            raise UserError(
+                f"{features.path} was made of other files, or these have changed; choose another --out"
+            )
+        if len(features.finished()) < dataset.shards:
+            _write_features(features, lock, parts)
     _report(features)
 
 
@@ -113,10 +120,12 @@ def _provenance(
     }
 
 
-def _write_index(parts: list[Part], sources: list[Source], out: str, table: str, options: Columns) -> Dataset:
+def _write_index(
+    parts: list[Part], sources: list[Source], out: str, lock: Lock, table: str, options: Columns
+) -> Dataset:
     """Write index and captions of all rows in order, except rows with a repeated key."""
     check_output_directory(out)
-    existed, skipped, keys = exists(out), SkippedLog(), KeySet()
+    skipped, keys = SkippedLog(), KeySet()
     writer: DatasetWriter | None = None
 
     def usable_rows() -> Iterator[Row]:
@@ -129,6 +138,7 @@ def _write_index(parts: list[Part], sources: list[Source], out: str, table: str,
     try:
         rows = usable_rows()
         while group := list(islice(rows, _GROUP_ROWS)):
+            lock.check()
             for row, is_new in zip(
                 group, keys.add([(row.source, row.key) for row in group]).tolist(), strict=True
             ):
@@ -139,9 +149,12 @@ def _write_index(parts: list[Part], sources: list[Source], out: str, table: str,
                     skipped.add(row.key, sources[row.source].path, "duplicate key")
         if writer is None:
             raise UserError("; ".join([f"no usable row in {parent(parts[0].path)}", skipped.report()]))
-    except UserError:
-        remove_leftovers(out, existed, None)
+    except LostLockError:  # the files are another process's
         raise
+    except UserError:
+        remove_leftovers(out, None)
+        raise
+    lock.check()
     skipped.write(out, 0)
     dataset = writer.finish(seed=0, sources=sources, left_out=skipped.counts)
     if report := skipped.report():
@@ -149,7 +162,7 @@ def _write_index(parts: list[Part], sources: list[Source], out: str, table: str,
     return dataset
 
 
-def _write_features(features: Features, parts: list[Part]) -> None:
+def _write_features(features: Features, lock: Lock, parts: list[Part]) -> None:
     """Write the unfinished shards."""
     dataset, finished = features.dataset, set(features.finished())
     array = features.array(create=True)
@@ -172,6 +185,7 @@ def _write_features(features: Features, parts: list[Part]) -> None:
                     values[lo + positions] = read.astype(BFLOAT16)
             invalid |= {lo + row: why for row, why in _invalid_rows(values[lo : lo + BLOCK]).items()}
         values[list(invalid)] = 0
+        lock.check()
         write_shard(features, array, shard, values, {first + row: why for row, why in invalid.items()})
         progress.advance(rows)
     progress.close()

@@ -38,6 +38,10 @@ class InUseError(UserError):
     """Another process holds the lock."""
 
 
+class LostLockError(UserError):
+    """Another process has taken the lock over."""
+
+
 class Lock:
     """An exclusive lock, held until `release`, the end of the `with` block or the end of the process.
 
@@ -70,20 +74,20 @@ class Lock:
         threading.Thread(target=self._touch, name="lock", daemon=True).start()
 
     def check(self) -> None:
-        """Raise UserError if this process has lost the lock; call it before something is committed."""
+        """Raise LostLockError if this process has lost the lock; call it before something is committed."""
         try:
             lease = read_lease(self._location)
         except OSError as error:
-            raise UserError(
+            raise LostLockError(
                 f"{self._location} cannot be read: {error.strerror}; fix the cause, then rerun the same command"
             ) from None
         if lease is None:
-            raise UserError(
+            raise LostLockError(
                 f"{self._location} was deleted, so that others may write {self._target}; rerun the same command once "
                 "no other process does"
             )
         if lease.data != self._data:
-            raise UserError(
+            raise LostLockError(
                 f"{self._target} was taken over by {Holder.decode(lease.data) or 'another process'}, because this "
                 f"process was suspended for {ABANDONED_SECONDS:.0f} s; rerun the same command once that has ended"
             )
