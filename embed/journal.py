@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from lit_fast.data.features import BFLOAT16
-from lit_fast.storage.files import open_append, remove, sync
-from lit_fast.storage.paths import StrPath
+from lit_fast.storage.files import make_directory, open_append, remove, sync
+from lit_fast.storage.paths import StrPath, parent
 
 _HEADER = struct.Struct("<4sIIIII")
 _MAGIC = b"LFJ1"
@@ -47,6 +47,7 @@ class Journal:
         self.invalid: dict[int, str] = {}
         self.done = 0
         self.discarded = False
+        make_directory(parent(path))
         self._file = open_append(path)
         end = self._recover(identity)
         self._file.truncate(end)

@@ -37,8 +37,15 @@ from lit_fast.storage.paths import absolute, join, stem
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-# One context for all arrays: resources in separate specs would be separate pools.
-_CONTEXT = ts.Context({"file_io_concurrency": {"limit": 16}, "cache_pool": {"total_bytes_limit": 0}})
+# One context for all arrays: resources in separate specs would be separate pools. Without locks of the file system,
+# which some have not, a file is written beside its place and renamed; one process writes a shard at a time.
+_CONTEXT = ts.Context(
+    {
+        "file_io_concurrency": {"limit": 16},
+        "file_io_locking": {"mode": "none"},
+        "cache_pool": {"total_bytes_limit": 0},
+    }
+)
 
 _MEAN_BLOCKS = 1024  # blocks that the mean is computed over
 
