@@ -23,17 +23,17 @@ from lit_fast.embed.loader import ImageLoader, load_batches
 from lit_fast.embed.locks import check_rows_are_unlocked, shard_lock_path
 from lit_fast.embed.pipeline import StallTimer, run_tower
 from lit_fast.embed.shard_writer import ShardWriter, batch_spans
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.runtime import process_rank
 from lit_fast.storage.files import exists, read_object, remove, remove_tree, walk_files, write_json
 from lit_fast.storage.lock import is_locked
+from lit_fast.storage.machine import cpu_count
 from lit_fast.storage.paths import StrPath, join, name, suffix
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.tower import Tower
 from lit_fast.utils.output import result, status
 from lit_fast.utils.progress import Progress
 from lit_fast.utils.signals import defer_signals
-from lit_fast.utils.system import cpu_count
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def embed_dataset(
         except OSError as error:
             where = error.filename or job.features.path
             raise UserError(
-                f"{where}: {error.strerror}; fix the cause, then rerun the same command"
+                f"{where}: {os_reason(error)}; fix the cause, then rerun the same command"
             ) from None
         except MemoryError:
             raise UserError("out of memory; lower --batch-size, --workers or --max-pixels") from None
@@ -282,11 +282,11 @@ def _report(job: Job, rate: float | None) -> None:
             f"embedded {job.rows:,} rows with {job.tower.name} into {path}: {counts}, {rate:,.0f} images/s"
         )
     if invalid:
-        reader, sources = ImageReader(job.features.dataset), job.features.dataset.sources
+        reader, dataset = ImageReader(job.features.dataset), job.features.dataset
         rows = []
         for row in sorted(invalid)[:5]:
             block, i = reader.locate(row)
-            rows.append(f"{block.keys[i]} in {name(sources[block.sources[i]].path)}: {invalid[row]}")
+            rows.append(f"{block.keys[i]} in {dataset.source_names[block.sources[i]]}: {invalid[row]}")
         result(f"invalid: {'; '.join(rows)}{'; ...' if len(invalid) > 5 else ''}")
 
 

@@ -16,16 +16,23 @@ from lit_fast.data.dataset import Dataset, Source, open_dataset
 from lit_fast.data.dataset_writer import DatasetWriter, Row, other_generations, remove_other_generations
 from lit_fast.data.images.noise import is_noise
 from lit_fast.data.images.sources import check_sources, identify_all
-from lit_fast.embed.locks import LOCK, check_parts_are_unlocked, lock_rows
+from lit_fast.embed.class_names import (
+    ClassOptions,
+    check_labels,
+    check_same_names,
+    find_class_names,
+    report_labels,
+)
+from lit_fast.embed.locks import check_parts_are_unlocked, lock_rows
 from lit_fast.embed.row_reader import RowReader
 from lit_fast.embed.skipped import KeySet
 from lit_fast.embed.sources.expand import expand
-from lit_fast.embed.sources.formats import class_names, format_of
+from lit_fast.embed.sources.formats import format_of
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names, remove_tree
 from lit_fast.storage.lock import Lock, LostLockError
-from lit_fast.storage.paths import StrPath, is_url, join
+from lit_fast.storage.paths import StrPath, is_junk, is_url, join
 from lit_fast.utils.output import result, status
 from lit_fast.utils.permutation import permutation
 
@@ -34,7 +41,7 @@ _DUPLICATE_REMEDY = (
     "a key is unique within its source: of each duplicate the first was taken; to have all, sort a table by its image, "
     "whose captions then become one row, or split an archive"
 )
-_OWN_FILES = {"index", "captions", "left_out.jsonl", LOCK}  # of an indexing that was killed
+_OWN_FILES = {"index", "captions", "left_out.jsonl"}  # of an indexing that was killed
 
 
 def index_dataset(
@@ -44,13 +51,14 @@ def index_dataset(
     seed: int = 0,
     options: Columns | None = None,
     append: bool = False,
+    classes: ClassOptions | None = None,
 ) -> Dataset:
     """Index `sources` (see `expand`) into a new dataset, or append to an existing one.
 
     Raises:
       UserError: no source, no usable row, `out` holds something else, or a source has changed.
     """
-    out, options = os.fspath(out), options or Columns()
+    out, options, classes = os.fspath(out), options or Columns(), classes or ClassOptions()
     if not is_utf8(out):
         raise UserError(f"the name {out!a} is not UTF-8; choose another --out")
     if options.images and not is_url(options.images):
@@ -60,37 +68,48 @@ def index_dataset(
         old = open_dataset(out)
         # Without these nothing is written, so that no lock is needed.
         if not other_generations(old) and not _new_sources(old, found, seed, append):
-            return _report_known(old)
+            return _report_known(old, found, classes)
     else:
         check_output_directory(out)
     with lock_rows(out) as lock:
-        return _index(found, out, lock, seed, options, append)
+        return _index(found, out, lock, seed, options, append, classes)
 
 
-def _index(found: list[Source], out: str, lock: Lock, seed: int, options: Columns, append: bool) -> Dataset:
+def _index(
+    found: list[Source],
+    out: str,
+    lock: Lock,
+    seed: int,
+    options: Columns,
+    append: bool,
+    classes: ClassOptions,
+) -> Dataset:
     """Write a dataset that this process has locked."""
     old: Dataset | None = None
     if exists(join(out, "dataset.json")):
         old = open_dataset(out)
         remove_other_generations(old)  # of a growth that was killed
-        found = _new_sources(old, found, seed, append)
+        all_found, found = found, _new_sources(old, found, seed, append)
         if not found:
-            return _report_known(old)
+            return _report_known(old, all_found, classes)
         check_parts_are_unlocked(out)
         check_sources(old)
     else:
         check_output_directory(out)
 
-    classnames, templates = _common_class_names(found, old)
+    classnames, templates = find_class_names(found, classes, old)
     reader = RowReader(found, options, len(old.sources) if old else 0, len(classnames))
     try:
         writer = _write_rows(reader, out, lock, seed, old)
+        check_labels(reader.labels, classnames)
     except LostLockError:  # the files are another process's
         raise
     except UserError:
         remove_leftovers(out, old)
         raise
-    for description in reader.damages:
+    if old is None:
+        report_labels(reader.labels, classnames)
+    for description in [*reader.damages, *reader.notes]:
         status(f"warning: {description}")
     lock.check()
     reader.skipped.write(out, old.generation + 1 if old else 0)
@@ -113,7 +132,11 @@ def check_output_directory(out: str) -> None:
     """Raise UserError if `out` has files, except those of an indexing that was killed."""
     if exists(out) and not is_directory(out):
         raise UserError(f"{out} is a file; choose another --out")
-    others = [name for name in list_names(out) if name not in _OWN_FILES and not name.endswith(".tmp")]
+    others = [
+        name
+        for name in list_names(out)
+        if name not in _OWN_FILES and not name.endswith(".tmp") and not is_junk(name)
+    ]
     if others:
         raise UserError(f"{out} holds other files ({others[0]}); choose an empty or new directory as --out")
 
@@ -133,7 +156,9 @@ def _find_sources(patterns: list[str], options: Columns) -> list[Source]:
     for path in [*paths, options.images]:
         if not is_utf8(path):
             raise UserError(f"the name {path!a} is not UTF-8; rename it")
-    return identify_all([Source(path, 0, format_of(path), names=options.as_options()) for path in paths])
+    return identify_all(
+        [Source(path, 0, format_of(path, options), names=options.as_options()) for path in paths]
+    )
 
 
 def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> list[Source]:
@@ -167,28 +192,6 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
             f"{old.path} is already a dataset, without {_some_of(new)}; to add their rows at its end, give --append"
         )
     return []
-
-
-def _common_class_names(
-    sources: list[Source], old: Dataset | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the class names and prompt templates of all sources; () if they differ.
-
-    Raises:
-      UserError: the dataset that grows has others, so that its labels would mean something else.
-    """
-    found = class_names(sources)
-    if old is not None and old.classnames:
-        if any(classnames != old.classnames for classnames, _ in found):
-            raise UserError(
-                f"{sources[0].path} has other class names than {old.path}; index it as a dataset of its own"
-            )
-        return old.classnames, old.templates
-    if len(found) > 1 or old is not None:
-        if any(any(pair) for pair in found):
-            status("warning: the sources have different class names, so none are stored")
-        return (), ()
-    return found.pop()
 
 
 def _write_rows(reader: RowReader, out: str, lock: Lock, seed: int, old: Dataset | None) -> DatasetWriter:
@@ -239,7 +242,8 @@ def _shuffled(rows: list[Row], reader: RowReader, seed: int, group: int) -> Iter
             yield from (positions[i] for i in permutation(len(positions), seed, 2, group, run).tolist())
 
 
-def _report_known(dataset: Dataset) -> Dataset:
+def _report_known(dataset: Dataset, found: list[Source], classes: ClassOptions) -> Dataset:
+    check_same_names(found, classes, dataset)
     result(f"{dataset.path} is already indexed: {dataset.rows:,} rows with {dataset.captions:,} captions")
     return dataset
 

@@ -31,6 +31,11 @@ def lock_tokens(directory: StrPath) -> Lock:
     return Lock(join(directory, LOCK), directory, "choose another --name")
 
 
+def check_tokens_are_unlocked(directory: StrPath) -> None:
+    """Raise UserError if a process writes the tokens of one tokenizer."""
+    check_unlocked([join(directory, LOCK)], directory, "choose another --name")
+
+
 def lock_shard(features: Features, shard: int) -> Lock:
     """Lock one shard of a feature store."""
     return Lock(shard_lock_path(features, shard), f"shard {shard} of {features.path}", _STOP)

@@ -10,8 +10,10 @@ from lit_fast.data.dataset_writer import Row
 from lit_fast.data.images.sources import find_change
 from lit_fast.embed.skipped import SkippedLog
 from lit_fast.embed.sources.formats import FORMATS
-from lit_fast.embed.sources.interface import Columns, Damage, Layout, Sample, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Guess, Layout, Note, Sample, Skipped
 from lit_fast.errors import UserError
+from lit_fast.storage.paths import name
+from lit_fast.utils.output import status
 from lit_fast.utils.permutation import permutation
 from lit_fast.utils.progress import Progress
 
@@ -25,6 +27,8 @@ class RowReader:
       sources: the sources, with the layout of their images once they are read.
       skipped: the rows that were skipped so far.
       damages: descriptions of the damage found so far.
+      notes: what else the user should know.
+      labels: the distinct class numbers found so far, those above the number of classes as one.
     """
 
     def __init__(
@@ -40,7 +44,10 @@ class RowReader:
         self.sources = list(sources)
         self.skipped = SkippedLog()
         self.damages: list[str] = []
+        self.notes: list[str] = []
+        self.labels: set[int] = set()
         self._options, self._first, self._num_classes = options, first_source, num_classes
+        self._printed: set[tuple[str, str]] = set()  # format of a source, its guesses
 
     def source_of(self, row: Row) -> Source:
         """Return the source of a row."""
@@ -82,23 +89,43 @@ class RowReader:
         progress.close()
 
     def _rows(self, number: int) -> Iterator[Row]:
-        source = self.sources[number]
+        source, guesses = self.sources[number], list[str]()
         for item in FORMATS[source.kind].read(source.path, self._options):
+            if isinstance(item, Sample) and item.label >= 0:
+                self.labels.add(min(item.label, self._num_classes + 1))
             match item:
                 case Layout(kind, image, images):
                     self.sources[number] = replace(source, kind=kind, image=image, images=images)
+                case Guess(text):
+                    guesses.append(text)
                 case Skipped(key, reason):
                     self.skipped.add(key, source.path, reason)
                 case Damage(description):
                     self.damages.append(description)
                     self.skipped.add("the rest", source.path, "file damaged or cut off")
+                case Note(text):
+                    self.notes.append(text)
                 case Sample() if self._num_classes and item.label >= self._num_classes:
                     reason = f"label outside the {self._num_classes} class names"
                     self.skipped.add(item.key, source.path, reason)
                 case Sample(key, offset, size, captions, label, languages, check):
+                    if guesses and captions:
+                        self._print(source, guesses, captions[0])
+                        guesses = []
                     yield Row(key, self._first + number, offset, size, captions, label, languages, check)
+        self._print(source, guesses)
         if change := find_change(source):
             raise UserError(f"source {source.path} {change}: it was written meanwhile; rerun the command")
+
+    def _print(self, source: Source, guesses: list[str], caption: str = "") -> None:
+        """Print the guesses about a source, once for all sources of its format."""
+        line = f"guessed {', '.join(guesses)}"
+        if not guesses or (source.kind, line) in self._printed:
+            return
+        self._printed.add((source.kind, line))
+        shown = caption if len(caption) <= 80 else f"{caption[:77]}..."
+        shown = shown if shown.isprintable() else ascii(shown)[1:-1]
+        status(f"{name(source.path)}: {line}" + (f'; first caption: "{shown}"' if caption else ""))
 
 
 def _merge(first: Row, second: Row) -> Row:

@@ -13,7 +13,7 @@ from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.records import RecordWriter
 from lit_fast.data.tokenizer import Tokenizer, load_tokenizer, lower
 from lit_fast.data.tokens import encode_record
-from lit_fast.embed.locks import check_rows_are_unlocked, lock_tokens
+from lit_fast.embed.locks import check_rows_are_unlocked, check_tokens_are_unlocked, lock_tokens
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_file, read_json, sha256, write_atomic, write_json
 from lit_fast.storage.lock import Lock
@@ -58,11 +58,13 @@ def tokenize_dataset(
     model = stored_model()
     if model and _is_complete(dataset, model, directory):
         return
+    if model is None:  # first, as nothing is written if this fails
+        check_tokens_are_unlocked(directory)
+        check_rows_are_unlocked(dataset)
+        trained = replace(_train(dataset, train_vocab, model_type, max_length), padding=pad_id)
     with lock_tokens(directory) as lock:
         check_rows_are_unlocked(dataset)
-        model = stored_model() or replace(
-            _train(dataset, train_vocab, model_type, max_length), padding=pad_id
-        )
+        model = stored_model() or trained
         if _is_complete(dataset, model, directory):  # another process wrote them before this one had the lock
             return
         # If the dataset has grown, tokens.json has other keys until the last write; no reader takes such tokens.

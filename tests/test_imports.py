@@ -31,9 +31,9 @@ GROUND_FLOOR = (
 EMBED = (
     ("embed.locks",),
     ("embed.sources", "embed.journal", "embed.loader", "embed.tokenize"),
-    ("embed.pipeline", "embed.shard_writer", "embed.skipped"),
+    ("embed.pipeline", "embed.shard_writer", "embed.skipped", "embed.class_names"),
     ("embed.row_reader",),
-    ("embed.index", "embed.extract"),
+    ("embed.index", "embed.extract", "embed.relocate"),
     ("embed.verify", "embed.importers"),
     ("embed.cli",),
 )

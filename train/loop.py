@@ -28,7 +28,7 @@ from lit_fast.train.cost.flops import step_flops
 from lit_fast.train.cost.memory import MemoryFit, choose_remat
 from lit_fast.train.evaluator import EmbedText, Evaluator
 from lit_fast.train.input_pipeline.stream import Batch
-from lit_fast.train.inputs import Inputs, open_inputs
+from lit_fast.train.inputs import Inputs, check_run, open_inputs
 from lit_fast.train.optimizer import evaluation_params
 from lit_fast.train.step import Metrics, State, abstract_training, init_state, make_step
 from lit_fast.train.tracking.metrics_writer import TrainingLog
@@ -54,12 +54,17 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
       SystemExit: after SIGTERM (143) or Ctrl-C (130), with everything saved.
     """
     started = time.monotonic()
+    workdir = os.fspath(workdir)
+
+    # --- Check all inputs before anything is written or compiled.
     profiled = parse_profile_steps(profile_steps, config.steps)
     check_trackers(config)
     mesh = make_mesh()
+    inputs = open_inputs(config, workdir, mesh)
     lock = lock_workdir(workdir)
     with lock or nullcontext():
-        _train(config, os.fspath(workdir), profiled, mesh, lock, started)
+        check_run(workdir, config, inputs)  # again, as another training may have ended meanwhile
+        _train(config, workdir, profiled, mesh, inputs, lock, started)
 
 
 def _train(
@@ -67,12 +72,11 @@ def _train(
     workdir: str,
     profiled: range,
     mesh: Mesh,
+    inputs: Inputs,
     lock: Lock | None,
     started: float,
 ) -> None:
     """Train in a run directory that this process, or the first one, has locked."""
-    # --- Check all inputs before anything is written or compiled.
-    inputs = open_inputs(config, workdir, mesh)
     stream, packing, evaluator, text = inputs.stream, inputs.packing, inputs.evaluator, config.text
     status(f"dataset {inputs.features.dataset.path}: {stream.description}")
     if packing:

@@ -28,34 +28,55 @@ from lit_fast.embed.sources.parquet import read_row_group
 from lit_fast.embed.sources.tables import read_lines
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import open_read
-from lit_fast.storage.paths import parent, stem
+from lit_fast.storage.paths import name, parent
+from lit_fast.utils.output import status
 
 _Values = Iterator[tuple[dict[str, Any], Columns]]
 
 
-def imported_rows(parts: list[Part], table: str, options: Columns) -> Iterator[tuple[Row, str]]:
+def imported_rows(parts: list[Part], tables: list[str], options: Columns) -> Iterator[tuple[Row, str]]:
     """Yield the rows of all parts in order, and why each cannot be a row ("" = it can).
 
     Args:
-      table: a table with all rows; "": the parts' own metadata.
+      tables: tables that have all rows one after the other; []: the parts' own metadata. If both have keys, these must
+        be equal row by row.
 
     Raises:
-      UserError: a table cannot be read, lacks a column, or has another number of rows than there are features.
+      UserError: a table cannot be read, lacks a column, has another number of rows than there are features, or other
+        keys than the features.
     """
     positions = ((source, number) for source, part in enumerate(parts) for number in range(part.rows))
-    if table:
-        total, directory = sum(part.rows for part in parts), parent(parts[0].path)
-        tables = _counted(_read_table(table, options), table, total, directory)
+    rows: _Values
+    if tables:
+        total, features = sum(part.rows for part in parts), parts[0].path
+        if len(parts) > 1:
+            features = parent(features)
+        joined = chain.from_iterable(_read_table(table, options) for table in tables)
+        named = tables[0] if len(tables) == 1 else f"{tables[0]} to {name(tables[-1])}"
+        rows = _compared(_counted(joined, named, total, features), parts, tables[0])
     else:
-        tables = chain.from_iterable(_read_metadata(part, options) for part in parts)
-    for (source, number), (values, columns) in zip(positions, tables, strict=True):
+        rows = chain.from_iterable(_read_metadata(part, options) for part in parts)
+    for (source, number), (values, columns) in zip(positions, rows, strict=True):
         row = parse_row(values, columns)
         problem = "" if row.problem == NO_TEXT else row.problem  # features without text can be searched
         key, key_problem = parse_key(values.get(columns.key))
         if key_problem == NO_KEY:  # such a row is named after its file and its number there
-            key, key_problem = f"{stem(parts[source].path)}/{number}", ""
+            key, key_problem = f"{parts[source].label}/{number}", ""
+        if not source and not number:
+            status(_describe(values, columns, row.captions))
         imported = Row(key, source, number, 0, row.captions, languages=row.languages)
         yield imported, key_problem or problem
+
+
+def _describe(values: dict[str, Any], columns: Columns, captions: tuple[str, ...]) -> str:
+    """Return one line: the chosen columns and the first caption."""
+    if not values:
+        return "captions: none; give --captions-table"
+    names = ", ".join(column for _, column in columns.captions) or "none"
+    first = f" (first: {captions[0][:80]!r})" if captions else ""
+    return (
+        f"captions: column {names}{first}; keys: {f'column {columns.key}' if columns.key else 'file and row'}"
+    )
 
 
 def check_metadata(parts: list[Part]) -> None:
@@ -64,7 +85,7 @@ def check_metadata(parts: list[Part]) -> None:
     Only footers are read.
     """
     for part in parts:
-        if part.metadata:
+        if part.metadata and part.metadata != part.path:
             with open_read(part.metadata) as file:
                 try:
                     count = pq.read_metadata(file).num_rows
@@ -75,10 +96,26 @@ def check_metadata(parts: list[Part]) -> None:
             _check_count(part.metadata, count, part.rows, part.path)
 
 
+def _compared(rows: _Values, parts: list[Part], table: str) -> _Values:
+    """Yield the rows of a table; refuse it where the keys beside the features are others."""
+    if not all(part.metadata for part in parts):
+        yield from rows
+        return
+    own = chain.from_iterable(_read_metadata(part, Columns()) for part in parts)
+    for number, ((values, columns), (beside, theirs)) in enumerate(zip(rows, own, strict=True)):
+        key, key_beside = values.get(columns.key), beside.get(theirs.key)
+        if key is not None and key_beside is not None and parse_key(key) != parse_key(key_beside):
+            raise UserError(
+                f"{table} has {str(key)[:80]!r} in {columns.key}, row {number + 1:,}, where the features have "
+                f"{str(key_beside)[:80]!r} in {theirs.key}; give the table of these features, in their order"
+            )
+        yield values, columns
+
+
 def _read_metadata(part: Part, options: Columns) -> _Values:
     if not part.metadata:
         return repeat(({}, Columns()), part.rows)
-    return _counted(_read_parquet(part.metadata, options), part.metadata, part.rows, part.path)
+    return _counted(_read_parquet(part.metadata, options, part.column), part.metadata, part.rows, part.path)
 
 
 def _counted(rows: _Values, table: str, wanted: int, features: str) -> _Values:
@@ -102,7 +139,7 @@ def _columns(table: str, names: Collection[str], options: Columns, needs_caption
     columns = choose_columns(options, names, table, image=False)
     if needs_captions and not columns.captions:
         raise UserError(f"{table} has no column for captions among {some(names)}; name it with --captions")
-    key = columns.key or guess_column(PATHS, names)
+    key = columns.key or ("" if "key" in options.declined else guess_column(PATHS, names))
     return replace(columns, key=key, label="")
 
 
@@ -121,11 +158,12 @@ def _read_table(path: str, options: Columns) -> _Values:
             raise UserError(f"{path} is not a table; give a .csv, .tsv, .jsonl or .parquet file")
 
 
-def _read_parquet(path: str, options: Columns, needs_captions: bool = False) -> _Values:
+def _read_parquet(path: str, options: Columns, features: str = "", needs_captions: bool = False) -> _Values:
     with open_read(path) as file:
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)
-            columns = _columns(path, parquet.schema_arrow.names, options, needs_captions)
+            names = [name for name in parquet.schema_arrow.names if name != features]
+            columns = _columns(path, names, options, needs_captions)
             for group in range(parquet.num_row_groups):
                 check_row_group(path, parquet, group)
                 for values in read_row_group(parquet, group, columns.names()):

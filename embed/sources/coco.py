@@ -14,7 +14,7 @@ from lit_fast.data.images.sources import size_and_etag
 from lit_fast.embed.sources.columns import parse_row, require_column
 from lit_fast.embed.sources.image_paths import find_image, image_directory
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import open_read
 
 _MAX_JSON = 2 << 30  # bytes; all captions of COCO are 0.1 GB
@@ -70,9 +70,8 @@ def _columns(path: str, options: Columns, images: list[Any], annotations: list[A
     keys = list(next((i for i in images if isinstance(i, dict)), {}))
     require_column(options.image, keys, f"{path}: images")
     keys = list(next((a for a in annotations if isinstance(a, dict)), {}))
-    columns = replace(
-        options, captions=options.captions or (("", "caption"),), image=options.image or "file_name"
-    )
+    captions = options.captions or (() if "captions" in options.declined else (("", "caption"),))
+    columns = replace(options, captions=captions, image=options.image or "file_name")
     for name in columns.names() if annotations else ():
         require_column(name, keys, f"{path}: annotations")
     return columns
@@ -88,4 +87,4 @@ def _load(path: str) -> Any:
         except (ValueError, RecursionError):
             return None
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{path} cannot be read: {os_reason(error)}") from None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lit_fast.embed.sources.interface import MAX_CAPTION, Columns, Sample, Skipped, is_utf8
+from lit_fast.embed.sources.interface import MAX_CAPTION, Columns, Guess, Sample, Skipped, is_utf8
 from lit_fast.errors import UserError
 
 # Tried in this order, without regard to case.
@@ -28,6 +28,14 @@ PATHS = (
 URLS = ("url", "image_url")
 KEY = ("key", "__key__", "uid")
 LABEL = ("label", "cls", "class_id")
+
+_CANDIDATES = {
+    "image": (*IMAGE, *PATHS),
+    "captions": CAPTIONS,
+    "key": KEY,
+    "label": LABEL,
+    "language": (),
+}
 
 NO_TEXT = "no caption and no label"
 NO_KEY = "no key"
@@ -78,15 +86,37 @@ def choose_columns(options: Columns, columns: Collection[str], where: str, *, im
                 f"{where} has no column for the image among {some(columns)}; name it with --image"
             )
     captions = options.captions
-    if not captions and (found := guess_column(CAPTIONS, columns)):
+    if not captions and "captions" not in options.declined and (found := guess_column(CAPTIONS, columns)):
         captions = (("", found),)
-    key = options.key or guess_column(KEY, columns)
-    label = options.label or guess_column(LABEL, columns)
+    key = options.key or ("" if "key" in options.declined else guess_column(KEY, columns))
+    label = options.label or ("" if "label" in options.declined else guess_column(LABEL, columns))
     if image and not captions and not label:
         raise UserError(
             f"{where} has no column for captions or labels among {some(columns)}; name it with --captions or --label"
         )
     return replace(options, captions=captions, image=chosen, key=key, label=label)
+
+
+def find_guess(options: Columns, columns: Columns, names: Collection[str]) -> Iterator[Guess]:
+    """Yield the `Guess` of a source: the `columns` that `options` do not name; none if they name all.
+
+    Args:
+      options: those of the command.
+      columns: what was chosen.
+      names: all columns of the source; those that could have the same role are shown, too.
+    """
+    taken = {columns.image.partition(".")[0], columns.image, *columns.names()}
+    guesses = []
+    for role, candidates in _CANDIDATES.items():
+        value = getattr(columns, role)
+        if not value or getattr(options, role):
+            continue
+        shown = [name for _, name in value] if role == "captions" else [value]
+        others = [name for name in names if name.lower() in candidates and name not in taken]
+        also = f" (also: {some(others)})" if others else ""
+        guesses.append(f"{role} = {some(shown)}{also}")
+    if guesses:
+        yield Guess(", ".join(guesses))
 
 
 def require_column(name: str, columns: Collection[str], where: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 
 from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources.clip_benchmark import PREFIX, benchmark_tars, hub_tars
+from lit_fast.embed.sources.columns import some
 from lit_fast.embed.sources.formats import format_by_name
-from lit_fast.embed.sources.interface import IMAGE_SUFFIXES
+from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, Columns
+from lit_fast.embed.sources.pairs import has_pairs
 from lit_fast.errors import UserError
 from lit_fast.storage.files import (
     exists,
@@ -17,9 +20,12 @@ from lit_fast.storage.files import (
     list_directories,
     list_names,
     match_files,
+    walk_directories,
 )
-from lit_fast.storage.paths import is_pattern, is_url, join, name, parent, suffix
+from lit_fast.storage.paths import is_junk, is_pattern, is_url, join, name, parent, suffix
+from lit_fast.utils.output import status
 
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's image folders
 _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
 
@@ -62,7 +68,7 @@ def _local(plain: str, pattern: str) -> list[str]:
     path = os.path.abspath(plain)
     if is_directory(path):
         return benchmark_tars(path) or _in_directory(path)
-    found = [path] if exists(path) else match_files(path)
+    found = [path] if exists(path) else _matches(path)
     if not found:
         where = "" if plain == pattern else f" (from {pattern})"
         problem = "matches no file" if is_pattern(plain) else "does not exist"
@@ -75,7 +81,7 @@ def _remote(plain: str, pattern: str) -> list[str]:
         return [plain]
     if plain.endswith("/") and (tars := benchmark_tars(plain)):
         return tars
-    found = match_files(plain)
+    found = _matches(plain)
     if plain.endswith("/"):
         found = _of_one_format(plain, found)
     if not found:
@@ -85,32 +91,83 @@ def _remote(plain: str, pattern: str) -> list[str]:
     return found
 
 
+def _matches(pattern: str) -> list[str]:
+    """Return the files that match a pattern, or are in a URL that ends with `/`, without junk."""
+    fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    return [file for file in match_files(pattern) if not is_junk(file[len(fixed) + 1 :])]
+
+
 def _in_directory(directory: str) -> list[str]:
     """Return the files of the one format in a directory.
 
-    Without any, return those in its subdirectories; without any there, the directory itself.
+    Without any, return those in its subdirectories; without any there, the directory itself if it holds images.
     COCO's `.json` must be named, since many other files have this suffix.
 
     Raises:
       UserError: there are several formats or several splits, or no readable file.
     """
-    subdirectories = list_directories(directory)
-    for folders in ([directory], [join(directory, d) for d in subdirectories if not d.startswith(".")]):
+    subdirectories = [d for d in list_directories(directory) if not is_junk(d)]
+    for folders in ([directory], [join(directory, d) for d in subdirectories]):
         files = [join(folder, file) for folder in folders for file in list_names(folder)]
+        logs = {join(directory, f"{d}.parquet") for d in subdirectories}  # of img2dataset's `files` output
         found = _of_one_format(
-            directory, [f for f in files if not name(f).startswith(".") and format_by_name(f) and is_file(f)]
+            directory,
+            [f for f in files if not is_junk(name(f)) and f not in logs and format_by_name(f) and is_file(f)],
         )
         if found:
             if folders != [directory]:
                 _refuse_several_splits(directory, {name(parent(f)) for f in found})
+            if format_by_name(found[0]) in ("tar", "tfrecord", "array_record"):
+                _note_unread_images([directory, *(join(directory, d) for d in subdirectories)], found)
             return found
     _refuse_several_splits(directory, set(subdirectories))
-    for folder in subdirectories[:100]:
-        if any(suffix(file) in IMAGE_SUFFIXES for file in list_names(join(directory, folder))[:1000]):
-            return [directory]
+    return _of_images(directory)
+
+
+def _note_unread_images(folders: list[str], found: list[str]) -> None:
+    for folder in folders[:100]:
+        if any(suffix(file) in IMAGE_SUFFIXES for file in list_names(folder)[:1000]):
+            status(f"warning: the images in {folder} are not read, only {name(found[0])} and files like it")
+            return
+
+
+def _of_images(directory: str) -> list[str]:
+    """Return a directory of images, or the tables of Hugging Face's image folders that are deep in it.
+
+    Raises:
+      UserError: it holds no images, or images without texts and class folders.
+    """
+    at_top = below = False
+    tables: list[str] = []
+    others: Counter[str] = Counter()
+    try:
+        for folder, names in walk_directories(directory):
+            for file in names:
+                if is_junk(join(folder, file)):
+                    continue
+                if suffix(file) not in IMAGE_SUFFIXES:
+                    others[suffix(file) or file] += 1
+                elif folder:
+                    below = True
+                else:
+                    at_top = True
+            tables += [join(directory, folder, table) for table in _METADATA if table in names]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if tables:
+        _refuse_several_splits(directory, {name(parent(table)) for table in tables})
+        return tables
+    if below or (at_top and has_pairs(directory, Columns())):
+        return [directory]
+    if at_top:
+        raise UserError(
+            f"source {directory} holds images without texts beside them and without a folder per class; give a "
+            "table that names them, or a directory of class folders"
+        )
+    found = f"only {some([kind for kind, _ in others.most_common()])}" if others else "no files"
     raise UserError(
-        f"source {directory}: there is no .tar, .parquet, .csv, .tsv, .jsonl or .array_record in this directory or "
-        "one level below, and no folder of images per class"
+        f"source {directory} has {found}; give .tar, .parquet, .csv, .tsv, .jsonl, .tfrecord or .array_record files, "
+        "images with texts beside them, or a folder of images per class"
     )
 
 
@@ -125,9 +182,10 @@ def _of_one_format(directory: str, found: list[str]) -> list[str]:
         files.setdefault(format_by_name(file), []).append(file)
     files.pop("", None)
     files.pop("coco", None)
-    stems = {os.path.splitext(f)[0] for f in files.get("tar", [])}
-    if stems and all(os.path.splitext(f)[0] in stems for f in files.get("parquet", [])):
-        files.pop("parquet", None)  # img2dataset's log beside each tar
+    for kind in ("tar", "tfrecord"):
+        stems = {os.path.splitext(f)[0] for f in files.get(kind, [])}
+        if stems and all(os.path.splitext(f)[0] in stems for f in files.get("parquet", [])):
+            files.pop("parquet", None)  # img2dataset's log beside each file
     if len(files) > 1:
         suffixes = sorted({suffix(f) or f for group in files.values() for f in group[:1]})
         raise UserError(

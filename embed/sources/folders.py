@@ -8,26 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lit_fast.embed.sources.columns import ParsedRow
+from lit_fast.embed.sources.columns import ParsedRow, some
 from lit_fast.embed.sources.image_paths import find_image
 from lit_fast.embed.sources.interface import (
     IMAGE_SUFFIXES,
+    JUNK,
+    NO_IMAGE_FILE,
     Columns,
     Item,
     Layout,
+    Note,
+    Skipped,
     is_utf8,
 )
-from lit_fast.errors import UserError
-from lit_fast.storage.files import list_directories, walk_files
-from lit_fast.storage.paths import join, suffix
+from lit_fast.errors import UserError, os_reason
+from lit_fast.storage.files import is_directory, list_directories, list_names, walk_files
+from lit_fast.storage.paths import is_junk, join, suffix
 
 
 def class_folders(path: str) -> tuple[str, ...]:
     """Return the names of the classes' folders, in the order of the class numbers."""
     try:
-        names = [name for name in list_directories(path) if not name.startswith(".")]
+        names = [name for name in list_directories(path) if not is_junk(name)]
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
     for name in names:
         if not is_utf8(name):
             raise UserError(f"{path}: the name of the folder {name!a} is not UTF-8; rename it")
@@ -35,22 +39,60 @@ def class_folders(path: str) -> tuple[str, ...]:
 
 
 def read_folder(path: str, options: Columns) -> Iterator[Item]:
-    """Yield one row per image file, at any depth below its class.
+    """Yield one row per image file, at any depth below its class, and every other file as skipped.
 
-    Links to directories are not followed.
+    Links to directories below a class are not followed.
 
     Raises:
       UserError: a directory cannot be read, or `options` name columns.
     """
-    if options != Columns(images=options.images):
+    if options.names() or options.image:
         raise UserError(
             f"{path} is a directory of classes and has no columns that options could name; leave them out"
         )
     yield Layout("folder", images=path)
-    for label, folder in enumerate(class_folders(path)):
-        try:
-            for file in walk_files(join(path, folder)):
-                if suffix(file) in IMAGE_SUFFIXES:
-                    yield find_image(path, join(folder, file)).item(ParsedRow(label=label))
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    numbers = {folder: number for number, folder in enumerate(class_folders(path))}
+    inside: dict[str, set[str]] = {folder: set() for folder in numbers}  # class -> places of its images
+    try:
+        for entry in list_names(path):
+            for file in _files(path, entry):
+                if is_junk(file):
+                    yield Skipped(file, JUNK)
+                elif suffix(file) not in IMAGE_SUFFIXES:
+                    yield Skipped(file, NO_IMAGE_FILE)
+                elif entry not in numbers:
+                    yield Skipped(file, "image beside the class folders")
+                else:
+                    inside[entry].add(file.split("/")[1] if file.count("/") > 1 else "")
+                    yield find_image(path, file).item(ParsedRow(label=numbers[entry]))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {os_reason(error)}") from None
+    yield from _notes(path, inside)
+
+
+def _files(path: str, entry: str) -> Iterator[str]:
+    if not is_directory(join(path, entry)):
+        yield entry
+        return
+    try:
+        for file in walk_files(join(path, entry)):
+            yield join(entry, file)
+    except OSError:
+        if not is_junk(entry):
+            raise
+        yield entry  # lost+found belongs to root
+
+
+def _notes(path: str, inside: dict[str, set[str]]) -> Iterator[Note]:
+    if empty := [folder for folder, places in inside.items() if not places]:
+        yield Note(
+            f"{path} has {len(empty)} class folders without an image, which are classes: {some(empty)}"
+        )
+    for folder, places in inside.items():
+        nested = sorted(places - {""})
+        if len(nested) > 1:
+            yield Note(
+                f"the folders in {join(path, folder)} ({some(nested)}) are not classes of their own: "
+                f"their images are of the class {folder}"
+            )
+            return

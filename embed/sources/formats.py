@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.noise import is_noise
-from lit_fast.embed.sources import coco, folders, parquet, records, tables, tars
+from lit_fast.embed.sources import coco, folders, pairs, parquet, records, tables, tars
 from lit_fast.embed.sources.clip_benchmark import lines_near
 from lit_fast.embed.sources.interface import Columns, Format, Item, Layout, Sample
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_directory, open_read
 from lit_fast.storage.paths import is_url, name, parent, suffix
 
+NO_OPTIONS = Columns()
 _MAX_NOISE = 1 << 20  # images
 
 
@@ -40,14 +42,16 @@ FORMATS = {
     "table": Format(tables.read_table, (".csv", ".tsv", ".jsonl", ".ndjson")),
     "coco": Format(coco.read_coco, (".json",)),
     "array_record": Format(records.read_records, (".array_record",), records.class_names),
+    "tfrecord": Format(records.read_tfrecord, (".tfrecord", ".tfrecords", ".tfrec"), records.class_names),
     "folder": Format(folders.read_folder, class_names=folders.class_folders),
+    "pairs": Format(pairs.read_pairs),
     "noise": Format(read_noise),
 }
 
 _BY_SUFFIX = {suffix: format for format, entry in FORMATS.items() for suffix in entry.suffixes}
 
 
-def format_of(path: str) -> str:
+def format_of(path: str, options: Columns = NO_OPTIONS) -> str:
     """Return the key in `FORMATS` of a file, directory or URL.
 
     It is decided by the suffix, else by the first bytes. An unknown file counts as a tar; the reader of tars reports
@@ -57,7 +61,7 @@ def format_of(path: str) -> str:
         return "noise"
     local = not is_url(path)
     if local and is_directory(path):
-        return "folder"
+        return "pairs" if pairs.has_pairs(path, options) else "folder"
     if by_name := format_by_name(path):
         return by_name
     return "parquet" if local and _first_bytes(path) == b"PAR1" else "tar"
@@ -65,34 +69,44 @@ def format_of(path: str) -> str:
 
 def format_by_name(path: str) -> str:
     """Return the format of the suffix of a path or URL, "" for an unknown one."""
-    if re.search(r"\.array_record-\d+-of-\d+$", name(path).lower()):  # TFDS: .array_record-00000-of-00004
-        return "array_record"
+    if found := re.search(r"\.(array_record|tfrecord)-\d+-of-\d+$", name(path).lower()):
+        return found[1]  # TFDS: .tfrecord-00000-of-00004
     return _BY_SUFFIX.get(suffix(path), "")
 
 
-def class_names(sources: Sequence[Source]) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Return the different (class names, prompt templates) of the sources' directories.
+class OwnClassNames(NamedTuple):
+    """What a directory of sources says about its classes."""
 
-    They are the lines of `classnames.txt` and `zeroshot_classification_templates.txt` beside a source or one level up,
-    as CLIP_benchmark has them. Without the former, the class names are those that the first source of a directory has
-    by its format. `kind` of each source must be the name of its format.
+    path: str  # the first source of the directory
+    keys: tuple[str, ...]  # class names by the format: names of folders, of a parquet's ClassLabel, ...
+    classnames: tuple[str, ...]  # lines of classnames.txt
+    templates: tuple[str, ...]  # lines of zeroshot_classification_templates.txt
+
+
+def own_class_names(sources: Sequence[Source]) -> list[OwnClassNames]:
+    """Return what each directory of sources says about its classes.
+
+    The files are beside a source or one level up, as CLIP_benchmark has them. The first source of a directory counts;
+    `kind` of each source must be the name of its format.
     """
     first: dict[str, Source] = {}
     for source in sources:
         first.setdefault(_directory(source), source)
-    return {
-        (
-            lines_near(directory, "classnames.txt") or FORMATS[source.kind].class_names(source.path),
+    return [
+        OwnClassNames(
+            source.path,
+            FORMATS[source.kind].class_names(source.path),
+            lines_near(directory, "classnames.txt"),
             tuple(filter(None, lines_near(directory, "zeroshot_classification_templates.txt"))),
         )
         for directory, source in first.items()
-    }
+    ]
 
 
 def _directory(source: Source) -> str:
     if source.kind == "noise":  # there is no file
         return ""
-    return source.path if source.kind == "folder" else parent(source.path)
+    return source.path if source.kind in ("folder", "pairs") else parent(source.path)
 
 
 def _first_bytes(path: str) -> bytes:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 from lit_fast.data.images.decode import MAX_IMAGE
 from lit_fast.data.images.fingerprint import HEAD, image_checksum
 from lit_fast.embed.sources.columns import ParsedRow
-from lit_fast.embed.sources.interface import Columns, Sample, Skipped, is_utf8
+from lit_fast.embed.sources.interface import JUNK, Columns, Sample, Skipped, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import file_status, is_directory, read_range
-from lit_fast.storage.paths import is_url, join, parent, suffix
+from lit_fast.storage.paths import is_junk, is_url, join, parent, suffix
 
 
 def image_directory(options: Columns, table: str) -> str:
@@ -58,6 +58,8 @@ def find_image(directory: str, path: object, default_suffix: str = "") -> ImageF
     inner, problem = _relative_path(directory, path)
     if problem:
         return ImageFile(inner, problem=problem)
+    if is_junk(inner):
+        return ImageFile(inner, problem=JUNK)
     inner = inner if suffix(inner) else inner + default_suffix
     if is_url(directory):
         return ImageFile(inner)

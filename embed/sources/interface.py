@@ -13,13 +13,16 @@ from dataclasses import dataclass
 MAX_CAPTION = 1 << 20  # characters
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+NO_IMAGE_FILE = "no image file (.jpg, .jpeg, .png, .webp, .gif or .bmp)"
+
+JUNK = "hidden file or leftover of another program"  # see `lit_fast.storage.paths.is_junk`
 
 
 @dataclass(frozen=True)
 class Columns:
     """The columns, JSON keys or features of a source by their role.
 
-    As options of `lit-fast index`, "" or () = guess; of a source, it has none.
+    As options of `lit-fast index`, "" or () = guess, unless the role is among `declined`; of a source, it has none.
     """
 
     captions: tuple[tuple[str, str], ...] = ()  # (language or "", name)
@@ -28,6 +31,7 @@ class Columns:
     label: str = ""
     language: str = ""
     images: str = ""  # directory of the image files; an option only
+    declined: tuple[str, ...] = ()  # roles whose column is not guessed; an option only
 
     def names(self) -> list[str]:
         """Return all columns but the image's, each once."""
@@ -36,8 +40,9 @@ class Columns:
 
     def as_options(self) -> tuple[str, ...]:
         """Return `name=value` for each option that was given."""
-        captions = ",".join(f"{l}={n}" if l else n for l, n in self.captions)
-        return tuple(f"{n}={v}" for n, v in (vars(self) | {"captions": captions}).items() if v)
+        values = vars(self) | {"captions": ",".join(f"{l}={n}" if l else n for l, n in self.captions)}
+        declined = values.pop("declined")
+        return tuple(f"{n}={v}" for n, v in values.items() if v or n in declined)
 
 
 @dataclass(frozen=True)
@@ -71,20 +76,40 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
+class Guess:
+    """A guess of the reader, for the user to judge; the caller prints it with the first caption.
+
+    Attributes:
+      text: "image = filepath, captions = title (also: caption)", or any `property = value`.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     """Where a source cannot be read any further; the text begins with its path."""
 
     description: str
 
 
-Item = Layout | Sample | Skipped | Damage
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What the user should know of a source that is read; printed as a warning."""
+
+    text: str
+
+
+Item = Layout | Guess | Sample | Skipped | Damage | Note
 
 Reader = Callable[[str, Columns], Iterator[Item]]
 """Read a source, given by its path or URL, lazily and once.
 
 A reader yields one `Layout` before the first `Sample`, then a `Sample` or a `Skipped` for every entry, in the order of
-the source. At damage it yields `Damage` and reads no further. It raises `UserError` if the source cannot be read at
-all or lacks a named column; no content of a file makes it raise anything else.
+the source. It yields a `Guess` before the first row that was read with guessed columns, and again where others are
+guessed; equal ones of many files are printed once. At damage it yields `Damage` and reads no further. It
+raises `UserError` if the source cannot be read at all or lacks a named column; no content of a file makes it raise
+anything else.
 """
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_fast.data.images.parquet import ERRORS, check_row_group
-from lit_fast.embed.sources.columns import choose_columns, parse_key, parse_row
+from lit_fast.embed.sources.columns import choose_columns, find_guess, parse_key, parse_row
 from lit_fast.embed.sources.image_paths import find_image, image_directory
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout
 from lit_fast.errors import UserError, first_line
@@ -43,6 +43,7 @@ def read_parquet(path: str, options: Columns) -> Iterator[Item]:
         if is_path:
             layout = Layout("folder", images=image_directory(options, path))
         yield layout
+        yield from find_guess(options, columns, parquet.schema_arrow.names)
         wanted = columns.names() + ([columns.image] if is_path else [])
         for group in range(parquet.num_row_groups):
             try:

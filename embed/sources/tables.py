@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import IO, Any
 
-from lit_fast.embed.sources.columns import IMAGE, PATHS, choose_columns, guess_column, parse_row
+from lit_fast.embed.sources.columns import IMAGE, PATHS, choose_columns, find_guess, guess_column, parse_row
 from lit_fast.embed.sources.image_paths import find_image, image_directory
 from lit_fast.embed.sources.interface import MAX_CAPTION, Columns, Damage, Item, Layout, Skipped
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import suffix
 
@@ -36,7 +36,9 @@ def read_table(path: str, options: Columns) -> Iterator[Item]:
         if isinstance(values, str):
             yield Skipped(f"line {number}", values)
             continue
-        columns = columns or _columns(path, options, list(values))
+        if columns is None:
+            columns = _columns(path, options, list(values))
+            yield from find_guess(options, columns, list(values))
         default_suffix = ".jpg" if columns.image == "image/key" else ""  # Crossmodal-3600 omits it
         image = find_image(directory, values.get(columns.image), default_suffix)
         yield image.item(parse_row(values, columns), f"line {number}")
@@ -56,7 +58,7 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         try:
             yield from _json_lines(text) if json_lines else _csv_rows(text)
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
 
 
 def _columns(path: str, options: Columns, names: list[str]) -> Columns:

@@ -15,9 +15,9 @@ from lit_fast.embed.verify.sample import open_stored_tower, verify_sample
 from lit_fast.embed.verify.shard_scan import scan_shard
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, remove
+from lit_fast.storage.machine import cpu_count
 from lit_fast.storage.paths import join
 from lit_fast.utils.progress import Progress
-from lit_fast.utils.system import cpu_count
 
 
 def verify_features(features: Features, shards: Iterable[int], sample: int) -> Iterator[Finding]:

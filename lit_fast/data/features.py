@@ -47,6 +47,8 @@ _CONTEXT = ts.Context(
     }
 )
 
+_IMPORT_OPTIONS = ("format", "features", "captions_table", "captions", "key")  # of import-features
+
 _MEAN_BLOCKS = 1024  # blocks that the mean is computed over
 
 
@@ -325,7 +327,7 @@ def matching_features(dataset: Dataset, tower: dict[str, Any]) -> Features:
     if "imported" in tower:
         raise UserError(
             f"dataset {dataset.path} has no features of the run's tower {name}{others}, which were imported; import "
-            f"those of the same model: lit-fast import-features SOURCE --out D --tower {name} --format FORMAT"
+            f"those of the same model: lit-fast import-features SOURCE --out D --tower {name}"
         )
     while name in stored_towers(dataset):
         name += "-2"
@@ -348,18 +350,19 @@ def tower_options(tower: dict[str, Any]) -> dict[str, Any]:
 def embed_command(dataset: Dataset, tower: dict[str, Any], name: str) -> str:
     """Return the command that makes features `name` with a tower, with all options that its identity depends on."""
     if "imported" in tower:
-        imported = {key: tower["imported"].get(key, "") for key in ("format", "captions_table", "captions")}
+        recorded = tower["imported"]
+        imported = {key: str(recorded[key]) for key in _IMPORT_OPTIONS if key in recorded}
         options = {"out": dataset.path, "tower": tower["name"]} | imported
-        return _command("import-features", tower["source"], options)
+        sources = recorded.get("sources", [tower["source"]])
+        return _command("import-features", *map(str, sources), options=options)
     options = {"tower": tower["source"], "name": name} | tower_options(tower) | {"dtype": tower["dtype"]}
     if tower.get("views", 1) > 1:
         options["views"] = tower["views"]
-    return _command("embed", dataset.path, options)
+    return _command("embed", dataset.path, options=options)
 
 
-def _command(name: str, argument: str, options: dict[str, Any]) -> str:
+def _command(name: str, *arguments: str, options: dict[str, Any]) -> str:
     words: list[str] = []
     for option, value in options.items():
-        if value != "":
-            words += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return shlex.join(["lit-fast", name, argument, *words])
+        words += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(["lit-fast", name, *arguments, *words])

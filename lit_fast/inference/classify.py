@@ -12,7 +12,7 @@ from lit_fast.errors import UserError
 from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates, classifier
 from lit_fast.inference.model import Model
 from lit_fast.storage.files import is_directory, is_file, list_names
-from lit_fast.storage.paths import StrPath, join, suffix
+from lit_fast.storage.paths import StrPath, is_junk, join, suffix
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _MAX_SHOWN = 5  # labels of an image in the table
@@ -44,7 +44,8 @@ def expand_images(paths: Sequence[StrPath]) -> list[str]:
     for path in paths:
         images = [str(path)]
         if is_directory(path):
-            inside = [join(path, name) for name in list_names(path) if suffix(name) in _SUFFIXES]
+            names = [name for name in list_names(path) if suffix(name) in _SUFFIXES and not is_junk(name)]
+            inside = [join(path, name) for name in names]
             images = [file for file in inside if is_file(file)]
         if not images:
             raise UserError(f"{path} has no image files ({', '.join(_SUFFIXES)}); name another directory")

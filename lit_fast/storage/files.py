@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, NamedTuple
 
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage import remote
 from lit_fast.storage.paths import StrPath, absolute, is_url, join, parent
 
@@ -96,7 +96,7 @@ def size_and_etag(location: StrPath) -> tuple[int, str]:
     try:
         status = file_status(location)
     except OSError as error:
-        raise UserError(f"{location} cannot be read: {error.strerror}") from None
+        raise UserError(f"{location} cannot be read: {os_reason(error)}") from None
     if status.is_directory:
         return 0, ""
     if not status.is_file:  # a pipe can be read once and only in order
@@ -130,7 +130,21 @@ def list_directories(location: StrPath) -> list[str]:
 
 
 def walk_files(location: StrPath) -> Iterator[str]:
-    """Yield the relative paths of all files below a directory, sorted; links to directories are not followed.
+    """Yield the relative paths of all files below a directory, sorted.
+
+    Links to directories are not followed but yielded.
+
+    Raises:
+      OSError: a directory cannot be read.
+    """
+    for directory, names in walk_directories(location):
+        yield from (join(directory, name) for name in names)
+
+
+def walk_directories(location: StrPath) -> Iterator[tuple[str, list[str]]]:
+    """Yield the relative path of a directory and of each below it, "" first, with the sorted names of its files.
+
+    Links to directories are not followed but are among the names.
 
     Raises:
       OSError: a directory cannot be read.
@@ -142,8 +156,9 @@ def walk_files(location: StrPath) -> Iterator[str]:
     root = local_path(location)
     for directory, folders, names in os.walk(root, onerror=refuse):
         folders.sort()
-        for name in sorted(names):
-            yield os.path.relpath(os.path.join(directory, name), root)
+        links = [folder for folder in folders if os.path.islink(os.path.join(directory, folder))]
+        relative = os.path.relpath(directory, root)
+        yield "" if relative == "." else relative, sorted([*names, *links])
 
 
 def make_directory(location: StrPath) -> None:
@@ -180,7 +195,7 @@ def open_read(location: StrPath) -> io.BufferedReader:
     try:
         return open(location, "rb")
     except OSError as error:
-        raise UserError(f"{location} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{location} cannot be read: {os_reason(error)}") from None
 
 
 def open_append(location: StrPath) -> IO[bytes]:
@@ -348,7 +363,7 @@ def read_json(location: StrPath) -> Any:
     except FileNotFoundError:
         raise UserError(f"{location} does not exist") from None
     except OSError as error:
-        raise UserError(f"{location} cannot be read: {error.strerror}") from None
+        raise UserError(f"{location} cannot be read: {os_reason(error)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{location} is damaged: not JSON ({error})") from None
 
@@ -372,8 +387,11 @@ def read_object(location: StrPath, *keys: str, **types: type) -> dict[str, Any]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return indented JSON with a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """Return indented JSON with a final newline.
+
+    The bytes of a file name that are no UTF-8, surrogates in Python, become the escapes that JSON has for them.
+    """
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_json(location: StrPath, value: Any) -> None:

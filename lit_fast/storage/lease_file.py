@@ -103,6 +103,8 @@ def swap_lease(
             os.replace(claim, path)
             moved = True
         return True
+    except FileNotFoundError:  # this process was suspended, and another has taken its claim
+        return False
     finally:
         if not moved:
             remove(claim)

@@ -120,8 +120,10 @@ class Lock:
         watch, deadline = _Watch(self._location), time.monotonic() + wait
         while not create_lease(self._location, self._data):
             state = watch.look()
-            if state is _State.ABANDONED and watch.take_over(self._data):
+            if watch.data == self._data:
                 return
+            if state is _State.ABANDONED:
+                watch.take_over(self._data)
             if state is _State.HELD and time.monotonic() >= deadline:
                 raise _in_use(self._target, watch, remedy)
             watch.pause(state, self._target)
@@ -189,6 +191,7 @@ class _Watch:
         """Read the file; raises OSError."""
         lease = read_lease(self._location)
         if lease is None:
+            self._first = None
             return _State.FREE
         if self._first is None or lease.data != self._first.data:
             self._first, self._since = lease, time.monotonic()
@@ -202,20 +205,27 @@ class _Watch:
             return _State.HELD
         return _State.ABANDONED if self._quiet() >= ABANDONED_SECONDS else _State.UNCERTAIN
 
-    def take_over(self, data: bytes) -> bool:
-        """Replace the abandoned content; return whether no other process did it first. Raises OSError."""
-        assert self._first is not None
-        return swap_lease(self._location, self._first.data, data, self._is_claim_abandoned)
+    @property
+    def data(self) -> bytes | None:
+        """The content that `look` has read; None where there was no file."""
+        return self._first.data if self._first else None
+
+    def take_over(self, data: bytes) -> None:
+        """Replace the abandoned content, unless another process does it; `look` shows which. Raises OSError."""
+        if self._first:
+            swap_lease(self._location, self._first.data, data, self._is_claim_abandoned)
 
     def pause(self, state: _State, target: StrPath) -> None:
         """Wait before the next look."""
         quiet = self._quiet()
         if state is _State.UNCERTAIN and quiet > 1 and not self._has_reported:
             holder = self.holder or "another process"
-            status(f"waiting up to {ABANDONED_SECONDS:.0f} s whether {holder} is still writing {target}")
+            status(f"waiting up to {ABANDONED_SECONDS:.0f} s: {holder} may still be writing {target}")
             self._has_reported = True
-        if state is not _State.FREE:
+        if state in (_State.HELD, _State.UNCERTAIN):
             time.sleep(min(1.0, _POLL_SECONDS + quiet / 10))
+        elif state is _State.ABANDONED:
+            time.sleep(_POLL_SECONDS / 10)  # for others that take it over
 
     def _is_claim_abandoned(self, data: bytes) -> bool:
         holder = Holder.decode(data)

@@ -16,6 +16,19 @@ StrPath = str | os.PathLike[str]
 
 SCHEMES = ("https", "http", "s3", "gs", "hf")  # that can be read
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_JUNK = {  # names in lower case
+    "__macosx",  # archives of macOS
+    "icon\r",
+    "thumbs.db",  # Windows
+    "ehthumbs.db",
+    "desktop.ini",
+    "$recycle.bin",
+    "system volume information",
+    "@eadir",  # Synology
+    "#recycle",
+    "lost+found",  # ext4
+    "__pycache__",
+}
 
 
 def is_url(location: StrPath) -> bool:
@@ -56,6 +69,18 @@ def stem(location: StrPath) -> str:
 def suffix(location: StrPath) -> str:
     """Return the suffix of the last part with its dot, in lower case; "" without one."""
     return os.path.splitext(name(location))[1].lower()
+
+
+def is_junk(relative: str) -> bool:
+    """Return whether a relative path has a hidden part, or one that an operating system or an editor leaves behind."""
+    parts = relative.split("/")
+    return any(
+        part.lower() in _JUNK
+        or (part.startswith(".") and part not in (".", ".."))
+        or part.startswith("~$")
+        or part.endswith("~")
+        for part in parts
+    )
 
 
 def absolute(location: StrPath) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from safetensors import SafetensorError
 
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, first_line, os_reason
 from lit_fast.storage.files import (
     directory_size,
     exists,
@@ -108,7 +108,7 @@ def write_directory(format_name: str, model: Model, out: str, options: ExportOpt
         with replacing_directory(out) as temporary:
             exporter.write(model, temporary, options)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
-        reason = getattr(error, "strerror", None) or error
+        reason = os_reason(error) if isinstance(error, OSError) else first_line(error)
         raise UserError(f"--out {out} cannot be written: {reason}; name another directory") from None
     size, names = directory_size(out), ", ".join(list_names(out))
     result(f"exported step {model.step} to {out}: {size / 1e6:,.1f} MB in {names}")

@@ -1,4 +1,4 @@
-"""Images in array_record files of `tf.train.Example`, as TensorFlow Datasets writes them."""
+"""Images in files of `tf.train.Example`: array_records and TFRecords."""
 
 from __future__ import annotations
 
@@ -85,11 +85,30 @@ def open_records(path: str) -> ArrayRecordReader:
 
     Raises:
       UserError: the file is remote.
-      ValueError, RuntimeError: it is not an array_record file.
+      ValueError, RuntimeError: it is not an array_record file, is cut off, or has data behind its end.
     """
     if is_url(path):
         raise UserError(f"{path}: array_record files are read from a local disk only; copy it first")
-    return ArrayRecordReader(local_path(path), "readahead_buffer_size:0,max_parallelism:0")
+    reader = ArrayRecordReader(local_path(path), "readahead_buffer_size:0,max_parallelism:0")
+    if not reader.ok():  # it would have no records
+        reader.close()  # raises the reason
+        raise ValueError("it cannot be opened")
+    return reader
+
+
+def image_of_example(record: bytes, feature: str) -> bytes:
+    """Return the image in a feature of a record.
+
+    Raises:
+      ImageError: it has none.
+    """
+    try:
+        values = parse_example(record).get(feature)
+    except ExampleError as error:
+        raise ImageError(f"not a tf.train.Example ({error})") from None
+    if not values or not isinstance(values[0], bytes):
+        raise ImageError(f"no image in {feature}")
+    return values[0]
 
 
 class ExampleImages:
@@ -106,14 +125,10 @@ class ExampleImages:
           ImageError: the record has no image.
         """
         try:
-            values = parse_example(self._open(source.path).read(record)).get(source.image)
-        except ExampleError as error:
-            raise ImageError(f"not a tf.train.Example ({error})") from None
+            data = self._open(source.path).read(record)
         except ERRORS as error:
             raise UserError(f"{source.path} is damaged at record {record}: {error}; restore it") from None
-        if not values or not isinstance(values[0], bytes):
-            raise ImageError(f"no image in {source.image}")
-        return values[0]
+        return image_of_example(data, source.image)
 
 
 class _RecordFile:

@@ -50,6 +50,16 @@ def test_expand(tree: Path, patterns: list[str], want: list[str]) -> None:
     assert all(p.startswith("/") for p in expand([f"{tree}/{p}" for p in patterns]))
 
 
+def test_expand_leaves_junk_out_below_the_given_directory(tmp_path: Path) -> None:
+    root = tmp_path / ".cache" / "set"
+    for name in ("0.tar", "._0.tar", "__MACOSX/0.tar", "__MACOSX/._0.tar", "a/.old/1.tar", "@eaDir/0.tar"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    for pattern in ("", "/*.tar", "/**/*.tar", "/**", "/[._0]*.tar", "/0.tar"):
+        assert expand([f"{root}{pattern}"]) == [f"{root}/0.tar"]
+    assert expand([f"{root}/._0.tar"]) == [f"{root}/._0.tar"]  # named exactly
+
+
 def test_expand_keeps_leading_zeros(tmp_path: Path) -> None:
     for n in (8, 9, 10):
         (tmp_path / f"{n:05d}.tar").write_bytes(b"")

@@ -353,6 +353,65 @@ def test_a_folder_per_class(tmp_path: Path) -> None:
         index(root, tmp_path / "f", label="x")
 
 
+def test_class_folders_skip_junk_and_count_all_that_is_no_row(tmp_path: Path, capsys: Any) -> None:
+    root = tmp_path / "val"
+    files = ["bird/0.jpg", "cat/1.jpg", "cat/deep/2.jpg"]
+    junk = [
+        "__MACOSX/bird/._0.jpg",
+        ".hidden/3.jpg",
+        "@eaDir/bird/0.jpg",
+        "bird/.ipynb_checkpoints/0-checkpoint.jpg",
+        "bird/._0.jpg",
+        "bird/Thumbs.db",
+        ".DS_Store",
+    ]
+    others = ["bird/notes.txt", "README.md"]
+    for i, name in enumerate([*files, *junk, *others, "top.jpg", "x/a.tif"]):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(FILES[i % 12])
+    (root / "empty").mkdir()
+    dataset = index(root, tmp_path / "d")
+    assert dataset.classnames == ("bird", "cat", "empty", "x")
+    assert {key: row[2] for key, row in rows(dataset).items()} == {files[0]: 0, files[1]: 1, files[2]: 1}
+    assert dataset.left_out == {
+        "hidden file or leftover of another program": len(junk),
+        "no image file (.jpg, .jpeg, .png, .webp, .gif or .bmp)": len(others) + 1,
+        "image beside the class folders": 1,
+    }
+    assert dataset.rows + sum(dataset.left_out.values()) == sum(p.is_file() for p in root.rglob("*"))
+    assert "has 2 class folders without an image, which are classes: empty, x" in capsys.readouterr().err
+
+
+def test_class_folders_in_class_folders_are_reported(tmp_path: Path, capsys: Any) -> None:
+    for i, name in enumerate(["pets/cat/0.jpg", "pets/dog/1.jpg", "cars/images/2.jpg"]):
+        (tmp_path / "s" / name).parent.mkdir(parents=True)
+        (tmp_path / "s" / name).write_bytes(FILES[i])
+    (tmp_path / "s" / "pets" / "link").symlink_to(tmp_path / "s" / "cars")
+    (tmp_path / "s" / "linked").symlink_to(tmp_path / "s" / "cars")  # a class by itself
+    for name in ("pets/a.jpg", "pets/b.jpg"):
+        (tmp_path / "s" / name).write_bytes(FILES[5])
+    dataset = index(tmp_path / "s", tmp_path / "d")
+    assert (dataset.rows, dataset.classnames) == (6, ("cars", "linked", "pets"))
+    assert dataset.left_out == {"no image file (.jpg, .jpeg, .png, .webp, .gif or .bmp)": 1}
+    error = capsys.readouterr().err
+    assert "pets (cat, dog) are not classes of their own: their images are of the class pets" in error
+
+
+def test_junk_in_tables_and_tars_is_no_row(images: Path, tmp_path: Path) -> None:
+    for name in ("._1.jpg", ".hidden/2.jpg", "__MACOSX/3.jpg"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes(FILES[0])
+    lines = ["./images/0.jpg", "images/._1.jpg", "images/.hidden/2.jpg", "images/__MACOSX/3.jpg"]
+    (tmp_path / "t.csv").write_text("filepath,title\n" + "".join(f"{line},text\n" for line in lines))
+    dataset = index(tmp_path / "t.csv", tmp_path / "d")
+    assert (dataset.rows, dataset.left_out) == (1, {"hidden file or leftover of another program": 3})
+    members = [("./0.jpg", FILES[0]), ("./._0.jpg", b"x"), ("./0.txt", b"text"), ("__MACOSX/0.txt", b"no")]
+    write_tar(tmp_path / "0.tar", [*members, (".DS_Store", b"x"), ("._0.txt", b"x")])
+    dataset = index(tmp_path / "0.tar", tmp_path / "e")
+    assert (dataset.rows, dataset.left_out) == (1, {"hidden file or leftover of another program": 4})
+
+
 # --- tars
 
 
@@ -390,7 +449,7 @@ def test_what_a_directory_is(tmp_path: Path) -> None:
     ):
         index(tmp_path / "a", tmp_path / "e")
     (tmp_path / "b").mkdir()
-    with pytest.raises(UserError, match="no folder of images per class"):
+    with pytest.raises(UserError, match=r"b has no files; give .*, or a folder of images per class"):
         index(tmp_path / "b", tmp_path / "e")
     for split in ("train", "val"):
         (tmp_path / "c" / split / "cat").mkdir(parents=True)

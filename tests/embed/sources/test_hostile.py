@@ -15,13 +15,14 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboardX.record_writer import RecordWriter
 
 from lit_fast.data.images.decode import ImageError
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.tf_examples import ExampleError, parse_example
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.sources.formats import FORMATS, format_of
-from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Sample, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Guess, Item, Layout, Sample, Skipped
 from lit_fast.errors import UserError
 from tests.embed.sources.tf_example import example
 from tests.helpers import tar_bytes
@@ -57,10 +58,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     for i in range(ROWS):
         writer.write(example({"image": [images[i]], "text": [texts[i].encode()]}))
     writer.close()
+    writer = RecordWriter(str(base / "r.tfrecord"))
+    for i in range(ROWS):
+        writer.write(example({"image": [images[i]], "text": [texts[i].encode()], "score": [0.5]}))
+    writer.close()
     return {path.name: path.read_bytes() for path in base.iterdir()}
 
 
-FILES = ("a.parquet", "b.parquet", "t.csv", "t.jsonl", "c.json", "0.tar", "r.array_record")
+FILES = ("a.parquet", "b.parquet", "t.csv", "t.jsonl", "c.json", "0.tar", "r.array_record", "r.tfrecord")
 
 
 def path_for(tmp_path_factory: pytest.TempPathFactory, whole: dict[str, bytes], name: str) -> Path:
@@ -80,7 +85,8 @@ def check(error: UserError, path: Path) -> None:
 
 
 def items(path: Path) -> list[Item]:
-    return list(FORMATS[format_of(str(path))].read(str(path), Columns()))
+    found = FORMATS[format_of(str(path))].read(str(path), Columns())
+    return [item for item in found if not isinstance(item, Guess)]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -130,7 +136,7 @@ def test_any_damage_gives_rows_reasons_or_one_line(
             assert item.description.startswith(str(path))
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "0.tar", "r.array_record"])
+@pytest.mark.parametrize("name", ["a.parquet", "0.tar", "r.array_record", "r.tfrecord"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_damage_after_indexing(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from lit_fast.embed.sources.interface import Columns, Damage, Note
+from lit_fast.embed.sources.records import read_records
 from tests.embed.sources.test_formats import FILES, index, rows
 from tests.embed.sources.tf_example import example
 
@@ -43,3 +45,43 @@ def test_captions_of_tfds(tmp_path: Path) -> None:
     writer.close()
     [row] = rows(index(tmp_path / "a.array_record", tmp_path / "d")).values()
     assert row == (["one", "two"], [], -1, FILES[0])
+
+
+def write_records(path: Path, count: int) -> bytes:
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for i in range(count):
+        writer.write(example({"image": [b"%d" % i], "text": [b"text %d" % i]}))
+    writer.close()
+    return path.read_bytes()
+
+
+def test_records_with_data_behind_their_end_or_cut_off_are_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.array_record"
+    data = write_records(path, 5)
+    for wrong in (data + b"x", data + bytes(1 << 16), data[:-1], data[: 1 << 16], b"x", b""):
+        path.write_bytes(wrong)
+        assert list(read_records(str(path), Columns())) == [
+            Damage(f"{path} is damaged or is not an array_record file")
+        ]
+    path.write_bytes(data + data)
+    assert list(read_records(str(path), Columns())) == [
+        Damage(f"{path} holds another array_record file from byte {len(data)} on: none of it is read")
+    ]
+
+
+def test_the_number_of_records_is_compared_with_that_of_tfds(tmp_path: Path) -> None:
+    path = tmp_path / "flowers-train.array_record-00001-of-00002"
+    write_records(path, 5)
+    splits = [{"name": "test", "shardLengths": ["1"]}, {"name": "train", "shardLengths": ["3", "5"]}]
+    info = tmp_path / "dataset_info.json"
+    notes: dict[str, list[str]] = {}
+    for text in (
+        json.dumps({"splits": splits}),
+        json.dumps({"splits": splits}).replace('"5"', '"9"'),
+        "{",
+        "7",
+    ):
+        info.write_text(text)
+        notes[text] = [i.text for i in read_records(str(path), Columns()) if isinstance(i, Note)]
+    wrong = f"{path} has 5 records, but dataset_info.json beside it says 9"
+    assert list(notes.values()) == [[], [wrong], [], []]
