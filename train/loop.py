@@ -28,7 +28,7 @@ from lit_fast.train.cost.flops import step_flops
 from lit_fast.train.cost.memory import MemoryFit, choose_remat
 from lit_fast.train.evaluator import EmbedText, Evaluator
 from lit_fast.train.input_pipeline.stream import Batch
-from lit_fast.train.inputs import Inputs, open_inputs
+from lit_fast.train.inputs import Inputs, check_run, open_inputs
 from lit_fast.train.optimizer import evaluation_params
 from lit_fast.train.step import Metrics, State, abstract_training, init_state, make_step
 from lit_fast.train.tracking.metrics_writer import TrainingLog
@@ -61,6 +61,22 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     check_trackers(config)
     mesh = make_mesh()
     inputs = open_inputs(config, workdir, mesh)
+    lock = lock_workdir(workdir)
+    with lock or nullcontext():
+        check_run(workdir, config, inputs)  # again, as another training may have ended meanwhile
+        _train(config, workdir, profiled, mesh, inputs, lock, started)
+
+
+def _train(
+    config: Config,
+    workdir: str,
+    profiled: range,
+    mesh: Mesh,
+    inputs: Inputs,
+    lock: Lock | None,
+    started: float,
+) -> None:
+    """Train in a run directory that this process, or the first one, has locked."""
     stream, packing, evaluator, text = inputs.stream, inputs.packing, inputs.evaluator, config.text
     status(f"dataset {inputs.features.dataset.path}: {stream.description}")
     if packing:
@@ -86,7 +102,7 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     status(f"text tower: {count / 1e6:.1f} M parameters on {mesh.size} x {jax.devices()[0].device_kind}")
 
     # --- Create the run directory, or resume from its last checkpoint.
-    lock = _create_workdir(workdir, config, inputs, text_init)
+    _create_workdir(workdir, config, inputs, text_init)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     start_step, state = checkpoints.restore_last(state)
     check_initial_params(workdir, config.text.init, start_step, text_init)
@@ -119,6 +135,7 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
         meter=meter,
         log=TrainingLog(workdir, config, start_step, cost_before, meter),
         profiler=Profiler(workdir, profiled, start_step, meter.paused),
+        lock=lock,
     )
     step, stop_signal = _loop(components, state, start_step)
 
@@ -134,8 +151,6 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
         result(evaluator.table())
     else:
         result(f"evaluate it with: lit-fast eval {workdir} --zero-shot E --retrieval E")
-    if lock:
-        lock.release()
 
 
 class _Components(NamedTuple):
@@ -151,6 +166,7 @@ class _Components(NamedTuple):
     meter: ThroughputMeter
     log: TrainingLog
     profiler: Profiler
+    lock: Lock | None  # of the run directory, in the first process
 
 
 def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
@@ -210,6 +226,8 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
                         evaluation = c.evaluator.metrics()
                         c.log.log_evaluation(step, evaluation)
                     if save:
+                        if c.lock:
+                            c.lock.check()
                         c.checkpoints.save(step, state, evaluation)
             elif not finite:
                 c.checkpoints.check_finite(state)
@@ -258,16 +276,12 @@ def _to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def _create_workdir(
-    workdir: str, config: Config, inputs: Inputs, text_init: dict[str, Any] | None
-) -> Lock | None:
-    """Lock the run directory and write its records."""
-    lock = lock_workdir(workdir)
+def _create_workdir(workdir: str, config: Config, inputs: Inputs, text_init: dict[str, Any] | None) -> None:
+    """Write the records of the run directory."""
     sync_global_devices("checked")  # no process writes before all have checked the directory
     if jax.process_index() == 0:
         write_workdir(workdir, config, inputs.features, inputs.tokens, inputs.stream, text_init)
     sync_global_devices("written")
-    return lock
 
 
 def _write_summary(

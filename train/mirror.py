@@ -9,13 +9,12 @@ metrics never end before the last checkpoint. A checkpoint that Orbax drops here
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 
 from lit_fast.errors import UserError, first_line
 from lit_fast.runs.remote_checkpoints import delete_checkpoint, pull_checkpoint, push_checkpoint, stored_steps
-from lit_fast.storage.cache import cache_directory
+from lit_fast.storage.cache import local_directory
 from lit_fast.storage.files import (
     copy_files,
     file_status,
@@ -47,9 +46,7 @@ class RunMirror:
           UserError: the bucket cannot be read.
         """
         self.url, self._check = url, check
-        self.local = join(
-            cache_directory(), "runs", hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
-        )
+        self.local = local_directory("runs", url)
         self._error: UserError | None = None
         self._stop = threading.Event()
         self._pushing = threading.Lock()

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Collection
 
 from lit_fast.errors import UserError
-from lit_fast.storage.cache import cache_directory
+from lit_fast.storage.cache import local_directory
 from lit_fast.storage.files import (
     in_threads,
     is_file,
@@ -112,10 +112,7 @@ def cached_checkpoint(run: str, step: int | None, items: Collection[str]) -> tup
         raise UserError(f"run {run} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
     marker = read_bytes(f"{_directory(run, step)}.json")
-    digest = hashlib.blake2b(
-        run.encode() + marker + ",".join(sorted(items)).encode(), digest_size=16
-    ).hexdigest()
-    local = join(cache_directory(), "checkpoints", digest)
+    local = local_directory("checkpoints", run + marker.decode() + ",".join(sorted(items)))
     if not is_file(join(local, "complete")):
         if not pull_checkpoint(run, step, local, items):
             raise UserError(f"checkpoint {_directory(run, step)} is damaged; give another --step")

@@ -96,7 +96,10 @@ def context(first: bool = False) -> ts.Context:
     return ts.Context(
         {f"{driver}_request_concurrency": limit for driver in ("gcs", "s3")}
         | {f"{driver}_request_retries": retries for driver in ("gcs", "s3")}
-        | {"file_io_concurrency": {"limit": 16}, "cache_pool": {"total_bytes_limit": 0}}
+        # Without locks of the file system, which some have not, a file is written beside its place and renamed; one
+        # process writes a shard at a time.
+        | {"file_io_concurrency": {"limit": 16}, "file_io_locking": {"mode": "none"}}
+        | {"cache_pool": {"total_bytes_limit": 0}}
     )
 
 

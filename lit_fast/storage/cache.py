@@ -32,6 +32,16 @@ def cache_directory() -> str:
     return os.path.expanduser(directory)
 
 
+def local_directory(purpose: str, location: StrPath) -> str:
+    """Return the directory of the cache for local files that belong to a location in a bucket.
+
+    Args:
+      purpose: what the files are; a directory of the cache.
+    """
+    digest = hashlib.blake2b(os.fspath(location).encode(), digest_size=16).hexdigest()
+    return join(cache_directory(), purpose, digest)
+
+
 def local_copy(location: StrPath) -> str:
     """Return the path of a local file, or of a copy of a file in a bucket, for libraries that open files themselves.
 
@@ -48,7 +58,7 @@ def local_copy(location: StrPath) -> str:
     from lit_fast.storage import buckets
 
     url = os.fspath(location)
-    directory = join(cache_directory(), "buckets", hashlib.blake2b(url.encode(), digest_size=16).hexdigest())
+    directory = local_directory("buckets", url)
     found = buckets.generation(url)
     path = join(directory, found.hex()[-64:], name(url))
     if found != buckets.ABSENT and is_file(path):
