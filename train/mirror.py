@@ -10,7 +10,7 @@ metrics never end before the last checkpoint. A checkpoint that Orbax drops here
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from typing import Self
 
 from lit_fast.errors import UserError, first_line
 from lit_fast.runs.remote_checkpoints import delete_checkpoint, pull_checkpoint, push_checkpoint, stored_steps
@@ -23,6 +23,7 @@ from lit_fast.storage.files import (
     remove_tree,
     walk_files,
 )
+from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import join
 
 PUSH_SECONDS = 30.0
@@ -31,21 +32,24 @@ PUSH_SECONDS = 30.0
 class RunMirror:
     """The local copy of a run in a bucket.
 
+    As a context manager it writes changes to the bucket in the background, and all of them at the end.
+
     Attributes:
       local: the local directory, in the cache; it is made again from the bucket at the start.
+      has_failed: whether a write to the bucket has failed; `check` raises its error.
     """
 
-    def __init__(self, url: str, check: Callable[[], None]) -> None:
+    def __init__(self, url: str, lock: Lock | None) -> None:
         """Copy the run from the bucket.
 
         Args:
           url: the run in a bucket.
-          check: raises UserError if another process has taken the run over.
+          lock: of the run; without it nothing is written.
 
         Raises:
           UserError: the bucket cannot be read.
         """
-        self.url, self._check = url, check
+        self.url, self._lock = url, lock
         self.local = local_directory("runs", url)
         self._error: UserError | None = None
         self._stop = threading.Event()
@@ -58,41 +62,47 @@ class RunMirror:
         self._steps = {step for step in stored_steps(url) if pull_checkpoint(url, step, self.local)}
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
 
-    def start(self) -> None:
-        """Begin to write changes to the bucket in the background."""
-        self._thread.start()
+    def __enter__(self) -> Self:
+        if self._lock:
+            self._thread.start()
+        return self
 
-    def check(self) -> None:
-        """Raise UserError if the bucket could not be written."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        self._stop.set()
+        if self._lock:
+            self._thread.join()
+            if self._error is None:
+                self._push()
+        if isinstance(error, UserError) and error is not self._error:
+            raise UserError(str(error).replace(self.local, self.url)) from None
         if self._error is not None:
             raise self._error
 
-    def wait(self) -> None:
-        """Wait for a checkpoint that is being written to the bucket: Orbax may delete its files after the next save."""
-        with self._pushing:
-            self.check()
+    @property
+    def has_failed(self) -> bool:
+        return self._error is not None
 
-    def close(self) -> None:
-        """Write everything to the bucket and stop.
+    def check(self) -> None:
+        """Wait for a checkpoint that is being written to the bucket, whose files Orbax may delete after the next save.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: the bucket cannot be written, or another process has taken over the run.
         """
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        self.check()
-        self._push()
-        self.check()
+        with self._pushing:
+            if self._error is not None:
+                raise self._error
 
     def _run(self) -> None:
-        while not self._stop.wait(PUSH_SECONDS) and self._error is None:
+        while self._error is None and not self._stop.wait(PUSH_SECONDS):
             self._push()
 
     def _push(self) -> None:
         with self._pushing:
             try:
-                self._check()
+                if self._lock:
+                    self._lock.check()
                 self._push_changes()
             except UserError as error:
                 self._error = error
@@ -100,8 +110,8 @@ class RunMirror:
                 self._error = UserError(f"{self.url} cannot be written: {first_line(error)}")
 
     def _push_changes(self) -> None:
-        directory = join(self.local, "checkpoints")
-        steps = {int(name) for name in list_names(directory) if name.isdigit()}
+        # The steps first: the files of the metrics are then at least as new as they.
+        steps = {int(name) for name in list_names(join(self.local, "checkpoints")) if name.isdigit()}
         versions = {name: self._version(name) for name in _small_files(self.local)}
         changed = [name for name, version in versions.items() if self._sent.get(name) != version]
         copy_files(self.local, changed, self.url)

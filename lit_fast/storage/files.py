@@ -193,7 +193,11 @@ def walk_directories(location: StrPath) -> Iterator[tuple[str, list[str]]]:
         raise error
 
     if is_bucket(location):
-        yield from _buckets().names_below(os.fspath(location))
+        found: dict[str, list[str]] = {"": []}
+        for name in _buckets().names_below(os.fspath(location)):
+            directory, _, file = name.rpartition("/")
+            found.setdefault(directory, []).append(file)
+        yield from found.items()
         return
     root = local_path(location)
     for directory, folders, names in os.walk(root, onerror=refuse):
@@ -520,5 +524,7 @@ def sha256(location: StrPath) -> str:
 
 def digest(location: StrPath, algorithm: str) -> str:
     """Return the hexadecimal digest of a file's bytes, by an algorithm of hashlib."""
+    if is_bucket(location):
+        return hashlib.new(algorithm, read_bytes(location)).hexdigest()
     with open(local_path(location), "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
