@@ -35,6 +35,7 @@ class Columns:
     images: str = ""  # directory of the image files; an option only
     split: str = ""  # rows of other splits are skipped: "train+restval"; an option only
     declined: tuple[str, ...] = ()  # roles whose column is not guessed; an option only
+    lists: bool = False  # captions are lists written as text; of a source only
 
     def names(self) -> list[str]:
         """Return all columns but the image's, each once."""
@@ -69,6 +70,7 @@ class Sample:
     label: int = -1
     languages: tuple[str, ...] = ()
     check: int = 0
+    dropped: str = ""  # why its label, or one of several captions, is not used
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ from lit_fast.data.images.sources import size_and_etag
 from lit_fast.embed.sources.coco import coco_rows
 from lit_fast.embed.sources.columns import some
 from lit_fast.embed.sources.image_paths import image_directory
-from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout
+from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
 from lit_fast.embed.sources.karpathy import is_karpathy, karpathy_rows
 from lit_fast.embed.sources.tables import table_rows
+from lit_fast.embed.sources.text_tables import Entry, TableRow
 from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import open_read
 
@@ -51,9 +52,12 @@ def read_json_file(path: str, options: Columns) -> Iterator[Item]:
         )
 
 
-def _rows(objects: list[Any]) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _rows(objects: list[Any]) -> Iterator[Entry]:
     for number, value in enumerate(objects, 1):
-        yield f"object {number}", value if isinstance(value, dict) else "not a JSON object"
+        if isinstance(value, dict):
+            yield TableRow(number, value, unit="object")
+        else:
+            yield Skipped(f"object {number}", "not a JSON object")
 
 
 def _has_objects(value: Any) -> bool:

@@ -106,7 +106,7 @@ def test_lists_of_objects_are_tables(images: Path, tmp_path: Path, value: Any) -
         ({"images": [{"id": 1}], "categories": [{"id": 2}]}, "holds an object of images, categories"),
         (
             [{"image": "0.jpg", "conversations": [{"from": "human", "value": "?"}]}],
-            "has no column for captions or labels among image, conversations; name it with --captions",
+            "has no column for captions or labels among image, conversations, conversations.from, ",
         ),
         (
             {"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": [{"image_id": 1, "bbox": [1]}]},
