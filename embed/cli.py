@@ -21,9 +21,11 @@ def index(parser: argparse.ArgumentParser) -> Run:
     the dataset to them again. Rows are shuffled once, by the seed; their order never changes.
 
     In a tar, files whose names are equal up to the last dot are one row; the last file of a name counts.
-    A table is a .csv, .tsv or .jsonl file. A .json file is COCO's captions, Karpathy's splits (dataset_coco.json
-    with --split train+restval) or a list of objects. A directory holds files of one format, images with x.txt or
-    x.json beside x.jpg (img2dataset's `files`), or one folder of images per class.
+    A table is a .csv, .tsv, .txt or .jsonl file, also with .gz. Its separator (comma, tab, ; or |) and its encoding
+    are found; a table separated by tabs or | may have stray quotes, in others a quote that does not close is an
+    error. A .json file is COCO's captions, Karpathy's splits (dataset_coco.json with --split train+restval) or a
+    list of objects. A directory holds files of one format, images with x.txt or x.json beside x.jpg (img2dataset's
+    `files`), or one folder of images per class.
     Rows of a table with the same image file become one row with all captions, if they are near each other; later
     repeats, and any repeated key, are skipped and counted.
     Hidden files and leftovers of other programs (__MACOSX, Thumbs.db, @eaDir, ...) are skipped.
@@ -34,10 +36,11 @@ def index(parser: argparse.ArgumentParser) -> Run:
     Hugging Face Hub: wds:imagenet1k, wds:imagenetv2, wds:vtab/cifar10, wds:mscoco_captions, ...
 
     Columns that no option names are guessed by name, and the guess is printed. --captions '', --key '' and --label ''
-    use none. Captions: captions, caption, title, text, txt, sentences, raw, alt_text,
-    captions/text. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded, or paths in filepath,
-    file_path, image_path, path, file_name, filename, file. Keys: key, __key__, uid; the path of an image file.
-    Labels: label, cls, class_id.
+    use none. Captions: captions, caption, title, text, txt, sentences, raw, alt_text, captions/text, sentence, comment,
+    description, alt, or several like caption_0. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded,
+    or paths in filepath, file_path, image_path, path, file_name, filename, file, image_name and the like. Keys: key,
+    __key__, uid; the path of an image file. Labels: label, cls, class_id, class. A field of a field has a dotted name:
+    --captions sentences.raw. A cell may hold a list of captions, as JSON or as Python prints it.
 
     Example: lit-fast index 'cc12m/*.tar' --out cc12m_dataset
     Example: lit-fast index --relocate /old/cc12m=s3://bucket/cc12m cc12m_dataset

@@ -321,7 +321,8 @@ def parse_label(value: Any) -> tuple[int, str]:
         value = int(value)
     if isinstance(value, bytes | str):
         text = value.strip() if isinstance(value, bytes) else value.strip().encode("utf-8", "replace")
-        value = int(text) if re.fullmatch(rb"[0-9]{1,9}", text) else None
+        match = re.fullmatch(rb"([0-9]{1,9})(\.0+)?", text)
+        value = int(match[1]) if match else None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1_000_000_000:
         return -1, NO_LABEL
     return value, ""

@@ -20,6 +20,7 @@ from lit_fast.embed.sources.columns import choose_columns, find_guess, parse_key
 from lit_fast.embed.sources.first_rows import FIRST_ROWS, describe_refinement, refine_columns
 from lit_fast.embed.sources.image_paths import clean_path, find_image, image_directory
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout
+from lit_fast.embed.sources.parquet_footer import find_second_file
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import name, parent
@@ -42,6 +43,9 @@ def read_parquet(path: str, options: Columns) -> Iterator[Item]:
       UserError: the file lacks a column, or its row groups are too large.
     """
     with open_read(path) as file:
+        if position := find_second_file(file):
+            yield Damage(f"{path} holds another parquet file from byte {position} on: none of it is read")
+            return
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)  # pages are read one by one
             names = _names(parquet.schema_arrow)

@@ -113,7 +113,7 @@ def read_entries(path: str, known: Collection[str] = ()) -> Iterator[Entry]:
             )
             return
         except _READ_ERRORS as error:
-            if plain is file and isinstance(error, OSError):
+            if isinstance(error, OSError) and (plain is file or error.errno is not None):
                 raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
             yield Damage(f"{path} is damaged or cut off: the rest of it is not read ({first_line(error)})")
             return
@@ -312,7 +312,7 @@ def _field_entries(path: str, lines: _Lines, known: Collection[str]) -> Iterator
             counts = (
                 f"{len(fields)} field{'s' if len(fields) != 1 else ''}, where the first line has {len(names)}"
             )
-            yield Skipped(f"line {record.line}", counts)
+            yield from (Skipped(f"line {record.line + i}", counts) for i in range(record.lines))
             continue
         values = {name: field for name, field in zip(names, fields, strict=True) if name}
         yield TableRow(record.line, values, record.lines)
@@ -427,7 +427,8 @@ class _Records:
                 if problem != _OPEN:
                     break
                 continue
-            if len(self._read) == 1 or not self._are_rows(fields):
+            is_whole = not self.width or len(fields) == self.width
+            if len(self._read) == 1 or (is_whole and not self._are_rows(fields)):
                 return fields
             break
         self._lines.put_back(self._read[1:])

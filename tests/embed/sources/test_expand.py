@@ -179,3 +179,28 @@ def test_a_format_that_is_not_read_is_one_line(tmp_path: Path, name: str, data: 
 def test_each_suffix_belongs_to_one_format() -> None:
     suffixes = [suffix for format in FORMATS.values() for suffix in format.suffixes]
     assert len(suffixes) == len(set(suffixes))
+
+
+def test_expand_warns_of_missing_members_of_a_numbered_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (
+        "train-00000-of-00003-abc.parquet",
+        "train-00002-of-00003-abc.parquet",
+        "test-00000-of-00001.parquet",
+    ):
+        (tmp_path / file).write_bytes(b"")
+    expand([str(tmp_path)])
+    warning = f"warning: {tmp_path}/train-00001-of-00003 is missing: 2 of its 3 files are there\n"
+    assert capsys.readouterr().err == warning
+    expand([f"{tmp_path}/train-*"])
+    assert capsys.readouterr().err == warning
+    expand([f"{tmp_path}/train-00000-of-00003-abc.parquet"])  # chosen by name
+    assert capsys.readouterr().err == ""
+
+
+def test_expand_of_a_spark_directory_gives_its_parts(tmp_path: Path) -> None:
+    parts = [f"part-0000{i}-1234.c000.snappy.parquet" for i in range(2)]
+    for file in ("_SUCCESS", "_metadata", "_common_metadata", f".{parts[0]}.crc", *parts):
+        (tmp_path / file).write_bytes(b"")
+    assert expand([str(tmp_path)]) == [f"{tmp_path}/{part}" for part in parts]
