@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -47,6 +48,8 @@ class RowReader:
         self.notes: list[str] = []
         self.labels: set[int] = set()
         self._options, self._first, self._num_classes = options, first_source, num_classes
+        self._outside = f"label outside the {num_classes} class names"
+        self._dropped = Counter[str]()  # reason -> rows with captions whose label is not used
         self._printed: set[tuple[str, str]] = set()  # format of a source, its guesses
 
     def source_of(self, row: Row) -> Source:
@@ -87,6 +90,8 @@ class RowReader:
         if group:
             yield list(group.values())
         progress.close()
+        for reason, count in self._dropped.items():
+            self.notes.append(f"{count:,} rows were taken without one value: {reason}")
 
     def _rows(self, number: int) -> Iterator[Row]:
         source, guesses = self.sources[number], list[str]()
@@ -105,10 +110,13 @@ class RowReader:
                     self.skipped.add("the rest", source.path, "file damaged or cut off")
                 case Note(text):
                     self.notes.append(text)
-                case Sample() if self._num_classes and item.label >= self._num_classes:
-                    reason = f"label outside the {self._num_classes} class names"
-                    self.skipped.add(item.key, source.path, reason)
-                case Sample(key, offset, size, captions, label, languages, check):
+                case Sample() if self._is_outside(item.label) and not item.captions:
+                    self.skipped.add(item.key, source.path, self._outside)
+                case Sample(key, offset, size, captions, label, languages, check, dropped):
+                    if self._is_outside(label):
+                        label, dropped = -1, self._outside
+                    if dropped:
+                        self._dropped[dropped] += 1
                     if guesses and captions:
                         self._print(source, guesses, captions[0])
                         guesses = []
@@ -116,6 +124,9 @@ class RowReader:
         self._print(source, guesses)
         if change := find_change(source):
             raise UserError(f"source {source.path} {change}: it was written meanwhile; rerun the command")
+
+    def _is_outside(self, label: int) -> bool:
+        return bool(self._num_classes) and label >= self._num_classes
 
     def _print(self, source: Source, guesses: list[str], caption: str = "") -> None:
         """Print the guesses about a source, once for all sources of its format."""

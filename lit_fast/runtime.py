@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lit_fast.errors import MachineError, UserError, first_line
@@ -144,6 +146,11 @@ def distributed_job() -> Iterator[None]:
         rendezvous.close()
         raise
     rendezvous.close()
+
+
+def smallest_of_processes(memory: int) -> int:
+    """Return the smallest of the bytes that the processes of the job give, in MiB steps."""
+    return int(process_allgather(np.int32(memory >> 20)).min()) << 20  # JAX has no 64-bit integers by default
 
 
 def _fail(rendezvous: Rendezvous, status: int) -> None:

@@ -35,6 +35,7 @@ EMBED = (
     ("embed.row_reader",),
     ("embed.index", "embed.extract", "embed.relocate"),
     ("embed.verify", "embed.importers"),
+    ("embed.share",),
     ("embed.cli",),
 )
 TRAIN = (

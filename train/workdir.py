@@ -94,6 +94,15 @@ def check_identity(workdir: StrPath, name: str, identity: str) -> None:
         )
 
 
+def recorded_in_memory(workdir: StrPath) -> bool | None:
+    """Return whether the run there holds its dataset in memory; None where there is no run.
+
+    The order of the rows depends on it, so that a run keeps the choice on a machine with other memory.
+    """
+    file = join(workdir, "stream.json")
+    return read_object(file, in_memory=bool).get("in_memory") if is_file(file) else None
+
+
 def write_workdir(
     workdir: StrPath,
     config: Config,
@@ -107,11 +116,8 @@ def write_workdir(
     write_atomic(join(workdir, "config.toml"), to_toml(config).encode())
     write_json(join(workdir, "tower.json"), features.provenance)
     write_json(join(workdir, "tokens.json"), {k: v for k, v in tokens.meta.items() if k != "shard_keys"})
-    digest = {"dataset": features.dataset.digest}
-    write_json(
-        join(workdir, "stream.json"),
-        {"identity": stream.identity, "description": stream.description} | digest,
-    )
+    record = {"identity": stream.identity, "description": stream.description, "in_memory": stream.in_memory}
+    write_json(join(workdir, "stream.json"), record | {"dataset": features.dataset.digest})
     write_atomic(join(workdir, "tokenizer.model"), tokens.tokenizer().model)
     if text_init:
         write_json(join(workdir, _TEXT_INIT), text_init)

@@ -12,6 +12,7 @@ from lit_fast.embed.sources.columns import some
 from lit_fast.embed.sources.formats import format_by_name
 from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, Columns
 from lit_fast.embed.sources.pairs import has_pairs
+from lit_fast.embed.sources.unread import unread_format
 from lit_fast.errors import UserError
 from lit_fast.storage.files import (
     exists,
@@ -67,8 +68,8 @@ def natural(path: str) -> list[tuple[int, int, str]]:
 def _local(plain: str, pattern: str) -> list[str]:
     path = os.path.abspath(plain)
     if is_directory(path):
-        return benchmark_tars(path) or _in_directory(path)
-    found = [path] if exists(path) else _matches(path)
+        return _without_gaps(benchmark_tars(path) or _in_directory(path))
+    found = [path] if exists(path) else _without_gaps(_matches(path))
     if not found:
         where = "" if plain == pattern else f" (from {pattern})"
         problem = "matches no file" if is_pattern(plain) else "does not exist"
@@ -81,7 +82,7 @@ def _remote(plain: str, pattern: str) -> list[str]:
         return [plain]
     if plain.endswith("/") and (tars := benchmark_tars(plain)):
         return tars
-    found = _matches(plain)
+    found = _without_gaps(_matches(plain))
     if plain.endswith("/"):
         found = _of_one_format(plain, found)
     if not found:
@@ -89,6 +90,20 @@ def _remote(plain: str, pattern: str) -> list[str]:
             f"source {plain} (from {pattern}) matches no file; give files, a pattern or a directory"
         )
     return found
+
+
+def _without_gaps(files: list[str]) -> list[str]:
+    """Return the files; warn of sets like `x-00000-of-00002.parquet` that lack a member."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if match := re.fullmatch(r"(.*)-(\d{1,9})-of-(\d{1,9})(?!\d).*", name(file), re.ASCII):
+            sets.setdefault((join(parent(file), match[1]), int(match[3])), set()).add(int(match[2]))
+    for (start, count), numbers in sets.items():
+        if len(numbers) < count:
+            first = next(n for n in range(count + 1) if n not in numbers)
+            missing = f"{start}-{first:05}-of-{count:05}"
+            status(f"warning: {missing} is missing: {len(numbers):,} of its {count:,} files are there")
+    return files
 
 
 def _matches(pattern: str) -> list[str]:
@@ -101,7 +116,7 @@ def _in_directory(directory: str) -> list[str]:
     """Return the files of the one format in a directory.
 
     Without any, return those in its subdirectories; without any there, the directory itself if it holds images.
-    COCO's `.json` must be named, since many other files have this suffix.
+    A `.json` must be named, since many other files have this suffix.
 
     Raises:
       UserError: there are several formats or several splits, or no readable file.
@@ -120,6 +135,8 @@ def _in_directory(directory: str) -> list[str]:
             if format_by_name(found[0]) in ("tar", "tfrecord", "array_record"):
                 _note_unread_images([directory, *(join(directory, d) for d in subdirectories)], found)
             return found
+    if is_file(table := join(directory, "captions.txt")):  # Flickr8k's, beside a folder of images
+        return [table]
     _refuse_several_splits(directory, set(subdirectories))
     return _of_images(directory)
 
@@ -164,6 +181,8 @@ def _of_images(directory: str) -> list[str]:
             f"source {directory} holds images without texts beside them and without a folder per class; give a "
             "table that names them, or a directory of class folders"
         )
+    if others and (problem := unread_format(f"x{others.most_common(1)[0][0]}")):
+        raise UserError(f"source {directory} has {others.most_common(1)[0][0]} files; such a file {problem}")
     found = f"only {some([kind for kind, _ in others.most_common()])}" if others else "no files"
     raise UserError(
         f"source {directory} has {found}; give .tar, .parquet, .csv, .tsv, .jsonl, .tfrecord or .array_record files, "
@@ -181,7 +200,7 @@ def _of_one_format(directory: str, found: list[str]) -> list[str]:
     for file in found:
         files.setdefault(format_by_name(file), []).append(file)
     files.pop("", None)
-    files.pop("coco", None)
+    files.pop("json", None)
     for kind in ("tar", "tfrecord"):
         stems = {os.path.splitext(f)[0] for f in files.get(kind, [])}
         if stems and all(os.path.splitext(f)[0] in stems for f in files.get("parquet", [])):

@@ -46,6 +46,8 @@ def read_folder(path: str, options: Columns) -> Iterator[Item]:
     Raises:
       UserError: a directory cannot be read, or `options` name columns.
     """
+    if options.split:
+        raise UserError(f"{path} is a directory of classes and has no splits; leave --split out")
     if options.names() or options.image:
         raise UserError(
             f"{path} is a directory of classes and has no columns that options could name; leave them out"

@@ -22,6 +22,7 @@ from lit_fast.embed.sources.columns import (
     ParsedRow,
     choose_columns,
     guess_column,
+    nested_names,
     parse_row,
     some,
 )
@@ -188,7 +189,7 @@ class _PairReader:
                 return ParsedRow(problem=f"{suffix(file)} {problem}"), ""
         values, is_object = parse_texts(texts)
         if self._options.names():
-            self._names |= dict.fromkeys(values)
+            self._names |= dict.fromkeys(nested_names([values]))
         columns = self._columns(values)
         row = parse_row(values, columns)
         if not is_object and (row.problem == NO_TEXT or any(n not in values for n in columns.names())):

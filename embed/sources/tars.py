@@ -23,7 +23,15 @@ from typing import IO, Any, NamedTuple
 from lit_fast.data.images.decode import MAX_IMAGE
 from lit_fast.data.images.fingerprint import HEAD, image_checksum
 from lit_fast.embed.sources.clip_benchmark import lines_near
-from lit_fast.embed.sources.columns import NO_TEXT, choose_columns, find_guess, parse_key, parse_row, some
+from lit_fast.embed.sources.columns import (
+    NO_TEXT,
+    choose_columns,
+    find_guess,
+    nested_names,
+    parse_key,
+    parse_row,
+    some,
+)
 from lit_fast.embed.sources.interface import (
     IMAGE_SUFFIXES,
     JUNK,
@@ -222,7 +230,7 @@ class _TarReader:
             return
         values, is_json = self._values(members)
         if self._options.names():
-            self._names |= dict.fromkeys(values)
+            self._names |= dict.fromkeys(nested_names([values]))
         columns = self._columns(values)
         row = parse_row(values, columns)
         if not row.problem and (columns.captions, columns.label) not in self._guessed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -22,6 +23,7 @@ from lit_fast.storage.files import (
     remove,
     sync_path,
 )
+from lit_fast.storage.machine import cached_files
 from lit_fast.storage.paths import StrPath, join
 
 FILE_RECORDS = 4096
@@ -95,11 +97,11 @@ def _write_errors(path: str) -> Iterator[None]:
 
 
 class RecordReader:
-    """Random access to the `count` records of a directory, from any thread."""
+    """Random access to the `count` records of a directory, from any thread; keeps the last used files open."""
 
     def __init__(self, directory: StrPath, count: int) -> None:
         self._directory, self._count = directory, count
-        self._readers: dict[int, ArrayRecordReader] = {}
+        self._open = lru_cache(maxsize=cached_files())(_open_records)
         self._lock = threading.Lock()
 
     def read(self, number: int) -> bytes:
@@ -114,13 +116,14 @@ class RecordReader:
         path = _record_file(self._directory, file)
         try:
             with self._lock:
-                reader = self._readers.get(file)
-                if reader is None:
-                    if not is_file(path):
-                        raise UserError(f"{path} is missing; restore it or make the dataset again")
-                    reader = self._readers[file] = ArrayRecordReader(local_path(path))
-                return bytes(reader.read(record, record + 1)[0])
+                return bytes(self._open(path).read(record, record + 1)[0])
         except (ValueError, RuntimeError, IndexError) as error:
             raise UserError(
                 f"{path} is damaged at record {record}: {error}; restore it or make the dataset again"
             ) from None
+
+
+def _open_records(path: str) -> ArrayRecordReader:
+    if not is_file(path):
+        raise UserError(f"{path} is missing; restore it or make the dataset again")
+    return ArrayRecordReader(local_path(path))

@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 
 from lit_fast.data.dataset import BLOCK, SHARD
-from lit_fast.errors import UserError, first_line
+from lit_fast.errors import UserError, first_line, is_shortage
 from lit_fast.storage.files import read_into, read_range, size
 from lit_fast.storage.paths import join, parent
 
@@ -83,6 +83,8 @@ class BlockReader:
                     raise
                 self._read(shard, number, data)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and is_shortage(error):
+                raise
             first = block * BLOCK
             last = min(first + BLOCK, self._rows) - 1
             raise read_error(self._store, ValueError(f"rows {first} to {last}: {error}")) from None

@@ -68,6 +68,11 @@ def directory_size(location: StrPath) -> int:
     return total
 
 
+def free_space(location: StrPath) -> int:
+    """Return the bytes that may still be written to the file system of a directory."""
+    return shutil.disk_usage(local_path(location)).free
+
+
 class FileStatus(NamedTuple):
     """The size, the kind and the time of a file."""
 

@@ -50,10 +50,10 @@ def available_memory(root: str = "/") -> int:
     return min([machine, *(int(limit) for limit in limits if limit.isdecimal() and int(limit))])
 
 
-def open_file_limit() -> int:
-    """Return the number of files that this process may have open."""
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+def cached_files(most: int = 256) -> int:
+    """Return the number of files that one cache may keep open: an eighth of this process's limit, or `most`."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // 8))
 
 
 def raise_open_file_limit() -> None:

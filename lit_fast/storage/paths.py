@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 StrPath = str | os.PathLike[str]
 
+ELSEWHERE = "elsewhere://"  # begins the places of files that only another machine has
 SCHEMES = ("https", "http", "s3", "gs", "hf")  # that can be read
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _JUNK = {  # names in lower case

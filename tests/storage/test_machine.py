@@ -98,11 +98,14 @@ def test_available_memory_without_proc_and_sys_is_that_of_the_machine(tmp_path):
 def test_raise_open_file_limit_raises_the_soft_limit_to_the_hard_one():
     code = (
         "import resource; from lit_fast.storage.machine import *\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 64)); assert open_file_limit() == 32\n"
-        "raise_open_file_limit(); print(open_file_limit())"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 64)); assert cached_files() == 4\n"
+        "raise_open_file_limit(); print(resource.getrlimit(resource.RLIMIT_NOFILE), cached_files(), cached_files(6))"
     )
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= 64
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "64\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "(64, 64) 8 6\n"
+    )
 
 
 def test_raise_open_file_limit_leaves_the_hard_limit():

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from lit_fast.errors import UserError
-from lit_fast.train.workdir import lock_workdir
+from lit_fast.storage.files import write_json
+from lit_fast.train.workdir import lock_workdir, recorded_in_memory
 
 
 def test_lock_workdir_admits_one_training(tmp_path):
@@ -22,3 +23,12 @@ def test_lock_workdir_admits_one_training(tmp_path):
             lock_workdir(tmp_path)
     subprocess.run([sys.executable, "-c", code], check=True)
     lock_workdir(tmp_path).release()
+
+
+def test_recorded_in_memory_is_that_of_the_run_or_none(tmp_path):
+    assert recorded_in_memory(tmp_path) is None
+    write_json(tmp_path / "stream.json", {"identity": "a", "in_memory": False})
+    assert recorded_in_memory(tmp_path) is False
+    write_json(tmp_path / "stream.json", {"identity": "a", "in_memory": "no"})
+    with pytest.raises(UserError, match="is damaged: in_memory is 'no'"):
+        recorded_in_memory(tmp_path)

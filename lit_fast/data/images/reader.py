@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from functools import cache, lru_cache
 from urllib.parse import quote
 
@@ -13,7 +12,7 @@ from lit_fast.data.images.noise import DEFAULT_SIZE, noise_image
 from lit_fast.data.images.parquet import ParquetImages
 from lit_fast.data.images.sources import check_source
 from lit_fast.data.images.tf_examples import ExampleImages, image_of_example
-from lit_fast.errors import UserError, os_reason
+from lit_fast.errors import UserError, is_shortage, os_reason
 from lit_fast.storage.files import file_status, is_directory, read_range, read_whole
 from lit_fast.storage.paths import is_url, join
 
@@ -81,7 +80,7 @@ class ImageReader:
                         f"{self._dataset.path} was imported as features and has no images; index them"
                     )
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # nothing is wrong with the file
+            if is_shortage(error):
                 raise
             raise UserError(
                 f"{error.filename or source.path} cannot be read: {os_reason(error)}; restore it, then rerun "

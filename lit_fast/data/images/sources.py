@@ -12,7 +12,7 @@ from lit_fast.data.images.noise import is_noise
 from lit_fast.errors import UserError, os_reason
 from lit_fast.storage import files as storage
 from lit_fast.storage.files import file_status, is_directory
-from lit_fast.storage.paths import is_url
+from lit_fast.storage.paths import ELSEWHERE, is_url, parent
 
 _THREADS = 16  # for remote sources, which need requests
 
@@ -66,6 +66,12 @@ def check_source(source: Source, dataset: str) -> None:
     if source.kind == "features":
         raise UserError(
             f"{dataset} was imported as features and has no images; to embed them, index the images as a dataset"
+        )
+    if source.path.startswith(ELSEWHERE):
+        place = source.path if source.path.count("/") == 2 else parent(source.path)
+        raise UserError(
+            f"the images of {dataset} are not here, since it was pulled without them (source {source.path}); connect "
+            f"them with: lit-fast index --relocate {place}=DIRECTORY {dataset}"
         )
     try:
         change = find_change(source)

@@ -14,9 +14,8 @@ from lit_fast.data.dataset import Source
 from lit_fast.data.images.decode import ImageError
 from lit_fast.errors import UserError
 from lit_fast.storage.files import local_path
+from lit_fast.storage.machine import cached_files
 from lit_fast.storage.paths import is_url
-
-_OPEN_FILES = 256
 
 # The exceptions of array_record for damaged files.
 ERRORS = (ValueError, RuntimeError, IndexError, OverflowError, MemoryError)
@@ -115,7 +114,7 @@ class ExampleImages:
     """Reads images from array_record files; keeps the most recently used files open."""
 
     def __init__(self) -> None:
-        self._open = lru_cache(maxsize=_OPEN_FILES)(_RecordFile)
+        self._open = lru_cache(maxsize=cached_files())(_RecordFile)
 
     def read(self, source: Source, *, record: int) -> bytes:
         """Return the image in feature `source.image` of a record.

@@ -265,12 +265,16 @@ def test_metadata_of_image_folders_is_found_at_any_depth(tmp_path: Path) -> None
     ("files", "message"),
     [
         ({}, "has no files; give .tar"),
-        ({"data.mdb": b"", "lock.mdb": b""}, "has only .mdb; give .tar"),
-        ({"a/b/c.npy": b"", ".DS_Store": b""}, "has only .npy; give .tar"),
+        (
+            {"data.mdb": b"", "lock.mdb": b""},
+            "has .mdb files; such a file is an LMDB database, which is not read; convert",
+        ),
+        ({"a/b/c.npy": b"", ".DS_Store": b""}, "has .npy files; such a file is a NumPy file"),
         (
             {"a.jpg": b"", "b.txt": b""},
             "holds images without texts beside them and without a folder per class",
         ),
+        ({"notes": b"", "README.md": b""}, "has only .md, notes; give .tar"),
         ({"train/a.jpg": b"", "val/a.jpg": b""}, "holds the splits train, val; name one of them"),
     ],
 )
