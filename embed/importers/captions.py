@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import chain, repeat
@@ -9,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from lit_fast.data.dataset import open_dataset
 from lit_fast.data.dataset_writer import Row
 from lit_fast.data.images.parquet import ERRORS, check_row_group
 from lit_fast.embed.importers.parts import Part
@@ -22,13 +24,14 @@ from lit_fast.embed.sources.columns import (
     parse_row,
     some,
 )
+from lit_fast.embed.sources.expand import expand
 from lit_fast.embed.sources.formats import format_of
 from lit_fast.embed.sources.interface import Columns
 from lit_fast.embed.sources.parquet import read_row_group
 from lit_fast.embed.sources.tables import read_lines
 from lit_fast.errors import UserError, first_line
-from lit_fast.storage.files import open_read
-from lit_fast.storage.paths import name, parent
+from lit_fast.storage.files import exists, is_directory, open_read
+from lit_fast.storage.paths import StrPath, is_url, join, name, parent
 from lit_fast.utils.output import status
 
 _Values = Iterator[tuple[dict[str, Any], Columns]]
@@ -77,6 +80,14 @@ def _describe(values: dict[str, Any], columns: Columns, captions: tuple[str, ...
     return (
         f"captions: column {names}{first}; keys: {f'column {columns.key}' if columns.key else 'file and row'}"
     )
+
+
+def find_tables(table: StrPath) -> list[str]:
+    """Return the files of `--captions-table` in their order, or the directory of a dataset."""
+    table = os.fspath(table)
+    if not is_url(table) and exists(join(table, "dataset.json")):
+        return [os.path.abspath(table)]
+    return expand([table])
 
 
 def check_metadata(parts: list[Part]) -> None:
@@ -143,7 +154,21 @@ def _columns(table: str, names: Collection[str], options: Columns, needs_caption
     return replace(columns, key=key, label="")
 
 
+def _read_dataset(path: str, options: Columns) -> _Values:
+    if options != Columns():
+        raise UserError(f"{path} is a dataset and has no columns that options could name; leave them out")
+    dataset = open_dataset(path)
+    columns = Columns((("", "captions"),), key="key", language="languages")
+    for block, captions in zip(dataset.iter_blocks(), dataset.iter_captions(), strict=True):
+        for i, texts in enumerate(captions):
+            languages = block.languages[i] if block.languages else []
+            yield {"key": block.keys[i], "captions": texts, "languages": languages}, columns
+
+
 def _read_table(path: str, options: Columns) -> _Values:
+    if not is_url(path) and is_directory(path):
+        yield from _read_dataset(path, options)
+        return
     match format_of(path):
         case "parquet":
             yield from _read_parquet(path, options, needs_captions=True)

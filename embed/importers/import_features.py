@@ -22,14 +22,13 @@ from lit_fast.data.dataset import BLOCK, SHARD, Dataset, Source, decode_block, o
 from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.embed.extract import check_store_name, write_provenance
-from lit_fast.embed.importers.captions import check_metadata, imported_rows
+from lit_fast.embed.importers.captions import check_metadata, find_tables, imported_rows
 from lit_fast.embed.importers.parts import find_parts, relative
 from lit_fast.embed.importers.vectors import Vectors, open_vectors
 from lit_fast.embed.index import check_output_directory, remove_leftovers
 from lit_fast.embed.locks import lock_rows
 from lit_fast.embed.shard_writer import write_shard
 from lit_fast.embed.skipped import KeySet, SkippedLog
-from lit_fast.embed.sources.expand import expand
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, sha256, size_and_etag
@@ -61,7 +60,7 @@ def import_features(
       format: one of `lit_fast.embed.importers.parts.FORMATS`; "": guess it.
       features: name of the column or tensor with the features; "": the only one that can be.
       table: captions, one row per row of features in their order; for clip-retrieval and parquet instead of their own
-        columns. A file, or a pattern of files that are read one after the other.
+        columns. A file, a pattern of files that are read one after the other, or a dataset.
       options: the columns with captions and keys.
 
     Raises:
@@ -71,7 +70,7 @@ def import_features(
     store, options, out = check_store_name(tower), options or Columns(), os.fspath(out)
     given = [sources] if isinstance(sources, str | os.PathLike) else sources
     texts = [os.fspath(text) if is_url(text) else os.path.abspath(text) for text in given]
-    tables = expand([os.fspath(table)]) if table else []
+    tables = find_tables(table) if table else []
     for text in [*texts, *tables, out]:
         if not is_utf8(text):
             raise UserError(f"the name {text!a} is not UTF-8; rename it")

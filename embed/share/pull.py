@@ -15,8 +15,8 @@ from dataclasses import replace
 
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import open_features, stored_towers
+from lit_fast.data.images.sources import absent_places
 from lit_fast.data.tokens import open_tokens, stored_tokenizers
-from lit_fast.embed.share.contents import absent_images
 from lit_fast.embed.share.manifest import MAX_BYTES, NAME, Manifest, decode_manifest
 from lit_fast.embed.verify.features import verify_features
 from lit_fast.embed.verify.records import verify_records
@@ -118,7 +118,7 @@ def _missing_stores(manifest: Manifest, out: str, repository: str) -> Manifest:
 
 def _check_sizes(hub: HubDataset, commit: str, manifest: Manifest) -> None:
     """Refuse a repository that lacks files or has larger ones than its manifest states."""
-    there = hub.files(commit)
+    there = hub.files_at(commit, list(manifest.files))
     for file, wanted in manifest.files.items():
         if file not in there:
             raise UserError(
@@ -222,7 +222,7 @@ def _report(dataset: Dataset, manifest: Manifest, out: str, origin: str) -> None
     )
     if towers and not tokenizers and not stored_tokenizers(_at(dataset, out)):
         result(f"make tokens with: lit-fast tokenize {shlex.quote(out)} --train-vocab 32000")
-    if elsewhere := absent_images(dataset.sources):
+    if elsewhere := absent_places(dataset.sources):
         more = f" and {len(elsewhere) - 1} more" if len(elsewhere) > 1 else ""
         result(
             f"its images are not here: whoever has those of {elsewhere[0]}{more} connects them with: lit-fast index "

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 
 from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources.clip_benchmark import PREFIX, benchmark_tars, hub_tars
-from lit_fast.embed.sources.columns import some
 from lit_fast.embed.sources.formats import format_by_name
-from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, Columns
-from lit_fast.embed.sources.pairs import has_pairs
-from lit_fast.embed.sources.unread import unread_format
+from lit_fast.embed.sources.image_folders import image_sources, refuse_several_splits
+from lit_fast.embed.sources.interface import IMAGE_SUFFIXES
 from lit_fast.errors import UserError
 from lit_fast.storage.files import (
     exists,
@@ -21,13 +18,9 @@ from lit_fast.storage.files import (
     list_directories,
     list_names,
     match_files,
-    walk_directories,
 )
 from lit_fast.storage.paths import is_junk, is_pattern, is_url, join, name, parent, suffix
 from lit_fast.utils.output import status
-
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's image folders
-_SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -131,14 +124,14 @@ def _in_directory(directory: str) -> list[str]:
         )
         if found:
             if folders != [directory]:
-                _refuse_several_splits(directory, {name(parent(f)) for f in found})
+                refuse_several_splits(directory, {name(parent(f)) for f in found})
             if format_by_name(found[0]) in ("tar", "tfrecord", "array_record"):
                 _note_unread_images([directory, *(join(directory, d) for d in subdirectories)], found)
             return found
     if is_file(table := join(directory, "captions.txt")):  # Flickr8k's, beside a folder of images
         return [table]
-    _refuse_several_splits(directory, set(subdirectories))
-    return _of_images(directory)
+    refuse_several_splits(directory, set(subdirectories))
+    return image_sources(directory)
 
 
 def _note_unread_images(folders: list[str], found: list[str]) -> None:
@@ -146,53 +139,6 @@ def _note_unread_images(folders: list[str], found: list[str]) -> None:
         if any(suffix(file) in IMAGE_SUFFIXES for file in list_names(folder)[:1000]):
             status(f"warning: the images in {folder} are not read, only {name(found[0])} and files like it")
             return
-
-
-def _of_images(directory: str) -> list[str]:
-    """Return a directory of images, or the tables of Hugging Face's image folders that are deep in it.
-
-    Raises:
-      UserError: it holds no images, or images without texts and class folders.
-    """
-    at_top = below = False
-    tables: list[str] = []
-    others: Counter[str] = Counter()
-    try:
-        for folder, names in walk_directories(directory):
-            for file in names:
-                if is_junk(join(folder, file)):
-                    continue
-                if suffix(file) not in IMAGE_SUFFIXES:
-                    others[suffix(file) or file] += 1
-                elif folder:
-                    below = True
-                else:
-                    at_top = True
-            tables += [join(directory, folder, table) for table in _METADATA if table in names]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    if tables:
-        _refuse_several_splits(directory, {name(parent(table)) for table in tables})
-        return tables
-    if below or (at_top and has_pairs(directory, Columns())):
-        return [directory]
-    if at_top:
-        raise UserError(
-            f"source {directory} holds images without texts beside them and without a folder per class; give a "
-            "table that names them, or a directory of class folders"
-        )
-    if others and (problem := unread_format(f"x{others.most_common(1)[0][0]}")):
-        raise UserError(f"source {directory} has {others.most_common(1)[0][0]} files; such a file {problem}")
-    found = f"only {some([kind for kind, _ in others.most_common()])}" if others else "no files"
-    raise UserError(
-        f"source {directory} has {found}; give .tar, .parquet, .csv, .tsv, .jsonl, .tfrecord or .array_record files, "
-        "images with texts beside them, or a folder of images per class"
-    )
-
-
-def _refuse_several_splits(directory: str, folders: set[str]) -> None:
-    if len(folders & _SPLITS) > 1:
-        raise UserError(f"source {directory} holds the splits {', '.join(sorted(folders))}; name one of them")
 
 
 def _of_one_format(directory: str, found: list[str]) -> list[str]:

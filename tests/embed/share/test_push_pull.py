@@ -100,7 +100,10 @@ def test_pulled_dataset_has_equal_bytes_and_trains(made, hub, tmp_path, capsys):
     )
     assert run("train", tmp_path / "c.toml", "--workdir", tmp_path / "w", "--dataset", tmp_path / "d") == 0
     assert run("verify", tmp_path / "d", "--sample", "0") == 0
+    capsys.readouterr()
     assert run("info", tmp_path / "d") == 0
+    shown = capsys.readouterr().out
+    assert "elsewhere; connect them with: lit-fast index --relocate elsewhere://1=DIRECTORY" in shown
 
 
 def test_nothing_that_is_pushed_names_a_directory_of_this_machine(made, hub, capsys):
@@ -399,12 +402,11 @@ def test_repository_larger_than_the_disk_is_refused_before_a_download(hub, tmp_p
     answer = hub._api
 
     def api(repository, files, commit, rest, body):
-        if rest[:1] == ["tree"]:
+        found = answer(repository, files, commit, rest, body)
+        if rest[:1] == ["paths-info"]:
             large = {"type": "file", "path": "features/t/c/0/0", "oid": "0" * 40, "size": size}
-            from tests.web import _entry, _json
-
-            return _json([large, *(_entry(name, files) for name in files)])
-        return answer(repository, files, commit, rest, body)
+            found.body = json.dumps([large, *json.loads(found.body)]).encode()
+        return found
 
     hub._api = api
     assert run("pull", REPOSITORY, tmp_path / "d") == 2
