@@ -31,6 +31,7 @@ from random import Random
 from typing import Any
 
 from benchmarks.fuzz_inputs import MAKERS, SECRET, Input, damage, mark, marks
+from lit_fast.data.dataset import Dataset
 from lit_fast.data.images.decode import ImageError
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.tf_examples import image_of_example
@@ -303,6 +304,22 @@ def _check_index(given: Input, folder: Path, path: str, counts: Counter[str], *,
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and folder / "out" not in p.parents}
     if after != before:
         raise FindingError(f"files were changed: {sorted(map(str, after.keys() ^ before.keys()))}")
+    rows = _check_dataset(given, dataset)
+    if given.truth:
+        if given.rows - rows:
+            raise FindingError(
+                f"{len(given.rows - rows)} rows are missing in the dataset; {dataset.left_out}"
+            )
+        # The same rows again, in another source.
+        shutil.copytree(folder / "in", folder / "again")
+        again = path.replace(str(folder / "in"), str(folder / "again"), 1)
+        grown = index_dataset([path, again], folder / "out", seed=1, options=given.options, append=True)
+        if _check_dataset(given, grown) != rows or grown.rows != 2 * dataset.rows:
+            raise FindingError(f"{dataset.rows} rows, {grown.rows} with those of a copy; {grown.left_out}")
+
+
+def _check_dataset(given: Input, dataset: Dataset) -> set[int]:
+    """Check all rows; return their identities."""
     reader, rows = ImageReader(dataset), set[int]()
     texts = [captions for block in dataset.iter_captions() for captions in block]
     labels = [label for block in dataset.iter_blocks() for label in block.labels]
@@ -314,8 +331,7 @@ def _check_index(given: Input, folder: Path, path: str, counts: Counter[str], *,
                 raise
             continue
         rows |= _check_row(given, data, tuple(texts[row]), labels[row])
-    if given.truth and given.rows - rows:
-        raise FindingError(f"{len(given.rows - rows)} rows are missing in the dataset; {dataset.left_out}")
+    return rows
 
 
 if __name__ == "__main__":
