@@ -231,7 +231,8 @@ def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
                 embedded += count
                 progress.advance(count, stalls.note())
                 if writer.done == writer.rows:
-                    writers.pop(batch.first // SHARD).finish()
+                    writer.finish()
+                    del writers[batch.first // SHARD]
                 if signals:
                     break
     finally:

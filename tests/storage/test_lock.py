@@ -245,6 +245,7 @@ def test_lock_where_nothing_can_be_written_raises_one_line(tmp_path: Path) -> No
     assert not list(tmp_path.glob("*full*"))
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning", "ignore:os.fork:RuntimeWarning")
 def test_forked_process_does_not_release_the_lock(tmp_path: Path) -> None:
     with take(tmp_path / "l") as lock:
         child = os.fork()
