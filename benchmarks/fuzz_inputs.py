@@ -178,16 +178,22 @@ def make_table(rng: Random) -> Input:
     with_label = rng.random() < 0.3
     columns += ["label"] * with_label + ["other"] * rng.randrange(2)
     rng.shuffle(columns)
-    rows = []
+    rows, form = [], rng.choice(("text", "text", "text", "json", "python"))
+    words_as_labels = with_label and rng.random() < 0.3
     for name, identity in names:
         words = caption(rng, identity)
-        if kind == "csv" and rng.random() < 0.2:
+        if form != "text":
+            several = [words, caption(rng, identity)]
+            words = json.dumps(several) if form == "json" else repr(several)
+        elif kind == "csv" and rng.random() < 0.2:
             words += rng.choice(('\nand "more"', "\r\n,x", ' ""', '"'))
-        if kind == "tsv" and rng.random() < 0.2:
+        elif kind == "tsv" and rng.random() < 0.2:
             words = rng.choice(('"', "")) + words + rng.choice(('"', ' 5"', '"x'))
         shown = rng.choice((name, f"./{name}"))
         values = [
-            {"label": identity % 1000, "other": rng.choice(("", "x"))}.get(c, shown if i_path(c) else words)
+            {"label": "dog" if words_as_labels else identity % 1000, "other": rng.choice(("", "x"))}.get(
+                c, shown if i_path(c) else words
+            )
             for c in columns
         ]
         rows += [values] * rng.choice((1, 1, 1, 2))
@@ -208,7 +214,9 @@ def make_table(rng: Random) -> Input:
     encoding = rng.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16"))
     name = f"t.{'csv' if kind == 'semicolon' else kind}"
     whole = text.getvalue() + rng.choice(("", newline, newline * 2))
-    labels = {identity: identity % 1000 for _, identity in names} if with_label else {}
+    labels = (
+        {identity: identity % 1000 for _, identity in names} if with_label and not words_as_labels else {}
+    )
     return Input("table", name, {**files, name: whole.encode(encoding)}, {i for _, i in names}, labels)
 
 

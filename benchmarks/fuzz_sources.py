@@ -24,13 +24,14 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import c_long
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from benchmarks.fuzz_inputs import MAKERS, SECRET, Input, damage, mark, marks
+from lit_fast.data.dataset import Dataset
 from lit_fast.data.images.decode import ImageError
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.tf_examples import image_of_example
@@ -91,11 +92,11 @@ def fuzz(first: int, inputs: int, seconds: float, formats: list[str]) -> list[di
             arguments = (seed, first + seeds, deadline, formats, scratch)
             worker = context.Process(target=_work, args=arguments)
             worker.start()
-            if problem := _watch(worker, seed):
+            if problem := _watch(worker, seed, lambda: _read_log(log, findings)):
                 with log.open("a") as file:
                     file.write(json.dumps(_finding(seed.value, -1, "", problem, "")) + "\n")
                 seed.value += 1
-            _read_log(log, findings)
+        _read_log(log, findings)
         counts = Counter(json.loads((Path(scratch) / "counts.json").read_text() or "{}"))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -103,11 +104,12 @@ def fuzz(first: int, inputs: int, seconds: float, formats: list[str]) -> list[di
     return list(findings.values())
 
 
-def _watch(worker: Any, seed: Any) -> str:
-    """Wait for a worker; return how it ended if that is a finding."""
+def _watch(worker: Any, seed: Any, look: Callable[[], None]) -> str:
+    """Wait for a worker and `look` meanwhile; return how it ended if that is a finding."""
     at, since = seed.value, time.monotonic()
     while worker.is_alive():
         worker.join(0.2)
+        look()
         if seed.value != at:
             at, since = seed.value, time.monotonic()
         elif time.monotonic() - since > WALL_SECONDS:
@@ -118,14 +120,14 @@ def _watch(worker: Any, seed: Any) -> str:
 
 
 def _read_log(log: Path, findings: dict[tuple[str, str], dict[str, Any]]) -> None:
-    for line in log.read_text().splitlines():
-        finding = json.loads(line)
-        key = (finding["format"], finding["problem"][:60] + finding["where"])
-        if key not in findings:
+    """Print the findings that are new, and add them to `findings`."""
+    for line in log.read_text().splitlines(keepends=True):
+        finding = json.loads(line) if line.endswith("\n") else {}
+        key = (finding["format"], finding["problem"][:60] + finding["where"]) if finding else None
+        if key and key not in findings:
             findings[key] = finding
             print(f"seed {finding['seed']}.{finding['number']} {finding['format']}: {finding['problem']}")
             print(finding["trace"], flush=True)
-    log.write_text("")
 
 
 def _report(counts: Counter[str], seconds: float, findings: list[dict[str, Any]]) -> None:
@@ -303,6 +305,22 @@ def _check_index(given: Input, folder: Path, path: str, counts: Counter[str], *,
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and folder / "out" not in p.parents}
     if after != before:
         raise FindingError(f"files were changed: {sorted(map(str, after.keys() ^ before.keys()))}")
+    rows = _check_dataset(given, dataset)
+    if given.truth:
+        if given.rows - rows:
+            raise FindingError(
+                f"{len(given.rows - rows)} rows are missing in the dataset; {dataset.left_out}"
+            )
+        # The same rows again, in another source.
+        shutil.copytree(folder / "in", folder / "again")
+        again = path.replace(str(folder / "in"), str(folder / "again"), 1)
+        grown = index_dataset([path, again], folder / "out", seed=1, options=given.options, append=True)
+        if _check_dataset(given, grown) != rows or grown.rows != 2 * dataset.rows:
+            raise FindingError(f"{dataset.rows} rows, {grown.rows} with those of a copy; {grown.left_out}")
+
+
+def _check_dataset(given: Input, dataset: Dataset) -> set[int]:
+    """Check all rows; return their identities."""
     reader, rows = ImageReader(dataset), set[int]()
     texts = [captions for block in dataset.iter_captions() for captions in block]
     labels = [label for block in dataset.iter_blocks() for label in block.labels]
@@ -314,8 +332,7 @@ def _check_index(given: Input, folder: Path, path: str, counts: Counter[str], *,
                 raise
             continue
         rows |= _check_row(given, data, tuple(texts[row]), labels[row])
-    if given.truth and given.rows - rows:
-        raise FindingError(f"{len(given.rows - rows)} rows are missing in the dataset; {dataset.left_out}")
+    return rows
 
 
 if __name__ == "__main__":

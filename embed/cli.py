@@ -251,8 +251,8 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
     PyTorch; nothing is unpickled.
 
     Rows keep the order of the files, sorted by the numbers in their names. Captions and keys may come from a table
-    with one row per row of features, in the same order. A row without a key is named after its file and number.
-    --captions '' and --key '' use none.
+    or dataset with one row per row of features, in the same order. A row without a key is named after its file and
+    number. --captions '' and --key '' use none.
     Vectors that are zero, not finite or missing are marked invalid and counted; repeated keys are left out and
     counted. The model of the features cannot be checked: --tower names it, and features of the same name and width
     count as the same tower's. If the command is interrupted, the same command continues.
@@ -276,7 +276,7 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
     add(
         "--captions-table",
         metavar="FILE",
-        help="table with captions: .csv, .tsv, .jsonl, .parquet or a pattern",
+        help="captions: a .csv, .tsv, .jsonl or .parquet file, a pattern, or a dataset",
     )
     add("--captions", type=_captions, metavar="[LANG=]NAME[,...]", help="columns of captions")
     add("--key", metavar="NAME", help="column of unique names of the rows")

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from lit_fast.data.dataset import Dataset
 from lit_fast.data.features import Features
+from lit_fast.data.images.sources import absent_places
 from lit_fast.data.tokens import Tokens
-from lit_fast.embed.share.contents import Places, absent_images
+from lit_fast.embed.share.contents import Places
 from lit_fast.storage.paths import ELSEWHERE, name, parent
 from lit_fast.utils.format import format_bytes
 
@@ -33,7 +34,7 @@ def write_card(
       licence: an identifier as the Hub has them, "" = unknown.
     """
     own = repository.rpartition("/")[2]
-    absent = absent_images([places.hide_source(source) for source in dataset.sources])
+    absent = absent_places([places.hide_source(source) for source in dataset.sources])
     lines = [
         "---",
         f"license: {licence or 'unknown'}",

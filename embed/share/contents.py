@@ -65,12 +65,6 @@ class Places:
         return self.hide(value) if isinstance(value, str) else value
 
 
-def absent_images(sources: Sequence[Source]) -> list[str]:
-    """Return the places of the images that only another machine has, of sources as they were pushed."""
-    found = (s for s in sources if s.kind != "features" and s.path.startswith(ELSEWHERE))
-    return sorted({s.path if s.path.count("/") == 2 else parent(s.path) for s in found})
-
-
 def dataset_files(
     dataset: Dataset, features: Sequence[Features], tokens: Sequence[Tokens], places: Places
 ) -> dict[str, str | bytes]:

@@ -124,6 +124,23 @@ def parse_texts(texts: dict[str, bytes]) -> tuple[dict[str, Any], bool]:
     return values | others, isinstance(value, dict)
 
 
+def text_columns(path: str, options: Columns, values: dict[str, Any]) -> Columns:
+    """Return the named columns of the texts of a row; by default the first for captions with a text, and `cls`."""
+    captions = options.captions
+    is_guessed = not captions and "captions" not in options.declined
+    for name in dict.fromkeys(("captions", "caption", "txt", *CAPTIONS)) if is_guessed else ():
+        row = parse_row(values, Columns(captions=(("", name),)))
+        if row.captions or (row.problem != NO_TEXT and not captions):
+            captions = (("", name),)
+        if row.captions:
+            break
+    if not captions:
+        unnamed = Columns(declined=options.declined)
+        captions = choose_columns(unnamed, nested_names([values]), path, image=False).captions
+    is_label = "cls" in values and "label" not in options.declined
+    return replace(options, captions=captions, label=options.label or ("cls" if is_label else ""))
+
+
 class _PairReader:
     def __init__(self, path: str, options: Columns) -> None:
         self._path, self._options = path, options
@@ -193,7 +210,7 @@ class _PairReader:
         values, is_object = parse_texts(texts)
         if self._options.names():
             self._names |= dict.fromkeys(nested_names([values]))
-        columns = self._columns(values)
+        columns = text_columns(self._path, self._options, values)
         row = parse_row(values, columns)
         if not is_object and (
             row.problem == NO_TEXT or any(value_of(values, n) is None for n in columns.names())
@@ -202,22 +219,6 @@ class _PairReader:
         captions = some([name for _, name in columns.captions]) if columns.captions and row.captions else ""
         self._several_lines += captions == "txt" and "\n" in row.captions[0]
         return row, captions
-
-    def _columns(self, values: dict[str, Any]) -> Columns:
-        """Return the named columns; by default the first for captions with a text, and `cls`."""
-        captions = self._options.captions
-        for name in () if captions else dict.fromkeys(("captions", "caption", "txt", *CAPTIONS)):
-            row = parse_row(values, Columns(captions=(("", name),)))
-            if row.captions or (row.problem != NO_TEXT and not captions):
-                captions = (("", name),)
-            if row.captions:
-                break
-        if not captions:
-            unnamed = Columns(declined=self._options.declined)
-            captions = choose_columns(unnamed, nested_names([values]), self._path, image=False).captions
-        is_label = "cls" in values and "label" not in self._options.declined
-        label = self._options.label or ("cls" if is_label else "")
-        return replace(self._options, captions=captions, label=label)
 
     def _notes(self) -> Iterator[str]:
         if self._several_lines:

@@ -48,7 +48,7 @@ def read_parquet(path: str, options: Columns) -> Iterator[Item]:
             return
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)  # pages are read one by one
-            names = _names(parquet.schema_arrow)
+            names = column_names(parquet.schema_arrow)
             chosen = _columns(path, options, parquet, names)
             is_path = _is_path(path, parquet.schema_arrow, chosen.image)
         except ERRORS:
@@ -59,7 +59,7 @@ def read_parquet(path: str, options: Columns) -> Iterator[Item]:
             layout = Layout("folder", images=image_directory(options, path))
             chosen = replace(chosen, key="")
         wanted = chosen.names() + ([chosen.image] if is_path else [])
-        rows = _rows(path, parquet, [_read_name(parquet.schema_arrow, name) for name in wanted])
+        rows = _rows(path, parquet, [read_name(parquet.schema_arrow, name) for name in wanted])
         head = list(islice(rows, FIRST_ROWS))
         first = [row.values for row in head if isinstance(row, _Row)]
         columns = refine_columns(path, options, chosen, first)
@@ -141,7 +141,7 @@ def _columns(path: str, options: Columns, parquet: pq.ParquetFile, names: list[s
     return replace(columns, image=image, captions=captions)
 
 
-def _names(schema: pa.Schema) -> list[str]:
+def column_names(schema: pa.Schema) -> list[str]:
     """Return the names of all columns, then the dotted ones of the fields in them."""
     names, fields = list(schema.names), [(field.name, field.type, 0) for field in schema]
     while fields:
@@ -160,7 +160,7 @@ def _without_lists(kind: Any) -> Any:
     return kind
 
 
-def _read_name(schema: pa.Schema, column: str) -> str:
+def read_name(schema: pa.Schema, column: str) -> str:
     """Return the name by which pyarrow reads a column: the dotted one in structs, the outer one in lists."""
     if column in schema.names or _type_of(schema, column) is not None:
         return column

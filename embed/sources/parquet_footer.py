@@ -13,6 +13,7 @@ from typing import IO, Any
 _MAGIC = b"PAR1"
 _MAX_FOOTER = 16 << 20  # bytes; larger ones are not parsed
 _CHUNK = 1 << 20  # bytes
+_MAX_DEPTH = 20  # of structs and lists
 
 
 def find_second_file(file: IO[bytes]) -> int:
@@ -61,8 +62,6 @@ def _read_struct(data: bytes, position: int, depth: int) -> tuple[dict[int, Any]
     """Return the fields of a struct by number, and the position behind it."""
     fields: dict[int, Any] = {}
     number = 0
-    if depth > 20:
-        raise ValueError("nested too deeply")
     while head := data[position]:
         position += 1
         if head >> 4:
@@ -77,6 +76,8 @@ def _read_struct(data: bytes, position: int, depth: int) -> tuple[dict[int, Any]
 
 
 def _read_value(data: bytes, position: int, kind: int, depth: int) -> tuple[Any, int]:
+    if depth > _MAX_DEPTH:
+        raise ValueError("nested too deeply")
     match kind:
         case 1 | 2 | 3:  # a boolean in a list, or a byte
             return data[position], position + 1

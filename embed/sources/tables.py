@@ -64,15 +64,24 @@ def table_rows(path: str, options: Columns, entries: Iterator[Entry]) -> Iterato
       UserError: the table lacks a column.
     """
     directory = image_directory(options, path)
-    head = _first_rows(entries)
-    rows = [entry.values for entry in head if isinstance(entry, TableRow)]
-    if not rows:
+    head: list[Entry] = []
+    header: Header | None = None
+    is_damaged = False
+    for entry in entries:
+        if isinstance(entry, TableRow):
+            head = [entry, *islice(entries, FIRST_ROWS - 1)]
+            break
+        if isinstance(entry, Header):
+            header = entry
+        else:
+            is_damaged |= isinstance(entry, Damage)
+            yield entry
+    if not head:
         yield Layout("folder", images=directory)
-        yield from (entry for entry in head if isinstance(entry, Skipped | Damage))
-        if not any(isinstance(entry, Damage) for entry in head):
+        if not is_damaged:
             yield Damage(f"{path} has no rows")
         return
-    header = next((entry for entry in head if isinstance(entry, Header)), None)
+    rows = [entry.values for entry in head if isinstance(entry, TableRow)]
     chosen, names = _choose(path, options, header, rows)
     columns = refine_columns(path, options, chosen, rows)
     first_image = _image_of(rows[0], columns)
@@ -93,7 +102,7 @@ def table_rows(path: str, options: Columns, entries: Iterator[Entry]) -> Iterato
                 yield image.item(parse_row(entry.values, columns), entry.name)
             elif not isinstance(entry, Header):
                 yield entry
-        head = _first_rows(entries)
+        head = list(islice(entries, FIRST_ROWS))
 
 
 def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -112,11 +121,6 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 yield number, reason
             case Damage(description):
                 yield number + 1, description
-
-
-def _first_rows(entries: Iterator[Entry]) -> list[Entry]:
-    """Return the next entries, up to `FIRST_ROWS`; [] at the end."""
-    return list(islice(entries, FIRST_ROWS))
 
 
 def _named(options: Columns) -> list[str]:

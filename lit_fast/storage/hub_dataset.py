@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ from lit_fast.storage.hub import hub_problem, offline, silence_retries
 from lit_fast.storage.paths import join
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_PATHS = 500  # in a request
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,20 @@ class HubDataset:
         with self._problems():
             return str(self._api().dataset_info(self.name, revision=revision).sha)
 
-    def files(self, revision: str = "main") -> dict[str, HubFile]:
-        """Return the files of a revision by their paths."""
-        from huggingface_hub.hf_api import RepoFile
-
+    def files(self) -> dict[str, HubFile]:
+        """Return all files of the main branch by their paths."""
         with self._problems():
-            tree = self._api().list_repo_tree(
-                self.name, recursive=True, revision=revision, repo_type="dataset"
-            )
-            return {
-                str(entry.path): HubFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else "")
-                for entry in tree
-                if isinstance(entry, RepoFile)
-            }
+            return _files(self._api().list_repo_tree(self.name, recursive=True, repo_type="dataset"))
+
+    def files_at(self, commit: str, paths: Sequence[str]) -> dict[str, HubFile]:
+        """Return those of some files that a commit has, by their paths."""
+        found: dict[str, HubFile] = {}
+        with self._problems():
+            for first in range(0, len(paths), _PATHS):
+                chunk = list(paths[first : first + _PATHS])
+                entries = self._api().get_paths_info(self.name, chunk, revision=commit, repo_type="dataset")
+                found |= _files(entries)
+        return found
 
     def commit(self, additions: Mapping[str, str | bytes], deletions: Collection[str], message: str) -> None:
         """Upload local files or bytes by their paths in the repository, and delete others, in one commit."""
@@ -195,6 +197,16 @@ class HubDataset:
             raise UserError(
                 f"{self.name} cannot be {self._action}: {reason} ({self.address}); fix the cause, then rerun"
             ) from None
+
+
+def _files(entries: Iterable[Any]) -> dict[str, HubFile]:
+    from huggingface_hub.hf_api import RepoFile
+
+    return {
+        str(entry.path): HubFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else "")
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
 
 
 def remove_download_records(directory: str) -> None:

@@ -67,11 +67,10 @@ def check_source(source: Source, dataset: str) -> None:
         raise UserError(
             f"{dataset} was imported as features and has no images; to embed them, index the images as a dataset"
         )
-    if source.path.startswith(ELSEWHERE):
-        place = source.path if source.path.count("/") == 2 else parent(source.path)
+    if places := absent_places([source]):
         raise UserError(
             f"the images of {dataset} are not here, since it was pulled without them (source {source.path}); connect "
-            f"them with: lit-fast index --relocate {place}=DIRECTORY {dataset}"
+            f"them with: lit-fast index --relocate {places[0]}=DIRECTORY {dataset}"
         )
     try:
         change = find_change(source)
@@ -87,6 +86,12 @@ def check_source(source: Source, dataset: str) -> None:
             f"{source.images}, the images of {source.path}, is missing; restore it, or if it has moved: lit-fast "
             f"index --relocate OLD=NEW {dataset}"
         )
+
+
+def absent_places(sources: Sequence[Source]) -> list[str]:
+    """Return the places of the images of a pulled dataset, which only another machine has, for `--relocate`."""
+    found = (s.path for s in sources if s.kind != "features" and s.path.startswith(ELSEWHERE))
+    return sorted({path if path.count("/") == 2 else parent(path) for path in found})
 
 
 def find_change(source: Source) -> str:

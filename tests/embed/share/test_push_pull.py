@@ -16,7 +16,7 @@ from lit_fast.data.dataset import open_dataset
 from lit_fast.data.features import open_features
 from lit_fast.embed import import_rows
 from lit_fast.storage.files import sha256
-from tests.embed.contents import captions, keys, tree
+from tests.embed.contents import captions, keys, patch_shard_rows, tree
 from tests.helpers import encoded, picture, samples, write_tar
 from tests.web import COMMIT, Hub, running_hub, sha  # noqa: F401
 
@@ -100,7 +100,10 @@ def test_pulled_dataset_has_equal_bytes_and_trains(made, hub, tmp_path, capsys):
     )
     assert run("train", tmp_path / "c.toml", "--workdir", tmp_path / "w", "--dataset", tmp_path / "d") == 0
     assert run("verify", tmp_path / "d", "--sample", "0") == 0
+    capsys.readouterr()
     assert run("info", tmp_path / "d") == 0
+    shown = capsys.readouterr().out
+    assert "elsewhere; connect them with: lit-fast index --relocate elsewhere://1=DIRECTORY" in shown
 
 
 def test_nothing_that_is_pushed_names_a_directory_of_this_machine(made, hub, capsys):
@@ -240,6 +243,22 @@ def test_grown_dataset_replaces_its_earlier_rows(made, hub, tiny_vit, tmp_path, 
     assert [open_dataset(tmp_path / name).rows for name in ("new", "old")] == [47, 40]
     assert run("pull", REPOSITORY, tmp_path / "x", "--revision", "v9") == 2
     assert "has no such revision" in error(capsys)
+
+
+def test_several_shards_are_shared_and_replaced_by_more_rows_of_the_same(hub, tmp_path, monkeypatch, capsys):
+    patch_shard_rows(monkeypatch)
+    for name, count, prefix in (("short", 1500, "k"), ("long", 2500, "k"), ("other", 2500, "x")):
+        given = [(prefix + key, vector, text) for key, vector, text in rows(count=count)]
+        import_rows(given, tmp_path / name, tower="t")
+    assert run("push", tmp_path / "short", REPOSITORY) == 0
+    assert run("push", tmp_path / "other", REPOSITORY) == 2
+    assert "holds another dataset, of 1,500 rows" in error(capsys)
+    assert run("push", tmp_path / "long", REPOSITORY) == 0
+    assert run("push", tmp_path / "short", REPOSITORY) == 2
+    assert "holds another dataset, of 2,500 rows" in error(capsys)
+    assert run("pull", REPOSITORY, tmp_path / "p") == 0
+    assert tree(tmp_path / "p/features/t/c") == tree(tmp_path / "long/features/t/c")
+    assert len(tree(tmp_path / "p/features/t/manifest")) == 3
 
 
 def test_imported_features_are_shared_as_well(hub, tmp_path, capsys):
@@ -399,12 +418,11 @@ def test_repository_larger_than_the_disk_is_refused_before_a_download(hub, tmp_p
     answer = hub._api
 
     def api(repository, files, commit, rest, body):
-        if rest[:1] == ["tree"]:
+        found = answer(repository, files, commit, rest, body)
+        if rest[:1] == ["paths-info"]:
             large = {"type": "file", "path": "features/t/c/0/0", "oid": "0" * 40, "size": size}
-            from tests.web import _entry, _json
-
-            return _json([large, *(_entry(name, files) for name in files)])
-        return answer(repository, files, commit, rest, body)
+            found.body = json.dumps([large, *json.loads(found.body)]).encode()
+        return found
 
     hub._api = api
     assert run("pull", REPOSITORY, tmp_path / "d") == 2

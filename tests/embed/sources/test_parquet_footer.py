@@ -60,6 +60,13 @@ def test_bytes_of_other_programs_before_the_footer_are_no_second_file() -> None:
     )
 
 
+@pytest.mark.parametrize("field", [b"\x19", b"\x1c"])
+def test_a_footer_that_nests_without_end_is_no_second_file(field: bytes) -> None:
+    footer = field * 100_000
+    data = b"PAR1" * 3 + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+    assert find_second_file(io.BytesIO(data)) == 0
+
+
 ONE = parquet(0, row_group_size=5)
 
 

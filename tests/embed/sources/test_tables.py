@@ -155,3 +155,11 @@ def test_index_json_lines_dotted_names_are_columns(images: Path, tmp_path: Path)
     dataset = index(tmp_path / "t.jsonl", text, **options)
     assert found(dataset) == {"image 0": ["a0", "b0"], "image 1": ["a1", "b1"]}
     assert dataset.languages == {"de": 2, "en": 2}
+
+
+def test_index_table_with_bad_lines_before_the_first_row_is_read_to_its_end(
+    images: Path, tmp_path: Path
+) -> None:
+    dataset = index(tmp_path / "t.csv", "filepath,title\n" + "bad\n" * 300 + "images/0.jpg,a\n")
+    assert dataset.left_out == {"1 field, where the first line has 2": 300}
+    assert found(dataset) == {"image 0": ["a"]}
