@@ -77,10 +77,16 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # Orbax passes TensorStore's errors on
             found = _REASON.search(str(error))
-            reason = found[1] if found else first_line(error)
-            raise UserError(
-                f"{self._manager.directory} cannot be written: {reason}; fix the cause, then rerun the same command"
-            ) from None
+            reason, action = (
+                found[1] if found else first_line(error),
+                "fix the cause, then rerun the same command",
+            )
+            if "acquire lock" in str(error):  # of one small file of each step, by Orbax
+                reason, action = (
+                    f"no file locks ({reason})",
+                    "choose a --workdir on a file system that has them",
+                )
+            raise UserError(f"{self._manager.directory} cannot be written: {reason}; {action}") from None
 
 
 def _silence_repeated_errors() -> None:

@@ -17,6 +17,7 @@ from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import open_features, stored_towers
 from lit_fast.data.images.sources import absent_places
 from lit_fast.data.tokens import open_tokens, stored_tokenizers
+from lit_fast.embed.locks import LOCK, lock_rows
 from lit_fast.embed.share.manifest import MAX_BYTES, NAME, Manifest, decode_manifest
 from lit_fast.embed.verify.features import verify_features
 from lit_fast.embed.verify.records import verify_records
@@ -37,7 +38,7 @@ from lit_fast.storage.files import (
 )
 from lit_fast.storage.hub import AbsentError, Snapshot
 from lit_fast.storage.hub_dataset import FileDigest, HubDataset, remove_download_records
-from lit_fast.storage.lock import InUseError, Lock
+from lit_fast.storage.lock import Lock, check_unlocked
 from lit_fast.storage.paths import StrPath, absolute, join, name, parent
 from lit_fast.utils.format import format_bytes
 from lit_fast.utils.output import result, status
@@ -74,14 +75,12 @@ def pull_dataset(
             return
     _check_sizes(hub, commit, manifest)
     partial = _partial(out)
-    try:
-        with Lock(f"{partial}.lock"):
-            _download(hub, commit, manifest, partial)
-            dataset = _check_dataset(partial, manifest, out, repository)
-            _land(partial, out, manifest)
-            remove(f"{partial}.lock")
-    except InUseError:
-        raise UserError(f"{out} is being pulled by another process; wait for it or stop it") from None
+    check_unlocked([join(out, LOCK)], out, "choose another directory")
+    with Lock(f"{partial}.lock", out, "choose another directory") as lock:
+        _download(hub, commit, manifest, partial)
+        dataset = _check_dataset(partial, manifest, out, repository)
+        lock.check()
+        _land(partial, out, manifest)
     _report(dataset, manifest, out, f"{repository} at {commit[:12]}")
 
 
@@ -206,10 +205,11 @@ def _land(partial: str, out: str, manifest: Manifest) -> None:
     if "dataset.json" in manifest.files:
         rename(partial, absolute(out))
         return
-    for part in ("tokens", "features"):
-        for store in manifest.stores(part):
-            make_directory(join(out, part))
-            rename(join(partial, part, store), join(out, part, store))
+    with lock_rows(out):
+        for part in ("tokens", "features"):
+            for store in manifest.stores(part):
+                make_directory(join(out, part))
+                rename(join(partial, part, store), join(out, part, store))
     remove_tree(partial)
 
 
@@ -220,7 +220,7 @@ def _report(dataset: Dataset, manifest: Manifest, out: str, origin: str) -> None
         f"pulled {dataset.rows:,} rows with {dataset.captions:,} captions{''.join(f', {part}' for part in parts)} "
         f"from {origin} into {out}"
     )
-    if towers and not tokenizers and not stored_tokenizers(_at(dataset, out)):
+    if dataset.captions and not stored_tokenizers(_at(dataset, out)):
         result(f"make tokens with: lit-fast tokenize {shlex.quote(out)} --train-vocab 32000")
     if elsewhere := absent_places(dataset.sources):
         more = f" and {len(elsewhere) - 1} more" if len(elsewhere) > 1 else ""
