@@ -5,6 +5,7 @@ extract    dataset -> features: loader decodes, pipeline runs the tower, shard_w
 tokenize   captions -> token ids
 importers  features that another program computed -> dataset; `import_rows` takes them from a Python program
 verify     compare what is stored with checksums, sources and a sample of new features
+share      push a dataset to the Hugging Face Hub and pull it from there
 """
 
 from __future__ import annotations

@@ -21,8 +21,11 @@ def index(parser: argparse.ArgumentParser) -> Run:
     the dataset to them again. Rows are shuffled once, by the seed; their order never changes.
 
     In a tar, files whose names are equal up to the last dot are one row; the last file of a name counts.
-    A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
-    format, images with x.txt or x.json beside x.jpg (img2dataset's `files`), or one folder of images per class.
+    A table is a .csv, .tsv, .txt or .jsonl file, also with .gz. Its separator (comma, tab, ; or |) and its encoding
+    are found; a table separated by tabs or | may have stray quotes, in others a quote that does not close is an
+    error. A .json file is COCO's captions, Karpathy's splits (dataset_coco.json with --split train+restval) or a
+    list of objects. A directory holds files of one format, images with x.txt or x.json beside x.jpg (img2dataset's
+    `files`), or one folder of images per class.
     Rows of a table with the same image file become one row with all captions, if they are near each other; later
     repeats, and any repeated key, are skipped and counted.
     Hidden files and leftovers of other programs (__MACOSX, Thumbs.db, @eaDir, ...) are skipped.
@@ -33,10 +36,11 @@ def index(parser: argparse.ArgumentParser) -> Run:
     Hugging Face Hub: wds:imagenet1k, wds:imagenetv2, wds:vtab/cifar10, wds:mscoco_captions, ...
 
     Columns that no option names are guessed by name, and the guess is printed. --captions '', --key '' and --label ''
-    use none. Captions: captions, caption, title, text, txt, sentences, raw, alt_text,
-    captions/text. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded, or paths in filepath,
-    file_path, image_path, path, file_name, filename, file. Keys: key, __key__, uid; the path of an image file.
-    Labels: label, cls, class_id.
+    use none. Captions: captions, caption, title, text, txt, sentences, raw, alt_text, captions/text, sentence, comment,
+    description, alt, or several like caption_0. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded,
+    or paths in filepath, file_path, image_path, path, file_name, filename, file, image_name and the like. Keys: key,
+    __key__, uid; the path of an image file. Labels: label, cls, class_id, class. A field of a field has a dotted name:
+    --captions sentences.raw. A cell may hold a list of captions, as JSON or as Python prints it.
 
     Example: lit-fast index 'cc12m/*.tar' --out cc12m_dataset
     Example: lit-fast index --relocate /old/cc12m=s3://bucket/cc12m cc12m_dataset
@@ -72,6 +76,12 @@ def index(parser: argparse.ArgumentParser) -> Run:
         metavar="FILE",
         help="prompt templates, one per line with {c} for the name; '' for none",
     )
+    add(
+        "--split",
+        type=_split,
+        metavar="NAME[+NAME...]",
+        help="rows with these values in `split` only",
+    )
     add("--append", action="store_true", help="add the rows of new sources to the dataset")
     add(
         "--relocate",
@@ -100,6 +110,7 @@ def index(parser: argparse.ArgumentParser) -> Run:
             **{role: value for role, value in given.items() if value},
             image=args.image or "",
             images=args.images,
+            split=args.split or "",
             declined=tuple(role for role, value in given.items() if value is not None and not value),
         )
         classes = ClassOptions(args.classnames, args.templates)
@@ -240,8 +251,8 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
     PyTorch; nothing is unpickled.
 
     Rows keep the order of the files, sorted by the numbers in their names. Captions and keys may come from a table
-    with one row per row of features, in the same order. A row without a key is named after its file and number.
-    --captions '' and --key '' use none.
+    or dataset with one row per row of features, in the same order. A row without a key is named after its file and
+    number. --captions '' and --key '' use none.
     Vectors that are zero, not finite or missing are marked invalid and counted; repeated keys are left out and
     counted. The model of the features cannot be checked: --tower names it, and features of the same name and width
     count as the same tower's. If the command is interrupted, the same command continues.
@@ -265,7 +276,7 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
     add(
         "--captions-table",
         metavar="FILE",
-        help="table with captions: .csv, .tsv, .jsonl, .parquet or a pattern",
+        help="captions: a .csv, .tsv, .jsonl or .parquet file, a pattern, or a dataset",
     )
     add("--captions", type=_captions, metavar="[LANG=]NAME[,...]", help="columns of captions")
     add("--key", metavar="NAME", help="column of unique names of the rows")
@@ -302,6 +313,12 @@ def _whole(minimum: int) -> Callable[[str], int]:
 def _name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("every row needs an image; name its column, or leave the option out")
+    return text
+
+
+def _split(text: str) -> str:
+    if not all(text.split("+")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like train or train+restval")
     return text
 
 

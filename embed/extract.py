@@ -20,8 +20,9 @@ from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.reader import ImageReader, find_changed_images
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.loader import ImageLoader, load_batches
+from lit_fast.embed.locks import check_rows_are_unlocked, shard_lock_path
 from lit_fast.embed.pipeline import StallTimer, run_tower
-from lit_fast.embed.shard_writer import ShardWriter, batch_spans, journal_path
+from lit_fast.embed.shard_writer import ShardWriter, batch_spans
 from lit_fast.errors import UserError, os_reason
 from lit_fast.runtime import process_rank
 from lit_fast.storage.files import exists, read_object, remove, remove_tree, walk_files, write_json
@@ -193,6 +194,7 @@ def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
     Returns:
       Images per second.
     """
+    check_rows_are_unlocked(job.features.dataset)
     array = job.features.array(create=True)
     run = compile_tower(job.tower, job.dtype)
     loader = ImageLoader(job.features.dataset, job.tower.preprocess, job.max_pixels, job.features.views)
@@ -229,7 +231,8 @@ def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
                 embedded += count
                 progress.advance(count, stalls.note())
                 if writer.done == writer.rows:
-                    writers.pop(batch.first // SHARD).finish()
+                    writer.finish()
+                    del writers[batch.first // SHARD]
                 if signals:
                     break
     finally:
@@ -292,7 +295,7 @@ def _report_other_shares(job: Job) -> None:
     """Print the unfinished shards of other shares, unless a process embeds one of them."""
     finished = set(job.features.finished())
     left = [s for s in range(job.features.dataset.shards) if s not in finished]
-    if left and not any(is_locked(journal_path(job.features, shard)) for shard in left):
+    if left and not any(is_locked(shard_lock_path(job.features, shard)) for shard in left):
         command = embed_command(job.features.dataset, job.features.provenance, job.features.tower)
         status(
             f"note: {len(left):,} shards of other shares are unfinished (first: {left[0]}) and no process is embedding "

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from lit_fast.data.dataset import Dataset, Source, open_dataset
-from lit_fast.data.dataset_writer import DatasetWriter, Row, remove_other_generations
+from lit_fast.data.dataset_writer import DatasetWriter, Row, other_generations, remove_other_generations
 from lit_fast.data.images.noise import is_noise
 from lit_fast.data.images.sources import check_sources, identify_all
 from lit_fast.embed.class_names import (
@@ -23,6 +23,7 @@ from lit_fast.embed.class_names import (
     find_class_names,
     report_labels,
 )
+from lit_fast.embed.locks import check_parts_are_unlocked, lock_rows
 from lit_fast.embed.row_reader import RowReader
 from lit_fast.embed.skipped import KeySet
 from lit_fast.embed.sources.expand import expand
@@ -30,6 +31,7 @@ from lit_fast.embed.sources.formats import format_of
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names, remove_tree
+from lit_fast.storage.lock import Lock, LostLockError
 from lit_fast.storage.paths import StrPath, is_junk, is_url, join
 from lit_fast.utils.output import result, status
 from lit_fast.utils.permutation import permutation
@@ -62,32 +64,54 @@ def index_dataset(
     if options.images and not is_url(options.images):
         options = replace(options, images=os.path.abspath(options.images))
     found = _find_sources(sources, options)
+    if exists(join(out, "dataset.json")):
+        old = open_dataset(out)
+        # Without these nothing is written, so that no lock is needed.
+        if not other_generations(old) and not _new_sources(old, found, seed, append):
+            return _report_known(old, found, classes)
+    else:
+        check_output_directory(out)
+    with lock_rows(out) as lock:
+        return _index(found, out, lock, seed, options, append, classes)
+
+
+def _index(
+    found: list[Source],
+    out: str,
+    lock: Lock,
+    seed: int,
+    options: Columns,
+    append: bool,
+    classes: ClassOptions,
+) -> Dataset:
+    """Write a dataset that this process has locked."""
     old: Dataset | None = None
     if exists(join(out, "dataset.json")):
         old = open_dataset(out)
         remove_other_generations(old)  # of a growth that was killed
         all_found, found = found, _new_sources(old, found, seed, append)
         if not found:
-            check_same_names(all_found, classes, old)
-            result(f"{out} is already indexed: {old.rows:,} rows with {old.captions:,} captions")
-            return old
+            return _report_known(old, all_found, classes)
+        check_parts_are_unlocked(out)
         check_sources(old)
     else:
         check_output_directory(out)
 
-    existed = exists(out)
     classnames, templates = find_class_names(found, classes, old)
     reader = RowReader(found, options, len(old.sources) if old else 0, len(classnames))
     try:
-        writer = _write_rows(reader, out, seed, old)
+        writer = _write_rows(reader, out, lock, seed, old)
         check_labels(reader.labels, classnames)
+    except LostLockError:  # the files are another process's
+        raise
     except UserError:
-        remove_leftovers(out, existed, old)
+        remove_leftovers(out, old)
         raise
     if old is None:
         report_labels(reader.labels, classnames)
     for description in [*reader.damages, *reader.notes]:
         status(f"warning: {description}")
+    lock.check()
     reader.skipped.write(out, old.generation + 1 if old else 0)
     dataset = writer.finish(
         seed=seed,
@@ -117,20 +141,13 @@ def check_output_directory(out: str) -> None:
         raise UserError(f"{out} holds other files ({others[0]}); choose an empty or new directory as --out")
 
 
-def remove_leftovers(out: str, existed: bool, old: Dataset | None) -> None:
-    """Delete the files of an indexing that is refused or was killed before.
-
-    Args:
-      existed: whether there was a directory at `out` before.
-      old: the dataset at `out` that was to grow.
-    """
+def remove_leftovers(out: str, old: Dataset | None) -> None:
+    """Delete the files of an indexing that is refused or was killed before; `old` is the dataset that was to grow."""
     if old is not None:
         remove_other_generations(old)
-    elif existed:
+    else:
         remove_tree(join(out, "index"))
         remove_tree(join(out, "captions"))
-    else:
-        remove_tree(out)
 
 
 def _find_sources(patterns: list[str], options: Columns) -> list[Source]:
@@ -177,10 +194,11 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
     return []
 
 
-def _write_rows(reader: RowReader, out: str, seed: int, old: Dataset | None) -> DatasetWriter:
+def _write_rows(reader: RowReader, out: str, lock: Lock, seed: int, old: Dataset | None) -> DatasetWriter:
     """Write all rows in their order; the caller finishes the writer.
 
     Raises:
+      LostLockError: another process has taken over the directory.
       UserError: there is no usable row.
     """
     keys = KeySet()
@@ -191,6 +209,7 @@ def _write_rows(reader: RowReader, out: str, seed: int, old: Dataset | None) -> 
         keys.add([(identity[s], key) for s, key in zip(block.sources, block.keys, strict=True)])
     writer: DatasetWriter | None = None
     for number, group in enumerate(reader.groups(seed)):
+        lock.check()
         is_new = keys.add([(identity[row.source], row.key) for row in group])
         for i in np.flatnonzero(~is_new).tolist():
             reader.skip(group[i], _DUPLICATE)
@@ -221,6 +240,12 @@ def _shuffled(rows: list[Row], reader: RowReader, seed: int, group: int) -> Iter
             yield positions[0]
         else:
             yield from (positions[i] for i in permutation(len(positions), seed, 2, group, run).tolist())
+
+
+def _report_known(dataset: Dataset, found: list[Source], classes: ClassOptions) -> Dataset:
+    check_same_names(found, classes, dataset)
+    result(f"{dataset.path} is already indexed: {dataset.rows:,} rows with {dataset.captions:,} captions")
+    return dataset
 
 
 def _report(dataset: Dataset, old: Dataset | None, files: int) -> None:

@@ -16,8 +16,10 @@ from lit_fast.data.images.decode import ImageError
 from lit_fast.data.images.noise import is_noise
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.sources import find_other_content, identify_all
+from lit_fast.embed.locks import check_parts_are_unlocked, lock_rows
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_directory
+from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, is_url
 from lit_fast.utils.output import result
 
@@ -35,7 +37,14 @@ def relocate_sources(path: StrPath, moves: Sequence[str]) -> Dataset:
     Raises:
       UserError: no source begins with OLD, or a file at NEW is missing or is another than the indexed one.
     """
-    dataset = open_dataset(path)
+    open_dataset(path)
+    with lock_rows(path) as lock:
+        check_parts_are_unlocked(path)
+        return _relocate(open_dataset(path), moves, lock)
+
+
+def _relocate(dataset: Dataset, moves: Sequence[str], lock: Lock) -> Dataset:
+    """Replace the sources of a dataset that this process has locked."""
     sources = list(dataset.sources)
     moved: set[int] = set()
     for move in moves:
@@ -48,6 +57,7 @@ def relocate_sources(path: StrPath, moves: Sequence[str]) -> Dataset:
         sources[number] = _accepted(sources[number], found)
     relocated = replace(dataset, sources=tuple(sources))
     compared = _compare_images(relocated, moved)
+    lock.check()
     write_sources(relocated)
     digests = sum(bool(dataset.sources[n].digest and sources[n].digest) for n in moved)
     result(

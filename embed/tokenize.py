@@ -14,8 +14,10 @@ from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.records import RecordWriter
 from lit_fast.data.tokenizer import Tokenizer, load_tokenizer, lower
 from lit_fast.data.tokens import encode_record
+from lit_fast.embed.locks import check_rows_are_unlocked, check_tokens_are_unlocked, lock_tokens
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_file, read_json, sha256, write_atomic, write_json
+from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.utils.output import result
 from lit_fast.utils.progress import Progress
@@ -45,42 +47,71 @@ def tokenize_dataset(
     dataset = open_dataset(path)
     if not dataset.captions:
         raise UserError(f"dataset {path} has no captions to tokenize; index captions with it")
+    given: Tokenizer | None = None
     if tokenizer is not None:
         file, default_name = resolve_tokenizer(tokenizer)
         name = name or default_name
-        model = load_tokenizer(file, max_length, pad_id)
-    else:
-        assert train_vocab is not None
-        name = name or f"{model_type}-{train_vocab}"
-        model = replace(_train(dataset, name, train_vocab, model_type, max_length), padding=pad_id)
+        given = load_tokenizer(file, max_length, pad_id)
+    name = name or f"{model_type}-{train_vocab}"
     if "/" in name or name.startswith("."):
         raise UserError(f"tokenizer name {name!r} cannot be a directory name; give another with --name")
     directory = join(dataset.path, "tokens", name)
-    if is_file(join(directory, "tokens.json")):
-        meta = read_json(join(directory, "tokens.json"))
-        if meta["identity"] != model.identity:
-            raise UserError(f"{directory} holds tokens of another tokenizer or length; choose another --name")
-        if tuple(meta["shard_keys"]) == dataset.shard_keys:
-            result(f"{directory} is complete: {meta['captions']:,} captions")
+
+    def stored_model() -> Tokenizer | None:
+        """Return the tokenizer that was given, or that an earlier call trained."""
+        return given or _load_trained(directory, train_vocab, max_length, pad_id)
+
+    model = stored_model()
+    if model and _is_complete(dataset, model, directory):
+        return
+    if model is None:  # first, as nothing is written if this fails
+        check_tokens_are_unlocked(directory)
+        check_rows_are_unlocked(dataset)
+        trained = replace(_train(dataset, train_vocab, model_type, max_length), padding=pad_id)
+    with lock_tokens(directory) as lock:
+        check_rows_are_unlocked(dataset)
+        model = stored_model() or trained
+        if _is_complete(dataset, model, directory):  # another process wrote them before this one had the lock
             return
-        # The dataset has grown. Until the last write tokens.json has other keys, so that no reader takes these tokens.
-    meta = _write(dataset, model, directory)
+        # If the dataset has grown, tokens.json has other keys until the last write; no reader takes such tokens.
+        meta = _write(dataset, model, directory, lock)
     result(
         f"tokenized {meta['captions']:,} captions into {directory}: {meta['ids'] / meta['captions']:.1f} tokens "
         f"each with end-of-sentence, {meta['truncated']:,} cut at {max_length}"
     )
 
 
-def _train(dataset: Dataset, name: str, vocab: int, model_type: str, max_length: int) -> Tokenizer:
-    """Train on the dataset's captions, or load the model that an earlier call trained."""
-    directory = join(dataset.path, "tokens", name)
-    if is_file(join(directory, "tokens.json")):
-        stored = join(directory, "tokenizer.model")
-        tokenizer = load_tokenizer(stored, max_length)
-        if tokenizer.vocab_size != vocab:
-            raise UserError(f"{stored} has {tokenizer.vocab_size} pieces, not {vocab}; choose another --name")
-        return tokenizer
+def _is_complete(dataset: Dataset, model: Tokenizer, directory: str) -> bool:
+    """Report whether the directory has the tokens of all rows.
 
+    Raises:
+      UserError: it has those of another tokenizer.
+    """
+    if not is_file(join(directory, "tokens.json")):
+        return False
+    meta = read_json(join(directory, "tokens.json"))
+    if meta["identity"] != model.identity:
+        raise UserError(f"{directory} holds tokens of another tokenizer or length; choose another --name")
+    if tuple(meta["shard_keys"]) != dataset.shard_keys:
+        return False
+    result(f"{directory} is complete: {meta['captions']:,} captions")
+    return True
+
+
+def _load_trained(directory: str, vocab: int | None, max_length: int, pad_id: int | None) -> Tokenizer | None:
+    """Load the model that an earlier call trained; None where there is none."""
+    if not is_file(join(directory, "tokens.json")):
+        return None
+    stored = join(directory, "tokenizer.model")
+    tokenizer = load_tokenizer(stored, max_length)
+    if tokenizer.vocab_size != vocab:
+        raise UserError(f"{stored} has {tokenizer.vocab_size} pieces, not {vocab}; choose another --name")
+    return replace(tokenizer, padding=pad_id)
+
+
+def _train(dataset: Dataset, vocab: int | None, model_type: str, max_length: int) -> Tokenizer:
+    """Train on the dataset's captions."""
+    assert vocab is not None
     if vocab > _MAX_VOCAB:  # sentencepiece would not end
         raise UserError(f"--train-vocab {vocab} is too high; give {_MAX_VOCAB} or less")
     used = 0
@@ -166,12 +197,13 @@ def _training_problem(error: str, vocab: int, characters: int) -> str:
     return "sentencepiece cannot use them; give another --train-vocab, or a model with --tokenizer"
 
 
-def _write(dataset: Dataset, tokenizer: Tokenizer, directory: str) -> dict[str, Any]:
+def _write(dataset: Dataset, tokenizer: Tokenizer, directory: str, lock: Lock) -> dict[str, Any]:
     writer = RecordWriter(directory)
     write_atomic(join(directory, "tokenizer.model"), tokenizer.model)
     progress = Progress("tokenize", dataset.captions, "captions")
     ids = truncated = 0
     for block in dataset.iter_captions():
+        lock.check()
         encoded, cut = tokenizer.encode([c for row in block for c in row])
         ids += sum(map(len, encoded))
         truncated += cut
@@ -195,5 +227,6 @@ def _write(dataset: Dataset, tokenizer: Tokenizer, directory: str) -> dict[str, 
         "truncated": truncated,
         "shard_keys": list(dataset.shard_keys),
     }
+    lock.check()
     write_json(join(directory, "tokens.json"), meta)
     return meta

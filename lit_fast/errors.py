@@ -14,6 +14,10 @@ class UserError(Exception):
 
     exit_status = 2
 
+    def __init__(self, message: str) -> None:
+        """Take the message; characters of a file name or file that cannot be printed are escaped in it."""
+        super().__init__(printable(message))
+
 
 class MachineError(UserError):
     """A failure of the machine or of other processes, with nothing wrong in the command."""
@@ -21,10 +25,18 @@ class MachineError(UserError):
     exit_status = 1
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes for line ends and all other characters that cannot be printed."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def first_line(error: BaseException, length: int = 200) -> str:
-    """Return the first line of an exception's text, cut at `length`; the exception's type where it has no text."""
+    """Return the first line of an exception's text, cut at `length`; the exception's type where it has no text.
+
+    Characters that cannot be printed are escaped.
+    """
     lines = str(error).strip().splitlines()
-    return lines[0][:length] if lines else type(error).__name__
+    return printable(lines[0][:length] if lines else type(error).__name__)
 
 
 def os_reason(error: OSError) -> str:

@@ -76,12 +76,14 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # Orbax passes TensorStore's errors on
-            file, reason = _FILE.search(str(error)), _REASON.search(str(error))
+            file, found = _FILE.search(str(error)), _REASON.search(str(error))
             text = os_reason(error) if isinstance(error, OSError) else first_line(error)
-            raise UserError(
-                f"{file[1] if file else getattr(error, 'filename', '') or self._manager.directory} cannot be written: "
-                f"{reason[1] if reason else text}; fix the cause, then rerun the same command"
-            ) from None
+            reason, action = found[1] if found else text, "fix the cause, then rerun the same command"
+            if "acquire lock" in str(error):  # of one small file of each step, by Orbax
+                reason = f"no file locks ({reason})"
+                action = "choose a --workdir on a file system that has them"
+            path = file[1] if file else getattr(error, "filename", None) or self._manager.directory
+            raise UserError(f"{path} cannot be written: {reason}; {action}") from None
 
 
 def _silence_repeated_errors() -> None:

@@ -73,6 +73,14 @@ def open_inputs(config: Config, workdir: StrPath, mesh: Mesh) -> Inputs:
     return Inputs(features, tokens, tokenizer, stream, packing, evaluator)
 
 
+def check_run(workdir: StrPath, config: Config, inputs: Inputs) -> None:
+    """Raise UserError if the directory holds anything but a run of this configuration and these inputs."""
+    check_workdir(workdir, config)
+    check_identity(workdir, "tower", inputs.features.identity)
+    check_identity(workdir, "tokens", inputs.tokenizer.identity)
+    check_identity(workdir, "stream", inputs.stream.identity)
+
+
 def check_batch(config: Config, devices: int) -> None:
     """Raise UserError if devices and microbatches do not divide the batch."""
     batch, text = config.stream.global_batch, config.text

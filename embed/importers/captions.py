@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from lit_fast.data.dataset import open_dataset
 from lit_fast.data.dataset_writer import Row
 from lit_fast.data.images.parquet import ERRORS, check_row_group
 from lit_fast.embed.importers.parts import Part
@@ -18,17 +20,21 @@ from lit_fast.embed.sources.columns import (
     PATHS,
     choose_columns,
     guess_column,
+    nested_names,
     parse_key,
     parse_row,
     some,
+    value_of,
 )
+from lit_fast.embed.sources.expand import expand
+from lit_fast.embed.sources.first_rows import FIRST_ROWS, describe_refinement, refine_columns
 from lit_fast.embed.sources.formats import format_of
-from lit_fast.embed.sources.interface import Columns
-from lit_fast.embed.sources.parquet import read_row_group
+from lit_fast.embed.sources.interface import Columns, Guess
+from lit_fast.embed.sources.parquet import column_names, read_name, read_row_group
 from lit_fast.embed.sources.tables import read_lines
 from lit_fast.errors import UserError, first_line
-from lit_fast.storage.files import open_read
-from lit_fast.storage.paths import name, parent
+from lit_fast.storage.files import exists, is_directory, open_read
+from lit_fast.storage.paths import StrPath, is_url, join, name, parent
 from lit_fast.utils.output import status
 
 _Values = Iterator[tuple[dict[str, Any], Columns]]
@@ -59,7 +65,7 @@ def imported_rows(parts: list[Part], tables: list[str], options: Columns) -> Ite
     for (source, number), (values, columns) in zip(positions, rows, strict=True):
         row = parse_row(values, columns)
         problem = "" if row.problem == NO_TEXT else row.problem  # features without text can be searched
-        key, key_problem = parse_key(values.get(columns.key))
+        key, key_problem = parse_key(value_of(values, columns.key))
         if key_problem == NO_KEY:  # such a row is named after its file and its number there
             key, key_problem = f"{parts[source].label}/{number}", ""
         if not source and not number:
@@ -77,6 +83,14 @@ def _describe(values: dict[str, Any], columns: Columns, captions: tuple[str, ...
     return (
         f"captions: column {names}{first}; keys: {f'column {columns.key}' if columns.key else 'file and row'}"
     )
+
+
+def find_tables(table: StrPath) -> list[str]:
+    """Return the files of `--captions-table` in their order, or the directory of a dataset."""
+    table = os.fspath(table)
+    if not is_url(table) and exists(join(table, "dataset.json")):
+        return [os.path.abspath(table)]
+    return expand([table])
 
 
 def check_metadata(parts: list[Part]) -> None:
@@ -103,7 +117,7 @@ def _compared(rows: _Values, parts: list[Part], table: str) -> _Values:
         return
     own = chain.from_iterable(_read_metadata(part, Columns()) for part in parts)
     for number, ((values, columns), (beside, theirs)) in enumerate(zip(rows, own, strict=True)):
-        key, key_beside = values.get(columns.key), beside.get(theirs.key)
+        key, key_beside = value_of(values, columns.key), value_of(beside, theirs.key)
         if key is not None and key_beside is not None and parse_key(key) != parse_key(key_beside):
             raise UserError(
                 f"{table} has {str(key)[:80]!r} in {columns.key}, row {number + 1:,}, where the features have "
@@ -143,30 +157,64 @@ def _columns(table: str, names: Collection[str], options: Columns, needs_caption
     return replace(columns, key=key, label="")
 
 
+def _read_dataset(path: str, options: Columns) -> _Values:
+    if options != Columns():
+        raise UserError(f"{path} is a dataset and has no columns that options could name; leave them out")
+    dataset = open_dataset(path)
+    columns = Columns((("", "captions"),), key="key", language="languages")
+    for block, captions in zip(dataset.iter_blocks(), dataset.iter_captions(), strict=True):
+        for i, texts in enumerate(captions):
+            languages = block.languages[i] if block.languages else []
+            yield {"key": block.keys[i], "captions": texts, "languages": languages}, columns
+
+
 def _read_table(path: str, options: Columns) -> _Values:
+    if not is_url(path) and is_directory(path):
+        yield from _read_dataset(path, options)
+        return
     match format_of(path):
         case "parquet":
             yield from _read_parquet(path, options, needs_captions=True)
         case "table":
-            columns: Columns | None = None
-            for number, values in read_lines(path):
-                if isinstance(values, str):
-                    raise UserError(f"{path}, line {number}: {values}; every row of features needs its line")
-                columns = columns or _columns(path, values, options, needs_captions=True)
-                yield values, columns
+            lines = _read_lines(path)
+            head = list(islice(lines, FIRST_ROWS))
+            if head:
+                columns = _columns(path, nested_names(head), options, needs_captions=True)
+                yield from _refined(path, options, columns, chain(head, lines))
         case _:
             raise UserError(f"{path} is not a table; give a .csv, .tsv, .jsonl or .parquet file")
+
+
+def _read_lines(path: str) -> Iterator[dict[str, Any]]:
+    for number, values in read_lines(path):
+        if isinstance(values, str):
+            raise UserError(f"{path}, line {number}: {values}; every row of features needs its line")
+        yield values
+
+
+def _refined(path: str, options: Columns, columns: Columns, rows: Iterator[dict[str, Any]]) -> _Values:
+    """Yield the rows with the columns; captions may be lists written as text, which the first rows show."""
+    head = list(islice(rows, FIRST_ROWS))
+    refined = refine_columns(path, options, columns, head)
+    for item in describe_refinement(path, columns, refined, head):
+        status(f"{name(path)}: guessed {item.text}" if isinstance(item, Guess) else f"warning: {item.text}")
+    yield from ((values, refined) for values in chain(head, rows))
 
 
 def _read_parquet(path: str, options: Columns, features: str = "", needs_captions: bool = False) -> _Values:
     with open_read(path) as file:
         try:
             parquet = pq.ParquetFile(file, buffer_size=1 << 20)
-            names = [name for name in parquet.schema_arrow.names if name != features]
+            schema = parquet.schema_arrow
+            names = [name for name in column_names(schema) if name != features]
             columns = _columns(path, names, options, needs_captions)
-            for group in range(parquet.num_row_groups):
-                check_row_group(path, parquet, group)
-                for values in read_row_group(parquet, group, columns.names()):
-                    yield values, columns
+            wanted = [read_name(schema, name) for name in columns.names()]
+            yield from _refined(path, options, columns, _read_row_groups(path, parquet, wanted))
         except ERRORS as error:
             raise UserError(f"{path} is damaged or is not a parquet file ({first_line(error)})") from None
+
+
+def _read_row_groups(path: str, parquet: pq.ParquetFile, names: list[str]) -> Iterator[dict[str, Any]]:
+    for group in range(parquet.num_row_groups):
+        check_row_group(path, parquet, group)
+        yield from read_row_group(parquet, group, names)

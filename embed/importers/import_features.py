@@ -22,16 +22,17 @@ from lit_fast.data.dataset import BLOCK, SHARD, Dataset, Source, decode_block, o
 from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.embed.extract import check_store_name, write_provenance
-from lit_fast.embed.importers.captions import check_metadata, imported_rows
+from lit_fast.embed.importers.captions import check_metadata, find_tables, imported_rows
 from lit_fast.embed.importers.parts import find_parts, relative
 from lit_fast.embed.importers.vectors import Vectors, open_vectors
 from lit_fast.embed.index import check_output_directory, remove_leftovers
+from lit_fast.embed.locks import lock_rows
 from lit_fast.embed.shard_writer import write_shard
 from lit_fast.embed.skipped import KeySet, SkippedLog
-from lit_fast.embed.sources.expand import expand
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, sha256, size_and_etag
+from lit_fast.storage.lock import Lock, LostLockError
 from lit_fast.storage.paths import StrPath, is_url, join
 from lit_fast.utils.output import result
 from lit_fast.utils.progress import Progress
@@ -59,7 +60,7 @@ def import_features(
       format: one of `lit_fast.embed.importers.parts.FORMATS`; "": guess it.
       features: name of the column or tensor with the features; "": the only one that can be.
       table: captions, one row per row of features in their order; for clip-retrieval and parquet instead of their own
-        columns. A file, or a pattern of files that are read one after the other.
+        columns. A file, a pattern of files that are read one after the other, or a dataset.
       options: the columns with captions and keys.
 
     Raises:
@@ -69,7 +70,7 @@ def import_features(
     store, options, out = check_store_name(tower), options or Columns(), os.fspath(out)
     given = [sources] if isinstance(sources, str | os.PathLike) else sources
     texts = [os.fspath(text) if is_url(text) else os.path.abspath(text) for text in given]
-    tables = expand([os.fspath(table)]) if table else []
+    tables = find_tables(table) if table else []
     for text in [*texts, *tables, out]:
         if not is_utf8(text):
             raise UserError(f"the name {text!a} is not UTF-8; rename it")
@@ -84,25 +85,31 @@ def import_features(
         Source(part.path, size, "features", etag=etag, names=names)
         for part, (size, etag) in zip(parts, sizes, strict=True)
     ]
-    if exists(join(out, "dataset.json")):
-        dataset = open_dataset(out)
-        if dataset.sources != tuple(found):
-            raise UserError(f"{out} is already a dataset, of other sources or options; choose another --out")
-    else:
-        dataset = write_index(imported_rows(parts, tables, options), found, out)
-    digests = [source.etag if is_url(source.path) else sha256(source.path) for source in found]
-    names_below = relative([source.path for source in found])
-    files = [[name, digest] for name, digest in zip(names_below, digests, strict=True)]
-    imported = {
-        "format": format,
-        "sources": texts,
-        **dict(name.partition("=")[::2] for name in names),
-        "files": files,
-    }
-    write_store(
-        Features(dataset, store, imported_provenance(store, parts[0].width, parts[0].dtype, imported)),
-        lambda source: open_vectors(parts[source].path, parts[source].column),
-    )
+    if not exists(join(out, "dataset.json")):
+        check_output_directory(out)
+    with lock_rows(out) as lock:
+        if exists(join(out, "dataset.json")):
+            dataset = open_dataset(out)
+            if dataset.sources != tuple(found):
+                raise UserError(
+                    f"{out} is already a dataset, of other sources or options; choose another --out"
+                )
+        else:
+            dataset = write_index(imported_rows(parts, tables, options), found, out, lock)
+        digests = [source.etag if is_url(source.path) else sha256(source.path) for source in found]
+        names_below = relative([source.path for source in found])
+        files = [[name, digest] for name, digest in zip(names_below, digests, strict=True)]
+        imported = {
+            "format": format,
+            "sources": texts,
+            **dict(name.partition("=")[::2] for name in names),
+            "files": files,
+        }
+        write_store(
+            Features(dataset, store, imported_provenance(store, parts[0].width, parts[0].dtype, imported)),
+            lambda source: open_vectors(parts[source].path, parts[source].column),
+            lock,
+        )
 
 
 def imported_provenance(name: str, width: int, dtype: str, imported: dict[str, Any]) -> dict[str, Any]:
@@ -128,11 +135,12 @@ def imported_provenance(name: str, width: int, dtype: str, imported: dict[str, A
     }
 
 
-def write_store(features: Features, open_source: Callable[[int], Vectors]) -> None:
+def write_store(features: Features, open_source: Callable[[int], Vectors], lock: Lock) -> None:
     """Write the unfinished shards of a store, and report it.
 
     Args:
       open_source: opens the vectors of a source of the dataset.
+      lock: of the dataset.
 
     Raises:
       UserError: there is a store of other features, or no row has a usable feature.
@@ -142,18 +150,19 @@ def write_store(features: Features, open_source: Callable[[int], Vectors]) -> No
             f"{features.path} was made of other files, or these have changed; choose another --out"
         )
     if len(features.finished()) < features.dataset.shards:
-        _write_features(features, open_source)
+        _write_features(features, open_source, lock)
     _report(features)
 
 
-def write_index(rows: Iterable[tuple[Row, str]], sources: list[Source], out: str) -> Dataset:
+def write_index(rows: Iterable[tuple[Row, str]], sources: list[Source], out: str, lock: Lock) -> Dataset:
     """Write index and captions of all rows in order, except rows with a problem or a repeated key.
 
     Args:
       rows: each with its problem, "" for none.
+      lock: of `out`.
     """
     check_output_directory(out)
-    existed, skipped, keys = exists(out), SkippedLog(), KeySet()
+    skipped, keys = SkippedLog(), KeySet()
     writer: DatasetWriter | None = None
 
     def usable_rows() -> Iterator[Row]:
@@ -166,6 +175,7 @@ def write_index(rows: Iterable[tuple[Row, str]], sources: list[Source], out: str
     try:
         usable = usable_rows()
         while group := list(islice(usable, _GROUP_ROWS)):
+            lock.check()
             are_new = keys.add([(row.source, row.key) for row in group]).tolist()
             for row, is_new in zip(group, are_new, strict=True):
                 if is_new:
@@ -175,9 +185,12 @@ def write_index(rows: Iterable[tuple[Row, str]], sources: list[Source], out: str
                     skipped.add(row.key, sources[row.source].path, "duplicate key")
         if writer is None:
             raise UserError("; ".join([f"no usable row in {sources[0].path}", skipped.report()]))
-    except UserError:
-        remove_leftovers(out, existed, None)
+    except LostLockError:  # the files are another process's
         raise
+    except UserError:
+        remove_leftovers(out, None)
+        raise
+    lock.check()
     skipped.write(out, 0)
     dataset = writer.finish(seed=0, sources=sources, left_out=skipped.counts)
     if report := skipped.report():
@@ -185,7 +198,7 @@ def write_index(rows: Iterable[tuple[Row, str]], sources: list[Source], out: str
     return dataset
 
 
-def _write_features(features: Features, open_source: Callable[[int], Vectors]) -> None:
+def _write_features(features: Features, open_source: Callable[[int], Vectors], lock: Lock) -> None:
     """Write the unfinished shards."""
     dataset, finished = features.dataset, set(features.finished())
     array = features.array(create=True)
@@ -211,6 +224,7 @@ def _write_features(features: Features, open_source: Callable[[int], Vectors]) -
             unusable = _invalid_rows(values[lo : lo + BLOCK])
             invalid |= {lo + row: reason for row, reason in unusable.items()} | missing
         values[list(invalid)] = 0
+        lock.check()
         write_shard(features, array, shard, values, {first + row: why for row, why in invalid.items()})
         progress.advance(rows)
     progress.close()

@@ -22,10 +22,12 @@ from lit_fast.embed.importers.import_features import imported_provenance, write_
 from lit_fast.embed.importers.rows import RowStore, StoredRow
 from lit_fast.embed.importers.vectors import is_float
 from lit_fast.embed.index import check_output_directory
+from lit_fast.embed.locks import lock_rows
 from lit_fast.embed.sources.columns import NO_TEXT, parse_key, parse_row
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import exists, remove_tree
+from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.utils.output import result, status
 
@@ -44,6 +46,16 @@ def import_rows(
     name, out = check_store_name(tower), os.fspath(out)
     if not is_utf8(f"{out}{source}"):
         raise UserError(f"the name {out!a} or {source!a} is not UTF-8; choose another")
+    if not exists(join(out, "dataset.json")):
+        check_output_directory(out)
+    with lock_rows(out) as lock:
+        return _import_rows(rows, out, name, width, source, lock)
+
+
+def _import_rows(
+    rows: Rows | Callable[[int], Rows], out: str, name: str, width: int | None, source: str, lock: Lock
+) -> Dataset:
+    """Make a dataset at `out`, which this process has locked."""
     sources = [Source(f"rows:{source}", 0, "features")]
     directory = join(out, "rows.tmp")
     store = RowStore(directory)
@@ -63,13 +75,13 @@ def import_rows(
         check_output_directory(out)
         if not store.ended:
             _store_rows(rows, store, width, out)
-        dataset = write_index(_index_rows(store), sources, out)
+        dataset = write_index(_index_rows(store), sources, out, lock)
     digest = hashlib.sha256()
     for array in store.arrays():
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     imported = {"format": "rows", "sources": [f"rows:{source}"], "files": [[source, digest.hexdigest()]]}
     provenance = imported_provenance(name, store.width, store.dtype, imported)
-    write_store(Features(dataset, name, provenance), lambda _: store)
+    write_store(Features(dataset, name, provenance), lambda _: store, lock)
     remove_tree(directory)
     return dataset
 

@@ -29,6 +29,7 @@ SUFFIXES = {
 }
 
 _BATCH_ROWS = 1024
+_MAX_WIDTH = 1 << 16
 _FLOAT_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -66,9 +67,17 @@ def open_vectors(path: str, name: str = "") -> Vectors:
     Raises:
       UserError: the file is damaged, or does not hold features.
     """
-    kind = SUFFIXES[suffix(path)]
     if not is_url(path) and not is_file(path):  # a FIFO would never end
         raise UserError(f"{path} is not a regular file; restore it")
+    vectors = _open(path, SUFFIXES[suffix(path)], name)
+    if vectors.shape.width > _MAX_WIDTH:
+        raise UserError(
+            f"{path} holds {vectors.shape.width:,} numbers a row; features have at most {_MAX_WIDTH:,}"
+        )
+    return vectors
+
+
+def _open(path: str, kind: str, name: str) -> Vectors:
     if kind == "parquet":
         return _ParquetVectors(path, name)
     if is_url(path):
@@ -141,6 +150,8 @@ class _ParquetVectors:
             kind = _storage(schema.field(name).type)
             groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
             self._firsts = np.cumsum([0, *groups])  # first row of each row group
+            if self._firsts[-1] != self._file.metadata.num_rows or min(groups, default=0) < 0:
+                raise ValueError("the rows of its row groups are not those of the file")
             self._name, self._batches, self._batch_first = name, iter(()), 0
             self._batch: pa.Array = pa.array([], kind)
             width = kind.list_size if pa.types.is_fixed_size_list(kind) else self._find_width()
@@ -183,26 +194,36 @@ class _ParquetVectors:
         """Load the batch that holds a row."""
         if row < self._batch_first:
             self._batches, self._batch_first, self._batch = iter(()), 0, self._batch[:0]
+        reopened = False
         while row >= self._batch_first + len(self._batch):
-            self._batch_first += len(self._batch)
             following: pa.Array | None = next(self._batches, None)
+            if following is None and not reopened:
+                self._batches, reopened = self._open_batches(row), True
+                self._batch_first = int(self._firsts[self._group(row)])
+                following = next(self._batches, None)
+            else:
+                self._batch_first += len(self._batch)
             if following is None:
-                self._batches = self._open_batches(row)
-                following = next(self._batches)
+                raise ValueError(f"row {row} is missing")
             self._batch = following
 
+    def _group(self, row: int) -> int:
+        """Return the row group of a row."""
+        return int(np.searchsorted(self._firsts, row, side="right")) - 1
+
     def _open_batches(self, row: int) -> Iterator[pa.Array]:
-        """Yield the column from the row group with a row on."""
-        group = int(np.searchsorted(self._firsts, row, side="right")) - 1
-        if group >= self._file.num_row_groups:
-            raise IndexError(f"no row {row}")
-        self._batch_first = int(self._firsts[group])
-        batches = self._file.iter_batches(
-            _BATCH_ROWS, range(group, self._file.num_row_groups), columns=[self._name], use_threads=False
-        )
-        for batch in batches:
-            column = batch.column(0)
-            yield column.storage if isinstance(column, pa.ExtensionArray) else column
+        """Yield the column from the row group with a row on; raises ValueError where a group has other rows."""
+        for group in range(self._group(row), self._file.num_row_groups):
+            left = int(self._firsts[group + 1] - self._firsts[group])
+            batches = self._file.iter_batches(_BATCH_ROWS, [group], columns=[self._name], use_threads=False)
+            for batch in batches:
+                left -= len(batch)
+                if left < 0:
+                    break
+                column = batch.column(0)
+                yield column.storage if isinstance(column, pa.ExtensionArray) else column
+            if left:
+                raise ValueError(f"row group {group} has other rows than its metadata states")
 
     def _find_width(self) -> int:
         """Return the length of the first list with a number in it, 0 without any."""
@@ -243,7 +264,7 @@ def _read_npy(path: str) -> np.ndarray:
         array = np.lib.format.open_memmap(local_path(path), mode="r")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
-    except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError) as error:
+    except Exception as error:  # NumPy parses the header with Python's tokenizer, which raises many kinds
         raise UserError(f"{path} is damaged or is not an .npy file of numbers: {first_line(error)}") from None
     if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 2 or not array.shape[1]:
         raise UserError(f"{path} holds {array.dtype} {list(array.shape)}; features are floats [n, width]")

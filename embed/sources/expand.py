@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 
 from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources.clip_benchmark import PREFIX, benchmark_tars, hub_tars
-from lit_fast.embed.sources.columns import some
 from lit_fast.embed.sources.formats import format_by_name
+from lit_fast.embed.sources.image_folders import image_sources, refuse_several_splits
 from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, Columns
 from lit_fast.embed.sources.pairs import has_pairs
 from lit_fast.errors import UserError
@@ -20,13 +19,9 @@ from lit_fast.storage.files import (
     list_directories,
     list_names,
     match_files,
-    walk_directories,
 )
 from lit_fast.storage.paths import is_junk, is_pattern, is_url, join, name, parent, suffix
 from lit_fast.utils.output import status
-
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's image folders
-_SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -67,8 +62,8 @@ def natural(path: str) -> list[tuple[int, int, str]]:
 def _local(plain: str, pattern: str) -> list[str]:
     path = os.path.abspath(plain)
     if is_directory(path):
-        return benchmark_tars(path) or _in_directory(path)
-    found = [path] if exists(path) else _matches(path)
+        return _without_gaps(benchmark_tars(path) or _in_directory(path))
+    found = [path] if exists(path) else _without_gaps(_matches(path))
     if not found:
         where = "" if plain == pattern else f" (from {pattern})"
         problem = "matches no file" if is_pattern(plain) else "does not exist"
@@ -81,7 +76,7 @@ def _remote(plain: str, pattern: str) -> list[str]:
         return [plain]
     if plain.endswith("/") and (tars := benchmark_tars(plain)):
         return tars
-    found = _matches(plain)
+    found = _without_gaps(_matches(plain))
     if plain.endswith("/"):
         found = _of_one_format(plain, found)
     if not found:
@@ -89,6 +84,20 @@ def _remote(plain: str, pattern: str) -> list[str]:
             f"source {plain} (from {pattern}) matches no file; give files, a pattern or a directory"
         )
     return found
+
+
+def _without_gaps(files: list[str]) -> list[str]:
+    """Return the files; warn of sets like `x-00000-of-00002.parquet` that lack a member."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if match := re.fullmatch(r"(.*)-(\d{1,9})-of-(\d{1,9})(?!\d).*", name(file), re.ASCII):
+            sets.setdefault((join(parent(file), match[1]), int(match[3])), set()).add(int(match[2]))
+    for (start, count), numbers in sets.items():
+        if len(numbers) < count:
+            first = next(n for n in range(count + 1) if n not in numbers)
+            missing = f"{start}-{first:05}-of-{count:05}"
+            status(f"warning: {missing} is missing: {len(numbers):,} of its {count:,} files are there")
+    return files
 
 
 def _matches(pattern: str) -> list[str]:
@@ -101,7 +110,7 @@ def _in_directory(directory: str) -> list[str]:
     """Return the files of the one format in a directory.
 
     Without any, return those in its subdirectories; without any there, the directory itself if it holds images.
-    COCO's `.json` must be named, since many other files have this suffix.
+    A `.json` must be named, since many other files have this suffix.
 
     Raises:
       UserError: there are several formats or several splits, or no readable file.
@@ -116,12 +125,15 @@ def _in_directory(directory: str) -> list[str]:
         )
         if found:
             if folders != [directory]:
-                _refuse_several_splits(directory, {name(parent(f)) for f in found})
+                refuse_several_splits(directory, {name(parent(f)) for f in found})
             if format_by_name(found[0]) in ("tar", "tfrecord", "array_record"):
                 _note_unread_images([directory, *(join(directory, d) for d in subdirectories)], found)
             return found
-    _refuse_several_splits(directory, set(subdirectories))
-    return _of_images(directory)
+    table = join(directory, "captions.txt")  # Flickr8k's, beside a folder of images
+    if is_file(table) and not has_pairs(directory, Columns()):
+        return [table]
+    refuse_several_splits(directory, set(subdirectories))
+    return image_sources(directory)
 
 
 def _note_unread_images(folders: list[str], found: list[str]) -> None:
@@ -131,57 +143,12 @@ def _note_unread_images(folders: list[str], found: list[str]) -> None:
             return
 
 
-def _of_images(directory: str) -> list[str]:
-    """Return a directory of images, or the tables of Hugging Face's image folders that are deep in it.
-
-    Raises:
-      UserError: it holds no images, or images without texts and class folders.
-    """
-    at_top = below = False
-    tables: list[str] = []
-    others: Counter[str] = Counter()
-    try:
-        for folder, names in walk_directories(directory):
-            for file in names:
-                if is_junk(join(folder, file)):
-                    continue
-                if suffix(file) not in IMAGE_SUFFIXES:
-                    others[suffix(file) or file] += 1
-                elif folder:
-                    below = True
-                else:
-                    at_top = True
-            tables += [join(directory, folder, table) for table in _METADATA if table in names]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    if tables:
-        _refuse_several_splits(directory, {name(parent(table)) for table in tables})
-        return tables
-    if below or (at_top and has_pairs(directory, Columns())):
-        return [directory]
-    if at_top:
-        raise UserError(
-            f"source {directory} holds images without texts beside them and without a folder per class; give a "
-            "table that names them, or a directory of class folders"
-        )
-    found = f"only {some([kind for kind, _ in others.most_common()])}" if others else "no files"
-    raise UserError(
-        f"source {directory} has {found}; give .tar, .parquet, .csv, .tsv, .jsonl, .tfrecord or .array_record files, "
-        "images with texts beside them, or a folder of images per class"
-    )
-
-
-def _refuse_several_splits(directory: str, folders: set[str]) -> None:
-    if len(folders & _SPLITS) > 1:
-        raise UserError(f"source {directory} holds the splits {', '.join(sorted(folders))}; name one of them")
-
-
 def _of_one_format(directory: str, found: list[str]) -> list[str]:
     files: dict[str, list[str]] = {}
     for file in found:
         files.setdefault(format_by_name(file), []).append(file)
     files.pop("", None)
-    files.pop("coco", None)
+    files.pop("json", None)
     for kind in ("tar", "tfrecord"):
         stems = {os.path.splitext(f)[0] for f in files.get(kind, [])}
         if stems and all(os.path.splitext(f)[0] in stems for f in files.get("parquet", [])):

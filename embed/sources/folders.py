@@ -46,6 +46,8 @@ def read_folder(path: str, options: Columns) -> Iterator[Item]:
     Raises:
       UserError: a directory cannot be read, or `options` name columns.
     """
+    if options.split:
+        raise UserError(f"{path} is a directory of classes and has no splits; leave --split out")
     if options.names() or options.image:
         raise UserError(
             f"{path} is a directory of classes and has no columns that options could name; leave them out"
@@ -88,6 +90,8 @@ def _notes(path: str, inside: dict[str, set[str]]) -> Iterator[Note]:
         yield Note(
             f"{path} has {len(empty)} class folders without an image, which are classes: {some(empty)}"
         )
+    if len(used := [folder for folder, places in inside.items() if places]) == 1:
+        yield Note(f"{path} has images of one class only, the folder {used[0]}")
     for folder, places in inside.items():
         nested = sorted(places - {""})
         if len(nested) > 1:

@@ -15,6 +15,8 @@ MAX_CAPTION = 1 << 20  # characters
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 NO_IMAGE_FILE = "no image file (.jpg, .jpeg, .png, .webp, .gif or .bmp)"
 
+OTHER_SPLIT = "of the split "  # beginning of the reason; such rows are counted but not listed
+
 JUNK = "hidden file or leftover of another program"  # see `lit_fast.storage.paths.is_junk`
 
 
@@ -31,11 +33,14 @@ class Columns:
     label: str = ""
     language: str = ""
     images: str = ""  # directory of the image files; an option only
+    split: str = ""  # rows of other splits are skipped: "train+restval"; an option only
     declined: tuple[str, ...] = ()  # roles whose column is not guessed; an option only
+    lists: bool = False  # captions are lists written as text; of a source only
 
     def names(self) -> list[str]:
         """Return all columns but the image's, each once."""
-        names = [*(name for _, name in self.captions), self.key, self.label, self.language]
+        split = "split" if self.split else ""
+        names = [*(name for _, name in self.captions), self.key, self.label, self.language, split]
         return [name for name in dict.fromkeys(names) if name]
 
     def as_options(self) -> tuple[str, ...]:
@@ -65,6 +70,7 @@ class Sample:
     label: int = -1
     languages: tuple[str, ...] = ()
     check: int = 0
+    dropped: str = ""  # why its label, or one of several captions, is not used
 
 
 @dataclass(frozen=True, slots=True)

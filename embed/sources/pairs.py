@@ -1,9 +1,9 @@
 """Read a directory of image files with their texts beside them, flat or nested.
 
 The layout is that of img2dataset's `files` output: `00000/000000000.jpg`, `.txt` and `.json`. The files of a row are
-those in one directory whose names are equal up to the last dot: `a.b.jpg` belongs to `a.b.txt`, not to `a.txt`. A
-`.txt` is one caption, whatever lines it has. A `.json` is an object; by default its `captions` or `caption` are taken
-before the `.txt`. A `.cls` is a class number.
+those in one directory whose names are equal up to the last dot: `a.b.jpg` belongs to `a.b.txt`, not to `a.txt`. The
+text of `a.jpg` may also be `a.jpg.txt`. A `.txt` or `.caption` is one caption, whatever lines it has. A `.json` is an
+object; by default its `captions` or `caption` are taken before the `.txt`. A `.cls` is a class number.
 
 img2dataset's logs, `00000.parquet` and `00000_stats.json` beside the directory `00000`, are not read.
 """
@@ -21,9 +21,10 @@ from lit_fast.embed.sources.columns import (
     NO_TEXT,
     ParsedRow,
     choose_columns,
-    guess_column,
+    nested_names,
     parse_row,
     some,
+    value_of,
 )
 from lit_fast.embed.sources.image_paths import find_image
 from lit_fast.embed.sources.interface import (
@@ -45,10 +46,11 @@ from lit_fast.storage.files import (
     walk_directories,
 )
 from lit_fast.storage.paths import is_junk, join, stem, suffix
+from lit_fast.storage.paths import name as name_of
 
-TEXT_SUFFIXES = (".txt", ".json", ".cls")
+TEXT_SUFFIXES = (".txt", ".caption", ".json", ".cls")
 NO_IMAGE = "text without an image of the same name"
-OTHER_FILE = "file that is no image, .txt, .json or .cls"
+OTHER_FILE = "file that is no image, .txt, .caption, .json or .cls"
 LINK = "link to a directory, which is not followed"
 NO_JSON = ".json is not a JSON object"
 _MAX_TEXT = 1 << 20  # bytes of one file
@@ -72,7 +74,7 @@ def has_pairs(path: str, options: Columns) -> bool:
             texts = [name for name in names if suffix(name) in TEXT_SUFFIXES and not is_junk(name)]
             if not texts or is_junk(directory):
                 continue
-            images = {stem(name) for name in names if suffix(name) in IMAGE_SUFFIXES}
+            images = {s for name in names if suffix(name) in IMAGE_SUFFIXES for s in (name, stem(name))}
             for text in texts:
                 if stem(text) not in images:
                     continue
@@ -81,7 +83,7 @@ def has_pairs(path: str, options: Columns) -> bool:
                 if opened < _MAX_JSONS:
                     opened += 1
                     values, _ = parse_texts({".json": _read_text(join(path, directory, text))[0]})
-                    if guess_column(CAPTIONS, values):
+                    if choose_columns(Columns(), nested_names([values]), path, image=False).captions:
                         return True
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
@@ -122,6 +124,23 @@ def parse_texts(texts: dict[str, bytes]) -> tuple[dict[str, Any], bool]:
     return values | others, isinstance(value, dict)
 
 
+def text_columns(path: str, options: Columns, values: dict[str, Any]) -> Columns:
+    """Return the named columns of the texts of a row; by default the first for captions with a text, and `cls`."""
+    captions = options.captions
+    is_guessed = not captions and "captions" not in options.declined
+    for name in dict.fromkeys(("captions", "caption", "txt", *CAPTIONS)) if is_guessed else ():
+        row = parse_row(values, Columns(captions=(("", name),)))
+        if row.captions or (row.problem != NO_TEXT and not captions):
+            captions = (("", name),)
+        if row.captions:
+            break
+    if not captions:
+        unnamed = Columns(declined=options.declined)
+        captions = choose_columns(unnamed, nested_names([values]), path, image=False).captions
+    is_label = "cls" in values and "label" not in options.declined
+    return replace(options, captions=captions, label=options.label or ("cls" if is_label else ""))
+
+
 class _PairReader:
     def __init__(self, path: str, options: Columns) -> None:
         self._path, self._options = path, options
@@ -137,8 +156,8 @@ class _PairReader:
 
     def read(self) -> Iterator[Item]:
         for directory, names in walk_directories(self._path):
-            files = (join(directory, name) for name in sorted(names, key=stem))
-            for _, group in groupby(files, stem):
+            files = (join(directory, name) for name in sorted(names, key=_row_name))
+            for _, group in groupby(files, _row_name):
                 yield from self._row(list(group))
         if self._names:
             # This refuses a name that no row has.
@@ -162,16 +181,18 @@ class _PairReader:
         else:
             for file in others:
                 yield Skipped(file, LINK if is_directory(join(self._path, file)) else OTHER_FILE)
-            yield from (Skipped(file, NO_IMAGE) for file in texts if file not in self._logs)
+        names = [name_of(file) for file in images]
+        own = [t for t in texts if images and (stem(t) in names or suffix(stem(t)) not in IMAGE_SUFFIXES)]
+        yield from (Skipped(file, NO_IMAGE) for file in texts if file not in own and file not in self._logs)
         if len(images) > 1:
             shown = " and ".join(sorted({suffix(file) for file in images}))
             for file in images:
                 yield Skipped(file, f"several images of one name ({shown}); choose with --image")
         elif images:
             [image] = images
-            row, captions = self._parse(texts)
+            row, captions = self._parse(own)
             folder = image.partition("/")[0] if "/" in image else ""
-            self._texts[folder] = self._texts.get(folder, 0) + bool(texts)
+            self._texts[folder] = self._texts.get(folder, 0) + bool(own)
             if captions not in self._guessed and not self._options.captions:
                 self._guessed.add(captions)
                 yield Guess(f"captions = {captions}")
@@ -188,27 +209,16 @@ class _PairReader:
                 return ParsedRow(problem=f"{suffix(file)} {problem}"), ""
         values, is_object = parse_texts(texts)
         if self._options.names():
-            self._names |= dict.fromkeys(values)
-        columns = self._columns(values)
+            self._names |= dict.fromkeys(nested_names([values]))
+        columns = text_columns(self._path, self._options, values)
         row = parse_row(values, columns)
-        if not is_object and (row.problem == NO_TEXT or any(n not in values for n in columns.names())):
+        if not is_object and (
+            row.problem == NO_TEXT or any(value_of(values, n) is None for n in columns.names())
+        ):
             row = ParsedRow(problem=NO_JSON)
         captions = some([name for _, name in columns.captions]) if columns.captions and row.captions else ""
         self._several_lines += captions == "txt" and "\n" in row.captions[0]
         return row, captions
-
-    def _columns(self, values: dict[str, Any]) -> Columns:
-        """Return the named columns; by default the first for captions with a text, and `cls`."""
-        captions = self._options.captions
-        for name in () if captions else dict.fromkeys(("captions", "caption", "txt", *CAPTIONS)):
-            row = parse_row(values, Columns(captions=(("", name),)))
-            if row.captions or (row.problem != NO_TEXT and not captions):
-                captions = (("", name),)
-            if row.captions:
-                break
-        is_label = "cls" in values and "label" not in self._options.declined
-        label = self._options.label or ("cls" if is_label else "")
-        return replace(self._options, captions=captions, label=label)
 
     def _notes(self) -> Iterator[str]:
         if self._several_lines:
@@ -219,6 +229,12 @@ class _PairReader:
         if without and len(without) < len(self._texts):
             names = some([folder or "this directory" for folder in without])
             yield f"no image in {names} has a text; if these are classes, index them apart with --captions ''"
+
+
+def _row_name(file: str) -> str:
+    """Return what the files of a row have in common: "a" of `a.jpg`, `a.txt` and `a.jpg.txt`."""
+    base = stem(file)
+    return stem(base) if suffix(file) in TEXT_SUFFIXES and suffix(base) in IMAGE_SUFFIXES else base
 
 
 def _read_text(location: str) -> tuple[bytes, str]:

@@ -13,17 +13,25 @@ in a file are read one by one.
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
 from lit_fast.data.images.decode import MAX_IMAGE
 from lit_fast.data.images.fingerprint import HEAD, image_checksum
 from lit_fast.embed.sources.clip_benchmark import lines_near
-from lit_fast.embed.sources.columns import NO_TEXT, choose_columns, find_guess, parse_key, parse_row, some
+from lit_fast.embed.sources.columns import (
+    NO_TEXT,
+    choose_columns,
+    find_guess,
+    nested_names,
+    parse_key,
+    parse_row,
+    some,
+    value_of,
+)
 from lit_fast.embed.sources.interface import (
     IMAGE_SUFFIXES,
     JUNK,
@@ -36,12 +44,12 @@ from lit_fast.embed.sources.interface import (
     Skipped,
     is_utf8,
 )
+from lit_fast.embed.sources.pairs import NO_JSON, TEXT_SUFFIXES, parse_texts, text_columns
 from lit_fast.embed.sources.tar_members import ArchiveEnd, TarDamage, read_members
 from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import is_junk, parent
 
-_TEXT_SUFFIXES = (".txt", ".json", ".cls")
 _MAX_TEXT = 1 << 20  # bytes of one member
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -50,7 +58,6 @@ _NOT_REGULAR = "not a regular file (a link or the like)"
 _REPLACED = "replaced by a later member of the same name"
 _OTHER_SUFFIX = "suffix of no image, text or label"
 _AMBIGUOUS = "image and text agree up to the first dot of their names only"
-_NO_JSON = ".json is not a JSON object"
 
 
 class _Member(NamedTuple):
@@ -96,8 +103,7 @@ class _TarReader:
     def __init__(self, path: str, options: Columns) -> None:
         self._path, self._options = path, options
         self._images = (f".{options.image.lower().lstrip('.')}",) if options.image else IMAGE_SUFFIXES
-        named = {f".{name.lower().lstrip('.')}": name for name in options.names()}
-        self._texts = dict.fromkeys(_TEXT_SUFFIXES, "") | named
+        self._texts = {*TEXT_SUFFIXES, *(f".{name.lower().lstrip('.')}" for name in options.names())}
         self._long = tuple(s for s in (*self._images, *self._texts) if s.count(".") > 1)
         self._lines = lines_near(parent(path), "dataset_type.txt") == ("retrieval",)
         self._names: dict[str, None] = {}  # of the values of all rows, in order
@@ -222,8 +228,8 @@ class _TarReader:
             return
         values, is_json = self._values(members)
         if self._options.names():
-            self._names |= dict.fromkeys(values)
-        columns = self._columns(values)
+            self._names |= dict.fromkeys(nested_names([values]))
+        columns = text_columns(self._path, self._options, values)
         row = parse_row(values, columns)
         if not row.problem and (columns.captions, columns.label) not in self._guessed:
             self._guessed.add((columns.captions, columns.label))
@@ -232,47 +238,23 @@ class _TarReader:
             yield Skipped(members.key, _AMBIGUOUS)
             return
         if not is_json:
-            if row.problem == NO_TEXT or any(name not in values for name in columns.names()):
-                yield Skipped(members.key, _NO_JSON)
+            if row.problem == NO_TEXT or any(value_of(values, n) is None for n in columns.names()):
+                yield Skipped(members.key, NO_JSON)
                 return
             self._notes["a .json is not a JSON object; the row has the texts of its other members"] = None
         key = members.key
         if self._options.key and not row.problem:
-            key, problem = parse_key(values.get(self._options.key))
+            key, problem = parse_key(value_of(values, self._options.key))
         [image] = images
         yield row.item(key, image.offset, image.size, problem, members.key, image.check)
 
     def _values(self, members: _Members) -> tuple[dict[str, Any], bool]:
         """Return the fields of the `.json` and the other texts by suffix; and whether the `.json` can be read."""
         texts = {part.suffix: part.text for part in members.parts.values() if part.suffix in self._texts}
-        value: Any = {}
-        if ".json" in texts:
-            try:
-                value = json.loads(texts.pop(".json"))
-            except (ValueError, RecursionError):
-                value = None
-        values: dict[str, Any] = value if isinstance(value, dict) else {}
-        for suffix, text in texts.items():
-            plain = text.removeprefix(b"\xef\xbb\xbf")
-            is_list = self._lines and suffix == ".txt"
-            values[self._texts[suffix] or suffix[1:]] = plain.splitlines() if is_list else plain
-        return values, isinstance(value, dict)
-
-    def _columns(self, values: dict[str, Any]) -> Columns:
-        """Return the named columns.
-
-        By default these are the first of `captions`, `caption` and `txt` with a text, and `cls`.
-        """
-        captions, declined = self._options.captions, self._options.declined
-        if not captions and "captions" not in declined:
-            for name in ("captions", "caption", "txt"):
-                found = values.get(name)
-                parts = found if isinstance(found, list) else [found]
-                if any(isinstance(part, str | bytes) and part.strip() for part in parts):
-                    captions = (("", name),)
-                    break
-        label = self._options.label or ("cls" if "cls" in values and "label" not in declined else "")
-        return replace(self._options, captions=captions, label=label)
+        values, is_object = parse_texts(texts)
+        if self._lines and ".txt" in texts:
+            values["txt"] = values["txt"].splitlines()
+        return values, is_object
 
 
 def _first_part(key: str) -> str:

@@ -40,6 +40,8 @@ COMMANDS = {
     "search": "Search the images of a dataset by text or image",
     "compare": "Compare runs: configuration, cost and results",
     "info": "Show the contents of a dataset or run and the next command",
+    "push": "Share a dataset without its images on the Hugging Face Hub",
+    "pull": "Get a dataset that somebody shared, ready for training",
     "verify": "Check every stored byte of a dataset",
     "towers": "List public vision towers",
     "demo": "Run all stages on generated images, in minutes on a laptop",

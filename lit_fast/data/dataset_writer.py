@@ -170,14 +170,22 @@ def _source_records(sources: Sequence[Source]) -> list[dict[str, Any]]:
     return [{name: value for name, value in vars(s).items() if value or name == "bytes"} for s in sources]
 
 
-def remove_other_generations(dataset: Dataset) -> None:
-    """Delete the records of all generations but the dataset's, which a killed or finished growth leaves."""
+def other_generations(dataset: Dataset) -> list[str]:
+    """Return the directories of all generations but the dataset's, which a killed or finished growth leaves."""
+    found = []
     for name in ("index", "captions"):
         current = generation_directory(dataset.path, name, dataset.generation)
         for other in list_names(dataset.path):
             directory = join(dataset.path, other)
             if (other == name or other.startswith(f"{name}-")) and directory != current:
-                remove_tree(directory)
+                found.append(directory)
+    return found
+
+
+def remove_other_generations(dataset: Dataset) -> None:
+    """Delete the `other_generations`."""
+    for directory in other_generations(dataset):
+        remove_tree(directory)
 
 
 def _read_rows(dataset: Dataset, number: int) -> list[Row]:

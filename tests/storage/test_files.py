@@ -19,7 +19,6 @@ from lit_fast.storage.files import (
     size_and_etag,
     write_atomic,
 )
-from lit_fast.storage.lock import InUseError, Lock
 from tests.web import file_server
 
 
@@ -51,15 +50,9 @@ def test_a_url_of_an_unknown_scheme_is_refused_in_one_line(tmp_path: Path) -> No
         ):
             function("ftp://host/f")
     with pytest.raises(
-        UserError, match=r"^s3://bucket/f is a URL, where only a local path can be used; give a path"
+        UserError, match=r"^hf://bucket/f is a URL, where only a local path can be used; give a path"
     ):
-        write_atomic("s3://bucket/f", b"")
-
-
-def test_lock_is_held_by_one_until_it_is_released(tmp_path: Path) -> None:
-    with Lock(tmp_path / "lock"), pytest.raises(InUseError):
-        Lock(tmp_path / "lock")
-    Lock(tmp_path / "lock").release()
+        write_atomic("hf://bucket/f", b"")
 
 
 def test_read_lines_returns_stripped_lines(tmp_path: Path) -> None:

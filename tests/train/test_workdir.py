@@ -1,5 +1,7 @@
 """One training at a time in a run directory."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -15,8 +17,9 @@ def test_lock_workdir_admits_one_training(tmp_path):
     code += f"lock = lock_workdir({str(tmp_path)!r})"
     with lock_workdir(tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "another process is training there" in other.stderr
-        with pytest.raises(UserError, match="wait for it or stop it"):
+        message = f"workdir {tmp_path} is being written by `.*` \\(process {os.getpid()} on .*; wait for it or choose"
+        assert re.search(message, other.stderr)
+        with pytest.raises(UserError, match=message):
             lock_workdir(tmp_path)
     subprocess.run([sys.executable, "-c", code], check=True)
     lock_workdir(tmp_path).release()

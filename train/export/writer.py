@@ -20,7 +20,8 @@ from lit_fast.storage.files import (
     list_names,
     replacing_directory,
 )
-from lit_fast.storage.paths import name, parent
+from lit_fast.storage.lock import Lock
+from lit_fast.storage.paths import absolute, join, name, parent
 from lit_fast.utils.output import result
 
 if TYPE_CHECKING:  # `lit-fast export --help` reads the table without importing JAX
@@ -81,6 +82,16 @@ def check_directory(out: str) -> None:
             raise UserError(f"--out {out} is not empty; name a new directory")
     elif exists(out) or name(out) in list_names(parent(out)):  # the second: a link to nothing
         raise UserError(f"--out {out} is not a directory; name a new one")
+
+
+def lock_directory(out: str) -> Lock:
+    """Lock the absent or empty directory `out` against other exports; the lock is beside it.
+
+    Raises:
+      UserError: another process exports there.
+    """
+    path = absolute(out)
+    return Lock(join(parent(path), f".{name(path)}.lock"), f"--out {out}", "name another directory")
 
 
 def write_directory(format_name: str, model: Model, out: str, options: ExportOptions) -> None:

@@ -12,7 +12,7 @@ from lit_fast.data.images.noise import is_noise
 from lit_fast.errors import UserError, os_reason
 from lit_fast.storage import files as storage
 from lit_fast.storage.files import file_status, is_directory
-from lit_fast.storage.paths import is_url
+from lit_fast.storage.paths import ELSEWHERE, is_url, parent
 
 _THREADS = 16  # for remote sources, which need requests
 
@@ -67,6 +67,11 @@ def check_source(source: Source, dataset: str) -> None:
         raise UserError(
             f"{dataset} was imported as features and has no images; to embed them, index the images as a dataset"
         )
+    if places := absent_places([source]):
+        raise UserError(
+            f"the images of {dataset} are not here, since it was pulled without them (source {source.path}); connect "
+            f"them with: lit-fast index --relocate {places[0]}=DIRECTORY {dataset}"
+        )
     try:
         change = find_change(source)
     except UserError as error:
@@ -81,6 +86,12 @@ def check_source(source: Source, dataset: str) -> None:
             f"{source.images}, the images of {source.path}, is missing; restore it, or if it has moved: lit-fast "
             f"index --relocate OLD=NEW {dataset}"
         )
+
+
+def absent_places(sources: Sequence[Source]) -> list[str]:
+    """Return the places of the images of a pulled dataset, which only another machine has, for `--relocate`."""
+    found = (s.path for s in sources if s.kind != "features" and s.path.startswith(ELSEWHERE))
+    return sorted({path if path.count("/") == 2 else parent(path) for path in found})
 
 
 def find_change(source: Source) -> str:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from lit_fast.cli.main import main
 from lit_fast.data.dataset import open_dataset
 from lit_fast.data.features import embed_command, open_features
+from lit_fast.embed import import_rows
 from lit_fast.embed.importers.parts import relative
 from lit_fast.embed.importers.vectors import open_vectors
 from lit_fast.errors import UserError
@@ -113,6 +114,27 @@ def test_parquet_vectors_equal_the_written_ones_for_any_rows(tmp_path_factory, d
         np.testing.assert_array_equal(values[whole], x[wanted[whole]])
 
 
+def test_flipped_bit_of_a_parquet_footer_gives_one_line_or_the_rows_that_were_written(tmp_path):
+    x, path, opened = vectors(12), tmp_path / "x.parquet", 0
+    table = pa.table({"v": column(x, KINDS["fixed"])})
+    pq.write_table(table, path, row_group_size=5, compression="none", store_schema=False)
+    whole = path.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")
+    for position in range(len(whole) - 8 - footer, len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 2]) + whole[position + 1 :])
+        try:
+            found = open_vectors(str(path))
+            values, reasons = found.read(np.arange(found.shape.rows))
+        except UserError as damage:
+            assert "\n" not in str(damage)  # noqa: PT017
+            continue
+        opened += 1
+        assert found.shape.rows == 12
+        whole_rows = [i for i in range(12) if i not in reasons]
+        np.testing.assert_array_equal(values[whole_rows], x[whole_rows])
+    assert opened
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, BFLOAT16])
 def test_safetensors_file_becomes_features(dtype, tmp_path, capsys):
     x = vectors(30, dtype)
@@ -180,6 +202,43 @@ def test_table_with_other_keys_than_the_features_is_refused(tmp_path, capsys):
     assert "t.csv has 'c' in key, row 2, where the features have 'b' in key" in error(capsys)
 
 
+def test_captions_of_a_dataset_are_those_of_its_rows(tmp_path, capsys):
+    given = [(f"k{i}", v, [f"a {i}", f"b {i}"]) for i, v in enumerate(vectors(5))]
+    import_rows(given, tmp_path / "one", tower="t")
+    np.save(tmp_path / "x.npy", vectors(5, seed=1))
+    assert imports(tmp_path / "d", tmp_path / "x.npy", table=tmp_path / "one") == 0
+    assert stored(tmp_path / "d")[:2] == stored(tmp_path / "one")[:2]
+    assert imports(tmp_path / "e", tmp_path / "x.npy", table=tmp_path / "one", captions="text") == 2
+    assert "has no columns that options could name" in error(capsys)
+    np.save(tmp_path / "x.npy", vectors(6, seed=1))
+    assert imports(tmp_path / "e", tmp_path / "x.npy", table=tmp_path / "one") == 2
+    assert "one has 5 rows, but" in error(capsys)
+
+
+def mutated(data, draw):
+    """Bytes with some flipped, and perhaps the end cut off."""
+    changed = bytearray(data)
+    for position in draw(st.lists(st.integers(0, len(changed) - 1), min_size=1, max_size=4)):
+        changed[position] = draw(st.integers(0, 255))
+    return bytes(changed[: draw(st.sampled_from([len(data), len(data) // 2, len(data) - 1]))])
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_damaged_files_give_one_line_or_vectors(tmp_path_factory, data):
+    suffix, whole = data.draw(st.sampled_from([(".npy", NPY), (".safetensors", SAFETENSORS)]))
+    path = tmp_path_factory.getbasetemp() / f"mutated{suffix}"
+    path.write_bytes(mutated(whole, data.draw))
+    try:
+        opened = open_vectors(str(path))
+        if opened.shape.rows:
+            rows = np.arange(min(opened.shape.rows, 50))
+            values, _ = opened.read(rows)
+            assert values.shape == (len(rows), opened.shape.width)
+    except UserError as damage:
+        assert "\n" not in str(damage)  # noqa: PT017
+
+
 def npy(x):
     buffer = io.BytesIO()
     np.save(buffer, x, allow_pickle=True)
@@ -198,6 +257,9 @@ def safetensors(**tensors):
     return save(tensors)
 
 
+NPY, SAFETENSORS = npy(vectors(20)), safetensors(a=vectors(20), b=np.arange(4))
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -213,6 +275,7 @@ def safetensors(**tensors):
         ({"a.parquet": parquet(x=[[1, 2]])}, "no column of lists of floats"),
         ({"a.parquet": parquet(x=[[1.0]], y=[[1.0]])}, "name one with --features"),
         ({"a.parquet": parquet(x=pa.array([None, []], KINDS["list"]))}, "no vector in x"),
+        ({"a.npy": npy(np.zeros((1, 70_000)))}, "70,000 numbers a row; features have at most 65,536"),
         ({"a.parquet": parquet(x=[[1.0]])[:-9]}, "is damaged or is not a parquet file"),
         ({"a.txt": b""}, "holds no features"),
     ],

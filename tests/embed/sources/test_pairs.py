@@ -131,6 +131,31 @@ def test_stems_with_dots_belong_together_up_to_the_last(tmp_path: Path) -> None:
     }
 
 
+def test_other_names_of_texts(tmp_path: Path) -> None:
+    """Sidecar files with the whole name of the image, `.caption` of training scripts, fields of fields."""
+    files = {
+        "a.jpg": FILES[0],
+        "a.jpg.txt": "one",
+        "b.png": FILES[1],
+        "b.jpg.txt": "of another",
+        "b.caption": "two",
+    }
+    nested = {"c.jpg": FILES[2], "c.json": '{"meta": {"caption": "three"}, "size": {"en": "four"}}'}
+    root = write(tmp_path / "s", files | nested)
+    assert format_of(str(root)) == "pairs"
+    found = items(root)
+    texts = {item.key: item.captions for item in found if isinstance(item, Sample)}
+    assert texts == {"a.jpg": ("one",), "b.png": ("two",), "c.jpg": ("three",)}
+    assert [item for item in found if isinstance(item, Skipped)] == [
+        Skipped("b.jpg.txt", "text without an image of the same name")
+    ]
+    named = [item for item in items(root, captions=(("", "size.en"),)) if isinstance(item, Sample)]
+    assert [item.captions for item in named] == [("four",)]
+    (root / "c.json").unlink()
+    (root / "b.caption").unlink()
+    assert format_of(str(root)) == "pairs"
+
+
 def test_every_file_is_used_or_left_out_with_a_reason(tmp_path: Path) -> None:
     root = write(
         tmp_path / "s",
@@ -171,7 +196,7 @@ def test_every_file_is_used_or_left_out_with_a_reason(tmp_path: Path) -> None:
         "bad/empty.jpg": "empty image file",
         "bad/latin.jpg": "caption is not UTF-8",
         "bad/long.jpg": ".txt above 1 MiB",
-        "bad/movie.mp4": "file that is no image, .txt, .json or .cls",
+        "bad/movie.mp4": "file that is no image, .txt, .caption, .json or .cls",
         "bad/none.jpg": "no caption and no label",
         "bad/pipe.jpg": ".txt is not a regular file",
         "bad/two.PNG": "several images of one name (.jpg and .png); choose with --image",
@@ -190,7 +215,9 @@ FILE_NAMES = st.builds(
     lambda folder, stem, suffix: f"{folder}{stem}{suffix}",
     st.sampled_from(["", "p/", "p/q/", ".hidden/", "00000/"]),
     st.sampled_from(["a", "a.b", "A", "ü", "._a", "00000_stats"]),
-    st.sampled_from([".jpg", ".JPG", ".png", ".txt", ".TXT", ".json", ".cls", ".npy", ".parquet", ""]),
+    st.sampled_from(
+        [".jpg", ".JPG", ".png", ".txt", ".TXT", ".jpg.txt", ".json", ".cls", ".npy", ".parquet", ""]
+    ),
 )
 CONTENTS = st.sampled_from(
     [b"", b"text", b"7", b"\xff", b'{"caption": "c"}', b'{"captions": [" ", "d"]}', b"[1]"]
@@ -212,22 +239,27 @@ def test_rows_and_left_out_are_all_files(
     expected = set()
     captions = {}
     for name in existing:
-        base, last = os.path.splitext(name)
-        mates = [n for n in existing if os.path.splitext(n)[0] == base]
-        suffixes = [os.path.splitext(n)[1].lower() for n in mates]
-        images = [s for s in suffixes if s in (".jpg", ".png")]
+        mates = {n: os.path.splitext(n)[1].lower() for n in existing if _row_name(n) == _row_name(name)}
+        images = [n for n, s in mates.items() if s in (".jpg", ".png")]
+        texts = {n: s for n, s in mates.items() if s in (".txt", ".json", ".cls")}
+        foreign = {n for n in texts if n.endswith(".jpg.txt") and n[:-4] not in images}
         is_junk = any(part.startswith(".") for part in name.split("/"))
         is_log = name in ("00000.parquet", "00000_stats.json") and (root / "00000").is_dir()
-        if is_junk or last.lower() in (".jpg", ".png") or not (images or is_log):
+        if is_junk or name in images or name in foreign or not (images or is_log):
             expected.add(name)
-        texts = {s: files[n] for s, n in zip(suffixes, mates, strict=True) if s in (".txt", ".json", ".cls")}
-        is_alone = len(images) == 1 and all(suffixes.count(s) == 1 for s in texts)
-        if last.lower() in images and is_alone and not is_junk and files[name] and name not in captions:
-            captions[name] = _captions_of(texts)
+        own = {s: files[n] for n, s in texts.items() if n not in foreign}
+        is_alone = len(images) == 1 and len(own) == len(texts) - len(foreign)
+        if name in images and is_alone and not is_junk and files[name]:
+            captions[name] = _captions_of(own)
     assert got == expected
     assert {item.key: item.captions for item in found if isinstance(item, Sample)} == {
         name: texts for name, texts in captions.items() if texts is not None
     }
+
+
+def _row_name(name: str) -> str:
+    base = os.path.splitext(name)[0]
+    return base[:-4] if name.endswith(".jpg.txt") else base
 
 
 def _captions_of(texts: dict[str, bytes]) -> tuple[str, ...] | None:
@@ -265,12 +297,16 @@ def test_metadata_of_image_folders_is_found_at_any_depth(tmp_path: Path) -> None
     ("files", "message"),
     [
         ({}, "has no files; give .tar"),
-        ({"data.mdb": b"", "lock.mdb": b""}, "has only .mdb; give .tar"),
-        ({"a/b/c.npy": b"", ".DS_Store": b""}, "has only .npy; give .tar"),
+        (
+            {"data.mdb": b"", "lock.mdb": b""},
+            "has .mdb files; such a file is an LMDB database, which is not read; convert",
+        ),
+        ({"a/b/c.npy": b"", ".DS_Store": b""}, "has .npy files; such a file is a NumPy file"),
         (
             {"a.jpg": b"", "b.txt": b""},
             "holds images without texts beside them and without a folder per class",
         ),
+        ({"notes": b"", "README.md": b""}, "has only .md, notes; give .tar"),
         ({"train/a.jpg": b"", "val/a.jpg": b""}, "holds the splits train, val; name one of them"),
     ],
 )
@@ -291,3 +327,56 @@ def test_images_beside_tars_are_named(tmp_path: Path, capsys: pytest.CaptureFixt
         capsys.readouterr().err
         == f"warning: the images in {root}/photos are not read, only 0.tar and files like it\n"
     )
+
+
+COCO_START = '{"info": {}, "images": [{"file_name": "1.jpg"'
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"images/1.jpg": b"", "data.json": '[{"image": "1.jpg"'},
+            "holds images in images and data.json; give .*/s/data",
+        ),
+        (
+            {"train2017/1.jpg": b"", "annotations/captions_train2017.json": COCO_START},
+            r"and annotations/captions_train2017\.json; give .*/s/annotations/captions_train2017\.json, with --images",
+        ),
+        (
+            {"a/1.jpg": b"", "b/2.jpg": b"", "dataset_coco.json": COCO_START},
+            r"holds images in a, b and dataset_coco\.json; give",
+        ),
+        (
+            {"train2017/1.jpg": b"", "val2017/1.jpg": b""},
+            "holds the splits train2017, val2017; name one of them",
+        ),
+        ({"train/cat/1.jpg": b"", "notes.md": b""}, "holds the split train only; give .*/s/train"),
+        (
+            {"images/x/1.jpg": b"", "labels/x/1.txt": "0 0.5 0.5 0.1 0.1"},
+            "holds images in images and texts of the same names in labels; put each text beside its image",
+        ),
+    ],
+)
+def test_folders_that_are_no_classes_are_refused(
+    tmp_path: Path, files: dict[str, bytes | str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        expand([str(write(tmp_path / "s", files))])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"cat/1.jpg": b"", "dog/1.jpg": b"", "class_index.json": '{"0": ["cat"]}', "README.txt": "1"},
+        {"cat/1.jpg": b"", "config.json": '{"size": 3}'},
+        {"train/1.jpg": b"", "train/1.txt": "a dog"},
+        {"cat/1.jpg": b"", "dog/2.jpg": b"", "boxes.json": COCO_START},
+    ],
+)
+def test_folders_that_may_be_classes_or_pairs_are_a_source(
+    tmp_path: Path, files: dict[str, bytes | str]
+) -> None:
+    root = write(tmp_path / "s", files)
+    assert expand([str(root)]) == [str(root)]
