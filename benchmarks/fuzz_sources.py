@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import c_long
 from pathlib import Path
 from random import Random
@@ -92,11 +92,11 @@ def fuzz(first: int, inputs: int, seconds: float, formats: list[str]) -> list[di
             arguments = (seed, first + seeds, deadline, formats, scratch)
             worker = context.Process(target=_work, args=arguments)
             worker.start()
-            if problem := _watch(worker, seed):
+            if problem := _watch(worker, seed, lambda: _read_log(log, findings)):
                 with log.open("a") as file:
                     file.write(json.dumps(_finding(seed.value, -1, "", problem, "")) + "\n")
                 seed.value += 1
-            _read_log(log, findings)
+        _read_log(log, findings)
         counts = Counter(json.loads((Path(scratch) / "counts.json").read_text() or "{}"))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -104,11 +104,12 @@ def fuzz(first: int, inputs: int, seconds: float, formats: list[str]) -> list[di
     return list(findings.values())
 
 
-def _watch(worker: Any, seed: Any) -> str:
-    """Wait for a worker; return how it ended if that is a finding."""
+def _watch(worker: Any, seed: Any, look: Callable[[], None]) -> str:
+    """Wait for a worker and `look` meanwhile; return how it ended if that is a finding."""
     at, since = seed.value, time.monotonic()
     while worker.is_alive():
         worker.join(0.2)
+        look()
         if seed.value != at:
             at, since = seed.value, time.monotonic()
         elif time.monotonic() - since > WALL_SECONDS:
@@ -119,14 +120,14 @@ def _watch(worker: Any, seed: Any) -> str:
 
 
 def _read_log(log: Path, findings: dict[tuple[str, str], dict[str, Any]]) -> None:
-    for line in log.read_text().splitlines():
-        finding = json.loads(line)
-        key = (finding["format"], finding["problem"][:60] + finding["where"])
-        if key not in findings:
+    """Print the findings that are new, and add them to `findings`."""
+    for line in log.read_text().splitlines(keepends=True):
+        finding = json.loads(line) if line.endswith("\n") else {}
+        key = (finding["format"], finding["problem"][:60] + finding["where"]) if finding else None
+        if key and key not in findings:
             findings[key] = finding
             print(f"seed {finding['seed']}.{finding['number']} {finding['format']}: {finding['problem']}")
             print(finding["trace"], flush=True)
-    log.write_text("")
 
 
 def _report(counts: Counter[str], seconds: float, findings: list[dict[str, Any]]) -> None:

@@ -19,8 +19,9 @@ from lit_fast.embed.journal import Journal
 from lit_fast.embed.loader import Batch
 from lit_fast.embed.locks import check_rows_are_unlocked, lock_shard
 from lit_fast.errors import UserError
+from lit_fast.storage.cache import local_directory
 from lit_fast.storage.files import exists
-from lit_fast.storage.paths import join
+from lit_fast.storage.paths import is_bucket, join
 from lit_fast.utils.output import status
 
 
@@ -180,8 +181,13 @@ def write_shard(
 
 
 def journal_path(features: Features, shard: int) -> str:
-    """Return the path of the journal of an unfinished shard."""
-    return join(features.path, "partial", f"{shard:05d}.journal")
+    """Return the path of the journal of an unfinished shard.
+
+    Objects in buckets cannot be appended to: the journal of a store in a bucket is in the local cache.
+    """
+    local = is_bucket(features.path)
+    directory = local_directory("journals", features.path) if local else join(features.path, "partial")
+    return join(directory, f"{shard:05d}.journal")
 
 
 def batch_spans(done: int, rows: int, device_rows: int, devices: int) -> list[tuple[int, int]]:

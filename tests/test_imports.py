@@ -43,7 +43,7 @@ TRAIN = (
     ("train.step", "train.workdir"),
     ("train.export", "train.cost", "train.inputs"),
     ("train.tracking", "train.plan"),
-    ("train.checkpoints",),
+    ("train.checkpoints", "train.mirror"),
     ("train.loop",),
     ("train.cli",),
 )

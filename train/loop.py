@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from signal import SIGTERM
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +23,14 @@ from lit_fast.models.two_towers import init_params, text_embedder, text_tower
 from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.storage.lock import Lock
-from lit_fast.storage.paths import StrPath
+from lit_fast.storage.paths import StrPath, is_bucket
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
 from lit_fast.train.cost.memory import MemoryFit, choose_remat
 from lit_fast.train.evaluator import EmbedText, Evaluator
 from lit_fast.train.input_pipeline.stream import Batch
 from lit_fast.train.inputs import Inputs, check_run, open_inputs
+from lit_fast.train.mirror import RunMirror
 from lit_fast.train.optimizer import evaluation_params
 from lit_fast.train.step import Metrics, State, abstract_training, init_state, make_step
 from lit_fast.train.tracking.metrics_writer import TrainingLog
@@ -64,19 +66,29 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     lock = lock_workdir(workdir)
     with lock or nullcontext():
         check_run(workdir, config, inputs)  # again, as another training may have ended meanwhile
-        _train(config, workdir, profiled, mesh, inputs, lock, started)
+        if not is_bucket(workdir):
+            _train(config, workdir, workdir, profiled, mesh, inputs, lock, started)
+            return
+        with RunMirror(workdir, lock) as mirror:
+            _train(config, mirror.local, workdir, profiled, mesh, inputs, mirror, started)
 
 
 def _train(
     config: Config,
     workdir: str,
+    shown_workdir: str,
     profiled: range,
     mesh: Mesh,
     inputs: Inputs,
-    lock: Lock | None,
+    lock: Lock | RunMirror | None,
     started: float,
 ) -> None:
-    """Train in a run directory that this process, or the first one, has locked."""
+    """Train in a local run directory that this process, or the first one, has locked.
+
+    Args:
+      shown_workdir: the run directory in messages: that in a bucket of which `workdir` is a copy.
+      lock: is checked before a checkpoint is written.
+    """
     stream, packing, evaluator, text = inputs.stream, inputs.packing, inputs.evaluator, config.text
     status(f"dataset {inputs.features.dataset.path}: {stream.description}")
     if packing:
@@ -114,7 +126,7 @@ def _train(
         if not is_finished(workdir):  # it was killed after the last checkpoint
             results = evaluator.run(embed_text, evaluation_params(state.opt, state.params), state.average)
             _write_summary(workdir, config, memory, start_step, cost_before, results)
-        result(f"{workdir} is complete: {start_step:,} steps")
+        result(f"{shown_workdir} is complete: {start_step:,} steps")
         return
 
     # --- Train.
@@ -145,12 +157,12 @@ def _train(
         status(f"stopped after step {step:,} and saved; rerun the same command to continue")
         raise SystemExit(128 + stop_signal)
     result(
-        f"trained {config.steps:,} steps in {format_duration(meter.cost().seconds)}; the run is in {workdir}"
+        f"trained {config.steps:,} steps in {format_duration(meter.cost().seconds)}; the run is in {shown_workdir}"
     )
     if evaluator.results:
         result(evaluator.table())
     else:
-        result(f"evaluate it with: lit-fast eval {workdir} --zero-shot E --retrieval E")
+        result(f"evaluate it with: lit-fast eval {shown_workdir} --zero-shot E --retrieval E")
 
 
 class _Components(NamedTuple):
@@ -166,7 +178,7 @@ class _Components(NamedTuple):
     meter: ThroughputMeter
     log: TrainingLog
     profiler: Profiler
-    lock: Lock | None  # of the run directory, in the first process
+    lock: Lock | RunMirror | None  # of the run directory; None in all processes but the first
 
 
 def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
@@ -176,7 +188,7 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
       The last completed step, and the signal that stopped the loop; 0: none.
     """
     config, paused = c.config, c.meter.paused
-    preemption = PreemptionSignal(c.mesh)
+    preemption = PreemptionSignal(c.mesh, lambda: isinstance(c.lock, RunMirror) and c.lock.has_failed)
     pending_log: tuple[int, Metrics] | None = None
     previous: Metrics | None = None
     with paused:
@@ -248,9 +260,15 @@ class PreemptionSignal:
     A second signal ends the process at once.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, has_failed: Callable[[], bool] = lambda: False) -> None:
+        """Begin to record signals.
+
+        Args:
+          has_failed: whether the run cannot be saved any more; then the training stops as after SIGTERM, and saving
+            raises the reason.
+        """
         self._received, _ = record_signals()
-        self._mesh = mesh
+        self._mesh, self._has_failed = mesh, has_failed
         self._max = jax.jit(jnp.max, out_shardings=replicated(mesh))
         self._pending: deque[jax.Array] = deque()
 
@@ -261,6 +279,8 @@ class PreemptionSignal:
         on the devices and read two steps later, when it is available without waiting.
         """
         signal = self._received[0] if self._received else 0
+        if not signal and self._has_failed():
+            signal = SIGTERM
         if jax.process_count() == 1:
             return signal
         received = np.full(jax.local_device_count(), signal, np.int32)

@@ -220,7 +220,7 @@ def _report(dataset: Dataset, manifest: Manifest, out: str, origin: str) -> None
         f"pulled {dataset.rows:,} rows with {dataset.captions:,} captions{''.join(f', {part}' for part in parts)} "
         f"from {origin} into {out}"
     )
-    if towers and not tokenizers and not stored_tokenizers(_at(dataset, out)):
+    if dataset.captions and not stored_tokenizers(_at(dataset, out)):
         result(f"make tokens with: lit-fast tokenize {shlex.quote(out)} --train-vocab 32000")
     if elsewhere := absent_places(dataset.sources):
         more = f" and {len(elsewhere) - 1} more" if len(elsewhere) > 1 else ""

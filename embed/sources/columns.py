@@ -229,6 +229,8 @@ def find_guess(options: Columns, columns: Columns, names: Collection[str]) -> It
         others = [name for name in names if name.lower() in candidates and name not in taken]
         also = f" (also: {some(others)})" if others else ""
         guesses.append(f"{role} = {some(shown)}{also}")
+    if "split" in names and not options.split:
+        guesses.append("split = all (--split chooses)")
     if guesses:
         yield Guess(", ".join(guesses))
 

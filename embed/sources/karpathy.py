@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from lit_fast.embed.sources.columns import find_guess, find_split, parse_row, require_column
+from lit_fast.embed.sources.columns import find_guess, find_split, parse_row, require_column, some
 from lit_fast.embed.sources.image_paths import find_image
 from lit_fast.embed.sources.interface import Columns, Item, Skipped
 from lit_fast.errors import UserError
@@ -50,9 +50,11 @@ def karpathy_rows(path: str, directory: str, options: Columns, images: list[Any]
 
 def _check_split(path: str, options: Columns, rows: list[dict[str, Any]]) -> None:
     counts = Counter(str(row.get("split", "none")) for row in rows)
-    shown = ", ".join(f"{split} ({count:,})" for split, count in counts.most_common(10))
+    shown = ", ".join(f"{some([split])} ({count:,})" for split, count in counts.most_common(10))
     if not options.split and len(counts) > 1:
         first = "train+restval" if "restval" in counts else counts.most_common(1)[0][0]
-        raise UserError(f"{path} mixes the splits {shown}; choose with --split, as in --split {first}")
+        raise UserError(
+            f"{path} mixes the splits {shown}; choose with --split, as in --split {some([first])}"
+        )
     if options.split and (absent := [split for split in options.split.split("+") if split not in counts]):
         raise UserError(f"{path} has no split {absent[0]!a}; it has {shown}")

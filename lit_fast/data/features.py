@@ -25,27 +25,18 @@ import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, SHARD, Dataset, choose_store
 from lit_fast.data.shards import (
-    READ_THREADS,
     BlockReader,
     array_metadata,
+    read_threads,
     shard_file,
     tensorstore_reason,
 )
 from lit_fast.errors import UserError
-from lit_fast.storage.files import exists, is_file, list_names, local_path, read_json, read_object, write_json
-from lit_fast.storage.paths import absolute, join, stem
+from lit_fast.storage.arrays import array_context, array_location
+from lit_fast.storage.files import exists, is_file, list_names, read_json, read_object, write_json
+from lit_fast.storage.paths import join, stem
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-# One context for all arrays: resources in separate specs would be separate pools. Without locks of the file system,
-# which some have not, a file is written beside its place and renamed; one process writes a shard at a time.
-_CONTEXT = ts.Context(
-    {
-        "file_io_concurrency": {"limit": 16},
-        "file_io_locking": {"mode": "none"},
-        "cache_pool": {"total_bytes_limit": 0},
-    }
-)
 
 _IMPORT_OPTIONS = ("format", "features", "captions_table", "captions", "key")  # of import-features
 
@@ -106,14 +97,13 @@ class Features:
         created = exists(join(self.path, "zarr.json"))
         spec: dict[str, Any] = {
             "driver": "zarr3",
-            # The driver accepts no path with "..".
-            "kvstore": {"driver": "file", "path": f"{absolute(local_path(self.path))}/"},
+            "kvstore": array_location(self.path),
             "fill_missing_data_reads": False,
             "store_data_equal_to_fill_value": True,
             "metadata": metadata if created else {**metadata, "shape": shape},
         }
         try:
-            array = ts.open(spec, context=_CONTEXT, open=True, create=create and not created).result()
+            array = ts.open(spec, context=array_context(), open=True, create=create and not created).result()
             if create and array.shape[0] < shape[0]:
                 array = array.resize(exclusive_max=shape, expand_only=True).result()
         except ValueError as error:
@@ -146,7 +136,7 @@ class Features:
             reader.read(block, buffer)
             out[block] = buffer[:, :width]
 
-        with ThreadPoolExecutor(READ_THREADS) as pool:
+        with ThreadPoolExecutor(read_threads(self.path)) as pool:
             for _ in pool.map(read, range(self.dataset.blocks)):
                 pass
         return out.reshape(-1, width)[: self.dataset.rows]
@@ -168,7 +158,7 @@ class Features:
             valid = [row - first for row in range(first, min(first + BLOCK, rows)) if row not in invalid]
             return vectors[valid, : self.width].astype(np.float64).sum(axis=0), len(valid)
 
-        with ThreadPoolExecutor(READ_THREADS) as pool:
+        with ThreadPoolExecutor(read_threads(self.path)) as pool:
             sums, counts = zip(*pool.map(add_up, sample), strict=True)
         return (np.sum(sums, axis=0) / max(sum(counts), 1)).astype(np.float32)
 
@@ -196,7 +186,8 @@ class Features:
         """
         names = (stem(name) for name in list_names(join(self.path, "manifest")) if name.endswith(".json"))
         shards = sorted(int(n) for n in names if n.isdigit() and int(n) < self.dataset.shards)
-        return {shard: self.manifest(shard) for shard in shards}
+        with ThreadPoolExecutor(read_threads(self.path)) as pool:  # in a bucket each is a request
+            return dict(zip(shards, pool.map(self.manifest, shards), strict=True))
 
     def manifest(self, shard: int) -> Manifest:
         """Read the manifest of a shard.

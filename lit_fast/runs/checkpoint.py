@@ -12,6 +12,7 @@ digest of each tree is stored beside it and compared when it is read.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import jax
@@ -20,8 +21,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from lit_fast.errors import UserError, first_line
+from lit_fast.runs.remote_checkpoints import cached_checkpoint
 from lit_fast.storage.files import is_directory, list_names, local_path, make_directory, rename
-from lit_fast.storage.paths import StrPath, absolute, join, parent
+from lit_fast.storage.paths import StrPath, absolute, is_bucket, join, parent
 from lit_fast.utils.output import status
 
 # Orbax logs every save at INFO of the root logger, warns of absent sharding files, and prints tracebacks of
@@ -115,6 +117,8 @@ def restore_params(
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
     """
+    if is_bucket(run):
+        step, run = cached_checkpoint(os.fspath(run), step, (name, "meta"))
     if not is_directory(join(run, "checkpoints")):
         raise UserError(f"run {run} has no checkpoint yet")
     manager = open_manager(run)

@@ -2,6 +2,9 @@
 
 A file is created with `O_EXCL`, which needs no locks of the file system. To replace or delete content X, a process
 first creates the claim file of X, so that only one does, and reads the file again. No content may occur twice.
+
+In a bucket the writes themselves are conditional. A second line there holds a random beat, since writing equal content
+again does not change an object's generation everywhere.
 """
 
 from __future__ import annotations
@@ -9,12 +12,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
+from lit_fast.storage import buckets
 from lit_fast.storage.files import local_path, make_directory, remove
-from lit_fast.storage.paths import StrPath, join, name, parent
+from lit_fast.storage.paths import StrPath, is_bucket, join, name, parent
 
 _MAX_BYTES = 1 << 16
 
@@ -28,6 +33,8 @@ class LeaseFile(NamedTuple):
 
 def read_lease(location: StrPath) -> LeaseFile | None:
     """Read a lease file; None where there is none. Raises OSError."""
+    if is_bucket(location):
+        return _read_object(os.fspath(location))[0]
     # A pipe of that name must not be waited for. Opening also makes NFS ask its server for the time of the file.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -45,6 +52,8 @@ def read_lease(location: StrPath) -> LeaseFile | None:
 
 def create_lease(location: StrPath, data: bytes) -> bool:
     """Create a lease file and the directories above; return False if there is one. Raises OSError."""
+    if is_bucket(location):
+        return _write_object(os.fspath(location), data, buckets.ABSENT)
     path = local_path(location)
     while True:
         make_directory(parent(path))
@@ -84,6 +93,12 @@ def swap_lease(
     Raises:
       OSError: the file cannot be replaced.
     """
+    if is_bucket(location):
+        url = os.fspath(location)
+        lease, generation = _read_object(url)
+        if lease is None or lease.data != old:
+            return False
+        return buckets.delete(url, generation) if delete else _write_object(url, new, generation)
     path = local_path(location)
     claim = _claim(path, old)
     if not create_lease(claim, new):
@@ -112,7 +127,31 @@ def swap_lease(
 
 def touch_lease(location: StrPath) -> None:
     """Change the `beat` of a lease file. Raises OSError."""
+    if is_bucket(location):
+        url = os.fspath(location)
+        lease, generation = _read_object(url)
+        if lease is not None:
+            _write_object(url, lease.data, generation)
+        return
     os.utime(local_path(location), follow_symlinks=False)
+
+
+def _read_object(url: str) -> tuple[LeaseFile | None, bytes]:
+    """Return the content of a lease in a bucket and its generation."""
+    data, generation = buckets.read(url)
+    if data is None:
+        return None, generation
+    content, newline, beat = data.partition(b"\n")
+    return LeaseFile(content + newline, int.from_bytes(beat[:16], "big")), generation
+
+
+def _write_object(url: str, data: bytes, generation: bytes) -> bool:
+    """Write a lease in a bucket whose object has this generation; return False if it has another."""
+    beat = secrets.token_hex(8).encode()
+    if buckets.write(url, data + beat, generation):
+        return True
+    # After a retry, the write that came through looks as refused as that of another process.
+    return buckets.read(url).data == data + beat
 
 
 def _claim(path: str, data: bytes) -> str:

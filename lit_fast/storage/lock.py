@@ -24,7 +24,7 @@ from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, local_path, remove
 from lit_fast.storage.holder import Holder
 from lit_fast.storage.lease_file import LeaseFile, create_lease, read_lease, swap_lease, touch_lease
-from lit_fast.storage.paths import StrPath, parent
+from lit_fast.storage.paths import StrPath, is_bucket, parent
 from lit_fast.utils.output import status
 
 TOUCH_SECONDS = 10.0
@@ -63,7 +63,7 @@ class Lock:
         self._token, self._data, self._process = holder.token, holder.encode(), holder.pid
         self._stop = threading.Event()
         try:
-            self._made_directory = not exists(parent(location))
+            self._made_directory = not is_bucket(location) and not exists(parent(location))
             _held.add(self._token)
             self._take(remedy, wait)
         except BaseException as error:
@@ -130,7 +130,7 @@ class Lock:
 
     def _touch(self) -> None:
         while not self._stop.wait(TOUCH_SECONDS):
-            with suppress(OSError):
+            with suppress(OSError, UserError):  # `check` reports what lasts
                 lease = read_lease(self._location)
                 if lease is None or lease.data != self._data:  # `check` reports it
                     return

@@ -37,6 +37,11 @@ def is_url(location: StrPath) -> bool:
     return _SCHEME.match(os.fspath(location)) is not None
 
 
+def is_bucket(location: StrPath) -> bool:
+    """Return whether a location is in a bucket, `gs://` or `s3://`, where files can be written too."""
+    return os.fspath(location).startswith(("gs://", "s3://"))
+
+
 def is_pattern(location: StrPath) -> bool:
     """Return whether a location has `*`, `?` or `[..]`."""
     return glob.has_magic(os.fspath(location))

@@ -49,9 +49,9 @@ def test_a_url_of_an_unknown_scheme_is_refused_in_one_line(tmp_path: Path) -> No
         ):
             function("ftp://host/f")
     with pytest.raises(
-        UserError, match=r"^s3://bucket/f is a URL, where only a local path can be used; give a path"
+        UserError, match=r"^hf://bucket/f is a URL, where only a local path can be used; give a path"
     ):
-        write_atomic("s3://bucket/f", b"")
+        write_atomic("hf://bucket/f", b"")
 
 
 def test_read_lines_returns_stripped_lines(tmp_path: Path) -> None:

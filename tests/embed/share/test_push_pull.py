@@ -16,7 +16,7 @@ from lit_fast.data.dataset import open_dataset
 from lit_fast.data.features import open_features
 from lit_fast.embed import import_rows
 from lit_fast.storage.files import sha256
-from tests.embed.contents import captions, keys, tree
+from tests.embed.contents import captions, keys, patch_shard_rows, tree
 from tests.helpers import encoded, picture, samples, write_tar
 from tests.web import COMMIT, Hub, running_hub, sha  # noqa: F401
 
@@ -243,6 +243,22 @@ def test_grown_dataset_replaces_its_earlier_rows(made, hub, tiny_vit, tmp_path, 
     assert [open_dataset(tmp_path / name).rows for name in ("new", "old")] == [47, 40]
     assert run("pull", REPOSITORY, tmp_path / "x", "--revision", "v9") == 2
     assert "has no such revision" in error(capsys)
+
+
+def test_several_shards_are_shared_and_replaced_by_more_rows_of_the_same(hub, tmp_path, monkeypatch, capsys):
+    patch_shard_rows(monkeypatch)
+    for name, count, prefix in (("short", 1500, "k"), ("long", 2500, "k"), ("other", 2500, "x")):
+        given = [(prefix + key, vector, text) for key, vector, text in rows(count=count)]
+        import_rows(given, tmp_path / name, tower="t")
+    assert run("push", tmp_path / "short", REPOSITORY) == 0
+    assert run("push", tmp_path / "other", REPOSITORY) == 2
+    assert "holds another dataset, of 1,500 rows" in error(capsys)
+    assert run("push", tmp_path / "long", REPOSITORY) == 0
+    assert run("push", tmp_path / "short", REPOSITORY) == 2
+    assert "holds another dataset, of 2,500 rows" in error(capsys)
+    assert run("pull", REPOSITORY, tmp_path / "p") == 0
+    assert tree(tmp_path / "p/features/t/c") == tree(tmp_path / "long/features/t/c")
+    assert len(tree(tmp_path / "p/features/t/manifest")) == 3
 
 
 def test_imported_features_are_shared_as_well(hub, tmp_path, capsys):

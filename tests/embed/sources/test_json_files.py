@@ -202,6 +202,20 @@ def test_split_selects_by_a_column(images: Path, tmp_path: Path) -> None:  # noq
         index(images / "t.csv", tmp_path / "e", split="tran")
 
 
+def test_all_splits_are_a_guess_that_is_printed(
+    images: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = write(images / "t.csv", "filepath,title,split\n0.jpg,one,train\n1.jpg,two,test\n")
+    assert main(["index", str(table), "--out", str(tmp_path / "d")]) == 0
+    assert "captions = title, split = all (--split chooses); first" in capsys.readouterr().err
+    assert main(["index", str(table), "--out", str(tmp_path / "e"), "--split", "test"]) == 0
+    shown = capsys.readouterr()
+    assert "split = all" not in shown.err
+    assert "left out 1: 1 of the split train\n" in shown.out
+
+
 def test_split_of_a_source_without_splits_is_one_line(images: Path, tmp_path: Path) -> None:  # noqa: F811
     write(images / "t.csv", "filepath,title\n0.jpg,text\n")
     with pytest.raises(UserError, match=r"t\.csv has no 'split'; it has"):
