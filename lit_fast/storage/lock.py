@@ -242,6 +242,7 @@ def _in_use(target: StrPath, watch: _Watch, remedy: str) -> InUseError:
 
 
 def _write_error(location: str, error: OSError) -> UserError:
+    file = error.filename or location
     return UserError(
-        f"{error.filename or location} cannot be written: {os_reason(error)}; fix the cause, then rerun the same command"
+        f"{file} cannot be written: {os_reason(error)}; fix the cause, then rerun the same command"
     )
