@@ -316,6 +316,25 @@ def test_other_data_behind_the_end_is_damage(tmp_path: Path, zeros: int) -> None
     assert f"no archive behind its end, from byte {len(data)} on" in found.damage
 
 
+def test_a_download_that_was_not_completed_is_noted_and_a_large_hole_is_not_read(tmp_path: Path) -> None:
+    """Programs that reserve the space of a file leave zeros where it was not written."""
+    path = write_tar(tmp_path / "0.tar", samples(3))
+    data = path.read_bytes()
+    end = header(data, "000000002.jpg")
+    path.write_bytes(data[:end] + bytes(2 << 20))
+    found = read_tar(path)
+    assert (len(found.rows), found.damage) == (2, "")
+    wrong = (
+        f"{path} ends at byte {end} before 2,097,152 bytes of zeros: its download may not have been completed"
+    )
+    assert found.notes == [wrong]
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+    found = read_tar(path)
+    assert len(found.rows) == 2
+    assert "more than 64 MiB of zeros behind its end" in found.damage
+
+
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_sparse_files_and_links_are_counted_and_passed(tmp_path: Path, format: int) -> None:
     """GNU's three formats of sparse files in pax headers, and the old one."""
