@@ -38,6 +38,7 @@ CAPTIONS = (
     "comment",
     "description",
     "alt",
+    "caption_str",
 )
 IMAGE = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image/encoded")
 PATHS = (
