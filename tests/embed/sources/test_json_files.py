@@ -85,7 +85,11 @@ def test_karpathy_without_a_split_is_refused_with_the_counts(images: Path) -> No
     "value",
     [
         [{"id": 7, "image": f"{n}.jpg", "caption": f"text {n}"} for n in range(3)],
-        {"data": [{"image_path": f"{n}.jpg", "caption": f"text {n}", "set_name": "train"} for n in range(3)]},
+        {
+            "data": [
+                {"image_path": f"{n}.jpg", "caption_str": f"text {n}", "set_name": "train"} for n in range(3)
+            ]
+        },
         {"info": {}, "annotations": [{"file_name": f"{n}.jpg", "caption": f"text {n}"} for n in range(3)]},
     ],
 )
