@@ -341,7 +341,7 @@ def caption_texts(value: Any, lists: bool = False, depth: int = 0) -> Iterator[t
     """
     if depth > _MAX_DEPTH:
         yield "", NOT_TEXT
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list):
         for part in value:
             yield from caption_texts(part, lists, depth + 1)
     elif isinstance(value, Mapping):
