@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class UnsupportedModelError(UserError):
+    """Weights of a model that lit_fast has no JAX code for; PyTorch's code may compute it."""
+
+
 def first_line(error: BaseException, length: int = 200) -> str:
     """Return the first line of an exception's text, cut at `length`; the exception's type where it has no text."""
     lines = str(error).strip().splitlines()
