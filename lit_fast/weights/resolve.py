@@ -127,9 +127,7 @@ def local_weights(spec: str) -> str:
         names = (_WEIGHTS, _INDEX, _OPEN_CLIP_WEIGHTS)
         found = [join(path, file) for file in names if is_file(join(path, file))]
         if not found:
-            raise UserError(
-                f"tower {spec} is a directory without {', '.join(names)}; give one with weights"
-            )
+            raise UserError(f"tower {spec} is a directory without {', '.join(names)}; give one with weights")
         path = found[0]
     if not is_file(path):
         raise UserError(f"tower {path} is not a regular file; give a file or a directory")

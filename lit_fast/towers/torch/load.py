@@ -26,6 +26,7 @@ def load_torch_tower(
     preprocess: Preprocess,
     pool: str | None,
     resolution: int | None,
+    vit: Architecture | None = None,
 ) -> Any:
     """Load a tower of a library.
 
@@ -124,8 +125,9 @@ def build(recipe: dict[str, Any]) -> Any:
     _require(library)
     from lit_fast.towers.torch import open_clip, timm, transformers
 
-    modules = {"timm": timm.build, "open_clip": open_clip.build, "transformers": transformers.build}
-    return modules[library](recipe)
+    if library == "transformers":
+        return transformers.build(recipe)
+    return timm.build(recipe) if library == "timm" else open_clip.build(recipe)
 
 
 def _require(library: str) -> None:

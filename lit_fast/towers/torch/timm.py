@@ -35,7 +35,7 @@ def config_of(name: str) -> dict[str, Any]:
     try:
         found = timm.get_pretrained_cfg(name)
     except RuntimeError:
-        tags = ", ".join(timm.get_arch_pretrained_cfgs(architecture))
+        tags = ", ".join(timm.models.get_arch_pretrained_cfgs(architecture))
         raise UserError(f"timm's {architecture} has no weights {tag!r}; choose from {tags}") from None
     settings = found.to_dict() if found else {}
     return {"architecture": architecture, "pretrained_cfg": settings}
@@ -84,7 +84,9 @@ def recipe(
         raise UserError(f"{where}: model_args is not an object; give a config.json of timm")
     if refused := [key for key in arguments if _REFUSED.fullmatch(key)]:
         raise UserError(f"{where}: the model argument {refused[0]} is not allowed; remove it")
-    arguments = {key: value for key, value in arguments.items() if key != "num_classes"}  # the tensors show it
+    arguments = {
+        key: value for key, value in arguments.items() if key != "num_classes"
+    }  # the tensors show it
     kept = {key: _as_list(settings[key]) for key in _SETTINGS if settings.get(key) is not None}
     if resolution and (kept.get("fixed_input_size") or "img_size" in arguments):
         arguments = arguments | {"img_size": resolution}

@@ -46,7 +46,8 @@ def run(
     # are not copied.
     shared = {id(tensor): tensor for tensor in _tensors(module).values()}
     traced = JittableModule(copy.deepcopy(module, shared), dedup_parameters=False)
-    x, tensors = environment.j2t_iso((jnp.transpose(images, (0, 3, 1, 2)), params))
+    values = jax.tree.map(jnp.asarray, params)
+    x, tensors = environment.j2t_iso((jnp.transpose(images, (0, 3, 1, 2)), values))
     with (
         warnings.catch_warnings(action="ignore"),  # integers are of 32 bits
         environment.override_property(autocast_dtype=torch.bfloat16 if dtype == jnp.bfloat16 else None),
@@ -82,8 +83,8 @@ def _environment() -> Any:
     amp.autocast_policy[F.conv2d] = amp.CastPolicy.LOWER_PRECISION_FP
     amp.autocast_policy.update(dict.fromkeys(_FULL_PRECISION, amp.CastPolicy.FP32))
     # Their policy fails on lists of tensors; JAX promotes by itself.
-    for operator in (aten.cat.default, aten.stack.default):
-        amp.autocast_policy.pop(operator, None)
+    for overload in (aten.cat.default, aten.stack.default):
+        amp.autocast_policy.pop(overload, None)
     return environment
 
 

@@ -91,7 +91,7 @@ def build(recipe: dict[str, Any], path: str | None = None) -> Body:
         else:
             model, report = model_class.from_pretrained(
                 parent(path), config=config, use_safetensors=True, local_files_only=True, trust_remote_code=False,
-                dtype=torch.float32, output_loading_info=True,
+                dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
             missing = set(report["missing_keys"])
             if report["mismatched_keys"]:
