@@ -67,7 +67,7 @@ def load_torch_tower(
                 whole = any(name.startswith(open_clip.PREFIX) for name in file.shapes)
                 tensors = read_tensors(file, lambda name: not whole or name.startswith(open_clip.PREFIX))
                 body = open_clip.build(recipe, tensors)
-    return _tower(name, source, weights_digest(files.path), preprocess, body, recipe)
+    return model_tower(name, source, weights_digest(files.path), preprocess, body, recipe)
 
 
 def torch_tower_from_provenance(
@@ -94,7 +94,9 @@ def torch_tower_from_provenance(
     from lit_fast.towers.torch.tower import fill, stored_shapes
 
     fill(body.module, read(stored_shapes(body.module)))
-    return _tower(str(provenance["name"]), source, str(provenance.get("sha256")), preprocess, body, recipe)
+    return model_tower(
+        str(provenance["name"]), source, str(provenance.get("sha256")), preprocess, body, recipe
+    )
 
 
 def recipe_of(provenance: dict[str, Any]) -> dict[str, Any]:
@@ -137,9 +139,14 @@ def _require(library: str) -> None:
     require(library)
 
 
-def _tower(
+def model_tower(
     name: str, source: str, digest: str, preprocess: Preprocess, body: Any, recipe: dict[str, Any]
 ) -> Any:
+    """Return the `TorchTower` of a `Body`, after it has been traced once.
+
+    Raises:
+      UserError: JAX cannot trace it.
+    """
     from lit_fast.towers.torch import trace
     from lit_fast.towers.torch.tower import TorchTower
 

@@ -20,8 +20,10 @@ _TIMM_POOLS = {"tok": "token", "gap": "avg", "map": "map"}
 _PREPROCESS = ("size", "mode", "mean", "std", "interpolation", "resize_mode")
 
 
-def config_of(name: str) -> dict[str, Any]:
+def config_of(name: str, *, quiet: bool = False) -> dict[str, Any]:
     """Return the content of `open_clip_config.json` for ARCHITECTURE or ARCHITECTURE/PRETRAINED.
+
+    Prints a note on an activation that differs from the architecture's, unless `quiet`.
 
     Raises:
       UserError: open_clip has no such model or weights, or the extra is missing.
@@ -35,7 +37,8 @@ def config_of(name: str) -> dict[str, Any]:
         raise UserError(f"open_clip {package_version('open_clip')} has no model {architecture}; {hint}")
     settings = _weights(open_clip, architecture, tag) if tag else {}
     if settings.get("quick_gelu") and not model.get("quick_gelu"):
-        status(f"note: {name} was trained with QuickGELU, which is used")
+        if not quiet:
+            status(f"note: {name} was trained with QuickGELU, which is used")
         model["quick_gelu"] = True
     preprocess = {key: settings[key] for key in _PREPROCESS if settings.get(key) is not None}
     return {"model_name": architecture, "model_cfg": model, "preprocess_cfg": preprocess}
@@ -56,7 +59,6 @@ def repository_of(name: str) -> tuple[str, str]:
             choices = f"choose from {', '.join(tags)}" if tags else "give a file with --arch"
             raise UserError(f"open_clip:{architecture} has {len(tags)} pretrained weights; {choices}")
         tag = tags[0]
-    config_of(architecture)
     location = str(_weights(open_clip, architecture, tag).get("hf_hub") or "")
     repository, _, file = location.rpartition("/")
     if not repository:
