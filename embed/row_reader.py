@@ -70,25 +70,26 @@ class RowReader:
           UserError: a source cannot be read, or was written meanwhile.
         """
         progress = Progress("index", len(self.sources), "files")
-        group: dict[object, Row] = {}
-        grouped = 0  # rows of earlier groups
+        group: dict[object, list[Row]] = {}  # rows of one image
+        count = grouped = 0  # rows of this group, and of earlier groups
         for number in permutation(len(self.sources), seed, 0).tolist():
             for row in self._rows(number):
                 # A folder may have several rows of one image: merge their captions.
                 key = (row.source, row.key) if self.sources[number].kind == "folder" else len(group)
-                group[key] = _merge(group[key], row) if key in group else row
-                if len(group) >= 2 * GROUP_ROWS:
-                    grouped += len(group)
-                    yield list(group.values())
+                group.setdefault(key, []).append(row)
+                count += 1
+                if count >= 2 * GROUP_ROWS:
+                    grouped, count = grouped + len(group), 0
+                    yield list(map(_merge, group.values()))
                     group.clear()
                     progress.advance(0, f"{grouped:,} rows")
             progress.advance(1, f"{grouped + len(group):,} rows")
-            if len(group) >= GROUP_ROWS:
-                grouped += len(group)
-                yield list(group.values())
+            if count >= GROUP_ROWS:
+                grouped, count = grouped + len(group), 0
+                yield list(map(_merge, group.values()))
                 group.clear()
         if group:
-            yield list(group.values())
+            yield list(map(_merge, group.values()))
         progress.close()
         for reason, count in self._dropped.items():
             self.notes.append(f"{count:,} rows were taken without one value: {reason}")
@@ -139,9 +140,15 @@ class RowReader:
         status(f"{name(source.path)}: {line}" + (f'; first caption: "{shown}"' if caption else ""))
 
 
-def _merge(first: Row, second: Row) -> Row:
+def _merge(rows: list[Row]) -> Row:
+    """Return one row with the captions of several rows of one image, and the first of their labels."""
+    if len(rows) == 1:
+        return rows[0]
     # A row without languages has captions of unknown ones.
-    one, two = (row.languages or ("",) * len(row.captions) for row in (first, second))
-    languages = (*one, *two) if any((*one, *two)) else ()
-    label = first.label if first.label >= 0 else second.label
-    return replace(first, captions=(*first.captions, *second.captions), languages=languages, label=label)
+    languages = tuple(language for row in rows for language in row.languages or ("",) * len(row.captions))
+    return replace(
+        rows[0],
+        captions=tuple(caption for row in rows for caption in row.captions),
+        languages=languages if any(languages) else (),
+        label=next((row.label for row in rows if row.label >= 0), -1),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,11 @@ from lit_fast.storage.paths import StrPath, join
 from lit_fast.utils.output import result
 from lit_fast.utils.progress import Progress
 from lit_fast.weights.resolve import resolve_tokenizer
+
+_MAX_SENTENCE = 4192  # bytes; sentencepiece's default
+_MAX_SENTENCES = 2_000_000
+_MAX_VOCAB = 1_000_000
+_RESERVED = str.maketrans({"\0": " ", "\u2585": " "})
 
 
 def tokenize_dataset(
@@ -106,11 +112,24 @@ def _load_trained(directory: str, vocab: int | None, max_length: int, pad_id: in
 def _train(dataset: Dataset, vocab: int | None, model_type: str, max_length: int) -> Tokenizer:
     """Train on the dataset's captions."""
     assert vocab is not None
+    if vocab > _MAX_VOCAB:  # sentencepiece would not end
+        raise UserError(f"--train-vocab {vocab} is too high; give {_MAX_VOCAB} or less")
+    used = 0
+    characters: set[str] = set()
 
     def sentences() -> Iterator[str]:
+        nonlocal used
+        count = 0
         for block in dataset.iter_captions():
-            for captions in block:
-                yield from (lower(" ".join(c.split())) for c in captions)
+            for caption in (c for captions in block for c in captions):
+                parts = _sentences(caption)
+                used += bool(parts)
+                for part in parts:
+                    characters.update(part)
+                    yield part
+                    count += 1
+                    if count == _MAX_SENTENCES:
+                        return
 
     model = io.BytesIO()
     try:
@@ -124,18 +143,58 @@ def _train(dataset: Dataset, vocab: int | None, model_type: str, max_length: int
             unk_id=2,
             bos_id=-1,
             byte_fallback=True,  # no caption ever becomes "unknown"
-            input_sentence_size=2_000_000,
+            max_sentence_length=_MAX_SENTENCE,
+            input_sentence_size=_MAX_SENTENCES,
             shuffle_input_sentence=False,  # rows are shuffled already; its own sample would differ each time
             num_threads=1,  # the same model on every machine
             minloglevel=2,
         )
     except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # without the line of its code
+        if not used:
+            raise UserError(
+                f"no caption of {dataset.path} has text, so that no tokenizer can be trained on them; give one with "
+                "--tokenizer"
+            ) from None
+        reason = _training_problem(str(error), vocab, len(characters))
         raise UserError(
-            f"no tokenizer with {vocab} pieces can be trained on {dataset.path} ({reason}); give another number with "
-            "--train-vocab"
+            f"no tokenizer with {vocab} pieces can be trained on the {used:,} captions of {dataset.path}: {reason}"
         ) from None
+    of = "all" if used == dataset.captions else f"{used:,} of"
+    result(f"trained {vocab:,} pieces on {of} {dataset.captions:,} captions")
     return Tokenizer(model.getvalue(), max_length)
+
+
+def _sentences(caption: str) -> list[str]:
+    """Return a caption as sentencepiece takes it: in sentences of at most 4192 bytes; [] without text.
+
+    sentencepiece skips longer sentences, and those with the characters that it reserves. No piece spans two words.
+    """
+    words = lower(caption.translate(_RESERVED)).split()
+    sentence = " ".join(words)
+    if len(sentence) * 4 <= _MAX_SENTENCE or len(sentence.encode()) <= _MAX_SENTENCE:
+        return [sentence] if words else []
+    found, size = [""], 0
+    for word in words:
+        for start in range(0, len(word), _MAX_SENTENCE // 8):
+            part = word[start : start + _MAX_SENTENCE // 8]
+            length = len(part.encode()) + 1
+            if size and size + length > _MAX_SENTENCE:
+                found.append("")
+                size = 0
+            found[-1] += f" {part}" if size else part
+            size += length
+    return found
+
+
+def _training_problem(error: str, vocab: int, characters: int) -> str:
+    """Return the problem and remedy of an error of sentencepiece, whose own text names lines of its code."""
+    if limit := re.search(r"set it to a value <= (\d+)", error):
+        return f"they have too few different words; give --train-vocab {limit[1]} or less"
+    least = re.search(r"required_chars\. \d+ vs (\d+)", error)
+    if least or "required_chars" in error or vocab <= 259 + characters:
+        least_text = least[1] if least else f"{259 + characters}"
+        return f"3 special pieces, 256 bytes and their characters need more; give --train-vocab {least_text} or more"
+    return "sentencepiece cannot use them; give another --train-vocab, or a model with --tokenizer"
 
 
 def _write(dataset: Dataset, tokenizer: Tokenizer, directory: str, lock: Lock) -> dict[str, Any]:

@@ -16,16 +16,16 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from lit_fast.config import CheckpointConfig
-from lit_fast.errors import UserError, first_line
+from lit_fast.errors import UserError, first_line, os_reason
 from lit_fast.runs.checkpoint import abstract, open_manager, restore_last, save
 from lit_fast.runtime import broadcast_bits
-from lit_fast.storage.paths import StrPath
+from lit_fast.storage.paths import StrPath, join
 from lit_fast.train.mirror import RunMirror
 from lit_fast.train.optimizer import evaluation_params
 from lit_fast.train.step import State
 
-# TensorStore's errors end with that of the operating system.
-_REASON = re.compile(r": ([^:]+) \[os_error_code")
+# TensorStore's errors name the file first and end with the reason of the operating system.
+_FILE, _REASON = re.compile(r'"(/[^"]+)"'), re.compile(r": ([^:]+) \[os_error_code")
 
 
 class Checkpoints:
@@ -114,17 +114,14 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # Orbax passes TensorStore's errors on
-            found = _REASON.search(str(error))
-            reason, action = (
-                found[1] if found else first_line(error),
-                "fix the cause, then rerun the same command",
-            )
+            file, found = _FILE.search(str(error)), _REASON.search(str(error))
+            text = os_reason(error) if isinstance(error, OSError) else first_line(error)
+            reason, action = found[1] if found else text, "fix the cause, then rerun the same command"
             if "acquire lock" in str(error):  # of one small file of each step, by Orbax
-                reason, action = (
-                    f"no file locks ({reason})",
-                    "choose a --workdir on a file system that has them",
-                )
-            raise UserError(f"{self._workdir}/checkpoints cannot be written: {reason}; {action}") from None
+                reason = f"no file locks ({reason})"
+                action = "choose a --workdir on a file system that has them"
+            path = file[1] if file else getattr(error, "filename", None) or join(self._workdir, "checkpoints")
+            raise UserError(f"{path} cannot be written: {reason}; {action}") from None
 
 
 def _silence_repeated_errors() -> None:

@@ -31,6 +31,8 @@ from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.utils.output import result, status
 
+_CHECKED_ROWS = 1024  # after which this process checks that it still has the lock
+
 Rows = Iterable[tuple[str | int, Any, str | Sequence[str] | None]]
 
 
@@ -74,7 +76,7 @@ def _import_rows(
     else:
         check_output_directory(out)
         if not store.ended:
-            _store_rows(rows, store, width, out)
+            _store_rows(rows, store, width, out, lock)
         dataset = write_index(_index_rows(store), sources, out, lock)
     digest = hashlib.sha256()
     for array in store.arrays():
@@ -86,7 +88,9 @@ def _import_rows(
     return dataset
 
 
-def _store_rows(rows: Rows | Callable[[int], Rows], store: RowStore, width: int | None, out: str) -> None:
+def _store_rows(
+    rows: Rows | Callable[[int], Rows], store: RowStore, width: int | None, out: str, lock: Lock
+) -> None:
     """Store the rows that are not stored yet; whatever stops it, the rows before are kept."""
     if width is not None and store.rows and store.width != width:
         raise UserError(f"{out} holds unfinished rows of width {store.width}, not {width}; delete it")
@@ -96,6 +100,8 @@ def _store_rows(rows: Rows | Callable[[int], Rows], store: RowStore, width: int 
         status(f"import continues after {number:,} rows")
     try:
         for number, item in enumerate(given, store.rows):
+            if number % _CHECKED_ROWS == 0:
+                lock.check()
             key, vector, captions = _unpack(item, number)
             store.add(_parse(key, captions), _parse_vector(vector, store.width or width, number, key))
     except BaseException:

@@ -38,6 +38,7 @@ CAPTIONS = (
     "comment",
     "description",
     "alt",
+    "caption_str",
 )
 IMAGE = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image/encoded")
 PATHS = (
@@ -229,6 +230,8 @@ def find_guess(options: Columns, columns: Columns, names: Collection[str]) -> It
         others = [name for name in names if name.lower() in candidates and name not in taken]
         also = f" (also: {some(others)})" if others else ""
         guesses.append(f"{role} = {some(shown)}{also}")
+    if "split" in names and not options.split:
+        guesses.append("split = all (--split chooses)")
     if guesses:
         yield Guess(", ".join(guesses))
 
@@ -338,7 +341,7 @@ def caption_texts(value: Any, lists: bool = False, depth: int = 0) -> Iterator[t
     """
     if depth > _MAX_DEPTH:
         yield "", NOT_TEXT
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list):
         for part in value:
             yield from caption_texts(part, lists, depth + 1)
     elif isinstance(value, Mapping):

@@ -9,7 +9,8 @@ from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources.clip_benchmark import PREFIX, benchmark_tars, hub_tars
 from lit_fast.embed.sources.formats import format_by_name
 from lit_fast.embed.sources.image_folders import image_sources, refuse_several_splits
-from lit_fast.embed.sources.interface import IMAGE_SUFFIXES
+from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, Columns
+from lit_fast.embed.sources.pairs import has_pairs
 from lit_fast.errors import UserError
 from lit_fast.storage.files import (
     exists,
@@ -128,7 +129,8 @@ def _in_directory(directory: str) -> list[str]:
             if format_by_name(found[0]) in ("tar", "tfrecord", "array_record"):
                 _note_unread_images([directory, *(join(directory, d) for d in subdirectories)], found)
             return found
-    if is_file(table := join(directory, "captions.txt")):  # Flickr8k's, beside a folder of images
+    table = join(directory, "captions.txt")  # Flickr8k's, beside a folder of images
+    if is_file(table) and not has_pairs(directory, Columns()):
         return [table]
     refuse_several_splits(directory, set(subdirectories))
     return image_sources(directory)

@@ -53,7 +53,9 @@ def clean_path(path: object) -> object:
     path = path.strip()
     if path.lower().startswith("file://"):
         return "/" + unquote(path[len("file://") :]).removeprefix("localhost").lstrip("/")
-    return path.replace("\\", "/") if "/" not in path or _DRIVE.match(path) else path
+    if "\\" in path and ("/" not in path or _DRIVE.match(path)):
+        return path.replace("\\", "/")
+    return path
 
 
 def find_subdirectory(directory: str, path: object) -> str:

@@ -11,6 +11,7 @@ img2dataset's logs, `00000.parquet` and `00000_stats.json` beside the directory 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -53,6 +54,7 @@ NO_IMAGE = "text without an image of the same name"
 OTHER_FILE = "file that is no image, .txt, .caption, .json or .cls"
 LINK = "link to a directory, which is not followed"
 NO_JSON = ".json is not a JSON object"
+_NUMBERS = re.compile(r"[-+\d\s.,;:]+")
 _MAX_TEXT = 1 << 20  # bytes of one file
 _MAX_JSONS = 100  # that are opened to find one with a caption
 
@@ -152,6 +154,8 @@ class _PairReader:
         self._guessed = {""}  # captions
         self._unused: set[str] = set()  # suffixes of files beside the images
         self._several_lines = 0  # captions
+        self._numbers = ""  # the first caption, while all are numbers
+        self._captions = 0
         self._texts: dict[str, int] = {}  # directory directly below `path` with images -> images with texts
 
     def read(self) -> Iterator[Item]:
@@ -217,10 +221,16 @@ class _PairReader:
         ):
             row = ParsedRow(problem=NO_JSON)
         captions = some([name for _, name in columns.captions]) if columns.captions and row.captions else ""
+        for text in row.captions:
+            is_number = _NUMBERS.fullmatch(text) and (self._numbers or not self._captions)
+            self._numbers = (self._numbers or text) if is_number else ""
+            self._captions += 1
         self._several_lines += captions == "txt" and "\n" in row.captions[0]
         return row, captions
 
     def _notes(self) -> Iterator[str]:
+        if self._numbers:
+            yield f"all captions are numbers ({self._numbers[:40]!a}), as of boxes; give --captions '' to ignore them"
         if self._several_lines:
             yield f"{self._several_lines:,} .txt files have several lines; each file is one caption"
         if self._unused:

@@ -161,5 +161,5 @@ def _by_content(options: Columns, names: list[str], rows: Sequence[Mapping[str, 
 def _image_of(values: Mapping[str, Any], columns: Columns) -> Any:
     """Return the path in a row, without the number of the caption that Flickr8k appends to it."""
     value = clean_path(value_of(values, columns.image))
-    match = _CAPTION_NUMBER.fullmatch(value) if isinstance(value, str) else None
+    match = _CAPTION_NUMBER.fullmatch(value) if isinstance(value, str) and "#" in value else None
     return match[1] if match and is_image_name(match[1]) else value

@@ -9,7 +9,9 @@ from typing import IO, NamedTuple
 
 _BLOCK = 512  # bytes
 _CHUNK = 1 << 20  # bytes
+_ZEROS = bytes(_CHUNK)
 _MAX_HEADER = 1 << 20  # bytes of one extended header
+MAX_ZEROS = 64 << 20  # bytes behind an archive that are read
 _ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError)
 
 
@@ -17,7 +19,7 @@ class ArchiveEnd(NamedTuple):
     """The end of an archive; another one may follow in the same file, as `cat a.tar b.tar` makes it."""
 
     position: int  # byte behind the last member
-    has_mark: bool  # whether there are zeros, with which an archive ends
+    zeros: int  # bytes of zeros that follow, with which an archive ends
 
 
 class TarDamage(NamedTuple):
@@ -41,12 +43,17 @@ def read_members(file: IO[bytes]) -> Iterator[tarfile.TarInfo | ArchiveEnd | Tar
             yield TarDamage("is not a tar file" if not start else _damage(start))
             return
         end, damage = yield from _read_archive(tar, start, size)
-        following = _skip_zeros(file, end, size)
+        following = _skip_zeros(file, end)
         if damage or following == end < size:
             is_other = start and end == start
             yield TarDamage(damage or (_other_data(end) if is_other else _damage(end)))
             return
-        yield ArchiveEnd(end, has_mark=end < size)
+        yield ArchiveEnd(end, following - end)
+        if following - end > MAX_ZEROS:
+            yield TarDamage(
+                f"has more than 64 MiB of zeros behind its end at byte {end}: the rest of it is not read"
+            )
+            return
         start = following
 
 
@@ -100,11 +107,15 @@ def _other_data(position: int) -> str:
     return f"holds data that is no archive behind its end, from byte {position} on: it is not read"
 
 
-def _skip_zeros(file: IO[bytes], start: int, size: int) -> int:
-    """Return the start of the first block with another byte than zero; `size` if there is none."""
+def _skip_zeros(file: IO[bytes], start: int) -> int:
+    """Return the start of the first block with another byte than zero; the end of the file if there is none.
+
+    Behind `MAX_ZEROS` nothing is read, so that a file with a large hole does not take hours.
+    """
     file.seek(start)
-    while chunk := file.read(_CHUNK):
-        if rest := chunk.lstrip(b"\0"):
-            return start + (len(chunk) - len(rest)) // _BLOCK * _BLOCK
+    stop = start + MAX_ZEROS
+    while start <= stop and (chunk := file.read(_CHUNK)):
+        if chunk != _ZEROS[: len(chunk)]:
+            return start + (len(chunk) - len(chunk.lstrip(b"\0"))) // _BLOCK * _BLOCK
         start += len(chunk)
-    return size
+    return start

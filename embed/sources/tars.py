@@ -51,6 +51,7 @@ from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import is_junk, parent
 
 _MAX_TEXT = 1 << 20  # bytes of one member
+_MANY_ZEROS = 1 << 20  # bytes; tar itself writes fewer
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -122,10 +123,16 @@ class _TarReader:
                     last.problem = "cut off by damage of the tar"
             elif isinstance(member, ArchiveEnd):
                 archives += 1
-                if not member.has_mark:
-                    yield Note(
-                        f"{self._path} ends at byte {member.position} without an end mark: it may have been cut off"
+                if not member.zeros:
+                    doubt = "without an end mark: it may have been cut off"
+                elif member.zeros > _MANY_ZEROS:
+                    doubt = (
+                        f"before {member.zeros:,} bytes of zeros: its download may not have been completed"
                     )
+                else:
+                    doubt = ""
+                if doubt:
+                    yield Note(f"{self._path} ends at byte {member.position} {doubt}")
                 yield from self._rows(rows)
                 rows, last = {}, None
             elif member.isdir():
@@ -140,7 +147,7 @@ class _TarReader:
         if archives > 1:
             yield Note(f"{self._path} holds {archives} archives one after another, all of which are read")
         if self._unused:
-            yield Guess(f"not used = members with {some(sorted(self._unused))} beside images")
+            yield Guess(f"members with {some(sorted(self._unused))} = unused")
         for note in self._notes:
             yield Note(f"{self._path}: {note}")
         if self._names:

@@ -370,13 +370,13 @@ class _Records:
             self._read.clear()
             fields = self._lenient() if self._separator in _OFTEN_UNQUOTED else self._strict()
             line = self._lines.number + 1 - len(self._read)
-            if any(len(text) > MAX_LINE for text in self._read):
+            if max(map(len, self._read), default=0) > MAX_LINE:
                 return Skipped(f"line {line}", "line above 16 MiB")
             if isinstance(fields, str):
                 return Skipped(f"line {line}", f"not CSV: {fields}")
             if fields is None:
                 return None
-            if "".join(self._read).strip():
+            if len(self._read) > 1 or not self._read[0].isspace():
                 return _Record(fields, line, len(self._read))
 
     def _parser(self, lines: Iterable[str]) -> Iterator[list[str]]:

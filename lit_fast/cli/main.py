@@ -134,7 +134,7 @@ def _as_user_error(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, OSError):  # a full disk, a missing permission
         file = f"{error.filename}: " if error.filename else ""
-        return UserError(f"{file}{os_reason(error)}")
+        return UserError(f"{file}{os_reason(error)}; fix the cause, then rerun the same command")
     if isinstance(error, MemoryError):
         memory = available_memory() / 2**30
         return MachineError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import warnings
 
 from lit_fast.config import sections, settings
 from lit_fast.config_io import describe
@@ -89,4 +90,6 @@ def start_jax() -> None:
 
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", join(cache_directory(), "compiled"))
+    # A cache on a full disk, or in a home that cannot be written, costs time only.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     start_devices()

@@ -123,5 +123,10 @@ def read_error(store: str, error: Exception) -> UserError:
 
 
 def tensorstore_reason(error: Exception) -> str:
-    """Return the first line of a TensorStore error without the details in brackets."""
-    return re.sub(r" \[\w+=.*", "", first_line(error, 1000))
+    """Return the first line of a TensorStore error without the details in brackets.
+
+    Of an error of the operating system, the first file and the reason.
+    """
+    text = first_line(error, 1000)
+    system = re.search(r'"(/[^"]+)".*: ([^:]+) \[os_error_code', text)
+    return f"{system[1]}: {system[2]}" if system else re.sub(r" \[\w+=.*", "", text)

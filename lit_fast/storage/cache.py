@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import tempfile
+from contextlib import suppress
 
 from lit_fast.errors import UserError
 from lit_fast.storage import remote
@@ -25,11 +27,24 @@ _CHUNK = 8 << 20
 
 
 def cache_directory() -> str:
-    """Return `$LIT_FAST_CACHE`, else `$XDG_CACHE_HOME/lit_fast`, else `~/.cache/lit_fast`."""
+    """Return `$LIT_FAST_CACHE`, else `$XDG_CACHE_HOME/lit_fast`, else `~/.cache/lit_fast`.
+
+    A user without a home directory, as in containers, has `lit_fast-UID` in the directory of temporary files.
+
+    Raises:
+      UserError: that directory belongs to another user.
+    """
     directory = os.environ.get("LIT_FAST_CACHE") or join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lit_fast"
     )
-    return os.path.expanduser(directory)
+    directory = os.path.expanduser(directory)
+    if directory.startswith("~"):
+        directory = join(tempfile.gettempdir(), f"lit_fast-{os.getuid()}")
+        with suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+        if os.lstat(directory).st_uid != os.getuid():
+            raise UserError(f"cache {directory} belongs to another user; set LIT_FAST_CACHE to a directory")
+    return directory
 
 
 def local_directory(purpose: str, location: StrPath) -> str:

@@ -294,11 +294,13 @@ def replacing(location: StrPath) -> Iterator[str]:
     make_directory(parent(path))
     temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        sync_path(temporary)
-        os.replace(temporary, path)
+        with _named(path):
+            yield temporary
+            sync_path(temporary)
+            os.replace(temporary, path)
     finally:
-        remove(temporary)
+        with suppress(OSError):  # a directory that became read-only; the first error counts
+            remove(temporary)
     sync_path(parent(path))
 
 
@@ -321,7 +323,8 @@ def replacing_directory(location: StrPath) -> Iterator[str]:
     remove_tree(temporary)
     os.mkdir(temporary)
     try:
-        yield temporary
+        with _named(path):
+            yield temporary
         mode = os.stat(temporary).st_mode & 0o666
         for directory, _, names in os.walk(temporary):
             for file in (join(directory, name) for name in names):
@@ -332,6 +335,17 @@ def replacing_directory(location: StrPath) -> Iterator[str]:
     finally:
         remove_tree(temporary)
     sync_path(parent(path))
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Give the errors of the operating system that name no file, those of writing, the name of a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, path) from None
+        raise
 
 
 def link_or_copy(source: StrPath, target: StrPath) -> None:

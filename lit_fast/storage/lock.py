@@ -21,7 +21,7 @@ from contextlib import suppress
 from enum import Enum, auto
 from typing import Self
 
-from lit_fast.errors import UserError
+from lit_fast.errors import MachineError, UserError, os_reason
 from lit_fast.storage.files import exists, local_path, remove
 from lit_fast.storage.holder import Holder
 from lit_fast.storage.lease_file import LeaseFile, create_lease, read_lease, swap_lease, touch_lease
@@ -42,7 +42,7 @@ class InUseError(UserError):
     """Another process holds the lock."""
 
 
-class LostLockError(UserError):
+class LostLockError(MachineError):
     """Another process has taken the lock over."""
 
 
@@ -92,7 +92,7 @@ class Lock:
             lease = read_lease(self._location)
         except OSError as error:
             raise LostLockError(
-                f"{error.filename or self._location} cannot be used: {error.strerror}; fix the cause, then rerun the "
+                f"{error.filename or self._location} cannot be used: {os_reason(error)}; fix the cause, then rerun the "
                 "same command"
             ) from None
         if lease is None:
@@ -178,7 +178,7 @@ def check_unlocked(locations: Sequence[StrPath], target: StrPath, remedy: str) -
                 state = watch.look()
             except OSError as error:
                 raise UserError(
-                    f"{error.filename or target} cannot be read: {error.strerror}; delete it"
+                    f"{error.filename or target} cannot be read: {os_reason(error)}; delete it"
                 ) from None
             if state is _State.HELD:
                 raise _in_use(target, watch, remedy)
@@ -270,6 +270,7 @@ def _in_use(target: StrPath, watch: _Watch, remedy: str) -> InUseError:
 
 
 def _write_error(location: str, error: OSError) -> UserError:
+    file = error.filename or location
     return UserError(
-        f"{error.filename or location} cannot be written: {error.strerror}; fix the cause, then rerun the same command"
+        f"{file} cannot be written: {os_reason(error)}; fix the cause, then rerun the same command"
     )

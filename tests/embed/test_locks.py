@@ -15,14 +15,16 @@ import lit_fast.embed.index
 import lit_fast.embed.tokenize
 from lit_fast.data.dataset import open_dataset
 from lit_fast.data.features import Features
+from lit_fast.embed.importers.import_rows import import_rows
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.loader import Batch
-from lit_fast.embed.locks import check_rows_are_unlocked, shard_lock_path
+from lit_fast.embed.locks import check_rows_are_unlocked, lock_rows, shard_lock_path
+from lit_fast.embed.relocate import relocate_sources
 from lit_fast.embed.shard_writer import ShardWriter
 from lit_fast.embed.tokenize import tokenize_dataset
 from lit_fast.errors import UserError
 from lit_fast.storage.holder import Holder
-from lit_fast.storage.lock import LostLockError
+from lit_fast.storage.lock import InUseError, LostLockError
 from tests.helpers import samples, write_tar
 
 OTHER = dataclasses.replace(
@@ -86,6 +88,21 @@ def test_embed_that_lost_its_lock_writes_no_row(tars: tuple[Path, Path], tmp_pat
         writer.finish()
     writer.close()
     assert not features.manifests()
+
+
+def test_writers_of_rows_refuse_a_locked_dataset(tars: tuple[Path, Path], tmp_path: Path) -> None:
+    out = str(tmp_path / "d")
+    index_dataset([str(tars[0])], out)
+    with lock_rows(out):
+        for function in (
+            lambda: relocate_sources(out, [f"{tmp_path}={tmp_path}"]),
+            lambda: import_rows([("a", np.ones(3, "f4"), "a cat")], out, tower="t"),
+            lambda: index_dataset([str(tars[1])], out, append=True),
+        ):
+            with pytest.raises(InUseError, match=f"^{re.escape(out)} is being written by"):
+                function()
+        index_dataset([str(tars[0])], out)  # there is nothing to write
+    relocate_sources(out, [f"{tmp_path}={tmp_path}"])
 
 
 def test_dataset_that_has_grown_since_it_was_opened_is_noticed(

@@ -14,6 +14,7 @@ from lit_fast.storage.files import (
     read_range,
     read_text,
     read_whole,
+    replacing,
     replacing_directory,
     size_and_etag,
     write_atomic,
@@ -105,3 +106,15 @@ def test_replacing_directory_of_a_full_directory_raises_and_keeps_it(tmp_path: P
         Path(temporary, "a").write_text("a")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["kept"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_replacing_names_the_file_in_errors_of_writing(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/f'") as raised,
+        replacing(tmp_path / "f"),
+        open("/dev/full", "wb", buffering=0) as full,
+    ):
+        full.write(b"x")
+    assert raised.value.filename == str(tmp_path / "f")
+    assert not list(tmp_path.iterdir())

@@ -204,3 +204,9 @@ def test_expand_of_a_spark_directory_gives_its_parts(tmp_path: Path) -> None:
     for file in ("_SUCCESS", "_metadata", "_common_metadata", f".{parts[0]}.crc", *parts):
         (tmp_path / file).write_bytes(b"")
     assert expand([str(tmp_path)]) == [f"{tmp_path}/{part}" for part in parts]
+
+
+def test_expand_of_pairs_with_a_captions_txt_gives_the_directory(tmp_path: Path) -> None:
+    for file in ("captions.txt", "a.jpg", "a.txt"):
+        (tmp_path / file).write_bytes(b"x")
+    assert expand([str(tmp_path)]) == [str(tmp_path)]

@@ -296,7 +296,7 @@ def test_an_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "t.jsonl").write_text(
         '{"path": "x.jpg", "text": "%s"}\n{"path": "x.jpg", "text": "b"}' % ("a" * 5000)
     )
-    assert [type(i) for i in items(tmp_path / "t.jsonl")] == [Layout, Skipped, Sample]
+    assert [type(i) for i in items(tmp_path / "t.jsonl")] == [Skipped, Layout, Sample]
 
 
 def test_an_extended_header_of_absurd_size(tmp_path: Path) -> None:

@@ -85,7 +85,11 @@ def test_karpathy_without_a_split_is_refused_with_the_counts(images: Path) -> No
     "value",
     [
         [{"id": 7, "image": f"{n}.jpg", "caption": f"text {n}"} for n in range(3)],
-        {"data": [{"image_path": f"{n}.jpg", "caption": f"text {n}", "set_name": "train"} for n in range(3)]},
+        {
+            "data": [
+                {"image_path": f"{n}.jpg", "caption_str": f"text {n}", "set_name": "train"} for n in range(3)
+            ]
+        },
         {"info": {}, "annotations": [{"file_name": f"{n}.jpg", "caption": f"text {n}"} for n in range(3)]},
     ],
 )
@@ -200,6 +204,20 @@ def test_split_selects_by_a_column(images: Path, tmp_path: Path) -> None:  # noq
         assert dataset.left_out == {"of the split restval": 1, "of the split test": 1 + (name == "t.csv")}
     with pytest.raises(UserError, match=r"no usable row .*; left out 7: 3 of the split train;"):
         index(images / "t.csv", tmp_path / "e", split="tran")
+
+
+def test_all_splits_are_a_guess_that_is_printed(
+    images: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = write(images / "t.csv", "filepath,title,split\n0.jpg,one,train\n1.jpg,two,test\n")
+    assert main(["index", str(table), "--out", str(tmp_path / "d")]) == 0
+    assert "captions = title, split = all (--split chooses); first" in capsys.readouterr().err
+    assert main(["index", str(table), "--out", str(tmp_path / "e"), "--split", "test"]) == 0
+    shown = capsys.readouterr()
+    assert "split = all" not in shown.err
+    assert "left out 1: 1 of the split train\n" in shown.out
 
 
 def test_split_of_a_source_without_splits_is_one_line(images: Path, tmp_path: Path) -> None:  # noqa: F811

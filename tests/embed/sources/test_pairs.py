@@ -121,6 +121,15 @@ def test_a_text_is_one_caption_and_several_lines_are_noted(tmp_path: Path) -> No
     assert Note(f"{root}: 1 .txt files have several lines; each file is one caption") in found
 
 
+def test_captions_that_are_numbers_are_doubted(tmp_path: Path) -> None:
+    """As the boxes of object detectors."""
+    files = {f"{n}.jpg": FILES[n] for n in range(3)} | {f"{n}.txt": f"{n} 0.5 0.25" for n in range(3)}
+    note = "all captions are numbers ('0 0.5 0.25'), as of boxes; give --captions '' to ignore them"
+    assert Note(f"{write(tmp_path / 's', files)}: {note}") in items(tmp_path / "s")
+    write(tmp_path / "s", {"1.txt": "3 dogs"})
+    assert not any(isinstance(item, Note) for item in items(tmp_path / "s"))
+
+
 def test_stems_with_dots_belong_together_up_to_the_last(tmp_path: Path) -> None:
     files = {"a.b.jpg": FILES[0], "a.b.txt": "one", "a.jpg": FILES[1], "a.txt": "two", "a-b.JPEG": FILES[2]}
     found = rows(index(write(tmp_path / "s", files | {"a-b.TXT": "three"}), tmp_path / "d"))

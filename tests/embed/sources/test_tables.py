@@ -119,7 +119,12 @@ def test_index_words_as_labels_without_captions_name_the_remedy(images: Path, tm
 
 @pytest.mark.parametrize(
     ("texts", "kind"),
-    [(["1", "2.5"], "numbers"), (["http://a/b", "s3://x"], "URLs"), (["a/b.jpg", "c.png"], "paths")],
+    [
+        (["1", "2.5"], "numbers"),
+        (["http://a/b", "s3://x"], "URLs"),
+        (["a/b.jpg", "c.png"], "paths"),
+        (["['a' 'b']", "[x]"], "lists that cannot be read"),
+    ],
 )
 def test_index_captions_that_look_like_something_else_are_questioned(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: list[str], kind: str
