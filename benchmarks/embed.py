@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import describe
-from lit_fast.utils.system import cpu_count
+from lit_fast.storage.machine import cpu_count
 from tests.torch_packages import load_torchvision
 
 SIZES = {"500 x 375": (500, 375), "1600 x 1200": (1600, 1200)}

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_fast.utils.system import cpu_count
+from lit_fast.storage.machine import cpu_count
 
 
 def describe(*packages: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import step_case
 from benchmarks.step_case import FEATURES, VOCAB, Case, Rival, Weights, make_batch, make_weights
-from lit_fast.utils.system import cpu_count
+from lit_fast.storage.machine import cpu_count
 
 
 def open_clip(case: Case) -> Rival:

@@ -14,30 +14,40 @@ Run = Callable[[argparse.Namespace], None]
 def index(parser: argparse.ArgumentParser) -> Run:
     """Write the index of a dataset: its rows of images and captions, in their order.
 
-    SOURCE is a tar, parquet, array_record or table file, a directory or a pattern, local or at https://, s3://,
-    gs:// or hf://: 'train/*.tar', 's3://bucket/{00000..00099}.parquet', captions.csv, imagenet/val,
+    SOURCE is a tar, parquet, tfrecord, array_record or table file, a directory or a pattern, local or at https://,
+    s3://, gs:// or hf://: 'train/*.tar', 's3://bucket/{00000..00099}.parquet', captions.csv, imagenet/val,
     annotations/captions_val2017.json, 'hf://datasets/OWNER/NAME/*.parquet'.
-    Images are not copied: sources must stay where they are. Rows are shuffled once, by the seed; their order
-    never changes.
+    Images are not copied: sources must stay where they are, unchanged. After they have moved, --relocate connects
+    the dataset to them again. Rows are shuffled once, by the seed; their order never changes.
 
-    A table is a .csv, .tsv or .jsonl file; a .json file is read as COCO's captions. A directory holds files of one
-    format, or one folder of images per class. Rows of a table with the same image file become one row with all
-    captions, if they are near each other; later repeats, and any repeated key, are skipped and counted.
+    In a tar, files whose names are equal up to the last dot are one row; the last file of a name counts.
+    A table is a .csv, .tsv, .txt or .jsonl file, also with .gz. Its separator (comma, tab, ; or |) and its encoding
+    are found; a table separated by tabs or | may have stray quotes, in others a quote that does not close is an
+    error. A .json file is COCO's captions, Karpathy's splits (dataset_coco.json with --split train+restval) or a
+    list of objects. A directory holds files of one format, images with x.txt or x.json beside x.jpg (img2dataset's
+    `files`), or one folder of images per class.
+    Rows of a table with the same image file become one row with all captions, if they are near each other; later
+    repeats, and any repeated key, are skipped and counted.
+    Hidden files and leftovers of other programs (__MACOSX, Thumbs.db, @eaDir, ...) are skipped.
+    Folders named by ImageNet's WordNet ids (n01440764) get its class names and the 80 prompt templates.
     noise:1024 is 1024 images of uniform random noise, for the key stream.noise of a training.
 
     CLIP_benchmark's evaluation sets: the directory or URL/ of one, or wds:NAME, which is downloaded from the
     Hugging Face Hub: wds:imagenet1k, wds:imagenetv2, wds:vtab/cifar10, wds:mscoco_captions, ...
 
-    Names of columns are guessed. Captions: captions, caption, title, text, txt, sentences, raw, alt_text,
-    captions/text. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded, or paths in filepath,
-    file_path, image_path, path, file_name, filename, file. Keys: key, __key__, uid; the path of an image file.
-    Labels: label, cls, class_id.
+    Columns that no option names are guessed by name, and the guess is printed. --captions '', --key '' and --label ''
+    use none. Captions: captions, caption, title, text, txt, sentences, raw, alt_text, captions/text, sentence, comment,
+    description, alt, or several like caption_0. Images: image, jpg, jpeg, png, webp, img, image_bytes, image/encoded,
+    or paths in filepath, file_path, image_path, path, file_name, filename, file, image_name and the like. Keys: key,
+    __key__, uid; the path of an image file. Labels: label, cls, class_id, class. A field of a field has a dotted name:
+    --captions sentences.raw. A cell may hold a list of captions, as JSON or as Python prints it.
 
     Example: lit-fast index 'cc12m/*.tar' --out cc12m_dataset
+    Example: lit-fast index --relocate /old/cc12m=s3://bucket/cc12m cc12m_dataset
     """
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="files, patterns, directories, URLs, wds:NAME or noise:N")
-    add("--out", required=True, metavar="D", help="directory of the dataset")
+    add("--out", metavar="D", help="directory of the dataset")
     add(
         "--seed",
         type=_whole(0),
@@ -45,25 +55,68 @@ def index(parser: argparse.ArgumentParser) -> Run:
         metavar="N",
         help="seed of the order of the rows (default 0); --append keeps it",
     )
-    add("--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns of captions")
-    add("--image", default="", metavar="NAME", help="column of the image bytes or of the path")
-    add("--key", default="", metavar="NAME", help="column of unique names of the rows")
-    add("--label", default="", metavar="NAME", help="column of class numbers")
-    add("--language", default="", metavar="NAME", help="column of the captions' language")
+    add("--captions", type=_captions, metavar="[LANG=]NAME[,...]", help="columns of captions")
+    add("--image", type=_name, metavar="NAME", help="column of the image bytes or of the path")
+    add("--key", metavar="NAME", help="column of unique names of the rows")
+    add("--label", metavar="NAME", help="column of class numbers")
+    add("--language", metavar="NAME", help="column of the captions' language")
     add(
         "--images",
         default="",
         metavar="DIR",
         help="directory that image paths are relative to (default: the table's)",
     )
+    add(
+        "--classnames",
+        metavar="FILE",
+        help="names of the classes: one per line, or a folder's name, a tab and the class name; '' keeps the sources'",
+    )
+    add(
+        "--templates",
+        metavar="FILE",
+        help="prompt templates, one per line with {c} for the name; '' for none",
+    )
+    add(
+        "--split",
+        type=_split,
+        metavar="NAME[+NAME...]",
+        help="rows with these values in `split` only",
+    )
     add("--append", action="store_true", help="add the rows of new sources to the dataset")
+    add(
+        "--relocate",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="the sources of the dataset SOURCE have moved from OLD to NEW, paths or URLs of files or directories",
+    )
 
     def run(args: argparse.Namespace) -> None:
+        if args.relocate:
+            if len(args.source) > 1 or args.out or args.append:
+                parser.error("--relocate takes one dataset and no --out: lit-fast index --relocate OLD=NEW D")
+            from lit_fast.embed.relocate import relocate_sources
+
+            relocate_sources(args.source[0], args.relocate)
+            return
+        if not args.out:
+            parser.error("the following arguments are required: --out")
+        from lit_fast.embed.class_names import ClassOptions
         from lit_fast.embed.index import index_dataset
         from lit_fast.embed.sources.interface import Columns
 
-        options = Columns(args.captions, args.image, args.key, args.label, args.language, args.images)
-        index_dataset(args.source, args.out, seed=args.seed, options=options, append=args.append)
+        given = {role: getattr(args, role) for role in ("captions", "key", "label", "language")}
+        options = Columns(
+            **{role: value for role, value in given.items() if value},
+            image=args.image or "",
+            images=args.images,
+            split=args.split or "",
+            declined=tuple(role for role, value in given.items() if value is not None and not value),
+        )
+        classes = ClassOptions(args.classnames, args.templates)
+        index_dataset(
+            args.source, args.out, seed=args.seed, options=options, append=args.append, classes=classes
+        )
 
     return run
 
@@ -110,11 +163,13 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     add("--shard-of", type=_share, metavar="I/N", help=share)
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.cli.options import enable_compilation_cache
+        from lit_fast.cli.options import start_jax
         from lit_fast.data.images.decode import MAX_PIXELS
         from lit_fast.embed.extract import embed_dataset
+        from lit_fast.runtime import process_rank
 
-        enable_compilation_cache()
+        share = args.shard_of or process_rank()
+        start_jax()
         embed_dataset(
             args.dataset,
             args.tower,
@@ -131,7 +186,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
             workers=args.workers,
             dtype=args.dtype,
             max_pixels=args.max_pixels or MAX_PIXELS,
-            share=args.shard_of,
+            share=share,
         )
 
     return run
@@ -204,31 +259,57 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
 def import_features(parser: argparse.ArgumentParser) -> Run:
     """Make a dataset of features that another program has computed.
 
-    clip-retrieval: SOURCE is the directory with img_emb/*.npy and optionally metadata/*.parquet, which has the
-    captions and keys. sail: SOURCE is the directory with 0.pt, 1.pt, ..., the features of the images; PyTorch must be
-    installed, and nothing is unpickled.
+    SOURCE is .npy, .safetensors, parquet or .pt files, a directory or a pattern of them, or a URL of parquet files:
+    features.npy, 'parts/*.safetensors', 'hf://datasets/OWNER/NAME/*.parquet'; or the directory that clip-retrieval
+    wrote: img_emb/*.npy and optionally metadata/*.parquet, which has the captions and keys. A file holds an array of
+    floats [n, width]; a parquet file has them in a column of lists, beside those of captions and keys. .pt files need
+    PyTorch; nothing is unpickled.
 
-    Rows keep the order of the files. Captions may come from a table with one row per row of features, in the same
-    order. The model of the features cannot be checked: --tower names it, and features of the same name and width
+    Rows keep the order of the files, sorted by the numbers in their names. Captions and keys may come from a table
+    or dataset with one row per row of features, in the same order. A row without a key is named after its file and
+    number. --captions '' and --key '' use none.
+    Vectors that are zero, not finite or missing are marked invalid and counted; repeated keys are left out and
+    counted. The model of the features cannot be checked: --tower names it, and features of the same name and width
     count as the same tower's. If the command is interrupted, the same command continues.
 
-    Example: lit-fast import-features laion_b32 --out laion --tower clip_b32 --format clip-retrieval
+    In Python, lit_fast.embed.import_rows makes a dataset of vectors from any encoder.
+
+    Example: lit-fast import-features laion_b32 --out laion --tower clip_b32
     """
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="directory with the features")
+    add("source", nargs="+", metavar="SOURCE", help="files, directories, patterns or URLs with the features")
     add("--out", required=True, metavar="D", help="directory of the dataset")
     add("--tower", required=True, metavar="NAME", help="name of the model that made them")
-    add("--format", required=True, choices=("clip-retrieval", "sail"), help="program that wrote them")
-    add("--captions-table", metavar="FILE", help="table with captions: .csv, .tsv, .jsonl or .parquet")
-    add("--captions", type=_captions, default=(), metavar="[LANG=]NAME[,...]", help="columns of captions")
+    formats = ("clip-retrieval", "npy", "safetensors", "parquet", "sail")
+    add("--format", default="", choices=formats, help="default: by the names of the files")
+    add(
+        "--features",
+        default="",
+        metavar="NAME",
+        help="column or tensor with the features, where several can be",
+    )
+    add(
+        "--captions-table",
+        metavar="FILE",
+        help="captions: a .csv, .tsv, .jsonl or .parquet file, a pattern, or a dataset",
+    )
+    add("--captions", type=_captions, metavar="[LANG=]NAME[,...]", help="columns of captions")
+    add("--key", metavar="NAME", help="column of unique names of the rows")
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.embed.importers.import_features import import_features
         from lit_fast.embed.sources.interface import Columns
 
-        options = Columns(args.captions)
+        declined = tuple(n for n in ("captions", "key") if getattr(args, n) in ((), ""))
+        options = Columns(args.captions or (), key=args.key or "", declined=declined)
         import_features(
-            args.source, args.out, args.tower, args.format, table=args.captions_table, options=options
+            args.source,
+            args.out,
+            args.tower,
+            args.format,
+            features=args.features,
+            table=args.captions_table,
+            options=options,
         )
 
     return run
@@ -244,7 +325,21 @@ def _whole(minimum: int) -> Callable[[str], int]:
     return whole_number
 
 
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("every row needs an image; name its column, or leave the option out")
+    return text
+
+
+def _split(text: str) -> str:
+    if not all(text.split("+")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like train or train+restval")
+    return text
+
+
 def _captions(text: str) -> tuple[tuple[str, str], ...]:
+    if not text:
+        return ()
     pairs = [part.rpartition("=")[::2] for part in text.split(",")]
     if not all(name for _, name in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list like title or en=caption,de=caption_de")

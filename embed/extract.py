@@ -20,19 +20,20 @@ from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.reader import ImageReader, find_changed_images
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.loader import ImageLoader, load_batches
+from lit_fast.embed.locks import check_rows_are_unlocked, shard_lock_path
 from lit_fast.embed.pipeline import StallTimer, run_tower
-from lit_fast.embed.shard_writer import ShardWriter, batch_spans, journal_path
-from lit_fast.errors import UserError
+from lit_fast.embed.shard_writer import ShardWriter, batch_spans
+from lit_fast.errors import UserError, os_reason
 from lit_fast.runtime import process_rank
 from lit_fast.storage.files import exists, read_object, remove, remove_tree, walk_files, write_json
 from lit_fast.storage.lock import is_locked
+from lit_fast.storage.machine import cpu_count
 from lit_fast.storage.paths import StrPath, join, name, suffix
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.interface import FrozenTower
 from lit_fast.utils.output import result, status
 from lit_fast.utils.progress import Progress
 from lit_fast.utils.signals import defer_signals
-from lit_fast.utils.system import cpu_count
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def embed_dataset(
         except OSError as error:
             where = error.filename or job.features.path
             raise UserError(
-                f"{where}: {error.strerror}; fix the cause, then rerun the same command"
+                f"{where}: {os_reason(error)}; fix the cause, then rerun the same command"
             ) from None
         except MemoryError:
             raise UserError("out of memory; lower --batch-size, --workers or --max-pixels") from None
@@ -195,6 +196,7 @@ def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
     Returns:
       Images per second.
     """
+    check_rows_are_unlocked(job.features.dataset)
     array = job.features.array(create=True)
     run = compile_tower(job.tower, job.dtype)
     loader = ImageLoader(job.features.dataset, job.tower.preprocess, job.max_pixels, job.features.views)
@@ -231,7 +233,8 @@ def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
                 embedded += count
                 progress.advance(count, stalls.note())
                 if writer.done == writer.rows:
-                    writers.pop(batch.first // SHARD).finish()
+                    writer.finish()
+                    del writers[batch.first // SHARD]
                 if signals:
                     break
     finally:
@@ -282,11 +285,11 @@ def _report(job: Job, rate: float | None) -> None:
             f"embedded {job.rows:,} rows with {job.tower.name} into {path}: {counts}, {rate:,.0f} images/s"
         )
     if invalid:
-        reader, sources = ImageReader(job.features.dataset), job.features.dataset.sources
+        reader, dataset = ImageReader(job.features.dataset), job.features.dataset
         rows = []
         for row in sorted(invalid)[:5]:
             block, i = reader.locate(row)
-            rows.append(f"{block.keys[i]} in {name(sources[block.sources[i]].path)}: {invalid[row]}")
+            rows.append(f"{block.keys[i]} in {dataset.source_names[block.sources[i]]}: {invalid[row]}")
         result(f"invalid: {'; '.join(rows)}{'; ...' if len(invalid) > 5 else ''}")
 
 
@@ -294,7 +297,7 @@ def _report_other_shares(job: Job) -> None:
     """Print the unfinished shards of other shares, unless a process embeds one of them."""
     finished = set(job.features.finished())
     left = [s for s in range(job.features.dataset.shards) if s not in finished]
-    if left and not any(is_locked(journal_path(job.features, shard)) for shard in left):
+    if left and not any(is_locked(shard_lock_path(job.features, shard)) for shard in left):
         command = embed_command(job.features.dataset, job.features.provenance, job.features.tower)
         status(
             f"note: {len(left):,} shards of other shares are unfinished (first: {left[0]}) and no process is embedding "

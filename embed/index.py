@@ -13,17 +13,26 @@ from dataclasses import replace
 import numpy as np
 
 from lit_fast.data.dataset import Dataset, Source, open_dataset
-from lit_fast.data.dataset_writer import DatasetWriter, Row, remove_other_generations
+from lit_fast.data.dataset_writer import DatasetWriter, Row, other_generations, remove_other_generations
 from lit_fast.data.images.noise import is_noise
 from lit_fast.data.images.sources import check_sources, identify_all
+from lit_fast.embed.class_names import (
+    ClassOptions,
+    check_labels,
+    check_same_names,
+    find_class_names,
+    report_labels,
+)
+from lit_fast.embed.locks import check_parts_are_unlocked, lock_rows
 from lit_fast.embed.row_reader import RowReader
 from lit_fast.embed.skipped import KeySet
 from lit_fast.embed.sources.expand import expand
-from lit_fast.embed.sources.formats import class_names, format_of
+from lit_fast.embed.sources.formats import format_of
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names, remove_tree
-from lit_fast.storage.paths import StrPath, is_url, join
+from lit_fast.storage.lock import Lock, LostLockError
+from lit_fast.storage.paths import StrPath, is_junk, is_url, join
 from lit_fast.utils.output import result, status
 from lit_fast.utils.permutation import permutation
 
@@ -42,40 +51,67 @@ def index_dataset(
     seed: int = 0,
     options: Columns | None = None,
     append: bool = False,
+    classes: ClassOptions | None = None,
 ) -> Dataset:
     """Index `sources` (see `expand`) into a new dataset, or append to an existing one.
 
     Raises:
       UserError: no source, no usable row, `out` holds something else, or a source has changed.
     """
-    out, options = os.fspath(out), options or Columns()
+    out, options, classes = os.fspath(out), options or Columns(), classes or ClassOptions()
     if not is_utf8(out):
         raise UserError(f"the name {out!a} is not UTF-8; choose another --out")
     if options.images and not is_url(options.images):
         options = replace(options, images=os.path.abspath(options.images))
     found = _find_sources(sources, options)
+    if exists(join(out, "dataset.json")):
+        old = open_dataset(out)
+        # Without these nothing is written, so that no lock is needed.
+        if not other_generations(old) and not _new_sources(old, found, seed, append):
+            return _report_known(old, found, classes)
+    else:
+        check_output_directory(out)
+    with lock_rows(out) as lock:
+        return _index(found, out, lock, seed, options, append, classes)
+
+
+def _index(
+    found: list[Source],
+    out: str,
+    lock: Lock,
+    seed: int,
+    options: Columns,
+    append: bool,
+    classes: ClassOptions,
+) -> Dataset:
+    """Write a dataset that this process has locked."""
     old: Dataset | None = None
     if exists(join(out, "dataset.json")):
         old = open_dataset(out)
         remove_other_generations(old)  # of a growth that was killed
-        found = _new_sources(old, found, seed, append)
+        all_found, found = found, _new_sources(old, found, seed, append)
         if not found:
-            result(f"{out} is already indexed: {old.rows:,} rows with {old.captions:,} captions")
-            return old
+            return _report_known(old, all_found, classes)
+        check_parts_are_unlocked(out)
         check_sources(old)
     else:
         check_output_directory(out)
 
-    existed = exists(out)
-    classnames, templates = _common_class_names(found, old)
+    classnames, templates = find_class_names(found, classes, old)
     reader = RowReader(found, options, len(old.sources) if old else 0, len(classnames))
     try:
-        writer = _write_rows(reader, out, seed, old)
-    except UserError:
-        remove_leftovers(out, existed, old)
+        writer = _write_rows(reader, out, lock, seed, old)
+        check_labels(reader.labels, classnames)
+    except LostLockError:  # the files are another process's
         raise
+    except UserError:
+        remove_leftovers(out, old)
+        raise
+    if old is None:
+        report_labels(reader.labels, classnames)
     for description in [*reader.damages, *reader.notes]:
         status(f"warning: {description}")
+    lock.check()
     reader.skipped.write(out, old.generation + 1 if old else 0)
     dataset = writer.finish(
         seed=seed,
@@ -96,25 +132,22 @@ def check_output_directory(out: str) -> None:
     """Raise UserError if `out` has files, except those of an indexing that was killed."""
     if exists(out) and not is_directory(out):
         raise UserError(f"{out} is a file; choose another --out")
-    others = [name for name in list_names(out) if name not in _OWN_FILES and not name.endswith(".tmp")]
+    others = [
+        name
+        for name in list_names(out)
+        if name not in _OWN_FILES and not name.endswith(".tmp") and not is_junk(name)
+    ]
     if others:
         raise UserError(f"{out} holds other files ({others[0]}); choose an empty or new directory as --out")
 
 
-def remove_leftovers(out: str, existed: bool, old: Dataset | None) -> None:
-    """Delete the files of an indexing that is refused or was killed before.
-
-    Args:
-      existed: whether there was a directory at `out` before.
-      old: the dataset at `out` that was to grow.
-    """
+def remove_leftovers(out: str, old: Dataset | None) -> None:
+    """Delete the files of an indexing that is refused or was killed before; `old` is the dataset that was to grow."""
     if old is not None:
         remove_other_generations(old)
-    elif existed:
+    else:
         remove_tree(join(out, "index"))
         remove_tree(join(out, "captions"))
-    else:
-        remove_tree(out)
 
 
 def _find_sources(patterns: list[str], options: Columns) -> list[Source]:
@@ -123,7 +156,9 @@ def _find_sources(patterns: list[str], options: Columns) -> list[Source]:
     for path in [*paths, options.images]:
         if not is_utf8(path):
             raise UserError(f"the name {path!a} is not UTF-8; rename it")
-    return identify_all([Source(path, 0, format_of(path), names=options.as_options()) for path in paths])
+    return identify_all(
+        [Source(path, 0, format_of(path, options), names=options.as_options()) for path in paths]
+    )
 
 
 def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> list[Source]:
@@ -146,8 +181,9 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
             source.digest,
         ):
             raise UserError(f"{other}: {source.path} has changed since it was indexed; {remedy}")
-        if before.names != source.names and not append:
-            raise UserError(f"{other}: {source.path} was indexed with other options; {remedy}")
+        if before.names != source.names:
+            action = "name only new sources with these options" if append else remedy
+            raise UserError(f"{other}: {source.path} was indexed with other options; {action}")
     if append:
         return new
     if len(found) - len(new) < len(known):
@@ -159,32 +195,11 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
     return []
 
 
-def _common_class_names(
-    sources: list[Source], old: Dataset | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the class names and prompt templates of all sources; () if they differ.
-
-    Raises:
-      UserError: the dataset that grows has others, so that its labels would mean something else.
-    """
-    found = class_names(sources)
-    if old is not None and old.classnames:
-        if any(classnames != old.classnames for classnames, _ in found):
-            raise UserError(
-                f"{sources[0].path} has other class names than {old.path}; index it as a dataset of its own"
-            )
-        return old.classnames, old.templates
-    if len(found) > 1 or old is not None:
-        if any(any(pair) for pair in found):
-            status("warning: the sources have different class names, so none are stored")
-        return (), ()
-    return found.pop()
-
-
-def _write_rows(reader: RowReader, out: str, seed: int, old: Dataset | None) -> DatasetWriter:
+def _write_rows(reader: RowReader, out: str, lock: Lock, seed: int, old: Dataset | None) -> DatasetWriter:
     """Write all rows in their order; the caller finishes the writer.
 
     Raises:
+      LostLockError: another process has taken over the directory.
       UserError: there is no usable row.
     """
     keys = KeySet()
@@ -195,6 +210,7 @@ def _write_rows(reader: RowReader, out: str, seed: int, old: Dataset | None) -> 
         keys.add([(identity[s], key) for s, key in zip(block.sources, block.keys, strict=True)])
     writer: DatasetWriter | None = None
     for number, group in enumerate(reader.groups(seed)):
+        lock.check()
         is_new = keys.add([(identity[row.source], row.key) for row in group])
         for i in np.flatnonzero(~is_new).tolist():
             reader.skip(group[i], _DUPLICATE)
@@ -225,6 +241,12 @@ def _shuffled(rows: list[Row], reader: RowReader, seed: int, group: int) -> Iter
             yield positions[0]
         else:
             yield from (positions[i] for i in permutation(len(positions), seed, 2, group, run).tolist())
+
+
+def _report_known(dataset: Dataset, found: list[Source], classes: ClassOptions) -> Dataset:
+    check_same_names(found, classes, dataset)
+    result(f"{dataset.path} is already indexed: {dataset.rows:,} rows with {dataset.captions:,} captions")
+    return dataset
 
 
 def _report(dataset: Dataset, old: Dataset | None, files: int) -> None:

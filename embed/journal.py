@@ -19,15 +19,12 @@ from typing import Any
 import numpy as np
 
 from lit_fast.data.features import BFLOAT16
-from lit_fast.errors import UserError
-from lit_fast.storage.files import open_append, remove, sync
-from lit_fast.storage.lock import InUseError, Lock
-from lit_fast.storage.paths import StrPath
+from lit_fast.storage.files import make_directory, open_append, remove, sync
+from lit_fast.storage.paths import StrPath, parent
 
 _HEADER = struct.Struct("<4sIIIII")
 _MAGIC = b"LFJ1"
 _SYNC_SECONDS = 2.0  # work that a power cut may cost; a kill costs the batches in flight only
-_LOCK_SECONDS = 1.0  # `is_locked` in another process holds the lock for a moment
 
 
 class Journal:
@@ -43,20 +40,14 @@ class Journal:
     def __init__(self, path: StrPath, rows: int, width: int, identity: dict[str, Any]) -> None:
         """Open the journal and read its records; those of other work are deleted.
 
-        Raises:
-          UserError: another process holds the journal.
+        The process holds the lock of the shard.
         """
         self.path = os.fspath(path)
         self.features = np.zeros((rows, width), BFLOAT16)
         self.invalid: dict[int, str] = {}
         self.done = 0
         self.discarded = False
-        try:
-            self._lock = Lock(path, _LOCK_SECONDS)
-        except InUseError:
-            raise UserError(
-                f"{path} is in use: another process is embedding this shard; wait for it or stop it"
-            ) from None
+        make_directory(parent(path))
         self._file = open_append(path)
         end = self._recover(identity)
         self._file.truncate(end)
@@ -66,9 +57,8 @@ class Journal:
             self._write(_record(0, 0, b"", identity))
 
     def close(self) -> None:
-        """Close the file and release its lock."""
+        """Close the file."""
         self._file.close()
-        self._lock.release()
 
     def append(self, features: np.ndarray, invalid: dict[int, str]) -> None:
         """Append the next rows.

@@ -17,9 +17,11 @@ from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest
 from lit_fast.data.shards import read_error, tensorstore_reason
 from lit_fast.embed.journal import Journal
 from lit_fast.embed.loader import Batch
+from lit_fast.embed.locks import check_rows_are_unlocked, lock_shard
 from lit_fast.errors import UserError
+from lit_fast.storage.cache import local_directory
 from lit_fast.storage.files import exists
-from lit_fast.storage.paths import join
+from lit_fast.storage.paths import is_bucket, join
 from lit_fast.utils.output import status
 
 
@@ -37,15 +39,24 @@ class ShardWriter:
     def __init__(
         self, features: Features, array: ts.TensorStore, shard: int, settings: dict[str, Any]
     ) -> None:
-        """Open the journal of a shard.
+        """Lock a shard and open its journal.
 
         Args:
           array: `features.array()`.
           settings: the settings that decide the bytes; a journal of others is discarded.
 
         Raises:
-          UserError: another process embeds this shard.
+          UserError: another process embeds this shard, or writes the rows of the dataset.
         """
+        self._lock = lock_shard(features, shard)
+        try:
+            check_rows_are_unlocked(features.dataset)
+            self._open(features, array, shard, settings)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, features: Features, array: ts.TensorStore, shard: int, settings: dict[str, Any]) -> None:
         self._features, self._array, self._shard = features, array, shard
         self.first, self.rows = shard * SHARD, features.shard_rows(shard)
         path = journal_path(features, shard)
@@ -71,8 +82,7 @@ class ShardWriter:
         features, shard = self._features, self._shard
         stored = features.manifest(shard) if exists(features.manifest_path(shard)) else None
         if stored is not None and stored.rows >= self.rows:  # finished by another process meanwhile
-            self._journal.remove()
-            self.finished = True
+            self._end()
             return
         if stored is not None:
             self._copy_stored(stored)
@@ -80,8 +90,9 @@ class ShardWriter:
             self.finish()
 
     def close(self) -> None:
-        """Close the journal."""
+        """Close the journal and release the lock."""
         self._journal.close()
+        self._lock.release()
 
     def append(self, batch: Batch, result: np.ndarray) -> int:
         """Append the new rows of a batch.
@@ -92,6 +103,9 @@ class ShardWriter:
 
         Returns:
           The number of new rows.
+
+        Raises:
+          UserError: the process has lost the lock of the shard.
         """
         known = self.done - (batch.first - self.first)
         features = result[known : batch.rows].astype(BFLOAT16)
@@ -103,14 +117,20 @@ class ShardWriter:
             invalid.setdefault(self.done + int(i), "non-finite feature")
         for row in invalid:
             features[row - self.done] = 0
+        self._lock.check_recent()
         self._journal.append(features, invalid)
         return len(features)
 
     def finish(self) -> None:
         """Write the complete shard and its manifest, then delete the journal."""
         invalid = {self.first + row: reason for row, reason in self._journal.invalid.items()}
+        self._lock.check()
         write_shard(self._features, self._array, self._shard, self._journal.features, invalid)
+        self._end()
+
+    def _end(self) -> None:
         self._journal.remove()
+        self._lock.release()
         self.finished = True
 
     def _copy_stored(self, stored: Manifest) -> None:
@@ -161,8 +181,13 @@ def write_shard(
 
 
 def journal_path(features: Features, shard: int) -> str:
-    """Return the path of the journal of an unfinished shard."""
-    return join(features.path, "partial", f"{shard:05d}.journal")
+    """Return the path of the journal of an unfinished shard.
+
+    Objects in buckets cannot be appended to: the journal of a store in a bucket is in the local cache.
+    """
+    local = is_bucket(features.path)
+    directory = local_directory("journals", features.path) if local else join(features.path, "partial")
+    return join(directory, f"{shard:05d}.journal")
 
 
 def batch_spans(done: int, rows: int, device_rows: int, devices: int) -> list[tuple[int, int]]:

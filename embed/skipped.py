@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lit_fast.embed.sources.interface import OTHER_SPLIT
 from lit_fast.storage.files import remove, write_atomic
 from lit_fast.storage.paths import StrPath, join, name
 
 MAX_LISTED = 100_000  # lines of left_out.jsonl
 _MAX_KEY = 500  # characters
+_MAX_REASONS = 100  # of other splits
 _SHOWN = 5  # names per reason in the report
 
 
@@ -27,6 +29,11 @@ class SkippedLog:
 
     def add(self, key: str, source: str, reason: str) -> None:
         """Count one skipped row of the file `source`."""
+        if reason.startswith(OTHER_SPLIT):
+            if len(self.counts) > _MAX_REASONS:
+                reason = f"{OTHER_SPLIT}of other names"
+            self.counts[reason] = self.counts.get(reason, 0) + 1
+            return
         key = key[:_MAX_KEY]
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self._names.setdefault(reason, [])
@@ -40,8 +47,9 @@ class SkippedLog:
         if not self.counts:
             return ""
         parts = (
-            f"{n:,} {reason} ({', '.join(self._names[reason])}{', ...' if n > _SHOWN else ''})"
+            f"{n:,} {reason}" + (f" ({', '.join(names)}{', ...' if n > _SHOWN else ''})" if names else "")
             for reason, n in sorted(self.counts.items(), key=lambda item: -item[1])
+            for names in [self._names.get(reason)]
         )
         return f"left out {sum(self.counts.values()):,}: {'; '.join(parts)}"
 

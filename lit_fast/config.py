@@ -154,7 +154,9 @@ class StreamConfig:
         1, "texts per image and step, all of them positives of the image", minimum=1
     )
     memory_gib: float = setting(
-        4.0, "largest dataset that is held in memory and shuffled exactly, GiB; larger ones are streamed"
+        4.0,
+        "largest dataset that is held in memory and shuffled exactly, GiB; larger ones are streamed, as are those that "
+        "need more than three quarters of the machine's or container's memory",
     )
     shuffle_streams: int = setting(
         64, "streamed datasets: independent streams that contribute rows to each batch", minimum=1

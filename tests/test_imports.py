@@ -29,11 +29,13 @@ GROUND_FLOOR = (
     ("cli",),
 )
 EMBED = (
+    ("embed.locks",),
     ("embed.sources", "embed.journal", "embed.loader", "embed.tokenize"),
-    ("embed.pipeline", "embed.shard_writer", "embed.skipped"),
+    ("embed.pipeline", "embed.shard_writer", "embed.skipped", "embed.class_names"),
     ("embed.row_reader",),
-    ("embed.index", "embed.extract"),
+    ("embed.index", "embed.extract", "embed.relocate"),
     ("embed.verify", "embed.importers"),
+    ("embed.share",),
     ("embed.cli",),
 )
 TRAIN = (
@@ -41,6 +43,7 @@ TRAIN = (
     ("train.step", "train.workdir"),
     ("train.export", "train.cost", "train.inputs"),
     ("train.tracking", "train.plan"),
+    ("train.mirror",),
     ("train.checkpoints",),
     ("train.loop",),
     ("train.cli",),
@@ -264,6 +267,12 @@ def test_files_are_accessed_through_storage_only():
         }:
             used = set()
         wrong |= {name} if used or FILE_CALLS & set(calls(path)) else set()
+    assert not wrong
+
+
+def test_locks_of_the_file_system_are_not_used():
+    """Some file systems have none, and some pretend."""
+    wrong = [name for name, path in modules().items() if {"fcntl", "filelock"} & set(imported(path))]
     assert not wrong
 
 

@@ -56,7 +56,7 @@ class Server:
                 outer.requests.append((self.command, self.path, headers))
                 outer.send(self, outer.answer(self.command, self.path, body))
 
-            do_HEAD = do_POST = do_GET
+            do_HEAD = do_POST = do_PUT = do_GET
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -126,17 +126,21 @@ class FileServer(Server):
 
 
 class Hub(Server):
-    """A Hub of repositories, each of one commit: what huggingface_hub asks for to download, list and read files.
+    """A Hub of repositories: what huggingface_hub asks for to download, list, read and upload files.
 
-    Files of more than 1000 bytes are redirected to a content server, with their SHA-256 as the ETag.
+    Files of more than 1000 bytes are large: they are redirected to a content server, with their SHA-256 as the ETag,
+    and uploaded to it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.repositories: dict[str, dict[str, bytes]] = {}  # "owner/name" or "datasets/owner/name" -> files
         self.commits: dict[str, str] = {}  # of repositories that have another one than COMMIT
+        self.history: dict[tuple[str, str], dict[str, bytes]] = {}  # repository, earlier commit -> files
+        self.private: set[str] = set()  # repositories that are absent without a token
         self.gated: set[str] = set()  # repositories whose files need a token
-        self.content = Server()  # of large files
+        self.refused = 0  # status of all answers to requests that write; 0: they are accepted
+        self.content = Content()  # of large files
         self.cut: list[int] = []  # bytes after which each of the next large files ends
 
     def add(self, repository: str, files: dict[str, bytes] | Path) -> None:
@@ -154,23 +158,45 @@ class Hub(Server):
     def answer(self, method: str, path: str, body: bytes) -> Answer:
         path = path.partition("?")[0]
         api = path.startswith("/api/")
+        authorized = any("authorization" in headers for _, p, headers in self.requests[-1:])
+        if path == "/api/validate-yaml":
+            return _json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(json.loads(body), authorized)
         parts = path.removeprefix("/api").lstrip("/").removeprefix("models/" if api else "").split("/")
         length = 3 if parts[0] == "datasets" else 2
         repository, rest = "/".join(parts[:length]), [unquote(part) for part in parts[length:]]
+        if repository.endswith(".git"):
+            return Answer(b"", status=self.refused) if self.refused else self.content.batch(json.loads(body))
         files, commit = self.repositories.get(repository), self.commits.get(repository, COMMIT)
-        if files is None:
+        if files is None or (repository in self.private and not authorized):
             return _error("RepoNotFound", 401)
         revision = rest[1] if len(rest) > 1 else "main"
+        if (repository, revision) in self.history:
+            files, commit = self.history[repository, revision], revision
         if revision not in ("main", "v1", "refs/pr/1", commit):
             return _error("RevisionNotFound", 404, {"X-Repo-Commit": commit})
         if api:
-            return self._api(files, commit, rest, body)
-        authorized = any("authorization" in headers for _, p, headers in self.requests[-1:])
+            return self._api(repository, files, commit, rest, body)
         if repository in self.gated and not authorized:
             return _error("GatedRepo", 403)
         return self._file(repository, files, commit, "/".join(rest[2:]))
 
-    def _api(self, files: dict[str, bytes], commit: str, rest: list[str], body: bytes) -> Answer:
+    def _create(self, asked: dict[str, Any], authorized: bool) -> Answer:
+        repository = f"{asked['type']}s/{asked['organization']}/{asked['name']}"
+        if not authorized or self.refused:
+            return Answer(b"{}", status=self.refused or 401)
+        url = f"{self.url}/{repository}"
+        if repository in self.repositories:
+            return Answer(json.dumps({"error": "exists", "url": url}).encode(), status=409)
+        self.repositories[repository] = {".gitattributes": b"*.bin filter=lfs"}
+        if asked.get("visibility") == "private":
+            self.private.add(repository)
+        return _json({"url": url})
+
+    def _api(
+        self, repository: str, files: dict[str, bytes], commit: str, rest: list[str], body: bytes
+    ) -> Answer:
         match rest[:1]:
             case ["tree"]:
                 folder = "/".join(rest[2:])
@@ -181,7 +207,36 @@ class Hub(Server):
                 return _json([_entry(n, files) for n in (*sorted(parents), *names)])
             case ["paths-info"]:
                 return _json([_entry(n, files) for n in parse_qs(body.decode())["paths"] if _entry(n, files)])
-        return _json({"id": "x/y", "sha": commit, "siblings": [], "tags": []})
+            case ["preupload"]:
+                modes = [
+                    {"path": f["path"], "uploadMode": "lfs" if f["size"] > 1000 else "regular"}
+                    for f in json.loads(body)["files"]
+                ]
+                return _json({"files": [mode | {"shouldIgnore": False} for mode in modes]})
+            case ["commit"]:
+                return self._commit(repository, [json.loads(line) for line in body.splitlines()])
+        about = {"id": "x/y", "sha": commit, "siblings": [], "tags": []}
+        return _json(about | {"private": repository in self.private})
+
+    def _commit(self, repository: str, operations: list[dict[str, Any]]) -> Answer:
+        if self.refused:
+            return Answer(b"{}", status=self.refused)
+        before = self.commits.get(repository, COMMIT)
+        files = dict(self.repositories[repository])
+        self.history[repository, before] = self.repositories[repository]
+        for operation in operations:
+            value = operation["value"]
+            match operation["key"]:
+                case "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                case "lfsFile":
+                    files[value["path"]] = self.content.uploaded[value["oid"]]
+                case "deletedFile":
+                    del files[value["path"]]
+        self.repositories[repository] = files
+        self.commits[repository] = hashlib.sha1(f"{before} {sorted(files)}".encode()).hexdigest()
+        address = f"{self.url}/{repository}/commit/{self.commits[repository]}"
+        return _json({"commitUrl": address, "commitOid": self.commits[repository]})
 
     def _file(self, repository: str, files: dict[str, bytes], commit: str, name: str) -> Answer:
         headers = {"X-Repo-Commit": commit}
@@ -200,6 +255,31 @@ class Hub(Server):
         self.content.close()
 
 
+class Content(Server):
+    """The storage of a Hub's large files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uploaded: dict[str, bytes] = {}  # SHA-256 -> content
+
+    def batch(self, asked: dict[str, Any]) -> Answer:
+        """Return where to upload the objects that are not there."""
+        objects = []
+        for entry in asked["objects"]:
+            upload = {"upload": {"href": f"{self.url}/upload/{entry['oid']}", "header": {}}}
+            objects.append(entry | ({} if entry["oid"] in self.uploaded else {"actions": upload}))
+        return _json({"transfer": "basic", "objects": objects})
+
+    def answer(self, method: str, path: str, body: bytes) -> Answer:
+        if method != "PUT":
+            return super().answer(method, path, body)
+        digest = path.rpartition("/")[2]
+        if sha(body) != digest:
+            return Answer(b"", status=400)
+        self.uploaded[digest] = body
+        return Answer(b"")
+
+
 def _oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
@@ -207,7 +287,9 @@ def _oid(data: bytes) -> str:
 def _entry(name: str, files: dict[str, bytes]) -> dict[str, Any]:
     """Return the metadata of a file or directory of a repository, {} where there is none."""
     if name in files:
-        return {"type": "file", "path": name, "oid": _oid(files[name]), "size": len(files[name])}
+        data = files[name]
+        large = {"lfs": {"oid": sha(data), "size": len(data), "pointerSize": 134}} if len(data) > 1000 else {}
+        return {"type": "file", "path": name, "oid": _oid(data), "size": len(data)} | large
     is_directory = any(n.startswith(f"{name}/") for n in files)
     return {"type": "directory", "path": name, "oid": "d" * 40, "size": 0} if is_directory else {}
 
@@ -251,6 +333,7 @@ def running_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     remote._open_filesystem.cache_clear()
     HfFileSystem.clear_instance_cache()
     yield hub

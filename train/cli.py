@@ -9,8 +9,8 @@ from lit_fast.cli.main import Run
 from lit_fast.cli.options import (
     add_overrides,
     check_output,
-    enable_compilation_cache,
     overrides,
+    start_jax,
     write_json_output,
 )
 from lit_fast.config_io import load_config, recipes
@@ -38,12 +38,12 @@ def train(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         config = load_config(args.config, overrides(args))
 
-        from lit_fast.runtime import initialize_distributed
+        from lit_fast.runtime import distributed_job
         from lit_fast.train.loop import train as train_run
 
-        initialize_distributed()
-        enable_compilation_cache()
-        train_run(config, args.workdir, args.profile_steps)
+        with distributed_job():
+            start_jax()
+            train_run(config, args.workdir, args.profile_steps)
 
     return run
 
@@ -93,6 +93,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
         from lit_fast.train.plan.report import format_plan
         from lit_fast.train.plan.target import open_target
 
+        start_jax()
         found = make_plan(
             config,
             open_target(args.topology),

@@ -14,11 +14,13 @@ from lit_fast.data.features import Features, open_features
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.data.tokens import Tokens, open_tokens
 from lit_fast.errors import UserError
+from lit_fast.runtime import smallest_of_processes
+from lit_fast.storage.machine import available_memory
 from lit_fast.storage.paths import StrPath
 from lit_fast.train.evaluator import Evaluator
 from lit_fast.train.input_pipeline.packing import Packing, open_packing
 from lit_fast.train.input_pipeline.stream import Stream, open_stream
-from lit_fast.train.workdir import check_identity, check_workdir
+from lit_fast.train.workdir import check_identity, check_workdir, recorded_in_memory
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,26 @@ def open_inputs(config: Config, workdir: StrPath, mesh: Mesh) -> Inputs:
     check_identity(workdir, "tokens", tokenizer.identity)
     evaluator = Evaluator(config, features.provenance)
     rank = (jax.process_index(), jax.process_count())
-    stream = open_stream(features, tokens, config.stream, config.seed, rank)
+    stream = open_stream(
+        features,
+        tokens,
+        config.stream,
+        config.seed,
+        rank,
+        memory=smallest_of_processes(available_memory()),
+        in_memory=recorded_in_memory(workdir),
+    )
     check_identity(workdir, "stream", stream.identity)
     packing = open_packing(config, tokens, tokenizer.eos_id, mesh) if config.text.packed else None
     return Inputs(features, tokens, tokenizer, stream, packing, evaluator)
+
+
+def check_run(workdir: StrPath, config: Config, inputs: Inputs) -> None:
+    """Raise UserError if the directory holds anything but a run of this configuration and these inputs."""
+    check_workdir(workdir, config)
+    check_identity(workdir, "tower", inputs.features.identity)
+    check_identity(workdir, "tokens", inputs.tokenizer.identity)
+    check_identity(workdir, "stream", inputs.stream.identity)
 
 
 def check_batch(config: Config, devices: int) -> None:

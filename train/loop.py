@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from signal import SIGTERM
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +23,14 @@ from lit_fast.models.two_towers import init_params, text_embedder, text_tower
 from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.storage.lock import Lock
-from lit_fast.storage.paths import StrPath
+from lit_fast.storage.paths import StrPath, is_bucket
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
 from lit_fast.train.cost.memory import MemoryFit, choose_remat
 from lit_fast.train.evaluator import EmbedText, Evaluator
 from lit_fast.train.input_pipeline.stream import Batch
-from lit_fast.train.inputs import Inputs, open_inputs
+from lit_fast.train.inputs import Inputs, check_run, open_inputs
+from lit_fast.train.mirror import RunMirror
 from lit_fast.train.optimizer import evaluation_params
 from lit_fast.train.step import Metrics, State, abstract_training, init_state, make_step
 from lit_fast.train.tracking.metrics_writer import TrainingLog
@@ -61,6 +63,34 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     check_trackers(config)
     mesh = make_mesh()
     inputs = open_inputs(config, workdir, mesh)
+    lock = lock_workdir(workdir)
+    with lock or nullcontext():
+        check_run(workdir, config, inputs)  # again, as another training may have ended meanwhile
+        if not is_bucket(workdir):
+            _train(config, workdir, workdir, profiled, mesh, inputs, lock, None, started)
+            return
+        with RunMirror(workdir, lock) as mirror:
+            _train(config, mirror.local, workdir, profiled, mesh, inputs, lock, mirror, started)
+
+
+def _train(
+    config: Config,
+    workdir: str,
+    shown_workdir: str,
+    profiled: range,
+    mesh: Mesh,
+    inputs: Inputs,
+    lock: Lock | None,
+    mirror: RunMirror | None,
+    started: float,
+) -> None:
+    """Train in a local run directory that this process, or the first one, has locked.
+
+    Args:
+      shown_workdir: the run directory in messages: that in a bucket of which `workdir` is a copy.
+      lock: of `shown_workdir`; None in all processes but the first.
+      mirror: writes the local run directory to the bucket, if it is a copy.
+    """
     stream, packing, evaluator, text = inputs.stream, inputs.packing, inputs.evaluator, config.text
     status(f"dataset {inputs.features.dataset.path}: {stream.description}")
     if packing:
@@ -86,8 +116,8 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     status(f"text tower: {count / 1e6:.1f} M parameters on {mesh.size} x {jax.devices()[0].device_kind}")
 
     # --- Create the run directory, or resume from its last checkpoint.
-    lock = _create_workdir(workdir, config, inputs, text_init)
-    checkpoints = Checkpoints(workdir, config.checkpoint)
+    _create_workdir(workdir, config, inputs, text_init)
+    checkpoints = Checkpoints(workdir, config.checkpoint, mirror)
     start_step, state = checkpoints.restore_last(state)
     check_initial_params(workdir, config.text.init, start_step, text_init)
     if start_step:
@@ -98,7 +128,9 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
         if not is_finished(workdir):  # it was killed after the last checkpoint
             results = evaluator.run(embed_text, evaluation_params(state.opt, state.params), state.average)
             _write_summary(workdir, config, memory, start_step, cost_before, results)
-        result(f"{workdir} is complete: {start_step:,} steps")
+            if mirror:
+                mirror.push()
+        result(f"{shown_workdir} is complete: {start_step:,} steps")
         return
 
     # --- Train.
@@ -119,23 +151,25 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
         meter=meter,
         log=TrainingLog(workdir, config, start_step, cost_before, meter),
         profiler=Profiler(workdir, profiled, start_step, meter.paused),
+        lock=lock,
+        mirror=mirror,
     )
     step, stop_signal = _loop(components, state, start_step)
 
     # --- Write the receipt and the report.
     _write_summary(workdir, config, memory, step, meter.cost(), evaluator.results)
+    if mirror:
+        mirror.push()
     if step < config.steps:
         status(f"stopped after step {step:,} and saved; rerun the same command to continue")
         raise SystemExit(128 + stop_signal)
     result(
-        f"trained {config.steps:,} steps in {format_duration(meter.cost().seconds)}; the run is in {workdir}"
+        f"trained {config.steps:,} steps in {format_duration(meter.cost().seconds)}; the run is in {shown_workdir}"
     )
     if evaluator.results:
         result(evaluator.table())
     else:
-        result(f"evaluate it with: lit-fast eval {workdir} --zero-shot E --retrieval E")
-    if lock:
-        lock.release()
+        result(f"evaluate it with: lit-fast eval {shown_workdir} --zero-shot E --retrieval E")
 
 
 class _Components(NamedTuple):
@@ -151,6 +185,8 @@ class _Components(NamedTuple):
     meter: ThroughputMeter
     log: TrainingLog
     profiler: Profiler
+    lock: Lock | None  # of the run directory; None in all processes but the first
+    mirror: RunMirror | None  # writes the local run directory to the bucket, if it is a copy
 
 
 def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
@@ -160,7 +196,7 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
       The last completed step, and the signal that stopped the loop; 0: none.
     """
     config, paused = c.config, c.meter.paused
-    preemption = PreemptionSignal(c.mesh)
+    preemption = PreemptionSignal(c.mesh, lambda: c.mirror is not None and c.mirror.has_failed)
     pending_log: tuple[int, Metrics] | None = None
     previous: Metrics | None = None
     with paused:
@@ -210,6 +246,10 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
                         evaluation = c.evaluator.metrics()
                         c.log.log_evaluation(step, evaluation)
                     if save:
+                        if c.mirror:  # a state that cannot reach the bucket is kept in the local copy
+                            c.mirror.check()
+                        elif c.lock:
+                            c.lock.check()
                         c.checkpoints.save(step, state, evaluation)
             elif not finite:
                 c.checkpoints.check_finite(state)
@@ -230,9 +270,14 @@ class PreemptionSignal:
     A second signal ends the process at once.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, has_failed: Callable[[], bool] = lambda: False) -> None:
+        """Begin to record signals.
+
+        Args:
+          has_failed: whether the run cannot be written any more; then the training stops as after SIGTERM.
+        """
         self._received, _ = record_signals()
-        self._mesh = mesh
+        self._mesh, self._has_failed = mesh, has_failed
         self._max = jax.jit(jnp.max, out_shardings=replicated(mesh))
         self._pending: deque[jax.Array] = deque()
 
@@ -243,6 +288,8 @@ class PreemptionSignal:
         on the devices and read two steps later, when it is available without waiting.
         """
         signal = self._received[0] if self._received else 0
+        if not signal and self._has_failed():
+            signal = SIGTERM
         if jax.process_count() == 1:
             return signal
         received = np.full(jax.local_device_count(), signal, np.int32)
@@ -258,16 +305,12 @@ def _to_devices(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def _create_workdir(
-    workdir: str, config: Config, inputs: Inputs, text_init: dict[str, Any] | None
-) -> Lock | None:
-    """Lock the run directory and write its records."""
-    lock = lock_workdir(workdir)
+def _create_workdir(workdir: str, config: Config, inputs: Inputs, text_init: dict[str, Any] | None) -> None:
+    """Write the records of the run directory."""
     sync_global_devices("checked")  # no process writes before all have checked the directory
     if jax.process_index() == 0:
         write_workdir(workdir, config, inputs.features, inputs.tokens, inputs.stream, text_init)
     sync_global_devices("written")
-    return lock
 
 
 def _write_summary(

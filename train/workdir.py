@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from lit_fast.config import MAY_CHANGE_ON_RESUME, Config, flatten
 from lit_fast.config_io import to_toml
@@ -27,36 +29,46 @@ from lit_fast.storage.files import (
     write_atomic,
     write_json,
 )
-from lit_fast.storage.lock import InUseError, Lock
+from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.train.input_pipeline.stream import Stream
 from lit_fast.weights.text_towers import read_text_weights, start_from
 
 _TEXT_INIT = "text_init.json"
+_MESSAGE_BYTES = 1024
 
 
 def lock_workdir(workdir: StrPath) -> Lock | None:
     """Lock the directory against other trainings.
 
-    Only the first process of a training locks it; the others get None.
+    The first process of a training holds the lock; the others get None.
 
     Raises:
-      UserError: another training holds the lock.
+      UserError: another training holds the lock, or it cannot be written; in all processes.
     """
-    if jax.process_index() != 0:
-        return None
-    try:
-        return Lock(join(workdir, ".lock"))
-    except InUseError:
-        raise UserError(
-            f"workdir {workdir} is in use: another process is training there; wait for it or stop it"
-        ) from None
+    _check_is_no_file(workdir)
+    lock, problem = None, ""
+    if jax.process_index() == 0:
+        try:
+            lock = Lock(join(workdir, ".lock"), f"workdir {workdir}", "choose another --workdir")
+        except UserError as error:
+            problem = str(error)
+    # Without this the other processes would wait for the first one, which has stopped.
+    message = np.frombuffer(problem.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES), np.uint8)
+    message = np.asarray(broadcast_one_to_all(message)).astype(np.uint8)
+    if problem := message.tobytes().decode(errors="replace").rstrip():
+        raise UserError(problem)
+    return lock
+
+
+def _check_is_no_file(workdir: StrPath) -> None:
+    if exists(workdir) and not is_directory(workdir):
+        raise UserError(f"workdir {workdir} is a file; choose another --workdir")
 
 
 def check_workdir(workdir: StrPath, config: Config) -> None:
     """Raise UserError if the directory holds anything but a run of this configuration."""
-    if exists(workdir) and not is_directory(workdir):
-        raise UserError(f"workdir {workdir} is a file; choose another --workdir")
+    _check_is_no_file(workdir)
     if not is_file(join(workdir, "config.toml")):
         if any(not name.startswith(".") for name in list_names(workdir)):
             raise UserError(f"workdir {workdir} is not empty and is not a run; choose another --workdir")
@@ -82,6 +94,15 @@ def check_identity(workdir: StrPath, name: str, identity: str) -> None:
         )
 
 
+def recorded_in_memory(workdir: StrPath) -> bool | None:
+    """Return whether the run there holds its dataset in memory; None where there is no run.
+
+    The order of the rows depends on it, so that a run keeps the choice on a machine with other memory.
+    """
+    file = join(workdir, "stream.json")
+    return read_object(file, in_memory=bool).get("in_memory") if is_file(file) else None
+
+
 def write_workdir(
     workdir: StrPath,
     config: Config,
@@ -95,11 +116,8 @@ def write_workdir(
     write_atomic(join(workdir, "config.toml"), to_toml(config).encode())
     write_json(join(workdir, "tower.json"), features.provenance)
     write_json(join(workdir, "tokens.json"), {k: v for k, v in tokens.meta.items() if k != "shard_keys"})
-    digest = {"dataset": features.dataset.digest}
-    write_json(
-        join(workdir, "stream.json"),
-        {"identity": stream.identity, "description": stream.description} | digest,
-    )
+    record = {"identity": stream.identity, "description": stream.description, "in_memory": stream.in_memory}
+    write_json(join(workdir, "stream.json"), record | {"dataset": features.dataset.digest})
     write_atomic(join(workdir, "tokenizer.model"), tokens.tokenizer().model)
     if text_init:
         write_json(join(workdir, _TEXT_INIT), text_init)
@@ -118,7 +136,8 @@ def load_initial_params(
     Raises:
       UserError: the weights cannot be read, do not fit, or are not those that this run started with.
     """
-    if not source or any(name.isdigit() for name in list_names(join(workdir, "checkpoints"))):
+    has_checkpoint = any(name.isdigit() for name in list_names(join(workdir, "checkpoints")))
+    if not source or broadcast_one_to_all(np.int32(has_checkpoint)):  # others may not see the checkpoints
         return params, None
     weights = read_text_weights(source)
     record = join(workdir, _TEXT_INIT)

@@ -5,50 +5,44 @@ The format is "Caption Annotations" (cocodataset.org, "Data format").
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from lit_fast.data.images.sources import size_and_etag
 from lit_fast.embed.sources.columns import parse_row, require_column
-from lit_fast.embed.sources.image_paths import find_image, image_directory
-from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
-from lit_fast.errors import UserError
-from lit_fast.storage.files import open_read
-
-_MAX_JSON = 2 << 30  # bytes; all captions of COCO are 0.1 GB
+from lit_fast.embed.sources.image_paths import find_image
+from lit_fast.embed.sources.interface import Columns, Item, Skipped
 
 
-def read_coco(path: str, options: Columns) -> Iterator[Item]:
+def coco_rows(
+    path: str, directory: str, options: Columns, images: list[Any], annotations: list[Any]
+) -> Iterator[Item]:
     """Yield one row per image, with all its captions, in the order of the images' ids.
 
     Raises:
-      UserError: the file cannot be read, is too large, or is another JSON.
+      UserError: there is no such column.
     """
-    directory = image_directory(options, path)
-    yield Layout("folder", images=directory)
-    value = _load(path)
-    if value is None:
-        yield Damage(f"{path} is not JSON")
-        return
-    images, annotations = (
-        value.get(n) if isinstance(value, dict) else None for n in ("images", "annotations")
-    )
-    if not isinstance(images, list) or not isinstance(annotations, list):
-        raise UserError(
-            f"{path} is not in COCO's format, which has the lists `images` and `annotations`; give another file"
-        )
-    by_image: dict[Any, list[dict[str, Any]]] = {}
-    for annotation in annotations:
-        if isinstance(annotation, dict) and isinstance(annotation.get("image_id"), int | str):
-            by_image.setdefault(annotation["image_id"], []).append(annotation)
     columns = _columns(path, options, images, annotations)
-    with_id = [i for i in images if isinstance(i, dict) and isinstance(i.get("id"), int | str)]
-    if len(with_id) < len(images):
-        yield Skipped("images", "image without an id")
+    by_image: dict[Any, list[dict[str, Any]]] = {}
+    with_id = [i for i in images if isinstance(i, dict) and _is_id(i.get("id"))]
+    yield from (Skipped("images", "image without an id") for _ in range(len(images) - len(with_id)))
+    counts = Counter(image["id"] for image in with_id)
+    for number, annotation in enumerate(annotations):
+        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+        if _is_id(image_id) and image_id in counts:
+            by_image.setdefault(image_id, []).append(annotation)
+        else:
+            yield Skipped(f"annotation {number}", "annotation of no image in the file")
     for image in sorted(with_id, key=lambda i: (isinstance(i["id"], str), i["id"])):
-        yield _sample(directory, image, by_image.get(image["id"], []), columns)
+        if counts[image["id"]] > 1:
+            yield Skipped(f"image {image['id']}", "several images with one id")
+        else:
+            yield _sample(directory, image, by_image.get(image["id"], []), columns)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def _sample(
@@ -70,22 +64,8 @@ def _columns(path: str, options: Columns, images: list[Any], annotations: list[A
     keys = list(next((i for i in images if isinstance(i, dict)), {}))
     require_column(options.image, keys, f"{path}: images")
     keys = list(next((a for a in annotations if isinstance(a, dict)), {}))
-    columns = replace(
-        options, captions=options.captions or (("", "caption"),), image=options.image or "file_name"
-    )
+    captions = options.captions or (() if "captions" in options.declined else (("", "caption"),))
+    columns = replace(options, captions=captions, image=options.image or "file_name")
     for name in columns.names() if annotations else ():
         require_column(name, keys, f"{path}: annotations")
     return columns
-
-
-def _load(path: str) -> Any:
-    size, _ = size_and_etag(path)
-    if size > _MAX_JSON:
-        raise UserError(f"{path} has {size} bytes; JSON above 2 GiB is not read: make it a .jsonl")
-    with open_read(path) as file:
-        try:
-            return json.loads(file.read())
-        except (ValueError, RecursionError):
-            return None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -8,7 +8,9 @@ import re
 from lit_fast.data.images.noise import is_noise
 from lit_fast.embed.sources.clip_benchmark import PREFIX, benchmark_tars, hub_tars
 from lit_fast.embed.sources.formats import format_by_name
-from lit_fast.embed.sources.interface import IMAGE_SUFFIXES
+from lit_fast.embed.sources.image_folders import image_sources, refuse_several_splits
+from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, Columns
+from lit_fast.embed.sources.pairs import has_pairs
 from lit_fast.errors import UserError
 from lit_fast.storage.files import (
     exists,
@@ -19,8 +21,7 @@ from lit_fast.storage.files import (
     match_files,
 )
 from lit_fast.storage.paths import is_junk, is_pattern, is_url, join, name, parent, suffix
-
-_SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
+from lit_fast.utils.output import status
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -61,8 +62,8 @@ def natural(path: str) -> list[tuple[int, int, str]]:
 def _local(plain: str, pattern: str) -> list[str]:
     path = os.path.abspath(plain)
     if is_directory(path):
-        return benchmark_tars(path) or _in_directory(path)
-    found = [path] if exists(path) else _matches(path)
+        return _without_gaps(benchmark_tars(path) or _in_directory(path))
+    found = [path] if exists(path) else _without_gaps(_matches(path))
     if not found:
         where = "" if plain == pattern else f" (from {pattern})"
         problem = "matches no file" if is_pattern(plain) else "does not exist"
@@ -75,7 +76,7 @@ def _remote(plain: str, pattern: str) -> list[str]:
         return [plain]
     if plain.endswith("/") and (tars := benchmark_tars(plain)):
         return tars
-    found = _matches(plain)
+    found = _without_gaps(_matches(plain))
     if plain.endswith("/"):
         found = _of_one_format(plain, found)
     if not found:
@@ -83,6 +84,20 @@ def _remote(plain: str, pattern: str) -> list[str]:
             f"source {plain} (from {pattern}) matches no file; give files, a pattern or a directory"
         )
     return found
+
+
+def _without_gaps(files: list[str]) -> list[str]:
+    """Return the files; warn of sets like `x-00000-of-00002.parquet` that lack a member."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if match := re.fullmatch(r"(.*)-(\d{1,9})-of-(\d{1,9})(?!\d).*", name(file), re.ASCII):
+            sets.setdefault((join(parent(file), match[1]), int(match[3])), set()).add(int(match[2]))
+    for (start, count), numbers in sets.items():
+        if len(numbers) < count:
+            first = next(n for n in range(count + 1) if n not in numbers)
+            missing = f"{start}-{first:05}-of-{count:05}"
+            status(f"warning: {missing} is missing: {len(numbers):,} of its {count:,} files are there")
+    return files
 
 
 def _matches(pattern: str) -> list[str]:
@@ -94,8 +109,8 @@ def _matches(pattern: str) -> list[str]:
 def _in_directory(directory: str) -> list[str]:
     """Return the files of the one format in a directory.
 
-    Without any, return those in its subdirectories; without any there, the directory itself.
-    COCO's `.json` must be named, since many other files have this suffix.
+    Without any, return those in its subdirectories; without any there, the directory itself if it holds images.
+    A `.json` must be named, since many other files have this suffix.
 
     Raises:
       UserError: there are several formats or several splits, or no readable file.
@@ -103,26 +118,29 @@ def _in_directory(directory: str) -> list[str]:
     subdirectories = [d for d in list_directories(directory) if not is_junk(d)]
     for folders in ([directory], [join(directory, d) for d in subdirectories]):
         files = [join(folder, file) for folder in folders for file in list_names(folder)]
+        logs = {join(directory, f"{d}.parquet") for d in subdirectories}  # of img2dataset's `files` output
         found = _of_one_format(
-            directory, [f for f in files if not is_junk(name(f)) and format_by_name(f) and is_file(f)]
+            directory,
+            [f for f in files if not is_junk(name(f)) and f not in logs and format_by_name(f) and is_file(f)],
         )
         if found:
             if folders != [directory]:
-                _refuse_several_splits(directory, {name(parent(f)) for f in found})
+                refuse_several_splits(directory, {name(parent(f)) for f in found})
+            if format_by_name(found[0]) in ("tar", "tfrecord", "array_record"):
+                _note_unread_images([directory, *(join(directory, d) for d in subdirectories)], found)
             return found
-    _refuse_several_splits(directory, set(subdirectories))
-    for folder in subdirectories[:100]:
-        if any(suffix(file) in IMAGE_SUFFIXES for file in list_names(join(directory, folder))[:1000]):
-            return [directory]
-    raise UserError(
-        f"source {directory}: there is no .tar, .parquet, .csv, .tsv, .jsonl or .array_record in this directory or "
-        "one level below, and no folder of images per class"
-    )
+    table = join(directory, "captions.txt")  # Flickr8k's, beside a folder of images
+    if is_file(table) and not has_pairs(directory, Columns()):
+        return [table]
+    refuse_several_splits(directory, set(subdirectories))
+    return image_sources(directory)
 
 
-def _refuse_several_splits(directory: str, folders: set[str]) -> None:
-    if len(folders & _SPLITS) > 1:
-        raise UserError(f"source {directory} holds the splits {', '.join(sorted(folders))}; name one of them")
+def _note_unread_images(folders: list[str], found: list[str]) -> None:
+    for folder in folders[:100]:
+        if any(suffix(file) in IMAGE_SUFFIXES for file in list_names(folder)[:1000]):
+            status(f"warning: the images in {folder} are not read, only {name(found[0])} and files like it")
+            return
 
 
 def _of_one_format(directory: str, found: list[str]) -> list[str]:
@@ -130,10 +148,11 @@ def _of_one_format(directory: str, found: list[str]) -> list[str]:
     for file in found:
         files.setdefault(format_by_name(file), []).append(file)
     files.pop("", None)
-    files.pop("coco", None)
-    stems = {os.path.splitext(f)[0] for f in files.get("tar", [])}
-    if stems and all(os.path.splitext(f)[0] in stems for f in files.get("parquet", [])):
-        files.pop("parquet", None)  # img2dataset's log beside each tar
+    files.pop("json", None)
+    for kind in ("tar", "tfrecord"):
+        stems = {os.path.splitext(f)[0] for f in files.get(kind, [])}
+        if stems and all(os.path.splitext(f)[0] in stems for f in files.get("parquet", [])):
+            files.pop("parquet", None)  # img2dataset's log beside each file
     if len(files) > 1:
         suffixes = sorted({suffix(f) or f for group in files.values() for f in group[:1]})
         raise UserError(

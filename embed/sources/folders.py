@@ -21,7 +21,7 @@ from lit_fast.embed.sources.interface import (
     Skipped,
     is_utf8,
 )
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import is_directory, list_directories, list_names, walk_files
 from lit_fast.storage.paths import is_junk, join, suffix
 
@@ -31,7 +31,7 @@ def class_folders(path: str) -> tuple[str, ...]:
     try:
         names = [name for name in list_directories(path) if not is_junk(name)]
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
     for name in names:
         if not is_utf8(name):
             raise UserError(f"{path}: the name of the folder {name!a} is not UTF-8; rename it")
@@ -46,7 +46,9 @@ def read_folder(path: str, options: Columns) -> Iterator[Item]:
     Raises:
       UserError: a directory cannot be read, or `options` name columns.
     """
-    if options != Columns(images=options.images):
+    if options.split:
+        raise UserError(f"{path} is a directory of classes and has no splits; leave --split out")
+    if options.names() or options.image:
         raise UserError(
             f"{path} is a directory of classes and has no columns that options could name; leave them out"
         )
@@ -66,7 +68,7 @@ def read_folder(path: str, options: Columns) -> Iterator[Item]:
                     inside[entry].add(file.split("/")[1] if file.count("/") > 1 else "")
                     yield find_image(path, file).item(ParsedRow(label=numbers[entry]))
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise UserError(f"{error.filename} cannot be read: {os_reason(error)}") from None
     yield from _notes(path, inside)
 
 
@@ -88,6 +90,8 @@ def _notes(path: str, inside: dict[str, set[str]]) -> Iterator[Note]:
         yield Note(
             f"{path} has {len(empty)} class folders without an image, which are classes: {some(empty)}"
         )
+    if len(used := [folder for folder, places in inside.items() if places]) == 1:
+        yield Note(f"{path} has images of one class only, the folder {used[0]}")
     for folder, places in inside.items():
         nested = sorted(places - {""})
         if len(nested) > 1:

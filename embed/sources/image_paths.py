@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from lit_fast.data.images.decode import MAX_IMAGE
 from lit_fast.data.images.fingerprint import HEAD, image_checksum
 from lit_fast.embed.sources.columns import ParsedRow
 from lit_fast.embed.sources.interface import JUNK, Columns, Sample, Skipped, is_utf8
-from lit_fast.errors import UserError
-from lit_fast.storage.files import file_status, is_directory, read_range
+from lit_fast.errors import UserError, is_shortage
+from lit_fast.storage.files import exists, file_status, is_directory, list_directories, read_range
 from lit_fast.storage.paths import is_junk, is_url, join, parent, suffix
+
+_MAX_FOLDERS = 1000
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def image_directory(options: Columns, table: str) -> str:
@@ -38,6 +43,32 @@ def image_directory(options: Columns, table: str) -> str:
             f"--images {directory} is not a directory; give the one that the paths in {table} start from"
         )
     return directory
+
+
+def clean_path(path: object) -> object:
+    """Return a path as a table writes it, without spaces around it, `file://` and the backslashes of Windows."""
+    path = path[0] if isinstance(path, list) and len(path) == 1 else path
+    if not isinstance(path, str):
+        return path
+    path = path.strip()
+    if path.lower().startswith("file://"):
+        return "/" + unquote(path[len("file://") :]).removeprefix("localhost").lstrip("/")
+    if "\\" in path and ("/" not in path or _DRIVE.match(path)):
+        return path.replace("\\", "/")
+    return path
+
+
+def find_subdirectory(directory: str, path: object) -> str:
+    """Return the one directory in `directory` that has the image at `path`; "" if it is found without, or in none."""
+    inner, problem = _relative_path(directory, path)
+    if problem or is_url(directory) or exists(join(directory, inner)):
+        return ""
+    try:
+        folders = [join(directory, folder) for folder in list_directories(directory) if not is_junk(folder)]
+    except OSError:
+        return ""
+    found = [folder for folder in folders[:_MAX_FOLDERS] if exists(join(folder, inner))]
+    return found[0] if len(found) == 1 else ""
 
 
 class ImageFile(NamedTuple):
@@ -74,8 +105,12 @@ def find_image(directory: str, path: object, default_suffix: str = "") -> ImageF
             return ImageFile(inner, problem="image file above 256 MiB")
         return ImageFile(inner, status.size, image_checksum(read_range(location, 0, HEAD)))
     except (FileNotFoundError, NotADirectoryError):
+        if _DRIVE.match(inner):
+            return ImageFile(inner, problem="path on a Windows drive; make it relative to --images")
         return ImageFile(inner, problem=f"image file not found in {directory}")
     except OSError as error:
+        if is_shortage(error):
+            raise
         return ImageFile(inner, problem=f"image file cannot be read ({error.strerror})")
 
 
@@ -91,7 +126,8 @@ def _relative_path(directory: str, path: object) -> tuple[str, str]:
     if is_url(path) or path.startswith("/"):
         start = directory.rstrip("/") + "/"
         if not path.startswith(start):
-            return path, f"path outside {directory}"
+            remedy = "img2dataset downloads it" if is_url(path) else "--images / allows it"
+            return path, f"path outside {directory} ({remedy})"
         path = path[len(start) :]
     inner = posixpath.normpath(path)
     if inner.startswith(("../", "/")) or inner in (".", ".."):

@@ -15,6 +15,8 @@ MAX_CAPTION = 1 << 20  # characters
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 NO_IMAGE_FILE = "no image file (.jpg, .jpeg, .png, .webp, .gif or .bmp)"
 
+OTHER_SPLIT = "of the split "  # beginning of the reason; such rows are counted but not listed
+
 JUNK = "hidden file or leftover of another program"  # see `lit_fast.storage.paths.is_junk`
 
 
@@ -22,7 +24,7 @@ JUNK = "hidden file or leftover of another program"  # see `lit_fast.storage.pat
 class Columns:
     """The columns, JSON keys or features of a source by their role.
 
-    As options of `lit-fast index`, "" or () = guess; of a source, it has none.
+    As options of `lit-fast index`, "" or () = guess, unless the role is among `declined`; of a source, it has none.
     """
 
     captions: tuple[tuple[str, str], ...] = ()  # (language or "", name)
@@ -31,16 +33,21 @@ class Columns:
     label: str = ""
     language: str = ""
     images: str = ""  # directory of the image files; an option only
+    split: str = ""  # rows of other splits are skipped: "train+restval"; an option only
+    declined: tuple[str, ...] = ()  # roles whose column is not guessed; an option only
+    lists: bool = False  # captions are lists written as text; of a source only
 
     def names(self) -> list[str]:
         """Return all columns but the image's, each once."""
-        names = [*(name for _, name in self.captions), self.key, self.label, self.language]
+        split = "split" if self.split else ""
+        names = [*(name for _, name in self.captions), self.key, self.label, self.language, split]
         return [name for name in dict.fromkeys(names) if name]
 
     def as_options(self) -> tuple[str, ...]:
         """Return `name=value` for each option that was given."""
-        captions = ",".join(f"{l}={n}" if l else n for l, n in self.captions)
-        return tuple(f"{n}={v}" for n, v in (vars(self) | {"captions": captions}).items() if v)
+        values = vars(self) | {"captions": ",".join(f"{l}={n}" if l else n for l, n in self.captions)}
+        declined = values.pop("declined")
+        return tuple(f"{n}={v}" for n, v in values.items() if v or n in declined)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Sample:
     label: int = -1
     languages: tuple[str, ...] = ()
     check: int = 0
+    dropped: str = ""  # why its label, or one of several captions, is not used
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,17 @@ class Skipped:
 
     key: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A guess of the reader, for the user to judge; the caller prints it with the first caption.
+
+    Attributes:
+      text: "image = filepath, captions = title (also: caption)", or any `property = value`.
+    """
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +106,16 @@ class Note:
     text: str
 
 
-Item = Layout | Sample | Skipped | Damage | Note
+Item = Layout | Guess | Sample | Skipped | Damage | Note
 
 Reader = Callable[[str, Columns], Iterator[Item]]
 """Read a source, given by its path or URL, lazily and once.
 
 A reader yields one `Layout` before the first `Sample`, then a `Sample` or a `Skipped` for every entry, in the order of
-the source. At damage it yields `Damage` and reads no further. It raises `UserError` if the source cannot be read at
-all or lacks a named column; no content of a file makes it raise anything else.
+the source. It yields a `Guess` before the first row that was read with guessed columns, and again where others are
+guessed; equal ones of many files are printed once. At damage it yields `Damage` and reads no further. It
+raises `UserError` if the source cannot be read at all or lacks a named column; no content of a file makes it raise
+anything else.
 """
 
 

@@ -1,120 +1,165 @@
-"""Read CSV, TSV and JSON lines whose rows name an image file and its captions.
+"""Read tables whose rows name an image file and its captions: CSV, TSV, JSON lines and the like.
 
 The default columns of open_clip's CSV are `filepath` and `title`, of Hugging Face's image folders
-`file_name` and `text`. A CSV with a tab in its first line is separated by tabs.
+`file_name` and `text`, of Flickr8k's `captions.txt` `image` and `caption`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import IO, Any
+from itertools import islice
+from typing import Any
 
-from lit_fast.embed.sources.columns import IMAGE, PATHS, choose_columns, guess_column, parse_row
-from lit_fast.embed.sources.image_paths import find_image, image_directory
-from lit_fast.embed.sources.interface import MAX_CAPTION, Columns, Damage, Item, Layout, Skipped
+from lit_fast.embed.sources.columns import (
+    CAPTIONS,
+    IMAGE,
+    LABEL,
+    PATHS,
+    URLS,
+    choose_columns,
+    find_guess,
+    guess_column,
+    nested_names,
+    parse_row,
+    value_of,
+)
+from lit_fast.embed.sources.first_rows import FIRST_ROWS, describe_refinement, refine_columns
+from lit_fast.embed.sources.image_paths import clean_path, find_image, find_subdirectory, image_directory
+from lit_fast.embed.sources.interface import Columns, Damage, Guess, Item, Layout, Skipped
+from lit_fast.embed.sources.text_tables import (
+    Entry,
+    Header,
+    TableRow,
+    is_image_name,
+    read_entries,
+)
 from lit_fast.errors import UserError
-from lit_fast.storage.files import open_read
-from lit_fast.storage.paths import suffix
+from lit_fast.storage.paths import name
 
-MAX_LINE = 16 << 20  # characters
+KNOWN_COLUMNS = frozenset((*CAPTIONS, *IMAGE, *PATHS, *LABEL, *URLS))
+_CAPTION_NUMBER = re.compile(r"(.+\.[a-z]{3,4})#[0-9]+", re.IGNORECASE | re.ASCII)  # Flickr8k: x.jpg#0
 
 
 def read_table(path: str, options: Columns) -> Iterator[Item]:
-    """Yield one row per line; the caller merges repeats of an image.
+    """Yield one row per row of the table; the caller merges repeats of an image.
 
     Raises:
       UserError: the file cannot be read, or lacks a column.
     """
+    known = KNOWN_COLUMNS | {column.lower() for column in _named(options)}
+    return table_rows(path, options, read_entries(path, known))
+
+
+def table_rows(path: str, options: Columns, entries: Iterator[Entry]) -> Iterator[Item]:
+    """Yield one row per row of a table; the caller merges repeats of an image.
+
+    Args:
+      path: of the table, beside the images.
+      options: those of the command.
+      entries: the header, if it has one, and the rows.
+
+    Raises:
+      UserError: the table lacks a column.
+    """
     directory = image_directory(options, path)
-    yield Layout("folder", images=directory)
-    columns: Columns | None = None
-    for number, values in read_lines(path):
-        if isinstance(values, str):
-            yield Skipped(f"line {number}", values)
-            continue
-        columns = columns or _columns(path, options, list(values))
-        default_suffix = ".jpg" if columns.image == "image/key" else ""  # Crossmodal-3600 omits it
-        image = find_image(directory, values.get(columns.image), default_suffix)
-        yield image.item(parse_row(values, columns), f"line {number}")
-    if columns is None:
-        yield Damage(f"{path} has no rows")
+    head: list[Entry] = []
+    header: Header | None = None
+    is_damaged = False
+    for entry in entries:
+        if isinstance(entry, TableRow):
+            head = [entry, *islice(entries, FIRST_ROWS - 1)]
+            break
+        if isinstance(entry, Header):
+            header = entry
+        else:
+            is_damaged |= isinstance(entry, Damage)
+            yield entry
+    if not head:
+        yield Layout("folder", images=directory)
+        if not is_damaged:
+            yield Damage(f"{path} has no rows")
+        return
+    rows = [entry.values for entry in head if isinstance(entry, TableRow)]
+    chosen, names = _choose(path, options, header, rows)
+    columns = refine_columns(path, options, chosen, rows)
+    first_image = _image_of(rows[0], columns)
+    subdirectory = "" if options.images else find_subdirectory(directory, first_image)
+    yield Layout("folder", images=subdirectory or directory)
+    if header and header.is_numbered:
+        yield Guess("header = none")
+    yield from find_guess(options, columns, names)
+    if subdirectory:
+        yield Guess(f"images = {name(subdirectory)}/")
+    yield from describe_refinement(path, chosen, columns, rows)
+    directory = subdirectory or directory
+    default_suffix = ".jpg" if columns.image == "image/key" else ""  # Crossmodal-3600 omits it
+    while head:
+        for entry in head:
+            if isinstance(entry, TableRow):
+                image = find_image(directory, _image_of(entry.values, columns), default_suffix)
+                yield image.item(parse_row(entry.values, columns), entry.name)
+            elif not isinstance(entry, Header):
+                yield entry
+        head = list(islice(entries, FIRST_ROWS))
 
 
 def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield the number of each line, and its values by column or the problem with it.
+    """Yield the number of each row's line, and its values by column or the problem with it.
 
     Raises:
       UserError: the file cannot be read.
     """
-    json_lines = suffix(path) in (".jsonl", ".ndjson")
-    with open_read(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        try:
-            yield from _json_lines(text) if json_lines else _csv_rows(text)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    number = 0
+    for entry in read_entries(path, KNOWN_COLUMNS):
+        match entry:
+            case TableRow(number, values):
+                yield number, values
+            case Skipped(where, reason):
+                number = int(where.rpartition(" ")[2])
+                yield number, reason
+            case Damage(description):
+                yield number + 1, description
 
 
-def _columns(path: str, options: Columns, names: list[str]) -> Columns:
+def _named(options: Columns) -> list[str]:
+    return [*options.names(), options.image]
+
+
+def _choose(
+    path: str, options: Columns, header: Header | None, rows: Sequence[Mapping[str, Any]]
+) -> tuple[Columns, list[str]]:
+    """Choose the columns of a table; return them, and the names of all."""
+    names = [*dict.fromkeys([*(header.names if header else ()), *nested_names(rows)])]
+    names = [column for column in names if column]
+    if header and len(header.names) == 1 and not options.names():
+        raise UserError(
+            f"{path} has one column, {header.names[0][:80]!a}; separate the image and its captions by a comma, a tab, "
+            "';' or '|'"
+        )
+    if header and header.is_numbered:
+        options = _by_content(options, header.names, rows)
     image = options.image or guess_column((*PATHS, *IMAGE), names)
-    return choose_columns(replace(options, image=image), names, path)
+    columns = replace(choose_columns(replace(options, image=image), names, path), key="")
+    for column in _named(columns):
+        if header and header.names.count(column) > 1:
+            raise UserError(f"{path} has {header.names.count(column)} columns {column}; rename all but one")
+    return columns, names
 
 
-def _csv_rows(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    csv.field_size_limit(MAX_CAPTION)
-    first = text.readline(MAX_LINE)
-    delimiter = "\t" if "\t" in first else ","
-    try:
-        header = [column.strip() for column in next(csv.reader([first], delimiter=delimiter), [])]
-    except csv.Error as error:
-        yield 1, f"not CSV: {error}"
-        return
-    if not any(header):
-        return
-    at_end: list[bool] = []
-    rows = csv.reader(_lines_noting_end(text, at_end), delimiter=delimiter)
-    while True:
-        begin = rows.line_num + 2
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield rows.line_num + 1, f"not CSV: {error}"
-            continue
-        if at_end:
-            yield begin, "not CSV: a quote that is never closed; all after it is not read"
-        elif len(row) > len(header):
-            yield rows.line_num + 1, f"{len(row)} fields, where the first line has {len(header)}"
-        elif row:
-            yield rows.line_num + 1, dict(zip(header, row, strict=False))
+def _by_content(options: Columns, names: list[str], rows: Sequence[Mapping[str, Any]]) -> Columns:
+    """Choose numbered columns: names of image files, and of the others that with the most words."""
+    image = options.image or next((n for n in names if all(is_image_name(row[n]) for row in rows)), names[0])
+    captions = options.captions
+    if not captions and "captions" not in options.declined:
+        words = {n: sum(len(row[n].split()) for row in rows) for n in names if n != image}
+        captions = (("", max(words, key=words.__getitem__)),) if words else ()
+    return replace(options, image=image, captions=captions)
 
 
-def _lines_noting_end(text: IO[str], at_end: list[bool]) -> Iterator[str]:
-    """Yield the lines; fill `at_end` when one more is requested (an open quote)."""
-    yield from _lines(text)
-    at_end.append(True)
-
-
-def _json_lines(text: IO[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(_lines(text), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            yield number, "line is not JSON"
-            continue
-        yield number, value if isinstance(value, dict) else "line is not a JSON object"
-
-
-def _lines(text: IO[str]) -> Iterator[str]:
-    """Yield lines, cut at `MAX_LINE` characters, so that no file fills the memory."""
-    while line := text.readline(MAX_LINE):
-        yield line
-        while not line.endswith(("\n", "\r")) and (line := text.readline(MAX_LINE)):
-            pass
+def _image_of(values: Mapping[str, Any], columns: Columns) -> Any:
+    """Return the path in a row, without the number of the caption that Flickr8k appends to it."""
+    value = clean_path(value_of(values, columns.image))
+    match = _CAPTION_NUMBER.fullmatch(value) if isinstance(value, str) and "#" in value else None
+    return match[1] if match and is_image_name(match[1]) else value

@@ -8,15 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from lit_fast.data.features import Features, Manifest, tower_options
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.extract import embed_dataset
+from lit_fast.embed.locks import lock_shard
 from lit_fast.embed.shard_writer import journal_path
 from lit_fast.embed.verify.findings import Finding, finish_remedy, repair_remedy, some
 from lit_fast.embed.verify.sample import open_stored_tower, verify_sample
 from lit_fast.embed.verify.shard_scan import scan_shard
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, remove
+from lit_fast.storage.machine import cpu_count
 from lit_fast.storage.paths import join
 from lit_fast.utils.progress import Progress
-from lit_fast.utils.system import cpu_count
 
 
 def verify_features(features: Features, shards: Iterable[int], sample: int) -> Iterator[Finding]:
@@ -81,9 +82,10 @@ def repair_features(features: Features, wrong: Sequence[Finding], sample: int) -
     shards = sorted({f.shard for f in wrong if f.shard is not None})
     has_wrong_metadata = any(f.shard is None for f in wrong)
     for shard in shards:
-        remove(features.manifest_path(shard))
-        remove(journal_path(features, shard))
-        remove(features.shard_path(shard))  # TensorStore would read the end of a short one
+        with lock_shard(features, shard):
+            remove(features.manifest_path(shard))
+            remove(journal_path(features, shard))
+            remove(features.shard_path(shard))  # TensorStore would read the end of a short one
     if has_wrong_metadata:
         try:
             features.array(create=True)

@@ -15,6 +15,7 @@ from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.loader import ImageLoader
 from lit_fast.embed.verify.findings import Finding, repair_remedy, some
 from lit_fast.errors import UserError
+from lit_fast.runtime import start_devices
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.interface import FrozenTower
 from lit_fast.utils.output import result
@@ -91,6 +92,7 @@ def open_stored_tower(features: Features) -> FrozenTower | Finding:
     if "imported" in provenance:
         what = "no row was embedded again: the features were imported, and their model is not available"
         return Finding(part, what, wrong=False)
+    start_devices()
     try:
         tower = open_tower(provenance["source"], tower_options(provenance))
     except UserError as error:

@@ -119,9 +119,10 @@ def _equal_neighbours(rows: np.ndarray, hashes: np.ndarray) -> Iterator[str]:
 
 
 def _keys(features: Features, rows: list[int]) -> list[str]:
-    reader = features.dataset.index_reader()
+    dataset = features.dataset
+    reader = dataset.index_reader()
     try:
-        blocks = {b: decode_block(reader.read(b)).keys for b in {r // BLOCK for r in rows}}
-        return [blocks[r // BLOCK][r % BLOCK] for r in rows]
+        blocks = {b: decode_block(reader.read(b)) for b in {r // BLOCK for r in rows}}
+        return [dataset.row_name(blocks[r // BLOCK], r % BLOCK) for r in rows]
     except (UserError, ValueError, TypeError, IndexError):  # a finding of its own
         return [f"of row {r:,}" for r in rows]

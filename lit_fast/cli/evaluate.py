@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lit_fast.cli.main import Run
-from lit_fast.cli.options import check_output, enable_compilation_cache, write_json_output, write_output
+from lit_fast.cli.options import check_output, start_jax, write_json_output, write_output
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_directory
 from lit_fast.storage.paths import join
@@ -132,6 +132,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         for dataset in pair:
             rows_without_features(dataset, tower)
 
+    start_jax()
+
     # --- few-shot: needs the tower, not the weights of the run
     few_shot = []
     names = iter(distinct_names(dataset.path for pair in pairs for dataset in pair))
@@ -141,7 +143,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         few_shot.append(result | {"train_dataset": next(names), "dataset": next(names)})
 
     # --- zero-shot and retrieval
-    enable_compilation_cache()
     run = open_run(args.run, args.step, args.average)
     model = {"model": run.name, "pretrained": f"step {run.step}{' average' * args.average}"}
     results, page = [], []
@@ -159,7 +160,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     _write_results(args.json, results)
     if args.page:
         about = f"{model['pretrained']}, tower {run.tower}"
-        write_output(args.page, evaluation_page(run.name, about, page).encode(errors="replace"), "--page")
+        write_output(args.page, evaluation_page(run.name, about, page).encode("utf-8", "replace"), "--page")
 
 
 def _write_results(out: str | None, results: list[dict[str, Any]]) -> None:

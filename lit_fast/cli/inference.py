@@ -6,7 +6,7 @@ import argparse
 import os
 
 from lit_fast.cli.main import Run
-from lit_fast.cli.options import check_output, enable_compilation_cache, write_json_output, write_output
+from lit_fast.cli.options import check_output, start_jax, write_json_output, write_output
 from lit_fast.errors import UserError
 from lit_fast.storage.files import read_lines
 from lit_fast.utils.output import result, status
@@ -55,7 +55,7 @@ def classify(parser: argparse.ArgumentParser) -> Run:
         templates = list(read_lines(args.templates)) if args.templates else ["{c}"]
         check_labels(labels, templates)
         images = expand_images(args.images)
-        enable_compilation_cache()
+        start_jax()
         model = load(args.model, tower=args.tower)
         scores, problems = classify_images(model, images, labels, templates)
         result(f"{model.name}: {describe_scores(model)}\n{format_scores(images, labels, scores)}")
@@ -117,7 +117,7 @@ def _search(args: argparse.Namespace) -> None:
     from lit_fast.inference.search_page import Answer, as_json, format_answers, search_page
 
     dataset = open_dataset(args.dataset)
-    enable_compilation_cache()
+    start_jax()
     model = load(args.model, tower=args.tower)
     features = matching_features(dataset, model.tower_json)
     features.invalid_rows()

@@ -55,7 +55,7 @@ def compare(parser: argparse.ArgumentParser) -> Run:
         result(format_comparison(records, shutil.get_terminal_size((120, 24)).columns))
         write_json_output(args.json, as_json(records))
         if args.out:
-            write_output(args.out, comparison_page(records).encode(), "--out")
+            write_output(args.out, comparison_page(records).encode("utf-8", "replace"), "--out")
 
     return run
 

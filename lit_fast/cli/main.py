@@ -17,8 +17,9 @@ from importlib.metadata import entry_points
 from types import FrameType
 from typing import NoReturn
 
-from lit_fast.errors import UserError
-from lit_fast.utils.output import failure
+from lit_fast.errors import MachineError, UserError, first_line, os_reason
+from lit_fast.storage.machine import available_memory, open_standard_descriptors, raise_open_file_limit
+from lit_fast.utils.output import SIGPIPE_STATUS, failure, flush, prepare_streams
 from lit_fast.utils.signals import SIGNALS, install_handler
 from lit_fast.version import __version__
 
@@ -39,6 +40,8 @@ COMMANDS = {
     "search": "Search the images of a dataset by text or image",
     "compare": "Compare runs: configuration, cost and results",
     "info": "Show the contents of a dataset or run and the next command",
+    "push": "Share a dataset without its images on the Hugging Face Hub",
+    "pull": "Get a dataset that somebody shared, ready for training",
     "verify": "Check every stored byte of a dataset",
     "towers": "List public vision towers",
     "demo": "Run all stages on generated images, in minutes on a laptop",
@@ -56,9 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-      The exit status: 0 when the job is done, 2 for a user's mistake, 130 after Ctrl-C and 143 after SIGTERM. After
-      a signal, the same command resumes the work.
+      The exit status: 0 when the job is done, 2 for a user's mistake, 1 for a failure of other processes or of the
+      machine's memory, 130 after Ctrl-C, 141 if the reader of the output is gone and 143 after SIGTERM. After a
+      signal, the same command resumes the work.
     """
+    open_standard_descriptors()
+    prepare_streams()
+    raise_open_file_limit()
     argv = list(sys.argv[1:] if argv is None else argv)
     received: list[int] = []
 
@@ -74,8 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         install_handler(stop, [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN])
-        _dispatch(argv)
-        sys.stdout.flush()
+        _check_directory()
+        try:
+            _dispatch(argv)
+        except SystemExit:  # of --help
+            flush()
+            raise
     except BaseException as error:
         if received:
             event = "\nlit-fast: interrupted" if received[0] == signal.SIGINT else "lit-fast: terminated"
@@ -94,21 +105,51 @@ def _importing(frame: FrameType | None) -> bool:
     return False
 
 
+def _check_directory() -> None:
+    """Raise UserError if the current directory was deleted: relative paths have no meaning then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the current directory cannot be used: {os_reason(error)}; change to another"
+        ) from None
+
+
 def _exit_status(error: BaseException) -> int:
     """Print an error of the user or of the machine in one line; raise any other again."""
-    if isinstance(error, UserError):
-        failure(f"lit-fast: error: {' '.join(str(error).split())}")
-        return 2
-    if isinstance(error, BrokenPipeError):  # `lit-fast info D | head`
-        sys.stdout = None  # type: ignore[assignment]  # its buffer cannot be flushed at exit
-        return 141
-    if isinstance(error, OSError):  # a full disk, a missing permission
-        file = f"{error.filename}: " if error.filename else ""
-        failure(f"lit-fast: error: {file}{error.strerror or error}")
-        return 2
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0
-    raise error
+    if isinstance(error, BrokenPipeError):  # of a program that this one writes to
+        return SIGPIPE_STATUS
+    known = _as_user_error(error)
+    if known is None:
+        raise error
+    failure(f"lit-fast: error: {' '.join(str(known).split())}")
+    return known.exit_status
+
+
+def _as_user_error(error: BaseException) -> UserError | None:
+    """Return the line for an error that the user or the machine causes; None for a defect."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError):  # a full disk, a missing permission
+        file = f"{error.filename}: " if error.filename else ""
+        return UserError(f"{file}{os_reason(error)}; fix the cause, then rerun the same command")
+    if isinstance(error, MemoryError):
+        memory = available_memory() / 2**30
+        return MachineError(
+            f"out of memory: this process may use {memory:.1f} GiB; use a smaller batch or more memory"
+        )
+    if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+        return UserError(
+            f"the name {error.object[:200]!r} cannot be written in this locale, {sys.getfilesystemencoding()}; set "
+            "PYTHONUTF8=1"
+        )
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(
+        error
+    ):  # JAX may not be loaded here
+        return MachineError(f"the device is out of memory: {first_line(error)}; use a smaller batch")
+    return None
 
 
 def _dispatch(argv: list[str]) -> None:

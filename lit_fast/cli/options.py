@@ -1,14 +1,15 @@
-"""Options that several commands share, their output files, and the cache of compiled programs."""
+"""Options that several commands share, their output files, and the start of JAX."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import os
+import warnings
 
 from lit_fast.config import sections, settings
 from lit_fast.config_io import describe
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import exists, is_directory, json_bytes, local_path, write_atomic
 from lit_fast.storage.paths import StrPath, absolute, join, parent
 
@@ -41,7 +42,7 @@ def write_output(location: StrPath, data: bytes, option: str) -> None:
     try:
         write_atomic(location, data)
     except OSError as error:
-        raise UserError(f"{option} {location} cannot be written: {error.strerror}") from None
+        raise UserError(f"{option} {location} cannot be written: {os_reason(error)}") from None
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -74,11 +75,21 @@ def overrides(args: argparse.Namespace) -> list[str]:
     return [f"--{key}={given[key]}" for key in settings() if key in given] + list(args.unknown)
 
 
-def enable_compilation_cache() -> None:
-    """Turn on JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names another directory."""
+def start_jax() -> None:
+    """Start JAX with its persistent compilation cache, in JAX_COMPILATION_CACHE_DIR or the cache of lit_fast.
+
+    Every command that needs a device calls it before any other use of JAX, and after `process_rank`.
+
+    Raises:
+      UserError: JAX_PLATFORMS names a device that cannot be used here, or none can.
+    """
     import jax
 
+    from lit_fast.runtime import start_devices
     from lit_fast.storage.cache import cache_directory
 
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", join(cache_directory(), "compiled"))
+    # A cache on a full disk, or in a home that cannot be written, costs time only.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    start_devices()

@@ -16,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from lit_fast.data.records import RecordReader
@@ -40,6 +42,7 @@ class Source:
     | tar | first byte of the image file in the tar, and its number of bytes |
     | parquet | row group, and row in it; `image` is the column, dotted for a field of a struct |
     | array_record | record number, 0; `image` is the feature of the tf.train.Example |
+    | tfrecord | first byte of the record's data in the file, and its number of bytes; `image` as above |
     | folder | 0, bytes of the image file when it was indexed (0 = unknown); the file is `images` and the row's key |
     | noise | number of the image, 0; there is no file |
     | features | row in the file, 0; its features were imported, there is no image |
@@ -120,6 +123,16 @@ class Dataset:
         """Identity of the ordered list of rows."""
         return digest_texts(self.shard_keys)
 
+    @cached_property
+    def source_names(self) -> tuple[str, ...]:
+        """The shortest ends of the sources' paths that differ, as in `cc3m/00000.tar` and `cc12m/00000.tar`."""
+        return shortest_names([source.path for source in self.sources])
+
+    def row_name(self, block: Block, i: int) -> str:
+        """Return the key of row `i` of a block, with its source where the dataset has several."""
+        key, source = block.keys[i], block.sources[i]
+        return f"{key} in {self.source_names[source]}" if len(self.sources) > 1 else key
+
     def index_reader(self) -> RecordReader:
         """Return a reader of the index records; decode them with `decode_block`."""
         return RecordReader(generation_directory(self.path, "index", self.generation), self.blocks)
@@ -148,6 +161,21 @@ class Dataset:
         for b in range(first // BLOCK, -(-(first + rows) // BLOCK)):
             keys += decode_block(reader.read(b)).keys
         return digest_texts(keys[:rows])
+
+
+def shortest_names(locations: Sequence[str]) -> tuple[str, ...]:
+    """Return for each path or URL its last parts, as few as make it differ from all others."""
+    parts = [location.split("/") for location in locations]
+    names, depth = [""] * len(parts), 1
+    unnamed = list(range(len(parts)))
+    while unnamed:
+        ends = {i: "/".join(parts[i][-depth:]) for i in unnamed}
+        counts = Counter(ends.values())
+        for i, end in ends.items():
+            names[i] = end
+        unnamed = [i for i, end in ends.items() if counts[end] > 1 and depth < len(parts[i])]
+        depth += 1
+    return tuple(names)
 
 
 def generation_directory(path: StrPath, name: str, generation: int) -> str:

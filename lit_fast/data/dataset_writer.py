@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import starmap
+from typing import Any
 
 from lit_fast.data.dataset import (
     BLOCK,
@@ -23,7 +24,7 @@ from lit_fast.data.dataset import (
     open_dataset,
 )
 from lit_fast.data.records import RecordWriter
-from lit_fast.storage.files import list_names, remove_tree, write_json
+from lit_fast.storage.files import list_names, read_json, remove_tree, write_json
 from lit_fast.storage.paths import StrPath, join
 
 
@@ -150,10 +151,7 @@ class DatasetWriter:
             "left_out": left_out or {},
             "languages": {l: n for l, n in sorted(self.languages.items()) if l and n},
             "generation": self._generation,
-            "sources": [
-                {name: value for name, value in vars(source).items() if value or name == "bytes"}
-                for source in sources
-            ],
+            "sources": _source_records(sources),
             "shard_keys": self._shard_keys,
         }
         write_json(join(self._path, "dataset.json"), value)
@@ -162,14 +160,32 @@ class DatasetWriter:
         return dataset
 
 
-def remove_other_generations(dataset: Dataset) -> None:
-    """Delete the records of all generations but the dataset's, which a killed or finished growth leaves."""
+def write_sources(dataset: Dataset) -> None:
+    """Replace the sources in the `dataset.json` of a dataset by its `sources`."""
+    file = join(dataset.path, "dataset.json")
+    write_json(file, read_json(file) | {"sources": _source_records(dataset.sources)})
+
+
+def _source_records(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in vars(s).items() if value or name == "bytes"} for s in sources]
+
+
+def other_generations(dataset: Dataset) -> list[str]:
+    """Return the directories of all generations but the dataset's, which a killed or finished growth leaves."""
+    found = []
     for name in ("index", "captions"):
         current = generation_directory(dataset.path, name, dataset.generation)
         for other in list_names(dataset.path):
             directory = join(dataset.path, other)
             if (other == name or other.startswith(f"{name}-")) and directory != current:
-                remove_tree(directory)
+                found.append(directory)
+    return found
+
+
+def remove_other_generations(dataset: Dataset) -> None:
+    """Delete the `other_generations`."""
+    for directory in other_generations(dataset):
+        remove_tree(directory)
 
 
 def _read_rows(dataset: Dataset, number: int) -> list[Row]:

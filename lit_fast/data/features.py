@@ -25,20 +25,20 @@ import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, SHARD, Dataset, choose_store
 from lit_fast.data.shards import (
-    READ_THREADS,
     BlockReader,
     array_metadata,
+    read_threads,
     shard_file,
     tensorstore_reason,
 )
 from lit_fast.errors import UserError
-from lit_fast.storage.files import exists, is_file, list_names, local_path, read_json, read_object, write_json
-from lit_fast.storage.paths import absolute, join, stem
+from lit_fast.storage.arrays import array_context, array_location
+from lit_fast.storage.files import exists, is_file, list_names, read_json, read_object, write_json
+from lit_fast.storage.paths import join, stem
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-# One context for all arrays: resources in separate specs would be separate pools.
-_CONTEXT = ts.Context({"file_io_concurrency": {"limit": 16}, "cache_pool": {"total_bytes_limit": 0}})
+_IMPORT_OPTIONS = ("format", "features", "captions_table", "captions", "key")  # of import-features
 
 _MEAN_BLOCKS = 1024  # blocks that the mean is computed over
 
@@ -97,14 +97,13 @@ class Features:
         created = exists(join(self.path, "zarr.json"))
         spec: dict[str, Any] = {
             "driver": "zarr3",
-            # The driver accepts no path with "..".
-            "kvstore": {"driver": "file", "path": f"{absolute(local_path(self.path))}/"},
+            "kvstore": array_location(self.path),
             "fill_missing_data_reads": False,
             "store_data_equal_to_fill_value": True,
             "metadata": metadata if created else {**metadata, "shape": shape},
         }
         try:
-            array = ts.open(spec, context=_CONTEXT, open=True, create=create and not created).result()
+            array = ts.open(spec, context=array_context(), open=True, create=create and not created).result()
             if create and array.shape[0] < shape[0]:
                 array = array.resize(exclusive_max=shape, expand_only=True).result()
         except ValueError as error:
@@ -137,7 +136,7 @@ class Features:
             reader.read(block, buffer)
             out[block] = buffer[:, :width]
 
-        with ThreadPoolExecutor(READ_THREADS) as pool:
+        with ThreadPoolExecutor(read_threads(self.path)) as pool:
             for _ in pool.map(read, range(self.dataset.blocks)):
                 pass
         return out.reshape(-1, width)[: self.dataset.rows]
@@ -159,7 +158,7 @@ class Features:
             valid = [row - first for row in range(first, min(first + BLOCK, rows)) if row not in invalid]
             return vectors[valid, : self.width].astype(np.float64).sum(axis=0), len(valid)
 
-        with ThreadPoolExecutor(READ_THREADS) as pool:
+        with ThreadPoolExecutor(read_threads(self.path)) as pool:
             sums, counts = zip(*pool.map(add_up, sample), strict=True)
         return (np.sum(sums, axis=0) / max(sum(counts), 1)).astype(np.float32)
 
@@ -187,7 +186,8 @@ class Features:
         """
         names = (stem(name) for name in list_names(join(self.path, "manifest")) if name.endswith(".json"))
         shards = sorted(int(n) for n in names if n.isdigit() and int(n) < self.dataset.shards)
-        return {shard: self.manifest(shard) for shard in shards}
+        with ThreadPoolExecutor(read_threads(self.path)) as pool:  # in a bucket each is a request
+            return dict(zip(shards, pool.map(self.manifest, shards), strict=True))
 
     def manifest(self, shard: int) -> Manifest:
         """Read the manifest of a shard.
@@ -318,7 +318,7 @@ def matching_features(dataset: Dataset, tower: dict[str, Any]) -> Features:
     if "imported" in tower:
         raise UserError(
             f"dataset {dataset.path} has no features of the run's tower {name}{others}, which were imported; import "
-            f"those of the same model: lit-fast import-features SOURCE --out D --tower {name} --format FORMAT"
+            f"those of the same model: lit-fast import-features SOURCE --out D --tower {name}"
         )
     while name in stored_towers(dataset):
         name += "-2"
@@ -341,18 +341,19 @@ def tower_options(tower: dict[str, Any]) -> dict[str, Any]:
 def embed_command(dataset: Dataset, tower: dict[str, Any], name: str) -> str:
     """Return the command that makes features `name` with a tower, with all options that its identity depends on."""
     if "imported" in tower:
-        imported = {key: tower["imported"].get(key, "") for key in ("format", "captions_table", "captions")}
+        recorded = tower["imported"]
+        imported = {key: str(recorded[key]) for key in _IMPORT_OPTIONS if key in recorded}
         options = {"out": dataset.path, "tower": tower["name"]} | imported
-        return _command("import-features", tower["source"], options)
+        sources = recorded.get("sources", [tower["source"]])
+        return _command("import-features", *map(str, sources), options=options)
     options = {"tower": tower["source"], "name": name} | tower_options(tower) | {"dtype": tower["dtype"]}
     if tower.get("views", 1) > 1:
         options["views"] = tower["views"]
-    return _command("embed", dataset.path, options)
+    return _command("embed", dataset.path, options=options)
 
 
-def _command(name: str, argument: str, options: dict[str, Any]) -> str:
+def _command(name: str, *arguments: str, options: dict[str, Any]) -> str:
     words: list[str] = []
     for option, value in options.items():
-        if value != "":
-            words += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return shlex.join(["lit-fast", name, argument, *words])
+        words += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(["lit-fast", name, *arguments, *words])

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from lit_fast.errors import UserError
-from lit_fast.storage.files import (
-    is_file,
-    link_or_copy,
-    list_names,
-    local_path,
-    make_directory,
-    remove,
-    sync_path,
-)
+from lit_fast.storage.cache import local_copy
+from lit_fast.storage.files import link_or_copy, list_names, make_directory, remove, replacing
+from lit_fast.storage.machine import cached_files
 from lit_fast.storage.paths import StrPath, join
 
 FILE_RECORDS = 4096
@@ -48,6 +43,7 @@ class RecordWriter:
                 remove(join(directory, name))
         self._directory, self._count = directory, 0
         self._writer: ArrayRecordWriter | None = None
+        self._file = ExitStack()  # the file that is being written
         if after is None:
             return
         for number in range(count // FILE_RECORDS):
@@ -67,19 +63,22 @@ class RecordWriter:
             self.close()
         path = _record_file(self._directory, self._count // FILE_RECORDS)
         with _write_errors(path):
-            self._writer = self._writer or ArrayRecordWriter(local_path(path), "group_size:1,zstd")
+            if self._writer is None:
+                self._writer = ArrayRecordWriter(
+                    self._file.enter_context(replacing(path)), "group_size:1,zstd"
+                )
             self._writer.write(record)
         self._count += 1
 
     def close(self) -> None:
-        """Finish the current file and flush it to disk."""
+        """Finish the current file: flush it to disk, or upload it to its bucket."""
         if self._writer is None:
             return
         path = _record_file(self._directory, (self._count - 1) // FILE_RECORDS)
         with _write_errors(path):
             self._writer.close()
         self._writer = None
-        sync_path(path)
+        self._file.close()
 
 
 @contextmanager
@@ -95,11 +94,11 @@ def _write_errors(path: str) -> Iterator[None]:
 
 
 class RecordReader:
-    """Random access to the `count` records of a directory, from any thread."""
+    """Random access to the `count` records of a directory, from any thread; keeps the last used files open."""
 
     def __init__(self, directory: StrPath, count: int) -> None:
         self._directory, self._count = directory, count
-        self._readers: dict[int, ArrayRecordReader] = {}
+        self._open = lru_cache(maxsize=cached_files())(_open_records)
         self._lock = threading.Lock()
 
     def read(self, number: int) -> bytes:
@@ -114,13 +113,14 @@ class RecordReader:
         path = _record_file(self._directory, file)
         try:
             with self._lock:
-                reader = self._readers.get(file)
-                if reader is None:
-                    if not is_file(path):
-                        raise UserError(f"{path} is missing; restore it or make the dataset again")
-                    reader = self._readers[file] = ArrayRecordReader(local_path(path))
-                return bytes(reader.read(record, record + 1)[0])
+                return bytes(self._open(path).read(record, record + 1)[0])
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; restore it or make the dataset again") from None
         except (ValueError, RuntimeError, IndexError) as error:
             raise UserError(
                 f"{path} is damaged at record {record}: {error}; restore it or make the dataset again"
             ) from None
+
+
+def _open_records(path: str) -> ArrayRecordReader:
+    return ArrayRecordReader(local_copy(path))

@@ -15,11 +15,9 @@ import google_crc32c
 import numpy as np
 
 from lit_fast.data.dataset import BLOCK, SHARD
-from lit_fast.errors import UserError, first_line
-from lit_fast.storage.files import read_into, read_range, size
-from lit_fast.storage.paths import join, parent
-
-READ_THREADS = 8  # concurrent reads that a local disk needs
+from lit_fast.errors import UserError, first_line, is_shortage
+from lit_fast.storage.files import read_into, read_tail
+from lit_fast.storage.paths import is_bucket, join, parent
 
 _BLOCKS = SHARD // BLOCK
 _CHECKSUM = 4  # bytes
@@ -43,6 +41,11 @@ def array_metadata(width: int) -> dict[str, Any]:
             }
         ],
     }
+
+
+def read_threads(location: str) -> int:
+    """Return the number of concurrent reads that keep a local disk, or the requests to a bucket, busy."""
+    return 32 if is_bucket(location) else 8
 
 
 def shard_file(store: str, shard: int) -> str:
@@ -83,6 +86,8 @@ class BlockReader:
                     raise
                 self._read(shard, number, data)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and is_shortage(error):
+                raise
             first = block * BLOCK
             last = min(first + BLOCK, self._rows) - 1
             raise read_error(self._store, ValueError(f"rows {first} to {last}: {error}")) from None
@@ -102,11 +107,7 @@ class BlockReader:
 
 def _read_index(file: str) -> np.ndarray:
     """Return the offset and length of every block of a shard, uint64 `[blocks, 2]`."""
-    end = size(file)
-    start = end - 16 * _BLOCKS - _CHECKSUM
-    if start < 0:
-        raise ValueError(f"{file} is too short for an index")
-    data = np.frombuffer(read_range(file, start, end), np.uint8)
+    data = np.frombuffer(read_tail(file, 16 * _BLOCKS + _CHECKSUM), np.uint8)
     index, checksum = data[:-_CHECKSUM], data[-_CHECKSUM:]
     if google_crc32c.value(index) != int(checksum.copy().view("<u4")[0]):
         raise ValueError(f"{file} has the wrong crc32c in its index")
@@ -122,5 +123,10 @@ def read_error(store: str, error: Exception) -> UserError:
 
 
 def tensorstore_reason(error: Exception) -> str:
-    """Return the first line of a TensorStore error without the details in brackets."""
-    return re.sub(r" \[\w+=.*", "", first_line(error, 1000))
+    """Return the first line of a TensorStore error without the details in brackets.
+
+    Of an error of the operating system, the first file and the reason.
+    """
+    text = first_line(error, 1000)
+    system = re.search(r'"(/[^"]+)".*: ([^:]+) \[os_error_code', text)
+    return f"{system[1]}: {system[2]}" if system else re.sub(r" \[\w+=.*", "", text)

@@ -14,7 +14,7 @@ import sys
 import time
 from importlib import resources
 
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import exists, read_json, replacing_directory, write_atomic
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.utils.output import result, status
@@ -39,7 +39,9 @@ def run_demo(out: StrPath) -> None:
     try:
         draw_scenes(join(out, "scenes"))
     except OSError as error:
-        raise UserError(f"the demo cannot write into {out}: {error.strerror}; choose another --out") from None
+        raise UserError(
+            f"the demo cannot write into {out}: {os_reason(error)}; choose another --out"
+        ) from None
     commands = demo_commands(out)
     for command in commands:
         run_command(command)
@@ -120,10 +122,13 @@ def draw_scenes(scenes: str) -> None:
 
 
 def _write_page(out: StrPath, page: str, commands: list[str], seconds: float | None) -> None:
+    import jax
+
     from lit_fast.demo.page import build_page, confusions, gallery
     from lit_fast.runs.metrics import read_metrics
     from lit_fast.runs.run import open_run
 
+    jax.config.update("jax_platforms", "cpu")  # as in `run_command`
     run = open_run(join(out, "run"))
     right, wrong = gallery(run, join(out, "retrieval"))
     text = build_page(
@@ -135,4 +140,4 @@ def _write_page(out: StrPath, page: str, commands: list[str], seconds: float | N
         commands,
         seconds,
     )
-    write_atomic(page, text.encode())
+    write_atomic(page, text.encode("utf-8", "replace"))

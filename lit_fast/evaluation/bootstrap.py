@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from lit_fast.utils.system import cpu_count
+from lit_fast.storage.machine import cpu_count
 
 RESAMPLES = 1000
 

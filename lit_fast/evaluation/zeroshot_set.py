@@ -11,6 +11,7 @@ They come from the dataset, or from files:
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,11 @@ def zero_shot_set(
     """
     names = read_lines(classnames) if classnames else dataset.classnames
     missing = [n for n, have in (("labels", labels or dataset.labelled), ("class names", names)) if not have]
+    if missing == ["class names"]:
+        raise UserError(
+            f"dataset {dataset.path} has no class names for zero-shot classification; give --classnames FILE, one name "
+            "per line"
+        )
     if missing:
         raise UserError(
             f"dataset {dataset.path} has no {' and no '.join(missing)} for zero-shot classification; index tars with a "
@@ -134,6 +140,12 @@ def _read_lists(dataset: Dataset, file: StrPath, keys: list[str]) -> list[list[i
     if not isinstance(value, dict | list):
         raise UserError(
             f"{file} is neither a JSON list of lists nor an object from keys to lists; give one of them"
+        )
+    if isinstance(value, dict) and len(set(keys)) < len(keys):
+        key = next(key for key, count in Counter(keys).items() if count > 1)
+        raise UserError(
+            f"{file} names rows by their keys, but {dataset.path} has {key!r} in several sources; index and evaluate "
+            "each source as a dataset of its own"
         )
     lists = []
     for key in keys:

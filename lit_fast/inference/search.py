@@ -16,7 +16,7 @@ import numpy as np
 from lit_fast.data.dataset import BLOCK, Dataset, decode_block, decode_captions
 from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.errors import UserError
-from lit_fast.utils.system import cpu_count
+from lit_fast.storage.machine import cpu_count
 
 _IN_FLIGHT = 16  # blocks whose results are awaited
 
@@ -29,6 +29,7 @@ class Hit:
     cosine: float
     key: str
     captions: tuple[str, ...]
+    source: str = ""  # shortest distinct end of its source's path, "" in a dataset of one source
 
 
 def search(
@@ -110,9 +111,11 @@ def read_hits(dataset: Dataset, found: list[tuple[int, float]]) -> list[Hit]:
     """Read the keys and captions of rows that `search` found."""
     index, captions = dataset.index_reader(), dataset.captions_reader()
     blocks = {row // BLOCK for row, _ in found}
-    keys = {block: decode_block(index.read(block)).keys for block in blocks}
+    rows = {block: decode_block(index.read(block)) for block in blocks}
     texts = {block: decode_captions(captions.read(block)) for block in blocks}
-    return [
-        Hit(row, cosine, keys[row // BLOCK][row % BLOCK], tuple(texts[row // BLOCK][row % BLOCK]))
-        for row, cosine in found
-    ]
+    hits = []
+    for row, cosine in found:
+        number, i = divmod(row, BLOCK)
+        source = dataset.source_names[rows[number].sources[i]] if len(dataset.sources) > 1 else ""
+        hits.append(Hit(row, cosine, rows[number].keys[i], tuple(texts[number][i]), source))
+    return hits

@@ -46,7 +46,7 @@ def as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
             "query": answer.query,
             "kind": answer.kind,
             "results": [
-                {"rank": i + 1, "row": hit.row, "key": hit.key, "cosine": hit.cosine}
+                {"rank": i + 1, "row": hit.row, "key": hit.key, "source": hit.source, "cosine": hit.cosine}
                 | ({"probability": answer.probabilities[i]} if answer.probabilities else {})
                 | {"captions": list(hit.captions)}
                 for i, hit in enumerate(answer.hits)
@@ -67,7 +67,7 @@ def search_page(title: str, note: str, answers: Sequence[Answer], read: ReadImag
         if answer.kind == "image":
             figures.append(Figure(thumbnail(read_bytes(answer.query)), "the query", "right"))
         for i, hit in enumerate(answer.hits[:_MAX_PICTURES]):
-            lines = [f"{i + 1}. cosine {hit.cosine:.3f}", hit.key, _first_caption(hit)]
+            lines = [f"{i + 1}. cosine {hit.cosine:.3f}", hit.key, hit.source, _first_caption(hit)]
             if answer.probabilities:
                 lines.insert(1, f"probability {100 * answer.probabilities[i]:.2g}\N{NO-BREAK SPACE}%")
             figures.append(Figure(thumbnail(read(hit.row)), "\n".join(line for line in lines if line)))
@@ -79,13 +79,16 @@ def search_page(title: str, note: str, answers: Sequence[Answer], read: ReadImag
 
 def _table(answer: Answer, width: int) -> str:
     probability = ["probability"] if answer.probabilities else []
-    rows = [["rank", "cosine", *probability, "row", "key", "caption"]]
+    sources = ["source"] if any(hit.source for hit in answer.hits) else []
+    rows = [["rank", "cosine", *probability, "row", "key", *sources, "caption"]]
     for i, hit in enumerate(answer.hits):
         probability = [f"{100 * answer.probabilities[i]:.3g} %"] if answer.probabilities else []
         key = _printable(hit.key)[:_MAX_KEY]
-        rows.append([f"{i + 1}", f"{hit.cosine:.4f}", *probability, f"{hit.row}", key, _first_caption(hit)])
+        source = [_printable(hit.source)] if sources else []
+        texts = [f"{hit.row}", key, *source, _first_caption(hit)]
+        rows.append([f"{i + 1}", f"{hit.cosine:.4f}", *probability, *texts])
     columns = len(rows[0])
-    return format_table(rows, left=(columns - 2, columns - 1), width=width)
+    return format_table(rows, left=tuple(range(columns - 2 - bool(sources), columns)), width=width)
 
 
 def _heading(answer: Answer) -> str:

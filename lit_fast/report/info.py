@@ -13,7 +13,7 @@ from typing import Any
 from lit_fast.config_io import read_toml
 from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import embed_command, open_features, stored_towers
-from lit_fast.data.images.sources import find_change
+from lit_fast.data.images.sources import absent_places, find_change
 from lit_fast.data.tokens import open_tokens, stored_tokenizers
 from lit_fast.errors import UserError
 from lit_fast.runs.metrics import evaluations, read_metrics
@@ -122,6 +122,7 @@ def _sources(dataset: Dataset, problems: list[str]) -> dict[str, Any]:
     return {
         "count": len(dataset.sources),
         "bytes": sum(source.bytes for source in dataset.sources),
+        "elsewhere": absent_places(dataset.sources),
         "missing": missing,
         "changed": changed,
     }
@@ -250,6 +251,9 @@ def _dataset_lines(value: dict[str, Any]) -> list[tuple[str, str]]:
             f"rows {value['labelled']:,}, class names {value['classes']:,}, templates {value['templates']}"
         )
     state = "all present" if not sources["missing"] and not sources["changed"] else "see below"
+    if sources["elsewhere"]:
+        place = sources["elsewhere"][0]
+        state = f"elsewhere; connect them with: lit-fast index --relocate {place}=DIRECTORY {value['path']}"
     lines = [
         ("dataset", value["path"]),
         ("rows", f"{value['rows']:,}, shards {value['shards']:,}, order by seed {value['seed']}"),

@@ -2,24 +2,91 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import tempfile
+from contextlib import suppress
 
 from lit_fast.errors import UserError
 from lit_fast.storage import remote
-from lit_fast.storage.files import digest, is_file, replacing
+from lit_fast.storage.files import (
+    digest,
+    is_file,
+    list_names,
+    local_path,
+    remove_tree,
+    replacing,
+    write_atomic,
+)
 from lit_fast.storage.hub import offline
-from lit_fast.storage.paths import join, name
+from lit_fast.storage.paths import StrPath, is_bucket, join, name
 from lit_fast.utils.progress import Progress
 
 _CHUNK = 8 << 20
 
 
 def cache_directory() -> str:
-    """Return `$LIT_FAST_CACHE`, else `$XDG_CACHE_HOME/lit_fast`, else `~/.cache/lit_fast`."""
+    """Return `$LIT_FAST_CACHE`, else `$XDG_CACHE_HOME/lit_fast`, else `~/.cache/lit_fast`.
+
+    A user without a home directory, as in containers, has `lit_fast-UID` in the directory of temporary files.
+
+    Raises:
+      UserError: that directory belongs to another user.
+    """
     directory = os.environ.get("LIT_FAST_CACHE") or join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lit_fast"
     )
-    return os.path.expanduser(directory)
+    directory = os.path.expanduser(directory)
+    if directory.startswith("~"):
+        directory = join(tempfile.gettempdir(), f"lit_fast-{os.getuid()}")
+        with suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+        if os.lstat(directory).st_uid != os.getuid():
+            raise UserError(f"cache {directory} belongs to another user; set LIT_FAST_CACHE to a directory")
+    return directory
+
+
+def local_directory(purpose: str, location: StrPath) -> str:
+    """Return the directory of the cache for local files that belong to a location in a bucket.
+
+    Args:
+      purpose: what the files are; a directory of the cache.
+    """
+    digest = hashlib.blake2b(os.fspath(location).encode(), digest_size=16).hexdigest()
+    return join(cache_directory(), purpose, digest)
+
+
+def local_copy(location: StrPath) -> str:
+    """Return the path of a local file, or of a copy of a file in a bucket, for libraries that open files themselves.
+
+    A copy is in the cache under the object's generation, so a file that has been replaced is copied again.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: it cannot be read.
+    """
+    if not is_bucket(location):
+        if not is_file(location):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
+        return local_path(location)
+    from lit_fast.storage import buckets
+
+    url = os.fspath(location)
+    directory = local_directory("buckets", url)
+    found = buckets.generation(url)
+    path = join(directory, found.hex()[-64:], name(url))
+    if found != buckets.ABSENT and is_file(path):
+        return path
+    data, found = buckets.read(url)
+    if data is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+    current = found.hex()[-64:]
+    write_atomic(join(directory, current, name(url)), data)
+    for other in list_names(directory):
+        if other != current:
+            remove_tree(join(directory, other))
+    return join(directory, current, name(url))
 
 
 def cached_file(spec: str, url: str, path_in_cache: str, sha256: str = "") -> str:

@@ -1,13 +1,14 @@
-"""Read files at paths and URLs; write, list and delete local files.
+"""Read, write, list and delete files at local paths and in buckets; read files at other URLs.
 
-Every location is a `str`, a path or a URL. All file access outside this package goes through these functions; those
-that only work on local paths refuse URLs.
+Every location is a `str`, a path or a URL. All file access outside this package goes through these functions. Those
+that write refuse URLs that are not in a bucket; those for libraries that open files themselves refuse all URLs.
 
 Writes are atomic: a reader, or a machine that lost power, finds all of the data or none.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import io
@@ -15,15 +16,20 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage import remote
-from lit_fast.storage.paths import StrPath, absolute, is_url, join, parent
+from lit_fast.storage.paths import StrPath, absolute, is_bucket, is_url, join, parent
 
 MAX_TEXT_BYTES = 16 << 20
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def local_path(location: StrPath) -> str:
@@ -38,34 +44,67 @@ def local_path(location: StrPath) -> str:
     return location
 
 
+def _buckets() -> Any:
+    """Return the module, which imports TensorStore: not needed for local files."""
+    from lit_fast.storage import buckets
+
+    return buckets
+
+
+def copy_files(source: StrPath, names: Sequence[str], target: StrPath) -> None:
+    """Copy files between local directories and buckets, several at a time, under the same relative names."""
+    in_threads(lambda name: write_atomic(join(target, name), read_bytes(join(source, name))), names)
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int = 16) -> list[R]:
+    """Return `work(item)` for each item, computed in threads, which wait for requests or a disk."""
+    with ThreadPoolExecutor(threads, "storage") as pool:
+        return list(pool.map(work, items))
+
+
 def exists(location: StrPath) -> bool:
     """Return whether there is a file or directory."""
+    if is_bucket(location):
+        return is_file(location) or is_directory(location)
     return os.path.exists(local_path(location))
 
 
 def is_file(location: StrPath) -> bool:
     """Return whether there is a regular file."""
+    if is_bucket(location):
+        return _buckets().generation(os.fspath(location)) != _buckets().ABSENT
     return os.path.isfile(local_path(location))
 
 
 def is_directory(location: StrPath) -> bool:
-    """Return whether there is a directory."""
+    """Return whether there is a directory; in a bucket, an object below the location."""
+    if is_bucket(location):
+        return bool(_buckets().names_below(os.fspath(location)))
     return os.path.isdir(local_path(location))
 
 
 def size(location: StrPath) -> int:
     """Return the bytes of a file; raises OSError where there is none."""
+    if is_bucket(location):
+        return remote.stat(os.fspath(location))[0]
     return os.path.getsize(local_path(location))
 
 
 def directory_size(location: StrPath) -> int:
     """Return the bytes of all files below a directory; files that vanish meanwhile do not count."""
     total = 0
+    if is_bucket(location):
+        return remote.directory_size(os.fspath(location))
     for directory, _, names in os.walk(local_path(location)):
         for name in names:
             with suppress(FileNotFoundError):
                 total += os.lstat(join(directory, name)).st_size
     return total
+
+
+def free_space(location: StrPath) -> int:
+    """Return the bytes that may still be written to the file system of a directory."""
+    return shutil.disk_usage(local_path(location)).free
 
 
 class FileStatus(NamedTuple):
@@ -96,7 +135,7 @@ def size_and_etag(location: StrPath) -> tuple[int, str]:
     try:
         status = file_status(location)
     except OSError as error:
-        raise UserError(f"{location} cannot be read: {error.strerror}") from None
+        raise UserError(f"{location} cannot be read: {os_reason(error)}") from None
     if status.is_directory:
         return 0, ""
     if not status.is_file:  # a pipe can be read once and only in order
@@ -106,6 +145,8 @@ def size_and_etag(location: StrPath) -> tuple[int, str]:
 
 def list_names(location: StrPath) -> list[str]:
     """Return the names of the files and directories directly in a directory, sorted; [] where there is none."""
+    if is_bucket(location):
+        return sorted({name.partition("/")[0] for name in _buckets().names_below(os.fspath(location))})
     try:
         return sorted(os.listdir(local_path(location)))
     except (FileNotFoundError, NotADirectoryError):
@@ -125,6 +166,9 @@ def match_files(pattern: StrPath) -> list[str]:
 
 def list_directories(location: StrPath) -> list[str]:
     """Return the names of the directories directly in a directory, sorted; raises OSError where there is none."""
+    if is_bucket(location):
+        names = _buckets().names_below(os.fspath(location))
+        return sorted({name.partition("/")[0] for name in names if "/" in name})
     with os.scandir(local_path(location)) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir())
 
@@ -137,20 +181,41 @@ def walk_files(location: StrPath) -> Iterator[str]:
     Raises:
       OSError: a directory cannot be read.
     """
+    for directory, names in walk_directories(location):
+        yield from (join(directory, name) for name in names)
+
+
+def walk_directories(location: StrPath) -> Iterator[tuple[str, list[str]]]:
+    """Yield the relative path of a directory and of each below it, "" first, with the sorted names of its files.
+
+    Links to directories are not followed but are among the names.
+
+    Raises:
+      OSError: a directory cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
 
+    if is_bucket(location):
+        found: dict[str, list[str]] = {"": []}
+        for name in _buckets().names_below(os.fspath(location)):
+            directory, _, file = name.rpartition("/")
+            found.setdefault(directory, []).append(file)
+        yield from found.items()
+        return
     root = local_path(location)
     for directory, folders, names in os.walk(root, onerror=refuse):
         folders.sort()
         links = [folder for folder in folders if os.path.islink(os.path.join(directory, folder))]
-        for name in sorted([*names, *links]):
-            yield os.path.relpath(os.path.join(directory, name), root)
+        relative = os.path.relpath(directory, root)
+        yield "" if relative == "." else relative, sorted([*names, *links])
 
 
 def make_directory(location: StrPath) -> None:
-    """Create a directory and those above it, unless it exists."""
+    """Create a directory and those above it, unless it exists; buckets have none."""
+    if is_bucket(location):
+        return
     os.makedirs(local_path(location) or ".", exist_ok=True)
 
 
@@ -161,12 +226,18 @@ def rename(source: StrPath, target: StrPath) -> None:
 
 def remove(location: StrPath) -> None:
     """Delete a file, if it is there."""
+    if is_bucket(location):
+        _buckets().delete(os.fspath(location))
+        return
     with suppress(FileNotFoundError):
         os.unlink(local_path(location))
 
 
 def remove_tree(location: StrPath) -> None:
     """Delete a directory with everything below it, if it is there."""
+    if is_bucket(location):
+        _buckets().delete_below(os.fspath(location))
+        return
     with suppress(FileNotFoundError):
         shutil.rmtree(local_path(location))
 
@@ -183,7 +254,7 @@ def open_read(location: StrPath) -> io.BufferedReader:
     try:
         return open(location, "rb")
     except OSError as error:
-        raise UserError(f"{location} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{location} cannot be read: {os_reason(error)}") from None
 
 
 def open_append(location: StrPath) -> IO[bytes]:
@@ -210,17 +281,26 @@ def sync_path(location: StrPath) -> None:
 def replacing(location: StrPath) -> Iterator[str]:
     """Yield the path of a temporary file beside `location`, which it replaces, flushed, at the end of the block.
 
-    For libraries that write files themselves. After an exception the temporary file is deleted.
+    For libraries that write files themselves. After an exception the temporary file is deleted. For a location in a
+    bucket the temporary file is local, and is uploaded.
     """
+    if is_bucket(location):
+        with tempfile.TemporaryDirectory(prefix="lit_fast.") as directory:
+            temporary = join(directory, os.path.basename(os.fspath(location)))
+            yield temporary
+            _buckets().write(os.fspath(location), read_bytes(temporary))
+        return
     path = local_path(location)
     make_directory(parent(path))
     temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        sync_path(temporary)
-        os.replace(temporary, path)
+        with _named(path):
+            yield temporary
+            sync_path(temporary)
+            os.replace(temporary, path)
     finally:
-        remove(temporary)
+        with suppress(OSError):  # a directory that became read-only; the first error counts
+            remove(temporary)
     sync_path(parent(path))
 
 
@@ -229,15 +309,22 @@ def replacing_directory(location: StrPath) -> Iterator[str]:
     """Yield the path of a temporary directory beside `location`, which it becomes, flushed, at the end of the block.
 
     `location` is absent or an empty directory. All files get the permissions of new files, whichever the library
-    that wrote them chose. After an exception the temporary directory is deleted.
+    that wrote them chose. After an exception the temporary directory is deleted. For a location in a bucket the
+    temporary directory is local, and its files are uploaded.
     """
+    if is_bucket(location):
+        with tempfile.TemporaryDirectory(prefix="lit_fast.") as temporary:
+            yield temporary
+            copy_files(temporary, list(walk_files(temporary)), location)
+        return
     path = absolute(local_path(location))
     make_directory(parent(path))
     temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
     remove_tree(temporary)
     os.mkdir(temporary)
     try:
-        yield temporary
+        with _named(path):
+            yield temporary
         mode = os.stat(temporary).st_mode & 0o666
         for directory, _, names in os.walk(temporary):
             for file in (join(directory, name) for name in names):
@@ -250,8 +337,22 @@ def replacing_directory(location: StrPath) -> Iterator[str]:
     sync_path(parent(path))
 
 
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Give the errors of the operating system that name no file, those of writing, the name of a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, path) from None
+        raise
+
+
 def link_or_copy(source: StrPath, target: StrPath) -> None:
     """Make `target` the same file as `source`, or a copy where the file system has no hard links; raises OSError."""
+    if is_bucket(source) and is_bucket(target):
+        write_atomic(target, read_bytes(source))
+        return
     try:
         os.link(local_path(source), local_path(target))
     except FileNotFoundError:
@@ -263,6 +364,11 @@ def link_or_copy(source: StrPath, target: StrPath) -> None:
 
 def read_bytes(location: StrPath) -> bytes:
     """Return the content of a file; raises OSError."""
+    if is_bucket(location):
+        data = _buckets().read(os.fspath(location)).data
+        if data is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
+        return data
     with open(local_path(location), "rb") as file:
         return file.read()
 
@@ -283,6 +389,21 @@ def read_range(location: StrPath, start: int, stop: int) -> bytes:
             parts.append(part)
             start += len(part)
         return b"".join(parts)
+
+
+def read_tail(location: StrPath, count: int) -> bytes:
+    """Return the last `count` bytes of a file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is shorter.
+    """
+    if is_bucket(location):
+        return _buckets().read_range(os.fspath(location), -count, None)
+    end = size(location)
+    if end < count:
+        raise ValueError(f"{location} has only {end} bytes")
+    return read_range(location, end - count, end)
 
 
 def read_whole(location: StrPath, limit: int) -> bytes | None:
@@ -323,6 +444,11 @@ def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
       OSError: the file cannot be read.
       ValueError: the file ends earlier.
     """
+    if is_bucket(location):
+        data = memoryview(_buckets().read_range(os.fspath(location), start, start + sum(map(len, buffers))))
+        for buffer in buffers:
+            buffer[:], data = data[: len(buffer)], data[len(buffer) :]
+        return
     with open(local_path(location), "rb", buffering=0) as file:
         file.seek(start)
         for buffer in buffers:
@@ -336,6 +462,9 @@ def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
 
 def write_atomic(location: StrPath, data: bytes) -> None:
     """Write a file so that a reader finds all of `data` or none of it; creates the directories above."""
+    if is_bucket(location):
+        _buckets().write(os.fspath(location), data)
+        return
     with replacing(location) as temporary, open(temporary, "wb") as file:
         file.write(data)
 
@@ -351,7 +480,7 @@ def read_json(location: StrPath) -> Any:
     except FileNotFoundError:
         raise UserError(f"{location} does not exist") from None
     except OSError as error:
-        raise UserError(f"{location} cannot be read: {error.strerror}") from None
+        raise UserError(f"{location} cannot be read: {os_reason(error)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{location} is damaged: not JSON ({error})") from None
 
@@ -375,8 +504,11 @@ def read_object(location: StrPath, *keys: str, **types: type) -> dict[str, Any]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return indented JSON with a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """Return indented JSON with a final newline.
+
+    The bytes of a file name that are no UTF-8, surrogates in Python, become the escapes that JSON has for them.
+    """
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_json(location: StrPath, value: Any) -> None:
@@ -411,5 +543,7 @@ def sha256(location: StrPath) -> str:
 
 def digest(location: StrPath, algorithm: str) -> str:
     """Return the hexadecimal digest of a file's bytes, by an algorithm of hashlib."""
+    if is_bucket(location):
+        return hashlib.new(algorithm, read_bytes(location)).hexdigest()
     with open(local_path(location), "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 StrPath = str | os.PathLike[str]
 
+ELSEWHERE = "elsewhere://"  # begins the places of files that only another machine has
 SCHEMES = ("https", "http", "s3", "gs", "hf")  # that can be read
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _JUNK = {  # names in lower case
@@ -34,6 +35,11 @@ _JUNK = {  # names in lower case
 def is_url(location: StrPath) -> bool:
     """Return whether a location begins with a scheme, like `s3://`; unknown schemes are refused when it is opened."""
     return _SCHEME.match(os.fspath(location)) is not None
+
+
+def is_bucket(location: StrPath) -> bool:
+    """Return whether a location is in a bucket, `gs://` or `s3://`, where files can be written too."""
+    return os.fspath(location).startswith(("gs://", "s3://"))
 
 
 def is_pattern(location: StrPath) -> bool:

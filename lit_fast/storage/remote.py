@@ -100,6 +100,12 @@ def listing(pattern: str) -> list[str]:
     return sorted(f"{scheme}://{name}" for name, info in found.items() if info.get("type") == "file")
 
 
+def directory_size(url: str) -> int:
+    """Return the bytes of all files below a URL."""
+    found = _with_retries(url, lambda: _filesystem(url).find(url, detail=True))
+    return sum(int(info.get("size") or 0) for info in found.values())
+
+
 def md5(url: str) -> str:
     """Return the hexadecimal MD5 of a file in a bucket of Google's, "" where the server does not send it."""
     _, headers = _with_retries(url, lambda: _first_byte(url))

@@ -15,13 +15,13 @@ from PIL import Image
 
 from lit_fast.data.features import BFLOAT16
 from lit_fast.data.images.decode import MAX_PIXELS, ImageError, decode, rgb
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.runtime import REPLICATED, SHARDED, batch_sharding, make_mesh, replicated, shard_map
 from lit_fast.storage.files import exists, is_file, read_bytes, size
+from lit_fast.storage.machine import cpu_count
 from lit_fast.towers.interface import FrozenTower
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.tower import load_tower
-from lit_fast.utils.system import cpu_count
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """An image file, a PIL image, or its pixels uint8 [height, width, 3]."""
@@ -131,7 +131,7 @@ def read_pixels(
         return preprocess.apply(_open_image(image, preprocess, max_pixels))
     except (ImageError, OSError) as error:
         where = image if isinstance(image, str | os.PathLike) else name
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = os_reason(error) if isinstance(error, OSError) else error
         raise UserError(f"{where} cannot be embedded: {reason}") from None
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 
 from lit_fast.utils.format import format_duration
+from lit_fast.utils.output import write_status
 
 _BAR_WIDTH = 24  # characters
 
@@ -43,7 +44,7 @@ class Progress:
         """Show the final state and end the line."""
         self._show(self._line(time.monotonic(), note))
         if self._bar:
-            sys.stderr.write("\n")
+            write_status("\n")
 
     def rate(self) -> float:
         """Return the units per second of this process."""
@@ -66,5 +67,4 @@ class Progress:
     def _show(self, line: str) -> None:
         if self._bar:  # a wrapped line could not be redrawn
             line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
-        sys.stderr.write(line if self._bar else line + "\n")
-        sys.stderr.flush()
+        write_status(line if self._bar else line + "\n")

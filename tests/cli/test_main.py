@@ -1,13 +1,17 @@
 """The command line: spelling of flags, help, exit codes."""
 
+import errno
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from lit_fast.cli.main import COMMANDS, main
 from lit_fast.config import settings
+from lit_fast.errors import MachineError
 
 ENTRY_POINTS = {e.name: e for e in entry_points(group="lit_fast.commands")}
 
@@ -62,3 +66,44 @@ def test_broken_pipe_ends_without_traceback():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode in (0, 141)  # 0 if the reader was slower
     assert not done.stderr
+
+
+def test_deleted_current_directory_is_a_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    try:
+        assert main(["info", "d"]) == 2
+    finally:
+        os.chdir(tmp_path)
+    assert (
+        "the current directory cannot be used: No such file or directory; change" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (
+            OSError(errno.EMFILE, "Too many open files", "f"),
+            2,
+            "f: Too many open files, of which this process may",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "f"), 2, "f: Read-only file system"),
+        (MemoryError(), 1, "out of memory: this process may use"),
+        (MachineError("process 1 is missing"), 1, "process 1 is missing"),
+        (
+            JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+            1,
+            "the device is out of",
+        ),
+    ],
+    ids=["files", "read-only", "memory", "machine", "device"],
+)
+def test_failure_of_the_machine_is_a_line_with_its_status(error, status, line, monkeypatch, capsys):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("lit_fast.cli.main._dispatch", fail)
+    assert main(["info", "d"]) == status
+    assert capsys.readouterr().err.startswith(f"lit-fast: error: {line}")

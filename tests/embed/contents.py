@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import lit_fast.embed.importers.import_features
 import lit_fast.embed.index
+import lit_fast.embed.share.push
 import lit_fast.embed.verify.dataset  # noqa: F401  (loads all modules that have SHARD)
 from lit_fast.data.dataset import Dataset
 

@@ -80,14 +80,14 @@ def test_left_out_is_counted_named_and_listed(tmp_path: Path, capsys: pytest.Cap
     dataset = index_dataset([f"{tmp_path}/?.tar"], tmp_path / "d", seed=0)
     assert dataset.rows == 4  # 000000001 of a.tar and of b.tar
     assert dataset.left_out == {
-        "duplicate key": 1,
+        "replaced by a later member of the same name": 3,
         "no image (.jpg, .jpeg, .png, .webp, .gif or .bmp)": 1,
         "no caption and no label": 1,
         "file damaged or cut off": 1,
     }
     out, err = capsys.readouterr()
     assert "indexed 4 rows with 8 captions from 3 files" in out
-    assert "left out 4: " in out
+    assert "left out 6: " in out
     assert "1 no caption and no label (mute in a.tar)" in out
     assert "c.tar is not a tar file" in err
     listed = [json.loads(line) for line in (Path(dataset.path) / "left_out.jsonl").read_text().splitlines()]
@@ -96,7 +96,7 @@ def test_left_out_is_counted_named_and_listed(tmp_path: Path, capsys: pytest.Cap
         "file": str(tmp_path / "a.tar"),
         "reason": "no image (.jpg, .jpeg, .png, .webp, .gif or .bmp)",
     } in listed
-    assert len(listed) == 4
+    assert len(listed) == 6
 
 
 def test_clip_benchmark_layout(tmp_path: Path) -> None:
@@ -200,4 +200,4 @@ def test_real_data(realdata: Path, tmp_path: Path) -> None:
     assert flowers.classnames == ("daisy", "dandelion", "rose", "sunflower", "tulip")
     assert flowers.templates[0] == "a photo of a {c}."
     train = index_dataset([f"{realdata}/flickr8k/train/{{00000..00005}}.tar"], tmp_path / "train", seed=0)
-    assert (train.rows, train.left_out) == (6000, {})
+    assert (train.rows, train.captions, train.left_out) == (6000, 30_000, {})  # nine of them are repeated

@@ -1,4 +1,4 @@
-"""The journal of a shard: complete records survive every damage, and one process holds it."""
+"""The journal of a shard: complete records survive every damage."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 from lit_fast.embed.journal import Journal
-from lit_fast.errors import UserError
-from lit_fast.storage.lock import is_locked
 
 
 def make_journal(path: Path, records: int = 5, **belongs: int) -> Journal:
@@ -48,20 +45,3 @@ def test_journal_of_other_work_is_discarded(tmp_path: Path) -> None:
         assert (journal.done, journal.discarded) == (0, True)
     with closing(Journal(tmp_path / "j", 20, 4, {"identity": 2})) as journal:
         assert (journal.done, journal.discarded) == (0, False)
-
-
-def test_journal_in_use_is_refused(tmp_path: Path) -> None:
-    with (
-        closing(Journal(tmp_path / "j", 20, 4, {})),
-        pytest.raises(UserError, match="another process"),
-    ):
-        Journal(tmp_path / "j", 20, 4, {})
-
-
-def test_journal_is_locked_while_it_is_open(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    assert not is_locked(path)
-    assert not path.exists()
-    with closing(Journal(path, 20, 4, {})):
-        assert is_locked(path)
-    assert not is_locked(path)

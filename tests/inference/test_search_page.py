@@ -12,7 +12,7 @@ from tests.helpers import encoded, picture
 
 HITS = (
     Hit(7, 0.5, "a/7", ("first <b>caption</b>", "second")),
-    Hit(2, 0.25, "b\x1b[31m", ("line one\nline two \x1b]0;x\x07",)),
+    Hit(2, 0.25, "b\x1b[31m", ("line one\nline two \x1b]0;x\x07",), "cc3m/00000.tar"),
     Hit(9, -0.125, "c", ()),
 )
 ANSWER = Answer("a <i>red</i> boat", "text", HITS, (0.75, 0.01, 1e-6))
@@ -22,9 +22,10 @@ def test_format_answers_has_a_line_per_row_without_control_characters():
     text = format_answers([ANSWER, Answer("cat.jpg", "image", HITS[:1])], 200)
     lines = text.splitlines()
     assert lines[0] == "a <i>red</i> boat"
-    assert lines[1].split() == ["rank", "cosine", "probability", "row", "key", "caption"]
+    assert lines[1].split() == ["rank", "cosine", "probability", "row", "key", "source", "caption"]
     assert lines[2].split() == ["1", "0.5000", "75", "%", "7", "a/7", "first", "<b>caption</b>"]
-    assert "line one line two ?]0;x?" in lines[3]
+    assert "cc3m/00000.tar  line one line two ?]0;x?" in lines[3]
+    assert "source" not in text.split("image cat.jpg")[1]
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
     assert "image cat.jpg" in lines
     assert "probability" not in text.split("image cat.jpg")[1]
@@ -35,7 +36,7 @@ def test_as_json_has_all_fields():
     found = as_json([ANSWER])[0]
     assert (found["query"], found["kind"]) == ("a <i>red</i> boat", "text")
     assert found["results"][0] == {
-        "rank": 1, "row": 7, "key": "a/7", "cosine": 0.5, "probability": 0.75,
+        "rank": 1, "row": 7, "key": "a/7", "source": "", "cosine": 0.5, "probability": 0.75,
         "captions": ["first <b>caption</b>", "second"],
     }  # fmt: skip
 

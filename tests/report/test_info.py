@@ -69,7 +69,7 @@ def test_info_of_new_dataset_lists_next_commands(tmp_path: Path) -> None:
     assert (value["rows"], value["captions"], value["captionless"], value["labelled"]) == (5, 8, 1, 5)
     assert value["captions_per_row"] == 8 / 5
     assert (value["classes"], value["templates"], value["left_out"]) == (3, 1, {"no image": 2})
-    assert value["sources"] == {"count": 2, "bytes": 3500, "missing": [], "changed": []}
+    assert value["sources"] == {"count": 2, "bytes": 3500, "elsewhere": [], "missing": [], "changed": []}
     assert value["features"] == value["tokens"] == value["problems"] == []
     assert [item["command"] for item in value["todo"]] == [
         f"lit-fast embed '{data.path}' --tower FILE.npz",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,20 @@ def test_cached_file_that_changes_meanwhile_is_refused(
     monkeypatch.setattr(server, "answer", change)
     with pytest.raises(UserError, match="changed while it was downloaded; try again"):
         cached_file("name", f"{server.url}/f", "f")
+
+
+def test_cache_directory_without_a_home_is_that_of_the_user_among_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LIT_FAST_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user id without a name
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    directory = Path(cache_directory())
+    assert directory == tmp_path / f"lit_fast-{os.getuid()}"
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert cache_directory() == str(directory)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    directory.rename(tmp_path / "lit_fast-54321")
+    with pytest.raises(UserError, match="belongs to another user; set LIT_FAST_CACHE"):
+        cache_directory()

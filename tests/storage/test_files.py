@@ -14,11 +14,11 @@ from lit_fast.storage.files import (
     read_range,
     read_text,
     read_whole,
+    replacing,
     replacing_directory,
     size_and_etag,
     write_atomic,
 )
-from lit_fast.storage.lock import InUseError, Lock
 from tests.web import file_server
 
 
@@ -50,15 +50,9 @@ def test_a_url_of_an_unknown_scheme_is_refused_in_one_line(tmp_path: Path) -> No
         ):
             function("ftp://host/f")
     with pytest.raises(
-        UserError, match=r"^s3://bucket/f is a URL, where only a local path can be used; give a path"
+        UserError, match=r"^hf://bucket/f is a URL, where only a local path can be used; give a path"
     ):
-        write_atomic("s3://bucket/f", b"")
-
-
-def test_lock_is_held_by_one_until_it_is_released(tmp_path: Path) -> None:
-    with Lock(tmp_path / "lock"), pytest.raises(InUseError):
-        Lock(tmp_path / "lock")
-    Lock(tmp_path / "lock").release()
+        write_atomic("hf://bucket/f", b"")
 
 
 def test_read_lines_returns_stripped_lines(tmp_path: Path) -> None:
@@ -112,3 +106,15 @@ def test_replacing_directory_of_a_full_directory_raises_and_keeps_it(tmp_path: P
         Path(temporary, "a").write_text("a")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["kept"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_replacing_names_the_file_in_errors_of_writing(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/f'") as raised,
+        replacing(tmp_path / "f"),
+        open("/dev/full", "wb", buffering=0) as full,
+    ):
+        full.write(b"x")
+    assert raised.value.filename == str(tmp_path / "f")
+    assert not list(tmp_path.iterdir())

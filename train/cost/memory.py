@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
-from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from lit_fast.config import Config, TextConfig
@@ -23,6 +20,8 @@ from lit_fast.errors import UserError
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.transformer import REMAT_POLICIES
 from lit_fast.models.two_towers import embed_ids
+from lit_fast.runtime import smallest_of_processes
+from lit_fast.storage.machine import available_memory
 from lit_fast.train.cost.aot import CompiledStep, batch_shapes, compile_step
 from lit_fast.train.step import State
 
@@ -82,8 +81,8 @@ def choose_remat(
       build: the constructor of the text tower.
       mesh: the devices; they may be absent.
       optimizer, state: from `lit_fast.train.step.abstract_training`.
-      limit: bytes per device; None: as the devices report. On CPUs, half of the machine's memory is shared by the
-        devices, and nothing is compiled.
+      limit: bytes per device; None: as the devices report. On CPUs, half of the machine's or container's memory is
+        shared by the devices, and nothing is compiled.
 
     Raises:
       UserError: no policy fits.
@@ -113,8 +112,7 @@ def device_memory(mesh: Mesh) -> int:
     """Return the bytes of the smallest device of all processes."""
     # All processes must choose the same program, and a process can query its own devices only.
     own = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    own = own or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // len(mesh.local_devices)
-    return int(process_allgather(np.int32(own >> 20)).min()) << 20  # JAX has no 64-bit integers by default
+    return smallest_of_processes(own or available_memory() // 2 // len(mesh.local_devices))
 
 
 def remat_candidates(config: Config, num_devices: int, on_cpu: bool) -> Iterator[TextConfig]:

@@ -37,7 +37,7 @@ def export(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         from dataclasses import replace
 
-        from lit_fast.cli.options import enable_compilation_cache
+        from lit_fast.cli.options import start_jax
         from lit_fast.inference.load import load
         from lit_fast.storage.paths import absolute, name
         from lit_fast.train.export.writer import (
@@ -45,6 +45,7 @@ def export(parser: argparse.ArgumentParser) -> Run:
             check_directory,
             check_options,
             check_push,
+            lock_directory,
             push,
             write_directory,
         )
@@ -58,11 +59,12 @@ def export(parser: argparse.ArgumentParser) -> Run:
         elif args.public:
             raise UserError("--public is for --push OWNER/NAME; without it nothing is uploaded")
 
-        enable_compilation_cache()
-        model = load(args.run, step=args.step, average=args.average, tower=args.tower)
-        model = replace(model, name=args.push or name(absolute(args.out)))  # the name others load it by
-        write_directory(args.format, model, args.out, options)
-        if args.push:
-            push(args.out, args.push, args.public)
+        with lock_directory(args.out):
+            start_jax()
+            model = load(args.run, step=args.step, average=args.average, tower=args.tower)
+            model = replace(model, name=args.push or name(absolute(args.out)))  # the name others load it by
+            write_directory(args.format, model, args.out, options)
+            if args.push:
+                push(args.out, args.push, args.public)
 
     return run

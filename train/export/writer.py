@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from safetensors import SafetensorError
 
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, first_line, os_reason
 from lit_fast.storage.files import (
     directory_size,
     exists,
@@ -20,7 +20,8 @@ from lit_fast.storage.files import (
     list_names,
     replacing_directory,
 )
-from lit_fast.storage.paths import name, parent
+from lit_fast.storage.lock import Lock
+from lit_fast.storage.paths import absolute, join, name, parent
 from lit_fast.utils.output import result
 
 if TYPE_CHECKING:  # `lit-fast export --help` reads the table without importing JAX
@@ -83,6 +84,16 @@ def check_directory(out: str) -> None:
         raise UserError(f"--out {out} is not a directory; name a new one")
 
 
+def lock_directory(out: str) -> Lock:
+    """Lock the absent or empty directory `out` against other exports; the lock is beside it.
+
+    Raises:
+      UserError: another process exports there.
+    """
+    path = absolute(out)
+    return Lock(join(parent(path), f".{name(path)}.lock"), f"--out {out}", "name another directory")
+
+
 def write_directory(format_name: str, model: Model, out: str, options: ExportOptions) -> None:
     """Write a model into the directory `out`.
 
@@ -97,7 +108,7 @@ def write_directory(format_name: str, model: Model, out: str, options: ExportOpt
         with replacing_directory(out) as temporary:
             exporter.write(model, temporary, options)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
-        reason = getattr(error, "strerror", None) or error
+        reason = os_reason(error) if isinstance(error, OSError) else first_line(error)
         raise UserError(f"--out {out} cannot be written: {reason}; name another directory") from None
     size, names = directory_size(out), ", ".join(list_names(out))
     result(f"exported step {model.step} to {out}: {size / 1e6:,.1f} MB in {names}")

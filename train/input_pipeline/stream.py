@@ -21,12 +21,14 @@ from lit_fast.config import StreamConfig
 from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
+from lit_fast.storage.machine import available_memory
 from lit_fast.train.input_pipeline.captions import read_captions
 from lit_fast.train.input_pipeline.corruption import Corruption, open_corruption
 from lit_fast.train.input_pipeline.exact_shuffle import ExactShuffle
 from lit_fast.train.input_pipeline.window_layout import plan_layout
 from lit_fast.train.input_pipeline.window_shuffle import WindowShuffle
 
+_MEMORY_SHARE = 0.75  # of the memory that a process may use
 ORDER_VERSION = "1"  # raise it when the order of the rows changes
 
 Batch = dict[str, np.ndarray]
@@ -74,6 +76,7 @@ class Stream:
     batches: Batches
     identity: str  # digest of everything that the batches depend on
     description: str  # for the user
+    in_memory: bool  # held in memory and shuffled exactly
 
     def iterate(self, step: int, prepare: Callable[[Batch], Batch] = lambda batch: batch) -> Iterator[Batch]:
         """Yield the batches from `step` on; two threads read and prepare them ahead."""
@@ -115,7 +118,14 @@ class BatchBuffers:
 
 
 def open_stream(
-    features: Features, tokens: Tokens, config: StreamConfig, seed: int, part: tuple[int, int] = (0, 1)
+    features: Features,
+    tokens: Tokens,
+    config: StreamConfig,
+    seed: int,
+    part: tuple[int, int] = (0, 1),
+    *,
+    memory: int | None = None,
+    in_memory: bool | None = None,
 ) -> Stream:
     """Join features and tokens by position, after comparing their digests, and choose the shuffle.
 
@@ -124,6 +134,9 @@ def open_stream(
       config: configuration of the stream.
       seed: seed of the run.
       part: (process, processes); every process reads its part of each global batch.
+      memory: bytes that a process may use; None: those of this machine or container. A dataset that needs more than
+        three quarters of them is streamed, whatever `stream.memory_gib` says.
+      in_memory: whether the dataset is held in memory, as in the run that is resumed; None: choose.
 
     Raises:
       UserError: something is missing or does not belong together, or no row can be trained on.
@@ -155,7 +168,16 @@ def open_stream(
     local_batch = config.global_batch // processes
     buffers = BatchBuffers((local_batch, features.width))
     shuffle: Shuffle
-    if size <= config.memory_gib * 2**30:
+    memory = available_memory() if memory is None else memory
+    fits = size <= _MEMORY_SHARE * memory
+    if in_memory and not fits:
+        raise UserError(
+            f"dataset {dataset.path} was held in memory when this run started, {size / 2**30:.2f} GiB, and this "
+            f"machine may use {memory / 2**30:.2f} GiB; resume it on a larger one, or choose another --workdir"
+        )
+    wanted = size <= config.memory_gib * 2**30
+    in_memory = wanted and fits if in_memory is None else in_memory
+    if in_memory:
         reader = tokens.reader()
         shuffle = ExactShuffle(
             features.read_all(features.views).reshape(dataset.rows, features.views, features.width),
@@ -179,12 +201,15 @@ def open_stream(
         shuffle = WindowShuffle(features, tokens, unusable, layout, config, seed, streams, buffers.empty)
         identity += [config.shuffle_streams, config.shuffle_window_blocks]
         how = f"streamed, shuffled in windows of {shuffle.window_rows:,} rows"
+        if wanted:
+            how += f", as this machine may use only {memory / 2**30:.2f} GiB of memory"
     if corruption:
         identity += corruption.identity
         how += f"; corrupted: {corruption.description}"
     views = f", {features.views} views each" if features.views > 1 else ""
     skipped = f" ({len(unusable):,} without image or caption are skipped)" if len(unusable) else ""
     return Stream(
+        in_memory=in_memory,
         batches=Batches(shuffle, corruption, process * local_batch),
         identity=hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
         description=f"{usable_rows:,} rows{skipped}{views}, {size / 2**30:.2f} GiB, {how}",

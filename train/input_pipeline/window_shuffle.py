@@ -46,7 +46,7 @@ import numpy as np
 from lit_fast.config import StreamConfig
 from lit_fast.data.dataset import BLOCK
 from lit_fast.data.features import BFLOAT16, Features
-from lit_fast.data.shards import READ_THREADS
+from lit_fast.data.shards import read_threads
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
 from lit_fast.train.input_pipeline.captions import choose_views, read_captions
@@ -112,7 +112,7 @@ class WindowShuffle:
         self._features, self._tokens, self._unusable = features, tokens, unusable
         self._captions_per_image, self._seed, self._new_images = config.captions_per_image, seed, new_images
         self._block_reader, self._records = features.block_reader(), tokens.reader()
-        self._threads = ThreadPoolExecutor(READ_THREADS, "stream")
+        self._threads = ThreadPoolExecutor(read_threads(features.path), "stream")
         self._lock = threading.Lock()  # of the three fields below
         self._windows: dict[tuple[int, int, int], _Window] = {}  # (stream, epoch, begin)
         self._block_orders: dict[int, np.ndarray] = {}  # epoch -> permutation of the blocks

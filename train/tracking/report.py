@@ -33,7 +33,7 @@ def write_report(run: StrPath) -> None:
         receipt=Table((), _receipt_rows(receipt)),
         config=read_bytes(join(run, "config.toml")).decode(),
     )
-    write_atomic(join(run, "report.html"), page.encode())
+    write_atomic(join(run, "report.html"), page.encode("utf-8", "replace"))
 
 
 def _training_charts(lines: Lines) -> list[Panel]:

@@ -102,7 +102,7 @@ def _read_column(source: Source, group: int) -> Any:
             parquet = pq.ParquetFile(file)
             check_row_group(source.path, parquet, group)
             column = parquet.read_row_group(group, columns=[source.image], use_threads=False).column(0)
-            if source.image not in parquet.schema_arrow.names:  # a field of a struct
+            while pa.types.is_struct(column.type):  # it has the field that was read alone
                 column = pc.struct_field(column, 0)
             return column
         except ERRORS as error:

@@ -11,8 +11,8 @@ from lit_fast.data.images.fingerprint import image_checksum
 from lit_fast.data.images.noise import DEFAULT_SIZE, noise_image
 from lit_fast.data.images.parquet import ParquetImages
 from lit_fast.data.images.sources import check_source
-from lit_fast.data.images.tf_examples import ExampleImages
-from lit_fast.errors import UserError
+from lit_fast.data.images.tf_examples import ExampleImages, image_of_example
+from lit_fast.errors import UserError, is_shortage, os_reason
 from lit_fast.storage.files import file_status, is_directory, read_range, read_whole
 from lit_fast.storage.paths import is_url, join
 
@@ -45,15 +45,13 @@ class ImageReader:
           ImageError: this image alone cannot be read, or its file has changed.
         """
         block, i = self.locate(row)
-        source, size, check = self._dataset.sources[block.sources[i]], block.sizes[i], block.check(i)
+        source, check = self._dataset.sources[block.sources[i]], block.check(i)
+        size = block.sizes[i] if source.kind in ("tar", "folder") else 0
         data = self._read(block, i)
         if check and (image_checksum(data) != check or len(data) != (size or len(data))):
             if source.kind == "folder":
                 raise ChangedImageError("the image file has changed since it was indexed")
-            raise UserError(
-                f"source {source.path} has changed since it was indexed: the image of {block.keys[i]!a} is another; "
-                "restore it, or index the sources as a new dataset"
-            )
+            raise _changed(source, block.keys[i])
         return data
 
     def _read(self, block: Block, i: int) -> bytes:
@@ -69,6 +67,12 @@ class ImageReader:
                     return self._parquet.read(source, group=offset, row=size)
                 case "array_record":
                     return self._examples.read(source, record=offset)
+                case "tfrecord":
+                    record = _read_byte_range(source.path, offset, size)
+                    try:
+                        return image_of_example(record, source.image)
+                    except ImageError:  # it had one when it was indexed
+                        raise _changed(source, block.keys[i]) from None
                 case "noise":
                     return noise_image(offset, self._noise_size)
                 case "features":
@@ -76,8 +80,10 @@ class ImageReader:
                         f"{self._dataset.path} was imported as features and has no images; index them"
                     )
         except OSError as error:
+            if is_shortage(error):
+                raise
             raise UserError(
-                f"{error.filename or source.path} cannot be read: {error.strerror or error}; restore it, then rerun "
+                f"{error.filename or source.path} cannot be read: {os_reason(error)}; restore it, then rerun "
                 "the command"
             ) from None
         raise UserError(f"{self._dataset.path} has a source of unknown kind {source.kind!r}; update lit-fast")
@@ -120,6 +126,13 @@ def find_changed_images(dataset: Dataset, sample: int = 64) -> list[str]:
         except ImageError:
             continue  # missing: embedding marks the row as invalid
     return changed
+
+
+def _changed(source: Source, key: str) -> UserError:
+    return UserError(
+        f"source {source.path} has changed since it was indexed: the image of {key!a} is another; restore it, or "
+        "index the sources as a new dataset"
+    )
 
 
 def _read_byte_range(location: str, offset: int, size: int) -> bytes:

@@ -9,10 +9,10 @@ from dataclasses import replace
 from lit_fast.data.dataset import Dataset, Source
 from lit_fast.data.images.fingerprint import file_digest
 from lit_fast.data.images.noise import is_noise
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, os_reason
 from lit_fast.storage import files as storage
 from lit_fast.storage.files import file_status, is_directory
-from lit_fast.storage.paths import is_url
+from lit_fast.storage.paths import ELSEWHERE, is_url, parent
 
 _THREADS = 16  # for remote sources, which need requests
 
@@ -32,6 +32,8 @@ def identify(source: Source) -> Source:
     Raises:
       UserError: the file cannot be read, or is neither a regular file nor a directory.
     """
+    if is_remote_directory(source):
+        return source
     size, etag = size_and_etag(source.path)
     found = replace(source, bytes=size, etag=etag, modified=0, digest="")
     if not size or etag:
@@ -65,6 +67,11 @@ def check_source(source: Source, dataset: str) -> None:
         raise UserError(
             f"{dataset} was imported as features and has no images; to embed them, index the images as a dataset"
         )
+    if places := absent_places([source]):
+        raise UserError(
+            f"the images of {dataset} are not here, since it was pulled without them (source {source.path}); connect "
+            f"them with: lit-fast index --relocate {places[0]}=DIRECTORY {dataset}"
+        )
     try:
         change = find_change(source)
     except UserError as error:
@@ -81,6 +88,12 @@ def check_source(source: Source, dataset: str) -> None:
         )
 
 
+def absent_places(sources: Sequence[Source]) -> list[str]:
+    """Return the places of the images of a pulled dataset, which only another machine has, for `--relocate`."""
+    found = (s.path for s in sources if s.kind != "features" and s.path.startswith(ELSEWHERE))
+    return sorted({path if path.count("/") == 2 else parent(path) for path in found})
+
+
 def find_change(source: Source) -> str:
     """Return how the file of a source differs from the indexed one, "" if it does not.
 
@@ -89,16 +102,32 @@ def find_change(source: Source) -> str:
     Raises:
       UserError: it cannot be read.
     """
+    if is_remote_directory(source):
+        return ""
     size, etag = size_and_etag(source.path)
     if size != source.bytes:
         return f"has {size} bytes, but had {source.bytes} when it was indexed"
     if etag != source.etag:
         return "is another file than when it was indexed (its ETag changed)"
-    if not source.digest or (source.modified and _modified(source.path) == source.modified):
+    if etag or (source.modified and _modified(source.path) == source.modified):
         return ""
-    if _digest(source.path, size) != source.digest:
+    return find_other_content(source)
+
+
+def find_other_content(source: Source) -> str:
+    """Compare a file of the recorded size with the recorded digest; return the difference, "" without any.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    if source.digest and _digest(source.path, source.bytes) != source.digest:
         return "has other content than when it was indexed"
     return ""
+
+
+def is_remote_directory(source: Source) -> bool:
+    """Whether a source is a directory of images at a URL, to which it was relocated: there is no file to compare."""
+    return not source.bytes and source.kind == "folder" and is_url(source.path)
 
 
 def _modified(path: str) -> int:
@@ -109,4 +138,4 @@ def _digest(path: str, size: int) -> str:
     try:
         return file_digest(path, size)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None

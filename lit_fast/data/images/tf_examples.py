@@ -1,4 +1,4 @@
-"""Images in array_record files of `tf.train.Example`, as TensorFlow Datasets writes them."""
+"""Images in files of `tf.train.Example`: array_records and TFRecords."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from lit_fast.data.dataset import Source
 from lit_fast.data.images.decode import ImageError
 from lit_fast.errors import UserError
 from lit_fast.storage.files import local_path
+from lit_fast.storage.machine import cached_files
 from lit_fast.storage.paths import is_url
-
-_OPEN_FILES = 256
 
 # The exceptions of array_record for damaged files.
 ERRORS = (ValueError, RuntimeError, IndexError, OverflowError, MemoryError)
@@ -85,18 +84,37 @@ def open_records(path: str) -> ArrayRecordReader:
 
     Raises:
       UserError: the file is remote.
-      ValueError, RuntimeError: it is not an array_record file.
+      ValueError, RuntimeError: it is not an array_record file, is cut off, or has data behind its end.
     """
     if is_url(path):
         raise UserError(f"{path}: array_record files are read from a local disk only; copy it first")
-    return ArrayRecordReader(local_path(path), "readahead_buffer_size:0,max_parallelism:0")
+    reader = ArrayRecordReader(local_path(path), "readahead_buffer_size:0,max_parallelism:0")
+    if not reader.ok():  # it would have no records
+        reader.close()  # raises the reason
+        raise ValueError("it cannot be opened")
+    return reader
+
+
+def image_of_example(record: bytes, feature: str) -> bytes:
+    """Return the image in a feature of a record.
+
+    Raises:
+      ImageError: it has none.
+    """
+    try:
+        values = parse_example(record).get(feature)
+    except ExampleError as error:
+        raise ImageError(f"not a tf.train.Example ({error})") from None
+    if not values or not isinstance(values[0], bytes):
+        raise ImageError(f"no image in {feature}")
+    return values[0]
 
 
 class ExampleImages:
     """Reads images from array_record files; keeps the most recently used files open."""
 
     def __init__(self) -> None:
-        self._open = lru_cache(maxsize=_OPEN_FILES)(_RecordFile)
+        self._open = lru_cache(maxsize=cached_files())(_RecordFile)
 
     def read(self, source: Source, *, record: int) -> bytes:
         """Return the image in feature `source.image` of a record.
@@ -106,14 +124,10 @@ class ExampleImages:
           ImageError: the record has no image.
         """
         try:
-            values = parse_example(self._open(source.path).read(record)).get(source.image)
-        except ExampleError as error:
-            raise ImageError(f"not a tf.train.Example ({error})") from None
+            data = self._open(source.path).read(record)
         except ERRORS as error:
             raise UserError(f"{source.path} is damaged at record {record}: {error}; restore it") from None
-        if not values or not isinstance(values[0], bytes):
-            raise ImageError(f"no image in {source.image}")
-        return values[0]
+        return image_of_example(data, source.image)
 
 
 class _RecordFile:

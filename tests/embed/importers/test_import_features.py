@@ -252,7 +252,7 @@ def test_captions_from_a_table(tmp_path, capsys):
         ("t.jsonl", '{"text": "x"}\n' * 11 + "{\n", "line 12: line is not JSON"),
         ("t.csv", "words\n" + "x\n" * 12, "name it with --captions"),
         ("t.parquet", "PAR1", "is damaged or is not a parquet file"),
-        ("t.txt", "text", "is not a table"),
+        ("t.tar", "text", "is not a table"),
         ("t.csv", "", "has 0 rows"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_fast.embed.importers.parts import read_torch_file
+from lit_fast.embed.importers.torch_file import read_torch_file
 from lit_fast.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -162,7 +162,7 @@ def test_other_containers_are_refused(tmp_path):
 def test_without_torch_the_remedy_is_named(tmp_path):
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        "from lit_fast.embed.importers.parts import read_torch_file\n"
+        "from lit_fast.embed.importers.torch_file import read_torch_file\n"
         "read_torch_file('x.pt')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

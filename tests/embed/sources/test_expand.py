@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import re
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorboardX.record_writer import RecordWriter
 
 from lit_fast.embed.sources.expand import expand
 from lit_fast.embed.sources.formats import FORMATS, format_of
 from lit_fast.errors import UserError
+from tests.helpers import tar_bytes
 
 
 def names(patterns: list[str]) -> list[str]:
@@ -93,9 +100,10 @@ def test_expand_refuses(tree: Path, pattern: str, message: str) -> None:
         ("/x/a.TAR", "tar"),
         ("s3://bucket/a.pq", "parquet"),
         ("https://host/a.tsv?version=2.tar", "table"),
-        ("/x/captions.json", "coco"),
+        ("/x/captions.json", "json"),
         ("/x/flowers-train.array_record-00000-of-00004", "array_record"),
-        ("/x/unknown", "tar"),
+        ("/x/flowers-train.tfrecord-00000-of-00004", "tfrecord"),
+        ("https://host/download?id=5", "tar"),
     ],
 )
 def test_format_of_is_decided_by_the_name(path: str, format: str) -> None:
@@ -103,11 +111,102 @@ def test_format_of_is_decided_by_the_name(path: str, format: str) -> None:
 
 
 def test_format_of_is_decided_by_content_without_a_known_suffix(tmp_path: Path) -> None:
-    (tmp_path / "part-0").write_bytes(b"PAR1")
-    assert format_of(str(tmp_path / "part-0")) == "parquet"
+    array_record = ArrayRecordWriter(str(tmp_path / "a"), "group_size:1")
+    array_record.write(b"record")
+    array_record.close()
+    tfrecord = RecordWriter(str(tmp_path / "b"))
+    tfrecord.write(b"record")
+    tfrecord.close()
+    (tmp_path / "c").write_bytes(b"PAR1")
+    (tmp_path / "d").write_bytes(tar_bytes([("x.jpg", b"x")]))
+    (tmp_path / "e").write_bytes(tar_bytes([("ü" * 200, b"x")], tarfile.PAX_FORMAT))
+    found = {name: format_of(str(tmp_path / name)) for name in "abcde"}
+    assert found == {"a": "array_record", "b": "tfrecord", "c": "parquet", "d": "tar", "e": "tar"}
     assert format_of(str(tmp_path)) == "folder"
+
+
+def packed(mode: str) -> bytes:
+    """A compressed tar."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=f"w:{mode}") as tar:  # type: ignore[call-overload]
+        tar.addfile(tarfile.TarInfo("x.jpg"))
+    return file.getvalue()
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x.jpg", b"x")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "problem"),
+    [
+        ("a.zip", b"", "is a ZIP archive, which is not read; unpack it and give the directory"),
+        ("a", zipped(), "is a ZIP archive, which is not read; unpack it and give the directory"),
+        ("a.7z", b"", "is a 7z archive, which is not read; unpack it"),
+        ("a.rar", b"", "is a RAR archive, which is not read; unpack it"),
+        ("a.tar.gz", packed("gz"), "is compressed with gzip, which is not read; decompress it"),
+        ("a.tgz", b"", "is compressed with gzip, which is not read; decompress it"),
+        ("download", packed("xz"), "is compressed with xz, which is not read; decompress it"),
+        ("a.h5", b"", "is an HDF5 file, which is not read; convert it to parquet or tars"),
+        ("data.mdb", b"", "is an LMDB database, which is not read; convert it"),
+        ("a.pkl", b"", "is a pickle, which is not read; write parquet or tars instead"),
+        ("a.npz", zipped(), "is a NumPy file, which is not read; for features: lit-fast import-features"),
+        ("a.JPG", b"", "is one image, which is not read; give its directory, or a table that names it"),
+        ("photo", b"\xff\xd8\xff\xe0", "is one image, which is not read"),
+        ("empty", b"", "is empty; give a file with data"),
+        ("zeros", bytes(1000), "is empty; give a file with data"),
+        (
+            "a.md",
+            b"# Title",
+            "begins with b'# Title', which is no known format; give a file of .tar, .parquet",
+        ),
+    ],
+)
+def test_a_format_that_is_not_read_is_one_line(tmp_path: Path, name: str, data: bytes, problem: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(data or (b"" if name == "empty" else b"anything at all"))
+    with pytest.raises(UserError, match=re.escape(f"{path} {problem}")) as caught:
+        format_of(str(path))
+    assert "\n" not in str(caught.value)
+    if "." in name and not data:
+        with pytest.raises(UserError, match=re.escape(problem)):
+            format_of(f"https://host/{name}")
 
 
 def test_each_suffix_belongs_to_one_format() -> None:
     suffixes = [suffix for format in FORMATS.values() for suffix in format.suffixes]
     assert len(suffixes) == len(set(suffixes))
+
+
+def test_expand_warns_of_missing_members_of_a_numbered_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (
+        "train-00000-of-00003-abc.parquet",
+        "train-00002-of-00003-abc.parquet",
+        "test-00000-of-00001.parquet",
+    ):
+        (tmp_path / file).write_bytes(b"")
+    expand([str(tmp_path)])
+    warning = f"warning: {tmp_path}/train-00001-of-00003 is missing: 2 of its 3 files are there\n"
+    assert capsys.readouterr().err == warning
+    expand([f"{tmp_path}/train-*"])
+    assert capsys.readouterr().err == warning
+    expand([f"{tmp_path}/train-00000-of-00003-abc.parquet"])  # chosen by name
+    assert capsys.readouterr().err == ""
+
+
+def test_expand_of_a_spark_directory_gives_its_parts(tmp_path: Path) -> None:
+    parts = [f"part-0000{i}-1234.c000.snappy.parquet" for i in range(2)]
+    for file in ("_SUCCESS", "_metadata", "_common_metadata", f".{parts[0]}.crc", *parts):
+        (tmp_path / file).write_bytes(b"")
+    assert expand([str(tmp_path)]) == [f"{tmp_path}/{part}" for part in parts]
+
+
+def test_expand_of_pairs_with_a_captions_txt_gives_the_directory(tmp_path: Path) -> None:
+    for file in ("captions.txt", "a.jpg", "a.txt"):
+        (tmp_path / file).write_bytes(b"x")
+    assert expand([str(tmp_path)]) == [str(tmp_path)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -15,13 +14,14 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboardX.record_writer import RecordWriter
 
 from lit_fast.data.images.decode import ImageError
 from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.tf_examples import ExampleError, parse_example
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.sources.formats import FORMATS, format_of
-from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Sample, Skipped
+from lit_fast.embed.sources.interface import Columns, Damage, Guess, Item, Layout, Sample, Skipped
 from lit_fast.errors import UserError
 from tests.embed.sources.tf_example import example
 from tests.helpers import tar_bytes
@@ -57,10 +57,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     for i in range(ROWS):
         writer.write(example({"image": [images[i]], "text": [texts[i].encode()]}))
     writer.close()
+    writer = RecordWriter(str(base / "r.tfrecord"))
+    for i in range(ROWS):
+        writer.write(example({"image": [images[i]], "text": [texts[i].encode()], "score": [0.5]}))
+    writer.close()
     return {path.name: path.read_bytes() for path in base.iterdir()}
 
 
-FILES = ("a.parquet", "b.parquet", "t.csv", "t.jsonl", "c.json", "0.tar", "r.array_record")
+FILES = ("a.parquet", "b.parquet", "t.csv", "t.jsonl", "c.json", "0.tar", "r.array_record", "r.tfrecord")
 
 
 def path_for(tmp_path_factory: pytest.TempPathFactory, whole: dict[str, bytes], name: str) -> Path:
@@ -80,7 +84,8 @@ def check(error: UserError, path: Path) -> None:
 
 
 def items(path: Path) -> list[Item]:
-    return list(FORMATS[format_of(str(path))].read(str(path), Columns()))
+    found = FORMATS[format_of(str(path))].read(str(path), Columns())
+    return [item for item in found if not isinstance(item, Guess)]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -130,7 +135,7 @@ def test_any_damage_gives_rows_reasons_or_one_line(
             assert item.description.startswith(str(path))
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "0.tar", "r.array_record"])
+@pytest.mark.parametrize("name", ["a.parquet", "0.tar", "r.array_record", "r.tfrecord"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_damage_after_indexing(
@@ -214,7 +219,7 @@ def test_deep_and_wrong_json(tmp_path: Path) -> None:
         "no path of an image",
     ]
     (tmp_path / "c.json").write_text(deep)
-    assert items(tmp_path / "c.json")[1:] == [Damage(f"{tmp_path}/c.json is not JSON")]
+    assert items(tmp_path / "c.json") == [Damage(f"{tmp_path}/c.json is not JSON")]
 
 
 def test_a_huge_coco_json_is_not_loaded(tmp_path: Path) -> None:
@@ -224,31 +229,44 @@ def test_a_huge_coco_json_is_not_loaded(tmp_path: Path) -> None:
         items(tmp_path / "c.json")
 
 
-def test_huge_fields_nuls_and_open_quotes(tmp_path: Path) -> None:
+def test_huge_fields_nuls_and_wrong_counts_of_fields(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"x")
-    text = io.StringIO()
-    text.write("filepath,title\n")
-    text.write(f"x.jpg,{'a' * (2 << 20)}\n")
-    text.write("x.jpg,a\0b\nx\0.jpg,c\nx.jpg,d,e\nx.jpg\n")
-    text.write('x.jpg,"never closed\n' + "x.jpg,text\n" * 200_000)
-    (tmp_path / "t.csv").write_text(text.getvalue())
+    text = f"filepath,title\nx.jpg,{'a' * (2 << 20)}\nx.jpg,a\0b\nx\0.jpg,c\nx.jpg,d,e\nx.jpg\nx.jpg,f,\n"
+    (tmp_path / "t.csv").write_text(text)
     found = Counter(i.reason for i in items(tmp_path / "t.csv") if isinstance(i, Skipped))
-    assert found.pop("not CSV: field larger than field limit (1048576)") >= 2
     assert found == {
+        "not CSV: field larger than field limit (1048576)": 1,
         "path is not UTF-8 text": 1,
         "3 fields, where the first line has 2": 1,
-        "no caption and no label": 1,
+        "1 field, where the first line has 2": 1,
     }
 
 
-def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
-    """The rest of the file does not become one long caption."""
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            'x.jpg,"a\nb"\nx.jpg,"c\nx.jpg,d\nx.jpg,e',
+            "line 4: a quote that opens there never closes; close it",
+        ),
+        ('x.jpg,"c\n' + "x.jpg,d\n" * 200_000, "line 2: a quote that opens there does not close properly"),
+        (
+            'x.jpg,a\nx.jpg,"b\nx.jpg,c\nx.jpg,d" e\n',
+            "line 3: a quote that opens there does not close properly",
+        ),
+        (
+            'x.jpg,"b\nx.jpg,c\nx.jpg,d"\n',
+            "line 2: a quote that opens there closes in line 4, after lines that",
+        ),
+    ],
+)
+def test_a_quote_that_does_not_close_is_an_error_that_names_the_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "x.jpg").write_bytes(b"x")
-    (tmp_path / "t.csv").write_text('filepath,title\nx.jpg,"a\nb"\nx.jpg,"c\nx.jpg,d\nx.jpg,e')
-    _, sample, skipped = items(tmp_path / "t.csv")
-    assert isinstance(sample, Sample)
-    assert sample.captions == ("a\nb",)
-    assert skipped == Skipped("line 4", "not CSV: a quote that is never closed; all after it is not read")
+    (tmp_path / "t.csv").write_text(f"filepath,title\n{text}")
+    with pytest.raises(UserError, match=f"{tmp_path}/t.csv, {message}"):
+        items(tmp_path / "t.csv")
 
 
 def test_sources_that_are_no_files(tmp_path: Path) -> None:
@@ -273,12 +291,12 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 def test_an_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_fast.embed.sources.tables.MAX_LINE", 1000)
+    monkeypatch.setattr("lit_fast.embed.sources.text_tables.MAX_LINE", 1000)
     (tmp_path / "x.jpg").write_bytes(b"x")
     (tmp_path / "t.jsonl").write_text(
         '{"path": "x.jpg", "text": "%s"}\n{"path": "x.jpg", "text": "b"}' % ("a" * 5000)
     )
-    assert [type(i) for i in items(tmp_path / "t.jsonl")] == [Layout, Skipped, Sample]
+    assert [type(i) for i in items(tmp_path / "t.jsonl")] == [Skipped, Layout, Sample]
 
 
 def test_an_extended_header_of_absurd_size(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from lit_fast.data.images.reader import ImageReader
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
+from lit_fast.embed.sources.expand import expand
 from lit_fast.errors import UserError
 from lit_fast.storage import remote
 from tests.helpers import encoded, picture, samples, write_tar
@@ -199,8 +200,12 @@ def s3() -> Iterator[str]:
 def test_index_over_s3_equals_local(files: Path, s3: str, tmp_path: Path, tiny_vit: Path) -> None:
     for file in files.iterdir():
         remote._open_filesystem("s3").put(str(file), f"pairs/a/{file.name}")
+    for junk in ("._00000.tar", "__MACOSX/00003.tar"):
+        remote._open_filesystem("s3").pipe(f"pairs/a/{junk}", b"junk")
     remote._open_filesystem("s3").pipe("pairs/a/../../etc/00002.tar", (files / "00000.tar").read_bytes())
     assert_equals_local(f"{s3}/a", files, tmp_path, tiny_vit)
+    found = expand([f"{s3}/a/**/*.tar"])
+    assert [file for file in found if "etc" not in file] == [f"{s3}/a/0000{i}.tar" for i in (0, 1)]
     with pytest.raises(UserError, match=r"b/\*.tar .* matches no file"):
         index_dataset([f"{s3}/b/*.tar"], tmp_path / "no", seed=0)
     with pytest.raises(UserError, match=r"holds \.parquet and \.tar files; name those"):

@@ -316,3 +316,27 @@ def test_a_view_is_a_function_of_seed_epoch_and_row(rows, epoch, views, seed):
     for i in range(len(rows)):
         one = choose_views(local[:1], rows[i : i + 1], epochs[:1], views, seed)
         assert one[0] == got[i] % views
+
+
+SMALL_WINDOWS = replace(WINDOWS, memory_gib=4.0)
+
+
+def open_with(dataset, memory=None, in_memory=None):
+    options = {"memory": memory, "in_memory": in_memory}
+    return open_stream(open_features(dataset), open_tokens(dataset), SMALL_WINDOWS, 0, **options)
+
+
+def test_dataset_that_does_not_fit_in_the_memory_of_the_machine_is_streamed(large):
+    assert open_with(large).in_memory
+    streamed = open_with(large, memory=1 << 20)
+    assert not streamed.in_memory
+    assert "as this machine may use only 0.00 GiB of memory" in streamed.description
+    assert streamed.identity == opened(large, WINDOWS).identity
+
+
+def test_resumed_run_keeps_the_shuffle_that_it_started_with_whatever_the_memory(large):
+    assert open_with(large, in_memory=False).identity == opened(large, WINDOWS).identity
+    with pytest.raises(
+        UserError, match=r"was held in memory when this run started, .* GiB, and this machine may"
+    ):
+        open_with(large, memory=1 << 20, in_memory=True)
