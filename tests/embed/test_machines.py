@@ -8,15 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lit_fast.data.dataset import BLOCK, Dataset, open_dataset
-from lit_fast.data.features import BFLOAT16, Features, open_features
+from lit_fast.data.dataset import Dataset, open_dataset
+from lit_fast.data.features import Features, open_features
 from lit_fast.embed import commits
 from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
@@ -167,3 +165,79 @@ def test_shard_writer_whose_shard_another_has_finished_with_equal_values_succeed
     monkeypatch.setattr("lit_fast.embed.shard_writer.version", lambda path: stored)
     writers[1].finish()
     assert features.is_finished(0)
+
+
+def start(url: str, tower: Path, cache: Path) -> subprocess.Popen[str]:
+    """Embed in a process as on a machine of its own, with the default shares."""
+    words = ["embed", url, "--tower", str(tower), "--name", "t", "--batch-size", "2"]
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL_SHARDS, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"LIT_FAST_CACHE": str(cache)},
+    )
+
+
+def test_embed_by_several_machines_of_which_one_vanishes_equals_embed_on_a_disk(
+    bucket: str, tmp_path: Path, tiny_vit: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lit_fast.embed.extract._POLL_SECONDS", 0.5)
+    local = many(tmp_path)
+    embed_dataset(local.path, str(tiny_vit), name="t", batch_size=2)
+    url = f"{bucket}/d"
+    upload(index_dataset([f"{tmp_path}/many.tar"], tmp_path / "again", seed=0), url)
+    copy = f"{url}/features/t/partial/00000.journal"
+    with start(url, tiny_vit, tmp_path / "gone") as gone:
+        journals = tmp_path / "gone"
+        while sum(file.stat().st_size for file in journals.rglob("00000.journal")) < 200 * 64:
+            assert gone.poll() is None, gone.communicate()
+            time.sleep(0.01)
+        gone.send_signal(signal.SIGTERM)
+        gone.communicate()
+        assert gone.returncode == 143
+    assert len(read_bytes(copy)) >= 200 * 64
+    shutil.rmtree(tmp_path / "gone")
+    with start(url, tiny_vit, tmp_path / "other") as other:
+        embed_dataset(url, str(tiny_vit), name="t", batch_size=2)
+        out, err = other.communicate(timeout=100)
+    assert other.returncode == 0, err
+    assert "2,496 valid, 4 invalid" in out
+    assert download(f"{url}/features/t") == tree(Path(local.path) / "features" / "t")
+
+
+def test_embed_with_a_shard_that_another_machine_has_embeds_the_others_and_waits(
+    bucket: str,
+    tmp_path: Path,
+    tiny_vit: Path,
+    small_shards: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lit_fast.embed.extract._POLL_SECONDS", 0.1)
+    monkeypatch.setattr(commits, "SAVE_SECONDS", 0.0)
+    url = f"{bucket}/d"
+    dataset = upload(many(tmp_path), url)
+    lock = Lock(f"{url}/features/t/partial/00001.lock", "shard 1", "stop it")
+    seen: list[list[int]] = []
+
+    def look(message: str) -> None:
+        if "waiting for 1 shards (first: 1) that other processes embed" in message:
+            seen.append(open_features(dataset, "t").finished())
+            lock.release()
+
+    monkeypatch.setattr("lit_fast.embed.extract.status", look)
+    with pytest.raises(InUseError, match="shard 1 of .* is being written by"):
+        embed_dataset(url, str(tiny_vit), name="t", batch_size=64, share=(1, 2))
+    embed_dataset(url, str(tiny_vit), name="t", batch_size=64)
+    assert seen == [[0, 2]]
+    assert open_features(dataset, "t").finished() == [0, 1, 2]
+    assert not [name for name in walk_files(f"{url}/features/t") if name.startswith("partial")]
+
+
+def test_embed_of_a_local_dataset_with_scratch_is_refused(tmp_path: Path, tiny_vit: Path) -> None:
+    dataset = many(tmp_path)
+    with pytest.raises(UserError, match="is not in a bucket and needs no --scratch; leave it out"):
+        embed_dataset(dataset.path, str(tiny_vit), scratch=tmp_path)
