@@ -230,7 +230,7 @@ class LockWatch:
             self._first = None
             return _State.FREE
         if self._first is None or lease.data != self._first.data:
-            self._first, self._since = lease, _clock()
+            self._first, self._since = lease, time.monotonic()
             self.holder = Holder.decode(lease.data)
         process_exists = self.holder.exists() if self.holder else None
         if process_exists and self.holder and self.holder.pid == os.getpid():
@@ -238,7 +238,7 @@ class LockWatch:
         if process_exists is False:
             return _State.ABANDONED
         if lease.beat != self._first.beat:
-            self._first, self._since = lease, _clock()
+            self._first, self._since = lease, time.monotonic()
             return _State.HELD
         if process_exists:
             return _State.HELD

@@ -1,4 +1,4 @@
-"""Several machines embed one dataset in a bucket; one that vanishes leaves its rows to another."""
+"""Shards in a bucket: shared by machines, saved for other machines, written by one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_fast.embed.journal import Journal
 from lit_fast.embed.loader import Batch
 from lit_fast.embed.shard_writer import ShardWriter, copy_path, journal_path
 from lit_fast.errors import UserError
-from lit_fast.storage.files import exists, read_bytes, remove, walk_files, write_atomic
+from lit_fast.storage.files import exists, list_names, read_bytes, remove, walk_files, write_atomic
 from lit_fast.storage.lock import InUseError, Lock, LostLockError
 from lit_fast.storage.paths import join
 from tests.buckets import bucket  # noqa: F401
@@ -33,7 +33,12 @@ WIDTH = 4
 
 
 @pytest.fixture
-def features(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_shards: None) -> Features:
+def features(
+    bucket: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_shards: None,
+) -> Features:
     """A store without features in a bucket, of 2500 rows in three shards."""
     monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
     dataset = upload(many(tmp_path), f"{bucket}/d")
@@ -145,7 +150,7 @@ def test_shard_writer_whose_shard_another_has_finished_keeps_the_manifest_of_the
         return replace_manifest(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Features, "replace_manifest", late)
-    with pytest.raises(LostLockError, match="shard 0 of .* was written by another process"):
+    with pytest.raises(LostLockError, match=r"shard 0 of .* was written by another process"):
         first.finish()
     assert not exists(features.manifest_path(0))
     first.close()
@@ -180,7 +185,11 @@ def start(url: str, tower: Path, cache: Path) -> subprocess.Popen[str]:
 
 
 def test_embed_by_several_machines_of_which_one_vanishes_equals_embed_on_a_disk(
-    bucket: str, tmp_path: Path, tiny_vit: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+    bucket: str,  # noqa: F811
+    tmp_path: Path,
+    tiny_vit: Path,
+    small_shards: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lit_fast.embed.extract._POLL_SECONDS", 0.5)
@@ -200,6 +209,9 @@ def test_embed_by_several_machines_of_which_one_vanishes_equals_embed_on_a_disk(
     assert len(read_bytes(copy)) >= 200 * 64
     shutil.rmtree(tmp_path / "gone")
     with start(url, tiny_vit, tmp_path / "other") as other:
+        while not any(name.endswith(".lock") for name in list_names(f"{url}/features/t/partial")):
+            assert other.poll() is None, other.communicate()
+            time.sleep(0.05)
         embed_dataset(url, str(tiny_vit), name="t", batch_size=2)
         out, err = other.communicate(timeout=100)
     assert other.returncode == 0, err
@@ -208,12 +220,11 @@ def test_embed_by_several_machines_of_which_one_vanishes_equals_embed_on_a_disk(
 
 
 def test_embed_with_a_shard_that_another_machine_has_embeds_the_others_and_waits(
-    bucket: str,
+    bucket: str,  # noqa: F811
     tmp_path: Path,
     tiny_vit: Path,
     small_shards: None,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lit_fast.embed.extract._POLL_SECONDS", 0.1)
@@ -223,13 +234,13 @@ def test_embed_with_a_shard_that_another_machine_has_embeds_the_others_and_waits
     lock = Lock(f"{url}/features/t/partial/00001.lock", "shard 1", "stop it")
     seen: list[list[int]] = []
 
-    def look(message: str) -> None:
+    def record_status(message: str) -> None:
         if "waiting for 1 shards (first: 1) that other processes embed" in message:
             seen.append(open_features(dataset, "t").finished())
             lock.release()
 
-    monkeypatch.setattr("lit_fast.embed.extract.status", look)
-    with pytest.raises(InUseError, match="shard 1 of .* is being written by"):
+    monkeypatch.setattr("lit_fast.embed.extract.status", record_status)
+    with pytest.raises(InUseError, match=r"shard 1 of .* is being written by"):
         embed_dataset(url, str(tiny_vit), name="t", batch_size=64, share=(1, 2))
     embed_dataset(url, str(tiny_vit), name="t", batch_size=64)
     assert seen == [[0, 2]]
