@@ -184,6 +184,7 @@ def start(url: str, tower: Path, cache: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)  # several processes; the other tests use both
 def test_embed_by_several_machines_of_which_one_vanishes_equals_embed_on_a_disk(
     bucket: str,  # noqa: F811
     tmp_path: Path,
