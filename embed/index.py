@@ -181,8 +181,9 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
             source.digest,
         ):
             raise UserError(f"{other}: {source.path} has changed since it was indexed; {remedy}")
-        if before.names != source.names and not append:
-            raise UserError(f"{other}: {source.path} was indexed with other options; {remedy}")
+        if before.names != source.names:
+            action = "name only new sources with these options" if append else remedy
+            raise UserError(f"{other}: {source.path} was indexed with other options; {action}")
     if append:
         return new
     if len(found) - len(new) < len(known):

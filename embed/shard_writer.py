@@ -117,7 +117,7 @@ class ShardWriter:
             invalid.setdefault(self.done + int(i), "non-finite feature")
         for row in invalid:
             features[row - self.done] = 0
-        self._lock.check()
+        self._lock.check_recent()
         self._journal.append(features, invalid)
         return len(features)
 

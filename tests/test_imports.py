@@ -43,7 +43,8 @@ TRAIN = (
     ("train.step", "train.workdir"),
     ("train.export", "train.cost", "train.inputs"),
     ("train.tracking", "train.plan"),
-    ("train.checkpoints", "train.mirror"),
+    ("train.mirror",),
+    ("train.checkpoints",),
     ("train.loop",),
     ("train.cli",),
 )

@@ -7,7 +7,8 @@ process that was killed does not keep the lock:
 - If the holder ran on this machine and does not exist any more, the lock is taken over at once.
 - Otherwise it is taken over once this process has seen no touch for a minute by its own clock.
 
-A holder that was suspended may lose its lock like this, so it calls `check` before it commits something.
+A holder that was suspended may lose its lock like this, so it calls `check` before it commits something. Where others
+would not see a commit as a whole, it calls `check_recent` before each write.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from lit_fast.utils.output import status
 TOUCH_SECONDS = 10.0
 ABANDONED_SECONDS = 60.0  # without a touch; garbage collection and a slow server may delay several
 _POLL_SECONDS = 0.05
+
+# Also counts while the machine is suspended, where the operating system has such a clock.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 _held: set[str] = set()  # tokens of this process
 
@@ -62,6 +66,8 @@ class Lock:
         holder = Holder.this_process()
         self._token, self._data, self._process = holder.token, holder.encode(), holder.pid
         self._stop = threading.Event()
+        self._touching = threading.Lock()  # two touches at a time would refuse each other
+        self._confirmed = _clock()  # when this process last knew that nobody else held the lock
         try:
             self._made_directory = not is_bucket(location) and not exists(parent(location))
             _held.add(self._token)
@@ -73,24 +79,31 @@ class Lock:
             raise
         threading.Thread(target=self._touch, name="lock", daemon=True).start()
 
+    def check_recent(self) -> None:
+        """Do as `check`, unless the lock was confirmed so recently that nobody else can have taken it over."""
+        if _clock() - self._confirmed > ABANDONED_SECONDS / 2:
+            self.check()
+
     def check(self) -> None:
         """Raise LostLockError if this process has lost the lock; call it before something is committed."""
         try:
+            if self._confirm():
+                return
             lease = read_lease(self._location)
         except OSError as error:
             raise LostLockError(
-                f"{self._location} cannot be read: {os_reason(error)}; fix the cause, then rerun the same command"
+                f"{error.filename or self._location} cannot be used: {os_reason(error)}; fix the cause, then rerun the "
+                "same command"
             ) from None
         if lease is None:
             raise LostLockError(
                 f"{self._location} was deleted, so that others may write {self._target}; rerun the same command once "
                 "no other process does"
             )
-        if lease.data != self._data:
-            raise LostLockError(
-                f"{self._target} was taken over by {Holder.decode(lease.data) or 'another process'}, because this "
-                f"process was suspended for {ABANDONED_SECONDS:.0f} s; rerun the same command once that has ended"
-            )
+        raise LostLockError(
+            f"{self._target} was taken over by {Holder.decode(lease.data) or 'another process'}, because this "
+            f"process was suspended for {ABANDONED_SECONDS:.0f} s; rerun the same command once that has ended"
+        )
 
     def release(self) -> None:
         """Let other processes take the lock; delete its directory if that was made for it and is empty."""
@@ -99,12 +112,15 @@ class Lock:
         self._stop.set()
         try:
             claim = Holder.this_process().encode()
-            swap_lease(self._location, self._data, claim, lambda _: False, delete=True)
+            with self._touching:
+                swap_lease(self._location, self._data, claim, lambda _: False, delete=True)
         except OSError:  # a full disk has no place for a claim
             with suppress(OSError):
                 lease = read_lease(self._location)
                 if lease is not None and lease.data == self._data:
                     remove(self._location)
+        except UserError:  # the bucket cannot be used: others wait until the lock is abandoned
+            pass
         _held.discard(self._token)
         if self._made_directory:
             with suppress(OSError):
@@ -128,13 +144,20 @@ class Lock:
                 raise _in_use(self._target, watch, remedy)
             watch.pause(state, self._target)
 
+    def _confirm(self) -> bool:
+        """Touch the file, if this process still holds the lock; return whether it does. Raises OSError."""
+        with self._touching:
+            started = _clock()
+            if self._stop.is_set() or not touch_lease(self._location, self._data):
+                return False
+            self._confirmed = started
+            return True
+
     def _touch(self) -> None:
         while not self._stop.wait(TOUCH_SECONDS):
             with suppress(OSError, UserError):  # `check` reports what lasts
-                lease = read_lease(self._location)
-                if lease is None or lease.data != self._data:  # `check` reports it
+                if not self._confirm():
                     return
-                touch_lease(self._location)
 
 
 def is_locked(location: StrPath) -> bool:
@@ -234,6 +257,11 @@ class _Watch:
 
     def _quiet(self) -> float:
         return time.monotonic() - self._since if self._first else 0.0
+
+
+def _clock() -> float:
+    """Return seconds since an arbitrary moment."""
+    return time.clock_gettime(_CLOCK)
 
 
 def _in_use(target: StrPath, watch: _Watch, remedy: str) -> InUseError:
