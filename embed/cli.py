@@ -127,6 +127,9 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     If the command is interrupted, the same command continues. Images that cannot be decoded keep their row
     and are marked invalid.
 
+    NAME is one of lit-fast towers, augreg/NAME, timm:NAME, open_clip:NAME/PRETRAINED or hf:OWNER/NAME. Models that
+    lit-fast has no code for run through PyTorch's, as one JAX program: pip install 'lit-fast[torch]'.
+
     Example: lit-fast embed cc12m_dataset --tower augreg/B_8
     """
     add = parser.add_argument
@@ -138,6 +141,16 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     add("--resolution", type=_whole(1), metavar="N", help="side in pixels (default: the tower's own)")
     add("--gelu", choices=("exact", "tanh", "quick"), help="form of the GELU (default: the tower's own)")
     add("--pool", metavar="NAME", help="tok, gap, map or projection (default: the tower's own)")
+    add(
+        "--backend",
+        choices=("jax", "torch"),
+        help="default: lit-fast's own model in JAX if it has one, else torch",
+    )
+    add(
+        "--arch",
+        metavar="NAME",
+        help="of FILE.safetensors without config.json: a name of timm or open_clip:NAME",
+    )
     add("--reduced-decode", action="store_true", help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size")
     add("--views", type=_whole(1), default=1, metavar="K", help="vectors per image: itself and K - 1 crops")
     add("--batch-size", type=_whole(1), metavar="N", help="images per device (default 64, 16 on CPU)")
@@ -165,6 +178,8 @@ def embed(parser: argparse.ArgumentParser) -> Run:
             resolution=args.resolution,
             gelu=args.gelu,
             pool=args.pool,
+            backend=args.backend,
+            arch=args.arch,
             reduced_decode=args.reduced_decode,
             views=args.views,
             batch_size=args.batch_size,

@@ -30,7 +30,7 @@ from lit_fast.storage.lock import is_locked
 from lit_fast.storage.machine import cpu_count
 from lit_fast.storage.paths import StrPath, join, name, suffix
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
-from lit_fast.towers.tower import Tower
+from lit_fast.towers.interface import FrozenTower
 from lit_fast.utils.output import result, status
 from lit_fast.utils.progress import Progress
 from lit_fast.utils.signals import defer_signals
@@ -41,7 +41,7 @@ class Job:
     """The work of one process."""
 
     features: Features
-    tower: Tower
+    tower: FrozenTower
     shards: list[int]  # this process's share, finished or not
     batch_size: int  # images per device
     workers: int
@@ -68,6 +68,8 @@ def embed_dataset(
     resolution: int | None = None,
     gelu: str | None = None,
     pool: str | None = None,
+    backend: str | None = None,
+    arch: str | None = None,
     reduced_decode: bool = False,
     views: int = 1,
     batch_size: int | None = None,
@@ -81,7 +83,7 @@ def embed_dataset(
     Share (i, n) has the shards `s` with `s % n == i`.
 
     Args:
-      preprocess, resolution, gelu, pool: as `load_tower`.
+      preprocess, resolution, gelu, pool, backend, arch: as `load_tower`.
       reduced_decode: decode JPEGs much larger than needed at 1/2, 1/4 or 1/8, see `Preprocess.at_least`.
       views: vectors per image: the first of the whole image, the others of crops.
       batch_size: images per device.
@@ -97,7 +99,7 @@ def embed_dataset(
         check_sources(dataset)
         given = {
             "preprocess": preprocess, "resolution": resolution, "gelu": gelu, "pool": pool,
-            "reduced_decode": reduced_decode,
+            "backend": backend, "arch": arch, "reduced_decode": reduced_decode,
         }  # fmt: skip
         options = {option: value for option, value in given.items() if value}
         if max_pixels != MAX_PIXELS:  # decides which rows are invalid
