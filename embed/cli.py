@@ -88,7 +88,8 @@ def index(parser: argparse.ArgumentParser) -> Run:
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="the sources of the dataset SOURCE have moved from OLD to NEW, paths or URLs of files or directories",
+        help="the sources of the dataset SOURCE have moved from OLD to NEW, paths or URLs of files or directories; can "
+        "be given several times",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -125,7 +126,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     """Embed every image of a dataset once with a frozen vision tower.
 
     If the command is interrupted, the same command continues. Images that cannot be decoded keep their row
-    and are marked invalid.
+    and are marked invalid. Several machines may embed a dataset in a bucket: run the same command on each.
 
     NAME is one of lit-fast towers, augreg/NAME, timm:NAME, open_clip:NAME/PRETRAINED or hf:OWNER/NAME. Models that
     lit-fast has no code for run through PyTorch's, as one JAX program: pip install 'lit-fast[torch]'.
@@ -161,6 +162,8 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     )
     share = "embed share I of N only, I from 0 on (default: that of this process in the JAX cluster)"
     add("--shard-of", type=_share, metavar="I/N", help=share)
+    scratch = "local directory for unfinished shards of a dataset in a bucket (default: the cache)"
+    add("--scratch", default="", metavar="DIR", help=scratch)
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.cli.options import start_jax
@@ -168,7 +171,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
         from lit_fast.embed.extract import embed_dataset
         from lit_fast.runtime import process_rank
 
-        share = args.shard_of or process_rank()
+        rank = process_rank()
         start_jax()
         embed_dataset(
             args.dataset,
@@ -186,7 +189,8 @@ def embed(parser: argparse.ArgumentParser) -> Run:
             workers=args.workers,
             dtype=args.dtype,
             max_pixels=args.max_pixels or MAX_PIXELS,
-            share=share,
+            share=args.shard_of or (None if rank == (0, 1) else rank),
+            scratch=args.scratch,
         )
 
     return run

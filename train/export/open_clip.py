@@ -42,15 +42,8 @@ from lit_fast.train.export.preprocessing import check_open_clip_preprocess, open
 from lit_fast.train.export.vision_tower import own_vit
 from lit_fast.train.export.writer import ExportOptions
 from lit_fast.weights import to_torch
-from lit_fast.weights.from_torch import BlockNames
+from lit_fast.weights.open_clip import BLOCKS
 from lit_fast.weights.to_torch import Tensors
-
-_BLOCKS = BlockNames(
-    "transformer.resblocks.",
-    ("ln_1", "ln_2"),
-    ("attn.in_proj", "attn.in_proj", "attn.in_proj", "attn.out_proj"),
-    (("mlp.c_fc", "mlp.c_proj"),),
-)
 
 _TEXT_REPAIR = (
     "open_clip's tokenizer repairs text first (ftfy: mojibake, curly quotes, HTML entities; white space), which "
@@ -143,7 +136,7 @@ def _text(model: Model) -> tuple[dict[str, Any], Tensors]:
         tensors["cls_emb"] = np.zeros(width, np.float32)
         positions = np.pad(positions, ((0, 1), (0, 0)))
     tensors["positional_embedding"] = positions
-    tensors |= to_torch.blocks(_BLOCKS, txt["Encoder_0"]["encoderblock"])
+    tensors |= to_torch.blocks(BLOCKS, txt["Encoder_0"]["encoderblock"])
     tensors |= to_torch.norm("ln_final", txt["Encoder_0"]["encoder_norm"])
     return config, tensors | to_torch.dense("text_projection", txt["head"])
 
@@ -186,5 +179,5 @@ def _vision_transformer(model: Model) -> tuple[dict[str, Any], Tensors]:
     }
     if a.pre_norm:
         tensors |= to_torch.norm("ln_pre", params["pre_norm"])
-    tensors |= to_torch.blocks(_BLOCKS, params["Transformer"]["encoderblock"])
+    tensors |= to_torch.blocks(BLOCKS, params["Transformer"]["encoderblock"])
     return config, tensors | to_torch.norm("ln_post", centered_norm(tower, model.params["mean"]))

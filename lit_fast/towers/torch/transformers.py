@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from lit_fast.errors import UserError, first_line
+from lit_fast.storage.files import local_path
 from lit_fast.storage.paths import parent
 from lit_fast.towers.torch.packages import package_version, require
 from lit_fast.towers.torch.tower import Body
@@ -90,8 +91,8 @@ def build(recipe: dict[str, Any], path: str | None = None) -> Body:
             model = model_class(config)
         else:
             model, report = model_class.from_pretrained(
-                parent(path), config=config, use_safetensors=True, local_files_only=True, trust_remote_code=False,
-                dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+                local_path(parent(path)), config=config, use_safetensors=True, local_files_only=True,
+                trust_remote_code=False, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
             missing = set(report["missing_keys"])
             if report["mismatched_keys"]:

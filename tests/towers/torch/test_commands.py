@@ -20,7 +20,7 @@ from lit_fast.data.dataset import open_dataset
 from lit_fast.data.features import open_features
 from lit_fast.errors import UserError
 from lit_fast.towers.tower import load_tower
-from tests.embed.contents import tree
+from tests.embed.contents import patch_shard_rows, tree
 from tests.helpers import encoded, picture, samples, write_tar
 from tests.torch_packages import import_package
 from tests.towers.torch.models import SIZE, save_open_clip, save_timm, save_transformers
@@ -200,29 +200,33 @@ def test_embed_of_a_file_with_its_architecture(tmp_path: Path, capsys: pytest.Ca
     assert "6 rows embedded again" in capsys.readouterr().out
 
 
-def test_embed_killed_and_shared_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """A kill in the middle, a resume, and two hosts' shares: the bytes of one whole run."""
+def test_embed_killed_and_shared_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in the middle and a resume give the bytes of two hosts' shares."""
+    patch_shard_rows(monkeypatch)
     model_directory(tmp_path / "tower", "timm")
     files = [encoded(picture(i, 40, 36)) for i in range(16)]
     members = []
     for i in range(1100):
         members += [(f"{i}.jpg", files[i % 16]), (f"{i}.cls", b"0")]
     write_tar(tmp_path / "many.tar", members)
+    data = tmp_path / "d"
+    command("index", tmp_path / "many.tar", "--out", data)
 
-    def start(*arguments: object) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        words = [sys.executable, "-c", COMMAND, *map(str, arguments)]
-        return subprocess.Popen(words, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
-
-    data, spec = tmp_path / "d", ["--tower", tmp_path / "tower"]
-    assert start("index", tmp_path / "many.tar", "--out", data).wait() == 0
-    shares = [start("embed", data, *spec, "--name", "shared", "--shard-of", f"{i}/2") for i in range(2)]
-    killed = start("embed", data, *spec, "--name", "killed")
+    words = ["embed", data, "--tower", tmp_path / "tower"]
+    killed = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *map(str, words), "--name", "killed"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
     partial = data / "features" / "killed" / "partial"
     while killed.poll() is None and not any(f.stat().st_size for f in partial.rglob("*") if f.is_file()):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert [share.wait() for share in shares] == [0, 0]
-    assert start("embed", data, *spec, "--name", "killed").wait() == 0
+    assert killed.wait() == -signal.SIGKILL
+    command(*words, "--name", "killed")
+    for share in ("0/2", "1/2"):
+        command(*words, "--name", "shared", "--shard-of", share)
     assert tree(data / "features" / "killed") == tree(data / "features" / "shared")

@@ -142,6 +142,22 @@ def test_pool_of_open_clip(pool: str, tmp_path: Path) -> None:
     assert difference(compiled(tower, images), eager(tower, visual, images)) < FLOAT32
 
 
+def test_architecture_of_a_plain_vit_takes_the_own_model(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    timm = import_package("timm")
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors")
+    assert (
+        load_tower(str(tmp_path / "w.safetensors"), arch="test_vit").provenance("float32")["model"]
+        == "test_vit"
+    )
+    network = timm.create_model("vit_tiny_patch16_224")
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    tower = load_tower(str(tmp_path / "w.safetensors"), arch="vit_tiny_patch16_224")
+    assert tower.provenance("float32")["architecture"] == "vit"
+    assert (tower.name, tower.preprocess.mean, tower.preprocess.resize) == ("w", (0.5,) * 3, 248)
+
+
 def test_own_model_and_torch_agree(tmp_path: Path, tiny_vit: Path) -> None:
     """A ViT of big_vision's layout by both, at its own resolution."""
     own, other = load_tower(str(tiny_vit)), load_tower(str(tiny_vit), backend="torch")
