@@ -88,7 +88,8 @@ def index(parser: argparse.ArgumentParser) -> Run:
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="the sources of the dataset SOURCE have moved from OLD to NEW, paths or URLs of files or directories",
+        help="the sources of the dataset SOURCE have moved from OLD to NEW, paths or URLs of files or directories; can "
+        "be given several times",
     )
 
     def run(args: argparse.Namespace) -> None:

@@ -147,8 +147,8 @@ def embed_dataset(
             unfinished = _unfinished_shards(job)
             if unfinished and (changed := find_changed_images(dataset)):
                 raise UserError(
-                    f"{len(changed)} of 64 sampled images of {dataset.path} have changed since they were indexed "
-                    f"(first: {changed[0]!a}); restore them, or index the sources as a new dataset"
+                    f"{len(changed)} of {min(64, dataset.rows)} sampled images of {dataset.path} have changed since "
+                    f"they were indexed (first: {changed[0]!a}); restore them, or index the sources as a new dataset"
                 )
             rate = _embed_shards(job, unfinished, signals) if unfinished else None
             if signals:
