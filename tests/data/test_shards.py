@@ -197,7 +197,7 @@ def test_features_in_a_bucket_are_read_in_few_ranges(tmp_path, monkeypatch):
         upload()
         server.requests.clear()
         assert store.read_all(VIEWS).tobytes() == values.tobytes()
-        assert ranges() <= 7 + 1 + 2 * 2  # two threads may read the same index
+        assert ranges() <= 2 * (7 + 1)  # threads that start together may all read the index
         assert store.read_all(1).tobytes() == values[:, :WIDTH].tobytes()
         ranges()
         mean = store.mean({0})
