@@ -25,8 +25,8 @@ from lit_fast.models.architecture import POOLS, Architecture
 from lit_fast.models.sizes import Shape
 from lit_fast.models.vit import ViT
 from lit_fast.storage.files import exists
+from lit_fast.storage.paths import is_url, parent, stem, suffix
 from lit_fast.storage.paths import name as base_name
-from lit_fast.storage.paths import parent, stem, suffix
 from lit_fast.towers.layouts import PreprocessAt, load_layout
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.version import __version__
@@ -206,7 +206,7 @@ def load_tower(
     positions = resample_positions(params["pos_embedding"], size // patch, weights.resampling)
     return Tower(
         name=_name(spec, path),
-        source=os.path.abspath(spec) if exists(spec) else spec,
+        source=os.path.abspath(spec) if not is_url(spec) and exists(spec) else spec,
         sha256=weights_digest(path),
         architecture=architecture,
         preprocess=_preprocess(preprocess_at, size, preprocess),
@@ -255,7 +255,7 @@ def _name(spec: str, path: str) -> str:
     if suffix(path) == ".npz":
         return stem(path)
     if exists(spec):
-        return base_name(parent(os.path.abspath(path)))
+        return base_name(parent(path if is_url(path) else os.path.abspath(path)))
     return spec.rpartition(":")[2].replace("/", "-").replace("@", "-")
 
 
