@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,14 @@ info {b}/d --json {u}
 demo --out {u}
 """
 MISTAKES = ("gs:/b/x", "s3:b/x", "gopher://b/x")
-NO_LOCATIONS = set(["--seed", "--captions", "--image", "--key", "--label", "--language", "--split", "--append", "--name", "--preprocess", "--resolution", "--gelu", "--pool", "--reduced-decode", "--views", "--batch-size", "--workers", "--dtype", "--max-pixels", "--shard-of", "--sample", "--repair", "--train-vocab", "--max-length", "--pad-id", "--model-type", "--format", "--features", "--public", "--license", "--revision", "--profile-steps", "--topology", "--mfu", "--price", "--no-search", "--largest-batch", "--step", "--average", "--vision", "--nearest-pixels", "--push", "--top", "--help"]) | {f"--{key}" for key in settings() if key != "dataset"}  # fmt: skip
+NO_LOCATIONS = {
+    "--seed", "--captions", "--image", "--key", "--label", "--language", "--split", "--append", "--name",
+    "--preprocess", "--resolution", "--gelu", "--pool", "--reduced-decode", "--views", "--batch-size", "--workers",
+    "--dtype", "--max-pixels", "--shard-of", "--sample", "--repair", "--train-vocab", "--max-length", "--pad-id",
+    "--model-type", "--format", "--features", "--public", "--license", "--revision", "--profile-steps", "--topology",
+    "--mfu", "--price", "--no-search", "--largest-batch", "--step", "--average", "--vision", "--nearest-pixels",
+    "--push", "--top", "--help", *(f"--{key}" for key in settings() if key != "dataset"),
+}  # fmt: skip
 NAMES = {  # that are no locations in these commands
     "verify": {"--tower"}, "import-features": {"--tower"}, "push": {"--tower", "--tokenizer"},
     "pull": {"--tower", "--tokenizer"}, "classify": {"--labels"}, "eval": {"--classes"},
@@ -131,8 +139,6 @@ def test_every_option_of_a_command_is_a_case_or_no_location(name: str) -> None:
         if a.option_strings and a.option_strings != ["-h"]
     }
     cases = [case.split() for case in CASES.strip().splitlines()]
-    tried = {
-        w for words in cases if words[0] == name for w, u in zip(words, words[1:], strict=False) if "{u}" in u
-    }
+    tried = {w for words in cases if words[0] == name for w, u in pairwise(words) if "{u}" in u}
     missing = options - tried - NO_LOCATIONS - NAMES.get(name, set())
     assert not missing, "add a line to CASES for each, or name it in NO_LOCATIONS"
