@@ -202,18 +202,33 @@ def make_table(rng: Random) -> Input:
         rows.insert(
             rng.randrange(len(rows) + 1), [path if i_path(c) else 1 if c == "label" else "x" for c in columns]
         )
-    text = io.StringIO()
     newline = rng.choice(("\n", "\r\n"))
+    lines = []
+    for row in [columns, *rows]:
+        if kind == "jsonl":
+            lines.append(json.dumps(dict(zip(columns, row, strict=True))))
+        elif kind == "tsv":
+            lines.append("\t".join(map(str, row)))
+        else:
+            text = io.StringIO()
+            csv.writer(text, delimiter=";" if kind == "semicolon" else ",", lineterminator="").writerow(row)
+            lines.append(text.getvalue())
     if kind == "jsonl":
-        text.write(newline.join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows))
-    elif kind == "tsv":
-        text.write(newline.join("\t".join(map(str, row)) for row in [columns, *rows]))
-    else:
-        delimiter = ";" if kind == "semicolon" else ","
-        csv.writer(text, delimiter=delimiter, lineterminator=newline).writerows([columns, *rows])
+        del lines[0]
+    for _ in range(rng.choice((0, 0, 0, 1, 2))):  # lines that are no rows
+        wrong = [
+            "x",
+            "  ",
+            "{",
+            "[1]",
+            "\x00",
+            "a\tb\tc\td\te\tf\tg",
+            *(['"', '{"a": "b'] if kind in ("tsv", "jsonl") else []),
+        ]
+        lines.insert(rng.randrange(1, len(lines) + 1), rng.choice(wrong))
     encoding = rng.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16"))
     name = f"t.{'csv' if kind == 'semicolon' else kind}"
-    whole = text.getvalue() + rng.choice(("", newline, newline * 2))
+    whole = newline.join(lines) + rng.choice(("", newline, newline * 2))
     labels = (
         {identity: identity % 1000 for _, identity in names} if with_label and not words_as_labels else {}
     )
@@ -401,7 +416,7 @@ def damage(rng: Random, given: Input) -> Input:
     elif name.endswith(".jsonl") and change < 4 and data[:1] == b"{":
         lines = data.splitlines()
         number = rng.randrange(len(lines))
-        if lines[number]:
+        if lines[number].endswith(b"}"):
             lines[number] = json.dumps(_odd_json(rng, json.loads(lines[number]))).encode()
         data = b"\n".join(lines)
     else:

@@ -39,7 +39,7 @@ from lit_fast.storage.files import (
     remove_tree,
 )
 from lit_fast.storage.lock import Lock, LostLockError
-from lit_fast.storage.paths import StrPath, is_junk, is_url, join
+from lit_fast.storage.paths import StrPath, absolute, is_junk, is_url, join, parent
 from lit_fast.utils.output import result, status
 from lit_fast.utils.permutation import permutation
 
@@ -48,6 +48,7 @@ _DUPLICATE_REMEDY = (
     "a key is unique within its source: of each duplicate the first was taken; to have all, sort a table by its image, "
     "whose captions then become one row, or split an archive"
 )
+_WITH_IMAGES = ("tar", "parquet", "tfrecord", "array_record")  # kinds of sources
 _OWN_FILES = {"index", "captions", "left_out.jsonl"}  # of an indexing that was killed
 
 
@@ -106,6 +107,7 @@ def _index(
     else:
         check_output_directory(out)
 
+    _warn_of_copies(found, old)
     classnames, templates = find_class_names(found, classes, old)
     reader = RowReader(found, options, len(old.sources) if old else 0, len(classnames))
     try:
@@ -190,8 +192,9 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
             source.digest,
         ):
             raise UserError(f"{other}: {source.path} has changed since it was indexed; {remedy}")
-        if before.names != source.names and not append:
-            raise UserError(f"{other}: {source.path} was indexed with other options; {remedy}")
+        if before.names != source.names:
+            action = "name only new sources with these options" if append else remedy
+            raise UserError(f"{other}: {source.path} was indexed with other options; {action}")
     if append:
         return new
     if len(found) - len(new) < len(known):
@@ -201,6 +204,24 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
             f"{old.path} is already a dataset, without {_some_of(new)}; to add their rows at its end, give --append"
         )
     return []
+
+
+def _warn_of_copies(found: list[Source], old: Dataset | None) -> None:
+    """Warn of sources that are the same file as another one, by a link or as a copy: no key tells their rows apart."""
+    first: dict[object, str] = {}
+    copies: list[tuple[str, str]] = []
+    for source in [*(old.sources if old else ()), *found]:
+        # The images of a table are another's where it is in another directory.
+        place = "" if source.kind in _WITH_IMAGES else absolute(parent(source.path))
+        identity = (source.digest, place) if source.digest else absolute(source.path)
+        if (other := first.setdefault(identity, source.path)) != source.path:
+            copies.append((source.path, other))
+    if copies:
+        status(
+            f"warning: {copies[0][0]} has the same content as {copies[0][1]}"
+            + (f", and so have {len(copies) - 1:,} more sources as others" if len(copies) > 1 else "")
+            + ": their rows are in the dataset twice; give one of them only"
+        )
 
 
 def _write_rows(reader: RowReader, out: str, lock: Lock, seed: int, old: Dataset | None) -> DatasetWriter:
@@ -227,7 +248,7 @@ def _write_rows(reader: RowReader, out: str, lock: Lock, seed: int, old: Dataset
             writer = writer or DatasetWriter(out, grow=old)
             writer.add(rows[i])
     if writer is None:
-        reasons = [*reader.damages[:1], *filter(None, [reader.skipped.report()])]
+        reasons = [*reader.damages[:1], *filter(None, [reader.skipped.report()]), *reader.notes[:1]]
         raise UserError("; ".join([f"no usable row in {_some_of(reader.sources)}", *reasons]))
     return writer
 

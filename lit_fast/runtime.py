@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lit_fast.errors import MachineError, UserError, first_line
@@ -151,6 +151,20 @@ def distributed_job() -> Iterator[None]:
 def smallest_of_processes(memory: int) -> int:
     """Return the smallest of the bytes that the processes of the job give, in MiB steps."""
     return int(process_allgather(np.int32(memory >> 20)).min()) << 20  # JAX has no 64-bit integers by default
+
+
+def broadcast_bits(array: Any, sharding: NamedSharding) -> jax.Array:
+    """Return the first process's array in all processes, every bit of it, replicated over the devices.
+
+    Args:
+      array: equal in shape and dtype in all processes; the content of the others does not matter.
+    """
+    array = np.asarray(array)
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[array.itemsize]
+    # Processes add 32-bit numbers on every backend; a sum of floats would lose the sign of zero.
+    words = np.asarray(broadcast_one_to_all(np.ascontiguousarray(array).view(unsigned).astype(np.uint32)))
+    result = words.astype(unsigned).view(array.dtype).reshape(array.shape)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: result[index])
 
 
 def _fail(rendezvous: Rendezvous, status: int) -> None:

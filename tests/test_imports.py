@@ -32,7 +32,7 @@ EMBED = (
     ("embed.locks",),
     ("embed.sources", "embed.journal", "embed.loader", "embed.tokenize"),
     ("embed.pipeline", "embed.shard_writer", "embed.skipped", "embed.class_names"),
-    ("embed.row_reader",),
+    ("embed.row_reader", "embed.commits"),
     ("embed.index", "embed.extract", "embed.relocate"),
     ("embed.verify", "embed.importers"),
     ("embed.share",),
@@ -43,8 +43,10 @@ TRAIN = (
     ("train.step", "train.workdir"),
     ("train.export", "train.cost", "train.inputs"),
     ("train.tracking", "train.plan"),
-    ("train.checkpoints", "train.mirror"),
+    ("train.mirror",),
+    ("train.checkpoints",),
     ("train.loop",),
+    ("train.race",),
     ("train.cli",),
 )
 

@@ -178,3 +178,13 @@ def test_address_of_process_0_is_the_one_that_jax_chooses(variables, address, mo
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert coordinator_address() == address
+
+
+@pytest.mark.parametrize("name", ["gpuu", "cuda"])
+def test_device_that_is_not_there_is_a_line_of_a_command(name):
+    command = [sys.executable, "-m", "lit_fast", "plan", "flickr8k_cpu", "--topology", "cpu"]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": name}, capture_output=True, text=True)
+    if done.returncode:  # not on a machine with that device
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"lit-fast: error: the device of JAX_PLATFORMS={name} cannot be used: ")
+        assert done.stderr.count("\n") == 1

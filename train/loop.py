@@ -67,10 +67,10 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     with lock or nullcontext():
         check_run(workdir, config, inputs)  # again, as another training may have ended meanwhile
         if not is_bucket(workdir):
-            _train(config, workdir, workdir, profiled, mesh, inputs, lock, started)
+            _train(config, workdir, workdir, profiled, mesh, inputs, lock, None, started)
             return
         with RunMirror(workdir, lock) as mirror:
-            _train(config, mirror.local, workdir, profiled, mesh, inputs, mirror, started)
+            _train(config, mirror.local, workdir, profiled, mesh, inputs, lock, mirror, started)
 
 
 def _train(
@@ -80,14 +80,16 @@ def _train(
     profiled: range,
     mesh: Mesh,
     inputs: Inputs,
-    lock: Lock | RunMirror | None,
+    lock: Lock | None,
+    mirror: RunMirror | None,
     started: float,
 ) -> None:
     """Train in a local run directory that this process, or the first one, has locked.
 
     Args:
       shown_workdir: the run directory in messages: that in a bucket of which `workdir` is a copy.
-      lock: is checked before a checkpoint is written.
+      lock: of `shown_workdir`; None in all processes but the first.
+      mirror: writes the local run directory to the bucket, if it is a copy.
     """
     stream, packing, evaluator, text = inputs.stream, inputs.packing, inputs.evaluator, config.text
     status(f"dataset {inputs.features.dataset.path}: {stream.description}")
@@ -115,7 +117,7 @@ def _train(
 
     # --- Create the run directory, or resume from its last checkpoint.
     _create_workdir(workdir, config, inputs, text_init)
-    checkpoints = Checkpoints(workdir, config.checkpoint)
+    checkpoints = Checkpoints(workdir, config.checkpoint, mirror)
     start_step, state = checkpoints.restore_last(state)
     check_initial_params(workdir, config.text.init, start_step, text_init)
     if start_step:
@@ -126,6 +128,8 @@ def _train(
         if not is_finished(workdir):  # it was killed after the last checkpoint
             results = evaluator.run(embed_text, evaluation_params(state.opt, state.params), state.average)
             _write_summary(workdir, config, memory, start_step, cost_before, results)
+            if mirror:
+                mirror.push()
         result(f"{shown_workdir} is complete: {start_step:,} steps")
         return
 
@@ -148,11 +152,14 @@ def _train(
         log=TrainingLog(workdir, config, start_step, cost_before, meter),
         profiler=Profiler(workdir, profiled, start_step, meter.paused),
         lock=lock,
+        mirror=mirror,
     )
     step, stop_signal = _loop(components, state, start_step)
 
     # --- Write the receipt and the report.
     _write_summary(workdir, config, memory, step, meter.cost(), evaluator.results)
+    if mirror:
+        mirror.push()
     if step < config.steps:
         status(f"stopped after step {step:,} and saved; rerun the same command to continue")
         raise SystemExit(128 + stop_signal)
@@ -178,7 +185,8 @@ class _Components(NamedTuple):
     meter: ThroughputMeter
     log: TrainingLog
     profiler: Profiler
-    lock: Lock | RunMirror | None  # of the run directory; None in all processes but the first
+    lock: Lock | None  # of the run directory; None in all processes but the first
+    mirror: RunMirror | None  # writes the local run directory to the bucket, if it is a copy
 
 
 def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
@@ -188,7 +196,7 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
       The last completed step, and the signal that stopped the loop; 0: none.
     """
     config, paused = c.config, c.meter.paused
-    preemption = PreemptionSignal(c.mesh, lambda: isinstance(c.lock, RunMirror) and c.lock.has_failed)
+    preemption = PreemptionSignal(c.mesh, lambda: c.mirror is not None and c.mirror.has_failed)
     pending_log: tuple[int, Metrics] | None = None
     previous: Metrics | None = None
     with paused:
@@ -238,7 +246,9 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
                         evaluation = c.evaluator.metrics()
                         c.log.log_evaluation(step, evaluation)
                     if save:
-                        if c.lock:
+                        if c.mirror:  # a state that cannot reach the bucket is kept in the local copy
+                            c.mirror.check()
+                        elif c.lock:
                             c.lock.check()
                         c.checkpoints.save(step, state, evaluation)
             elif not finite:
@@ -264,8 +274,7 @@ class PreemptionSignal:
         """Begin to record signals.
 
         Args:
-          has_failed: whether the run cannot be saved any more; then the training stops as after SIGTERM, and saving
-            raises the reason.
+          has_failed: whether the run cannot be written any more; then the training stops as after SIGTERM.
         """
         self._received, _ = record_signals()
         self._mesh, self._has_failed = mesh, has_failed

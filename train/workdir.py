@@ -136,7 +136,8 @@ def load_initial_params(
     Raises:
       UserError: the weights cannot be read, do not fit, or are not those that this run started with.
     """
-    if not source or any(name.isdigit() for name in list_names(join(workdir, "checkpoints"))):
+    has_checkpoint = any(name.isdigit() for name in list_names(join(workdir, "checkpoints")))
+    if not source or broadcast_one_to_all(np.int32(has_checkpoint)):  # others may not see the checkpoints
         return params, None
     weights = read_text_weights(source)
     record = join(workdir, _TEXT_INIT)

@@ -147,7 +147,7 @@ class _TarReader:
         if archives > 1:
             yield Note(f"{self._path} holds {archives} archives one after another, all of which are read")
         if self._unused:
-            yield Guess(f"not used = members with {some(sorted(self._unused))} beside images")
+            yield Guess(f"members with {some(sorted(self._unused))} = unused")
         for note in self._notes:
             yield Note(f"{self._path}: {note}")
         if self._names:

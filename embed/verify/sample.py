@@ -15,8 +15,9 @@ from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.loader import ImageLoader
 from lit_fast.embed.verify.findings import Finding, repair_remedy, some
 from lit_fast.errors import UserError
+from lit_fast.runtime import start_devices
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
-from lit_fast.towers.tower import Tower
+from lit_fast.towers.interface import FrozenTower
 from lit_fast.utils.output import result
 
 # Smallest cosine between a stored vector and the same one computed again, by the dtype of the computation.
@@ -85,12 +86,13 @@ def verify_sample(
         result(f"{part}: {compared} rows embedded again, smallest cosine {smallest:.6f}")
 
 
-def open_stored_tower(features: Features) -> Tower | Finding:
+def open_stored_tower(features: Features) -> FrozenTower | Finding:
     """Return the tower that tower.json records, or a finding if it is not available."""
     part, provenance = f"features {features.tower}", features.provenance
     if "imported" in provenance:
         what = "no row was embedded again: the features were imported, and their model is not available"
         return Finding(part, what, wrong=False)
+    start_devices()
     try:
         tower = open_tower(provenance["source"], tower_options(provenance))
     except UserError as error:

@@ -132,6 +132,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         for dataset in pair:
             rows_without_features(dataset, tower)
 
+    start_jax()
+
     # --- few-shot: needs the tower, not the weights of the run
     few_shot = []
     names = iter(distinct_names(dataset.path for pair in pairs for dataset in pair))
@@ -141,7 +143,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         few_shot.append(result | {"train_dataset": next(names), "dataset": next(names)})
 
     # --- zero-shot and retrieval
-    start_jax()
     run = open_run(args.run, args.step, args.average)
     model = {"model": run.name, "pretrained": f"step {run.step}{' average' * args.average}"}
     results, page = [], []

@@ -122,10 +122,13 @@ def draw_scenes(scenes: str) -> None:
 
 
 def _write_page(out: StrPath, page: str, commands: list[str], seconds: float | None) -> None:
+    import jax
+
     from lit_fast.demo.page import build_page, confusions, gallery
     from lit_fast.runs.metrics import read_metrics
     from lit_fast.runs.run import open_run
 
+    jax.config.update("jax_platforms", "cpu")  # as in `run_command`
     run = open_run(join(out, "run"))
     right, wrong = gallery(run, join(out, "retrieval"))
     text = build_page(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ class DamagedCheckpointError(UserError):
 
 
 def open_manager(
-    run: StrPath, *, keep: int | None = None, keep_every: int = 0, best: bool = False
+    run: StrPath, *, keep: int | None = None, keep_every: int = 0, best: bool = False, alone: bool = False
 ) -> ocp.CheckpointManager:
     """Open the checkpoints of a run directory, for reading or, with `keep`, for writing.
 
@@ -46,10 +47,17 @@ def open_manager(
         once. None: for reading; nothing is deleted.
       keep_every: keep every step that is a multiple of this as well; 0: none.
       best: keep the checkpoint with the highest score as well.
+      alone: only the first process of the job uses the manager, with trees of numpy arrays; no other one sees the
+        directory.
     """
     if keep is None:
         options = ocp.CheckpointManagerOptions(create=True)
     else:
+        multiprocessing = ocp.options.MultiprocessingOptions()
+        if alone:
+            multiprocessing = ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+            )
         policies: list[Any] = [LatestN(keep)]
         if keep_every:
             policies.append(EveryNSteps(keep_every))
@@ -58,8 +66,13 @@ def open_manager(
                 BestN(get_metric_fn=lambda m: m["score"], n=1, keep_checkpoints_without_metrics=False)
             )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), create=True, cleanup_tmp_directories=True
+            preservation_policy=AnyPreservationPolicy(policies),
+            create=not alone,  # it would wait for the other processes
+            cleanup_tmp_directories=True,
+            multiprocessing_options=multiprocessing,
         )
+    if alone:
+        make_directory(join(run, "checkpoints"))
     return ocp.CheckpointManager(local_path(absolute(join(run, "checkpoints"))), options=options)
 
 
@@ -137,14 +150,21 @@ def restore_params(
 
 
 def restore_last(
-    manager: ocp.CheckpointManager, abstract_trees: dict[str, Any]
+    manager: ocp.CheckpointManager,
+    abstract_trees: dict[str, Any],
+    fetch: Callable[[int], bool] = lambda step: True,
 ) -> tuple[int, dict[str, Any]] | None:
     """Return the newest step that is not damaged and its trees; None if there is none.
 
     Damaged checkpoints are moved to W/damaged.
+
+    Args:
+      fetch: makes the files of a step complete; returns False if they are damaged.
     """
     for step in sorted(manager.all_steps(), reverse=True):
         try:
+            if not fetch(step):
+                raise DamagedCheckpointError(f"checkpoint {manager.directory}/{step} is damaged")
             return step, restore(manager, step, abstract_trees)[0]
         except DamagedCheckpointError as error:
             directory = str(manager.directory)

@@ -9,14 +9,16 @@ A checkpoint exists once its `.json` exists.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from lit_fast.errors import UserError
 from lit_fast.storage.cache import local_directory
 from lit_fast.storage.files import (
     in_threads,
     is_file,
+    list_directories,
     list_names,
+    make_directory,
     read_bytes,
     read_object,
     remove,
@@ -38,17 +40,26 @@ def stored_steps(run: str) -> list[int]:
     )
 
 
-def push_checkpoint(local: str, step: int, run: str) -> None:
-    """Write a checkpoint of the local run directory into the bucket."""
+def push_checkpoint(local: str, step: int, run: str, check: Callable[[], None]) -> None:
+    """Write a checkpoint of the local run directory into the bucket.
+
+    Args:
+      check: is called before each write, and raises if this process may not write any longer.
+
+    Raises:
+      OSError: the local files cannot be read.
+    """
     source, target = _directory(local, step), _directory(run, step)
     names = list(walk_files(source))
 
     def push(name: str) -> tuple[int, str]:
         data = read_bytes(join(source, name))
+        check()
         write_atomic(join(target, name), data)
         return len(data), _digest(data)
 
     written = in_threads(push, names, 32)
+    check()
     write_json(f"{target}.json", {"files": dict(zip(names, written, strict=True))})
 
 
@@ -64,7 +75,9 @@ def pull_checkpoint(run: str, step: int, local: str, items: Collection[str] = ()
     source, target = _directory(run, step), _directory(local, step)
     files = read_object(f"{source}.json", "files", files=dict)["files"]
     wanted = [name for name in files if not items or "/" not in name or name.partition("/")[0] in items]
-    partial = f"{target}.partial"
+    partial = join(
+        local, f"checkpoints.{step}.partial"
+    )  # Orbax takes directories beside the steps for its own
     remove_tree(partial)
 
     def pull(name: str) -> str:
@@ -82,6 +95,7 @@ def pull_checkpoint(run: str, step: int, local: str, items: Collection[str] = ()
         status(f"warning: checkpoint {source} is damaged: {problem}; it is not used")
         remove_tree(partial)
         return False
+    make_directory(join(local, "checkpoints"))
     remove_tree(target)
     rename(partial, target)
     return True
@@ -91,6 +105,14 @@ def delete_checkpoint(run: str, step: int) -> None:
     """Delete a checkpoint from the bucket."""
     remove(f"{_directory(run, step)}.json")
     remove_tree(_directory(run, step))
+
+
+def delete_incomplete_checkpoints(run: str) -> None:
+    """Delete what a killed process has left of checkpoints without a `.json`; call it with the lock of the run."""
+    complete = stored_steps(run)
+    for name in list_directories(join(run, "checkpoints")):
+        if name.isdigit() and int(name) not in complete:
+            remove_tree(join(run, "checkpoints", name))
 
 
 def cached_checkpoint(run: str, step: int | None, items: Collection[str]) -> tuple[int, str]:

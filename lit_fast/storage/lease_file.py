@@ -124,15 +124,17 @@ def swap_lease(
             remove(claim)
 
 
-def touch_lease(location: StrPath) -> None:
-    """Change the `beat` of a lease file. Raises OSError."""
+def touch_lease(location: StrPath, data: bytes) -> bool:
+    """Change the `beat` of a lease file, if its content is `data`; return whether it is. Raises OSError."""
     if is_bucket(location):
         url = os.fspath(location)
         lease, generation = _read_object(url)
-        if lease is not None:
-            _write_object(url, lease.data, generation)
-        return
+        return lease is not None and lease.data == data and _write_object(url, data, generation)
+    lease = read_lease(location)
+    if lease is None or lease.data != data:
+        return False
     os.utime(local_path(location), follow_symlinks=False)
+    return True
 
 
 def _read_object(url: str) -> tuple[LeaseFile | None, bytes]:

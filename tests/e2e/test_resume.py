@@ -1,8 +1,11 @@
 """A run that is killed at any moment and resumed ends with the same bits as one that was not."""
 
+import contextlib
+import os
 import random
 import resource
 import signal
+import subprocess
 import time
 
 import jax
@@ -10,7 +13,10 @@ import numpy as np
 import pytest
 
 from lit_fast.runs.run import open_run
-from tests.e2e.trainings import finish, metrics, start
+from lit_fast.storage.files import exists
+from tests.buckets import bucket  # noqa: F401
+from tests.e2e.machines import Machine, kill_at_random, put
+from tests.e2e.trainings import finish, lines_without_times, metrics, start
 from tests.synthetic import make_dataset
 
 CONFIG = """
@@ -89,6 +95,35 @@ def test_run_killed_at_random_moments_ends_with_the_same_bits(case):
     assert_same_bits(case, "whole", "killed")
 
 
+def test_run_killed_with_its_machine_ends_with_the_same_bits_on_another(case, bucket, tmp_path):  # noqa: F811
+    """All that is left of a machine is what it has written to the bucket; LIT_FAST_KILLS of them are killed."""
+    put(case / "d", f"{bucket}/d")
+    run, began = f"{bucket}/r", time.monotonic()
+
+    def start_machine(number):
+        machine = Machine(tmp_path, f"machine {number}")
+        return machine, machine.start(
+            "train", case / "config.toml", "--workdir", run, "--dataset", f"{bucket}/d"
+        )
+
+    machine, process = start_machine(0)
+    kill_at_random(machine, process, f"{run}/checkpoints/20.json", 1.0)
+    seconds = time.monotonic() - began
+    for number in range(1, int(os.environ.get("LIT_FAST_KILLS", "1"))):
+        machine, process = start_machine(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1.2 * seconds * random.random())
+        machine.destroy(process)
+    _, process = start_machine("last")
+    (log,) = finish(process)
+    assert "resuming after step" in log or "is complete" in log
+    one, two = open_run(case / "one"), open_run(run)
+    assert one.step == two.step == 120
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    assert lines_without_times(case / "one") == lines_without_times(run)
+    assert not exists(f"{run}/.lock")
+
+
 def test_sigterm_saves_and_the_run_resumes(case):
     process = start(case, "stopped", "--checkpoint.every_steps", "1000")
     log = case / "stopped" / "metrics.jsonl"
@@ -145,7 +180,8 @@ def test_full_disk_ends_in_one_line_and_the_run_resumes(case):
     (log_text,) = finish(process, status=2)
     line = log_text.strip().splitlines()[-1]
     assert line.startswith("lit-fast: error: ")
-    assert "full/checkpoints cannot be written: File too large; fix the cause, then rerun" in line
+    assert "full/checkpoints" in line
+    assert " cannot be written: File too large; fix the cause, then rerun" in line
     assert "Traceback" not in log_text
     finish(start(case, "full", *options))
     assert open_run(case / "full").step == 30

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from lit_fast.runs.metrics import read_metrics
+from lit_fast.storage.paths import join
 
 # A test puts `steps` before it and may add keys of [checkpoint] after it.
 TINY = """
@@ -55,6 +56,22 @@ def finish(*processes: subprocess.Popen[str], status: int = 0) -> list[str]:
     return outputs
 
 
-def metrics(run: Path, name: str = "loss") -> dict[int, float]:
+def metrics(run: Path | str, name: str = "loss") -> dict[int, float]:
     """Return a logged metric by step."""
-    return {line["step"]: line[name] for line in read_metrics(run / "metrics.jsonl") if name in line}
+    return {line["step"]: line[name] for line in read_metrics(join(run, "metrics.jsonl")) if name in line}
+
+
+def lines_without_times(run: Path | str) -> list[dict[str, object]]:
+    """Return the lines of metrics without what depends on the machine."""
+    times = {
+        "pairs_per_second",
+        "seconds_per_step",
+        "data_wait_share",
+        "elapsed_seconds",
+        "chip_hours",
+        "mfu",
+    }
+    lines = [
+        {k: v for k, v in line.items() if k not in times} for line in read_metrics(join(run, "metrics.jsonl"))
+    ]
+    return [line for line in lines if len(line) > 1]  # not those of restarts

@@ -109,6 +109,7 @@ def test_parse_row_captions_in_lists_and_objects_are_found(value: Any, captions:
     ("value", "problem"),
     [
         (5, NOT_TEXT),
+        ([("en", "a")], NOT_TEXT),  # of a map column
         ({"en": "a"}, NOT_TEXT),
         (float("nan"), NO_TEXT),
         (None, NO_TEXT),

@@ -255,7 +255,7 @@ def test_a_suffix_of_several_parts_is_one_where_an_option_names_it(tmp_path: Pat
     assert pairs(path, options) == {"0": (b"right", ("text",))}
     assert [row[4] for row in found.rows] == [7]
     assert found.left_out == []  # left.jpg is of the row
-    assert found.guesses == ["not used = members with .jpg beside images"]
+    assert found.guesses == ["members with .jpg = unused"]
 
 
 def test_of_members_with_one_name_the_last_counts(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_members_that_are_not_used_are_counted_or_named(tmp_path: Path) -> None:
     assert [key for key, *_ in found.rows] == ["a"]
     want = [("d/Thumbs.db", JUNK), ("._a.jpg", JUNK), (".txt", JUNK), ("README", other), ("b.npy", other)]
     assert found.left_out == want
-    assert found.guesses == ["captions = txt", "not used = members with .npy beside images"]
+    assert found.guesses == ["captions = txt", "members with .npy = unused"]
 
 
 def test_a_json_that_cannot_be_read_beside_a_text_is_noted(tmp_path: Path) -> None:
@@ -370,6 +370,49 @@ def test_a_size_in_a_pax_header_is_the_size(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(extended.tobuf() + record.ljust(512, b"\0") + data)
     assert pairs(path) == {"a": (b"image", ("text",))}
+
+
+def raw_member(
+    name: bytes, data: bytes, *, size: bytes = b"", magic: bytes = b"", kind: bytes = b"0"
+) -> bytes:
+    """A member with a header of one's own."""
+    header = bytearray(512)
+    header[: len(name)] = name
+    header[100:108] = b"0000644\0"
+    header[124:136] = size or b"%011o\0" % len(data)
+    header[156:157] = kind
+    header[257 : 257 + len(magic)] = magic
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data + bytes(-len(data) % 512)
+
+
+def test_headers_of_all_ages(tmp_path: Path) -> None:
+    members = [
+        raw_member(b"a.jpg", b"old", kind=b"\0"),  # of Unix version 7: no magic
+        raw_member(b"a.txt", b"a", kind=b"\0"),
+        raw_member(b"b.jpg", b"base 256", size=b"\x80" + (8).to_bytes(11, "big"), magic=b"ustar  \0"),
+        raw_member(b"b.txt", b"b", magic=b"ustar\x0000"),
+        raw_member(b"@LongLink", b"d/" * 80 + b"b.jpg\0", kind=b"L", magic=b"ustar  \0"),
+        raw_member(b"cut", b"long", magic=b"ustar  \0"),
+        raw_member(b"x", b"14 path=c.jpg\n", kind=b"x", magic=b"ustar\x0000"),
+        raw_member(b"x", b"14 path=d.jpg\n", kind=b"x", magic=b"ustar\x0000"),
+        raw_member(b"e.jpg", b"two headers", magic=b"ustar\x0000"),
+        raw_member(b"c.txt", b"c", magic=b"ustar\x0000"),
+        raw_member(b"d.txt", b"d", magic=b"ustar\x0000"),
+    ]
+    path = tmp_path / "0.tar"
+    path.write_bytes(b"".join(members) + bytes(1024))
+    found = pairs(path)
+    assert found["a"] == (b"old", ("a",))
+    assert found["b"] == (b"base 256", ("b",))
+    with tarfile.open(path) as tar:
+        [name] = [m.name for m in tar if m.size == len(b"two headers")]
+    key = name.removesuffix(".jpg")
+    assert found[key] == (b"two headers", (key,))
+    assert left_out(path)["d/" * 80 + "b"] == "no caption and no label"
+    path.write_bytes(b"".join(members[:2]) + raw_member(b"z.jpg", b"", size=b"%011o\0" % 99_999))
+    assert "is cut off" in read_tar(path).damage
 
 
 def test_a_global_header_that_contradicts_the_sizes_is_damage(tmp_path: Path) -> None:
