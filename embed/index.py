@@ -31,7 +31,14 @@ from lit_fast.embed.sources.formats import format_of, refuse_pointer
 from lit_fast.embed.sources.image_paths import NOT_FOUND
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
-from lit_fast.storage.files import exists, is_directory, list_names, remove_tree
+from lit_fast.storage.files import (
+    check_readable,
+    exists,
+    is_directory,
+    list_names,
+    local_path,
+    remove_tree,
+)
 from lit_fast.storage.lock import Lock, LostLockError
 from lit_fast.storage.paths import StrPath, absolute, is_junk, is_url, join, parent
 from lit_fast.utils.output import result, status
@@ -63,8 +70,10 @@ def index_dataset(
     out, options, classes = os.fspath(out), options or Columns(), classes or ClassOptions()
     if not is_utf8(out):
         raise UserError(f"the name {out!a} is not UTF-8; choose another --out")
-    if options.images and not is_url(options.images):
-        options = replace(options, images=os.path.abspath(options.images))
+    if options.images and is_url(options.images):
+        check_readable(options.images)
+    elif options.images:
+        options = replace(options, images=os.path.abspath(local_path(options.images)))
     found = _find_sources(sources, options)
     if exists(join(out, "dataset.json")):
         old = open_dataset(out)

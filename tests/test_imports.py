@@ -46,6 +46,7 @@ TRAIN = (
     ("train.mirror",),
     ("train.checkpoints",),
     ("train.loop",),
+    ("train.race",),
     ("train.cli",),
 )
 

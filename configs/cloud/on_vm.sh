@@ -23,17 +23,19 @@ case ${1:-} in
     stage=$2 base=$environment/$2
     shift 2
     mkdir -p "$environment"
+    touch "$base.log"
+    shown=--lines=20
     exec 9>"$base.lock"
     if flock --nonblock 9; then
       rm -f "$base.status"
+      shown=--bytes=+$(($(stat --format=%s "$base.log") + 1))
       # The child keeps the lock until it ends.
       # shellcheck disable=SC2016 # the child expands them
       setsid bash -c 'status=0; "${@:2}" || status=$?; echo "$status" >"$1.status"' "$stage" "$base" "$@" \
         >>"$base.log" 2>&1 </dev/null &
     fi
     exec 9>&-
-    touch "$base.log"
-    tail --lines=20 --follow "$base.log" &
+    tail "$shown" --follow "$base.log" &
     trap 'kill $! || true' EXIT
     flock "$base.lock" true
     sleep 0.2 # for the last lines of the log

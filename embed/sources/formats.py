@@ -63,7 +63,7 @@ def format_of(path: str, options: Columns = NO_OPTIONS) -> str:
     """Return the key in `FORMATS` of a file, directory or URL.
 
     It is decided by the suffix, else by the first bytes. A remote file without a suffix counts as a tar; the reader of
-    tars reports if it is none.
+    tars reports if it is none. A URL that ends with a slash is a directory.
 
     Raises:
       UserError: the format is not known or not read, or the file cannot be read.
@@ -71,7 +71,7 @@ def format_of(path: str, options: Columns = NO_OPTIONS) -> str:
     if is_noise(path):
         return "noise"
     local = not is_url(path)
-    if local and is_directory(path):
+    if is_directory(path) if local else path.endswith("/"):
         return "pairs" if pairs.has_pairs(path, options) else "folder"
     if by_name := format_by_name(path):
         return "table" if suffix(path) == ".json" and is_json_lines(path) else by_name

@@ -49,7 +49,7 @@ class ImageReader:
         source, check = self._dataset.sources[block.sources[i]], block.check(i)
         size = block.sizes[i] if source.kind in ("tar", "folder") else 0
         data = self._read(block, i)
-        if check and (image_checksum(data) != check or len(data) != (size or len(data))):
+        if (check and image_checksum(data) != check) or (size and len(data) != size):
             if source.kind == "folder":
                 raise ChangedImageError("the image file has changed since it was indexed")
             raise _changed(source, block.keys[i])

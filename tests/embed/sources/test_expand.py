@@ -84,7 +84,7 @@ def test_expand_keeps_leading_zeros(tmp_path: Path) -> None:
         ("{tree}/c/*.tar", r"c/\*.tar matches no file"),
         ("{tree}/a/{{1..3}}.tar", r"a/3.tar \(from .*\) does not exist"),
         ("{tree}/nothing", "does not exist"),
-        ("ftp://host/{{0..3}}.tar/", "cannot be read; give a local path or a URL"),
+        ("gopher://host/{{0..3}}.tar/", "cannot be read; give a local path or a URL"),
         ("{tree}/s", "splits test, train; name one"),
         ("{tree}/a/{{9..1}}.tar", "not a range"),
     ],
