@@ -44,7 +44,7 @@ class ClassOptions:
 
 
 def find_class_names(sources: Sequence[Source], options: ClassOptions, old: Dataset | None) -> ClassNames:
-    """Return the class names and prompt templates that all sources have in common; none if they differ.
+    """Return the class names and prompt templates that all sources have in common; none if some have none.
 
     Args:
       sources: `kind` of each is the name of its format.
@@ -52,22 +52,31 @@ def find_class_names(sources: Sequence[Source], options: ClassOptions, old: Data
       old: the dataset that grows.
 
     Raises:
-      UserError: a file does not fit, or `old` has other names, so that its labels would mean something else.
+      UserError: a file does not fit, or two sources, or one and `old`, have other names, so that labels would mean
+        something else.
     """
     found: dict[ClassNames, str] = {}  # names, templates -> a report
+    paths: dict[tuple[str, ...], str] = {}  # names -> the first source that has them
     for own in own_class_names(sources):
         classes, report = _resolve(own, options)
+        paths.setdefault(classes.names, own.path)
         if old is not None and old.classnames and classes.names != old.classnames:
             raise UserError(
                 f"{own.path} has other class names than {old.path}; index it as a dataset of its own"
             )
         found.setdefault(classes, report)
+    named = [path for names, path in paths.items() if names]
+    if len(named) > 1:
+        raise UserError(
+            f"{named[0]} and {named[1]} have different class names, so that their class numbers do not mean the same; "
+            "index each as a dataset of its own"
+        )
     if old is not None and old.classnames:
         return ClassNames(old.classnames, old.templates)
     if len(found) > 1 or old is not None:
         if any(any(classes) for classes in found):
             status(
-                "warning: the sources have different class names or templates, so none are stored; "
+                "warning: some sources have no class names, or other templates, so none are stored; "
                 "their labels may mean different classes"
             )
         return ClassNames()

@@ -88,7 +88,8 @@ def index(parser: argparse.ArgumentParser) -> Run:
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="the sources of the dataset SOURCE have moved from OLD to NEW, paths or URLs of files or directories",
+        help="the sources of the dataset SOURCE have moved from OLD to NEW, paths or URLs of files or directories; can "
+        "be given several times",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -125,7 +126,10 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     """Embed every image of a dataset once with a frozen vision tower.
 
     If the command is interrupted, the same command continues. Images that cannot be decoded keep their row
-    and are marked invalid.
+    and are marked invalid. Several machines may embed a dataset in a bucket: run the same command on each.
+
+    NAME is one of lit-fast towers, augreg/NAME, timm:NAME, open_clip:NAME/PRETRAINED or hf:OWNER/NAME. Models that
+    lit-fast has no code for run through PyTorch's, as one JAX program: pip install 'lit-fast[torch]'.
 
     Example: lit-fast embed cc12m_dataset --tower augreg/B_8
     """
@@ -138,6 +142,16 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     add("--resolution", type=_whole(1), metavar="N", help="side in pixels (default: the tower's own)")
     add("--gelu", choices=("exact", "tanh", "quick"), help="form of the GELU (default: the tower's own)")
     add("--pool", metavar="NAME", help="tok, gap, map or projection (default: the tower's own)")
+    add(
+        "--backend",
+        choices=("jax", "torch"),
+        help="default: lit-fast's own model in JAX if it has one, else torch",
+    )
+    add(
+        "--arch",
+        metavar="NAME",
+        help="of FILE.safetensors without config.json: a name of timm or open_clip:NAME",
+    )
     add("--reduced-decode", action="store_true", help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size")
     add("--views", type=_whole(1), default=1, metavar="K", help="vectors per image: itself and K - 1 crops")
     add("--batch-size", type=_whole(1), metavar="N", help="images per device (default 64, 16 on CPU)")
@@ -148,6 +162,8 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     )
     share = "embed share I of N only, I from 0 on (default: that of this process in the JAX cluster)"
     add("--shard-of", type=_share, metavar="I/N", help=share)
+    scratch = "local directory for unfinished shards of a dataset in a bucket (default: the cache)"
+    add("--scratch", default="", metavar="DIR", help=scratch)
 
     def run(args: argparse.Namespace) -> None:
         from lit_fast.cli.options import start_jax
@@ -155,7 +171,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
         from lit_fast.embed.extract import embed_dataset
         from lit_fast.runtime import process_rank
 
-        share = args.shard_of or process_rank()
+        rank = process_rank()
         start_jax()
         embed_dataset(
             args.dataset,
@@ -165,13 +181,16 @@ def embed(parser: argparse.ArgumentParser) -> Run:
             resolution=args.resolution,
             gelu=args.gelu,
             pool=args.pool,
+            backend=args.backend,
+            arch=args.arch,
             reduced_decode=args.reduced_decode,
             views=args.views,
             batch_size=args.batch_size,
             workers=args.workers,
             dtype=args.dtype,
             max_pixels=args.max_pixels or MAX_PIXELS,
-            share=share,
+            share=args.shard_of or (None if rank == (0, 1) else rank),
+            scratch=args.scratch,
         )
 
     return run

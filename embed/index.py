@@ -32,7 +32,7 @@ from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, is_directory, list_names, remove_tree
 from lit_fast.storage.lock import Lock, LostLockError
-from lit_fast.storage.paths import StrPath, is_junk, is_url, join
+from lit_fast.storage.paths import StrPath, absolute, is_junk, is_url, join, parent
 from lit_fast.utils.output import result, status
 from lit_fast.utils.permutation import permutation
 
@@ -41,6 +41,7 @@ _DUPLICATE_REMEDY = (
     "a key is unique within its source: of each duplicate the first was taken; to have all, sort a table by its image, "
     "whose captions then become one row, or split an archive"
 )
+_WITH_IMAGES = ("tar", "parquet", "tfrecord", "array_record")  # kinds of sources
 _OWN_FILES = {"index", "captions", "left_out.jsonl"}  # of an indexing that was killed
 
 
@@ -97,6 +98,7 @@ def _index(
     else:
         check_output_directory(out)
 
+    _warn_of_copies(found, old)
     classnames, templates = find_class_names(found, classes, old)
     reader = RowReader(found, options, len(old.sources) if old else 0, len(classnames))
     try:
@@ -195,6 +197,24 @@ def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> 
     return []
 
 
+def _warn_of_copies(found: list[Source], old: Dataset | None) -> None:
+    """Warn of sources that are the same file as another one, by a link or as a copy: no key tells their rows apart."""
+    first: dict[object, str] = {}
+    copies: list[tuple[str, str]] = []
+    for source in [*(old.sources if old else ()), *found]:
+        # The images of a table are another's where it is in another directory.
+        place = "" if source.kind in _WITH_IMAGES else absolute(parent(source.path))
+        identity = (source.digest, place) if source.digest else absolute(source.path)
+        if (other := first.setdefault(identity, source.path)) != source.path:
+            copies.append((source.path, other))
+    if copies:
+        status(
+            f"warning: {copies[0][0]} has the same content as {copies[0][1]}"
+            + (f", and so have {len(copies) - 1:,} more sources as others" if len(copies) > 1 else "")
+            + ": their rows are in the dataset twice; give one of them only"
+        )
+
+
 def _write_rows(reader: RowReader, out: str, lock: Lock, seed: int, old: Dataset | None) -> DatasetWriter:
     """Write all rows in their order; the caller finishes the writer.
 
@@ -219,7 +239,7 @@ def _write_rows(reader: RowReader, out: str, lock: Lock, seed: int, old: Dataset
             writer = writer or DatasetWriter(out, grow=old)
             writer.add(rows[i])
     if writer is None:
-        reasons = [*reader.damages[:1], *filter(None, [reader.skipped.report()])]
+        reasons = [*reader.damages[:1], *filter(None, [reader.skipped.report()]), *reader.notes[:1]]
         raise UserError("; ".join([f"no usable row in {_some_of(reader.sources)}", *reasons]))
     return writer
 

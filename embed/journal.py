@@ -48,8 +48,9 @@ class Journal:
         self.done = 0
         self.discarded = False
         make_directory(parent(path))
+        self._identity = identity
         self._file = open_append(path)
-        end = self._recover(identity)
+        end = self._recover()
         self._file.truncate(end)
         self._file.seek(end)
         self._synced = time.monotonic()
@@ -74,6 +75,22 @@ class Journal:
             sync(self._file)
             self._synced = time.monotonic()
 
+    def add_missing(self, data: bytes) -> int:
+        """Append the rows of another journal of the same work that this one lacks.
+
+        Args:
+          data: the content of its file, which may end anywhere.
+
+        Returns:
+          The number of new rows.
+        """
+        before = self.done
+        for start, features, invalid, _ in self._own_records(data):
+            known = self.done - start
+            if 0 <= known < len(features):
+                self.append(features[known:], {r: why for r, why in invalid.items() if r >= self.done})
+        return self.done - before
+
     def remove(self) -> None:
         """Delete the file and close it."""
         remove(self.path)
@@ -89,27 +106,39 @@ class Journal:
         while view:
             view = view[self._file.write(view) :]
 
-    def _recover(self, identity: dict[str, Any]) -> int:
+    def _recover(self) -> int:
         """Read all complete records.
 
         Returns:
           The position of their end, 0 if they belong to other work.
         """
         self._file.seek(0)
-        data = self._file.read()
-        records = _records(data)
-        first = next(records, None)
-        if first is None or first[:-1] != (0, 0, b"", identity):
-            self.discarded = first is not None
-            return 0
-        end, width = first[-1], self.features.shape[1]
-        for start, rows, features, invalid, record_end in records:
-            if start != self.done or start + rows > len(self.features) or len(features) != rows * width * 2:
+        data, end = self._file.read(), 0
+        for start, features, invalid, record_end in self._own_records(data):
+            if start != self.done:
                 break
-            known = np.frombuffer(features, BFLOAT16).reshape(rows, width)
-            self._keep(known, {int(row): reason for row, reason in invalid.items()})
+            self._keep(features, invalid)
             end = record_end
+        self.discarded = end == 0 and next(_records(data), None) is not None
         return end
+
+    def _own_records(self, data: bytes) -> Iterator[tuple[int, np.ndarray, dict[int, str], int]]:
+        """Yield (first row, features, invalid rows, position of its end) of the records before the first damaged one.
+
+        The first one has no rows. A journal of other work has none.
+        """
+        records, (total, width) = _records(data), self.features.shape
+        first = next(records, None)
+        if first is None or first[:-1] != (0, 0, b"", self._identity):
+            return
+        yield 0, np.zeros((0, width), BFLOAT16), {}, first[-1]
+        for start, rows, features, invalid, end in records:
+            if start + rows > total or len(features) != rows * width * 2:
+                return
+            reasons = {int(row): str(reason) for row, reason in invalid.items() if row.isdecimal()}
+            if any(not start <= row < start + rows for row in reasons):
+                return
+            yield start, np.frombuffer(features, BFLOAT16).reshape(rows, width), reasons, end
 
 
 def _records(data: bytes) -> Iterator[tuple[int, int, bytes, dict[str, Any], int]]:
@@ -124,7 +153,13 @@ def _records(data: bytes) -> Iterator[tuple[int, int, bytes, dict[str, Any], int
             return
         if crc != zlib.crc32(text, zlib.crc32(features, zlib.crc32(data[begin : begin + _HEADER.size - 4]))):
             return
-        yield start, rows, features, json.loads(text), end
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(value, dict):
+            return
+        yield start, rows, features, value, end
 
 
 def _record(start: int, rows: int, data: bytes, value: dict[str, Any]) -> bytes:

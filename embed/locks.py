@@ -14,7 +14,7 @@ from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import Features
 from lit_fast.errors import UserError
 from lit_fast.storage.files import list_names
-from lit_fast.storage.lock import Lock, check_unlocked
+from lit_fast.storage.lock import Lock, LockWatch, check_unlocked
 from lit_fast.storage.paths import StrPath, join
 
 LOCK = ".lock"
@@ -36,9 +36,9 @@ def check_tokens_are_unlocked(directory: StrPath) -> None:
     check_unlocked([join(directory, LOCK)], directory, "choose another --name")
 
 
-def lock_shard(features: Features, shard: int) -> Lock:
-    """Lock one shard of a feature store."""
-    return Lock(shard_lock_path(features, shard), f"shard {shard} of {features.path}", _STOP)
+def lock_shard(features: Features, shard: int, watch: LockWatch | None = None) -> Lock:
+    """Lock one shard of a feature store; `watch` is what this process has seen of the lock before."""
+    return Lock(shard_lock_path(features, shard), f"shard {shard} of {features.path}", _STOP, watch=watch)
 
 
 def shard_lock_path(features: Features, shard: int) -> str:

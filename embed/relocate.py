@@ -7,6 +7,7 @@ are read and their images compared with the checksums of the index.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,10 +33,12 @@ def relocate_sources(path: StrPath, moves: Sequence[str]) -> Dataset:
 
     Args:
       path: the dataset.
-      moves: `OLD=NEW` each, paths or URLs of files or directories.
+      moves: `OLD=NEW` each, paths or URLs of files or directories. All are applied at once, so that two directories
+        can be exchanged.
 
     Raises:
-      UserError: no source begins with OLD, or a file at NEW is missing or is another than the indexed one.
+      UserError: no source begins with OLD, a file at NEW is missing or is another than the indexed one, or two
+        sources would be the same file.
     """
     open_dataset(path)
     with lock_rows(path) as lock:
@@ -47,12 +50,13 @@ def _relocate(dataset: Dataset, moves: Sequence[str], lock: Lock) -> Dataset:
     """Replace the sources of a dataset that this process has locked."""
     sources = list(dataset.sources)
     moved: set[int] = set()
-    for move in moves:
-        old, new = _split(move, sources)
-        for number, source in enumerate(sources):
-            if _below(source.path, old) or _below(source.images, old):
-                sources[number] = _moved_source(source, old, new)
-                moved.add(number)
+    pairs = [_split(move, dataset.sources) for move in moves]
+    pairs.sort(key=lambda pair: -len(pair[0]))  # the innermost directory decides
+    for number, source in enumerate(dataset.sources):
+        if any(_below(place, old) for place in (source.path, source.images) for old, _ in pairs):
+            sources[number] = _moved_source(source, pairs)
+            moved.add(number)
+    _refuse_meeting(sources)
     for number, found in zip(sorted(moved), identify_all([sources[n] for n in sorted(moved)]), strict=True):
         sources[number] = _accepted(sources[number], found)
     relocated = replace(dataset, sources=tuple(sources))
@@ -95,18 +99,30 @@ def _below(location: str, directory: str) -> bool:
     return location == directory or location.startswith(f"{directory}/")
 
 
-def _moved_source(source: Source, old: str, new: str) -> Source:
+def _moved_source(source: Source, pairs: Sequence[tuple[str, str]]) -> Source:
     option = "images="  # of `lit-fast index`
     names = tuple(
-        option + _moved(name.removeprefix(option), old, new) if name.startswith(option) else name
+        option + _moved(name.removeprefix(option), pairs) if name.startswith(option) else name
         for name in source.names
     )
-    path, images = _moved(source.path, old, new), _moved(source.images, old, new)
-    return replace(source, path=path, images=images, names=names)
+    return replace(source, path=_moved(source.path, pairs), images=_moved(source.images, pairs), names=names)
 
 
-def _moved(location: str, old: str, new: str) -> str:
-    return new.rstrip("/") + location[len(old.rstrip("/")) :] if _below(location, old) else location
+def _moved(location: str, pairs: Sequence[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        if _below(location, old):
+            return new.rstrip("/") + location[len(old.rstrip("/")) :]
+    return location
+
+
+def _refuse_meeting(sources: Sequence[Source]) -> None:
+    """Raise UserError if two sources have one path: no later move could tell them apart."""
+    paths = Counter(source.path for source in sources)
+    if meeting := [path for path, count in paths.items() if count > 1]:
+        raise UserError(
+            f"{meeting[0]} would be {paths[meeting[0]]} sources of the dataset; give all moves in one command, a "
+            "--relocate for each"
+        )
 
 
 def _accepted(source: Source, found: Source) -> Source:

@@ -3,11 +3,17 @@
 Batches are appended to a journal. Then the whole shard is written to the array, and its manifest last: a shard is
 finished when its manifest exists. If a process is killed, any later one continues from the journal and produces
 identical bytes.
+
+Objects in buckets cannot be appended to: the journal of a store in a bucket is a local file, in the cache or another
+directory. `save` copies it to the bucket, so that another machine continues from it:
+
+    D/features/<tower>/partial/00000.journal
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorstore as ts
@@ -20,9 +26,12 @@ from lit_fast.embed.loader import Batch
 from lit_fast.embed.locks import check_rows_are_unlocked, lock_shard
 from lit_fast.errors import UserError
 from lit_fast.storage.cache import local_directory
-from lit_fast.storage.files import exists
+from lit_fast.storage.files import read_bytes, read_range, remove, version, write_atomic
+from lit_fast.storage.lock import LockWatch, LostLockError
 from lit_fast.storage.paths import is_bucket, join
 from lit_fast.utils.output import status
+
+MAX_COPY_BYTES = 100 << 20  # of a journal in a bucket
 
 
 class ShardWriter:
@@ -37,33 +46,46 @@ class ShardWriter:
     """
 
     def __init__(
-        self, features: Features, array: ts.TensorStore, shard: int, settings: dict[str, Any]
+        self,
+        features: Features,
+        array: ts.TensorStore,
+        shard: int,
+        settings: dict[str, Any],
+        *,
+        scratch: str = "",
+        watch: LockWatch | None = None,
     ) -> None:
         """Lock a shard and open its journal.
 
         Args:
           array: `features.array()`.
           settings: the settings that decide the bytes; a journal of others is discarded.
+          scratch: local directory of the journal of a store in a bucket; "": the cache.
+          watch: what this process has seen of the shard's lock before.
 
         Raises:
           UserError: another process embeds this shard, or writes the rows of the dataset.
         """
-        self._lock = lock_shard(features, shard)
+        self._lock = lock_shard(features, shard, watch)
         try:
             check_rows_are_unlocked(features.dataset)
-            self._open(features, array, shard, settings)
+            self._open(features, array, shard, settings, scratch)
         except BaseException:
             self._lock.release()
             raise
 
-    def _open(self, features: Features, array: ts.TensorStore, shard: int, settings: dict[str, Any]) -> None:
+    def _open(
+        self, features: Features, array: ts.TensorStore, shard: int, settings: dict[str, Any], scratch: str
+    ) -> None:
         self._features, self._array, self._shard = features, array, shard
         self.first, self.rows = shard * SHARD, features.shard_rows(shard)
-        path = journal_path(features, shard)
+        path, self._copy = journal_path(features, shard, scratch), copy_path(features, shard)
         keys = features.dataset.shard_keys[shard]
         identity = {"identity": features.identity, "keys": keys} | settings
         self._journal = Journal(path, self.rows, array.shape[1], identity)
         self.finished = False
+        self._manifest = version(features.manifest_path(shard))
+        self._saved = self._saved_bytes = 0  # rows and bytes of the copy in the bucket
         if self._journal.discarded:
             status(
                 f"note: {path} was written with other settings and is discarded; shard {shard} starts at its first row"
@@ -80,10 +102,14 @@ class ShardWriter:
           UserError: the stored rows are damaged.
         """
         features, shard = self._features, self._shard
-        stored = features.manifest(shard) if exists(features.manifest_path(shard)) else None
+        stored = features.manifest(shard) if self._manifest is not None else None
         if stored is not None and stored.rows >= self.rows:  # finished by another process meanwhile
             self._end()
             return
+        if self._copy and self.done < self.rows:
+            with suppress(FileNotFoundError):
+                if self._journal.add_missing(read_bytes(self._copy)):
+                    self._saved = self.done
         if stored is not None:
             self._copy_stored(stored)
         if self.done == self.rows:
@@ -93,6 +119,22 @@ class ShardWriter:
         """Close the journal and release the lock."""
         self._journal.close()
         self._lock.release()
+
+    def save(self) -> None:
+        """Copy the journal of a store in a bucket to the bucket, if it has new rows.
+
+        Of a journal of more than 100 MiB the first rows are copied.
+
+        Raises:
+          UserError: the bucket cannot be written, or the process has lost the lock of the shard.
+        """
+        if not self._copy or self.done <= self._saved or self._saved_bytes == MAX_COPY_BYTES:
+            return
+        done = self.done
+        self._lock.check()
+        data = read_range(self._journal.path, 0, MAX_COPY_BYTES)
+        write_atomic(self._copy, data)
+        self._saved, self._saved_bytes = done, len(data)
 
     def append(self, batch: Batch, result: np.ndarray) -> int:
         """Append the new rows of a batch.
@@ -122,14 +164,35 @@ class ShardWriter:
         return len(features)
 
     def finish(self) -> None:
-        """Write the complete shard and its manifest, then delete the journal."""
+        """Write the complete shard and its manifest, then delete the journal.
+
+        Raises:
+          UserError: the store cannot be written.
+          LostLockError: another process has taken over the shard.
+        """
+        features, shard, values = self._features, self._shard, self._journal.features
         invalid = {self.first + row: reason for row, reason in self._journal.invalid.items()}
+        manifest = _manifest(features, shard, values, invalid)
+        path = features.manifest_path(shard)
         self._lock.check()
-        write_shard(self._features, self._array, self._shard, self._journal.features, invalid)
+        if version(path) != self._manifest:
+            self._refuse()
+        _write_values(features, self._array, self.first, values)
+        if not features.replace_manifest(manifest, self._manifest) and features.manifest(shard) != manifest:
+            remove(path)  # the shard's values are those of this process
+            self._refuse()
         self._end()
+
+    def _refuse(self) -> NoReturn:
+        raise LostLockError(
+            f"shard {self._shard} of {self._features.path} was written by another process, because this one was "
+            "suspended; rerun the same command once that has ended"
+        )
 
     def _end(self) -> None:
         self._journal.remove()
+        if self._copy:
+            remove(self._copy)
         self._lock.release()
         self.finished = True
 
@@ -164,7 +227,17 @@ def write_shard(
     Raises:
       UserError: the array cannot be written.
     """
-    first = shard * SHARD
+    _write_values(features, array, shard * SHARD, values)
+    features.write_manifest(_manifest(features, shard, values, invalid))
+
+
+def _manifest(features: Features, shard: int, values: np.ndarray, invalid: dict[int, str]) -> Manifest:
+    keys = features.dataset.shard_keys[shard]
+    digest = features_digest(values)
+    return Manifest(shard, shard * SHARD, len(values), keys, features.identity, invalid, digest)
+
+
+def _write_values(features: Features, array: ts.TensorStore, first: int, values: np.ndarray) -> None:
     try:
         # Keep the future until its result is known: a write whose future is dropped may be lost silently.
         future = array[first : first + len(values)].write(values)
@@ -174,20 +247,30 @@ def write_shard(
             f"{features.path} cannot be written: {tensorstore_reason(error)}; fix the cause, then rerun "
             "the same command"
         ) from None
-    keys = features.dataset.shard_keys[shard]
-    features.write_manifest(
-        Manifest(shard, first, len(values), keys, features.identity, invalid, features_digest(values))
-    )
 
 
-def journal_path(features: Features, shard: int) -> str:
-    """Return the path of the journal of an unfinished shard.
+def journal_path(features: Features, shard: int, scratch: str = "") -> str:
+    """Return the local path of the journal of an unfinished shard.
 
-    Objects in buckets cannot be appended to: the journal of a store in a bucket is in the local cache.
+    Args:
+      scratch: directory of the journals of stores in buckets; "": the cache.
     """
-    local = is_bucket(features.path)
-    directory = local_directory("journals", features.path) if local else join(features.path, "partial")
-    return join(directory, f"{shard:05d}.journal")
+    if not is_bucket(features.path):
+        return join(features.path, "partial", f"{shard:05d}.journal")
+    return join(local_directory("journals", features.path, scratch), f"{shard:05d}.journal")
+
+
+def copy_path(features: Features, shard: int) -> str:
+    """Return the location of the copy of a journal in the bucket; "" for a local store."""
+    path = join(features.path, "partial", f"{shard:05d}.journal")
+    return path if is_bucket(path) else ""
+
+
+def remove_journal(features: Features, shard: int) -> None:
+    """Delete the journal of an unfinished shard, in the cache or the store, and its copy in a bucket."""
+    remove(journal_path(features, shard))
+    if copy := copy_path(features, shard):
+        remove(copy)
 
 
 def batch_spans(done: int, rows: int, device_rows: int, devices: int) -> list[tuple[int, int]]:

@@ -53,7 +53,7 @@ class TextConfig:
     )
     init: str = setting(
         "",
-        "pretrained text tower of SigLIP or big_vision: FILE.npz:txt, a directory with model.safetensors, or "
+        "pretrained text tower of SigLIP, big_vision or open_clip: FILE.npz:txt, a directory with safetensors, or "
         "hf:OWNER/NAME. The keys above must describe it. Temperature and bias are loaded together with its head",
     )
     dropout: float = setting(0.0, "dropout rate", minimum=0, below=1)

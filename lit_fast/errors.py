@@ -30,6 +30,10 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+class UnsupportedModelError(UserError):
+    """Weights of a model that lit_fast has no JAX code for; PyTorch's code may compute it."""
+
+
 def first_line(error: BaseException, length: int = 200) -> str:
     """Return the first line of an exception's text, cut at `length`; the exception's type where it has no text.
 

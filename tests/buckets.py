@@ -27,7 +27,9 @@ def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     server.start()
     try:
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT")).close()
+        # All servers of a process share their buckets.
+        for method, path in (("POST", "moto-api/reset"), ("PUT", "bucket")):
+            urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{path}", method=method)).close()
         for name, value in {
             "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_REGION": "us-east-1",

@@ -6,11 +6,13 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+CUT = -1
 
 
 class FakeGcs(ThreadingHTTPServer):
@@ -20,6 +22,8 @@ class FakeGcs(ThreadingHTTPServer):
       objects: BUCKET/NAME -> content and generation.
       latency: seconds before each answer.
       statuses: statuses of the next requests; 0: the right answer.
+      fault: returns the status of a request by its method and path; 0: the right answer; CUT: none, the connection
+        ends in the middle of a request or of an answer.
       requests: method, path and range of all requests so far.
     """
 
@@ -31,6 +35,7 @@ class FakeGcs(ThreadingHTTPServer):
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.absent_buckets: set[str] = set()
         self.statuses: list[int] = []
+        self.fault: Callable[[str, str], int] = lambda method, path: 0
         self.requests: list[tuple[str, str, str]] = []
         self.lock, self.generation, self.latency = threading.Lock(), 0, 0.0
 
@@ -70,6 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FakeGcs
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    _cut = False
 
     def do_GET(self) -> None:
         server, parts = self.server, urlsplit(self.path)
@@ -81,8 +87,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         server.requests.append((self.command, self.path, self.headers.get("Range", "")))
         time.sleep(server.latency)
-        if server.statuses and (status := server.statuses.pop(0)):
-            self._send(status, b"{}")
+        status = server.statuses.pop(0) if server.statuses else server.fault(self.command, self.path)
+        if status == CUT and self.command == "GET":
+            self._cut = True
+        elif status:
+            if status == CUT:
+                self.close_connection = True
+            else:
+                self._send(status, b"{}")
             return
         match = re.fullmatch(r"/((?:upload|download)/)?storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?)?", parts.path)
         if not match or match[2] in server.absent_buckets:
@@ -170,6 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         if status not in (204, 304):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self._cut:
+            body, self._cut, self.close_connection = body[: len(body) // 2], False, True
         self.wfile.write(body)
 
     def log_message(self, *args: Any) -> None:

@@ -32,7 +32,7 @@ EMBED = (
     ("embed.locks",),
     ("embed.sources", "embed.journal", "embed.loader", "embed.tokenize"),
     ("embed.pipeline", "embed.shard_writer", "embed.skipped", "embed.class_names"),
-    ("embed.row_reader",),
+    ("embed.row_reader", "embed.commits"),
     ("embed.index", "embed.extract", "embed.relocate"),
     ("embed.verify", "embed.importers"),
     ("embed.share",),
@@ -46,6 +46,7 @@ TRAIN = (
     ("train.mirror",),
     ("train.checkpoints",),
     ("train.loop",),
+    ("train.race",),
     ("train.cli",),
 )
 

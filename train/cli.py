@@ -1,4 +1,4 @@
-"""The subcommands `train` and `plan`."""
+"""The subcommands `train`, `race` and `plan`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lit_fast.cli.options import (
     overrides,
     start_jax,
     write_json_output,
+    write_output,
 )
 from lit_fast.config_io import load_config, recipes
 from lit_fast.errors import UserError
@@ -44,6 +45,53 @@ def train(parser: argparse.ArgumentParser) -> Run:
         with distributed_job():
             start_jax()
             train_run(config, args.workdir, args.profile_steps)
+
+    return run
+
+
+def race(parser: argparse.ArgumentParser) -> Run:
+    """Train the same configuration on the features of several towers, and rank the towers.
+
+    W gets an ordinary run per tower and seed. The same command resumes; with more towers or seeds it adds runs. Every
+    key of the configuration is a flag, listed below.
+
+    Example: lit-fast race flickr8k_cpu --workdir race --dataset data/flickr8k --towers Ti_16,lite0 --seeds 3
+    """
+    _add_config(parser)
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="W", help="directory of the runs")
+    add("--towers", required=True, metavar="A,B,...", help="names of features of the dataset")
+    add("--seeds", type=int, default=3, metavar="N", help="runs per tower (default 3)")
+    add(
+        "--by",
+        default="",
+        metavar="FIGURE",
+        help="rank by this figure (default: the first accuracy or recall@1)",
+    )
+    add("--out", metavar="PAGE.html", help="page with ranking and curves (default: W/race.html)")
+    add("--json", metavar="OUT", help="write the ranking as JSON")
+    add_overrides(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        towers = [name for name in args.towers.split(",") if name]
+        if not towers or args.seeds < 1:
+            raise UserError("--towers and --seeds need at least one tower and one seed; give them")
+        check_output(args.json)
+        check_output(args.out, "--out")
+        config = load_config(args.config, overrides(args))
+
+        from lit_fast.report.race import as_json, format_race, race_page, rank
+        from lit_fast.runtime import distributed_job
+        from lit_fast.storage.paths import join
+        from lit_fast.train.race import race as run_race
+
+        with distributed_job():
+            start_jax()
+            records = run_race(config, args.workdir, towers, args.seeds)
+        ranking, by = rank(dict(records), args.by)
+        result(format_race(ranking, by))
+        write_output(args.out or join(args.workdir, "race.html"), race_page(ranking, by).encode(), "--out")
+        write_json_output(args.json, as_json(ranking, by))
 
     return run
 

@@ -133,7 +133,8 @@ def choose_columns(options: Columns, columns: Collection[str], where: str, *, im
             )
     captions = options.captions
     if not captions and "captions" not in options.declined:
-        captions = tuple(("", name) for name in _guess_captions(columns))
+        named = {options.image, *options.names()}
+        captions = tuple(("", name) for name in _guess_captions([c for c in columns if c not in named]))
     key = options.key or ("" if "key" in options.declined else guess_column(KEY, columns))
     label = options.label or ("" if "label" in options.declined else guess_column(LABEL, columns))
     if image and not captions and not label:

@@ -16,6 +16,7 @@ FIRST_ROWS = 100
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)*")
 _UNLIKELY = {
     "numbers": _NUMBER,
+    "WordNet ids": re.compile(r"n\d{8}"),
     "lists that cannot be read": re.compile(r"\[.*\]", re.DOTALL),
     "URLs": re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://\S+"),
     "paths": re.compile(r"\S*[/\\]\S*|\S+\.(?:jpe?g|png|webp|gif|bmp|txt|json)", re.IGNORECASE),

@@ -44,12 +44,12 @@ def read_noise(path: str, options: Columns) -> Iterator[Item]:
 
 FORMATS = {
     "tar": Format(tars.read_tar, (".tar",)),
-    "parquet": Format(parquet.read_parquet, (".parquet", ".pq"), parquet.class_names),
+    "parquet": Format(parquet.read_parquet, (".parquet", ".pq"), parquet.class_names, names_in_file=True),
     "table": Format(tables.read_table, (".csv", ".tsv", ".jsonl", ".ndjson")),
     "json": Format(json_files.read_json_file, (".json",)),
     "array_record": Format(records.read_records, (".array_record",), records.class_names),
     "tfrecord": Format(records.read_tfrecord, (".tfrecord", ".tfrecords", ".tfrec"), records.class_names),
-    "folder": Format(folders.read_folder, class_names=folders.class_folders),
+    "folder": Format(folders.read_folder, class_names=lambda path, label: folders.class_folders(path)),
     "pairs": Format(pairs.read_pairs),
     "noise": Format(read_noise),
 }
@@ -102,20 +102,25 @@ class OwnClassNames(NamedTuple):
 def own_class_names(sources: Sequence[Source]) -> list[OwnClassNames]:
     """Return what each directory of sources says about its classes.
 
-    The files are beside a source or one level up, as CLIP_benchmark has them. The first source of a directory counts;
-    `kind` of each source must be the name of its format.
+    The files are beside a source or one level up, as CLIP_benchmark has them. The first source of a directory counts,
+    and local files with other class names inside; `kind` of each source must be the name of its format.
     """
-    first: dict[str, Source] = {}
+    first: dict[tuple[str, tuple[str, ...]], Source] = {}
+    names: dict[str, tuple[str, ...]] = {}  # by directory
     for source in sources:
-        first.setdefault(_directory(source), source)
+        directory, format = _directory(source), FORMATS[source.kind]
+        if directory not in names or (format.names_in_file and not is_url(source.path)):
+            label = next((n.removeprefix("label=") for n in source.names if n.startswith("label=")), "")
+            names[directory] = format.class_names(source.path, label)
+        first.setdefault((directory, names[directory]), source)
     return [
         OwnClassNames(
             source.path,
-            FORMATS[source.kind].class_names(source.path),
+            keys,
             lines_near(directory, "classnames.txt"),
             tuple(filter(None, lines_near(directory, "zeroshot_classification_templates.txt"))),
         )
-        for directory, source in first.items()
+        for (directory, keys), source in first.items()
     ]
 
 

@@ -126,8 +126,9 @@ def _relative_path(directory: str, path: object) -> tuple[str, str]:
     if is_url(path) or path.startswith("/"):
         start = directory.rstrip("/") + "/"
         if not path.startswith(start):
-            remedy = "img2dataset downloads it" if is_url(path) else "--images / allows it"
-            return path, f"path outside {directory} ({remedy})"
+            if is_url(path):
+                return path, "a URL and no file; download the images with img2dataset, then index its tars"
+            return path, f"path outside {directory} (--images / allows it)"
         path = path[len(start) :]
     inner = posixpath.normpath(path)
     if inner.startswith(("../", "/")) or inner in (".", ".."):

@@ -125,7 +125,10 @@ class Format:
 
     read: Reader
     suffixes: tuple[str, ...] = ()
-    class_names: Callable[[str], tuple[str, ...]] = lambda path: ()
+    class_names: Callable[[str, str], tuple[str, ...]] = (
+        lambda path, label: ()
+    )  # `label`: the option, "" guesses
+    names_in_file: bool = False  # each file has its own class names, not each directory
 
 
 def is_utf8(text: str) -> bool:

@@ -16,7 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_fast.data.images.parquet import ERRORS, check_row_group
-from lit_fast.embed.sources.columns import choose_columns, find_guess, parse_key, parse_row, value_of
+from lit_fast.embed.sources.columns import (
+    LABEL,
+    choose_columns,
+    find_guess,
+    guess_column,
+    parse_key,
+    parse_row,
+    value_of,
+)
 from lit_fast.embed.sources.first_rows import FIRST_ROWS, describe_refinement, refine_columns
 from lit_fast.embed.sources.image_paths import clean_path, find_image, image_directory
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout
@@ -99,20 +107,38 @@ def _rows(path: str, parquet: pq.ParquetFile, wanted: list[str]) -> Iterator[_Ro
         yield Damage(f"{path} is damaged: it has {total:,} rows instead of {parquet.metadata.num_rows:,}")
 
 
-def class_names(path: str) -> tuple[str, ...]:
-    """Return the names of Hugging Face's `ClassLabel` in the metadata; () without."""
+def class_names(path: str, label: str) -> tuple[str, ...]:
+    """Return the names of Hugging Face's `ClassLabel` of the label column; () without.
+
+    Args:
+      path: of the file.
+      label: the option that names the column; "" guesses.
+    """
     with open_read(path) as file:
         try:
-            metadata = pq.read_schema(file).metadata or {}
-            features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-            found = [
-                f["names"]
-                for f in features.values()
-                if isinstance(f, dict) and f.get("_type") == "ClassLabel"
-            ]
-            return tuple(map(str, found[0])) if len(found) == 1 else ()
-        except (*ERRORS, TypeError, AttributeError, RecursionError):
+            schema = pq.read_schema(file)
+        except ERRORS:
             return ()
+    return _class_labels(schema).get(label or _guess_label(schema), ())
+
+
+def _guess_label(schema: pa.Schema) -> str:
+    """Return the column whose name is one of labels', or the only `ClassLabel`; "" if there is none."""
+    labels = list(_class_labels(schema))
+    return guess_column(LABEL, schema.names) or (labels[0] if len(labels) == 1 else "")
+
+
+def _class_labels(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+    """Return the class names of each `ClassLabel` column that Hugging Face's metadata describe."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            column: tuple(map(str, feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and column in schema.names
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def read_row_group(parquet: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -134,6 +160,8 @@ def _sample(path: str, row: _Row, layout: Layout, columns: Columns) -> Item:
 
 def _columns(path: str, options: Columns, parquet: pq.ParquetFile, names: list[str]) -> Columns:
     """Choose the columns; that of the image is dotted where it is a field of a struct."""
+    if not options.label and "label" not in options.declined:
+        options = replace(options, label=_guess_label(parquet.schema_arrow))
     columns = choose_columns(options, names, path)
     # The column of the image is not used for captions, even if its name is one of theirs.
     captions = tuple((language, name) for language, name in columns.captions if name != columns.image)

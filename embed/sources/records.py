@@ -74,12 +74,15 @@ def is_tfrecord(start: bytes) -> bool:
     return len(start) >= 12 and _masked_crc(start[:8]) == int.from_bytes(start[8:12], "little")
 
 
-def class_names(path: str) -> tuple[str, ...]:
+def class_names(path: str, label: str) -> tuple[str, ...]:
     """Return the lines of the `<label>.labels.txt` beside a file; () without one.
 
-    `<label>` must be a feature.
+    Args:
+      path: of the file.
+      label: the option that names the feature; "" guesses.
     """
-    for feature in dict.fromkeys([*_typed_features(path).get("ClassLabel", []), *LABEL]):
+    guesses = dict.fromkeys([*_typed_features(path).get("ClassLabel", []), *LABEL])
+    for feature in [label] if label else guesses:
         if "/" not in feature and (text := read_text(join(parent(path), f"{feature}.labels.txt"))):
             return tuple(line.strip() for line in text.splitlines() if line.strip())
     return ()

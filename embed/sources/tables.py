@@ -149,11 +149,13 @@ def _choose(
 
 
 def _by_content(options: Columns, names: list[str], rows: Sequence[Mapping[str, Any]]) -> Columns:
-    """Choose numbered columns: names of image files, and of the others that with the most words."""
+    """Choose numbered columns: names of image files, and of the others with letters that with the most words."""
     image = options.image or next((n for n in names if all(is_image_name(row[n]) for row in rows)), names[0])
     captions = options.captions
     if not captions and "captions" not in options.declined:
-        words = {n: sum(len(row[n].split()) for row in rows) for n in names if n != image}
+        named = {image, *options.names()}
+        others = [n for n in names if n not in named and any(re.search(r"[^\W\d_]", row[n]) for row in rows)]
+        words = {n: sum(len(row[n].split()) for row in rows) for n in others}
         captions = (("", max(words, key=words.__getitem__)),) if words else ()
     return replace(options, image=image, captions=captions)
 

@@ -9,7 +9,7 @@ from lit_fast.data.features import Features, Manifest, tower_options
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.locks import lock_shard
-from lit_fast.embed.shard_writer import journal_path
+from lit_fast.embed.shard_writer import remove_journal
 from lit_fast.embed.verify.findings import Finding, finish_remedy, repair_remedy, some
 from lit_fast.embed.verify.sample import open_stored_tower, verify_sample
 from lit_fast.embed.verify.shard_scan import scan_shard
@@ -84,7 +84,7 @@ def repair_features(features: Features, wrong: Sequence[Finding], sample: int) -
     for shard in shards:
         with lock_shard(features, shard):
             remove(features.manifest_path(shard))
-            remove(journal_path(features, shard))
+            remove_journal(features, shard)
             remove(features.shard_path(shard))  # TensorStore would read the end of a short one
     if has_wrong_metadata:
         try:

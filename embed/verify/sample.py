@@ -17,7 +17,7 @@ from lit_fast.embed.verify.findings import Finding, repair_remedy, some
 from lit_fast.errors import UserError
 from lit_fast.runtime import start_devices
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
-from lit_fast.towers.tower import Tower
+from lit_fast.towers.interface import FrozenTower
 from lit_fast.utils.output import result
 
 # Smallest cosine between a stored vector and the same one computed again, by the dtype of the computation.
@@ -86,7 +86,7 @@ def verify_sample(
         result(f"{part}: {compared} rows embedded again, smallest cosine {smallest:.6f}")
 
 
-def open_stored_tower(features: Features) -> Tower | Finding:
+def open_stored_tower(features: Features) -> FrozenTower | Finding:
     """Return the tower that tower.json records, or a finding if it is not available."""
     part, provenance = f"features {features.tower}", features.provenance
     if "imported" in provenance:

@@ -39,7 +39,8 @@ def verify_sources(dataset: Dataset, sample: int) -> Iterator[Finding]:
     except (UserError, ValueError, TypeError, KeyError, IndexError):  # an index record: a finding of its own
         return
     if images:
-        yield Finding(_PART, f"{len(images):,} of {sample:,} sampled images changed: {some(images)}", _REMEDY)
+        count = min(sample, dataset.rows)
+        yield Finding(_PART, f"{len(images):,} of {count:,} sampled images changed: {some(images)}", _REMEDY)
 
 
 def _state(source: Source) -> tuple[str, str]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from lit_fast.cli.main import Run
 from lit_fast.cli.options import check_output, write_json_output, write_output
 from lit_fast.errors import UserError
-from lit_fast.utils.output import result
+from lit_fast.utils.output import result, status
+
+if TYPE_CHECKING:
+    from lit_fast.weights.registry import TowerRow
 
 
 def info(parser: argparse.ArgumentParser) -> Run:
@@ -60,22 +64,50 @@ def towers(parser: argparse.ArgumentParser) -> Run:
     """List public vision towers: architecture, size, cost and licence.
 
     Each name can be used as `lit-fast embed --tower NAME`. GFLOPs are per image, with two operations per
-    multiply-add; parameters are without the classifier.
+    multiply-add; parameters are without the classifier. With a PATTERN, models of timm and open_clip are listed too
+    if they are installed (pip install 'lit-fast[torch]').
 
     Example: lit-fast towers dinov2
     """
     parser.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of a name or family")
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.weights.registry import format_towers, known_towers
+        from lit_fast.weights.registry import format_towers, known_rows, known_towers
 
         word = args.pattern.lower()
-        found = [t for t in known_towers() if word in t.name.lower() or word in t.family.lower()]
+        found = known_rows([t for t in known_towers() if word in t.name.lower() or word in t.family.lower()])
+        others, note = _installed_towers(word) if word else ([], "")
+        found += others
         if not found:
-            raise UserError(f"no known tower has {args.pattern!r} in its name; omit it to list all")
+            hint = f" ({note})" if note else ""
+            raise UserError(f"no known tower has {args.pattern!r} in its name{hint}; omit it to list all")
+        if note:
+            status(f"note: {note}")
         result(format_towers(found))
 
     return run
+
+
+def _installed_towers(word: str) -> tuple[list[TowerRow], str]:
+    """Return the towers of timm and open_clip with a word in their names, and a note on what is missing."""
+    from lit_fast.towers.torch.packages import installed
+
+    if not installed("torchax"):
+        return [], ""
+    from lit_fast.towers.torch.catalogue import published_towers
+
+    try:
+        found = published_towers(word)
+    except UserError as error:
+        return [], f"models of timm and open_clip are not listed: {error}"
+    notes = []
+    if found.unmeasured:
+        notes.append(
+            f"figures of {found.unmeasured:,} models were not computed, a longer PATTERN computes them"
+        )
+    if found.unusual:
+        notes.append(f"{found.unusual} models that need --preprocess are left out")
+    return found.rows, "; ".join(notes)
 
 
 def demo(parser: argparse.ArgumentParser) -> Run:

@@ -34,6 +34,7 @@ COMMANDS = {
     "tokenize": "Convert the captions of a dataset to token ids",
     "plan": "Estimate memory, time and price of a training before it starts",
     "train": "Train a text tower; the same command resumes an interrupted run",
+    "race": "Train on the features of several towers and rank them",
     "eval": "Evaluate a run: zero-shot and few-shot classification, retrieval",
     "export": "Export a trained model for lit_fast, big_vision, open_clip, transformers or ONNX",
     "classify": "Classify images with a trained model and any labels",

@@ -33,7 +33,17 @@ from lit_fast.data.shards import (
 )
 from lit_fast.errors import UserError
 from lit_fast.storage.arrays import array_context, array_location
-from lit_fast.storage.files import exists, is_file, list_names, read_json, read_object, write_json
+from lit_fast.storage.files import (
+    exists,
+    is_file,
+    json_bytes,
+    list_names,
+    read_json,
+    read_object,
+    version,
+    write_atomic,
+    write_if_unchanged,
+)
 from lit_fast.storage.paths import join, stem
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -178,6 +188,12 @@ class Features:
         """Return the complete shards in order: those whose manifest covers all rows that the shard has now."""
         return [shard for shard, m in self.manifests().items() if m.rows >= self.shard_rows(shard)]
 
+    def is_finished(self, shard: int) -> bool:
+        """Return whether the manifest of a shard covers all rows that the shard has now."""
+        if version(self.manifest_path(shard)) is None:
+            return False
+        return self.manifest(shard).rows >= self.shard_rows(shard)
+
     def manifests(self) -> dict[int, Manifest]:
         """Read all manifests, by shard in order.
 
@@ -213,10 +229,21 @@ class Features:
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Declare a shard complete. Call it after the features of the shard are flushed to disk."""
+        write_atomic(self.manifest_path(manifest.shard), self._encode(manifest))
+
+    def replace_manifest(self, manifest: Manifest, version: bytes | None) -> bool:
+        """Write the manifest of a shard, unless the stored one has another version; return whether it was written.
+
+        Args:
+          version: of the stored one, None if there is none, see `lit_fast.storage.files.version`.
+        """
+        return write_if_unchanged(self.manifest_path(manifest.shard), self._encode(manifest), version)
+
+    def _encode(self, manifest: Manifest) -> bytes:
         value = manifest.__dict__ | {"invalid": {str(r): why for r, why in sorted(manifest.invalid.items())}}
         if not manifest.features:
             del value["features"]
-        write_json(self.manifest_path(manifest.shard), value)
+        return json_bytes(value)
 
     def invalid_rows(self) -> dict[int, str]:
         """Return the rows without a usable feature and the reasons.

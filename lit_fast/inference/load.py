@@ -35,6 +35,8 @@ from lit_fast.storage.files import exists, is_file, read_object
 from lit_fast.storage.paths import StrPath, absolute, join
 from lit_fast.storage.paths import name as last_part
 from lit_fast.towers.embed import open_tower
+from lit_fast.towers.interface import FrozenTower
+from lit_fast.towers.torch.load import LIBRARIES, torch_tower_from_provenance
 from lit_fast.towers.tower import Tower, from_provenance
 from lit_fast.weights.parameters import nested
 from lit_fast.weights.reader import open_safetensors
@@ -99,7 +101,7 @@ def _load_run(path: str, step: int | None, average: bool, weights: str | None) -
     )
 
 
-def _open_tower_of_run(path: str, provenance: dict[str, Any], weights: str | None) -> Tower:
+def _open_tower_of_run(path: str, provenance: dict[str, Any], weights: str | None) -> FrozenTower:
     """Open the tower of a run's `tower.json`, from its source or from other weights."""
     if "architecture" not in provenance:
         raise UserError(
@@ -157,19 +159,31 @@ def _load_exported(path: str, name: str) -> Model:
     )
 
 
-def _read_vision_tower(path: str, provenance: dict[str, Any]) -> Tower:
+def _read_vision_tower(path: str, provenance: dict[str, Any]) -> FrozenTower:
     tower_path = join(path, TOWER)
     try:
-        architecture, preprocess = from_provenance(provenance)
         if provenance["dtype"] not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {provenance['dtype']!r}")
         if type(tower_options(provenance).get("max_pixels", 0)) is not int:
             raise TypeError("max_pixels is not a number")
+        if provenance["architecture"] in LIBRARIES:
+            tower = torch_tower_from_provenance(
+                provenance, path, lambda shapes: _read_arrays(path, shapes, vision=True)
+            )
+        else:
+            tower = _read_vit(path, provenance)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(tower_path, f"{type(error).__name__} {error}") from None
+    if not _is_trained_tower(tower, provenance):
+        raise _damaged(tower_path, "its identity is that of another tower")
+    return tower
+
+
+def _read_vit(path: str, provenance: dict[str, Any]) -> Tower:
+    architecture, preprocess = from_provenance(provenance)
     images = jax.ShapeDtypeStruct((1, preprocess.size, preprocess.size, 3), jnp.float32)
     shapes = jax.eval_shape(ViT(architecture).init, jax.random.key(0), images)["params"]
-    tower = Tower(
+    return Tower(
         name=provenance["name"],
         source=path,
         sha256=str(provenance.get("sha256")),
@@ -178,12 +192,9 @@ def _read_vision_tower(path: str, provenance: dict[str, Any]) -> Tower:
         params=_read_params(path, shapes, vision=True),
         resampled=provenance.get("positions"),
     )
-    if not _is_trained_tower(tower, provenance):
-        raise _damaged(tower_path, "its identity is that of another tower")
-    return tower
 
 
-def _is_trained_tower(tower: Tower, provenance: dict[str, Any]) -> bool:
+def _is_trained_tower(tower: FrozenTower, provenance: dict[str, Any]) -> bool:
     """Return whether a tower computes features of this provenance."""
     return bool(tower.provenance(provenance["dtype"])["identity"] == first_view(provenance))
 
@@ -198,8 +209,14 @@ def _read_params(path: str, shapes: Any, *, vision: bool) -> Params:
 
     Nothing is read unless all have the names and shapes of the tree `shapes`.
     """
+    named = {name: leaf.shape for name, leaf in flatten_dict(shapes, sep="/").items()}
+    return nested(_read_arrays(path, named, vision=vision), join(path, WEIGHTS))
+
+
+def _read_arrays(path: str, shapes: dict[str, tuple[int, ...]], *, vision: bool) -> dict[str, np.ndarray]:
+    """Read the float32 arrays of these names and shapes, which must be all of the vision tower's, or all others."""
     weights, prefix = join(path, WEIGHTS), "img/" if vision else ""
-    expected = {prefix + name: leaf.shape for name, leaf in flatten_dict(shapes, sep="/").items()}
+    expected = {prefix + name: shape for name, shape in shapes.items()}
     with open_safetensors(weights) as file:
         found = {
             name: shape
@@ -213,7 +230,7 @@ def _read_params(path: str, shapes: Any, *, vision: bool) -> Params:
                 raise UserError(
                     f"{weights} does not match the files beside it: {name} {problem}; export the model again"
                 )
-        return nested({name.removeprefix(prefix): file.take(name) for name in expected}, weights)
+        return {name.removeprefix(prefix): file.take(name) for name in expected}
 
 
 def _read_config(path: str, values: dict[str, Any]) -> Config:

@@ -25,7 +25,7 @@ from lit_fast.errors import UserError
 from lit_fast.models.two_towers import Params, apply_image_head, centered, text_embedder, text_tower
 from lit_fast.runtime import make_mesh, replicated
 from lit_fast.towers.embed import ImageLike, compile_tower, embed_images
-from lit_fast.towers.tower import Tower
+from lit_fast.towers.interface import FrozenTower
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Model:
     tokenizer: Tokenizer
     params: Params  # see lit_fast.models.two_towers; numpy arrays, float32
     receipt: dict[str, Any] | None  # the run's receipt.json, if there is one
-    open_tower: Callable[[], Tower]
+    open_tower: Callable[[], FrozenTower]
 
     @property
     def width(self) -> int:
@@ -52,7 +52,7 @@ class Model:
         return int(self.tower_json["width"])
 
     @cached_property
-    def tower(self) -> Tower:
+    def tower(self) -> FrozenTower:
         """The vision tower with its weights.
 
         Raises:

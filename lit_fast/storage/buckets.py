@@ -12,7 +12,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple, NoReturn
@@ -27,7 +30,13 @@ THREADS = 32  # requests at a time
 
 # The first contact with a bucket fails within seconds, later failures are retried for about two minutes.
 _FIRST = {"max_retries": 4, "initial_delay": "200ms", "max_delay": "1s"}
+_FIRST_SECONDS = 8.0  # also where something answers nothing at all
 _LATER = {"max_retries": 16, "initial_delay": "250ms", "max_delay": "8s"}
+
+# A connection without any traffic is given up and retried; without these TensorStore would wait for ever.
+for _name, _seconds in (("LOW_SPEED_TIME", "30"), ("CONNECT_TIMEOUT", "10")):
+    os.environ.setdefault(f"TENSORSTORE_CURL_{_name}_SECONDS", _seconds)
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 # They lead the default chain to credentials that are neither keys in the environment nor the machine's role.
 _AWS_VARIABLES = (
@@ -40,7 +49,8 @@ _PROBLEMS = (  # in TensorStore's messages; those of the servers follow them
         r"PERMISSION_DENIED|UNAUTHENTICATED|\b40[13]\b|AccessDenied|Forbidden",
         "may not be used: check the credentials",
     ),
-    (r"credential|auth", "may not be used: check the credentials"),
+    (r"credentials|authenticat|authoriz", "may not be used: check the credentials"),
+    (r"CURL error", "cannot be reached: check the network"),
     (r"NoSuchBucket|bucket does not exist", "does not exist: there is no such bucket"),
     (
         r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|\b(429|5\d\d)\b",
@@ -85,8 +95,29 @@ def spec(url: str) -> dict[str, Any]:
     elif not any(name in os.environ for name in _AWS_VARIABLES) and not os.path.isdir(
         os.path.expanduser("~/.aws")
     ):
+        if not _has_instance_role():
+            raise UserError(
+                f"{url} may not be used: there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "or FSSPEC_S3_ANON=true for a public bucket"
+            )
         found["aws_credentials"] = {"type": "imds"}
     return found
+
+
+@cache
+def _has_instance_role() -> bool:
+    """Return whether this is a machine at Amazon, whose metadata server may give credentials.
+
+    TensorStore prints errors of its own where nothing answers there.
+    """
+    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+        return False
+    server = urlsplit(os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254")
+    try:
+        socket.create_connection((server.hostname or "", server.port or 80), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 @cache
@@ -113,7 +144,7 @@ def read(url: str, unless: bytes | None = None) -> Object:
       UserError: the bucket cannot be read.
     """
     store, key = _locate(url)
-    found = _wait(url, store.read(key, if_not_equal=unless))
+    found = _wait(url, store.read, key, if_not_equal=unless)
     if found.state == "value":
         return Object(found.value, found.stamp.generation)
     return Object(None, ABSENT if found.state == "missing" else unless or ABSENT)
@@ -124,7 +155,7 @@ def generation(url: str) -> bytes:
     store, key = _locate(url)
     if not key:
         return ABSENT
-    found = _wait(url, store.read(key, byte_range=slice(0, 0)))
+    found = _wait(url, store.read, key, byte_range=slice(0, 0))
     return found.stamp.generation if found.state == "value" else ABSENT
 
 
@@ -138,7 +169,7 @@ def read_range(url: str, start: int, stop: int | None) -> bytes:
     """
     store, key = _locate(url)
     try:
-        found = _wait(url, store.read(key, byte_range=slice(start, stop)))
+        found = _wait(url, store.read, key, byte_range=slice(start, stop))
     except UserError as error:
         if "OUT_OF_RANGE" in str(error.__cause__):
             raise ValueError(f"{url} ends early") from None
@@ -155,19 +186,19 @@ def write(url: str, data: bytes, expect: bytes | None = None) -> bytes:
       UserError: the bucket cannot be written.
     """
     store, key = _locate(url)
-    return _wait(url, store.write(key, data, if_equal=expect)).generation
+    return _wait(url, store.write, key, data, if_equal=expect).generation
 
 
 def delete(url: str, expect: bytes | None = None) -> bool:
     """Delete an object, if it exists; return False if it does not have the generation `expect`."""
     store, key = _locate(url)
-    return bool(_wait(url, store.write(key, None, if_equal=expect)).generation)
+    return bool(_wait(url, store.write, key, None, if_equal=expect).generation)
 
 
 def names_below(url: str) -> list[str]:
     """Return the names of all objects below a URL, relative to it, sorted."""
     store = _open(url.rstrip("/"))
-    return sorted(_text(url, key) for key in _wait(url, store.list()))
+    return sorted(_text(url, key) for key in _wait(url, store.list))
 
 
 def delete_below(url: str) -> None:
@@ -202,16 +233,32 @@ def _open(url: str) -> ts.KvStore:
             scheme, _, rest = url.partition("://")
             root = f"{scheme}://{rest.partition('/')[0]}"
             if root not in _stores:
-                first = ts.KvStore.open(spec(root), context=context(first=True))
-                _wait(root, _wait(root, first).read(".lit_fast", byte_range=slice(0, 0)))
-                _stores[root] = _wait(root, ts.KvStore.open(spec(root), context=context()))
-            _stores[url] = _wait(url, ts.KvStore.open(spec(url), context=context()))
+                _check_access(root)
+                _stores[root] = _wait(root, ts.KvStore.open, spec(root), context=context())
+            _stores[url] = _wait(url, ts.KvStore.open, spec(url), context=context())
         return _stores[url]
 
 
-def _wait(url: str, future: Any) -> Any:
+def _check_access(root: str) -> None:
+    """Read an object that need not exist; raises UserError within seconds where the bucket cannot be used."""
+    deadline = time.monotonic() + _FIRST_SECONDS
+    store = _wait(root, ts.KvStore.open, spec(root), context=context(first=True))
+    read = store.read(
+        ".lit_fast", byte_range=slice(0, 0)
+    )  # a future whose result is not awaited is cancelled
+    while not read.done():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{root} does not answer within {_FIRST_SECONDS:.0f} s: check the network and the credentials"
+            )
+        time.sleep(0.002)
+    _wait(root, lambda: read)
+
+
+def _wait(url: str, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Return the result of the future that `work` returns."""
     try:
-        return future.result()
+        return work(*args, **options).result()
     except (ValueError, OSError, RuntimeError, NotImplementedError, KeyError) as error:
         _refuse(url, error)
 

@@ -47,14 +47,15 @@ def cache_directory() -> str:
     return directory
 
 
-def local_directory(purpose: str, location: StrPath) -> str:
-    """Return the directory of the cache for local files that belong to a location in a bucket.
+def local_directory(purpose: str, location: StrPath, root: str = "") -> str:
+    """Return the directory for local files that belong to a location in a bucket.
 
     Args:
-      purpose: what the files are; a directory of the cache.
+      purpose: what the files are; a directory below `root`.
+      root: a local directory; "": the cache.
     """
     digest = hashlib.blake2b(os.fspath(location).encode(), digest_size=16).hexdigest()
-    return join(cache_directory(), purpose, digest)
+    return join(local_path(root) or cache_directory(), purpose, digest)
 
 
 def local_copy(location: StrPath) -> str:

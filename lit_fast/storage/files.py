@@ -488,6 +488,33 @@ def write_atomic(location: StrPath, data: bytes) -> None:
         file.write(data)
 
 
+def version(location: StrPath) -> bytes | None:
+    """Return bytes that change when a file is replaced by another one; None where there is none. Raises OSError."""
+    if is_bucket(location):
+        generation: bytes = _buckets().generation(os.fspath(location))
+        return None if generation == _buckets().ABSENT else generation
+    try:
+        return hashlib.blake2b(read_bytes(location)).digest()
+    except FileNotFoundError:
+        return None
+
+
+def write_if_unchanged(location: StrPath, data: bytes, expect: bytes | None) -> bool:
+    """Write a file that still has the version `expect`; return False if it has another one.
+
+    In a bucket the comparison and the write are one step; at a local path the caller holds a lock.
+    """
+    if not is_bucket(location):
+        if version(location) != expect:
+            return False
+        write_atomic(location, data)
+        return True
+    url = os.fspath(location)
+    # After a retry, the write that came through looks as refused as that of another process.
+    expect = _buckets().ABSENT if expect is None else expect
+    return bool(_buckets().write(url, data, expect) or _buckets().read(url).data == data)
+
+
 def read_json(location: StrPath) -> Any:
     """Parse a JSON file.
 

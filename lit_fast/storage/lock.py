@@ -54,13 +54,22 @@ class Lock:
       UserError: the lease file cannot be written.
     """
 
-    def __init__(self, location: StrPath, target: StrPath, remedy: str, *, wait: float = 0.0) -> None:
+    def __init__(
+        self,
+        location: StrPath,
+        target: StrPath,
+        remedy: str,
+        *,
+        wait: float = 0.0,
+        watch: LockWatch | None = None,
+    ) -> None:
         """Take the lock.
 
         Args:
           location: path of the lease file.
           target: what the lock protects, for messages.
           remedy: what to do instead of waiting for the other process, for messages.
+          watch: what this process has seen of the lock before.
         """
         self._location, self._target = os.fspath(location), os.fspath(target)
         holder = Holder.this_process()
@@ -71,7 +80,7 @@ class Lock:
         try:
             self._made_directory = not is_bucket(location) and not exists(parent(location))
             _held.add(self._token)
-            self._take(remedy, wait)
+            self._take(remedy, wait, watch or LockWatch(self._location))
         except BaseException as error:
             _held.discard(self._token)
             if isinstance(error, OSError):
@@ -132,8 +141,8 @@ class Lock:
     def __exit__(self, *error: object) -> None:
         self.release()
 
-    def _take(self, remedy: str, wait: float) -> None:
-        watch, deadline = _Watch(self._location), time.monotonic() + wait
+    def _take(self, remedy: str, wait: float, watch: LockWatch) -> None:
+        deadline = time.monotonic() + wait
         while not create_lease(self._location, self._data):
             state = watch.look()
             if watch.data == self._data:
@@ -162,15 +171,12 @@ class Lock:
 
 def is_locked(location: StrPath) -> bool:
     """Return whether a process may hold the lock, without waiting for a sign of it."""
-    try:
-        return _Watch(location).look() in (_State.HELD, _State.UNCERTAIN)
-    except OSError:
-        return True
+    return LockWatch(location).is_held()
 
 
 def check_unlocked(locations: Sequence[StrPath], target: StrPath, remedy: str) -> None:
     """Raise InUseError if a process holds one of the locks; delete abandoned ones. Arguments as for `Lock`."""
-    watches = [_Watch(location) for location in locations]
+    watches = [LockWatch(location) for location in locations]
     while watches:
         uncertain = []
         for watch in watches:
@@ -198,8 +204,8 @@ class _State(Enum):
     UNCERTAIN = auto()  # it may be held by a process of another machine
 
 
-class _Watch:
-    """What this process has seen of a lock.
+class LockWatch:
+    """What this process has seen of a lock, over time.
 
     Attributes:
       holder: the process that holds or held it; None where that is unknown.
@@ -208,9 +214,16 @@ class _Watch:
     def __init__(self, location: StrPath) -> None:
         self.holder: Holder | None = None
         self._location = location
-        self._first: LeaseFile | None = None  # the first look at the present content
+        self._first: LeaseFile | None = None  # the first look at the present content and beat
         self._since = 0.0  # time of that look
         self._has_reported = False
+
+    def is_held(self) -> bool:
+        """Return whether a process may hold the lock, without waiting for a sign of it."""
+        try:
+            return self.look() in (_State.HELD, _State.UNCERTAIN)
+        except OSError:
+            return True
 
     def look(self) -> _State:
         """Read the file; raises OSError."""
@@ -226,7 +239,10 @@ class _Watch:
             process_exists = self.holder.token in _held
         if process_exists is False:
             return _State.ABANDONED
-        if process_exists or lease.beat != self._first.beat:
+        if lease.beat != self._first.beat:
+            self._first, self._since = lease, time.monotonic()
+            return _State.HELD
+        if process_exists:
             return _State.HELD
         return _State.ABANDONED if self._quiet() >= ABANDONED_SECONDS else _State.UNCERTAIN
 
@@ -273,7 +289,7 @@ def _clock() -> float:
     return time.clock_gettime(_CLOCK)
 
 
-def _in_use(target: StrPath, watch: _Watch, remedy: str) -> InUseError:
+def _in_use(target: StrPath, watch: LockWatch, remedy: str) -> InUseError:
     holder = watch.holder or "another process"
     return InUseError(f"{os.fspath(target)} is being written by {holder}; wait for it or {remedy}")
 

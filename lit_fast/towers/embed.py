@@ -19,8 +19,9 @@ from lit_fast.errors import UserError, os_reason
 from lit_fast.runtime import REPLICATED, SHARDED, batch_sharding, make_mesh, replicated, shard_map
 from lit_fast.storage.files import exists, is_file, read_bytes, size
 from lit_fast.storage.machine import cpu_count
+from lit_fast.towers.interface import FrozenTower
 from lit_fast.towers.preprocess import Preprocess
-from lit_fast.towers.tower import Tower, load_tower
+from lit_fast.towers.tower import load_tower
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """An image file, a PIL image, or its pixels uint8 [height, width, 3]."""
@@ -28,15 +29,15 @@ ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 _MAX_FILE = 256 << 20  # bytes
 
 
-def open_tower(spec: str, options: dict[str, Any]) -> Tower:
+def open_tower(spec: str, options: dict[str, Any]) -> FrozenTower:
     """Load a tower with those options of `lit-fast embed` that affect it.
 
-    They are `preprocess`, `resolution`, `gelu`, `pool` and `reduced_decode`; others are ignored.
+    They are `preprocess`, `resolution`, `gelu`, `pool`, `backend`, `arch` and `reduced_decode`; others are ignored.
 
     Raises:
       UserError: as `load_tower`.
     """
-    names = ("preprocess", "resolution", "gelu", "pool")
+    names = ("preprocess", "resolution", "gelu", "pool", "backend", "arch")
     tower = load_tower(spec, **{name: value for name, value in options.items() if name in names})
     if not options.get("reduced_decode"):
         return tower
@@ -54,7 +55,7 @@ def default_batch_size() -> int:
     return 16 if jax.default_backend() == "cpu" else 64
 
 
-def compile_tower(tower: Tower, dtype: str) -> Callable[[np.ndarray], jax.Array]:
+def compile_tower(tower: FrozenTower, dtype: str) -> Callable[[np.ndarray], jax.Array]:
     """Compile a tower for all local devices.
 
     Each device runs the same program on its own images, so that a feature depends on the images per device and not on

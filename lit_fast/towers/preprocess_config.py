@@ -20,8 +20,8 @@ from lit_fast.towers.preprocess import INTERPOLATIONS, Preprocess
 Triple = tuple[float, float, float]
 
 _HALF = (0.5, 0.5, 0.5)
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_OPENAI: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 # Defaults of transformers 5, models/*/image_processing_pil_*.py; if `square`, a number as size is both sides of a
 # square, else the short side.
@@ -44,15 +44,18 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "Siglip": _COMMON | {"size": _SQUARE_224, "square": False, "do_convert_rgb": True},
     "CLIP": _SHORT,
     "Bit": _SHORT,
+    "Beit": _COMMON | {"size": _SQUARE_224, "crop_size": _SQUARE_224},
+    "ConvNext": _COMMON | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256, "square": False},
 }
 _SUFFIXES = ("ImageProcessorPil", "ImageProcessorFast", "ImageProcessor", "FeatureExtractor")
 
 
-def huggingface(config: dict[str, Any], path: str) -> Preprocess:
+def huggingface(config: dict[str, Any], path: str, method: str | None = None) -> Preprocess:
     """Convert the content of a `preprocessor_config.json`; `path` is for messages.
 
-    Known are the processors of ViT, DeiT, SigLIP, CLIP and Bit (used by DINOv2), with old and new names of keys. A
-    rescale factor other than 1/255 is included in mean and std.
+    Known are the processors in `PROCESSORS`, with old and new names of keys. A rescale factor other than 1/255 is
+    included in mean and std. A configuration that cannot be expressed is read for its size, mean and std only, if
+    there is a `method` of `Preprocess` to use instead.
 
     Raises:
       UserError: it is another processor, or a transform cannot be expressed.
@@ -61,6 +64,8 @@ def huggingface(config: dict[str, Any], path: str) -> Preprocess:
         name = config.get("image_processor_type") or config.get("feature_extractor_type")
         suffix = next((s for s in _SUFFIXES if isinstance(name, str) and name.endswith(s)), "")
         known = PROCESSORS.get(name.removesuffix(suffix)) if suffix and isinstance(name, str) else None
+        if known is None and method:
+            return _with_method(method, config, config.get("crop_size") or config.get("size"))
         if known is None:
             raise ValueError(f"image processor {name!r} is unknown; known are {', '.join(PROCESSORS)}")
         settings = known | {k: v for k, v in config.items() if v is not None}
@@ -69,6 +74,8 @@ def huggingface(config: dict[str, Any], path: str) -> Preprocess:
                 raise ValueError(f"{key} cannot be done")
         if not settings.get("do_resize", True):
             raise ValueError("do_resize is false, but all images must get one size")
+        if "crop_pct" in known:
+            return _convnext(settings)
         method, resize = _size(settings["size"], known["square"])
         size = _side(settings.get("crop_size"), "crop_size") if settings.get("do_center_crop") else resize
         if method == "hf-crop" and not settings.get("do_center_crop"):
@@ -80,11 +87,12 @@ def huggingface(config: dict[str, Any], path: str) -> Preprocess:
         return replace(preprocess, alpha="white" if settings["do_convert_rgb"] else "drop")
 
 
-def timm(pretrained_cfg: dict[str, Any], path: str) -> Preprocess:
+def timm(pretrained_cfg: dict[str, Any], path: str, method: str | None = None) -> Preprocess:
     """Convert timm's `pretrained_cfg` to the preprocessing of timm's evaluation; `path` is for messages.
 
     The short side, or both for the crop mode "squash", becomes `floor(size / crop_pct)` (timm/data/config.py and
-    transforms_factory.py). The crop mode "border", which no ViT of timm 1.0.31 has, is refused.
+    transforms_factory.py). The crop mode "border" and fractions above 1 are refused, unless there is a `method` of
+    `Preprocess` to use instead.
 
     Raises:
       UserError: a transform cannot be expressed.
@@ -94,11 +102,16 @@ def timm(pretrained_cfg: dict[str, Any], path: str) -> Preprocess:
         shape = settings.get("input_size", (3, 224, 224))
         if not isinstance(shape, list | tuple) or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
             raise ValueError(f"input_size {shape!r} is not that of square RGB images")
-        fraction = settings.get("crop_pct", 0.875)
+        fraction, mode = settings.get("crop_pct", 0.875), settings.get("crop_mode", "center")
+        if method and (mode not in ("center", "squash") or not _is_number(fraction) or fraction > 1):
+            size = _pixels(shape[1], "input_size")
+            mean, std = (
+                _triple(settings.get(k, d), k) for k, d in zip(("mean", "std"), _IMAGENET, strict=True)
+            )
+            return Preprocess(method, size, size, mean, std)
         if not _is_number(fraction) or not 0.1 <= fraction <= 1:
             raise ValueError(f"crop_pct {fraction!r} is not a fraction")
         size = _pixels(shape[1], "input_size")
-        mode = settings.get("crop_mode", "center")
         if mode not in ("center", "squash"):
             raise ValueError(f"crop_mode {mode!r}; there are 'center' and 'squash'")
         return Preprocess(
@@ -109,6 +122,53 @@ def timm(pretrained_cfg: dict[str, Any], path: str) -> Preprocess:
             _triple(settings.get("std", _IMAGENET[1]), "std"),
             settings.get("interpolation", "bicubic"),
         )
+
+
+def open_clip(config: dict[str, Any], path: str, resolution: int | None = None) -> Preprocess:
+    """Convert the content of an `open_clip_config.json` to open_clip's evaluation; `path` is for messages.
+
+    Args:
+      config: `preprocess_cfg` and `model_cfg`, which has the size of the images; or the latter alone.
+      path: for messages.
+      resolution: pixels, in place of the published size.
+
+    Raises:
+      UserError: a transform cannot be expressed.
+    """
+    with _naming(path):
+        vision = config.get("model_cfg", config).get("vision_cfg")
+        settings = {k: v for k, v in (config.get("preprocess_cfg") or {}).items() if v is not None}
+        published = settings.get("size", vision.get("image_size", 224) if isinstance(vision, dict) else 224)
+        size = resolution or _side(
+            published[-2:] if isinstance(published, list | tuple) else published, "size"
+        )
+        methods = {"shortest": "pil-crop", "squash": "pil-squash"}
+        mode = settings.get("resize_mode", "shortest")
+        if mode not in methods:
+            raise ValueError(f"resize_mode {mode!r}; there are {', '.join(methods)}")
+        mean, std = (_triple(settings.get(k, d), k) for k, d in zip(("mean", "std"), _OPENAI, strict=True))
+        return Preprocess(methods[mode], size, size, mean, std, settings.get("interpolation", "bicubic"))
+
+
+def _convnext(settings: dict[str, Any]) -> Preprocess:
+    """Return ConvNeXt's: below 384 pixels the centre of a larger image, from 384 on squashed."""
+    size = settings["size"]
+    side = _pixels(size.get("shortest_edge") if isinstance(size, dict) else size, "size")
+    mean, std = _normalization(settings)
+    if settings.get("do_center_crop") or not _is_number(settings["crop_pct"]):
+        raise ValueError("a centre crop after that of crop_pct cannot be done")
+    method, resize = ("pil-squash", side) if side >= 384 else ("hf-crop", int(side / settings["crop_pct"]))
+    return Preprocess(method, side, resize, mean, std, _filter(settings["resample"]))
+
+
+def _with_method(method: str, settings: dict[str, Any], size: Any) -> Preprocess:
+    """Return a method of the user's with the size, mean and std of a configuration that cannot be expressed."""
+    if isinstance(size, dict) and size.keys() == {"shortest_edge"}:
+        size = size["shortest_edge"]
+    side = _side(size, "size")
+    given = {key: settings[key] for key in settings if settings[key] is not None}
+    mean, std = _normalization({"image_mean": _IMAGENET[0], "image_std": _IMAGENET[1]} | given)
+    return Preprocess(method, side, side, mean, std)
 
 
 @contextmanager

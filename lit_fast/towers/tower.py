@@ -1,14 +1,13 @@
-"""Frozen vision towers: weights, architecture, preprocessing and pooling.
+"""Load frozen vision towers: weights, architecture, preprocessing and pooling.
 
-`Tower.provenance` records all of them. Its `identity` is a digest over the record, so that two feature stores with the
-same identity have the same features. Layouts of files are in `lit_fast/towers/layouts.py`.
+`FrozenTower.provenance` records all of them. Its `identity` is a digest over the record, so that two feature stores
+with the same identity have the same features. Layouts of files are in `lit_fast/towers/layouts.py`. `Tower` is
+lit_fast's own ViT; all other models are towers of `lit_fast.towers.torch`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -17,22 +16,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lit_fast.errors import UserError
+from lit_fast.errors import UnsupportedModelError, UserError
 from lit_fast.models.architecture import POOLS, Architecture
 from lit_fast.models.sizes import Shape
 from lit_fast.models.vit import ViT
 from lit_fast.storage.files import exists
 from lit_fast.storage.paths import name as base_name
 from lit_fast.storage.paths import parent, stem, suffix
-from lit_fast.towers.layouts import PreprocessAt, load_layout
+from lit_fast.towers.interface import FrozenTower
+from lit_fast.towers.layouts import PreprocessAt, TowerFiles, find_files, load_weights, published_preprocess
 from lit_fast.towers.preprocess import Preprocess
-from lit_fast.version import __version__
+from lit_fast.towers.torch import packages
+from lit_fast.towers.torch.load import load_torch_tower
 from lit_fast.weights.parameters import Params, Weights
 from lit_fast.weights.positions import resample_positions
-from lit_fast.weights.resolve import local_weights, weights_digest
+from lit_fast.weights.resolve import weights_digest
 
 GELUS = ("exact", "tanh", "quick")
 # Larger values in a file would need more memory than any machine has.
@@ -42,25 +42,15 @@ _MAX_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A frozen vision tower.
+class Tower(FrozenTower):
+    """A frozen ViT of lit_fast's own code; `params` are float32 under big_vision's names.
 
     Attributes:
-      name: default name of the feature directory.
-      source: the argument of `load_tower`, as an absolute path or a name.
-      sha256: digest of the weights; of several parts, a digest of their digests.
       architecture: shapes, pooling and non-linearity.
-      preprocess: from the bytes of an image to pixels.
-      params: float32 numpy arrays under big_vision's names.
       resampled: rule by which the positions were resampled; None: they were not.
     """
 
-    name: str
-    source: str
-    sha256: str
     architecture: Architecture
-    preprocess: Preprocess
-    params: Params
     resampled: str | None
 
     @property
@@ -68,23 +58,13 @@ class Tower:
         """Return the length of a feature vector."""
         return self.architecture.width
 
-    def embed(self, params: Params, images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-        """Compute the features of images; a pure function for `jax.jit`.
+    def features(self, params: Params, images: jax.Array, dtype: Any) -> jax.Array:
+        """Compute features of any float type [n, width] of normalized images float32 [n, size, size, 3]."""
+        return ViT(self.architecture, dtype).apply({"params": params}, images)  # type: ignore[return-value]
 
-        Args:
-          params: those of the tower, on the devices.
-          images: uint8 [n, size, size, 3].
-          dtype: precision of the matrix products; LayerNorm statistics and softmax are float32.
-
-        Returns:
-          float32 [n, width].
-        """
-        mean, std = (np.asarray(v, np.float32) for v in (self.preprocess.mean, self.preprocess.std))
-        x = (images.astype(jnp.float32) / 255.0 - mean) / std
-        model = ViT(self.architecture, dtype)
-        precision = "highest" if dtype == jnp.float32 else "default"
-        with jax.default_matmul_precision(precision):  # float32 means float32 on accelerators too
-            return model.apply({"params": params}, x)  # type: ignore[return-value]
+    def record(self) -> dict[str, Any]:
+        """Return everything that affects the features, but for the dtype."""
+        return self._record
 
     @cached_property
     def _record(self) -> dict[str, Any]:
@@ -109,18 +89,6 @@ class Tower:
             "layer_norm_epsilon": a.epsilon,
             "preprocess": self.preprocess.to_dict(),
             **{name: value for name, value in optional.items() if value is not None},
-        }
-
-    def provenance(self, dtype: str) -> dict[str, Any]:
-        """Return the content of `tower.json`; `identity` is a digest of everything that affects the features."""
-        record = self._record | {"dtype": dtype}
-        text = json.dumps(record, sort_keys=True).encode()
-        return {
-            "name": self.name,
-            "source": self.source,
-            "identity": hashlib.blake2b(text, digest_size=16).hexdigest(),
-            **record,
-            "versions": {"lit_fast": __version__, "jax": jax.__version__},
         }
 
 
@@ -169,14 +137,17 @@ def load_tower(
     preprocess: str | None = None,
     resolution: int | None = None,
     gelu: str | None = None,
-) -> Tower:
-    """Load a vision tower from a file, a directory or a name, see `lit_fast.weights.resolve`.
+    backend: str | None = None,
+    arch: str | None = None,
+) -> FrozenTower:
+    """Load a vision tower from a file, a directory or a name, see `lit_fast.towers.layouts.find_files`.
 
     * `.npz`: AugReg and big_vision, old and new names, with or without head. Defaults are timm's for these
       weights (bicubic resize and centre crop by 0.9, from 384 pixels on 1.0; exact GELU); with a MAP head
       (ViT-g, ViT-G, SigLIP) big_vision's (squash; tanh). AugReg's weights were trained with `gelu="tanh"`.
     * A directory with `config.json` and `model.safetensors`, whole or in parts, or one of these files: ViT, DeiT,
       DINOv2, CLIP and SigLIP of transformers or timm, with their own preprocessing.
+    * Any other model of timm, open_clip or transformers is computed by its own code, see `lit_fast.towers.torch`.
 
     Args:
       spec: path or name.
@@ -184,14 +155,53 @@ def load_tower(
       preprocess: a method of `lit_fast.towers.preprocess` instead of the tower's own.
       resolution: pixels; positions are resampled by the rule of the family.
       gelu: one of `GELUS` instead of the family's own.
+      backend: "jax" or "torch"; None: lit_fast's own model where there is one.
+      arch: name of the architecture of a `.safetensors` without configuration.
 
     Raises:
-      UserError: there is no such file or name, it is no ViT, or an option does not fit it.
+      UserError: there is no such file or name, no code computes the model, or an option does not fit it.
     """
     if resolution is not None and not 0 < resolution <= _MAX_RESOLUTION:
         raise UserError(f"resolution {resolution} is not between 1 and {_MAX_RESOLUTION} pixels")
-    path = local_weights(spec)
-    weights, preprocess_at = load_layout(path)
+    if backend not in (None, "jax", "torch"):
+        raise UserError(f"backend must be jax or torch, not {backend!r}")
+    files = find_files(spec, arch)
+    if backend != "torch":
+        try:
+            return _load_vit(spec, arch, files, pool, preprocess, resolution, gelu)
+        except UnsupportedModelError as error:
+            if backend == "jax":
+                raise
+            if not packages.installed("torchax"):
+                raise UserError(f"{error}; {packages.EXTRA} runs it through PyTorch's code") from None
+    if gelu is not None:
+        raise UserError(f"gelu is for lit_fast's own ViTs, which {spec} is not here; leave it out")
+    weights = load_weights(files) if files.kind == "npz" else None
+    preprocess_at = published_preprocess(files, weights, preprocess)
+    size = resolution or preprocess_at(None).size
+    return load_torch_tower(
+        files,
+        _name(spec, files.path, arch),
+        _source(spec),
+        _preprocess(preprocess_at, size, preprocess),
+        pool,
+        resolution,
+        weights.architecture if weights else None,
+    )
+
+
+def _load_vit(
+    spec: str,
+    arch: str | None,
+    files: TowerFiles,
+    pool: str | None,
+    preprocess: str | None,
+    resolution: int | None,
+    gelu: str | None,
+) -> Tower:
+    """Load a tower of lit_fast's own code; arguments and errors as of `load_tower`."""
+    path, weights = files.path, load_weights(files)
+    preprocess_at = published_preprocess(files, weights, preprocess)
     architecture = _with_options(weights, pool, gelu, path)
     heads = {"MAPHead_0": "map", "projection": "projection"}  # parameters of one pooling only
     params = {k: v for k, v in weights.params.items() if heads.get(k) in (None, architecture.pool)}
@@ -205,8 +215,8 @@ def load_tower(
         raise UserError(f"{path}: {size} pixels are not between 1 and {_MAX_GRID} patches of {patch} pixels")
     positions = resample_positions(params["pos_embedding"], size // patch, weights.resampling)
     return Tower(
-        name=_name(spec, path),
-        source=os.path.abspath(spec) if exists(spec) else spec,
+        name=_name(spec, path, arch),
+        source=_source(spec),
         sha256=weights_digest(path),
         architecture=architecture,
         preprocess=_preprocess(preprocess_at, size, preprocess),
@@ -250,9 +260,13 @@ def _preprocess(preprocess_at: PreprocessAt, size: int, method: str | None) -> P
         raise UserError(str(error)) from None
 
 
-def _name(spec: str, path: str) -> str:
+def _source(spec: str) -> str:
+    return os.path.abspath(spec) if exists(spec) else spec
+
+
+def _name(spec: str, path: str, arch: str | None) -> str:
     """Return the name of the directory of the features: the file's, its directory's, or the repository's."""
-    if suffix(path) == ".npz":
+    if suffix(path) == ".npz" or arch:
         return stem(path)
     if exists(spec):
         return base_name(parent(os.path.abspath(path)))

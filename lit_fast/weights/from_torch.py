@@ -135,7 +135,8 @@ def _block(
     query, key, value, out = (prefix + part for part in names.attention)
     last = dense(file, out, width, width)
     if query == key:  # one matrix for the three
-        three = packed(file, f"{query}.weight", f"{query}.bias", 3, width)
+        separator = "_" if query.endswith("in_proj") else "."  # as torch.nn.MultiheadAttention names it
+        three = packed(file, f"{query}{separator}weight", f"{query}{separator}bias", 3, width)
     else:
         three = [dense(file, part, width, width, qkv_bias) for part in (query, key, value)]
     choices = [(prefix + a, prefix + b) for a, b in names.mlps]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from lit_fast.errors import UserError
+from lit_fast.errors import UnsupportedModelError, UserError
 from lit_fast.weights.from_torch import BlockNames, attention, blocks, dense, embedding, mlp, norm, packed
 from lit_fast.weights.parameters import Params, Weights, architecture_of, square_grid
 from lit_fast.weights.reader import WeightsFile, open_safetensors
@@ -95,7 +95,8 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
       where: path of `config.json`, for messages.
 
     Raises:
-      UserError: it is another kind of model, or an array is missing, in excess or of another shape.
+      UnsupportedModelError: it is another kind of model.
+      UserError: an array is missing, in excess or of another shape.
     """
     kind = config.get("model_type")
     if kind in ("clip", "siglip"):
@@ -104,7 +105,7 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
             raise UserError(f"{where}: vision_config is missing")
         kind, config = f"{kind}_vision_model", vision
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(
+        raise UnsupportedModelError(
             f"{where}: model type {kind!r} is not supported; give ViT, DeiT, DINOv2 (also with registers), "
             f"CLIP or SigLIP (also SigLIP 2 of fixed resolution)"
         )
@@ -115,7 +116,7 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
     if not isinstance(epsilon, float) or not 0 < epsilon < 1e-2:
         raise UserError(f"{where}: layer_norm_eps is {epsilon!r}")
     if not isinstance(gelu, str) or gelu not in _ACTIVATIONS:
-        raise UserError(
+        raise UnsupportedModelError(
             f"{where}: hidden_act {gelu!r} is not supported; supported are {', '.join(_ACTIVATIONS)}"
         )
     with open_safetensors(path) as file:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_fast.models.architecture import Architecture, flops_per_image, parameters
 from lit_fast.models.sizes import VARIANTS, Shape
@@ -65,14 +65,23 @@ def _tower(row: dict[str, Any]) -> KnownTower:
     )
 
 
-def format_towers(towers: Sequence[KnownTower]) -> str:
-    """Format a table with a line per tower.
+class TowerRow(NamedTuple):
+    """A line of the table; parameters are without head, GFLOPs count two operations per multiply-add."""
 
-    Parameters are those without head; GFLOPs count two operations per multiply-add.
-    """
-    head = ("name", "width", "pixels", "pooling", "parameters", "GFLOPs", "licence", "source")
-    rows = [head] + [
-        (
+    name: str
+    width: str
+    pixels: str
+    pooling: str
+    parameters: str
+    gflops: str
+    licence: str
+    source: str
+
+
+def known_rows(towers: Sequence[KnownTower]) -> list[TowerRow]:
+    """Return the lines of known towers."""
+    return [
+        TowerRow(
             t.name,
             str(t.architecture.width),
             str(t.resolution),
@@ -84,5 +93,11 @@ def format_towers(towers: Sequence[KnownTower]) -> str:
         )
         for t in towers
     ]
+
+
+def format_towers(towers: Sequence[TowerRow]) -> str:
+    """Format a table with a line per tower."""
+    head = ("name", "width", "pixels", "pooling", "parameters", "GFLOPs", "licence", "source")
+    rows = [head, *towers]
     left = [i for i, title in enumerate(head) if title in ("name", "pooling", "licence", "source")]
     return format_table(rows, left)

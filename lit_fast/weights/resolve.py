@@ -35,6 +35,7 @@ _FILE_SUFFIXES = (*_SUFFIXES, ".model", ".toml")  # a name with one is a path, n
 _MAX_CONFIG_BYTES = 10_000_000
 _MAX_TOKENIZER_BYTES = 100_000_000
 _CONFIG, _PROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+_OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _INDEX = f"{_WEIGHTS}.index.json"
 
@@ -44,7 +45,8 @@ def resolve(spec: str) -> str:
 
     Returns:
       `spec` itself where it exists, a `.npz`, or a directory with config.json, model.safetensors (or its index and
-      parts) and, where the repository has one, preprocessor_config.json. All files of a directory are of one commit.
+      parts) and, where the repository has one, preprocessor_config.json; or with open_clip_config.json and
+      open_clip_model.safetensors. All files of a directory are of one commit.
 
     Raises:
       UserError: no such name, or the download fails.
@@ -122,11 +124,10 @@ def local_weights(spec: str) -> str:
     """
     path = resolve(spec)
     if is_directory(path):
-        found = [join(path, file) for file in (_WEIGHTS, _INDEX) if is_file(join(path, file))]
+        names = (_WEIGHTS, _INDEX, _OPEN_CLIP_WEIGHTS)
+        found = [join(path, file) for file in names if is_file(join(path, file))]
         if not found:
-            raise UserError(
-                f"tower {spec} is a directory without {_WEIGHTS} or {_INDEX}; give one with weights"
-            )
+            raise UserError(f"tower {spec} is a directory without {', '.join(names)}; give one with weights")
         path = found[0]
     if not is_file(path):
         raise UserError(f"tower {path} is not a regular file; give a file or a directory")
@@ -167,7 +168,13 @@ def _fetch(snapshot: Snapshot, file: str) -> str:
 
 
 def _fetch_tower(snapshot: Snapshot, optional: Sequence[str]) -> str:
-    directory = fetch_folder(snapshot, (_CONFIG,), optional)
+    try:
+        directory = fetch_folder(snapshot, (_CONFIG,), optional)
+    except AbsentError as absent:
+        try:
+            return fetch_folder(snapshot, (_OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS))
+        except AbsentError:
+            raise absent from None
     try:
         _fetch(snapshot, _WEIGHTS)
     except AbsentError as absent:

@@ -1,8 +1,8 @@
-"""Read published text towers of SigLIP and SigLIP 2, from files of big_vision or transformers, to start a run from.
+"""Read published text towers of SigLIP and SigLIP 2, from files of big_vision, transformers or open_clip.
 
 big_vision (models/proj/image_text/text_transformer.py): a `.npz` with the tower alone or under `txt/`, blocks
 stacked or one by one. transformers (models/siglip, siglip2): a directory with config.json and
-model.safetensors, the text tower alone or both.
+model.safetensors, the text tower alone or both. open_clip: see `lit_fast.weights.open_clip`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_object
+from lit_fast.storage.files import is_file, read_object
 from lit_fast.storage.paths import join, parent, suffix
 from lit_fast.weights.from_torch import blocks, dense, norm
 from lit_fast.weights.huggingface import CLIP_BLOCKS
 from lit_fast.weights.npz import open_npz, stack_blocks
+from lit_fast.weights.open_clip import read_open_clip_text
 from lit_fast.weights.parameters import Params, nested
 from lit_fast.weights.reader import open_safetensors
 from lit_fast.weights.resolve import local_weights, weights_digest
@@ -147,7 +148,10 @@ def _read_npz(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    where = join(parent(path), "config.json")
+    where, other = join(parent(path), "config.json"), join(parent(path), "open_clip_config.json")
+    if is_file(other) and not is_file(where):
+        tower, loss = read_open_clip_text(path, read_object(other), other)
+        return flatten_dict(tower, sep="/"), loss
     config = read_object(where)
     kind = config.get("model_type")
     if kind in ("siglip", "siglip2"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.errors import UserError
+from lit_fast.errors import UnsupportedModelError, UserError
 from lit_fast.weights.from_torch import BlockNames, attention, blocks, dense, embedding, mlp, norm, packed
 from lit_fast.weights.parameters import Params, Weights, architecture_of, square_grid
 from lit_fast.weights.reader import WeightsFile, open_safetensors
@@ -54,11 +54,12 @@ def load_timm(path: str, config: dict[str, Any], where: str) -> Weights:
       where: path of `config.json`, for messages.
 
     Raises:
-      UserError: it is another kind of model, or an array is missing, in excess or of another shape.
+      UnsupportedModelError: it is another kind of model.
+      UserError: an array is missing, in excess or of another shape.
     """
     name = str(config.get("architecture")).partition(".")[0]
     if not supported(name):
-        raise UserError(
+        raise UnsupportedModelError(
             f"{where}: architecture {name} is not supported; give timm's plain ViT, DeiT, DeiT III, "
             f"DINOv2 (also reg4), CLIP or SigLIP"
         )
@@ -67,16 +68,18 @@ def load_timm(path: str, config: dict[str, Any], where: str) -> Weights:
         raise UserError(f"{where}: model_args is not an object")
     unknown = arguments.keys() - _HARMLESS - {"num_heads", "act_layer", "global_pool"}
     if unknown:
-        raise UserError(f"{where}: the model argument {min(unknown)} is not supported; give another model")
+        raise UnsupportedModelError(
+            f"{where}: the model argument {min(unknown)} is not supported; give another model"
+        )
     gelu = _ACTIVATIONS.get(str(arguments["act_layer"])) if "act_layer" in arguments else gelu_of(name)
     pooling = arguments.get("global_pool", config.get("global_pool"))
     if gelu is None:
         names = ", ".join(_ACTIVATIONS)
-        raise UserError(
+        raise UnsupportedModelError(
             f"{where}: act_layer {arguments['act_layer']!r} is not supported; supported are {names}"
         )
     if pooling is not None and str(pooling) not in _POOLS:
-        raise UserError(
+        raise UnsupportedModelError(
             f"{where}: global_pool {pooling!r} is not supported; supported are {', '.join(_POOLS)}"
         )
     with open_safetensors(path) as file:

@@ -256,3 +256,40 @@ def test_imagenet_has_1000_names_in_the_order_of_their_ids() -> None:
     assert (len(names), list(names)) == (1000, sorted(names))
     assert len(imagenet_templates()) == 80
     assert all(t.count("{c}") == 1 for t in imagenet_templates())
+
+
+def test_sources_with_different_class_names_are_refused(tmp_path: Path) -> None:
+    sources = [folders(tmp_path / "train", "ant", "bee", "cat"), folders(tmp_path / "val", "ant", "cat")]
+    with pytest.raises(UserError, match=r"train and \S*val have different class names, .* of its own"):
+        index_dataset(sources, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def labelled_parquet(path: Path, **classes: list[str]) -> str:
+    """A file with a row per class of each `ClassLabel` column; all have the same number of classes."""
+    features = {column: {"_type": "ClassLabel", "names": names} for column, names in classes.items()}
+    count = len(next(iter(classes.values())))
+    table = pa.table({"image": [IMAGE] * count} | {column: list(range(count)) for column in classes})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("label", ["fine_label", "coarse_label"])
+def test_parquet_has_the_names_of_the_label_that_is_given(tmp_path: Path, label: str) -> None:
+    names = {"fine_label": ["maple", "oak"], "coarse_label": ["fish", "tree"]}
+    file = labelled_parquet(tmp_path / "a.parquet", **names)
+    assert main(["index", file, "--label", label, "--out", f"{tmp_path}/d"]) == 0
+    assert open_dataset(tmp_path / "d").classnames == tuple(names[label])
+
+
+def test_parquet_with_one_class_label_guesses_it_whatever_its_name(tmp_path: Path) -> None:
+    dataset = index(labelled_parquet(tmp_path / "a.parquet", species=["cat", "dog"]), tmp_path / "d")
+    assert (dataset.labelled, dataset.classnames) == (2, ("cat", "dog"))
+
+
+def test_parquet_files_of_one_directory_with_different_names_are_refused(tmp_path: Path) -> None:
+    labelled_parquet(tmp_path / "a.parquet", label=["cat", "dog"])
+    labelled_parquet(tmp_path / "b.parquet", label=["rose", "tulip"])
+    with pytest.raises(UserError, match=r"a.parquet and \S*b.parquet have different class names"):
+        index(f"{tmp_path}/*.parquet", tmp_path / "d")

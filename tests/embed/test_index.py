@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,21 @@ def test_class_names_are_stored_only_if_all_sources_agree(tars: Path, tmp_path: 
     write_tar(tmp_path / "w" / "0.tar", [("s.jpg", b"x"), ("s.cls", b"0")])
     (tmp_path / "w" / "classnames.txt").write_text("cat\n")
     assert index_dataset([str(tars), str(tmp_path / "w")], tmp_path / "d", seed=0).classnames == ()
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_index_the_same_file_under_two_names_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_link: bool
+) -> None:
+    write_tar(tmp_path / "a.tar", [("s.jpg", b"x"), ("s.txt", b"y")])
+    write_tar(tmp_path / "c.tar", [("s.jpg", b"x"), ("s.txt", b"z")])
+    index_dataset([str(tmp_path / "a.tar"), str(tmp_path / "c.tar")], tmp_path / "d")
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "b.tar").symlink_to("a.tar") if is_link else shutil.copy(
+        tmp_path / "a.tar", tmp_path / "b.tar"
+    )
+    index_dataset([str(tmp_path / "b.tar")], tmp_path / "d", append=True)
+    assert re.search(r"warning: \S*b.tar has the same content as \S*a.tar: ", capsys.readouterr().err)
 
 
 def test_retrieval_sets_have_a_caption_per_line(tmp_path: Path) -> None:

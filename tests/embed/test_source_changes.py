@@ -279,3 +279,48 @@ def test_shortest_names_differ(paths: list[str], names: tuple[str, ...]) -> None
     from lit_fast.data.dataset import shortest_names
 
     assert shortest_names(paths) == names
+
+
+def _two_sources(root: Path) -> tuple[Path, list[bytes]]:
+    """Index a/x.tar and b/x.tar, of different images, and exchange the directories."""
+    for name, images in (("a", [0, 1, 2]), ("b", [3, 4, 5])):
+        (root / name).mkdir()
+        write_tar(root / name / "x.tar", images)
+    right = read_all(index_dataset([f"{root}/a/x.tar", f"{root}/b/x.tar"], root / "d"))
+    for old, new in (("a", "c"), ("b", "a"), ("c", "b")):
+        os.rename(root / old, root / new)
+    return root / "d", right
+
+
+def test_relocate_of_exchanged_directories_works_in_one_command(tmp_path: Path) -> None:
+    out, right = _two_sources(tmp_path)
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert main(["index", "--relocate", f"{a}={b}", "--relocate", f"{b}={a}", str(out)]) == 0
+    check_sources(open_dataset(out))
+    assert read_all(open_dataset(out)) == right
+
+
+def test_relocate_of_one_source_to_the_place_of_another_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = _two_sources(tmp_path)
+    before = tree(out)
+    assert main(["index", "--relocate", f"{tmp_path}/a={tmp_path}/b", str(out)]) == 2
+    assert (
+        "b/x.tar would be 2 sources of the dataset; give all moves in one command" in capsys.readouterr().err
+    )
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_relocate_of_nested_directories_follows_the_innermost(tmp_path: Path, turn: int) -> None:
+    outer, inner = tmp_path / "data", tmp_path / "data/more"
+    inner.mkdir(parents=True)
+    write_tar(outer / "x.tar", [0, 1])
+    write_tar(inner / "x.tar", [2, 3])
+    right = read_all(index_dataset([f"{outer}/x.tar", f"{inner}/x.tar"], tmp_path / "d"))
+    os.rename(inner, tmp_path / "inner")
+    os.rename(outer, tmp_path / "outer")
+    moves = [("--relocate", f"{outer}={tmp_path}/outer"), ("--relocate", f"{inner}={tmp_path}/inner")][::turn]
+    assert main(["index", *moves[0], *moves[1], str(tmp_path / "d")]) == 0
+    assert read_all(open_dataset(tmp_path / "d")) == right

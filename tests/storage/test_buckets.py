@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -160,3 +165,73 @@ def test_problems_of_a_bucket_are_one_line_within_seconds(monkeypatch: pytest.Mo
         write_atomic("gs://bucket/a", b"1")
         server.statuses = [503, 503, 429]
         assert read_bytes("gs://bucket/a") == b"1"
+
+
+def refusal(url: str, tmp_path: Path, **environment: str) -> list[str]:
+    """Return what `lit-fast info URL` prints where the environment holds no credentials."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    nobody = {
+        "HOME": str(tmp_path), "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2]),
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.1:{port}", "GCE_METADATA_ROOT": f"127.0.0.1:{port}",
+    }  # fmt: skip
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_fast", "info", url],
+        env=nobody | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert time.monotonic() - began < 25  # 10 without other load
+    assert (done.returncode, done.stdout) == (2, "")
+    return done.stderr.splitlines()
+
+
+def test_bucket_without_credentials_is_one_line(tmp_path: Path) -> None:
+    (line,) = refusal("s3://bucket/d", tmp_path)
+    assert line.startswith("lit-fast: error: s3://bucket may not be used: there are no credentials; set AWS_")
+    with running_gcs() as server:
+        server.fault = lambda method, path: 401
+        *others, line = refusal("gs://bucket/d", tmp_path, TENSORSTORE_GCS_HTTP_URL=server.url)
+        assert line.startswith("lit-fast: error: gs://bucket may not be used: check the credentials")
+        assert len(others) == 1  # of TensorStore
+        assert "gcloud auth application-default login" in others[0]
+
+
+def test_bucket_whose_server_or_credentials_do_not_answer_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"127.0.0.1:{silent.getsockname()[1]}"
+        server = {"TENSORSTORE_GCS_HTTP_URL": f"http://{url}", "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token"}
+        with ThreadPoolExecutor() as pool:
+            outputs = pool.map(
+                lambda variables: refusal("gs://bucket/d", tmp_path, **variables),
+                (server, {"GCE_METADATA_ROOT": url}),
+            )
+        for *_, line in outputs:
+            assert line == (
+                "lit-fast: error: gs://bucket does not answer within 8 s: check the network and the credentials"
+            )
+
+
+@pytest.mark.parametrize("url", ["gs://b/d", "gs://UPPER/d", "s3://b/d", "gs://bad_/d", "s3://-/d"])
+def test_bucket_of_an_invalid_name_is_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    with pytest.raises(UserError, match=r"cannot be used: .*[Ii]nvalid"):
+        read_bytes(url)
+
+
+def test_connection_that_stalls_is_given_up_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import time; from tests.gcs import running_gcs\n"
+        "with running_gcs() as server:\n"
+        "    import os; os.environ.update(server.environment)\n"
+        "    from lit_fast.storage.files import read_bytes, write_atomic\n"
+        "    write_atomic('gs://bucket/a', b'1')\n"
+        "    stalls = [10]\n"
+        "    server.fault = lambda method, path: time.sleep(stalls.pop()) or 0 if stalls else 0\n"
+        "    began = time.monotonic(); assert read_bytes('gs://bucket/a') == b'1'\n"
+        "    assert 1 < time.monotonic() - began < 9\n"
+    )
+    monkeypatch.setenv("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "1")
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -20,7 +20,7 @@ from PIL import Image
 from lit_fast.data.images.decode import decode
 from lit_fast.errors import UserError
 from lit_fast.towers.preprocess import Preprocess
-from lit_fast.towers.preprocess_config import huggingface, timm
+from lit_fast.towers.preprocess_config import huggingface, open_clip, timm
 from tests.helpers import picture
 from tests.torch_packages import import_package
 
@@ -45,6 +45,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
              "crop_size": {"height": 336, "width": 336}, "rescale_factor": 1 / 255},
     "dinov2": {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "resample": 3,
                "crop_size": {"height": 224, "width": 224}, "do_center_crop": True} | IMAGENET,
+    "beit": {"image_processor_type": "BeitImageProcessor", "size": {"height": 256, "width": 256}, "resample": 3,
+             "crop_size": {"height": 224, "width": 224}, "do_center_crop": True} | HALF,
+    "convnext": {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224, "crop_pct": 0.875, "resample": 3}
+    | IMAGENET,
+    "convnext, no fraction": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 160}},
+    "convnext, 384": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, "resample": 2},
     "odd crop": {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 235}, "crop_size": 224},
     "padding": {"image_processor_type": "CLIPImageProcessor", "size": 201, "crop_size": 224},
     "squashed clip": {"image_processor_type": "CLIPImageProcessor", "size": [224, 224], "do_center_crop": False},
@@ -149,6 +155,27 @@ def test_timm_pixels_equal_timm(name: str) -> None:
     config = data.resolve_data_config(pretrained_cfg=CFGS[name])
     assert (preprocess.mean, preprocess.std) == (tuple(config["mean"]), tuple(config["std"]))
     transform = data.create_transform(**(config | {"mean": (0.0,) * 3, "std": (1.0,) * 3}))
+    for shape in SHAPES:
+        image = noise(*shape)
+        want = np.round(transform(image).numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
+        np.testing.assert_array_equal(preprocess.apply(image), want)
+
+
+OPEN_CLIP: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "siglip": {"size": [224, 224], "mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"},
+    "mobileclip": {"size": 96, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear"},
+}
+
+
+@pytest.mark.parametrize("name", OPEN_CLIP)
+def test_open_clip_pixels_equal_open_clip(name: str) -> None:
+    transforms = importlib.import_module(import_package("open_clip").__name__ + ".transform")
+    preprocess = open_clip({"preprocess_cfg": OPEN_CLIP[name]}, WHERE)
+    settings = transforms.PreprocessCfg(**OPEN_CLIP[name])
+    assert (preprocess.mean, preprocess.std) == (tuple(settings.mean), tuple(settings.std))
+    settings.mean, settings.std = (0.0,) * 3, (1.0,) * 3
+    transform = transforms.image_transform_v2(settings, is_train=False)
     for shape in SHAPES:
         image = noise(*shape)
         want = np.round(transform(image).numpy().transpose(1, 2, 0) * 255).astype(np.uint8)

@@ -95,8 +95,8 @@ def test_towers_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_format_towers_imports_neither_jax_nor_numpy() -> None:
-    code = "import sys; from lit_fast.weights.registry import *; format_towers(known_towers()); print([m for m in"
-    code += " ('jax', 'numpy', 'flax') if m in sys.modules])"
+    code = "import sys; from lit_fast.weights.registry import *; format_towers(known_rows(known_towers()));"
+    code += " print([m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )

@@ -222,6 +222,54 @@ def test_start_from_siglip_equals_transformers(kind, sizes, tmp_path):
         np.testing.assert_array_equal(params["b"], whole.logit_bias.detach())
 
 
+def save_open_clip(directory: Path, width: int = 24, bias: bool = True, **text):
+    """A tiny SigLIP of open_clip; returns it and the configuration of its text tower."""
+    open_clip = import_package("open_clip")
+    config = {
+        "context_length": LENGTH, "vocab_size": VOCABULARY, "width": width, "heads": 3, "layers": 2,
+        "mlp_ratio": 2.0, "no_causal_mask": True, "proj_bias": bias, "pool_type": "last",
+        "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
+    } | text  # fmt: skip
+    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 16}
+    model = open_clip.CustomTextCLIP(WIDTH, vision, config, init_logit_bias=-10.0)
+    shaken(model)
+    tensors = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    save_file(tensors, directory / "open_clip_model.safetensors")
+    value = {"model_cfg": {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": config}}
+    (directory / "open_clip_config.json").write_text(json.dumps(value))
+    return model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_start_from_open_clip_equals_open_clip(bias, tmp_path):
+    model = save_open_clip(tmp_path, bias=bias)
+    import torch
+
+    ids = some_ids()
+    shape = Shape(width=24, depth=2, mlp_dim=48, heads=3)
+    got, params, _ = embedded(tower(shape=shape), tmp_path, ids)
+    with torch.no_grad():
+        want = model.encode_text(torch.tensor(ids)).numpy()
+    assert want.std() > 0.1
+    assert np.abs(got - want).max() < 1e-4
+    np.testing.assert_array_equal(params["t"], model.logit_scale.detach().reshape(1))
+    np.testing.assert_array_equal(params["b"], model.logit_bias.detach().reshape(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"no_causal_mask": False}, "a text tower with a causal mask is not supported; give one of SigLIP"),
+        ({"pool_type": "argmax"}, "a text tower with pool_type 'argmax' is not supported"),
+        ({"norm_kwargs": {}}, "a text tower with norm_kwargs {} is not supported"),
+    ],
+)
+def test_read_text_weights_of_other_open_clip_models_is_refused(text, message, tmp_path):
+    save_open_clip(tmp_path, **text)
+    with pytest.raises(UserError, match=message):
+        read_text_weights(str(tmp_path))
+
+
 def test_start_from_with_shorter_tokens_takes_the_first_positions(tmp_path):
     arrays = drawn(tower())
     np.savez(tmp_path / "w.npz", **arrays)

@@ -10,7 +10,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from lit_fast.models.text_tower import TextTower
+from lit_fast.towers.interface import FrozenTower
 
 
 def step_flops(
@@ -41,8 +45,16 @@ def step_flops(
     return 3.0 * texts * text + (3.0 * pairs + 2.0 * head if image_head else 2.0 * pairs)
 
 
+def tower_flops(tower: FrozenTower) -> float:
+    """Count the FLOPs of one image in the traced program of a vision tower."""
+    size = tower.preprocess.size
+    params = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tower.params)
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+    return program_flops(jax.make_jaxpr(tower.embed)(params, images).jaxpr)
+
+
 def program_flops(program: Any) -> float:
-    """Count the FLOPs of the matrix products in a jaxpr, with recomputation.
+    """Count the FLOPs of the matrix products and convolutions in a jaxpr, with recomputation.
 
     The body of a loop counts as often as it runs. Of several branches the most expensive one counts; of branches by
     platform, the default.
@@ -53,6 +65,9 @@ def program_flops(program: Any) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+        if equation.primitive.name == "conv_general_dilated":
+            kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
+            total += 2.0 * equation.outvars[0].aval.size * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
         if equation.primitive.name == "cond":
             branches = [program_flops(branch.jaxpr) for branch in equation.params["branches"]]
             total += branches[-1] if equation.params.get("branches_platforms") else max(branches)

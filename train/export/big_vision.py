@@ -24,12 +24,13 @@ from lit_fast.storage.files import write_atomic
 from lit_fast.storage.paths import join
 from lit_fast.train.export.card import rounding_note, write_card
 from lit_fast.train.export.fold import image_head, with_token_table
+from lit_fast.train.export.vision_tower import own_vit
 from lit_fast.train.export.writer import ExportOptions
 
 
 def check(model: Model, options: ExportOptions) -> None:
     """Raise UserError if big_vision lacks a part of either tower."""
-    a = model.tower.architecture
+    a = own_vit(model).architecture
     reasons = {  # on the kind of GELU see `_notes`
         "its text tower attends to padding (text.mask_padding = true)": model.config.mask_padding,
         f"its image tower has no {a.gelu} activation": a.gelu not in ("tanh", "exact"),
@@ -54,7 +55,7 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
 
 def arrays(model: Model) -> dict[str, np.ndarray]:
     """Return all parameters, float32, by their names in big_vision."""
-    image = model.tower.params
+    image = own_vit(model).params
     if _has_image_head(model):
         kernel = image_head(model)
         image = image | {"head": {"kernel": kernel, "bias": -model.params["mean"] @ kernel}}
@@ -78,7 +79,7 @@ def _has_image_head(model: Model) -> bool:
 def _notes(model: Model) -> list[str]:
     """List the differences between the export and the model."""
     notes = [rounding_note(model)]
-    if model.tower.architecture.gelu == "exact":
+    if own_vit(model).architecture.gelu == "exact":
         notes.append(
             "big_vision computes GELU by its tanh approximation, these features were made with the exact one (they "
             "differ by less than 5e-4 per activation): features and scores differ slightly"
@@ -92,7 +93,7 @@ def _notes(model: Model) -> list[str]:
 
 def _towers(model: Model) -> dict[str, Any]:
     """Return big_vision's configuration of the two towers, as Python source."""
-    a, text = model.tower.architecture, model.config
+    a, text = own_vit(model).architecture, model.config
     configs = {
         "image": a.shape._asdict() | {"patch_size": (a.patch, a.patch), "pool_type": a.pool},
         "text": text.shape._asdict() | {"vocab_size": model.tokenizer.vocab_size, "pool_type": text.pooling},

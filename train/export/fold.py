@@ -9,6 +9,7 @@ import numpy as np
 
 from lit_fast.inference.model import Model
 from lit_fast.towers.tower import Tower
+from lit_fast.train.export.vision_tower import own_vit
 from lit_fast.weights.parameters import Params
 
 
@@ -30,9 +31,9 @@ def image_projection(model: Model) -> np.ndarray:
       float32 [encoder width, width].
     """
     head = image_head(model)
-    if model.tower.architecture.pool != "projection":
+    if own_vit(model).architecture.pool != "projection":
         return head
-    return np.asarray(model.tower.params["projection"]["kernel"]) @ head
+    return np.asarray(own_vit(model).params["projection"]["kernel"]) @ head
 
 
 def centered_norm(tower: Tower, mean: np.ndarray) -> Params:

@@ -37,7 +37,7 @@ def check(model: Model, options: ExportOptions) -> None:
 
 def write(model: Model, directory: str, options: ExportOptions) -> None:
     """Write the files of `lit_fast.inference.load`."""
-    arrays = flatten_dict(model.params, sep="/") | flatten_dict({"img": model.tower.params}, sep="/")
+    arrays = flatten_dict(model.params, sep="/") | flatten_dict({"img": model.tower.stored_params}, sep="/")
     save_file(contiguous(arrays), join(directory, WEIGHTS), {"format": FORMAT})
     write_atomic(join(directory, TOKENIZER), model.tokenizer.model)
     write_json(join(directory, CONFIG), _config(model))

@@ -31,6 +31,7 @@ from lit_fast.models.two_towers import Params, embed_ids, text_tower
 from lit_fast.storage.files import read_lines, write_atomic
 from lit_fast.storage.paths import join, name
 from lit_fast.train.export.card import rounding_note, write_card
+from lit_fast.train.export.vision_tower import own_vit
 from lit_fast.train.export.writer import ExportOptions
 
 # The largest distance between unit vectors. Float32 sums in another order differ by 4e-7 after one layer and 1e-6
@@ -60,7 +61,7 @@ def check(model: Model, options: ExportOptions) -> None:
     _prompts(options)
     _check_finite("the model", model.params)
     if options.vision:
-        _check_finite(model.tower.name, model.tower.params)
+        _check_finite(model.tower.name, own_vit(model).params)
 
 
 def write(model: Model, directory: str, options: ExportOptions) -> None:
@@ -105,7 +106,8 @@ def _write_vision(model: Model, path: str) -> None:
     from lit_fast.train.export.onnx_graph import Graph
     from lit_fast.train.export.onnx_towers import image_embeddings
 
-    tower, size = model.tower, model.tower.preprocess.size
+    tower = own_vit(model)
+    size = tower.preprocess.size
     graph = Graph()
     output = image_embeddings(graph, "images", tower, model.params)
     metadata = _metadata(model) | {"preprocess": json.dumps(tower.preprocess.to_dict())}

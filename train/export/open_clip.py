@@ -8,6 +8,7 @@
     vision tower
     ViT, DeiT, DINOv2, CLIP             its VisionTransformer, unchanged
     SigLIP, registers, quick GELU       timm's ViT of the same shape, if timm has one
+    of timm or open_clip                the same, by its name
 
 Centring and the image head are folded into the last weights on the image's side. Names and formulas are those of
 open_clip/transformer.py, model.py and timm_model.py.
@@ -30,23 +31,19 @@ from lit_fast.models.architecture import Architecture
 from lit_fast.models.text_tower import EPSILON
 from lit_fast.storage.files import write_json
 from lit_fast.storage.paths import join
+from lit_fast.towers.tower import Tower
 from lit_fast.train.export.card import rounding_note, write_card
 from lit_fast.train.export.fold import centered_norm, image_projection, with_text_head
 from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
 from lit_fast.train.export.open_clip_timm import timm_name, timm_vision
+from lit_fast.train.export.open_clip_torch import torch_vision
 from lit_fast.train.export.pooling_layer import check_pooling, with_pooling_layer
 from lit_fast.train.export.preprocessing import check_open_clip_preprocess, open_clip_preprocess
+from lit_fast.train.export.vision_tower import own_vit
 from lit_fast.train.export.writer import ExportOptions
 from lit_fast.weights import to_torch
-from lit_fast.weights.from_torch import BlockNames
+from lit_fast.weights.open_clip import BLOCKS
 from lit_fast.weights.to_torch import Tensors
-
-_BLOCKS = BlockNames(
-    "transformer.resblocks.",
-    ("ln_1", "ln_2"),
-    ("attn.in_proj", "attn.in_proj", "attn.in_proj", "attn.out_proj"),
-    (("mlp.c_fc", "mlp.c_proj"),),
-)
 
 _TEXT_REPAIR = (
     "open_clip's tokenizer repairs text first (ftfy: mojibake, curly quotes, HTML entities; white space), which "
@@ -62,9 +59,13 @@ def check(model: Model, options: ExportOptions) -> None:
     """
     check_pooling(model.config.pooling, "open_clip")
     check_tokenizer(model.tokenizer)
-    a, preprocess = model.tower.architecture, model.tower.preprocess
+    preprocess = model.tower.preprocess
     if not options.nearest_pixels:
         check_open_clip_preprocess(preprocess)
+    if not isinstance(model.tower, Tower):
+        torch_vision(model)
+        return
+    a = model.tower.architecture
     if not _is_vision_transformer(a) and timm_name(a, preprocess.size) is None:
         raise UserError(
             f"open_clip has no vision tower like this one (pooling {a.pool!r}, {a.gelu} GELU, {a.registers} registers, "
@@ -76,8 +77,12 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
     """Write the configuration, the weights, the tokenizer's files and the card."""
     preprocess, notes = open_clip_preprocess(model.tower.preprocess)
     text_config, text = _text(model)
-    native_vision = _is_vision_transformer(model.tower.architecture)
-    vision_config, vision = _vision_transformer(model) if native_vision else timm_vision(model)
+    if not isinstance(model.tower, Tower):
+        vision_config, vision = torch_vision(model)
+    elif _is_vision_transformer(model.tower.architecture):
+        vision_config, vision = _vision_transformer(model)
+    else:
+        vision_config, vision = timm_vision(model)
     config: dict[str, Any] = {
         "embed_dim": model.width,
         "custom_text": True,
@@ -131,7 +136,7 @@ def _text(model: Model) -> tuple[dict[str, Any], Tensors]:
         tensors["cls_emb"] = np.zeros(width, np.float32)
         positions = np.pad(positions, ((0, 1), (0, 0)))
     tensors["positional_embedding"] = positions
-    tensors |= to_torch.blocks(_BLOCKS, txt["Encoder_0"]["encoderblock"])
+    tensors |= to_torch.blocks(BLOCKS, txt["Encoder_0"]["encoderblock"])
     tensors |= to_torch.norm("ln_final", txt["Encoder_0"]["encoder_norm"])
     return config, tensors | to_torch.dense("text_projection", txt["head"])
 
@@ -150,7 +155,8 @@ def _is_vision_transformer(a: Architecture) -> bool:
 
 def _vision_transformer(model: Model) -> tuple[dict[str, Any], Tensors]:
     """Return `vision_cfg` and the tensors of VisionTransformer."""
-    tower, a, params = model.tower, model.tower.architecture, model.tower.params
+    tower = own_vit(model)
+    a, params = tower.architecture, tower.params
     config: dict[str, Any] = {
         "image_size": tower.preprocess.size,
         "patch_size": a.patch,
@@ -173,5 +179,5 @@ def _vision_transformer(model: Model) -> tuple[dict[str, Any], Tensors]:
     }
     if a.pre_norm:
         tensors |= to_torch.norm("ln_pre", params["pre_norm"])
-    tensors |= to_torch.blocks(_BLOCKS, params["Transformer"]["encoderblock"])
+    tensors |= to_torch.blocks(BLOCKS, params["Transformer"]["encoderblock"])
     return config, tensors | to_torch.norm("ln_post", centered_norm(tower, model.params["mean"]))

@@ -10,6 +10,7 @@ from lit_fast.inference.model import Model
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.sizes import VARIANTS
 from lit_fast.train.export.fold import image_head, image_projection
+from lit_fast.train.export.vision_tower import own_vit
 from lit_fast.weights import to_torch
 from lit_fast.weights.timm import BLOCKS, epsilon_of, gelu_of
 from lit_fast.weights.to_torch import Tensors
@@ -61,7 +62,7 @@ def timm_vision(model: Model) -> tuple[dict[str, Any], Tensors]:
 
     Its linear layer centres and projects the features.
     """
-    a, params, size = model.tower.architecture, model.tower.params, model.tower.preprocess.size
+    a, params, size = own_vit(model).architecture, own_vit(model).params, model.tower.preprocess.size
     config = {
         "image_size": size,
         "timm_model_name": timm_name(a, size),

@@ -34,6 +34,7 @@ from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer
 from lit_fast.train.export.pooling_layer import check_pooling, with_pooling_layer
 from lit_fast.train.export.preprocessing import image_processor
 from lit_fast.train.export.transformers_vision import check_vision, vision_model
+from lit_fast.train.export.vision_tower import own_vit
 from lit_fast.train.export.writer import ExportOptions
 from lit_fast.weights import to_torch
 from lit_fast.weights.from_torch import BlockNames
@@ -58,7 +59,7 @@ def check(model: Model, options: ExportOptions) -> None:
     """Raise UserError if transformers cannot express the tokenizer or a tower."""
     check_pooling(model.config.pooling, "transformers")
     check_tokenizer(model.tokenizer)
-    check_vision(model.tower.architecture)
+    check_vision(own_vit(model).architecture)
 
 
 def write(model: Model, directory: str, options: ExportOptions) -> None:
@@ -88,12 +89,12 @@ def write(model: Model, directory: str, options: ExportOptions) -> None:
 def _is_siglip(model: Model) -> bool:
     """Return whether SiglipModel computes both towers unchanged."""
     native_text = model.config.pooling == "last" and not model.config.mask_padding
-    return native_text and model.tower.architecture.pool == "map" and "img" not in model.params
+    return native_text and own_vit(model).architecture.pool == "map" and "img" not in model.params
 
 
 def _siglip(model: Model) -> tuple[dict[str, Any], Tensors]:
     """Return the configuration and the tensors of SiglipModel."""
-    vision_config, vision = vision_model(model.tower, model.params["mean"])
+    vision_config, vision = vision_model(own_vit(model), model.params["mean"])
     txt = with_text_head(model.params["txt"])
     text = {
         "embeddings.token_embedding.weight": txt["Embed_0"]["embedding"],
@@ -117,7 +118,7 @@ def _siglip(model: Model) -> tuple[dict[str, Any], Tensors]:
 
 def _dual_encoder(model: Model) -> tuple[dict[str, Any], Tensors]:
     """Return the configuration and the tensors of VisionTextDualEncoderModel."""
-    vision_config, vision = vision_model(model.tower, model.params["mean"])
+    vision_config, vision = vision_model(own_vit(model), model.params["mean"])
     text_config, text, text_projection = _megatron_bert(model)
     config = {
         "architectures": ["VisionTextDualEncoderModel"],

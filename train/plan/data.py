@@ -15,6 +15,8 @@ from lit_fast.data.tokens import open_tokens, stored_tokenizers
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import Architecture, flops_per_image
 from lit_fast.models.sizes import VARIANTS
+from lit_fast.towers.torch.catalogue import is_published_name, random_tower
+from lit_fast.train.cost.flops import tower_flops
 from lit_fast.train.input_pipeline.packing import sampled_lengths
 from lit_fast.weights.registry import known_towers
 
@@ -89,6 +91,9 @@ def _tower(name: str) -> tuple[int, float]:
     if plain and plain[1] in VARIANTS and 224 % int(plain[2]) == 0:
         architecture = Architecture(VARIANTS[plain[1]], int(plain[2]), "tok", "tanh")
         return architecture.width, flops_per_image(architecture, 224)
+    if is_published_name(name):
+        published = random_tower(name)
+        return published.width, tower_flops(published)
     near = difflib.get_close_matches(name, [tower.name for tower in known_towers()], 1, 0.5)
     hint = (
         f"did you mean {near[0]}?" if near else "lit-fast towers lists the names; a plain ViT is written B/16"

@@ -78,6 +78,32 @@ def test_index_empty_option_declines_the_guess(
     assert main(["index", str(table), "--out", out]) == 2  # other options
 
 
+def test_index_column_with_another_role_is_not_guessed_as_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        (tmp_path / f"images/val_{number}.JPEG").write_bytes(b"x%d" % number)
+    file = tmp_path / "val_annotations.txt"  # Tiny ImageNet's
+    file.write_text("val_0.JPEG\tn03444034\t0\t32\nval_1.JPEG\tn04067472\t52\t55\n")
+    assert main(["index", str(file), "--label", "2", "--out", f"{tmp_path}/d"]) == 2
+    assert "label 2 has 'n03444034', where a class number from 0 on is needed" in capsys.readouterr().err
+    assert main(["index", str(file), "--out", f"{tmp_path}/d"]) == 0
+    assert "the captions in 2 look like WordNet ids ('n03444034'); see --captions" in capsys.readouterr().err
+
+
+def test_index_headerless_numbers_are_not_guessed_as_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    file = tmp_path / "t.csv"
+    file.write_text("a.jpg,3\n")
+    assert main(["index", str(file), "--out", f"{tmp_path}/d"]) == 2
+    assert "has no column for captions or labels among 1, 2; name it" in capsys.readouterr().err
+    assert main(["index", str(file), "--label", "2", "--out", f"{tmp_path}/d"]) == 0
+    assert open_dataset(tmp_path / "d").labelled == 1
+
+
 def test_index_empty_image_option_is_refused(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

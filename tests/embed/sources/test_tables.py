@@ -78,6 +78,18 @@ def test_index_windows_paths_are_found_or_refused_with_a_remedy(images: Path, tm
     assert dataset.left_out == {"path on a Windows drive; make it relative to --images": 1}
 
 
+def test_index_table_of_urls_alone_names_the_remedy(images: Path, tmp_path: Path) -> None:
+    text = "a station\thttp://x.com/1.jpg\nsierra\thttp://x.com/2.jpg\n"  # Conceptual Captions has no header
+    with pytest.raises(UserError, match=r"2 a URL and no file; download the images with img2dataset"):
+        index(tmp_path / "t.tsv", text)
+
+
+def test_index_table_in_latin1_alone_names_the_remedy(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("filepath;title\nimages/0.jpg;Größe\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"1 caption is not UTF-8 .* convert it with: iconv -f WINDOWS-1252"):
+        index_dataset([str(tmp_path / "t.csv")], tmp_path / "d")
+
+
 @pytest.mark.parametrize("form", [json.dumps, repr])
 def test_index_lists_in_one_cell_are_captions(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Any

@@ -94,6 +94,21 @@ def test_tfrecords_of_tfds_are_known_by_name(tmp_path: Path) -> None:
     assert sorted(data for _, _, _, data in rows(dataset).values()) == sorted(FILES)
 
 
+def test_tfrecords_of_tfds_with_two_class_labels_have_the_names_of_the_one_that_is_given(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "3.0.0"
+    examples = [example({"image": [data], "kind": [0], "family": [1]}) for data in FILES]
+    write_tfrecord(root / "flowers-train.tfrecord-00000-of-00001", examples)
+    kind = "tensorflow_datasets.core.features.class_label_feature.ClassLabel"
+    features = {name: {"pythonClassName": kind} for name in ("kind", "family")}
+    (root / "features.json").write_text(json.dumps({"featuresDict": {"features": features}}))
+    (root / "kind.labels.txt").write_text("daisy\nrose\n")
+    (root / "family.labels.txt").write_text("asteraceae\nrosaceae\n")
+    dataset = index_dataset([str(root)], tmp_path / "d", options=Columns(label="family"))
+    assert (dataset.labelled, dataset.classnames) == (12, ("asteraceae", "rosaceae"))
+
+
 @pytest.mark.parametrize(("compress", "name"), [(gzip.compress, "gzip"), (zlib.compress, "zlib")])
 def test_compressed_tfrecord_is_one_line(output: Path, tmp_path: Path, compress: object, name: str) -> None:
     packed = tmp_path / "a.tfrecord"

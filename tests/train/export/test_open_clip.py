@@ -66,7 +66,8 @@ def random_tower(a, size):
     params = jax.tree.map(lambda s: np.resize(numbers, s.shape), shapes["params"])
     if a.pre_norm:
         params["embedding"]["bias"][:] = 0
-    return Tower("random", "random.npz", "", a, Preprocess("pil-squash", size, size), params, None)
+    preprocess = Preprocess("pil-squash", size, size)
+    return Tower("random", "random.npz", "", preprocess, params, a, None)
 
 
 def export(model, folder):
