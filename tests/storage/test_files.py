@@ -47,11 +47,12 @@ def test_reads_of_a_path_and_of_a_url_are_equal(tmp_path: Path, remote: bool) ->
 def test_a_url_of_an_unknown_scheme_is_refused_in_one_line(tmp_path: Path) -> None:
     for function in (open_read, size_and_etag, lambda url: read_range(url, 0, 1), read_text):
         with pytest.raises(
-            UserError, match=r"^ftp://host/f cannot be read; give a local path or a URL with https://"
+            UserError, match=r"^gopher://host/f cannot be read; give a local path or a URL with https://"
         ):
-            function("ftp://host/f")
+            function("gopher://host/f")
     with pytest.raises(
-        UserError, match=r"^hf://bucket/f is a URL, where only a local path can be used; give a path"
+        UserError,
+        match=r"^hf://bucket/f is a URL that cannot be used here; give a local path, gs://BUCKET/NAME",
     ):
         write_atomic("hf://bucket/f", b"")
 
