@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lit_fast.storage import buckets
+from lit_fast.storage import buckets, remote
 from tests.gcs import running_gcs
 
 
@@ -15,6 +15,7 @@ from tests.gcs import running_gcs
 def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of an empty bucket; processes that inherit the environment reach it too."""
     monkeypatch.setattr(buckets, "_stores", {})
+    remote._open_filesystem.cache_clear()
     if request.param == "gs":
         with running_gcs() as server:
             for name, value in server.environment.items():

@@ -7,7 +7,6 @@ digests that its manifest states, and then read as `lit-fast verify` does.
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from lit_fast.storage.files import (
     is_directory,
     is_file,
     list_names,
+    local_path,
     make_directory,
     read_whole,
     remove,
@@ -65,7 +65,8 @@ def pull_dataset(
     Raises:
       UserError: the repository holds no dataset or a damaged one, or `path` holds something else.
     """
-    hub, out = HubDataset(repository, "pulled"), os.fspath(path)
+    out = local_path(path)  # the Hub's library writes local files only
+    hub = HubDataset(repository, "pulled")
     commit = hub.commit_of(revision)
     manifest = _read_manifest(hub, commit).select(towers, tokenizers)
     if exists(out) and (list_names(out) or not is_directory(out)):

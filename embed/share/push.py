@@ -16,7 +16,7 @@ from lit_fast.embed.share.card import MARK, write_card
 from lit_fast.embed.share.contents import Places, dataset_files
 from lit_fast.embed.share.manifest import MAX_BYTES, NAME, Manifest, decode_manifest
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_json, read_whole
+from lit_fast.storage.files import local_path, read_json, read_whole
 from lit_fast.storage.hub import Snapshot
 from lit_fast.storage.hub_dataset import FileDigest, HubDataset, HubFile
 from lit_fast.storage.paths import StrPath
@@ -50,6 +50,7 @@ def push_dataset(
     Raises:
       UserError: a store is incomplete, the repository is public or holds another dataset, or the Hub refuses.
     """
+    path = local_path(path)  # the Hub's library reads local files only
     hub = HubDataset(repository, "pushed")
     if licence and not re.fullmatch(r"[\w.+-]{1,100}", licence, re.ASCII):
         raise UserError(

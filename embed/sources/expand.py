@@ -78,7 +78,7 @@ def _remote(plain: str, pattern: str) -> list[str]:
         return tars
     found = _without_gaps(_matches(plain))
     if plain.endswith("/"):
-        found = _of_one_format(plain, found)
+        found = _of_one_format(plain, found) or image_sources(plain)
     if not found:
         raise UserError(
             f"source {plain} (from {pattern}) matches no file; give files, a pattern or a directory"

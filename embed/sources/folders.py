@@ -6,7 +6,7 @@ sorted names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lit_fast.embed.sources.columns import ParsedRow, some
 from lit_fast.embed.sources.image_paths import find_image
@@ -22,8 +22,8 @@ from lit_fast.embed.sources.interface import (
     is_utf8,
 )
 from lit_fast.errors import UserError, os_reason
-from lit_fast.storage.files import is_directory, list_directories, list_names, walk_files
-from lit_fast.storage.paths import is_junk, join, suffix
+from lit_fast.storage.files import file_sizes, is_directory, list_directories, list_names, walk_files
+from lit_fast.storage.paths import is_junk, is_url, join, suffix
 
 
 def class_folders(path: str) -> tuple[str, ...]:
@@ -52,12 +52,13 @@ def read_folder(path: str, options: Columns) -> Iterator[Item]:
         raise UserError(
             f"{path} is a directory of classes and has no columns that options could name; leave them out"
         )
-    yield Layout("folder", images=path)
+    yield Layout("folder", images=path.rstrip("/") if is_url(path) else path)
     numbers = {folder: number for number, folder in enumerate(class_folders(path))}
     inside: dict[str, set[str]] = {folder: set() for folder in numbers}  # class -> places of its images
+    sizes = file_sizes(path) if is_url(path) else None
     try:
-        for entry in list_names(path):
-            for file in _files(path, entry):
+        for entry in list_names(path) if sizes is None else dict.fromkeys(n.partition("/")[0] for n in sizes):
+            for file in _files(path, entry, sizes):
                 if is_junk(file):
                     yield Skipped(file, JUNK)
                 elif suffix(file) not in IMAGE_SUFFIXES:
@@ -66,13 +67,16 @@ def read_folder(path: str, options: Columns) -> Iterator[Item]:
                     yield Skipped(file, "image beside the class folders")
                 else:
                     inside[entry].add(file.split("/")[1] if file.count("/") > 1 else "")
-                    yield find_image(path, file).item(ParsedRow(label=numbers[entry]))
+                    yield find_image(path, file, sizes=sizes).item(ParsedRow(label=numbers[entry]))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {os_reason(error)}") from None
     yield from _notes(path, inside)
 
 
-def _files(path: str, entry: str) -> Iterator[str]:
+def _files(path: str, entry: str, sizes: Mapping[str, int] | None) -> Iterator[str]:
+    if sizes is not None:
+        yield from (name for name in sizes if name.partition("/")[0] == entry)
+        return
     if not is_directory(join(path, entry)):
         yield entry
         return

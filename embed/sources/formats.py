@@ -22,6 +22,8 @@ from lit_fast.storage.paths import is_url, name, parent, suffix
 
 NO_OPTIONS = Columns()
 _RIEGELI = bytes.fromhex("83af70d10d884a3f")  # the beginning of an array_record
+_POINTER = b"version https://git-lfs.github.com/"
+_MAX_POINTER = 1024  # bytes
 _MAX_NOISE = 1 << 20  # images
 
 
@@ -61,7 +63,7 @@ def format_of(path: str, options: Columns = NO_OPTIONS) -> str:
     """Return the key in `FORMATS` of a file, directory or URL.
 
     It is decided by the suffix, else by the first bytes. A remote file without a suffix counts as a tar; the reader of
-    tars reports if it is none.
+    tars reports if it is none. A URL that ends with a slash is a directory.
 
     Raises:
       UserError: the format is not known or not read, or the file cannot be read.
@@ -69,7 +71,7 @@ def format_of(path: str, options: Columns = NO_OPTIONS) -> str:
     if is_noise(path):
         return "noise"
     local = not is_url(path)
-    if local and is_directory(path):
+    if is_directory(path) if local else path.endswith("/"):
         return "pairs" if pairs.has_pairs(path, options) else "folder"
     if by_name := format_by_name(path):
         return "table" if suffix(path) == ".json" and is_json_lines(path) else by_name
@@ -88,6 +90,16 @@ def format_by_name(path: str) -> str:
         return found[1]  # TFDS: .tfrecord-00000-of-00004
     is_table = _BY_SUFFIX.get(table_suffix(path)) == "table"
     return "table" if is_table else _BY_SUFFIX.get(suffix(path), "")
+
+
+def refuse_pointer(source: Source) -> None:
+    """Raise UserError if a local file is a pointer of Git LFS, as a clone without `git lfs pull` has them."""
+    if 0 < source.bytes < _MAX_POINTER and not is_url(source.path):
+        with open_read(source.path) as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise UserError(
+                    f"{source.path} is a pointer of Git LFS and not the file; get it with: git lfs pull"
+                )
 
 
 class OwnClassNames(NamedTuple):

@@ -11,7 +11,7 @@ from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, Columns
 from lit_fast.embed.sources.pairs import TEXT_SUFFIXES, has_pairs
 from lit_fast.embed.sources.unread import unread_format
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_range, walk_directories
+from lit_fast.storage.files import open_read, walk_directories
 from lit_fast.storage.paths import is_junk, join, name, parent, stem, suffix
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's image folders
@@ -112,6 +112,7 @@ def _doubt(directory: str, contents: _Contents) -> str:
 
 def _lists_images(location: str) -> bool:
     try:
-        return _LISTS_IMAGES.search(read_range(location, 0, _HEAD)) is not None
-    except OSError:
+        with open_read(location) as file:
+            return _LISTS_IMAGES.search(file.read(_HEAD)) is not None
+    except (OSError, UserError):
         return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -19,6 +20,8 @@ from lit_fast.embed.sources.interface import JUNK, Columns, Sample, Skipped, is_
 from lit_fast.errors import UserError, is_shortage
 from lit_fast.storage.files import exists, file_status, is_directory, list_directories, read_range
 from lit_fast.storage.paths import is_junk, is_url, join, parent, suffix
+
+NOT_FOUND = "image file not found in "  # beginning of the reason
 
 _MAX_FOLDERS = 1000
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
@@ -75,7 +78,7 @@ class ImageFile(NamedTuple):
     """An image file that a source names."""
 
     key: str  # path relative to the directory of images
-    size: int = 0  # bytes; 0: unknown, as for remote files
+    size: int = 0  # bytes; 0: unknown, as for remote files that were not listed
     check: int = 0  # checksum; 0: unknown, as for remote files
     problem: str = ""  # why it cannot be used; "": it can
 
@@ -84,8 +87,17 @@ class ImageFile(NamedTuple):
         return row.item(self.key, 0, self.size, self.problem, name, self.check)
 
 
-def find_image(directory: str, path: object, default_suffix: str = "") -> ImageFile:
-    """Normalize a path in a table and look the file up; a local file is opened for its checksum."""
+def find_image(
+    directory: str, path: object, default_suffix: str = "", sizes: Mapping[str, int] | None = None
+) -> ImageFile:
+    """Normalize a path in a table and look the file up; a local file is opened for its checksum.
+
+    Args:
+      directory: a local directory or a URL.
+      path: what a table has.
+      default_suffix: of a path without a suffix.
+      sizes: bytes of the files below a URL, where they are known.
+    """
     inner, problem = _relative_path(directory, path)
     if problem:
         return ImageFile(inner, problem=problem)
@@ -93,25 +105,28 @@ def find_image(directory: str, path: object, default_suffix: str = "") -> ImageF
         return ImageFile(inner, problem=JUNK)
     inner = inner if suffix(inner) else inner + default_suffix
     if is_url(directory):
-        return ImageFile(inner)
+        size = (sizes or {}).get(inner)
+        return ImageFile(inner, size or 0, problem="" if size is None else _size_problem(size))
     location = join(directory, inner)
     try:
         status = file_status(location)  # before opening: a pipe would block
         if not status.is_file:
             return ImageFile(inner, problem="not a regular file")
-        if not status.size:
-            return ImageFile(inner, problem="empty image file")
-        if status.size > MAX_IMAGE:
-            return ImageFile(inner, problem="image file above 256 MiB")
+        if problem := _size_problem(status.size):
+            return ImageFile(inner, problem=problem)
         return ImageFile(inner, status.size, image_checksum(read_range(location, 0, HEAD)))
     except (FileNotFoundError, NotADirectoryError):
         if _DRIVE.match(inner):
             return ImageFile(inner, problem="path on a Windows drive; make it relative to --images")
-        return ImageFile(inner, problem=f"image file not found in {directory}")
+        return ImageFile(inner, problem=f"{NOT_FOUND}{directory}")
     except OSError as error:
         if is_shortage(error):
             raise
         return ImageFile(inner, problem=f"image file cannot be read ({error.strerror})")
+
+
+def _size_problem(size: int) -> str:
+    return "" if 0 < size <= MAX_IMAGE else "image file above 256 MiB" if size else "empty image file"
 
 
 def _relative_path(directory: str, path: object) -> tuple[str, str]:

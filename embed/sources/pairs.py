@@ -40,13 +40,15 @@ from lit_fast.embed.sources.interface import (
 )
 from lit_fast.errors import UserError
 from lit_fast.storage.files import (
+    file_sizes,
     file_status,
     is_directory,
     list_directories,
     read_range,
+    read_whole,
     walk_directories,
 )
-from lit_fast.storage.paths import is_junk, join, stem, suffix
+from lit_fast.storage.paths import is_junk, is_url, join, stem, suffix
 from lit_fast.storage.paths import name as name_of
 
 TEXT_SUFFIXES = (".txt", ".caption", ".json", ".cls")
@@ -104,7 +106,7 @@ def read_pairs(path: str, options: Columns) -> Iterator[Item]:
         raise UserError(
             f"{path}: --key is not for image files, where the path is the key; leave it out or give --key ''"
         )
-    yield Layout("folder", images=path)
+    yield Layout("folder", images=path.rstrip("/") if is_url(path) else path)
     if not options.captions:
         yield Guess("image-text pairs (for one class per folder give --captions '')")
     try:
@@ -146,6 +148,7 @@ def text_columns(path: str, options: Columns, values: dict[str, Any]) -> Columns
 class _PairReader:
     def __init__(self, path: str, options: Columns) -> None:
         self._path, self._options = path, options
+        self._sizes = file_sizes(path) if is_url(path) else None
         self._images = (f".{options.image.lower().lstrip('.')}",) if options.image else IMAGE_SUFFIXES
         self._logs = set[str]()
         for folder in list_directories(path):
@@ -184,7 +187,9 @@ class _PairReader:
             self._unused.update(suffix(file) or "no suffix" for file in others)
         else:
             for file in others:
-                yield Skipped(file, LINK if is_directory(join(self._path, file)) else OTHER_FILE)
+                yield Skipped(
+                    file, LINK if self._sizes is None and is_directory(join(self._path, file)) else OTHER_FILE
+                )
         names = [name_of(file) for file in images]
         own = [t for t in texts if images and (stem(t) in names or suffix(stem(t)) not in IMAGE_SUFFIXES)]
         yield from (Skipped(file, NO_IMAGE) for file in texts if file not in own and file not in self._logs)
@@ -200,7 +205,7 @@ class _PairReader:
             if captions not in self._guessed and not self._options.captions:
                 self._guessed.add(captions)
                 yield Guess(f"captions = {captions}")
-            yield find_image(self._path, image).item(row, image)
+            yield find_image(self._path, image, sizes=self._sizes).item(row, image)
 
     def _parse(self, files: list[str]) -> tuple[ParsedRow, str]:
         """Return the row of some text files, and the name of the guessed column of its captions."""
@@ -249,6 +254,12 @@ def _row_name(file: str) -> str:
 
 def _read_text(location: str) -> tuple[bytes, str]:
     """Return the content of a text file, and why it cannot be used."""
+    if is_url(location):
+        try:
+            data = read_whole(location, _MAX_TEXT)
+        except UserError as error:
+            return b"", f"cannot be read ({error})"
+        return (b"", "is missing") if data is None else (data, "")
     try:
         status = file_status(location)  # before opening: a pipe would block
         if not status.is_file:

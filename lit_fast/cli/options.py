@@ -10,8 +10,8 @@ import warnings
 from lit_fast.config import sections, settings
 from lit_fast.config_io import describe
 from lit_fast.errors import UserError, os_reason
-from lit_fast.storage.files import exists, is_directory, json_bytes, local_path, write_atomic
-from lit_fast.storage.paths import StrPath, absolute, join, parent
+from lit_fast.storage.files import exists, is_directory, is_stream, json_bytes, local_path, write_atomic
+from lit_fast.storage.paths import StrPath, absolute, is_bucket, join, name, parent
 
 
 def check_output(location: StrPath | None, option: str = "--json") -> None:
@@ -22,8 +22,14 @@ def check_output(location: StrPath | None, option: str = "--json") -> None:
     """
     if location is None:
         return
-    if is_directory(location):
+    if is_directory(location) or (is_bucket(location) and os.fspath(location).endswith("/")):
         raise UserError(f"{option} {location} is a directory; give the name of a file")
+    if is_bucket(location):
+        if not name(parent(location)):
+            raise UserError(f"{option} {location} is a bucket; give the name of a file in it")
+        return
+    if is_stream(location):
+        return
     directory = parent(absolute(location))
     while not exists(directory):
         directory = parent(directory)

@@ -15,7 +15,7 @@ import time
 from importlib import resources
 
 from lit_fast.errors import UserError, os_reason
-from lit_fast.storage.files import exists, read_json, replacing_directory, write_atomic
+from lit_fast.storage.files import exists, local_path, read_json, replacing_directory, write_atomic
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.utils.output import result, status
 
@@ -35,7 +35,7 @@ def run_demo(out: StrPath) -> None:
       UserError: `out` cannot be written, or a command failed and printed the reason.
     """
     start = time.monotonic()
-    resumed = exists(out)
+    resumed = exists(local_path(out))
     try:
         draw_scenes(join(out, "scenes"))
     except OSError as error:

@@ -6,11 +6,13 @@ import errno
 import hashlib
 import os
 import tempfile
+import threading
 from contextlib import suppress
 
 from lit_fast.errors import UserError
 from lit_fast.storage import remote
 from lit_fast.storage.files import (
+    buckets,
     digest,
     is_file,
     list_names,
@@ -20,10 +22,12 @@ from lit_fast.storage.files import (
     write_atomic,
 )
 from lit_fast.storage.hub import offline
-from lit_fast.storage.paths import StrPath, is_bucket, join, name
+from lit_fast.storage.paths import StrPath, is_bucket, is_url, join, name
+from lit_fast.utils.output import status
 from lit_fast.utils.progress import Progress
 
 _CHUNK = 8 << 20
+_PART = 64 << 20
 
 
 def cache_directory() -> str:
@@ -32,12 +36,15 @@ def cache_directory() -> str:
     A user without a home directory, as in containers, has `lit_fast-UID` in the directory of temporary files.
 
     Raises:
-      UserError: that directory belongs to another user.
+      UserError: it is a URL, or that directory belongs to another user.
     """
     directory = os.environ.get("LIT_FAST_CACHE") or join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lit_fast"
     )
-    directory = os.path.expanduser(directory)
+    try:
+        directory = os.path.expanduser(local_path(directory))
+    except UserError as error:
+        raise UserError(f"LIT_FAST_CACHE: {error}") from None
     if directory.startswith("~"):
         directory = join(tempfile.gettempdir(), f"lit_fast-{os.getuid()}")
         with suppress(FileExistsError):
@@ -58,36 +65,82 @@ def local_directory(purpose: str, location: StrPath, root: str = "") -> str:
     return join(local_path(root) or cache_directory(), purpose, digest)
 
 
-def local_copy(location: StrPath) -> str:
-    """Return the path of a local file, or of a copy of a file in a bucket, for libraries that open files themselves.
+def local_copy(location: StrPath, *, in_parts: bool = False) -> str:
+    """Return the path of a local file, or of a copy of a remote one, for libraries that open files themselves.
 
-    A copy is in the cache under the object's generation, so a file that has been replaced is copied again.
+    A copy is in the cache under the object's generation or ETag, so a file that has been replaced is copied again.
+
+    Args:
+      location: a path or URL.
+      in_parts: whether a file in a bucket may be too large to be held in memory.
 
     Raises:
       FileNotFoundError: there is no such file.
       UserError: it cannot be read.
     """
-    if not is_bucket(location):
+    if not is_url(location):
         if not is_file(location):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
         return local_path(location)
-    from lit_fast.storage import buckets
-
     url = os.fspath(location)
-    directory = local_directory("buckets", url)
-    found = buckets.generation(url)
-    path = join(directory, found.hex()[-64:], name(url))
-    if found != buckets.ABSENT and is_file(path):
+    directory = local_directory("buckets" if is_bucket(url) else "remote", url)
+    with _lock_of(url):
+        version = _version(url)
+        path = join(directory, version, name(url))
+        if is_file(path):
+            return path
+        if not is_bucket(url):
+            _download(url, path, "")
+        elif in_parts:
+            status(f"copying {url} to the cache")
+            _copy_in_parts(url, path, version)
+        else:
+            data, found = buckets().read(url)
+            if data is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+            version = _name_of(found)
+            path = join(directory, version, name(url))
+            write_atomic(path, data)
+        for other in list_names(directory):
+            if other != version:
+                remove_tree(join(directory, other))
         return path
-    data, found = buckets.read(url)
-    if data is None:
+
+
+_locks: dict[str, threading.Lock] = {}
+
+
+def _lock_of(url: str) -> threading.Lock:
+    return _locks.setdefault(url, threading.Lock())
+
+
+def _version(url: str) -> str:
+    """Return a name for the present content of a remote file; raises FileNotFoundError where there is none."""
+    if not is_bucket(url):
+        return hashlib.blake2b(repr(remote.stat(url)).encode(), digest_size=16).hexdigest()
+    found = buckets().generation(url)
+    if found == buckets().ABSENT:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
-    current = found.hex()[-64:]
-    write_atomic(join(directory, current, name(url)), data)
-    for other in list_names(directory):
-        if other != current:
-            remove_tree(join(directory, other))
-    return join(directory, current, name(url))
+    return _name_of(found)
+
+
+def _name_of(generation: bytes) -> str:
+    return generation.hex()[-64:]
+
+
+def _copy_in_parts(url: str, path: str, version: str) -> None:
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            while True:
+                start = file.tell()
+                try:
+                    file.write(buckets().read_range(url, start, start + _PART))
+                except ValueError:  # less than a part is left
+                    with suppress(ValueError):  # nothing is left
+                        file.write(buckets().read_range(url, start, None))
+                    break
+        if _version(url) != version:
+            raise UserError(f"{url} changed while it was copied; try again")
 
 
 def cached_file(spec: str, url: str, path_in_cache: str, sha256: str = "") -> str:
@@ -128,7 +181,7 @@ def _download(url: str, path: str, sha256: str) -> None:
                 progress.close()
         if remote.stat(url) != (size, etag):
             raise UserError(f"{url} changed while it was downloaded; try again")
-        expected = sha256 or remote.md5(url)
+        expected = sha256 or (remote.md5(url) if url.startswith("http") else "")
         found = digest(temporary, "sha256" if sha256 else "md5")
         if expected and found != expected:
             raise UserError(f"{url} has the digest {found}, not {expected}; try again, or give a local file")

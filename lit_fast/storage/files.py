@@ -17,16 +17,17 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import IO, Any, NamedTuple, TypeVar
 
 from lit_fast.errors import UserError, os_reason
 from lit_fast.storage import remote
-from lit_fast.storage.paths import StrPath, absolute, is_bucket, is_url, join, parent
+from lit_fast.storage.paths import StrPath, absolute, is_bucket, is_url, join, parent, refuse_url
 
 MAX_TEXT_BYTES = 16 << 20
+_OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,16 +40,16 @@ def local_path(location: StrPath) -> str:
       UserError: the location is a URL, which would otherwise become a directory of that name.
     """
     location = os.fspath(location)
-    if is_url(location):
-        raise UserError(f"{location} is a URL, where only a local path can be used; give a path")
+    if ":" in location:
+        refuse_url(location)
     return location
 
 
-def _buckets() -> Any:
+def buckets() -> Any:
     """Return the module, which imports TensorStore: not needed for local files."""
-    from lit_fast.storage import buckets
+    from lit_fast.storage import buckets as module
 
-    return buckets
+    return module
 
 
 def copy_files(source: StrPath, names: Sequence[str], target: StrPath) -> None:
@@ -72,14 +73,24 @@ def exists(location: StrPath) -> bool:
 def is_file(location: StrPath) -> bool:
     """Return whether there is a regular file."""
     if is_bucket(location):
-        return _buckets().generation(os.fspath(location)) != _buckets().ABSENT
+        return buckets().generation(os.fspath(location)) != buckets().ABSENT
     return os.path.isfile(local_path(location))
+
+
+def is_stream(location: StrPath) -> bool:
+    """Return whether this is a device, a pipe or a name of an open file, as /dev/null and /dev/stdout are."""
+    if is_bucket(location):
+        return False
+    path = local_path(location)
+    return path.startswith(_OPEN_FILES) or (
+        os.path.exists(path) and not is_file(path) and not is_directory(path)
+    )
 
 
 def is_directory(location: StrPath) -> bool:
     """Return whether there is a directory; in a bucket, an object below the location."""
     if is_bucket(location):
-        return bool(_buckets().names_below(os.fspath(location)))
+        return bool(buckets().names_below(os.fspath(location)))
     return os.path.isdir(local_path(location))
 
 
@@ -143,10 +154,24 @@ def size_and_etag(location: StrPath) -> tuple[int, str]:
     return status.size, ""
 
 
+def check_readable(url: StrPath) -> None:
+    """Raise UserError if files of the protocol of a URL cannot be read; no request is made to most servers."""
+    remote.check_protocol(os.fspath(url))
+
+
+def file_sizes(url: StrPath) -> dict[str, int]:
+    """Return the bytes of every file below a directory at a URL by relative name, sorted, from one listing.
+
+    Raises:
+      UserError: it cannot be listed.
+    """
+    return remote.file_sizes(os.fspath(url))
+
+
 def list_names(location: StrPath) -> list[str]:
     """Return the names of the files and directories directly in a directory, sorted; [] where there is none."""
     if is_bucket(location):
-        return sorted({name.partition("/")[0] for name in _buckets().names_below(os.fspath(location))})
+        return sorted({name.partition("/")[0] for name in buckets().names_below(os.fspath(location))})
     try:
         return sorted(os.listdir(local_path(location)))
     except (FileNotFoundError, NotADirectoryError):
@@ -164,11 +189,14 @@ def match_files(pattern: StrPath) -> list[str]:
     return sorted(f for f in glob.glob(local_path(pattern), recursive=True) if os.path.isfile(f))
 
 
+def _names_below(url: StrPath) -> list[str]:
+    return buckets().names_below(os.fspath(url)) if is_bucket(url) else list(file_sizes(url))
+
+
 def list_directories(location: StrPath) -> list[str]:
     """Return the names of the directories directly in a directory, sorted; raises OSError where there is none."""
-    if is_bucket(location):
-        names = _buckets().names_below(os.fspath(location))
-        return sorted({name.partition("/")[0] for name in names if "/" in name})
+    if is_url(location):
+        return sorted({name.partition("/")[0] for name in _names_below(location) if "/" in name})
     with os.scandir(local_path(location)) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir())
 
@@ -197,9 +225,9 @@ def walk_directories(location: StrPath) -> Iterator[tuple[str, list[str]]]:
     def refuse(error: OSError) -> None:
         raise error
 
-    if is_bucket(location):
+    if is_url(location):
         found: dict[str, list[str]] = {"": []}
-        for name in _buckets().names_below(os.fspath(location)):
+        for name in _names_below(location):
             directory, _, file = name.rpartition("/")
             found.setdefault(directory, []).append(file)
         yield from found.items()
@@ -227,7 +255,7 @@ def rename(source: StrPath, target: StrPath) -> None:
 def remove(location: StrPath) -> None:
     """Delete a file, if it is there."""
     if is_bucket(location):
-        _buckets().delete(os.fspath(location))
+        buckets().delete(os.fspath(location))
         return
     with suppress(FileNotFoundError):
         os.unlink(local_path(location))
@@ -236,7 +264,7 @@ def remove(location: StrPath) -> None:
 def remove_tree(location: StrPath) -> None:
     """Delete a directory with everything below it, if it is there."""
     if is_bucket(location):
-        _buckets().delete_below(os.fspath(location))
+        buckets().delete_below(os.fspath(location))
         return
     with suppress(FileNotFoundError):
         shutil.rmtree(local_path(location))
@@ -288,7 +316,7 @@ def replacing(location: StrPath) -> Iterator[str]:
         with tempfile.TemporaryDirectory(prefix="lit_fast.") as directory:
             temporary = join(directory, os.path.basename(os.fspath(location)))
             yield temporary
-            _buckets().write(os.fspath(location), read_bytes(temporary))
+            buckets().write(os.fspath(location), read_bytes(temporary))
         return
     path = local_path(location)
     make_directory(parent(path))
@@ -305,17 +333,23 @@ def replacing(location: StrPath) -> Iterator[str]:
 
 
 @contextmanager
-def replacing_directory(location: StrPath) -> Iterator[str]:
+def replacing_directory(location: StrPath, last: Collection[str] = ()) -> Iterator[str]:
     """Yield the path of a temporary directory beside `location`, which it becomes, flushed, at the end of the block.
 
     `location` is absent or an empty directory. All files get the permissions of new files, whichever the library
     that wrote them chose. After an exception the temporary directory is deleted. For a location in a bucket the
     temporary directory is local, and its files are uploaded.
+
+    Args:
+      location: the directory.
+      last: names of the files without which the directory is not complete; they are uploaded after all others.
     """
     if is_bucket(location):
         with tempfile.TemporaryDirectory(prefix="lit_fast.") as temporary:
             yield temporary
-            copy_files(temporary, list(walk_files(temporary)), location)
+            names = list(walk_files(temporary))
+            copy_files(temporary, [name for name in names if name not in last], location)
+            copy_files(temporary, [name for name in names if name in last], location)
         return
     path = absolute(local_path(location))
     make_directory(parent(path))
@@ -365,7 +399,7 @@ def link_or_copy(source: StrPath, target: StrPath) -> None:
 def read_bytes(location: StrPath) -> bytes:
     """Return the content of a file; raises OSError."""
     if is_bucket(location):
-        data = _buckets().read(os.fspath(location)).data
+        data = buckets().read(os.fspath(location)).data
         if data is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
         return data
@@ -399,7 +433,7 @@ def read_tail(location: StrPath, count: int) -> bytes:
       ValueError: it is shorter.
     """
     if is_bucket(location):
-        return _buckets().read_range(os.fspath(location), -count, None)
+        return buckets().read_range(os.fspath(location), -count, None)
     end = size(location)
     if end < count:
         raise ValueError(f"{location} has only {end} bytes")
@@ -445,7 +479,7 @@ def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
       ValueError: the file ends earlier.
     """
     if is_bucket(location):
-        data = memoryview(_buckets().read_range(os.fspath(location), start, start + sum(map(len, buffers))))
+        data = memoryview(buckets().read_range(os.fspath(location), start, start + sum(map(len, buffers))))
         for buffer in buffers:
             buffer[:], data = data[: len(buffer)], data[len(buffer) :]
         return
@@ -461,9 +495,17 @@ def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
 
 
 def write_atomic(location: StrPath, data: bytes) -> None:
-    """Write a file so that a reader finds all of `data` or none of it; creates the directories above."""
+    """Write a file so that a reader finds all of `data` or none of it; creates the directories above.
+
+    A device or a pipe receives the data instead of being replaced by a file.
+    """
     if is_bucket(location):
-        _buckets().write(os.fspath(location), data)
+        buckets().write(os.fspath(location), data)
+        return
+    if is_stream(location):
+        path = local_path(location)
+        with _named(path), open(path, "ab") as stream:
+            stream.write(data)
         return
     with replacing(location) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -472,8 +514,8 @@ def write_atomic(location: StrPath, data: bytes) -> None:
 def version(location: StrPath) -> bytes | None:
     """Return bytes that change when a file is replaced by another one; None where there is none. Raises OSError."""
     if is_bucket(location):
-        generation: bytes = _buckets().generation(os.fspath(location))
-        return None if generation == _buckets().ABSENT else generation
+        generation: bytes = buckets().generation(os.fspath(location))
+        return None if generation == buckets().ABSENT else generation
     try:
         return hashlib.blake2b(read_bytes(location)).digest()
     except FileNotFoundError:
@@ -492,8 +534,8 @@ def write_if_unchanged(location: StrPath, data: bytes, expect: bytes | None) -> 
         return True
     url = os.fspath(location)
     # After a retry, the write that came through looks as refused as that of another process.
-    expect = _buckets().ABSENT if expect is None else expect
-    return bool(_buckets().write(url, data, expect) or _buckets().read(url).data == data)
+    expect = buckets().ABSENT if expect is None else expect
+    return bool(buckets().write(url, data, expect) or buckets().read(url).data == data)
 
 
 def read_json(location: StrPath) -> Any:

@@ -17,8 +17,7 @@ import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lit_fast.storage import buckets
-from lit_fast.storage.files import local_path, make_directory, remove
+from lit_fast.storage.files import buckets, local_path, make_directory, remove
 from lit_fast.storage.paths import StrPath, is_bucket, join, name, parent
 
 _MAX_BYTES = 1 << 16
@@ -53,7 +52,7 @@ def read_lease(location: StrPath) -> LeaseFile | None:
 def create_lease(location: StrPath, data: bytes) -> bool:
     """Create a lease file and the directories above; return False if there is one. Raises OSError."""
     if is_bucket(location):
-        return _write_object(os.fspath(location), data, buckets.ABSENT)
+        return _write_object(os.fspath(location), data, buckets().ABSENT)
     path = local_path(location)
     while True:
         make_directory(parent(path))
@@ -98,7 +97,7 @@ def swap_lease(
         lease, generation = _read_object(url)
         if lease is None or lease.data != old:
             return False
-        return buckets.delete(url, generation) if delete else _write_object(url, new, generation)
+        return buckets().delete(url, generation) if delete else _write_object(url, new, generation)
     path = local_path(location)
     claim = _claim(path, old)
     if not create_lease(claim, new):
@@ -140,7 +139,7 @@ def touch_lease(location: StrPath, data: bytes) -> bool:
 
 def _read_object(url: str) -> tuple[LeaseFile | None, bytes]:
     """Return the content of a lease in a bucket and its generation."""
-    data, generation = buckets.read(url)
+    data, generation = buckets().read(url)
     if data is None:
         return None, generation
     content, newline, beat = data.partition(b"\n")
@@ -150,10 +149,10 @@ def _read_object(url: str) -> tuple[LeaseFile | None, bytes]:
 def _write_object(url: str, data: bytes, generation: bytes) -> bool:
     """Write a lease in a bucket whose object has this generation; return False if it has another."""
     beat = secrets.token_hex(8).encode()
-    if buckets.write(url, data + beat, generation):
+    if buckets().write(url, data + beat, generation):
         return True
     # After a retry, the write that came through looks as refused as that of another process.
-    return buckets.read(url).data == data + beat
+    return buckets().read(url).data == data + beat
 
 
 def _claim(path: str, data: bytes) -> str:

@@ -12,11 +12,15 @@ import posixpath
 import re
 from urllib.parse import urlsplit
 
+from lit_fast.errors import UserError
+
 StrPath = str | os.PathLike[str]
 
 ELSEWHERE = "elsewhere://"  # begins the places of files that only another machine has
-SCHEMES = ("https", "http", "s3", "gs", "hf")  # that can be read
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# Without the slashes these are taken for mistakes, not for the names of local files.
+_MISTAKE = re.compile(r"(gcs|gs|s3a?|abfss?|adl|az|s?ftp|hdfs|https?|file):", re.IGNORECASE)
+_BUCKETS = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3", "s3n": "s3"}
 _JUNK = {  # names in lower case
     "__macosx",  # archives of macOS
     "icon\r",
@@ -42,6 +46,22 @@ def is_bucket(location: StrPath) -> bool:
     return os.fspath(location).startswith(("gs://", "s3://"))
 
 
+def refuse_url(location: StrPath) -> None:
+    """Raise UserError if a location is a URL, or one with a mistake, as it would become a local directory."""
+    location = os.fspath(location)
+    if not _MISTAKE.match(location) and not is_url(location):
+        return
+    if is_bucket(location):
+        raise UserError(f"{location} is in a bucket, where this cannot be; give a local path")
+    if scheme := _BUCKETS.get(location.partition(":")[0].lower()):
+        raise UserError(
+            f"{location} is no URL of a bucket; write {scheme}://BUCKET/NAME, or ./{location} for a local path"
+        )
+    raise UserError(
+        f"{location} is a URL that cannot be used here; give a local path, gs://BUCKET/NAME or s3://BUCKET/NAME"
+    )
+
+
 def is_pattern(location: StrPath) -> bool:
     """Return whether a location has `*`, `?` or `[..]`."""
     return glob.has_magic(os.fspath(location))
@@ -54,11 +74,15 @@ def join(location: StrPath, *names: str) -> str:
 
 
 def parent(location: StrPath) -> str:
-    """Return the directory of a path, or the URL up to its last slash without the query."""
+    """Return the directory of a path, or the URL up to its last slash without the query.
+
+    A URL without a path is its own parent.
+    """
     location = os.fspath(location)
-    return (
-        posixpath.dirname(_without_query(location)) if is_url(location) else os.path.dirname(location) or "."
-    )
+    if not is_url(location):
+        return os.path.dirname(location) or "."
+    url = _without_query(location)
+    return url if url.count("/") == 2 else posixpath.dirname(url)
 
 
 def name(location: StrPath) -> str:
@@ -90,9 +114,16 @@ def is_junk(relative: str) -> bool:
 
 
 def absolute(location: StrPath) -> str:
-    """Make a local path absolute and resolve symbolic links; return a URL unchanged."""
+    """Make a local path absolute and resolve symbolic links; return a URL unchanged.
+
+    Raises:
+      UserError: it is a URL with a mistake.
+    """
     location = os.fspath(location)
-    return location if is_url(location) else os.path.realpath(location)
+    if is_url(location):
+        return location
+    refuse_url(location)
+    return os.path.realpath(location)
 
 
 def _without_query(url: str) -> str:

@@ -1,4 +1,4 @@
-"""Files at https://, http://, s3://, gs:// and hf:// through fsspec: sizes, listings and byte ranges.
+"""Files at https://, s3://, gs://, hf:// and other URLs that fsspec knows: sizes, listings and byte ranges.
 
 Credentials are those that fsspec's packages find by themselves (environment, configuration files, `hf auth login`).
 Failures that may pass are retried with growing pauses; others are one line.
@@ -19,10 +19,21 @@ from urllib.parse import urlsplit
 
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.hub import hub_problem, silence_retries
-from lit_fast.storage.paths import SCHEMES
+from lit_fast.storage.paths import is_bucket, refuse_url
 
 # s3fs retries a few times by itself, gcsfs six times, huggingface_hub five times.
 ATTEMPTS = {"http": 6, "https": 6, "s3": 3, "gs": 1, "hf": 1}
+_ATTEMPTS = 3  # of other protocols
+# What fsspec knows beside servers of files: the local disk, and systems within another one.
+_NO_SERVERS = {
+    "file", "local", "dir", "data", "git", "dvc", "dask", "generic", "reference", "zip", "tar", "libarchive", "cached",
+    "blockcache", "filecache", "simplecache", "async_wrapper", "asyncwrapper", "asynclocal", "pyscript",
+}  # fmt: skip
+_PACKAGES = {
+    "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol",
+    "oss": "ossfs", "oci": "ocifs", "webdav": "webdav4", "webhdfs": "requests", "root": "fsspec-xrootd",
+    "lakefs": "lakefs-spec", "dropbox": "dropboxdrivefs", "gdrive": "gdrive-fsspec", "box": "boxfs",
+}  # fmt: skip
 PAUSE = 0.5  # seconds before the second attempt; doubles each time
 _READ_AHEAD = 8 << 20
 _NO_CREDENTIALS = {
@@ -31,9 +42,16 @@ _NO_CREDENTIALS = {
     "DefaultCredentialsError",
     "RefreshError",
     "TokenRetrievalError",
+    "AuthenticationException",  # paramiko
+    "ClientAuthenticationError",  # azure
 }
 
 T = TypeVar("T")
+
+
+def check_protocol(url: str) -> None:
+    """Raise UserError if there is no package for the protocol of a URL."""
+    _with_retries(url, lambda: _filesystem(url))
 
 
 def stat(url: str) -> tuple[int, str]:
@@ -44,8 +62,10 @@ def stat(url: str) -> tuple[int, str]:
     """
     info = _with_retries(url, lambda: _info(url))
     if info.get("type") == "directory":
-        raise UserError(f"{url} is a directory; name the files in it or give a pattern")
+        raise UserError(f"{url} is a directory; name the files in it or give a pattern, or {url}/ for images")
     size, etag = info.get("size"), str(info.get("ETag") or info.get("etag") or "")
+    if urlsplit(url).scheme not in ATTEMPTS:
+        etag = etag or str(info.get("mtime") or info.get("last_modified") or info.get("created") or "")
     if not isinstance(size, int):
         raise UserError(f"{url} has no size: its server does not send one; download it first")
     if url.startswith("http"):
@@ -97,13 +117,49 @@ def listing(pattern: str) -> list[str]:
             f"source {pattern} cannot be listed over {scheme}; name the files, as in {{00000..00099}}.tar"
         )
     found = _with_retries(pattern, lambda: _glob(f"{pattern}*" if pattern.endswith("/") else pattern))
-    return sorted(f"{scheme}://{name}" for name, info in found.items() if info.get("type") == "file")
+    start, inside = _root(pattern)
+    return sorted(start + name[inside:] for name, info in found.items() if info.get("type") == "file")
+
+
+def file_sizes(url: str) -> dict[str, int]:
+    """Return the bytes of every file below a directory by relative name, sorted; {} where there is none.
+
+    Raises:
+      UserError: the protocol has no listings.
+    """
+    if url.startswith("http"):
+        raise UserError(f"{url} cannot be listed over {urlsplit(url).scheme}; name the files")
+    url = url.rstrip("/")
+
+    def find() -> Mapping[str, Mapping[str, Any]]:
+        files = _filesystem(url)
+        files.invalidate_cache()
+        return files.find(url, detail=True)
+
+    start, inside = _root(url)
+    found = {
+        start + name[inside:]: info for name, info in (_with_retries(url, find, absent=True) or {}).items()
+    }
+    return {
+        name.removeprefix(f"{url}/"): int(info.get("size") or 0)
+        for name, info in sorted(found.items())
+        if name.startswith(f"{url}/") and not name.endswith("/")  # some servers have objects for directories
+    }
 
 
 def directory_size(url: str) -> int:
     """Return the bytes of all files below a URL."""
-    found = _with_retries(url, lambda: _filesystem(url).find(url, detail=True))
-    return sum(int(info.get("size") or 0) for info in found.values())
+    return sum(file_sizes(url).values())
+
+
+def _root(url: str) -> tuple[str, int]:
+    """Return the beginning of the URLs of a file system, and the length of what its own names have in its place."""
+    scheme = urlsplit(url).scheme
+    if scheme in ATTEMPTS:
+        return f"{scheme}://", 0
+    path = _with_retries(url, lambda: _open_url(url)[1])
+    rest = path if url.endswith(path) else path.lstrip("/").partition("/")[2]
+    return url[: len(url) - len(rest)], len(path) - len(rest)
 
 
 def md5(url: str) -> str:
@@ -144,14 +200,15 @@ class _RemoteFile(io.RawIOBase):
 
 def _with_retries(url: str, work: Callable[[], T], *, absent: bool = False) -> T | Any:
     """Return `work()`, retried after failures that may pass; None where `absent` and there is no such file."""
-    attempts = ATTEMPTS.get(urlsplit(url).scheme.lower(), 1)
+    attempts = ATTEMPTS.get(urlsplit(url).scheme.lower(), _ATTEMPTS)
     for attempt in range(attempts):
         try:
             return work()
         except UserError:
             raise
         except ImportError:
-            raise UserError(f"{url} needs more packages; run: pip install 'lit-fast[remote]'") from None
+            package = _PACKAGES.get(urlsplit(url).scheme, "'lit-fast[remote]'")
+            raise UserError(f"{url} needs more packages; run: pip install {package}") from None
         except Exception as raised:  # the packages under fsspec raise many kinds
             error = _true_error(raised) if url.startswith("http") else raised
             if absent and isinstance(error, FileNotFoundError):
@@ -183,9 +240,7 @@ def _permanent_problem(url: str, error: BaseException) -> str:
     names = {type(cause).__name__ for cause in causes}
     if "ClientPayloadError" in names:  # aiohttp's name for a cut connection; its cause claims the status 400
         return ""
-    status = next(
-        (s for c in causes if isinstance(s := getattr(c, "status", getattr(c, "code", None)), int)), 0
-    )
+    status = next((s for c in causes if (s := _status(c))), 0)
     if isinstance(error, PermissionError) or names & _NO_CREDENTIALS or status in (401, 403):
         public = {"s3": "FSSPEC_S3_ANON=true", "gs": "FSSPEC_GS_TOKEN=anon"}.get(urlsplit(url).scheme)
         hint = f"; for a public bucket set {public}" if public else ""
@@ -197,6 +252,12 @@ def _permanent_problem(url: str, error: BaseException) -> str:
     if isinstance(error, (ValueError, TypeError)) and not status:
         return f"cannot be read: {first_line(error)}"
     return ""
+
+
+def _status(error: BaseException) -> int:
+    """Return the HTTP status that an exception of one of fsspec's packages has, 0 without one."""
+    found = [getattr(error, name, None) for name in ("status", "code", "status_code")]
+    return next((value for value in found if isinstance(value, int)), 0)
 
 
 def _hub_problem(url: str, causes: list[BaseException]) -> str | None:
@@ -219,15 +280,30 @@ def _hub_problem(url: str, causes: list[BaseException]) -> str | None:
 
 def _filesystem(url: str) -> Any:
     scheme = urlsplit(url).scheme.lower()
-    if scheme not in SCHEMES:
-        raise UserError(
-            f"{url} cannot be read; give a local path or a URL with {', '.join(f'{s}://' for s in SCHEMES)}"
-        )
+    if scheme in ("gs", "s3", "gcs", "s3a") and not is_bucket(url):
+        refuse_url(url)
+    if scheme not in ATTEMPTS:
+        return _open_url(url)[0]
     if url.startswith("hf://buckets/"):
         raise UserError(
             f"{url} is in a bucket of the Hub; give a repository, as in hf://datasets/OWNER/NAME/FILE"
         )
     return _open_filesystem(scheme)
+
+
+def _open_url(url: str) -> tuple[Any, str]:
+    """Return the file system of a protocol without special treatment here, and its own name for a URL."""
+    from fsspec.core import url_to_fs
+    from fsspec.registry import available_protocols
+
+    scheme = urlsplit(url).scheme
+    if scheme in _NO_SERVERS or scheme not in available_protocols() or "::" in url:
+        raise UserError(
+            f"{url} cannot be read; give a local path or a URL with https://, http://, s3://, gs://, hf:// or another "
+            "protocol of fsspec, such as az://"
+        )
+    files, path = url_to_fs(url)
+    return files, str(path)
 
 
 @cache
@@ -245,7 +321,7 @@ def _open_filesystem(scheme: str) -> Any:
         silence = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
         options = {"timeout": silence, "headers": {"Accept-Encoding": "identity"}}
         return fsspec.filesystem(scheme, client_kwargs=options, use_listings_cache=False)
-    return fsspec.filesystem(scheme, use_listings_cache=False)
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
 
 
 def _info(url: str) -> Mapping[str, Any]:
@@ -270,7 +346,7 @@ def _info(url: str) -> Mapping[str, Any]:
 def _glob(pattern: str) -> Mapping[str, Mapping[str, Any]]:
     """Return the metadata of the files and directories that match a pattern, never from a cache."""
     files = _filesystem(pattern)
-    if urlsplit(pattern).scheme == "hf":
+    if urlsplit(pattern).scheme not in ("http", "https", "s3", "gs"):
         files.invalidate_cache()
     return files.glob(pattern, detail=True)
 

@@ -17,8 +17,9 @@ from lit_fast.data.features import BFLOAT16
 from lit_fast.data.images.decode import MAX_PIXELS, ImageError, decode, rgb
 from lit_fast.errors import UserError, os_reason
 from lit_fast.runtime import REPLICATED, SHARDED, batch_sharding, make_mesh, replicated, shard_map
-from lit_fast.storage.files import exists, is_file, read_bytes, size
+from lit_fast.storage.files import exists, is_file, read_bytes, read_whole, size
 from lit_fast.storage.machine import cpu_count
+from lit_fast.storage.paths import is_url
 from lit_fast.towers.interface import FrozenTower
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.tower import load_tower
@@ -136,6 +137,11 @@ def read_pixels(
 
 
 def _open_image(image: ImageLike, preprocess: Preprocess, max_pixels: int) -> Image.Image:
+    if isinstance(image, str | os.PathLike) and is_url(image):
+        found = read_whole(image, _MAX_FILE)
+        if found is None:
+            raise ImageError("there is no such file")
+        return decode(found, max_pixels=max_pixels, at_least=preprocess.at_least, alpha=preprocess.alpha)
     if isinstance(image, str | os.PathLike):
         if not is_file(image):  # a pipe or a device might never end
             raise ImageError("it is a directory or a device" if exists(image) else "there is no such file")

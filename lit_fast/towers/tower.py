@@ -23,8 +23,8 @@ from lit_fast.models.architecture import POOLS, Architecture
 from lit_fast.models.sizes import Shape
 from lit_fast.models.vit import ViT
 from lit_fast.storage.files import exists
+from lit_fast.storage.paths import is_url, parent, stem, suffix
 from lit_fast.storage.paths import name as base_name
-from lit_fast.storage.paths import parent, stem, suffix
 from lit_fast.towers.interface import FrozenTower
 from lit_fast.towers.layouts import PreprocessAt, TowerFiles, find_files, load_weights, published_preprocess
 from lit_fast.towers.preprocess import Preprocess
@@ -261,7 +261,7 @@ def _preprocess(preprocess_at: PreprocessAt, size: int, method: str | None) -> P
 
 
 def _source(spec: str) -> str:
-    return os.path.abspath(spec) if exists(spec) else spec
+    return os.path.abspath(spec) if not is_url(spec) and exists(spec) else spec
 
 
 def _name(spec: str, path: str, arch: str | None) -> str:
@@ -269,7 +269,7 @@ def _name(spec: str, path: str, arch: str | None) -> str:
     if suffix(path) == ".npz" or arch:
         return stem(path)
     if exists(spec):
-        return base_name(parent(os.path.abspath(path)))
+        return base_name(parent(path if is_url(path) else os.path.abspath(path)))
     return spec.rpartition(":")[2].replace("/", "-").replace("@", "-")
 
 

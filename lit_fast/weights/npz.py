@@ -19,6 +19,7 @@ from numpy.lib import format as npy
 
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import Architecture
+from lit_fast.storage.cache import local_copy
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import StrPath
 from lit_fast.weights.parameters import Params, Weights, architecture_of, nested, square_grid
@@ -78,7 +79,7 @@ def open_npz(path: StrPath) -> Iterator[WeightsFile]:
     path = os.fspath(path)
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(open_read(path))
+            file = stack.enter_context(open_read(local_copy(path, in_parts=True)))
             archive = stack.enter_context(zipfile.ZipFile(file))
         except UserError:
             raise

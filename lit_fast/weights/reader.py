@@ -14,7 +14,8 @@ import numpy as np
 from safetensors import safe_open
 
 from lit_fast.errors import UserError
-from lit_fast.storage.files import is_file, local_path, read_object
+from lit_fast.storage.cache import local_copy
+from lit_fast.storage.files import is_file, read_object
 from lit_fast.storage.paths import StrPath, join, parent
 
 _MAX_PARTS = 200
@@ -109,7 +110,7 @@ def open_safetensors(path: StrPath) -> Iterator[WeightsFile]:
             if not is_file(part):
                 raise UserError(f"weights file {part} does not exist")
             try:  # the library checks the header against the size of the file
-                file = stack.enter_context(safe_open(local_path(part), framework="numpy"))
+                file = stack.enter_context(safe_open(local_copy(part, in_parts=True), framework="numpy"))
                 sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             except Exception as error:  # SafetensorError, OSError, and those of hostile headers
                 raise UserError(f"{part} is not a readable .safetensors: {error}") from None

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from urllib.parse import quote
 
 from lit_fast.errors import UserError
-from lit_fast.storage.cache import cache_directory, cached_file
+from lit_fast.storage.cache import cache_directory, cached_file, local_copy
 from lit_fast.storage.files import exists, is_directory, is_file, read_bytes, sha256, write_atomic
 from lit_fast.storage.hub import AbsentError, Snapshot, offline
 from lit_fast.storage.paths import StrPath, absolute, join, name, parent, stem, suffix
@@ -147,7 +147,7 @@ def weights_digest(path: StrPath) -> str:
     files = [os.fspath(path)] if suffix(path) == ".npz" else parts(path)
     digests = []
     for file in files:
-        digests.append(sha256(file))
+        digests.append(sha256(local_copy(file, in_parts=True)))
         blob = name(absolute(file))  # the Hub's cache names large files by their SHA-256
         if re.fullmatch("[0-9a-f]{64}", blob) and blob != digests[-1]:
             raise UserError(f"{absolute(file)} is damaged; delete it to have it downloaded again")

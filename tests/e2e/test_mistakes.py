@@ -64,7 +64,7 @@ PLAN = "plan {p}/c.toml --topology "
         ("info {p}/d --nosuch", "unrecognized arguments: --nosuch"),
         ("index {p}/none.tar --out {p}/new", "none.tar"),
         ("index {p}/none-*.tar --out {p}/new", "none-*.tar"),
-        ("index ftp://host/x.tar --out {p}/new", "local"),
+        ("index gopher://host/x.tar --out {p}/new", "local"),
         ("index {p}/0.tar --out {p}/d", "choose another --out"),
         ("embed {p}/none --tower x.npz", "dataset {p}/none does not exist; make it with: lit-fast index"),
         ("embed {p}/d --tower {p}/none.npz", "source /nowhere.tar"),

@@ -4,11 +4,16 @@ import signal
 import socket
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from lit_fast.data.dataset import BLOCK
-from tests.e2e.trainings import finish, metrics, start
+from lit_fast.runs.run import open_run
+from lit_fast.storage.files import read_json
+from tests.buckets import bucket  # noqa: F401
+from tests.e2e.machines import Machine, put, wait_until_exists
+from tests.e2e.trainings import finish, lines_without_times, metrics, start
 from tests.synthetic import make_dataset
 
 CONFIG = """
@@ -42,15 +47,18 @@ def case(tmp_path_factory):
     return path
 
 
-def start_processes(path, workdir, count, *more):
-    """Start the processes of one training."""
+def cluster(count):
+    """Return the environment of each process of a job."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
-    return [
-        start(path, workdir, *more, environment=cluster | {"JAX_PROCESS_ID": str(i)}) for i in range(count)
-    ]
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    return [job | {"JAX_PROCESS_ID": str(i)} for i in range(count)]
+
+
+def start_processes(path, workdir, count, *more):
+    """Start the processes of one training."""
+    return [start(path, workdir, *more, environment=environment) for environment in cluster(count)]
 
 
 def assert_same_course(path, a, b):
@@ -98,3 +106,34 @@ def test_signal_to_one_process_stops_all_after_the_same_step(case):
     assert step < 30
     finish(start(case, "stopped"))  # resumes in one process with the same batches
     assert_same_course(case, "one", "stopped")
+
+
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
+def test_hosts_killed_with_their_disks_end_with_the_same_bits_on_others(case, bucket, tmp_path):  # noqa: F811
+    """Each process has a disk of its own; the first alone writes the run in the bucket."""
+    finish(*start_processes(case, "undisturbed", 2))
+    for name in ("d", "e"):
+        put(case / name, f"{bucket}/{name}")
+    words = ["train", case / "config.toml", "--workdir", f"{bucket}/r", "--dataset", f"{bucket}/d"]
+    words += [f"--evaluate.retrieval={bucket}/e", "--checkpoint.every_steps=5"]
+
+    def start_machines(generation):
+        machines = [Machine(tmp_path, f"{generation} {rank}") for rank in range(2)]
+        environments = cluster(2)
+        return machines, [m.start(*words, environment=e) for m, e in zip(machines, environments, strict=True)]
+
+    machines, processes = start_machines("first")
+    wait_until_exists(f"{bucket}/r/checkpoints/5.json", *processes)
+    for machine, process in zip(machines, processes, strict=True):
+        machine.destroy(process)
+    machines, processes = start_machines("second")
+    first, second = finish(*processes)
+    assert "resuming after step" in first
+    assert "step" not in second
+    one, two = open_run(case / "undisturbed"), open_run(f"{bucket}/r")
+    assert one.step == two.step == 30
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    assert lines_without_times(case / "undisturbed") == lines_without_times(f"{bucket}/r")
+    assert read_json(f"{bucket}/r/receipt.json")["hardware"]["processes"] == 2
+    written = {path.name for path in (machines[1].disk / "cache" / "runs").rglob("*")}
+    assert not written & {"checkpoints", "receipt.json", "report.html"}

@@ -21,7 +21,7 @@ from lit_fast.storage.files import (
     replacing_directory,
 )
 from lit_fast.storage.lock import Lock
-from lit_fast.storage.paths import absolute, join, name, parent
+from lit_fast.storage.paths import absolute, is_bucket, join, name, parent
 from lit_fast.utils.output import result
 
 if TYPE_CHECKING:  # `lit-fast export --help` reads the table without importing JAX
@@ -50,6 +50,9 @@ class ExportFormat(Protocol):
     def write(self, model: Model, directory: str, options: ExportOptions) -> None:
         """Write the model's files and its card into an empty local directory."""
 
+
+# The files that other programs open first are uploaded last.
+_LAST = ("config.json", "open_clip_config.json")
 
 # Format -> its module in this package, and the fields of `ExportOptions` that it accepts.
 FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -80,7 +83,9 @@ def check_directory(out: str) -> None:
     if is_directory(out):
         if list_names(out):
             raise UserError(f"--out {out} is not empty; name a new directory")
-    elif exists(out) or name(out) in list_names(parent(out)):  # the second: a link to nothing
+    elif exists(out) or (
+        not is_bucket(out) and name(out) in list_names(parent(out))
+    ):  # the second: a link to nothing
         raise UserError(f"--out {out} is not a directory; name a new one")
 
 
@@ -105,12 +110,12 @@ def write_directory(format_name: str, model: Model, out: str, options: ExportOpt
     exporter = format_module(format_name)
     exporter.check(model, options)
     try:
-        with replacing_directory(out) as temporary:
+        with replacing_directory(out, _LAST) as temporary:
             exporter.write(model, temporary, options)
+            size, names = directory_size(temporary), ", ".join(list_names(temporary))
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own exception
         reason = os_reason(error) if isinstance(error, OSError) else first_line(error)
         raise UserError(f"--out {out} cannot be written: {reason}; name another directory") from None
-    size, names = directory_size(out), ", ".join(list_names(out))
     result(f"exported step {model.step} to {out}: {size / 1e6:,.1f} MB in {names}")
 
 

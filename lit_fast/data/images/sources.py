@@ -126,8 +126,8 @@ def find_other_content(source: Source) -> str:
 
 
 def is_remote_directory(source: Source) -> bool:
-    """Whether a source is a directory of images at a URL, to which it was relocated: there is no file to compare."""
-    return not source.bytes and source.kind == "folder" and is_url(source.path)
+    """Whether a source is a directory of images at a URL: there is no file to compare."""
+    return not source.bytes and source.kind in ("folder", "pairs") and is_url(source.path)
 
 
 def _modified(path: str) -> int:

@@ -13,9 +13,8 @@ from google.protobuf.message import DecodeError
 from lit_fast.data.dataset import Source
 from lit_fast.data.images.decode import ImageError
 from lit_fast.errors import UserError
-from lit_fast.storage.files import local_path
+from lit_fast.storage.cache import local_copy
 from lit_fast.storage.machine import cached_files
-from lit_fast.storage.paths import is_url
 
 # The exceptions of array_record for damaged files.
 ERRORS = (ValueError, RuntimeError, IndexError, OverflowError, MemoryError)
@@ -80,15 +79,14 @@ def _example_class() -> Any:
 
 
 def open_records(path: str) -> ArrayRecordReader:
-    """Open an array_record file for reading records in any order.
+    """Open an array_record file for reading records in any order, a remote one in its copy in the cache.
 
     Raises:
-      UserError: the file is remote.
+      UserError: the file is remote and cannot be read.
+      FileNotFoundError: there is no such file.
       ValueError, RuntimeError: it is not an array_record file, is cut off, or has data behind its end.
     """
-    if is_url(path):
-        raise UserError(f"{path}: array_record files are read from a local disk only; copy it first")
-    reader = ArrayRecordReader(local_path(path), "readahead_buffer_size:0,max_parallelism:0")
+    reader = ArrayRecordReader(local_copy(path, in_parts=True), "readahead_buffer_size:0,max_parallelism:0")
     if not reader.ok():  # it would have no records
         reader.close()  # raises the reason
         raise ValueError("it cannot be opened")

@@ -9,7 +9,7 @@ import numpy as np
 
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import Architecture
-from lit_fast.storage.files import local_path
+from lit_fast.storage.cache import local_copy
 from lit_fast.towers.layouts import TowerFiles
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.torch.packages import require
@@ -52,7 +52,7 @@ def load_torch_tower(
 
     if vit:
         recipe = timm.vit_recipe(vit, preprocess.size, pool)
-        body = timm.build(recipe, npz=local_path(files.path))
+        body = timm.build(recipe, npz=local_copy(files.path, in_parts=True))
     elif files.kind == "transformers":
         recipe = transformers.recipe(files.config, files.where, pool, resolution)
         body = transformers.build(recipe, files.path)

@@ -1,0 +1,44 @@
+"""The README and the pages of docs/: links and files that exist, and the intervals of the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lit_fast.data import dataset
+from lit_fast.embed import commits, shard_writer
+from lit_fast.storage import buckets, lock
+from lit_fast.train import mirror
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(path):
+    links = re.findall(
+        r"\]\(([^)#:]+)(?:#[^)]*)?\)", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    )
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/*/*.md")), ids=lambda path: path.name)
+def test_files_of_the_repository_exist(path):
+    named = re.findall(r"`((?:lit_fast|embed|train|tests|configs|docs)/[\w/.-]+)`", path.read_text())
+    assert named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_intervals_of_the_page_on_storage_are_those_of_the_code():
+    text = " ".join((ROOT / "docs/design/storage.md").read_text().split())
+    for shown in (
+        f"seen no new beat for **{lock.ABANDONED_SECONDS:.0f} s by its own clock**",
+        f"writes a new beat every {lock.TOUCH_SECONDS:.0f} s",
+        f"if the last beat is more than {lock.ABANDONED_SECONDS / 2:.0f} s old",
+        f"are at most {mirror.PUSH_SECONDS:.0f} seconds behind",
+        f"last copy of the journal, {commits.SAVE_SECONDS / 60:.0f} minutes",
+        f"the first {shard_writer.MAX_COPY_BYTES >> 20} MiB",
+        f"a block of {dataset.BLOCK} rows is one request for a range of bytes, {buckets.THREADS} at a time",
+        f"each shard of {dataset.SHARD:,} rows".replace(",", " "),
+    ):
+        assert shown in re.sub(r" │ │ ", " ", text), shown
