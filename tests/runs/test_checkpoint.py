@@ -116,3 +116,16 @@ def test_restore_without_digests_raises(tmp_path):
     assert "digests" in value
     with pytest.raises(DamagedCheckpointError, match="differs from what was saved"):
         read(manager, 1)
+
+
+def test_restore_last_fetches_steps_until_one_is_whole(tmp_path):
+    manager = write(tmp_path, [1, 2, 3], keep=3)
+    fetched = []
+
+    def fetch(step):
+        fetched.append(step)
+        return step < 3
+
+    step, found = restore_last(manager, abstract(both(0)), fetch)
+    assert (step, fetched, list(manager.all_steps())) == (2, [3, 2], [1, 2])
+    np.testing.assert_array_equal(found["params"]["kernel"], trees(2)[0]["kernel"])
