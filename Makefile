@@ -40,6 +40,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.remote_stream
 	$(BIN)/python -m benchmarks.embed
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.step

@@ -27,7 +27,8 @@ from lit_fast.embed.locks import check_parts_are_unlocked, lock_rows
 from lit_fast.embed.row_reader import RowReader
 from lit_fast.embed.skipped import KeySet
 from lit_fast.embed.sources.expand import expand
-from lit_fast.embed.sources.formats import format_of
+from lit_fast.embed.sources.formats import format_of, refuse_pointer
+from lit_fast.embed.sources.image_paths import NOT_FOUND
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
 from lit_fast.storage.files import (
@@ -45,8 +46,8 @@ from lit_fast.utils.permutation import permutation
 
 _DUPLICATE = "duplicate key"
 _DUPLICATE_REMEDY = (
-    "a key is unique within its source: of each duplicate the first was taken; to have all, sort a table by its image, "
-    "whose captions then become one row, or split an archive"
+    "a key is unique within its source: of each duplicate the first was taken; to have all, decline a column with "
+    "--key '', sort a table by its image, whose captions then become one row, or split an archive"
 )
 _WITH_IMAGES = ("tar", "parquet", "tfrecord", "array_record")  # kinds of sources
 _OWN_FILES = {"index", "captions", "left_out.jsonl"}  # of an indexing that was killed
@@ -167,9 +168,11 @@ def _find_sources(patterns: list[str], options: Columns) -> list[Source]:
     for path in [*paths, options.images]:
         if not is_utf8(path):
             raise UserError(f"the name {path!a} is not UTF-8; rename it")
-    return identify_all(
-        [Source(path, 0, format_of(path, options), names=options.as_options()) for path in paths]
-    )
+    found = [Source(path, 0, format_of(path, options), names=options.as_options()) for path in paths]
+    found = identify_all(found)
+    for source in found:
+        refuse_pointer(source)
+    return found
 
 
 def _new_sources(old: Dataset, found: list[Source], seed: int, append: bool) -> list[Source]:
@@ -249,6 +252,8 @@ def _write_rows(reader: RowReader, out: str, lock: Lock, seed: int, old: Dataset
             writer.add(rows[i])
     if writer is None:
         reasons = [*reader.damages[:1], *filter(None, [reader.skipped.report()]), *reader.notes[:1]]
+        if any(reason.startswith(NOT_FOUND) for reason in reader.skipped.counts):
+            reasons.append("give the directory that the paths start from with --images")
         raise UserError("; ".join([f"no usable row in {_some_of(reader.sources)}", *reasons]))
     return writer
 
@@ -275,6 +280,11 @@ def _shuffled(rows: list[Row], reader: RowReader, seed: int, group: int) -> Iter
 def _report_known(dataset: Dataset, found: list[Source], classes: ClassOptions) -> Dataset:
     check_same_names(found, classes, dataset)
     result(f"{dataset.path} is already indexed: {dataset.rows:,} rows with {dataset.captions:,} captions")
+    if directories := [source for source in found if source.kind in ("folder", "pairs")]:
+        status(
+            f"note: {_some_of(directories)} was not read again; files that were added to it since are not in the "
+            "dataset: put them into a directory of their own and give that to --append"
+        )
     return dataset
 
 

@@ -22,6 +22,8 @@ from lit_fast.storage.paths import is_url, name, parent, suffix
 
 NO_OPTIONS = Columns()
 _RIEGELI = bytes.fromhex("83af70d10d884a3f")  # the beginning of an array_record
+_POINTER = b"version https://git-lfs.github.com/"
+_MAX_POINTER = 1024  # bytes
 _MAX_NOISE = 1 << 20  # images
 
 
@@ -88,6 +90,16 @@ def format_by_name(path: str) -> str:
         return found[1]  # TFDS: .tfrecord-00000-of-00004
     is_table = _BY_SUFFIX.get(table_suffix(path)) == "table"
     return "table" if is_table else _BY_SUFFIX.get(suffix(path), "")
+
+
+def refuse_pointer(source: Source) -> None:
+    """Raise UserError if a local file is a pointer of Git LFS, as a clone without `git lfs pull` has them."""
+    if 0 < source.bytes < _MAX_POINTER and not is_url(source.path):
+        with open_read(source.path) as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise UserError(
+                    f"{source.path} is a pointer of Git LFS and not the file; get it with: git lfs pull"
+                )
 
 
 class OwnClassNames(NamedTuple):

@@ -21,6 +21,8 @@ from lit_fast.errors import UserError, is_shortage
 from lit_fast.storage.files import exists, file_status, is_directory, list_directories, read_range
 from lit_fast.storage.paths import is_junk, is_url, join, parent, suffix
 
+NOT_FOUND = "image file not found in "  # beginning of the reason
+
 _MAX_FOLDERS = 1000
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
@@ -116,7 +118,7 @@ def find_image(
     except (FileNotFoundError, NotADirectoryError):
         if _DRIVE.match(inner):
             return ImageFile(inner, problem="path on a Windows drive; make it relative to --images")
-        return ImageFile(inner, problem=f"image file not found in {directory}")
+        return ImageFile(inner, problem=f"{NOT_FOUND}{directory}")
     except OSError as error:
         if is_shortage(error):
             raise

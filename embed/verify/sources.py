@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from lit_fast.data.dataset import Dataset, Source
-from lit_fast.data.images.reader import find_changed_images
+from lit_fast.data.images.reader import sample_images
 from lit_fast.data.images.sources import find_change
 from lit_fast.embed.verify.findings import Finding, some
 from lit_fast.errors import UserError
@@ -29,18 +29,21 @@ def verify_sources(dataset: Dataset, sample: int) -> Iterator[Finding]:
     unreadable = [problem for _, problem in states if problem]
     if changed:
         yield Finding(_PART, f"{len(changed):,} changed: {some(changed)}", _REMEDY)
+    relocate = f"if they have moved: lit-fast index --relocate OLD=NEW {dataset.path}"
     if unreadable:
-        relocate = f"if they have moved: lit-fast index --relocate OLD=NEW {dataset.path}"
         yield Finding(_PART, f"{len(unreadable):,} not read: {some(unreadable)}", relocate, wrong=False)
     if changed or unreadable or not sample:
         return
     try:
-        images = find_changed_images(dataset, sample)
+        found = sample_images(dataset, sample)
     except (UserError, ValueError, TypeError, KeyError, IndexError):  # an index record: a finding of its own
         return
-    if images:
-        count = min(sample, dataset.rows)
-        yield Finding(_PART, f"{len(images):,} of {count:,} sampled images changed: {some(images)}", _REMEDY)
+    if found.changed:
+        of = f"{len(found.changed):,} of {found.read:,} sampled images changed"
+        yield Finding(_PART, f"{of}: {some(found.changed)}", _REMEDY)
+    if found.missing:
+        of = f"{len(found.missing):,} of {found.read:,} sampled images not read"
+        yield Finding(_PART, f"{of}: {some(found.missing)}", relocate, wrong=False)
 
 
 def _state(source: Source) -> tuple[str, str]:

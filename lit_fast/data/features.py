@@ -27,6 +27,7 @@ from lit_fast.data.shards import (
     BlockReader,
     array_metadata,
     read_threads,
+    run_blocks,
     shard_file,
     tensorstore_reason,
 )
@@ -142,17 +143,25 @@ class Features:
         self.array()  # checks shape and type
         reader, width, stored_width = self.block_reader(), views * self.width, self.views * self.width
         out = np.empty((self.dataset.blocks, BLOCK, width), BFLOAT16)
+        count = run_blocks(self.path, stored_width)
+        shard_blocks = SHARD // BLOCK
+        runs = [
+            slice(first, min(first + count, end))
+            for start in range(0, self.dataset.blocks, shard_blocks)
+            for end in [min(start + shard_blocks, self.dataset.blocks)]
+            for first in range(start, end, count)
+        ]
 
-        def read(block: int) -> None:
+        def read(run: slice) -> None:
             if width == stored_width:
-                reader.read(block, out[block])
+                reader.read_run(run.start, out[run])
                 return
-            buffer = np.empty((BLOCK, stored_width), BFLOAT16)
-            reader.read(block, buffer)
-            out[block] = buffer[:, :width]
+            buffer = np.empty((run.stop - run.start, BLOCK, stored_width), BFLOAT16)
+            reader.read_run(run.start, buffer)
+            out[run] = buffer[..., :width]
 
         with ThreadPoolExecutor(read_threads(self.path)) as pool:
-            for _ in pool.map(read, range(self.dataset.blocks)):
+            for _ in pool.map(read, runs):
                 pass
         return out.reshape(-1, width)[: self.dataset.rows]
 

@@ -21,6 +21,7 @@ from lit_fast.storage.paths import is_bucket, join, parent
 
 _BLOCKS = SHARD // BLOCK
 _CHECKSUM = 4  # bytes
+_RUN_BYTES = 8 << 20  # of one request to a bucket where whole shards are needed
 
 
 def array_metadata(width: int) -> dict[str, Any]:
@@ -46,6 +47,13 @@ def array_metadata(width: int) -> dict[str, Any]:
 def read_threads(location: str) -> int:
     """Return the number of concurrent reads that keep a local disk, or the requests to a bucket, busy."""
     return 32 if is_bucket(location) else 8
+
+
+def run_blocks(location: str, width: int) -> int:
+    """Return the number of blocks of `width` values a row that are read at once where whole shards are needed."""
+    if not is_bucket(location):
+        return 1
+    return max(1, min(_BLOCKS, _RUN_BYTES // (2 * BLOCK * width)))
 
 
 def shard_file(store: str, shard: int) -> str:
@@ -75,7 +83,7 @@ class BlockReader:
           UserError: the shard is missing or damaged.
         """
         shard, number = divmod(block, _BLOCKS)
-        data = out.reshape(-1).view(np.uint8)
+        data = out.reshape(1, -1).view(np.uint8)
         known = shard in self._indices
         try:
             try:
@@ -92,17 +100,39 @@ class BlockReader:
             last = min(first + BLOCK, self._rows) - 1
             raise read_error(self._store, ValueError(f"rows {first} to {last}: {error}")) from None
 
-    def _read(self, shard: int, number: int, out: np.ndarray) -> None:
+    def read_run(self, block: int, out: np.ndarray) -> None:
+        """Read consecutive blocks of one shard into `out`, contiguous bfloat16 `[blocks, 1024, width]`.
+
+        It is one read if they follow each other in the file, as in a shard that was written at once.
+
+        Raises:
+          UserError: the shard is missing or damaged.
+        """
+        shard, first = divmod(block, _BLOCKS)
+        try:
+            self._read(shard, first, out.reshape(len(out), -1).view(np.uint8))
+        except (OSError, ValueError):
+            for number, buffer in enumerate(out, block):
+                self.read(number, buffer)
+
+    def _read(self, shard: int, first: int, out: np.ndarray) -> None:
+        """Read blocks that follow each other in a file into `out`, uint8 `[blocks, bytes]`."""
         file = shard_file(self._store, shard)
         if shard not in self._indices:
             self._indices[shard] = _read_index(file)
-        offset, length = map(int, self._indices[shard][number])
-        if length != len(out) + _CHECKSUM or offset >= 1 << 62:  # both are 2^64 - 1 for an absent block
-            raise ValueError(f"{file} has no whole block {number}")
-        checksum = np.empty(_CHECKSUM, np.uint8)
-        read_into(file, offset, out.data, checksum.data)
-        if google_crc32c.value(out) != int(checksum.view("<u4")[0]):
-            raise ValueError(f"{file} has the wrong crc32c in the {length} bytes from {offset}")
+        stored = self._indices[shard][first : first + len(out)].tolist()
+        start, length = stored[0][0], out.shape[1] + _CHECKSUM
+        for i, (offset, stored_length) in enumerate(stored):
+            # Both are 2^64 - 1 for an absent block.
+            if stored_length != length or offset >= 1 << 62 or offset != start + i * length:
+                raise ValueError(f"{file} has no whole block {first + i}")
+        checksums = np.empty((len(out), _CHECKSUM), np.uint8)
+        read_into(file, start, *(part.data for pair in zip(out, checksums, strict=True) for part in pair))
+        for i, checksum in enumerate(checksums.view("<u4")[:, 0].tolist()):
+            if google_crc32c.value(out[i]) != checksum:
+                raise ValueError(
+                    f"{file} has the wrong crc32c in the {length} bytes from {start + i * length}"
+                )
 
 
 def _read_index(file: str) -> np.ndarray:

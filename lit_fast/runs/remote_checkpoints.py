@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 from lit_fast.errors import UserError
 from lit_fast.storage.cache import local_directory
@@ -30,6 +31,8 @@ from lit_fast.storage.files import (
 )
 from lit_fast.storage.paths import join
 from lit_fast.utils.output import status
+
+_ATTEMPTS = 3  # to read a checkpoint of a run that is being trained, which may delete it meanwhile
 
 
 def stored_steps(run: str) -> list[int]:
@@ -72,6 +75,14 @@ def pull_checkpoint(run: str, step: int, local: str, items: Collection[str] = ()
     Returns:
       Whether it is whole; a damaged one is reported and not copied.
     """
+    problem = _pull(run, step, local, items)
+    if problem:
+        status(f"warning: checkpoint {_directory(run, step)} is damaged: {problem}; it is not used")
+    return not problem
+
+
+def _pull(run: str, step: int, local: str, items: Collection[str]) -> str:
+    """Do as `pull_checkpoint`, but return the problem; "" if the checkpoint is whole."""
     source, target = _directory(run, step), _directory(local, step)
     files = read_object(f"{source}.json", "files", files=dict)["files"]
     wanted = [name for name in files if not items or "/" not in name or name.partition("/")[0] in items]
@@ -92,13 +103,12 @@ def pull_checkpoint(run: str, step: int, local: str, items: Collection[str] = ()
 
     problem = next(filter(None, in_threads(pull, wanted, 32)), "")
     if problem:
-        status(f"warning: checkpoint {source} is damaged: {problem}; it is not used")
         remove_tree(partial)
-        return False
+        return problem
     make_directory(join(local, "checkpoints"))
     remove_tree(target)
     rename(partial, target)
-    return True
+    return ""
 
 
 def delete_checkpoint(run: str, step: int) -> None:
@@ -127,19 +137,36 @@ def cached_checkpoint(run: str, step: int | None, items: Collection[str]) -> tup
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
     """
-    steps = stored_steps(run)
-    if not steps:
-        raise UserError(f"run {run} has no checkpoint yet")
-    if step is not None and step not in steps:
-        raise UserError(f"run {run} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    step = steps[-1] if step is None else step
-    marker = read_bytes(f"{_directory(run, step)}.json")
-    local = local_directory("checkpoints", run + marker.decode() + ",".join(sorted(items)))
-    if not is_file(join(local, "complete")):
-        if not pull_checkpoint(run, step, local, items):
-            raise UserError(f"checkpoint {_directory(run, step)} is damaged; give another --step")
-        write_atomic(join(local, "complete"), b"")
-    return step, local
+    problem = ""
+    for _ in range(_ATTEMPTS):
+        steps = stored_steps(run)
+        if not steps:
+            raise UserError(f"run {run} has no checkpoint yet")
+        if step is not None and step not in steps:
+            raise UserError(
+                f"run {run} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+            )
+        chosen = steps[-1] if step is None else step
+        marker = _marker(run, chosen)
+        local = local_directory("checkpoints", f"{run}{marker!r}{','.join(sorted(items))}")
+        if is_file(join(local, "complete")):
+            return chosen, local
+        with suppress(UserError):  # of a marker that has just been deleted
+            problem = _pull(run, chosen, local, items)
+            if not problem:
+                write_atomic(join(local, "complete"), b"")
+                return chosen, local
+        if marker is not None and _marker(run, chosen) == marker:  # no training has replaced it meanwhile
+            break
+    raise UserError(
+        f"checkpoint {_directory(run, chosen)} is damaged: {problem or 'its .json cannot be read'}; give another --step"
+    )
+
+
+def _marker(run: str, step: int) -> bytes | None:
+    with suppress(FileNotFoundError):
+        return read_bytes(f"{_directory(run, step)}.json")
+    return None
 
 
 def _directory(run: str, step: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -324,3 +325,47 @@ def test_relocate_of_nested_directories_follows_the_innermost(tmp_path: Path, tu
     moves = [("--relocate", f"{outer}={tmp_path}/outer"), ("--relocate", f"{inner}={tmp_path}/inner")][::turn]
     assert main(["index", *moves[0], *moves[1], str(tmp_path / "d")]) == 0
     assert read_all(open_dataset(tmp_path / "d")) == right
+
+
+def _move_images_away(tmp_path: Path) -> Path:
+    """Index a table with a directory of images, then put an empty directory in the place of the images."""
+    write_table(tmp_path / "a.csv", [0, 1, 2])
+    index_dataset([str(tmp_path / "a.csv")], tmp_path / "d")
+    os.rename(tmp_path / "images", tmp_path / "away")
+    (tmp_path / "images").mkdir()
+    return tmp_path / "d"
+
+
+def test_embed_where_all_images_are_missing_stops_before_work(
+    tmp_path: Path, tiny_vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = _move_images_away(tmp_path)
+    assert main(["embed", str(out), "--tower", str(tiny_vit)]) == 2
+    assert re.search(
+        r"none of 3 sampled images of .* can be read .*--relocate OLD=NEW", capsys.readouterr().err
+    )
+
+
+def test_verify_names_images_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = _move_images_away(tmp_path)
+    os.rename(tmp_path / "away/2.bmp", tmp_path / "images/2.bmp")
+    assert main(["verify", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 3 sampled images not read: " in said
+    assert f"--relocate OLD=NEW {out}" in said
+
+
+def test_index_of_a_directory_again_says_that_new_files_are_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "classes/cat").mkdir(parents=True)
+    (tmp_path / "classes/cat/0.bmp").write_bytes(bitmap(0))
+    command = ["index", str(tmp_path / "classes"), "--out", str(tmp_path / "d")]
+    assert main(command) == 0
+    (tmp_path / "classes/cat/1.bmp").write_bytes(bitmap(1))
+    for more in ([], ["--append"]):
+        capsys.readouterr()
+        assert main([*command, *more]) == 0
+        assert "classes was not read again; files that were added to it since are not in the dataset" in (
+            capsys.readouterr().err
+        )

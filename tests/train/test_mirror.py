@@ -11,7 +11,7 @@ import pytest
 
 import lit_fast.storage.lock as lock_module
 from lit_fast.errors import UserError
-from lit_fast.runs.remote_checkpoints import stored_steps
+from lit_fast.runs.remote_checkpoints import cached_checkpoint, stored_steps
 from lit_fast.storage import buckets
 from lit_fast.storage.files import list_names, read_bytes, remove, walk_files, write_atomic
 from lit_fast.storage.lock import Lock
@@ -260,3 +260,31 @@ def test_checkpoint_that_is_deleted_while_it_is_written_is_skipped(
     with lock() as held, RunMirror(RUN, held) as mirror:
         assert content(mirror, 40) == expected(40)
     assert not [name for name in walk_files(f"{RUN}/checkpoints") if name.startswith("20")]
+
+
+def test_reader_of_a_run_follows_its_training(server: FakeGcs) -> None:
+    """The checkpoint that is being read is deleted when a newer one exists."""
+    with lock() as held, RunMirror(RUN, held) as mirror:
+        train(mirror, 20)
+        mirror.check()
+
+        def fault(method: str, path: str) -> int:
+            if method == "GET" and "checkpoints%2F20%2Fparams" in path:
+                server.fault = lambda method, path: 0
+                train(mirror, 40)
+                shutil.rmtree(f"{mirror.local}/checkpoints/20")
+                mirror.check()
+            return 0
+
+        server.fault = fault
+        step, local = cached_checkpoint(RUN, None, ("params", "meta"))
+        assert step == 40
+        assert Path(local, "checkpoints", "40", "params", "3").read_bytes() == expected(40)[3]
+        with pytest.raises(UserError, match="has no checkpoint of step 20; there are 40"):
+            cached_checkpoint(RUN, 20, ("params", "meta"))
+        remove(f"{RUN}/checkpoints/40/meta/0")
+        assert cached_checkpoint(RUN, 40, ("params", "meta")) == (40, local)
+        with pytest.raises(
+            UserError, match=r"checkpoints/40 is damaged: meta/0 is missing; give another --step"
+        ):
+            cached_checkpoint(RUN, 40, ("meta",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from typing import NamedTuple
 from urllib.parse import quote
 
 from lit_fast.data.dataset import BLOCK, Block, Dataset, Source, decode_block
@@ -106,26 +107,35 @@ class ImageReader:
         return True
 
 
-def find_changed_images(dataset: Dataset, sample: int = 64) -> list[str]:
-    """Read evenly spaced rows and return the keys of those whose image file is not the one that was indexed.
+class ImageSample(NamedTuple):
+    """What `sample_images` found."""
+
+    read: int  # images that were compared or looked for
+    changed: list[str]  # keys of rows whose image file is another than the indexed one
+    missing: list[str]  # keys of rows whose image file cannot be read
+
+
+def sample_images(dataset: Dataset, sample: int = 64) -> ImageSample:
+    """Compare the image files of evenly spaced rows with those that were indexed.
 
     A file that holds many images is checked by `check_sources`.
 
     Raises:
       UserError: a source cannot be read or has changed.
     """
-    reader, changed = ImageReader(dataset), []
+    reader, found = ImageReader(dataset), ImageSample(0, [], [])
     for row in sorted({dataset.rows * i // sample for i in range(sample)}):
         block, i = reader.locate(row)
         if dataset.sources[block.sources[i]].kind != "folder" or not block.check(i):
             continue
+        found = found._replace(read=found.read + 1)
         try:
             reader.read(row)
         except ChangedImageError:
-            changed.append(block.keys[i])
+            found.changed.append(block.keys[i])
         except ImageError:
-            continue  # missing: embedding marks the row as invalid
-    return changed
+            found.missing.append(block.keys[i])
+    return found
 
 
 def _changed(source: Source, key: str) -> UserError:

@@ -12,6 +12,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorboardX.record_writer import RecordWriter
 
+from lit_fast.embed.index import index_dataset
 from lit_fast.embed.sources.expand import expand
 from lit_fast.embed.sources.formats import FORMATS, format_of
 from lit_fast.errors import UserError
@@ -210,3 +211,12 @@ def test_expand_of_pairs_with_a_captions_txt_gives_the_directory(tmp_path: Path)
     for file in ("captions.txt", "a.jpg", "a.txt"):
         (tmp_path / file).write_bytes(b"x")
     assert expand([str(tmp_path)]) == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.csv", "a.json"])
+def test_index_a_pointer_of_git_lfs_names_the_remedy(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab12\nsize 123\n")
+    with pytest.raises(
+        UserError, match="is a pointer of Git LFS and not the file; get it with: git lfs pull"
+    ):
+        index_dataset([str(tmp_path / name)], tmp_path / "d")

@@ -78,6 +78,11 @@ def test_index_windows_paths_are_found_or_refused_with_a_remedy(images: Path, tm
     assert dataset.left_out == {"path on a Windows drive; make it relative to --images": 1}
 
 
+def test_index_table_whose_images_are_elsewhere_names_the_remedy(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"1 image file not found in .*; give the directory .* with --images"):
+        index(tmp_path / "t.csv", "filepath,title\nelsewhere/0.jpg,a\n")
+
+
 def test_index_table_of_urls_alone_names_the_remedy(images: Path, tmp_path: Path) -> None:
     text = "a station\thttp://x.com/1.jpg\nsierra\thttp://x.com/2.jpg\n"  # Conceptual Captions has no header
     with pytest.raises(UserError, match=r"2 a URL and no file; download the images with img2dataset"):
