@@ -270,17 +270,21 @@ def _from_jax_variables() -> _Process:
         if value is None:
             raise UserError(f"the environment has some of {', '.join(_VARIABLES)} but not {name}; set it")
     _, count, rank = map(str, values)
+    _check_rank("JAX_PROCESS_ID", rank, "JAX_NUM_PROCESSES", count)
+    return _Process(int(rank), int(count), variables=_VARIABLES)
+
+
+def _check_rank(rank_name: str, rank: str, count_name: str, count: str) -> None:
     if not (count.isdecimal() and rank.isdecimal() and int(rank) < int(count)):
         raise UserError(
-            f"JAX_PROCESS_ID {rank!r} is not below JAX_NUM_PROCESSES {count!r}; number the processes from 0"
+            f"{rank_name} {rank!r} is not below {count_name} {count!r}; number the processes from 0"
         )
-    return _Process(int(rank), int(count), variables=_VARIABLES)
 
 
 def _from_slurm() -> _Process:
     # SLURM_NTASKS is the job's; the step of an interactive shell has one task.
     total = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
-    count, rank, local_rank = _numbers(total, "SLURM_PROCID", "SLURM_LOCALID")
+    count, rank, local_rank = _job_numbers(total, "SLURM_PROCID", "SLURM_LOCALID")
     nodes, job = os.environ["SLURM_STEP_NODELIST"], os.environ.get("SLURM_JOB_ID", "")
     prefix, _, rest = nodes.partition(",")[0].partition(
         "["
@@ -292,7 +296,7 @@ def _from_slurm() -> _Process:
 
 def _from_open_mpi() -> _Process:
     names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-    count, rank, local_rank = _numbers(*names)
+    count, rank, local_rank = _job_numbers(*names)
     # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911 or 1314521088.0;tcp6://[fe80::b9b,2620:10d::2]:43370
     uri = re.match(
         r"(\d+)\..*?;tcp6?://\[?([^,\]]+?)(?:[,\]]|:\d+$)",
@@ -311,14 +315,15 @@ def _job_port(job: str) -> int:
     return 65536 - 4096 + int(job) % 4096 if job.isdecimal() else 0
 
 
-def _numbers(*names: str) -> list[int]:
-    """Return variables of the environment as integers."""
+def _job_numbers(*names: str) -> list[int]:
+    """Return the variables of the number of processes, the rank and the local rank as integers."""
     values = [os.environ.get(name, "") for name in names]
     for name, value in zip(names, values, strict=True):
         if not value.isdecimal():
             raise UserError(
                 f"the environment has {name} {value!r} instead of a number; set it, or unset the others"
             )
+    _check_rank(names[1], values[1], names[0], values[0])
     return [int(value) for value in values]
 
 

@@ -81,6 +81,8 @@ def test_incomplete_environment_is_refused(call):
     assert "but not JAX_COORDINATOR_ADDRESS; set it" in half.stderr
     wrong = run(call, JAX_NUM_PROCESSES="4", JAX_PROCESS_ID="4", JAX_COORDINATOR_ADDRESS="x:1")
     assert "JAX_PROCESS_ID '4' is not below JAX_NUM_PROCESSES '4'" in wrong.stderr
+    wrong = run(call, SLURM_STEP_NODELIST="x", SLURM_PROCID="5", SLURM_NTASKS="2", SLURM_LOCALID="0")
+    assert "SLURM_PROCID '5' is not below SLURM_NTASKS '2'" in wrong.stderr
 
 
 def test_distributed_job_alone_does_nothing():

@@ -184,7 +184,11 @@ def write_index(rows: Iterable[tuple[Row, str]], sources: list[Source], out: str
                 else:
                     skipped.add(row.key, sources[row.source].path, "duplicate key")
         if writer is None:
-            raise UserError("; ".join([f"no usable row in {sources[0].path}", skipped.report()]))
+            raise UserError(
+                "; ".join(
+                    [f"no usable row in {sources[0].path}", skipped.report() or "give files with features"]
+                )
+            )
     except LostLockError:  # the files are another process's
         raise
     except UserError:

@@ -10,7 +10,7 @@ import warnings
 from lit_fast.config import sections, settings
 from lit_fast.config_io import describe
 from lit_fast.errors import UserError, os_reason
-from lit_fast.storage.files import exists, is_directory, json_bytes, local_path, write_atomic
+from lit_fast.storage.files import exists, is_directory, is_stream, json_bytes, local_path, write_atomic
 from lit_fast.storage.paths import StrPath, absolute, is_bucket, join, name, parent
 
 
@@ -27,6 +27,8 @@ def check_output(location: StrPath | None, option: str = "--json") -> None:
     if is_bucket(location):
         if not name(parent(location)):
             raise UserError(f"{option} {location} is a bucket; give the name of a file in it")
+        return
+    if is_stream(location):
         return
     directory = parent(absolute(location))
     while not exists(directory):

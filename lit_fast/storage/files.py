@@ -27,6 +27,7 @@ from lit_fast.storage import remote
 from lit_fast.storage.paths import StrPath, absolute, is_bucket, is_url, join, parent, refuse_url
 
 MAX_TEXT_BYTES = 16 << 20
+_OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -74,6 +75,16 @@ def is_file(location: StrPath) -> bool:
     if is_bucket(location):
         return buckets().generation(os.fspath(location)) != buckets().ABSENT
     return os.path.isfile(local_path(location))
+
+
+def is_stream(location: StrPath) -> bool:
+    """Return whether this is a device, a pipe or a name of an open file, as /dev/null and /dev/stdout are."""
+    if is_bucket(location):
+        return False
+    path = local_path(location)
+    return path.startswith(_OPEN_FILES) or (
+        os.path.exists(path) and not is_file(path) and not is_directory(path)
+    )
 
 
 def is_directory(location: StrPath) -> bool:
@@ -484,9 +495,17 @@ def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
 
 
 def write_atomic(location: StrPath, data: bytes) -> None:
-    """Write a file so that a reader finds all of `data` or none of it; creates the directories above."""
+    """Write a file so that a reader finds all of `data` or none of it; creates the directories above.
+
+    A device or a pipe receives the data instead of being replaced by a file.
+    """
     if is_bucket(location):
         buckets().write(os.fspath(location), data)
+        return
+    if is_stream(location):
+        path = local_path(location)
+        with _named(path), open(path, "ab") as stream:
+            stream.write(data)
         return
     with replacing(location) as temporary, open(temporary, "wb") as file:
         file.write(data)

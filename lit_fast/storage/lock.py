@@ -175,7 +175,7 @@ def is_locked(location: StrPath) -> bool:
 
 
 def check_unlocked(locations: Sequence[StrPath], target: StrPath, remedy: str) -> None:
-    """Raise InUseError if a process holds one of the locks; arguments as for `Lock`."""
+    """Raise InUseError if a process holds one of the locks; delete abandoned ones. Arguments as for `Lock`."""
     watches = [LockWatch(location) for location in locations]
     while watches:
         uncertain = []
@@ -190,6 +190,8 @@ def check_unlocked(locations: Sequence[StrPath], target: StrPath, remedy: str) -
                 raise _in_use(target, watch, remedy)
             if state is _State.UNCERTAIN:
                 uncertain.append(watch)
+            if state is _State.ABANDONED:
+                watch.delete()
         watches = uncertain
         if watches:
             watches[0].pause(_State.UNCERTAIN, target)
@@ -253,6 +255,13 @@ class LockWatch:
         """Replace the abandoned content, unless another process does it; `look` shows which. Raises OSError."""
         if self._first:
             swap_lease(self._location, self._first.data, data, self._is_claim_abandoned)
+
+    def delete(self) -> None:
+        """Delete the abandoned file if that is possible, so that the next command need not wait for it."""
+        if self._first:
+            claim = Holder.this_process().encode()
+            with suppress(OSError, UserError):
+                swap_lease(self._location, self._first.data, claim, self._is_claim_abandoned, delete=True)
 
     def pause(self, state: _State, target: StrPath) -> None:
         """Wait before the next look."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,26 @@ def test_replacing_names_the_file_in_errors_of_writing(tmp_path):
         full.write(b"x")
     assert raised.value.filename == str(tmp_path / "f")
     assert not list(tmp_path.iterdir())
+
+
+def test_write_atomic_to_a_device_or_pipe_does_not_replace_it(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(pipe, b"data")
+    assert os.read(reader, 100) == b"data"
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+    # A link, as /dev/null itself could be replaced by whoever may write to /dev.
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(tmp_path / "full", b"data")
+    assert (tmp_path / "full").is_symlink()
+
+
+def test_write_atomic_to_an_open_file_adds_to_it(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb", buffering=0) as file:
+        file.write(b"a ")
+        write_atomic(f"/proc/self/fd/{file.fileno()}", b"b")
+    assert (tmp_path / "file").read_bytes() == b"a b"

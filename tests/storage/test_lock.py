@@ -122,6 +122,16 @@ def test_lock_without_a_sign_of_its_holder_is_taken_over_after_a_while(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "data", [elsewhere(), b"", dataclasses.replace(Holder.this_process(), token="0").encode()]
+)
+def test_check_unlocked_deletes_an_abandoned_lock(tmp_path: Path, data: bytes, hurry: None) -> None:
+    """Otherwise each command that only checks it would wait for a sign of its holder again."""
+    (tmp_path / "l").write_bytes(data)
+    check_unlocked([tmp_path / "l"], "D", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_lock_of_a_living_process_elsewhere_is_not_taken_over(
     tmp_path: Path, hurry: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
