@@ -49,7 +49,7 @@ class RowReader:
         self.labels: set[int] = set()
         self._options, self._first, self._num_classes = options, first_source, num_classes
         self._outside = f"label outside the {num_classes} class names"
-        self._dropped = Counter[str]()  # reason -> rows with captions whose label is not used
+        self._dropped = Counter[str]()  # reason -> rows without one of their values
         self._printed: set[tuple[str, str]] = set()  # format of a source, its guesses
 
     def source_of(self, row: Row) -> Source:
@@ -80,16 +80,16 @@ class RowReader:
                 count += 1
                 if count >= 2 * GROUP_ROWS:
                     grouped, count = grouped + len(group), 0
-                    yield list(map(_merge, group.values()))
+                    yield list(map(self._merge, group.values()))
                     group.clear()
                     progress.advance(0, f"{grouped:,} rows")
             progress.advance(1, f"{grouped + len(group):,} rows")
             if count >= GROUP_ROWS:
                 grouped, count = grouped + len(group), 0
-                yield list(map(_merge, group.values()))
+                yield list(map(self._merge, group.values()))
                 group.clear()
         if group:
-            yield list(map(_merge, group.values()))
+            yield list(map(self._merge, group.values()))
         progress.close()
         for reason, count in self._dropped.items():
             self.notes.append(f"{count:,} rows were taken without one value: {reason}")
@@ -126,6 +126,22 @@ class RowReader:
         if change := find_change(source):
             raise UserError(f"source {source.path} {change}: it was written meanwhile; rerun the command")
 
+    def _merge(self, rows: list[Row]) -> Row:
+        """Return one row with the captions of several rows of one image, and the first of their labels."""
+        if len(rows) == 1:
+            return rows[0]
+        # A row without languages has captions of unknown ones.
+        languages = tuple(language for row in rows for language in row.languages or ("",) * len(row.captions))
+        labels = [row.label for row in rows if row.label >= 0]
+        if len(set(labels)) > 1:
+            self._dropped["another label of the same image"] += 1
+        return replace(
+            rows[0],
+            captions=tuple(caption for row in rows for caption in row.captions),
+            languages=languages if any(languages) else (),
+            label=labels[0] if labels else -1,
+        )
+
     def _is_outside(self, label: int) -> bool:
         return bool(self._num_classes) and label >= self._num_classes
 
@@ -138,17 +154,3 @@ class RowReader:
         shown = caption if len(caption) <= 80 else f"{caption[:77]}..."
         shown = shown if shown.isprintable() else ascii(shown)[1:-1]
         status(f"{name(source.path)}: {line}" + (f'; first caption: "{shown}"' if caption else ""))
-
-
-def _merge(rows: list[Row]) -> Row:
-    """Return one row with the captions of several rows of one image, and the first of their labels."""
-    if len(rows) == 1:
-        return rows[0]
-    # A row without languages has captions of unknown ones.
-    languages = tuple(language for row in rows for language in row.languages or ("",) * len(row.captions))
-    return replace(
-        rows[0],
-        captions=tuple(caption for row in rows for caption in row.captions),
-        languages=languages if any(languages) else (),
-        label=next((row.label for row in rows if row.label >= 0), -1),
-    )

@@ -17,6 +17,7 @@ MAX_LISTED = 100_000  # lines of left_out.jsonl
 _MAX_KEY = 500  # characters
 _MAX_REASONS = 100  # of other splits
 _SHOWN = 5  # names per reason in the report
+_MAX_SHOWN = 200  # characters of such a name
 
 
 class SkippedLog:
@@ -38,7 +39,9 @@ class SkippedLog:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self._names.setdefault(reason, [])
         if len(names) < _SHOWN:
-            names.append(f"{key if key.isprintable() else ascii(key)} in {name(source)}")
+            shown = key if key.isprintable() else ascii(key)
+            shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
+            names.append(f"{shown} in {name(source)}")
         if len(self._lines) < MAX_LISTED:
             self._lines.append(json.dumps({"key": key, "file": source, "reason": reason}))
 

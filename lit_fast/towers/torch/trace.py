@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 import torchax
 from torchax import amp
 from torchax.interop import JittableModule, extract_all_buffers, torch_view
+
+_CACHE = type(lru_cache(len))  # also of functools.cache
 
 _FULL_PRECISION = (
     torch.ops.aten._softmax.default,
@@ -53,8 +57,34 @@ def run(
         environment.override_property(autocast_dtype=torch.bfloat16 if dtype == jnp.bfloat16 else None),
         environment,
     ):
-        out = traced.functional_call("forward", tensors, {}, x, **options)
+        _clear_caches(module)
+        try:
+            out = traced.functional_call("forward", tensors, {}, x, **options)
+        finally:
+            _clear_caches(module)  # they would keep tracers
     return environment.t2j_iso(out)
+
+
+def _clear_caches(module: torch.nn.Module) -> None:
+    """Clear the caches of functions and methods in the source files of a module's classes (DINOv3, BEiT)."""
+    for name in {type(part).__module__ for part in module.modules()}:
+        found = dict(vars(sys.modules[name]))
+        for kind in [value for value in found.values() if isinstance(value, type)]:
+            found |= {f"{kind.__name__}.{key}": value for key, value in vars(kind).items()}
+        for value in found.values():
+            function = getattr(value, "__func__", value)
+            for inner in (function, *_closed_over(function)):
+                if isinstance(inner, _CACHE):
+                    inner.cache_clear()
+
+
+def _closed_over(function: Any) -> list[Any]:
+    """Return what a decorated function refers to, [] for other values."""
+    cells = getattr(function, "__closure__", None) or ()
+    try:
+        return [cell.cell_contents for cell in cells]
+    except ValueError:  # a cell without contents
+        return []
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -83,6 +83,14 @@ def test_index_table_whose_images_are_elsewhere_names_the_remedy(images: Path, t
         index(tmp_path / "t.csv", "filepath,title\nelsewhere/0.jpg,a\n")
 
 
+def test_index_image_with_two_labels_keeps_the_first_and_says_so(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = index(tmp_path / "t.csv", "filepath,label\nimages/0.jpg,4\nimages/0.jpg,2\nimages/1.jpg,3\n")
+    assert (dataset.rows, dataset.labelled) == (2, 2)
+    assert "1 rows were taken without one value: another label of the same image" in capsys.readouterr().err
+
+
 def test_index_table_of_urls_alone_names_the_remedy(images: Path, tmp_path: Path) -> None:
     text = "a station\thttp://x.com/1.jpg\nsierra\thttp://x.com/2.jpg\n"  # Conceptual Captions has no header
     with pytest.raises(UserError, match=r"2 a URL and no file; download the images with img2dataset"):

@@ -74,8 +74,9 @@ def test_embed_bfloat16_rounds_products_only(case: str, tmp_path: Path) -> None:
     assert all(np.asarray(value).dtype != jnp.bfloat16 for value in tower.params.values())
 
 
-def test_embed_of_a_model_that_keeps_tensors_can_be_traced_again(tmp_path: Path) -> None:
-    model = save_timm(tmp_path, "tiny_vit")
+@pytest.mark.parametrize("case", ["timm:tiny_vit", "transformers:dinov3_vit"])
+def test_embed_of_a_model_that_keeps_tensors_can_be_traced_again(case: str, tmp_path: Path) -> None:
+    model = save(tmp_path, case)
     tower = load_tower(str(tmp_path))
     for count, dtype in ((1, jnp.float32), (2, jnp.bfloat16)):
         images = pixels(count, SIZE)
