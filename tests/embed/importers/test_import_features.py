@@ -337,7 +337,7 @@ def test_what_is_there_already_is_not_touched(tmp_path, capsys):
     np.save(tmp_path / "empty.npy", np.zeros((0, WIDTH), "f4"))
     error = fails(capsys, tmp_path / "empty.npy", tmp_path / "y")
     assert "no usable row in" in error
-    assert "empty.npy; give files with features" in error
+    assert "empty.npy; give at least one row of features" in error
 
 
 def test_folders_of_torch_files(tmp_path, capsys):
