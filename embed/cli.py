@@ -15,7 +15,8 @@ def index(parser: argparse.ArgumentParser) -> Run:
     """Write the index of a dataset: its rows of images and captions, in their order.
 
     SOURCE is a tar, parquet, tfrecord, array_record or table file, a directory or a pattern, local or at https://,
-    s3://, gs:// or hf://: 'train/*.tar', 's3://bucket/{00000..00099}.parquet', captions.csv, imagenet/val,
+    s3://, gs://, hf:// or another protocol of fsspec, such as az:// (a URL of a directory ends with /):
+    'train/*.tar', 's3://bucket/{00000..00099}.parquet', captions.csv, imagenet/val,
     annotations/captions_val2017.json, 'hf://datasets/OWNER/NAME/*.parquet'.
     Images are not copied: sources must stay where they are, unchanged. After they have moved, --relocate connects
     the dataset to them again. Rows are shuffled once, by the seed; their order never changes.

@@ -12,6 +12,7 @@ import atexit
 import os
 import re
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -179,7 +180,9 @@ def _initialize_distributed() -> Rendezvous | None:
     process = _from_environment()
     if process is None:
         try:
-            jax.distributed.initialize()  # JAX may know more kinds of jobs
+            with warnings.catch_warnings():  # in any Kubernetes pod: its client is not installed
+                warnings.simplefilter("ignore")
+                jax.distributed.initialize()  # JAX may know more kinds of jobs
         except (
             ValueError,
             RuntimeError,

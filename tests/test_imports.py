@@ -277,6 +277,15 @@ def test_locks_of_the_file_system_are_not_used():
     assert not wrong
 
 
+@pytest.mark.parametrize("module", ["embed.index", "embed.tokenize", "data.features", "report.info"])
+def test_commands_on_local_files_load_no_client_of_buckets(module):
+    """Nor JAX."""
+    program = f"import sys, lit_fast.{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    clients = {"tensorstore", "fsspec", "gcsfs", "s3fs", "jax"}
+    assert not clients & set(done.stdout.split())
+
+
 def test_help_imports_no_command_and_no_jax():
     code = (
         "import sys; from lit_fast.cli.main import main\n"

@@ -186,7 +186,10 @@ def write_index(rows: Iterable[tuple[Row, str]], sources: list[Source], out: str
         if writer is None:
             raise UserError(
                 "; ".join(
-                    [f"no usable row in {sources[0].path}", skipped.report() or "give files with features"]
+                    [
+                        f"no usable row in {sources[0].path}",
+                        skipped.report() or "give at least one row of features",
+                    ]
                 )
             )
     except LostLockError:  # the files are another process's

@@ -126,6 +126,10 @@ def _in_directory(directory: str) -> list[str]:
         if found:
             if folders != [directory]:
                 refuse_several_splits(directory, {name(parent(f)) for f in found})
+            if format_by_name(found[0]) == "table" and has_pairs(directory, Columns()):
+                status(
+                    f"warning: the texts beside the images in {directory} are not read, only {name(found[0])}"
+                )
             if format_by_name(found[0]) in ("tar", "tfrecord", "array_record"):
                 _note_unread_images([directory, *(join(directory, d) for d in subdirectories)], found)
             return found

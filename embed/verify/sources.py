@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from lit_fast.data.dataset import Dataset, Source
-from lit_fast.data.images.reader import sample_images
-from lit_fast.data.images.sources import find_change
+from lit_fast.data.images.reader import ChangedSourceError, sample_images
+from lit_fast.data.images.sources import find_change, find_other_content
 from lit_fast.embed.verify.findings import Finding, some
 from lit_fast.errors import UserError
 
@@ -35,7 +35,10 @@ def verify_sources(dataset: Dataset, sample: int) -> Iterator[Finding]:
     if changed or unreadable or not sample:
         return
     try:
-        found = sample_images(dataset, sample)
+        found = sample_images(dataset, sample, archives=True)
+    except ChangedSourceError as error:
+        yield Finding(_PART, str(error))
+        return
     except (UserError, ValueError, TypeError, KeyError, IndexError):  # an index record: a finding of its own
         return
     if found.changed:
@@ -49,6 +52,7 @@ def verify_sources(dataset: Dataset, sample: int) -> Iterator[Finding]:
 def _state(source: Source) -> tuple[str, str]:
     """Return how a source has changed, and why it cannot be read."""
     try:
-        return find_change(source), ""
+        # The digest is compared also where the time is the recorded one, unlike before embedding.
+        return find_change(source) or find_other_content(source), ""
     except UserError as error:
         return "", str(error)

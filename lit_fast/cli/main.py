@@ -136,7 +136,8 @@ def _as_user_error(error: BaseException) -> UserError | None:
     if isinstance(error, OSError):  # a full disk, a missing permission
         file = f"{error.filename}: " if error.filename else ""
         return UserError(f"{file}{os_reason(error)}; fix the cause, then rerun the same command")
-    if isinstance(error, MemoryError):
+    no_room = isinstance(error, ImportError) and "failed to map segment" in str(error)  # of ulimit -v
+    if isinstance(error, MemoryError) or no_room:
         memory = available_memory() / 2**30
         return MachineError(
             f"out of memory: this process may use {memory:.1f} GiB; use a smaller batch or more memory"

@@ -17,11 +17,10 @@ import shlex
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-import tensorstore as ts
 
 from lit_fast.data.dataset import BLOCK, SHARD, Dataset, choose_store
 from lit_fast.data.shards import (
@@ -33,7 +32,6 @@ from lit_fast.data.shards import (
     tensorstore_reason,
 )
 from lit_fast.errors import UserError
-from lit_fast.storage.arrays import array_context, array_location
 from lit_fast.storage.files import (
     exists,
     is_file,
@@ -46,6 +44,9 @@ from lit_fast.storage.files import (
     write_if_unchanged,
 )
 from lit_fast.storage.paths import join, stem
+
+if TYPE_CHECKING:
+    import tensorstore as ts
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -103,6 +104,10 @@ class Features:
         Raises:
           UserError: it cannot be opened, or has another shape or type.
         """
+        import tensorstore as ts  # most commands do not need it
+
+        from lit_fast.storage.arrays import array_context, array_location
+
         shape = [self.dataset.rows, self.views * self.width]
         metadata = array_metadata(shape[1])
         created = exists(join(self.path, "zarr.json"))

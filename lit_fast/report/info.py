@@ -17,11 +17,11 @@ from lit_fast.data.images.sources import absent_places, find_change
 from lit_fast.data.tokens import open_tokens, stored_tokenizers
 from lit_fast.errors import UserError
 from lit_fast.runs.metrics import evaluations, read_metrics
+from lit_fast.runs.remote_checkpoints import stored_steps
 from lit_fast.storage.files import (
     directory_size,
     exists,
     is_file,
-    list_names,
     read_json,
     read_object,
 )
@@ -190,7 +190,7 @@ def _run(path: str) -> dict[str, Any]:
         problems.append(f"dataset {dataset} does not exist here; resuming needs it")
     memory = _guarded(receipt, problems, _memory, receipt) if is_file(receipt) else None
     lines = read_metrics(join(path, "metrics.jsonl"))
-    checkpoints = sorted(int(name) for name in list_names(join(path, "checkpoints")) if name.isdigit())
+    checkpoints = stored_steps(path)
     finished = bool(checkpoints) and checkpoints[-1] >= steps
     todo = []
     if not finished:

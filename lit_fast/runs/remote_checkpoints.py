@@ -9,6 +9,7 @@ A checkpoint exists once its `.json` exists.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
@@ -29,17 +30,17 @@ from lit_fast.storage.files import (
     write_atomic,
     write_json,
 )
-from lit_fast.storage.paths import join
+from lit_fast.storage.paths import is_bucket, join
 from lit_fast.utils.output import status
 
 _ATTEMPTS = 3  # to read a checkpoint of a run that is being trained, which may delete it meanwhile
 
 
 def stored_steps(run: str) -> list[int]:
-    """Return the steps whose checkpoints are complete in the bucket, in order."""
-    names = list_names(join(run, "checkpoints"))
+    """Return the steps of the complete checkpoints of a run, in a bucket or a local directory, in order."""
+    names, end = list_names(join(run, "checkpoints")), ".json" if is_bucket(run) else ""
     return sorted(
-        int(name[: -len(".json")]) for name in names if name.endswith(".json") and name[:-5].isdigit()
+        int(name.removesuffix(end)) for name in names if re.fullmatch(rf"[0-9]+{re.escape(end)}", name)
     )
 
 

@@ -27,6 +27,7 @@ index {b}/d --relocate {u}=/b
 index {b}/d --relocate {b}={u}
 embed {u} --tower {b}/tiny.npz
 embed {b}/d --tower {u} --name other
+embed {b}/d --tower {b}/tiny.npz --name other --scratch {u}
 verify {u}
 verify {b}/d --sample 0 --json {u}
 tokenize {u} --train-vocab 284
@@ -43,6 +44,11 @@ train {b}/c.toml --workdir new --dataset {b}/d --stream.corrupt_images 0.5 --str
 train {b}/c.toml --workdir new --dataset {b}/d --text.init {u}
 train {b}/c.toml --workdir new --dataset {b}/d --evaluate.zero_shot {u}
 train {b}/c.toml --workdir new --dataset {b}/d --evaluate.retrieval {u}
+race {u} --workdir new --dataset {b}/d --towers tiny
+race {b}/c.toml --workdir {u} --dataset {b}/d --towers tiny
+race {b}/c.toml --workdir new --dataset {u} --towers tiny
+race {b}/c.toml --workdir new --dataset {b}/d --towers tiny --out {u}
+race {b}/c.toml --workdir new --dataset {b}/d --towers tiny --json {u}
 plan {u} --topology gpu:h100
 plan {b}/c.toml --topology gpu:h100 --dataset {u}
 plan {b}/c.toml --topology gpu:h100 --json {u}
@@ -88,7 +94,8 @@ NO_LOCATIONS = {
     "--dtype", "--max-pixels", "--shard-of", "--sample", "--repair", "--train-vocab", "--max-length", "--pad-id",
     "--model-type", "--format", "--features", "--public", "--license", "--revision", "--profile-steps", "--topology",
     "--mfu", "--price", "--no-search", "--largest-batch", "--step", "--average", "--vision", "--nearest-pixels",
-    "--push", "--top", "--help", *(f"--{key}" for key in settings() if key != "dataset"),
+    "--push", "--top", "--help", "--towers", "--seeds", "--by", "--arch", "--backend",
+    *(f"--{key}" for key in settings() if key != "dataset"),
 }  # fmt: skip
 NAMES = {  # that are no locations in these commands
     "verify": {"--tower"}, "import-features": {"--tower"}, "push": {"--tower", "--tokenizer"},
@@ -125,7 +132,7 @@ def test_a_url_with_a_mistake_is_one_line_and_leaves_nothing(
         assert main(case.format(u=url, b=base).split()) == 2, url
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lit-fast: error")]
         assert len(lines) == 1, lines
-        assert url in lines[0] or "--relocate" in lines[0]
+        assert url in lines[0] or "--relocate" in lines[0] or "needs no --scratch" in lines[0]
         assert not list((tmp_path / "empty").iterdir())
 
 

@@ -91,6 +91,11 @@ def test_deleted_current_directory_is_a_line(tmp_path, monkeypatch, capsys):
         ),
         (OSError(errno.EROFS, "Read-only file system", "f"), 2, "f: Read-only file system"),
         (MemoryError(), 1, "out of memory: this process may use"),
+        (
+            ImportError("libx.so: failed to map segment from shared object"),
+            1,
+            "out of memory: this process may",
+        ),
         (MachineError("process 1 is missing"), 1, "process 1 is missing"),
         (
             JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
@@ -98,7 +103,7 @@ def test_deleted_current_directory_is_a_line(tmp_path, monkeypatch, capsys):
             "the device is out of",
         ),
     ],
-    ids=["files", "read-only", "memory", "machine", "device"],
+    ids=["files", "read-only", "memory", "libraries", "machine", "device"],
 )
 def test_failure_of_the_machine_is_a_line_with_its_status(error, status, line, monkeypatch, capsys):
     def fail(argv):

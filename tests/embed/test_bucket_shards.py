@@ -20,6 +20,7 @@ from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.journal import Journal
 from lit_fast.embed.loader import Batch
+from lit_fast.embed.locks import shard_lock_path
 from lit_fast.embed.shard_writer import ShardWriter, copy_path, journal_path
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, list_names, read_bytes, remove, walk_files, write_atomic
@@ -139,7 +140,7 @@ def test_shard_writer_whose_shard_another_has_finished_keeps_the_manifest_of_the
     monkeypatch.setattr(Lock, "check", lambda self: None)
     first = open_shard(features, scratch=str(tmp_path / "one"))
     append(first, 1024, seed=1)
-    remove(join(features.path, "partial", "00000.lock"))
+    remove(shard_lock_path(features, 0))
     second = open_shard(features, scratch=str(tmp_path / "two"))
     append(second, 1024, seed=2)
     replace_manifest = Features.replace_manifest
@@ -164,7 +165,7 @@ def test_shard_writer_whose_shard_another_has_finished_with_equal_values_succeed
     for name in ("one", "two"):
         writers.append(open_shard(features, scratch=str(tmp_path / name)))
         append(writers[-1], 1024)
-        remove(join(features.path, "partial", "00000.lock"))
+        remove(shard_lock_path(features, 0))
     stored = writers[0]._manifest
     writers[0].finish()
     monkeypatch.setattr("lit_fast.embed.shard_writer.version", lambda path: stored)
@@ -253,3 +254,27 @@ def test_embed_of_a_local_dataset_with_scratch_is_refused(tmp_path: Path, tiny_v
     dataset = many(tmp_path)
     with pytest.raises(UserError, match="is not in a bucket and needs no --scratch; leave it out"):
         embed_dataset(dataset.path, str(tiny_vit), scratch=tmp_path)
+
+
+def test_commits_in_the_background_save_journals_and_raise_errors(
+    features: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard that could not be written is free again."""
+    monkeypatch.setattr(commits, "SAVE_SECONDS", 0.0)
+    background = commits.Commits(in_background=True)
+    writer = open_shard(features)
+    append(writer, 64)
+    background.save_regularly(writer)
+    background.wait()
+    assert read_bytes(copy_path(features, 0)) == Path(journal_path(features, 0)).read_bytes()
+    append(writer, 960)
+    background.finish(writer)
+    other = open_shard(features, 1)
+    append(other, 1024)
+    remove(shard_lock_path(features, 1))
+    background.finish(other)
+    with pytest.raises(LostLockError, match=r"00001\.lock was deleted"):
+        background.wait()
+    background.close()
+    assert features.finished() == [0]
+    open_shard(features, 1).close()

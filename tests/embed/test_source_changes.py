@@ -369,3 +369,31 @@ def test_index_of_a_directory_again_says_that_new_files_are_not_read(
         assert "classes was not read again; files that were added to it since are not in the dataset" in (
             capsys.readouterr().err
         )
+
+
+@pytest.mark.parametrize("at", [1000, -1])
+def test_verify_notices_a_changed_byte_behind_the_old_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], at: int
+) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, [0, 1])
+    out = index_dataset([str(path)], tmp_path / "d").path
+    data = bytearray(path.read_bytes())
+    data[at] ^= 255
+    put_back_times([path], lambda: path.write_bytes(data))
+    assert main(["verify", out]) == 1
+    assert "a.tar has other content than when it was indexed" in capsys.readouterr().out
+
+
+def test_verify_compares_sampled_images_in_archives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, [0, 1])
+    out = index_dataset([str(path)], tmp_path / "d").path
+    write_tar(path, [1, 0])
+    # As for a large file, of which the digest covers little.
+    monkeypatch.setattr("lit_fast.embed.verify.sources.find_change", lambda source: "")
+    monkeypatch.setattr("lit_fast.embed.verify.sources.find_other_content", lambda source: "")
+    assert main(["verify", out]) == 1
+    assert "a.tar has changed since it was indexed: the image of " in capsys.readouterr().out

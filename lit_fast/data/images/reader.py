@@ -18,6 +18,10 @@ from lit_fast.storage.files import file_status, is_directory, read_range, read_w
 from lit_fast.storage.paths import is_url, join
 
 
+class ChangedSourceError(UserError):
+    """A file that holds many images has others than when it was indexed."""
+
+
 class ImageReader:
     """Reads the encoded images of a dataset by row, from any thread.
 
@@ -115,18 +119,22 @@ class ImageSample(NamedTuple):
     missing: list[str]  # keys of rows whose image file cannot be read
 
 
-def sample_images(dataset: Dataset, sample: int = 64) -> ImageSample:
-    """Compare the image files of evenly spaced rows with those that were indexed.
+def sample_images(dataset: Dataset, sample: int = 64, *, archives: bool = False) -> ImageSample:
+    """Compare the images of evenly spaced rows with those that were indexed.
 
-    A file that holds many images is checked by `check_sources`.
+    Args:
+      dataset: the dataset.
+      sample: number of rows.
+      archives: compare also images in files that hold many; without, only those in files of their own.
 
     Raises:
-      UserError: a source cannot be read or has changed.
+      ChangedSourceError: a file that holds many images has changed.
+      UserError: a source cannot be read.
     """
     reader, found = ImageReader(dataset), ImageSample(0, [], [])
     for row in sorted({dataset.rows * i // sample for i in range(sample)}):
         block, i = reader.locate(row)
-        if dataset.sources[block.sources[i]].kind != "folder" or not block.check(i):
+        if not block.check(i) or not (archives or dataset.sources[block.sources[i]].kind == "folder"):
             continue
         found = found._replace(read=found.read + 1)
         try:
@@ -138,8 +146,8 @@ def sample_images(dataset: Dataset, sample: int = 64) -> ImageSample:
     return found
 
 
-def _changed(source: Source, key: str) -> UserError:
-    return UserError(
+def _changed(source: Source, key: str) -> ChangedSourceError:
+    return ChangedSourceError(
         f"source {source.path} has changed since it was indexed: the image of {key!a} is another; restore it, or "
         "index the sources as a new dataset"
     )

@@ -335,9 +335,9 @@ def test_what_is_there_already_is_not_touched(tmp_path, capsys):
     np.save(zeros / "img_emb/img_emb_0.npy", np.zeros((2, WIDTH), "f2"))
     assert "none of the 2 rows has a usable feature" in fails(capsys, zeros, tmp_path / "z")
     np.save(tmp_path / "empty.npy", np.zeros((0, WIDTH), "f4"))
-    error = fails(capsys, tmp_path / "empty.npy", tmp_path / "y")
+    error = fails(capsys, tmp_path / "empty.npy", tmp_path / "y", format="npy")
     assert "no usable row in" in error
-    assert "empty.npy; give files with features" in error
+    assert "empty.npy; give at least one row of features" in error
 
 
 def test_folders_of_torch_files(tmp_path, capsys):

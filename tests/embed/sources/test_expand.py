@@ -220,3 +220,15 @@ def test_index_a_pointer_of_git_lfs_names_the_remedy(tmp_path: Path, name: str) 
         UserError, match="is a pointer of Git LFS and not the file; get it with: git lfs pull"
     ):
         index_dataset([str(tmp_path / name)], tmp_path / "d")
+
+
+def test_index_texts_beside_images_are_named_where_a_table_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    (root / "0.jpg").write_bytes(b"x")
+    (root / "0.txt").write_text("a dog")
+    (root / "metadata.csv").write_text("file_name,text\n0.jpg,a cat\n")
+    index_dataset([str(root)], tmp_path / "d")
+    assert "images are not read, only metadata.csv" in capsys.readouterr().err
