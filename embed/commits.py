@@ -25,7 +25,7 @@ class Commits:
     def finish(self, writer: ShardWriter) -> None:
         """Write a complete shard, after the one before; raises the errors of that one too."""
         if self._pool is None:
-            writer.finish()
+            _finish(writer)
         else:
             self.wait()
             self._pending = self._pool.submit(_finish, writer)

@@ -290,6 +290,7 @@ def _field_entries(path: str, lines: _Lines, known: Collection[str]) -> Iterator
     has_space = first.count(separator + " ") == first.count(separator) > 0
     records = _Records(path, lines, separator, has_space)
     names: list[str] | None = None
+    has_unquoted = False
     while (record := records.next()) is not None:
         if isinstance(record, Skipped):
             yield record
@@ -308,6 +309,11 @@ def _field_entries(path: str, lines: _Lines, known: Collection[str]) -> Iterator
             fields.pop()  # a separator at the end of the line
         if len(fields) < len(names) and not any(names[len(fields) :]):
             fields += [""] * (len(names) - len(fields))  # one at the end of the header
+        if len(fields) > len(names) == 2 and _is_unquoted_caption(fields[0], record.text):
+            if not has_unquoted:
+                has_unquoted = True
+                yield Guess(f"a {separator!a} in a caption = text, as it is not quoted in two columns")
+            fields = record.text.rstrip("\r\n").split(separator, 1)
         if len(fields) != len(names):
             counts = (
                 f"{len(fields)} field{'s' if len(fields) != 1 else ''}, where the first line has {len(names)}"
@@ -316,6 +322,11 @@ def _field_entries(path: str, lines: _Lines, known: Collection[str]) -> Iterator
             continue
         values = {name: field for name, field in zip(names, fields, strict=True) if name}
         yield TableRow(record.line, values, record.lines)
+
+
+def _is_unquoted_caption(image: str, line: str) -> bool:
+    """Whether all behind the first field of a line is one caption, as in CLIP_benchmark's files of Flickr8k."""
+    return is_image_name(image) and '"' not in line and "\n" not in line.rstrip("\r\n")
 
 
 def is_image_name(text: str) -> bool:
@@ -344,6 +355,7 @@ class _Record(NamedTuple):
     fields: list[str]
     line: int
     lines: int
+    text: str  # with the ends of its lines
 
 
 class _Records:
@@ -377,7 +389,7 @@ class _Records:
             if fields is None:
                 return None
             if len(self._read) > 1 or not self._read[0].isspace():
-                return _Record(fields, line, len(self._read))
+                return _Record(fields, line, len(self._read), "".join(self._read))
 
     def _parser(self, lines: Iterable[str]) -> Iterator[list[str]]:
         return csv.reader(lines, delimiter=self._separator, skipinitialspace=self._has_space, strict=True)

@@ -231,7 +231,7 @@ def test_a_huge_coco_json_is_not_loaded(tmp_path: Path) -> None:
 
 def test_huge_fields_nuls_and_wrong_counts_of_fields(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"x")
-    text = f"filepath,title\nx.jpg,{'a' * (2 << 20)}\nx.jpg,a\0b\nx\0.jpg,c\nx.jpg,d,e\nx.jpg\nx.jpg,f,\n"
+    text = f'filepath,title\nx.jpg,{"a" * (2 << 20)}\nx.jpg,a\0b\nx\0.jpg,c\nx.jpg,"d",e\nx.jpg\nx.jpg,f,\n'
     (tmp_path / "t.csv").write_text(text)
     found = Counter(i.reason for i in items(tmp_path / "t.csv") if isinstance(i, Skipped))
     assert found == {

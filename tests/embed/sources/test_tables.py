@@ -193,3 +193,21 @@ def test_index_table_with_bad_lines_before_the_first_row_is_read_to_its_end(
     dataset = index(tmp_path / "t.csv", "filepath,title\n" + "bad\n" * 300 + "images/0.jpg,a\n")
     assert dataset.left_out == {"1 field, where the first line has 2": 300}
     assert found(dataset) == {"image 0": ["a"]}
+
+
+def test_index_unquoted_commas_of_two_columns_are_text(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the file of Flickr8k's test captions that CLIP_benchmark reads."""
+    lines = [
+        "image,caption",
+        "0.jpg,a dog , a cat and a cow",
+        "1.jpg,one",
+        '2.jpg,"two, three"',
+        "3.jpg,a,,b,",
+    ]
+    dataset = index(images / "t.txt", "\n".join(lines) + "\n")
+    assert dict(zip(keys(dataset), captions(dataset), strict=True)) == {
+        "0.jpg": ["a dog , a cat and a cow"], "1.jpg": ["one"], "2.jpg": ["two, three"], "3.jpg": ["a,,b,"]
+    }  # fmt: skip
+    assert "a ',' in a caption = text" in capsys.readouterr().err
