@@ -93,6 +93,8 @@ def _read_value(data: bytes, position: int, kind: int, depth: int) -> tuple[Any,
             count = head >> 4
             if count == 15:
                 count, position = _read_varint(data, position)
+            if count > len(data) - position:  # a value has at least a byte
+                raise ValueError(f"a list of {count} values")
             values = []
             for _ in range(count):
                 value, position = _read_value(data, position, head & 15, depth + 1)

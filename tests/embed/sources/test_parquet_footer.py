@@ -67,6 +67,12 @@ def test_a_footer_that_nests_without_end_is_no_second_file(field: bytes) -> None
     assert find_second_file(io.BytesIO(data)) == 0
 
 
+def test_a_footer_with_a_list_without_end_is_no_second_file() -> None:
+    footer = b"\x49\xf7" + b"\xff" * 8 + b"\x7f"  # field 4: a list of 2**63 - 1 doubles
+    data = b"PAR1" * 3 + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+    assert find_second_file(io.BytesIO(data)) == 0
+
+
 ONE = parquet(0, row_group_size=5)
 
 
