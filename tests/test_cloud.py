@@ -163,7 +163,11 @@ def test_run_ends_when_a_stage_fails_on_a_slice_that_is_there(cloud, stubs):
 
 def test_stage_continues_without_its_connection_and_is_found_again(tmp_path, stubs):
     (tmp_path / "home/lit-fast/bin").mkdir(parents=True)
-    stubs("job", '#!/usr/bin/env bash\necho start >>"$HOME/starts"\nsleep 1\necho last line\nexit 7\n')
+    stubs(
+        "job",
+        '#!/usr/bin/env bash\necho start >>"$HOME/starts"\necho first line\n'
+        'until [[ -e "$HOME/go" ]]; do sleep 0.02; done\necho last line\nexit 7\n',
+    )
     command = ["bash", CLOUD / "on_vm.sh", "run", "train", "job"]
     variables = os.environ | {"HOME": str(tmp_path / "home")}
     first = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -171,9 +175,11 @@ def test_stage_continues_without_its_connection_and_is_found_again(tmp_path, stu
         time.sleep(0.02)
     first.send_signal(signal.SIGHUP)
     first.wait(timeout=10)
-    second = run(*command, env=variables)
-    assert second.returncode == 7
-    assert "last line" in second.stdout
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as second:
+        assert second.stdout.readline() == "first line\n"
+        (tmp_path / "home/go").touch()
+        assert second.wait(timeout=60) == 7
+        assert "last line" in second.stdout.read()
     assert (tmp_path / "home/starts").read_text() == "start\n"
 
 

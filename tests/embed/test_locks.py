@@ -13,6 +13,7 @@ import pytest
 
 import lit_fast.embed.index
 import lit_fast.embed.tokenize
+import lit_fast.storage.lock
 from lit_fast.data.dataset import open_dataset
 from lit_fast.data.features import Features
 from lit_fast.embed.importers.import_rows import import_rows
@@ -75,13 +76,17 @@ def test_tokenize_that_lost_its_lock_commits_nothing(
     assert not (tokens / "tokens.json").exists()
 
 
-def test_embed_that_lost_its_lock_writes_no_row(tars: tuple[Path, Path], tmp_path: Path) -> None:
+def test_embed_that_lost_its_lock_writes_no_row(
+    tars: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = index_dataset([str(tars[0])], tmp_path / "d")
     features = Features(dataset, "t", {"width": 4, "identity": "x"})
     writer = ShardWriter(features, features.array(create=True), 0, {})
     writer.resume()
     batch = Batch(0, 2, np.zeros((2, 8, 8, 3), np.uint8), {})
     Path(shard_lock_path(features, 0)).write_bytes(OTHER)
+    clock = lit_fast.storage.lock._clock
+    monkeypatch.setattr(lit_fast.storage.lock, "_clock", lambda: clock() + 3600)  # as after a suspension
     with pytest.raises(LostLockError, match=LOST):
         writer.append(batch, np.ones((2, 4), np.float32))
     with pytest.raises(LostLockError, match=LOST):
