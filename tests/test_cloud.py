@@ -170,10 +170,11 @@ def test_stage_continues_without_its_connection_and_is_found_again(tmp_path, stu
     )
     command = ["bash", CLOUD / "on_vm.sh", "run", "train", "job"]
     variables = os.environ | {"HOME": str(tmp_path / "home")}
-    first = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    null = subprocess.DEVNULL
+    first = subprocess.Popen(command, env=variables, stdout=null, stderr=null, start_new_session=True)
     while not (tmp_path / "home/starts").exists():
         time.sleep(0.02)
-    first.send_signal(signal.SIGHUP)
+    os.killpg(first.pid, signal.SIGKILL)  # the processes of the connection
     first.wait(timeout=10)
     with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as second:
         assert second.stdout.readline() == "first line\n"

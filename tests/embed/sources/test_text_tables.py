@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lit_fast.embed.sources.interface import Damage, Guess, Note, Skipped
@@ -53,6 +53,9 @@ def test_read_entries_of_written_csv_equals_csv(
     table: Path, rows: list[list[str]], separator: str, end: str, encoding: str, quoting: int
 ) -> None:
     """Rows that the csv module writes are read as it reads them, whatever is in their fields."""
+    # Before Python 3.13 it quotes only those ends of lines that it writes itself.
+    bare = [c for c in "\r\n" if c not in end and quoting == csv.QUOTE_MINIMAL]
+    assume(not any(c in field for row in rows for field in row for c in bare))
     file = io.StringIO()
     writer = csv.writer(file, delimiter=separator, lineterminator=end, quoting=quoting)
     header = ["filepath", "a,b;c|d", "title"]
