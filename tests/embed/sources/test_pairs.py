@@ -273,17 +273,15 @@ def _row_name(name: str) -> str:
 
 def _captions_of(texts: dict[str, bytes]) -> tuple[str, ...] | None:
     """The captions of a row with these texts by suffix; None if it is skipped."""
-    label = texts.get(".cls", b"")
-    if label not in (b"", b"7"):
-        return None
-    plain = texts.get(".txt", b"")
+    plain, label = texts.get(".txt", b""), texts.get(".cls", b"")
     if texts.get(".json") == b'{"captions": [" ", "d"]}':
         return ("d",)
     if texts.get(".json") == b'{"caption": "c"}':
         return ("c",)
     if plain == b"\xff":
         return None
-    return (plain.decode(),) if plain else (() if label else None)
+    # A label that is no class number does not cost a row with captions.
+    return (plain.decode(),) if plain else (() if label == b"7" else None)
 
 
 # --- the choice of sources in a directory
