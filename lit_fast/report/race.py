@@ -79,7 +79,7 @@ def table_of(standings: Sequence[Standing], by: str) -> list[list[str]]:
 
 
 def format_race(standings: Sequence[Standing], by: str) -> str:
-    """Format the ranking for a terminal, and whether the best two can be told apart."""
+    """Format the ranking for a terminal, and whether the best two differ beyond the noise."""
     lines = [format_table(table_of(standings, by), left=(0,))]
     if len(standings) > 1 and len(standings[0].records) > 1:
         first, second = standings[:2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +40,3 @@ def check_size(module: torch.nn.Module, tensors: Tensors, name: str) -> None:
             f"the weights do not fit {name}: they have {given:,} values, the model {needed:,}; give the "
             "architecture that they are of"
         )
-
-
-def tensor_shapes(module: Any) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of all tensors of a module's state."""
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
