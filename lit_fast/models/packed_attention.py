@@ -69,11 +69,22 @@ def refusal(heads: int, size: int, tokens: int, dtype: Any) -> str:
     return ""
 
 
+def kernel_name(direction: str, length: int | None, heads: int, size: int) -> str:
+    """Return the name of a kernel in compiled programs.
+
+    Args:
+      direction: "forward" or "backward".
+      length: of every caption; None: true lengths.
+      heads, size: number of heads and their size.
+    """
+    return f"attention_{direction}_{f'length{length}' if length else 'masked'}_{heads}x{size}"
+
+
 def forward(qkv: jax.Array, captions: Captions, heads: int) -> jax.Array:
     """Attend: qkv bfloat16 [rows, 3 width, tokens] -> y bfloat16 [rows, width, tokens]."""
     rows, width, tokens = qkv.shape[0], qkv.shape[1] // 3, qkv.shape[2]
     outputs = [jax.ShapeDtypeStruct((rows, width, tokens), jnp.bfloat16)]
-    return _call(_forward_kernel, "attention_forward", heads, captions, [qkv], outputs)[0]
+    return _call(_forward_kernel, "forward", heads, captions, [qkv], outputs)[0]
 
 
 def backward(
@@ -98,13 +109,13 @@ def backward(
         jax.ShapeDtypeStruct((rows, width, tokens), jnp.bfloat16),
         jax.ShapeDtypeStruct((rows, 1, tokens), jnp.float32),
     ]
-    dqkv, y, mean = _call(_backward_kernel, "attention_backward", heads, captions, [qkv, g, lanes], outputs)
+    dqkv, y, mean = _call(_backward_kernel, "backward", heads, captions, [qkv, g, lanes], outputs)
     return dqkv, y, mean[:, 0]
 
 
 def _call(
     kernel: Callable[..., None],
-    name: str,
+    direction: str,
     heads: int,
     captions: Captions,
     inputs: list[jax.Array],
@@ -134,7 +145,7 @@ def _call(
         out_specs=[spec(a) for a in outputs],
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        name=name + ("" if length else "_masked"),
+        name=kernel_name(direction, length, heads, inputs[0].shape[1] // 3 // heads),
     )
     return lax.platform_dependent(*inputs, tpu=call(), cpu=call(interpret=True))
 
@@ -148,15 +159,12 @@ class _Keys(NamedTuple):
     n is the number of keys that are looked at: the length of a caption, or all tokens of the row.
     """
 
-    select: Callable[
-        [jax.Array], jax.Array
-    ]  # [tokens, tokens] -> [n, tokens]; other captions' keys may be left
-    mask: Callable[
-        [jax.Array], jax.Array
-    ]  # [n, tokens] -> [n, tokens], very small where keys of others are left
-    spread: Callable[
-        [jax.Array], jax.Array
-    ]  # [n, tokens] -> bfloat16 [tokens, tokens], zero for keys of others
+    select: Callable[[jax.Array], jax.Array]
+    """[tokens, tokens] -> [n, tokens]; keys of other captions may be left."""
+    mask: Callable[[jax.Array], jax.Array]
+    """[n, tokens] -> [n, tokens], very small where keys of other captions are left."""
+    spread: Callable[[jax.Array], jax.Array]
+    """[n, tokens], zero where keys of other captions are left -> bfloat16 [tokens, tokens], zero for all of them."""
 
 
 def _keys_of_equal_captions(length: int, tokens: int) -> _Keys:
@@ -175,7 +183,7 @@ def _keys_of_equal_captions(length: int, tokens: int) -> _Keys:
         pairs = pltpu.bitcast(p.astype(jnp.bfloat16), jnp.int32)  # two keys in 32 bits
         return jnp.concatenate([pltpu.bitcast(pairs & mask, jnp.bfloat16) for mask in masks], axis=0)
 
-    return _Keys(select, lambda scores: scores, spread)
+    return _Keys(select, mask=lambda scores: scores, spread=spread)
 
 
 def _keys_of_same_caption(captions: jax.Array, tokens: int) -> _Keys:
