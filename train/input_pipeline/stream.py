@@ -96,6 +96,17 @@ class Stream:
         iterator.set_state({"next_index": step})
         return iterator
 
+    @property
+    def unreadable(self) -> str:
+        """The number of rows whose images could not be read so far, for the user; "" without any."""
+        pixels = self.batches.pixels
+        count = len(pixels.unreadable) if pixels else 0
+        return (
+            f"{count:,} rows have unreadable images and were replaced by others of their block"
+            if count
+            else ""
+        )
+
     def close(self) -> None:
         """Stop to decode images ahead."""
         if self.batches.pixels:
