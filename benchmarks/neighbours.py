@@ -2,9 +2,10 @@
 
     python -m benchmarks.neighbours --dataset D --dev E [--runs DIR] [--seeds 0,1,2]
 
-D and E are embedded as the header of configs/flickr8k_cpu.toml says. Every run is `lit-fast train` with that recipe, cut to
-200 steps of 512 and without dropout, its captions packed by their lengths; finished runs are reused. Tables have the mean
-of the seeds and, after ±, the standard deviation; the differences are to random batches of the same seed.
+D and E are embedded as the header of configs/flickr8k_cpu.toml says. Every run is `lit-fast train` with that recipe,
+cut to 200 steps of 512 and without dropout, its captions packed by their lengths; finished runs are reused. The table
+has the mean of the seeds and, after ±, the standard deviation; in parentheses the difference to random batches of the
+same seed.
 """
 
 from __future__ import annotations

@@ -120,6 +120,8 @@ def test_text_shape_applies_overrides_to_the_variant(tmp_path):
             '[loss]\nname = "softmax"\nnegatives = "random"\nnegatives_per_positive = 2',
             "for the sigmoid loss",
         ),
+        ("[stream]\nneighbours = 1", "stream.neighbours 1 is no group; use 0, or 2 or more"),
+        ("[stream]\nneighbours = 9\nglobal_batch = 8", "9 must be at most stream.global_batch 8"),
         ('[loss]\nnegatives = "hardest"', "needs loss.negatives_per_positive above 0"),
         ("[loss]\nnegatives_per_positive = 2", "needs loss.negatives ="),
         ('[loss]\nnegatives = "hard"', "must be one of all, random, hardest, easiest"),

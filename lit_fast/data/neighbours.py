@@ -1,6 +1,6 @@
 """The nearest neighbours of every image of a dataset, by the cosine of its features.
 
-    D/features/<tower>/neighbours/<links>[-centered]-<digest>.int32   [n, links] little-endian, then its BLAKE2b-128
+    D/features/<tower>/neighbours/<links>-{plain,centered}-<digest>.int32   [n, links], little-endian; its BLAKE2b-128
     D/features/<tower>/neighbours/.lock
 
 The n usable rows are numbered in their order; -1 stands for no neighbour. The digest is over everything that the
@@ -84,7 +84,7 @@ def open_neighbours(store: Features, vectors: Vectors, links: int, *, center: bo
       UserError: another training holds the lock for an hour, or the file is damaged.
     """
     digest = _digest(store, vectors, links, center)
-    kind = f"{links}{'-centered' if center else ''}-"
+    kind = f"{links}-{'centered' if center else 'plain'}-"
     directory = join(store.path, "neighbours")
     path, shape = join(directory, f"{kind}{digest}{_SUFFIX}"), (len(vectors), links)
     found, lock = None, None
@@ -133,7 +133,7 @@ def _read(path: str, shape: tuple[int, int]) -> np.ndarray | None:
     """Return the stored neighbours; None: there are none."""
     try:
         data = read_bytes(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     size = 4 * shape[0] * shape[1]
     content = memoryview(data)[:size]

@@ -93,6 +93,24 @@ def test_several_processes_share_the_windows_of_a_large_dataset(case):
     assert_same_course(case, "windows", "windows-of2")
 
 
+def test_processes_search_the_neighbours_together(case):
+    options = [
+        "--steps=10",
+        "--stream.neighbours=4",
+        "--loss.near_duplicates=mask",
+        "--evaluate.every_steps=0",
+    ]
+    first, other = finish(*start_processes(case, "neighbours-of2", 2, *options))
+    assert "nearest neighbours 300/300 images" in first
+    assert "nearest neighbours" not in other
+    (log,) = finish(start(case, "neighbours", *options))
+    assert "nearest neighbours" not in log  # they are stored
+    one, two = metrics(case / "neighbours"), metrics(case / "neighbours-of2")
+    np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=1e-4)
+    first, _ = finish(*start_processes(case, "neighbours", 2, *options))  # the first sends what it has read
+    assert "is complete" in first
+
+
 def test_signal_to_one_process_stops_all_after_the_same_step(case):
     processes = start_processes(case, "stopped", 2)
     path = case / "stopped" / "metrics.jsonl"

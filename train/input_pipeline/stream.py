@@ -194,22 +194,22 @@ def open_stream(
         )
     if in_memory:
         reader = tokens.reader()
-        vectors = features.read_all(features.views).reshape(dataset.rows, features.views, features.width)
+        images = features.read_all(features.views).reshape(dataset.rows, features.views, features.width)
         usable = np.setdiff1d(np.arange(dataset.rows), unusable)
         neighbours = None
         how = "held in memory and shuffled exactly"
         if links:
             mean = features.mean(invalid) if center else np.zeros(features.width, np.float32)
-            first_views = Vectors(vectors[:, 0], usable, mean)
+            first_views = Vectors(images[:, 0], usable, mean)
             neighbours = open_neighbours(features, first_views, links, center=center)
             identity += [
                 GROUPS_VERSION,
                 config.neighbours,
-                hashlib.blake2b(neighbours, digest_size=16).hexdigest(),
+                hashlib.blake2b(neighbours.data, digest_size=16).hexdigest(),
             ]
             how = f"held in memory, in groups of {config.neighbours} or more nearest images"
         shuffle = ExactShuffle(
-            vectors,
+            images,
             read_captions(tokens, (reader.read(b) for b in range(dataset.blocks))),
             usable,
             config,
