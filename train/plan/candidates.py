@@ -16,6 +16,7 @@ from lit_fast.runtime import make_mesh
 from lit_fast.train.cost.aot import CompiledStep, batch_shapes
 from lit_fast.train.cost.flops import program_flops
 from lit_fast.train.cost.hlo import Collective, ProgramCost, program_cost
+from lit_fast.train.cost.kernels import attention_cycles
 from lit_fast.train.cost.memory import (
     USABLE_SHARE,
     BuildTower,
@@ -138,7 +139,8 @@ class Planner:
             return Candidate(
                 text, need, need <= usable, flops, None, self._estimated_collectives(), None, None
             )
-        cost, clock = program_cost(compiled.text), self.target.chip.clock
+        chip, clock = self.target.chip.name, self.target.chip.clock
+        cost = program_cost(compiled.text, partial(attention_cycles, chip))
         if cost.unknown_loops:
             status(f"{cost.unknown_loops} loops of unknown length count once: times and bytes are too low")
         seconds = cost.cycles / clock if clock else None

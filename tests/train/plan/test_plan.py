@@ -109,7 +109,7 @@ def test_plan_for_absent_gpus_is_an_estimate(plan):
     # The products of the loss run as TF32, at half the rate.
     loss = 2 * 2 * 32_768**2 * 768 / 8
     assert found.floors["compute"] == pytest.approx(
-        (found.flops["executed"] - loss) / 989e12 + loss / 494.5e12, rel=1e-3
+        (found.flops["executed"] - loss) / 989e12 + loss / 494.5e12, rel=5e-3
     )
     assert found.store["row_bytes"] == 768 * 2 + 16 * 2
 

@@ -98,7 +98,8 @@ def test_prices_refuse_what_is_no_price(value):
 
 def test_comparison_has_a_line_for_every_slice_and_for_those_that_fail(tmp_path, capsys):
     (tmp_path / "c.toml").write_text(
-        "steps = 1000\n[text]\nwidth = 64\ndepth = 2\nheads = 2\n[stream]\nglobal_batch = 256\n[optimizer]\nwarmup_steps = 1\n"
+        "steps = 1000\n[text]\nwidth = 64\ndepth = 2\nheads = 2\n[stream]\nglobal_batch = 256\n"
+        "[optimizer]\nwarmup_steps = 1\n"
         '[plan]\ntower = "Ti/16"\nvocab_size = 500\nmax_length = 8\nrows = 4000\n'
     )
     out = tmp_path / "out.json"
