@@ -59,7 +59,7 @@ def _price_key(name: str) -> str:
     name = name.strip().lower()
     if not name or any(name == chip.name for chip in TPUS):
         return name
-    kind, _, rest = canonical(name).partition(":")
+    kind, _, rest = canonical(name, "--price").partition(":")
     return rest if kind == "gpu" and ":" not in rest else f"{kind}:{rest}" if rest else kind
 
 

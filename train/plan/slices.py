@@ -43,8 +43,11 @@ _MACHINES = {
 }  # fmt: skip
 
 
-def canonical(name: str) -> str:
+def canonical(name: str, option: str = "--topology") -> str:
     """Return the name of a slice as `v4:2x2x1`, `gpu:h200:8` or `cpu`; a shape is not checked.
+
+    Args:
+      option: where it was given, for messages.
 
     Raises:
       UserError: the name is unknown; the message has near ones.
@@ -52,20 +55,20 @@ def canonical(name: str) -> str:
     given, name = name, name.strip().lower()
     if name in _MACHINES:
         return _MACHINES[name]
-    chip, _, size = name.removeprefix("gpu:").partition(":")
+    chip, _, size = (name + ":" if name == "gpu" else name).removeprefix("gpu:").partition(":")
     if any(chip == gpu.name for gpu in GPUS):
         if size and not re.fullmatch(r"[1-9]\d{0,3}", size):
-            raise UserError(f"--topology {given}: {size!r} is not a number of GPUs; write gpu:{chip}:8")
+            raise UserError(f"{option} {given}: {size!r} is not a number of GPUs; write gpu:{chip}:8")
         count = int(size or "1")
         if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
             raise UserError(
-                f"--topology {given}: {count} GPUs are no whole hosts of {GPUS_PER_HOST}; write for example "
+                f"{option} {given}: {count} GPUs are no whole hosts of {GPUS_PER_HOST}; write for example "
                 f"gpu:{chip}:{math.ceil(count / GPUS_PER_HOST) * GPUS_PER_HOST}"
             )
         return f"gpu:{chip}:{count}" if count > 1 else f"gpu:{chip}"
-    if name.startswith("gpu:"):
+    if name == "gpu" or name.startswith("gpu:"):
         raise UserError(
-            f"--topology {given}: GPU {chip!r} is unknown; write gpu:NAME or gpu:NAME:COUNT with one of "
+            f"{option} {given}: GPU {chip!r} is unknown; write gpu:NAME or gpu:NAME:COUNT with one of "
             f"{', '.join(gpu.name for gpu in GPUS)}"
         )
     if name == "cpu" or (size and any(chip == tpu.name for tpu in TPUS)):
@@ -79,13 +82,13 @@ def canonical(name: str) -> str:
         sizes = ", ".join(f"{start}{step * chips}" for chips in shapes)
         shape = "2x2x3" if shapes is _SHAPES_3D else "4x4"
         raise UserError(
-            f"--topology {given}: no slice has this name; write {sizes}, or its shape, such as {tpu}:{shape}"
+            f"{option} {given}: no slice has this name; write {sizes}, or its shape, such as {tpu}:{shape}"
         )
     known = [*_MACHINES, *(gpu.name for gpu in GPUS)]
     known += [f"{start}{step * chips}" for start, step, shapes in _TPU_SLICES.values() for chips in shapes]
     near = difflib.get_close_matches(name, known, 1, 0.7)
     hint = f"did you mean {near[0]}?" if near else f"write {EXAMPLES}"
-    raise UserError(f"--topology {given}: chip {chip!r} is unknown; {hint}")
+    raise UserError(f"{option} {given}: chip {chip!r} is unknown; {hint}")
 
 
 def sold_as(topology: str) -> str:
