@@ -73,6 +73,8 @@ def test_commands_work_with_a_tower_of_another_library(
     command("verify", data)
     assert "24 rows embedded again, smallest cosine 0.99999" in capsys.readouterr().out
     command("info", data)
+    name = {"timm": ", timm resnet18", "open_clip": ", open_clip", "transformers": ", transformers convnext"}
+    assert name[run.parent.name.rstrip("0123456789")] in capsys.readouterr().out
     command("info", run)
     assert "tower" in capsys.readouterr().out
     command("eval", run, "--retrieval", data)
