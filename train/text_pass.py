@@ -8,6 +8,7 @@ last layer of a tower that pools one token, and the pooling are the Flax modules
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
