@@ -30,8 +30,8 @@ x: the elements of dz = dy W'^T add up to 0, hence
 
 from __future__ import annotations
 
-import math
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
