@@ -46,11 +46,19 @@ rows = 4000
 
 
 @pytest.fixture
-def plan(tmp_path, capsys):
-    """Return a function that runs the command on the small config: the JSON, and the page as `page`."""
-    (tmp_path / "c.toml").write_text(SMALL)
+def plan(tmp_path, capsys, monkeypatch):
+    """Return a function that runs the command on the small config: the JSON, and the page as `page`.
 
-    def run(*options, config=tmp_path / "c.toml"):
+    Absent GPUs are estimated, also where their compiler is installed, unless `for_gpu` is set.
+    """
+    (tmp_path / "c.toml").write_text(SMALL)
+    find = importlib.util.find_spec
+
+    def run(*options, config=tmp_path / "c.toml", for_gpu=False):
+        plugin = (
+            (lambda name, *_: None if name.startswith("jax_cuda") else find(name)) if not for_gpu else find
+        )
+        monkeypatch.setattr("importlib.util.find_spec", plugin)
         capsys.readouterr()
         assert main(["plan", str(config), "--json", str(tmp_path / "out.json"), *options]) == 0
         return SimpleNamespace(
@@ -318,7 +326,9 @@ def test_candidates_of_a_gpu_rank_by_their_kernels():
 )
 def test_plan_for_an_absent_gpu_compiles_the_step(plan):
     """The memory is that of the compiled step, as the training on such a GPU reads it."""
-    found = plan("--topology", "h200", "--text.dtype", "bfloat16", "--largest-batch", "--price", "3")
+    found = plan(
+        "--topology", "h200", "--text.dtype", "bfloat16", "--largest-batch", "--price", "3", for_gpu=True
+    )
     assert (found.by, found.no_compiler, found.hosts) == ("compiler", "", 1)
     assert found.program["kernels"] > 100
     assert found.planning["by"] == "paper"
