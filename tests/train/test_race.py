@@ -55,7 +55,12 @@ def test_race_ranks_towers_and_keeps_finished_runs(
             assert read_record(run).final[by] == figure
     assert "±" in text
     assert "standard error of the seeds" in text
-    assert "Ranking" in (out / "race.html").read_text()
+    page = (out / "race.html").read_text()
+    assert "Ranking" in page
+    assert text.splitlines()[-1].startswith(f"{value['towers'][0]['tower']} leads ")
+    assert f"<p>{text.splitlines()[-1]}.</p>" in page
+    head = next(line for line in text.splitlines() if line.startswith("tower, on d "))
+    assert " image_retrieval_recall@1, %  " in head
 
     before = {p: p.stat().st_mtime_ns for p in out.rglob("receipt.json")}
     race(data, out, "--towers", "tiny,wide", "--seeds", 2, "--by", "text_retrieval_recall@5")
