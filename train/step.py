@@ -80,15 +80,15 @@ def make_step(
     captions see `lit_fast.train.input_pipeline.packing`. Metrics are float32 scalars.
     """
     schedule = make_schedule(config.optimizer, config.steps)
-    loss_and_grads = shard_map(
-        partial(_loss_and_grads, model, config, mesh.size, platform_of(mesh)),
+    sharded_loss_and_grads = shard_map(
+        partial(loss_and_grads, model, config, mesh.size, platform_of(mesh)),
         mesh,
         (REPLICATED, SHARDED, REPLICATED),
     )
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        loss, grads, stats = loss_and_grads(state.params, batch, key)
+        loss, grads, stats = sharded_loss_and_grads(state.params, batch, key)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         if config.loss.temperature_max:  # after the update, as open_clip does; the gradient ignores the limit
@@ -120,7 +120,7 @@ def make_step(
     return jax.jit(step, in_shardings=shardings, out_shardings=shardings[0], donate_argnums=0)
 
 
-def _loss_and_grads(
+def loss_and_grads(
     model: TextTower,
     config: Config,
     num_devices: int,

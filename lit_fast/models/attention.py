@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lit_fast.models import packed_attention
 from lit_fast.models.text_tower import RowLayout
 
 Projections = tuple[jax.Array, ...]
@@ -82,6 +83,33 @@ def xla_attention(heads: int, joined: bool) -> Attention:
         return join(dq, dk, dv), merge(y.astype(dtype)), None
 
     return Attention(joined, forward, backward)
+
+
+def pallas_attention(heads: int, length: int) -> Attention:
+    """Return the kernels of `lit_fast.models.packed_attention`.
+
+    Args:
+      heads: number of heads.
+      length: tokens of every caption of a packed row; 0: rows are packed by true lengths.
+    """
+
+    def captions(layout: RowLayout) -> int | jax.Array:
+        if layout.caption is None:
+            raise ValueError("these kernels serve packed rows only")
+        return length or layout.caption
+
+    def forward(u: Projections, layout: RowLayout) -> jax.Array:
+        return packed_attention.forward(u[0].swapaxes(1, 2), captions(layout), heads).swapaxes(1, 2)
+
+    def backward(
+        u: Projections, dy: jax.Array, layout: RowLayout, bias: jax.Array
+    ) -> tuple[Projections, jax.Array, jax.Array]:
+        du, y, c = packed_attention.backward(
+            u[0].swapaxes(1, 2), captions(layout), heads, dy.swapaxes(1, 2), bias
+        )
+        return (du.swapaxes(1, 2),), y.swapaxes(1, 2), c
+
+    return Attention(True, forward, backward)
 
 
 def _einsum(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
