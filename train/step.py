@@ -104,7 +104,8 @@ def make_step(
         } | logit_metrics(stats)
         if "b" in params:
             metrics["bias"] = params["b"][0]
-        if config.loss.negatives != "all" or config.loss.same_caption == "mask":
+        rules = config.loss.negatives, config.loss.same_caption, config.loss.near_duplicates
+        if rules != ("all", "negative", "negative"):
             metrics["negatives"] = stats.sums.num_negatives
 
         finite = jnp.isfinite(loss + metrics["grad_norm"] + metrics["param_norm"])

@@ -8,6 +8,7 @@ last layer of a tower that pools one token, and the pooling are the Flax modules
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -314,3 +315,26 @@ def _get(all: jax.Array, *index: Any, like: Any) -> jax.Array:
 
 def _get_tree(layers: Tree, shapes: Tree, *index: Any) -> Tree:
     return jax.tree.map(lambda all, shape: _get(all, *index, like=shape.dtype), layers, shapes)
+
+
+def map_microbatches(
+    function: Callable[..., jax.Array], inputs: dict[str, jax.Array], microbatches: int, recompute: bool
+) -> jax.Array:
+    """Apply `function(**inputs)` to equal parts of the inputs, one after another.
+
+    Args:
+      function: from arrays [rows, ...] to an array [outputs, ...], each output of one row.
+      inputs: arrays [n, ...]; n is divisible by `microbatches`.
+      microbatches: number of parts.
+      recompute: store no residuals of a part; its backward pass computes the part again (GradCache).
+
+    Returns:
+      The outputs of all parts, concatenated.
+    """
+    if recompute:
+        function = jax.checkpoint(function)
+    if microbatches == 1:
+        return function(**inputs)
+    parts = jax.tree.map(lambda a: a.reshape(microbatches, -1, *a.shape[1:]), inputs)
+    outputs = lax.map(lambda part: function(**part), parts)
+    return outputs.reshape(-1, *outputs.shape[2:])

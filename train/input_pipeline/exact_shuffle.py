@@ -9,6 +9,7 @@ import numpy as np
 
 from lit_fast.config import StreamConfig
 from lit_fast.train.input_pipeline.captions import Captions, choose_views
+from lit_fast.train.input_pipeline.neighbour_order import neighbour_order
 from lit_fast.utils.permutation import permutation
 
 
@@ -16,30 +17,35 @@ from lit_fast.utils.permutation import permutation
 class ExactShuffle:
     """Batches of consecutive epochs; each epoch is a permutation of the usable rows.
 
-    Every usable row occurs once per epoch. A batch may extend over the end of an epoch.
+    Every usable row occurs once per epoch. A batch may extend over the end of an epoch. With `neighbours` the
+    permutation is that of `lit_fast.train.input_pipeline.neighbour_order`.
     """
 
-    features: np.ndarray  # bfloat16 [rows, views, width]
+    features: np.ndarray | None  # bfloat16 [rows, views, width]; None: batches have rows and captions only
     captions: Captions  # of all rows
     usable: np.ndarray  # int64 [n], rows with a valid image and a caption
     config: StreamConfig
     seed: int  # of the run
     local_positions: np.ndarray  # int64 [m], positions of this process in the global batch
-    new_images: Callable[[], np.ndarray]  # returns an unused bfloat16 array [m, width]
+    new_images: Callable[[], np.ndarray] | None  # returns an unused bfloat16 array [m, width]
+    neighbours: np.ndarray | None = None  # int32 [n, links], of the usable rows, as positions in `usable`
     _orders: dict[int, np.ndarray] = field(default_factory=dict)  # epoch -> rows
 
     def read(self, step: int, text_positions: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Return a batch, see `lit_fast.train.input_pipeline.stream.Shuffle`."""
         rows, epoch = self._rows(step, self.local_positions)
-        _, views, width = self.features.shape
-        chosen = choose_views(rows, rows, epoch, views, self.seed)
-        images = np.take(self.features.reshape(-1, width), chosen, 0, self.new_images(), mode="clip")
         text_rows, text_epoch = rows, epoch
         if text_positions is not None:
             text_rows, text_epoch = self._rows(step, text_positions[self.local_positions])
         k = self.config.captions_per_image
         ids = self.captions.choose(text_rows, text_rows, text_epoch, k, self.seed)
-        return {"images": images, "ids": ids, "rows": rows.astype(np.int32)}
+        batch = {"ids": ids, "rows": rows.astype(np.int32)}
+        if self.features is None or self.new_images is None:
+            return batch
+        _, views, width = self.features.shape
+        chosen = choose_views(rows, rows, epoch, views, self.seed)
+        images = np.take(self.features.reshape(-1, width), chosen, 0, self.new_images(), mode="clip")
+        return {"images": images} | batch
 
     def _rows(self, step: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows int64 [n] at positions of the global batch, and the epoch of each."""
@@ -54,9 +60,15 @@ class ExactShuffle:
         """Return the usable rows in the order of an epoch."""
         order = self._orders.get(epoch)
         if order is None:
-            order = self.usable[permutation(len(self.usable), self.seed, epoch)]
+            order = self.usable[self._permutation(epoch)]
             # Two threads may both compute an order; they store equal arrays.
             for old in [e for e in self._orders.copy() if abs(e - epoch) > 2]:
                 self._orders.pop(old, None)
             self._orders[epoch] = order
         return order
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """Return a permutation of the positions in `usable`, int64 [n]."""
+        if self.neighbours is None:
+            return permutation(len(self.usable), self.seed, epoch)
+        return neighbour_order(self.neighbours, self.config.neighbours, self.seed, epoch)
