@@ -8,7 +8,6 @@ processes of a job choose the same. The choice is recorded in the run directory,
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +35,7 @@ from lit_fast.runtime import (
 from lit_fast.storage.files import is_file, read_object, write_json
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.train.step import State, loss_and_grads
-from lit_fast.train.text_pass import DeviceBatch, embed_texts, equal_captions, kernel_refusal
+from lit_fast.train.text_pass import DeviceBatch, equal_captions, kernel_refusal
 from lit_fast.utils.output import status
 
 # Both forms round to bfloat16 at the same places, in another order of sums. Each is 0.004 to 0.015 from float32 in
@@ -232,40 +231,31 @@ def compare_forms(
     largest, over the parameters, of the norm of the difference relative to the gradient's norm.
     """
     key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-    results = []
+    smaller = _smaller_microbatches(text, build(text), batch, mesh)
+    forms = replace(text, attention="pallas"), replace(smaller, attention="xla")
     # All processes compile before any of them runs a program in which they communicate.
-    forms = (
-        replace(_smaller_microbatches(text, build(text), batch, mesh), attention="xla"),
-        replace(text, attention="pallas"),
-    )
     programs, problem = [], None
-    for form in forms:
-        try:
-            programs.append(
-                _forward_and_backward(config, form, build(form), mesh)
-                .lower(state.params, batch, key)
-                .compile()
-            )
-        except Exception as error:
-            problem = error
+    try:
+        for form in forms:
+            program = forward_and_backward(config, form, build(form), mesh)
+            programs.append(program.lower(state.params, batch, key).compile())
+    except Exception as error:
+        problem = error
     if not all_agree(problem is None):
-        raise problem or RuntimeError("another process could not compile them")
-    for program in programs:
-        embeddings, loss, grads = program(state.params, batch, key)
-        results.append(
-            (embeddings, float(loss), jax.device_get(grads))
-        )  # the device has room for one set of gradients
-        del grads
-    (xla_embeddings, xla_loss, xla_grads), (embeddings, loss, grads) = results
+        raise problem or RuntimeError("another process cannot compile them")
+    results = []
+    for compiled in programs:
+        embeddings, loss, on_devices = compiled(state.params, batch, key)
+        results.append((embeddings, float(loss), jax.device_get(on_devices)))
+        del on_devices  # a device may have no room for the gradients of both
+    (embeddings, loss, grads), (xla_embeddings, xla_loss, xla_grads) = results
     distance = jax.jit(lambda a, b: jnp.linalg.norm(a - b, axis=1).max(), out_shardings=replicated(mesh))
-    by_parameter = gradient_differences(grads, xla_grads, xla_loss)
-    where = max(
-        by_parameter, key=lambda name: math.inf if math.isnan(by_parameter[name]) else by_parameter[name]
-    )
+    of_gradients = gradient_differences(grads, xla_grads, xla_loss)
+    where = max(of_gradients, key=lambda name: np.nan_to_num(of_gradients[name], nan=np.inf))
     differences = {
         "embedding": float(distance(embeddings, xla_embeddings)),
         "loss": abs(loss - xla_loss) / abs(xla_loss),
-        "gradient": by_parameter[where],
+        "gradient": of_gradients[where],
     }
     return differences, where
 
@@ -277,29 +267,30 @@ def gradient_differences(grads: Params, reference: Params, loss: float) -> dict[
     difference is relative to the gradient of the queries' bias. That of a single number, temperature or bias, is
     relative to the loss.
     """
-    pairs = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (np.asarray(a), np.asarray(b))
-        for (path, a), b in zip(
-            jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(reference), strict=True
-        )
-    }
+    ours, theirs = _by_name(grads), _by_name(reference)
     result = {}
-    for name, (a, b) in pairs.items():
-        measure = pairs[name.replace("key/bias", "query/bias")][1] if name.endswith("key/bias") else b
-        difference, norm = (float(np.linalg.norm(array)) for array in (a - b, measure if b.size > 1 else loss))
+    for name, a in theirs.items():
+        difference = float(np.linalg.norm(ours[name] - a))
+        of_queries = name.removesuffix("key/bias") + "query/bias"
+        measure = theirs[of_queries] if name.endswith("key/bias") else a
+        norm = float(np.linalg.norm(measure)) if a.size > 1 else abs(loss)
         result[name] = difference / norm if norm else difference
     return result
 
 
-def _forward_and_backward(
+def _by_name(params: Params) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(a) for path, a in leaves}
+
+
+def forward_and_backward(
     config: Config, text: TextConfig, model: TextTower, mesh: Mesh
 ) -> jax.stages.Wrapped:
     """Return the function (params, batch, key) -> (embeddings, loss, gradients)."""
     config, platform = replace(config, text=text), platform_of(mesh)
 
     def run(params: Params, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Params]:
-        embeddings = embed_texts(model, text, params, batch, key, platform)
-        loss, grads, _ = loss_and_grads(model, config, mesh.size, platform, params, batch, key)
+        loss, grads, _, embeddings = loss_and_grads(model, config, mesh.size, platform, params, batch, key)
         return embeddings, loss, grads
 
     specs = (REPLICATED, SHARDED, REPLICATED), (SHARDED, REPLICATED, REPLICATED)

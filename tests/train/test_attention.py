@@ -22,7 +22,7 @@ from lit_fast.models import packed_attention
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import init_params
 from lit_fast.runs.run import open_run
-from lit_fast.runtime import batch_sharding, make_mesh, replicated
+from lit_fast.runtime import batch_sharding, make_mesh
 from lit_fast.train import attention
 from lit_fast.train.attention import (
     TOLERANCES,
@@ -37,15 +37,21 @@ from lit_fast.train.input_pipeline.packing import Packing
 from lit_fast.train.step import abstract_training, init_state
 from tests.synthetic import make_dataset
 
-TEXT = TextConfig(width=32, depth=2, heads=2, mlp_dim=64, pack=8, keep="hidden", microbatches=2)
+TEXT = TextConfig(width=32, depth=2, heads=1, mlp_dim=32, pack=8, keep="hidden")
 TRUE_LENGTHS = replace(TEXT, mask_padding=True, row_tokens=128)
 PENDING = AttentionChoice("pallas", pending=True)
-EOS, CAPTIONS, WIDTH = 1, 64, 24
+EOS, CAPTIONS, WIDTH = 1, 32, 24
 
 
 def build(text):
     return TextTower(
-        text.shape, 50, 16, WIDTH, eos_id=EOS if text.mask_padding else None, pack=text.pack, dtype=jnp.bfloat16
+        text.shape,
+        50,
+        16,
+        WIDTH,
+        eos_id=EOS if text.mask_padding else None,
+        pack=text.pack,
+        dtype=jnp.bfloat16,
     )
 
 
@@ -53,7 +59,7 @@ def training(text):
     """Return configuration, mesh, state and batch before the first step."""
     config = Config(steps=10, text=text, loss=LossConfig(tile=16), stream=StreamConfig(global_batch=CAPTIONS))
     config = replace(config, optimizer=replace(config.optimizer, warmup_steps=1))
-    mesh = make_mesh(jax.devices()[:2])
+    mesh = make_mesh(jax.devices()[:1])
     optimizer, _ = abstract_training(build(text), config)
     state = init_state(init_params(build(text), config, np.zeros(WIDTH, np.float32)), optimizer, mesh)
     rng = np.random.default_rng(0)
@@ -62,14 +68,40 @@ def training(text):
     images = rng.normal(size=(CAPTIONS, WIDTH)).astype(ml_dtypes.bfloat16)
     batch = {"images": images, "ids": ids, "rows": np.arange(CAPTIONS, dtype=np.int32)}
     if text.packed:
-        batch = Packing(text.pack, text.row_tokens, EOS, 9.0, 2, True)(batch)
+        batch = Packing(text.pack, text.row_tokens, EOS, 9.0, 1, True)(batch)
     batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in batch.items()}
     return SimpleNamespace(config=config, mesh=mesh, state=state, batch=batch)
 
 
-def compare(text, choice=PENDING):
-    t = training(text)
-    return compare_attention(choice, t.config, text, build, t.mesh, t.state, t.batch)
+# Without optimized machine code compiling takes half the time. XLA's form is compiled once.
+QUICK = {"xla_backend_optimization_level": 0}
+xla_programs = {}
+
+
+def quick(program, text):
+    def compile(*arguments):
+        if text.attention == "pallas":
+            return program.lower(*arguments).compile(QUICK)
+        if text not in xla_programs:
+            xla_programs[text] = program.lower(*arguments).compile(QUICK)
+        return xla_programs[text]
+
+    return SimpleNamespace(lower=lambda *arguments: SimpleNamespace(compile=lambda: compile(*arguments)))
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """Compare the forms on a batch."""
+    make = attention.forward_and_backward
+    monkeypatch.setattr(
+        attention, "forward_and_backward", lambda config, text, *rest: quick(make(config, text, *rest), text)
+    )
+
+    def compare(choice=PENDING):
+        t = training(TEXT)
+        return compare_attention(choice, t.config, TEXT, build, t.mesh, t.state, t.batch)
+
+    return compare
 
 
 def broken_after(kernel, change):
@@ -86,6 +118,13 @@ def set_nan(refs):
     refs[-1][0, 0, 0] = jnp.nan
 
 
+def damage_last_row(refs):
+    """Damage one of many rows; a norm over all embeddings would hardly change."""
+    y = refs[-1]
+    row = packed_attention.pl.program_id(0)
+    y[0] = y[0] * jnp.where(row == packed_attention.pl.num_programs(0) - 1, 0.0, 1.0).astype(y.dtype)
+
+
 def halve_key_gradients(refs):
     dqkv = refs[-3]
     dqkv[0, 32:64, :] = dqkv[0, 32:64, :] * 0.5
@@ -95,16 +134,8 @@ def raise_error(refs):
     raise NotImplementedError("no lowering\nof this")
 
 
-def damage_first_row(refs):
-    """Damage an eighth of one row of rows; a norm over all embeddings would hardly change."""
-    (y,) = refs[-1:]
-    scale = jnp.where(packed_attention.pl.program_id(0) == 0, 0.0, 1.0).astype(y.dtype)
-    y[0, :, :16] = y[0, :, :16] * scale
-
-
-@pytest.mark.parametrize("text", [TEXT, TRUE_LENGTHS], ids=["one length", "true lengths"])
-def test_forms_that_agree_give_the_kernels(text, capsys):
-    choice = compare(text)
+def test_forms_that_agree_give_the_kernels(compare, capsys):
+    choice = compare()
     assert (choice.form, choice.why, choice.pending) == ("pallas", "", False)
     assert choice.differences.keys() == TOLERANCES.keys()
     # Two forms that round to bfloat16 at the same places; measured are 0.01 and less.
@@ -117,16 +148,21 @@ def test_forms_that_agree_give_the_kernels(text, capsys):
 @pytest.mark.parametrize(
     ("kernel", "change", "why"),
     [
-        ("backward_kernel", halve_key_gradients, r"differ .*: gradient of txt/.*/key/kernel by 0.\d+, more than 0.1"),
-        ("forward_kernel", damage_first_row, r"differ .*: embedding by \d.*, more than 0.05"),
+        (
+            "backward_kernel",
+            halve_key_gradients,
+            r"differ .*: gradient of txt/.*/key/kernel by 0.\d+, more than 0.1",
+        ),
+        ("forward_kernel", damage_last_row, r"differ .*: embedding by \d.*, more than 0.05"),
         ("forward_kernel", set_nan, r"differ .*: embedding by nan, more than 0.05"),
         ("backward_kernel", raise_error, r"failed on the first batch: NotImplementedError no lowering$"),
     ],
 )
-def test_kernel_that_is_broken_gives_the_form_of_xla(kernel, change, why, monkeypatch, capsys):
+def test_kernel_that_is_broken_gives_the_form_of_xla(kernel, change, why, compare, monkeypatch, capsys):
     monkeypatch.setattr(packed_attention, kernel, broken_after(getattr(packed_attention, kernel), change))
-    choice = compare(TEXT)
-    assert choice.form == "xla" and not choice.pending
+    choice = compare()
+    assert choice.form == "xla"
+    assert not choice.pending
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"attention: XLA's form; {choice.why}"
     assert re.fullmatch(rf"the Pallas kernels {why}", choice.why)
@@ -216,7 +252,10 @@ def test_choice_of_a_resumed_run_is_the_recorded_one(tpu, tmp_path, capsys, monk
     assert "on other devices or versions; they are compared again" in capsys.readouterr().err
     monkeypatch.setattr(attention, "platform_of", lambda mesh: "cpu")
     assert propose(TEXT, tmp_path).form == "xla"
-    assert "has used the Pallas kernels so far; XLA's form differs from them by rounding" in capsys.readouterr().err
+    assert (
+        "has used the Pallas kernels so far; XLA's form differs from them by rounding"
+        in capsys.readouterr().err
+    )
 
     monkeypatch.setattr(attention, "platform_of", lambda mesh: "tpu")
     write_attention(tmp_path, AttentionChoice("xla", "a reason", differences={"embedding": float("nan")}))
@@ -229,7 +268,12 @@ def test_choice_of_a_resumed_run_is_the_recorded_one(tpu, tmp_path, capsys, monk
 
 def test_differences_of_gradients_that_are_near_zero_have_another_measure():
     def tree(query, key, t):
-        return {"query": {"bias": np.array(query)}, "key": {"bias": np.array(key)}, "t": np.array([t]), "mean": np.zeros(2)}
+        return {
+            "query": {"bias": np.array(query)},
+            "key": {"bias": np.array(key)},
+            "t": np.array([t]),
+            "mean": np.zeros(2),
+        }
 
     found = gradient_differences(tree([3.0, 4.0], [1e-9, 0.0], 0.1), tree([3.0, 4.0], [0.0, 0.0], -0.1), 10.0)
     assert found == {"query/bias": 0, "key/bias": pytest.approx(2e-10), "t": pytest.approx(0.02), "mean": 0}
@@ -240,11 +284,13 @@ steps = 6
 [text]
 width = 32
 depth = 2
-heads = 2
-mlp_dim = 64
+heads = 1
+mlp_dim = 32
 pack = 8
+mask_padding = true
+row_tokens = 128
 [stream]
-global_batch = 64
+global_batch = 32
 [optimizer]
 name = "adam"
 warmup_steps = 1
@@ -264,33 +310,36 @@ def directory(tmp_path_factory):
 
 
 def train(directory, name, *more):
-    arguments = ["train", directory / "c.toml", "--dataset", directory / "d", "--workdir", directory / name, *more]
+    arguments = [
+        "train",
+        directory / "c.toml",
+        "--dataset",
+        directory / "d",
+        "--workdir",
+        directory / name,
+        *more,
+    ]
     return main([str(a) for a in arguments])
 
 
-def test_training_chooses_records_and_resumes(directory, tpu, monkeypatch, capsys):
-    """A broken kernel trains as XLA's form does, bit for bit; a correct one trains, and a resumed run keeps it."""
-    assert train(directory, "xla", "--text.attention", "xla") == 0
-    with monkeypatch.context() as broken:
-        broken.setattr(
-            packed_attention, "backward_kernel", broken_after(packed_attention.backward_kernel, halve_key_gradients)
-        )
-        assert train(directory, "broken") == 0
-    assert "attention: XLA's form; the Pallas kernels differ from XLA's form" in capsys.readouterr().err
+def test_training_with_a_kernel_that_fails_uses_the_form_of_xla(directory, tpu, monkeypatch, capsys):
+    broken = broken_after(packed_attention.backward_kernel, raise_error)
+    monkeypatch.setattr(packed_attention, "backward_kernel", broken)
+    assert train(directory, "broken", "--steps", 2) == 0
+    line = "attention: XLA's form; the Pallas kernels do not compile here: NotImplementedError no lowering\n"
+    assert line in capsys.readouterr().err
     receipt = json.loads((directory / "broken/receipt.json").read_text())["attention"]
-    assert receipt["form"] == "xla"
-    assert receipt["differences"]["gradient"] > TOLERANCES["gradient"]
-    xla, other = (open_run(directory / name) for name in ("xla", "broken"))
-    jax.tree.map(np.testing.assert_array_equal, xla.params, other.params)
+    assert (receipt["form"], receipt["differences"]) == ("xla", {})
 
+
+def test_training_with_kernels_that_agree_records_and_keeps_them(directory, tpu, monkeypatch, capsys):
     assert train(directory, "kernels") == 0
-    assert "attention: Pallas kernels; largest differences" in capsys.readouterr().err
+    assert "attention: Pallas kernels; largest differences from XLA's form" in capsys.readouterr().err
     receipt = json.loads((directory / "kernels/receipt.json").read_text())["attention"]
     assert receipt["form"] == "pallas"
     assert 0 < receipt["differences"]["gradient"] < TOLERANCES["gradient"]
     assert receipt["tolerances"] == TOLERANCES
     kernels = open_run(directory / "kernels")
-    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(xla.params), jax.tree.leaves(kernels.params), strict=True))
 
     # As if it had been killed after step 3: it continues with the kernels, without a comparison.
     shutil.rmtree(directory / "kernels/checkpoints/6")
@@ -302,15 +351,17 @@ def test_training_chooses_records_and_resumes(directory, tpu, monkeypatch, capsy
     assert json.loads((directory / "kernels/receipt.json").read_text())["attention"] == receipt
 
 
-def test_training_with_kernels_on_cpus_says_that_they_are_slow(directory, capsys):
-    assert train(directory, "slow", "--text.attention", "pallas", "--steps", 1, "--optimizer.warmup_steps", 0) == 0
-    assert "attention: Pallas kernels, interpreted: many times slower" in capsys.readouterr().err
-    assert json.loads((directory / "slow/receipt.json").read_text())["attention"]["form"] == "pallas"
+def test_kernels_by_request_on_cpus_are_said_to_be_slow(capsys):
+    mesh = make_mesh(jax.devices()[:1])
+    choice = propose(replace(TEXT, attention="pallas"))
+    assert choice == AttentionChoice("pallas")
+    assert compile_kernels(choice, TEXT, build(TEXT), mesh) is choice
+    assert "interpreted: many times slower than XLA's form" in capsys.readouterr().err
 
 
 def test_training_with_kernels_that_cannot_be_used_ends_with_a_line(directory, capsys):
-    assert train(directory, "refused", "--text.attention", "pallas", "--text.pack", 4) == 2
-    reason = "rows of 64 tokens are not a multiple of 128"
+    assert train(directory, "refused", "--text.attention", "pallas", "--text.row_tokens", 120) == 2
+    reason = "rows of 120 tokens are not a multiple of 128"
     assert capsys.readouterr().err.endswith(
         f'text.attention "pallas" cannot be used: {reason}; set it to "auto"\n'
     )
