@@ -8,6 +8,7 @@ processes of a job choose the same. The choice is recorded in the run directory,
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -53,19 +54,15 @@ class AttentionChoice:
     form: str  # "xla" or "pallas"
     why: str = ""  # the reason for XLA's form
     pending: bool = False  # the kernels must agree with XLA's form first
-    differences: dict[str, float] = field(
-        default_factory=dict
-    )  # largest, as in TOLERANCES; empty: not compared
+    # The largest, by the keys of TOLERANCES; empty: the forms were not compared.
+    differences: dict[str, float] = field(default_factory=dict)
 
     @property
     def record(self) -> dict[str, Any]:
         """The entry of the receipt."""
-        record = {
-            "form": self.form,
-            "why": self.why,
-            "differences": self.differences,
-            "tolerances": TOLERANCES,
-        }
+        # JSON has no NaN.
+        differences = {k: v if math.isfinite(v) else None for k, v in self.differences.items()}
+        record = {"form": self.form, "why": self.why, "differences": differences, "tolerances": TOLERANCES}
         return record | _machine()
 
 
