@@ -20,7 +20,7 @@ def setting(default: T, help: str, *, choices: tuple[str, ...] = (), **bounds: f
     Args:
       default: the value where no file and no flag sets it; its type is the type of the key.
       help: description for `--help` and docs/configuration.md.
-      choices: the values of a string; empty: any.
+      choices: the values of a string, besides the default; empty: any.
       bounds: minimum, above, maximum or below of a number; without one of them the minimum is 0.
     """
     return field(
@@ -99,6 +99,63 @@ class TextConfig:
         mlp_dim = self.mlp_dim or (4 * width if self.width else base.mlp_dim)
         heads = self.heads or (max(1, width // 64) if self.width else base.heads)
         return Shape(width, self.depth or base.depth, mlp_dim, heads)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The image tower. Frozen: the features of the dataset are the images, and no other key here applies."""
+
+    train: str = setting(
+        "frozen",
+        "frozen: train the text tower on stored features (SigLiT). unlocked: train a pretrained image tower too, on "
+        "the dataset's images (SigLIP); by default with a tenth of the learning rate and without weight decay. "
+        "scratch: train an image tower with random weights",
+        choices=("frozen", "unlocked", "scratch"),
+    )
+    tower: str = setting(
+        "",
+        "image tower to start from, as in lit-fast embed --tower; empty: that of the dataset's features. scratch: its "
+        "architecture and preprocessing alone",
+    )
+    arch: str = setting("", "scratch: size and patch in pixels, such as B/16, instead of a tower")
+    pool: str = setting(
+        "",
+        "pooling of the tokens; empty: the tower's own, with arch map",
+        choices=("tok", "gap", "map", "projection"),
+    )
+    resolution: int = setting(0, "side of the images in pixels; 0: the tower's own, with arch 224")
+    preprocess: str = setting(
+        "",
+        "resizing of the images; empty: the tower's own, with arch tf-squash",
+        choices=("pil-crop", "pil-squash", "hf-crop", "tf-squash"),
+    )
+    gelu: str = setting(
+        "",
+        "form of the GELU; empty: the tower's own, with arch tanh",
+        choices=("exact", "tanh", "quick"),
+    )
+    crop: bool = setting(False, "random-resized crops of the images, those of lit-fast embed --views")
+    flip: bool = setting(False, "mirror half of the images; captions with left and right are then wrong")
+    workers: int = setting(0, "threads that decode images in each process; 0: one per core")
+    dtype: str = setting(
+        "bfloat16", "dtype of matrix products; parameters are float32", choices=("float32", "bfloat16")
+    )
+    keep: str = setting(
+        "auto",
+        "remat policy of the image tower, see text.keep; auto also sets image.microbatches",
+        choices=("auto", "everything", "products", "hidden", "inputs", "embeddings"),
+    )
+    microbatches: int = setting(1, "equal parts in which a device embeds its images", minimum=1)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the image tower is trained."""
+        return self.train != "frozen"
+
+    @property
+    def encoder_remat(self) -> str:
+        """Remat policy of `lit_fast.models.transformer.Encoder`, as `TextConfig.encoder_remat`."""
+        return {"embeddings": "products", "auto": "everything"}.get(self.keep, self.keep)
 
 
 @dataclass(frozen=True)
@@ -228,11 +285,14 @@ class OptimizerConfig:
     cooldown_steps: int = setting(0, "steps of linear decay to zero at the end, multiplied with the schedule")
     timescale: int = setting(10_000, "time scale of rsqrt in steps", minimum=1)
     learning_rate_scale: tuple[str, ...] = setting(
-        (), "factors of the learning rate by parameter name, REGEX=FACTOR; the first match applies"
+        (),
+        "factors of the learning rate by parameter name, REGEX=FACTOR; the first match applies. With image.train = "
+        "unlocked the default is img/(?!head/).*=0.1 (section 4.5 of the SigLIP paper)",
     )
     weight_decay_scale: tuple[str, ...] = setting(
         ("(.*/)?kernel=1",),
-        "factors of weight decay by parameter name, REGEX=FACTOR; parameters without a match do not decay",
+        "factors of weight decay by parameter name, REGEX=FACTOR; parameters without a match do not decay. With "
+        "image.train = unlocked the default has img/(?!head/).*=0 before it (figure 4 of the SigLIP paper)",
     )
     freeze: tuple[str, ...] = setting((), "regular expressions of the names of frozen parameters")
 
@@ -253,6 +313,11 @@ class EvalConfig:
     every_share: float = setting(0.0, "interval as a share of the run; 0.1 evaluates ten times")
     zero_shot: tuple[str, ...] = setting((), "datasets for zero-shot classification")
     retrieval: tuple[str, ...] = setting((), "datasets for image-text retrieval")
+    few_shot: tuple[str, ...] = setting(
+        (),
+        "pairs TRAIN=TEST of datasets with labels for few-shot classification; for a trained image tower only, as the "
+        "figures of a frozen one are constant (lit-fast eval --few-shot)",
+    )
 
 
 @dataclass(frozen=True)
@@ -321,6 +386,7 @@ class Config:
         0, "seed of initialization, data order, dropout and corruption", minimum=0, below=2**32 - 1
     )
     text: TextConfig = field(default_factory=TextConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -329,6 +395,13 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
+
+# Rules of the optimizer for pretrained image weights, where the configuration sets none: a tenth of the learning rate
+# and no weight decay (section 4.5 and figure 4 of the SigLIP paper). The image head is not pretrained.
+UNLOCKED_DEFAULTS: dict[str, tuple[str, ...]] = {
+    "optimizer.learning_rate_scale": ("img/(?!head/).*=0.1",),
+    "optimizer.weight_decay_scale": ("img/(?!head/).*=0", "(.*/)?kernel=1"),
+}
 
 # Keys and sections that may change when a run is resumed: the parameters do not depend on them, or what they name is
 # compared by its contents.
@@ -342,6 +415,8 @@ MAY_CHANGE_ON_RESUME = (
     "tokenizer",
     "stream.noise",
     "text.row_tokens",
+    "image.tower",
+    "image.workers",
 )
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+import re
+from dataclasses import fields
 
-from lit_fast.config import TRACKERS, Config, LossConfig, OptimizerConfig, flatten, settings
+from lit_fast.config import TRACKERS, Config, ImageConfig, LossConfig, OptimizerConfig, flatten, settings
 from lit_fast.errors import UserError
+from lit_fast.models.sizes import VARIANTS
 
 _BOUNDS = {
     "minimum": ("at least", operator.ge),
@@ -24,7 +27,7 @@ def validate(config: Config) -> None:
     """
     for key, value in flatten(config).items():
         rules = settings()[key].metadata
-        if rules["choices"] and value not in rules["choices"]:
+        if rules["choices"] and value not in (settings()[key].default, *rules["choices"]):
             raise UserError(f"config key {key} must be one of {', '.join(rules['choices'])}, not {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config key {key} must be a finite number, not {value}")
@@ -57,6 +60,7 @@ def _check_combinations(config: Config) -> None:
         steps = getattr(config.optimizer, key)
         if steps >= config.steps > 1:
             raise UserError(f"optimizer.{key} {steps} must be below steps {config.steps}")
+    _check_image(config)
     _check_optimizer(config.optimizer)
     for name in config.log.trackers:
         if name not in TRACKERS:
@@ -79,6 +83,46 @@ def _check_combinations(config: Config) -> None:
         raise UserError(
             f'loss.negatives = "{loss.negatives}" needs loss.negatives_per_positive above 0, such as 1.6'
         )
+
+
+def _check_image(config: Config) -> None:
+    image = config.image
+    if not image.trained:
+        for f in fields(ImageConfig):
+            if getattr(image, f.name) != f.default:
+                raise UserError(
+                    f'image.{f.name} is for image.train = "unlocked" or "scratch"; set image.train or leave it out'
+                )
+        if config.evaluate.few_shot:
+            raise UserError(
+                'evaluate.few_shot is for image.train = "unlocked" or "scratch"; a frozen tower has the same figures '
+                "at every step: lit-fast eval --few-shot TRAIN TEST"
+            )
+        return
+    if image.arch:
+        if image.train != "scratch":
+            raise UserError('image.arch is for image.train = "scratch"; name the weights with image.tower')
+        if image.tower:
+            raise UserError("image.arch and image.tower exclude each other; leave out one")
+        variant, _, patch = image.arch.rpartition("/")
+        if variant not in VARIANTS or not re.fullmatch("[1-9][0-9]?", patch):
+            raise UserError(
+                f"image.arch {image.arch!r} is not SIZE/PATCH, such as B/16; sizes are {', '.join(VARIANTS)}"
+            )
+    if image.keep == "auto" and image.microbatches > 1:
+        raise UserError(
+            'image.microbatches is chosen by image.keep = "auto"; leave it out, or set image.keep = "products"'
+        )
+    if config.stream.corrupt_images:
+        raise UserError('stream.corrupt_images is for image.train = "frozen"; leave it out')
+    if config.loss.center and not config.text.init:
+        raise UserError(
+            'loss.center needs stored features; leave it out, or start from a centred run with text.init = "RUN"'
+        )
+    for pair in config.evaluate.few_shot:
+        train, equals, test = pair.partition("=")
+        if not (train and equals and test):
+            raise UserError(f"evaluate.few_shot {pair!r} is not TRAIN=TEST; name two datasets")
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from lit_fast.config import Config, flatten, sections, settings
+from lit_fast.config import UNLOCKED_DEFAULTS, Config, flatten, sections, settings
 from lit_fast.config_check import validate
 from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import exists, is_directory, read_bytes
@@ -102,6 +102,8 @@ def build_config(values: Mapping[str, Any], where: str) -> Config:
     Raises:
       UserError: unknown key, wrong type or value.
     """
+    if values.get("image.train") == "unlocked":
+        values = {key: list(rules) for key, rules in UNLOCKED_DEFAULTS.items()} | dict(values)
     given: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in values.items():
         _check_known(key, where)

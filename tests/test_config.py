@@ -135,12 +135,41 @@ def test_text_shape_applies_overrides_to_the_variant(tmp_path):
         ("[text]\npooling = 'cls'", "must be one of last, first, mean, max, map"),
         ("[text]\nembedding_width = -1", "must be at least 0"),
         ("steps = 100\n[optimizer]\nwarmup_steps = 100", "must be below steps"),
+        ("[image]\ntower = 'x.npz'", 'image.tower is for image.train = "unlocked" or "scratch"'),
+        ("[image]\ntrain = 'locked'", "must be one of frozen, unlocked, scratch"),
+        (
+            "[image]\ntrain = 'unlocked'\npool = 'mean'",
+            "must be one of tok, gap, map, projection, not 'mean'",
+        ),
+        ("[image]\ntrain = 'unlocked'\narch = 'B/16'", 'image.arch is for image.train = "scratch"'),
+        ("[image]\ntrain = 'scratch'\narch = 'B16'", "image.arch 'B16' is not SIZE/PATCH, such as B/16"),
+        ("[image]\ntrain = 'scratch'\narch = 'B/16'\ntower = 'x'", "exclude each other"),
+        ("[image]\ntrain = 'scratch'\nmicrobatches = 2", 'is chosen by image.keep = "auto"'),
+        ("[image]\ntrain = 'scratch'\n[loss]\ncenter = true", "loss.center needs stored features"),
+        (
+            "[image]\ntrain = 'scratch'\n[stream]\ncorrupt_images = 0.1\nnoise = 'n'",
+            'stream.corrupt_images is for image.train = "frozen"',
+        ),
+        ("[evaluate]\nfew_shot = ['a=b']", "a frozen tower has the same figures"),
+        ("[image]\ntrain = 'scratch'\n[evaluate]\nfew_shot = ['ab']", "'ab' is not TRAIN=TEST"),
     ],
 )
 def test_load_config_refuses_invalid_values(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         load(tmp_path, text)
     assert message in str(error.value)
+
+
+def test_load_config_unlocked_has_the_papers_rules_for_pretrained_weights_unless_given(tmp_path):
+    optimizer = load(tmp_path, "[image]\ntrain = 'unlocked'").optimizer
+    assert optimizer.learning_rate_scale == ("img/(?!head/).*=0.1",)
+    assert optimizer.weight_decay_scale == ("img/(?!head/).*=0", "(.*/)?kernel=1")
+    given = "[image]\ntrain = 'unlocked'\n[optimizer]\nlearning_rate_scale = []"
+    assert load(tmp_path, given).optimizer.learning_rate_scale == ()
+    for train in ("frozen", "scratch"):
+        assert load(tmp_path, f"[image]\ntrain = '{train}'").optimizer == OptimizerConfig()
+    resolved = to_toml(load(tmp_path, given))  # read again, it is the same
+    assert load(tmp_path, resolved).optimizer.learning_rate_scale == ()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])

@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from signal import SIGTERM
@@ -138,7 +138,14 @@ def _train(
     pairs = batch * config.stream.captions_per_image
     flops = step_flops(model, pairs, batch, config.loss.image_head, packing.mean_tokens if packing else None)
     meter = ThroughputMeter(
-        pairs, flops, mesh.size, start_step=start_step, cost_before=cost_before, started=started
+        pairs,
+        flops,
+        mesh.size,
+        start_step=start_step,
+        cost_before=cost_before,
+        started=started,
+        images_per_step=batch,
+        pixels=stream.batches.pixels,
     )
     components = _Components(
         config=config,
@@ -154,7 +161,11 @@ def _train(
         lock=lock,
         mirror=mirror,
     )
-    step, stop_signal = _loop(components, state, start_step)
+    with closing(stream):
+        step, stop_signal = _loop(components, state, start_step)
+    for note in (meter.advice(), stream.unreadable):
+        if note:
+            status(note)
 
     # --- Write the receipt and the report.
     _write_summary(workdir, config, memory, step, meter.cost(), evaluator.results)

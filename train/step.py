@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,12 +18,12 @@ from lit_fast.losses.accumulate import LogitMaxima, LogitStats, LossParams, logi
 from lit_fast.losses.contrastive import contrastive_loss
 from lit_fast.losses.pairs import make_sides
 from lit_fast.models.text_tower import TextTower, unpack_captions
-from lit_fast.models.two_towers import Params, embed_ids, init_params
+from lit_fast.models.two_towers import Params, init_params
 from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, replicated, shard_map
 from lit_fast.train.optimizer import make_optimizer, make_schedule
+from lit_fast.train.text_pass import DeviceBatch, embed_texts
 from lit_fast.utils.normalize import normalize
 
-DeviceBatch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 # Key index of the choice of negatives; no row of a batch has this number, so dropout never uses the same key.
@@ -138,7 +137,7 @@ def _loss_share(
     images = normalize(batch["images"].astype(jnp.float32) - params["mean"])
     seeds = jax.random.bits(jax.random.fold_in(key, _SEEDS_INDEX), (2,))
     loss_params = LossParams(
-        texts=_embed_texts(model, config, params, batch, key),
+        texts=embed_texts(model, config.text, params, batch, key),
         log_scale=params["t"][0],
         bias=params["b"][0] if "b" in params else None,
         head=params["img"]["head"]["kernel"] if "img" in params else None,
@@ -154,44 +153,3 @@ def _caption_ids(batch: DeviceBatch, length: int) -> jax.Array:
     if "lengths" not in batch:
         return batch["ids"]
     return unpack_captions(batch["ids"], batch["lengths"], batch["slots"], length)
-
-
-def _embed_texts(
-    model: TextTower, config: Config, params: Params, batch: DeviceBatch, key: jax.Array
-) -> jax.Array:
-    """Embed this device's captions in their order, normalized, float32 [n * captions, width].
-
-    Dropout of a row depends on `key` and the row's position in the global batch. So neither microbatches nor, where a
-    row is one caption, the number of devices change it.
-    """
-    text = config.text
-    rows = {name: array for name, array in batch.items() if name in ("ids", "lengths")}
-    if text.dropout:
-        positions = lax.axis_index(AXIS) * len(batch["ids"]) + jnp.arange(len(batch["ids"]))
-        rows["dropout_keys"] = jax.vmap(partial(jax.random.fold_in, key))(positions)
-    embed = partial(embed_ids, model, params)
-    texts = map_microbatches(embed, rows, text.microbatches, recompute=text.keep == "embeddings")
-    return texts[batch["slots"]] if "slots" in batch else texts
-
-
-def map_microbatches(
-    function: Callable[..., jax.Array], inputs: dict[str, jax.Array], microbatches: int, recompute: bool
-) -> jax.Array:
-    """Apply `function(**inputs)` to equal parts of the inputs, one after another.
-
-    Args:
-      function: from arrays [rows, ...] to an array [outputs, ...], each output of one row.
-      inputs: arrays [n, ...]; n is divisible by `microbatches`.
-      microbatches: number of parts.
-      recompute: store no residuals of a part; its backward pass computes the part again (GradCache).
-
-    Returns:
-      The outputs of all parts, concatenated.
-    """
-    if recompute:
-        function = jax.checkpoint(function)
-    if microbatches == 1:
-        return function(**inputs)
-    parts = jax.tree.map(lambda a: a.reshape(microbatches, -1, *a.shape[1:]), inputs)
-    outputs = lax.map(lambda part: function(**part), parts)
-    return outputs.reshape(-1, *outputs.shape[2:])
