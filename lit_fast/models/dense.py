@@ -1,9 +1,10 @@
 """Dense layers with a formulation of their own for XLA's CPU backend.
 
 That backend multiplies bfloat16 with float32 sums only in `a b` and `a b^T`, and only if float32 output is requested.
-It computes anything else in float32, which is slower on processors with bfloat16 matrix units (AMX). The gradient of
-the kernel, `a^T b`, is therefore computed as a product with an operand that was transposed in memory. A sum over all rows is a product with ones, as XLA's own sum takes several passes. TPUs and GPUs get the plain
-form, whose heads stay separate axes: flattening would copy them.
+It computes anything else in float32, which is slower on processors that multiply bfloat16. The gradient of the kernel,
+`a^T b`, is therefore a product with an operand that was transposed in memory. A sum over all rows is a product with
+ones, as XLA's own sum takes several passes. TPUs and GPUs get the plain form, whose heads stay separate axes:
+flattening would copy them.
 """
 
 from __future__ import annotations
