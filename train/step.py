@@ -21,6 +21,7 @@ from lit_fast.models.text_tower import TextTower, unpack_captions
 from lit_fast.models.two_towers import Params, init_params
 from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, platform_of, replicated, shard_map
 from lit_fast.train.optimizer import make_optimizer, make_schedule
+from lit_fast.train.sizes import with_tile
 from lit_fast.train.text_pass import DeviceBatch, embed_texts
 from lit_fast.utils.normalize import normalize
 
@@ -79,9 +80,10 @@ def make_step(
     The batch has images bfloat16 [n, width], ids integer [n * captions, length] and rows int32 [n]; for packed
     captions see `lit_fast.train.input_pipeline.packing`. Metrics are float32 scalars.
     """
-    schedule = make_schedule(config.optimizer, config.steps)
+    schedule, platform = make_schedule(config.optimizer, config.steps), platform_of(mesh)
+    config = with_tile(config, platform)
     loss_and_grads = shard_map(
-        partial(_loss_and_grads, model, config, mesh.size, platform_of(mesh)),
+        partial(_loss_and_grads, model, config, mesh.size, platform),
         mesh,
         (REPLICATED, SHARDED, REPLICATED),
     )
