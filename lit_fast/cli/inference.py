@@ -127,7 +127,10 @@ def serve(parser: argparse.ArgumentParser) -> Run:
 
         dataset = open_dataset(args.dataset)
         start_jax()
-        searcher = Searcher(load(args.model, tower=args.tower), dataset)
+        model = load(args.model, tower=args.tower)
+        if args.tower:  # otherwise it is loaded for the first image
+            _ = model.tower
+        searcher = Searcher(model, dataset)
         with SearchServer(args.host, args.port, searcher) as server:
             searcher.answer(["warm up"])  # compiles the text tower before the first request
             if not server.is_local:
