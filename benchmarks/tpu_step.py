@@ -36,7 +36,7 @@ SLICES = ("v4:2x2x1", "v5e:2x2", "v6e:2x2", "v5p:2x2x1")
 VOCAB, LENGTH, WIDTH = 32_000, 16, 768
 ROW_TOKENS, MEAN_TOKENS = 128, 12.5  # of 8 captions, and of a caption at 22 % padding
 HEADER = (
-    "| slice | attention | padding | text.keep | microbatches | GiB per chip | XLA's estimate, s | kernels, s | a step, s "
+    "| slice | attention | padding | text.keep | microbatches | GiB per chip | XLA, s | kernels, s | a step, s "
     "| MFU | hours for 65,000 steps | compiled, CPU s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
