@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from lit_fast.config import Config, TextConfig
 from lit_fast.errors import UserError
 from lit_fast.models.encoder_pass import KEPT
+from lit_fast.models.precision import resolve_dtype
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import platform_of, smallest_of_processes
 from lit_fast.storage.machine import available_memory
@@ -128,7 +129,7 @@ def remat_candidates(config: Config, num_devices: int, platform: str) -> Iterato
         # Captions have 16 to 64 tokens; the size of a microbatch need not be exact.
         return next(i for i, d in enumerate(divisors) if texts // d * 16 <= tokens or d == rows)
 
-    first = smallest(sizes.most_tokens[text.dtype])
+    first = smallest(sizes.most_tokens[resolve_dtype(text.dtype, platform)])
     last = max(first, smallest(sizes.least_tokens))
     for keep in KEPT:
         # On CPUs, recomputing queries, keys and values is faster than reading them.
