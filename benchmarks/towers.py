@@ -223,7 +223,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     },
     "poolformer": {},
     "mobilenet_v2": {},
-    "bit": {"embedding_size": 16, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 1, 1]},
+    "bit": {"num_groups": 8, "embedding_size": 16, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 1, 1]},
 }
 
 
