@@ -58,7 +58,10 @@ class TextConfig:
     )
     dropout: float = setting(0.0, "dropout rate", minimum=0, below=1)
     dtype: str = setting(
-        "bfloat16", "dtype of matrix products; parameters are float32", choices=("float32", "bfloat16")
+        "auto",
+        "dtype of matrix products; parameters are float32. auto: bfloat16 on accelerators and on CPUs that multiply it "
+        "(flags amx_bf16 or avx512_bf16), else float32; a run keeps what it started with",
+        choices=("auto", "float32", "bfloat16"),
     )
     keep: str = setting(
         "auto",
@@ -76,6 +79,13 @@ class TextConfig:
     )
     row_tokens: int = setting(
         0, "tokens per row when captions are packed by true length; 0: as the dataset's captions require"
+    )
+    attention: str = setting(
+        "auto",
+        "attention of packed rows in training: XLA's form, or Pallas kernels for TPUs. auto: on a TPU the kernels, if "
+        "they fit and agree with XLA's form on the first batch; else xla. pallas: without this comparison; on CPUs the "
+        "kernels are interpreted, which is slow",
+        choices=("auto", "xla", "pallas"),
     )
 
     @property

@@ -42,7 +42,7 @@ EMBED = (
 TRAIN = (
     ("train.optimizer", "train.evaluator", "train.input_pipeline", "train.text_pass"),
     ("train.step", "train.workdir"),
-    ("train.export", "train.cost", "train.inputs"),
+    ("train.export", "train.cost", "train.inputs", "train.attention"),
     ("train.tracking", "train.plan"),
     ("train.mirror",),
     ("train.checkpoints",),

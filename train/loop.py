@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from signal import SIGTERM
 from typing import Any, NamedTuple
 
@@ -24,6 +25,13 @@ from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, is_bucket
+from lit_fast.train.attention import (
+    AttentionChoice,
+    compare_attention,
+    compile_kernels,
+    propose_attention,
+    write_attention,
+)
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
 from lit_fast.train.cost.memory import MemoryFit, choose_remat
@@ -39,7 +47,13 @@ from lit_fast.train.tracking.receipt import is_finished, read_cost, write_receip
 from lit_fast.train.tracking.report import write_report
 from lit_fast.train.tracking.throughput import ThroughputMeter
 from lit_fast.train.tracking.trackers import check_trackers
-from lit_fast.train.workdir import check_initial_params, load_initial_params, lock_workdir, write_workdir
+from lit_fast.train.workdir import (
+    check_initial_params,
+    choose_dtype,
+    load_initial_params,
+    lock_workdir,
+    write_workdir,
+)
 from lit_fast.utils.format import format_duration
 from lit_fast.utils.output import result, status
 from lit_fast.utils.signals import record_signals
@@ -62,6 +76,7 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     profiled = parse_profile_steps(profile_steps, config.steps)
     check_trackers(config)
     mesh = make_mesh()
+    config = choose_dtype(config, workdir, mesh)
     inputs = open_inputs(config, workdir, mesh)
     lock = lock_workdir(workdir)
     with lock or nullcontext():
@@ -99,6 +114,9 @@ def _train(
 
     # --- Build the optimizer and the model, with the remat policy that fits in memory.
     build = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=inputs.features.width)
+    attention = propose_attention(text, build(text), mesh, workdir)
+    attention = compile_kernels(attention, text, build(text), mesh)
+    text = replace(text, attention=attention.form)
     optimizer, abstract_state = abstract_training(build(text), config)
     memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state)
     status(f"memory: {memory.description}")
@@ -127,11 +145,27 @@ def _train(
     if start_step >= config.steps:
         if not is_finished(workdir):  # it was killed after the last checkpoint
             results = evaluator.run(embed_text, evaluation_params(state.opt, state.params), state.average)
-            _write_summary(workdir, config, memory, start_step, cost_before, results)
+            _write_summary(workdir, config, memory, attention, start_step, cost_before, results)
             if mirror:
                 mirror.push()
         result(f"{shown_workdir} is complete: {start_step:,} steps")
         return
+
+    # --- Compare the attention kernels with XLA's form, if nothing has shown yet that they agree here.
+    batches = stream.iterate(start_step, packing or (lambda batch: batch))
+    if attention.pending:
+        first = next(batches)
+        batches = chain([first], batches)
+        batch_on_devices = _to_devices(first, mesh)
+        attention = compare_attention(attention, config, memory.text, build, mesh, state, batch_on_devices)
+        if attention.form == "xla":
+            text = replace(text, attention="xla")
+            memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state)
+            status(f"memory: {memory.description}")
+            model = build(memory.text)
+        del batch_on_devices
+    if jax.process_index() == 0:
+        write_attention(workdir, attention)
 
     # --- Train.
     batch = config.stream.global_batch
@@ -151,7 +185,7 @@ def _train(
         config=config,
         mesh=mesh,
         train_step=make_step(model, optimizer, replace(config, text=memory.text), mesh),
-        batches=stream.iterate(start_step, packing or (lambda batch: batch)),
+        batches=batches,
         evaluator=evaluator,
         embed_text=embed_text,
         checkpoints=checkpoints,
@@ -168,7 +202,7 @@ def _train(
             status(note)
 
     # --- Write the receipt and the report.
-    _write_summary(workdir, config, memory, step, meter.cost(), evaluator.results)
+    _write_summary(workdir, config, memory, attention, step, meter.cost(), evaluator.results)
     if mirror:
         mirror.push()
     if step < config.steps:
@@ -325,9 +359,15 @@ def _create_workdir(workdir: str, config: Config, inputs: Inputs, text_init: dic
 
 
 def _write_summary(
-    workdir: str, config: Config, memory: MemoryFit, step: int, cost: RunCost, results: list[dict[str, Any]]
+    workdir: str,
+    config: Config,
+    memory: MemoryFit,
+    attention: AttentionChoice,
+    step: int,
+    cost: RunCost,
+    results: list[dict[str, Any]],
 ) -> None:
     """Write the receipt and the report."""
     if jax.process_index() == 0:
-        write_receipt(workdir, config, memory, step, cost, results)
+        write_receipt(workdir, config, memory, attention.record, step, cost, results)
         write_report(workdir)

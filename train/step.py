@@ -80,15 +80,15 @@ def make_step(
     captions see `lit_fast.train.input_pipeline.packing`. Metrics are float32 scalars.
     """
     schedule = make_schedule(config.optimizer, config.steps)
-    loss_and_grads = shard_map(
-        partial(_loss_and_grads, model, config, mesh.size, platform_of(mesh)),
+    sharded_loss_and_grads = shard_map(
+        lambda *arrays: loss_and_grads(model, config, mesh.size, platform_of(mesh), *arrays)[:3],
         mesh,
         (REPLICATED, SHARDED, REPLICATED),
     )
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        loss, grads, stats = loss_and_grads(state.params, batch, key)
+        loss, grads, stats = sharded_loss_and_grads(state.params, batch, key)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         if config.loss.temperature_max:  # after the update, as open_clip does; the gradient ignores the limit
@@ -121,7 +121,7 @@ def make_step(
     return jax.jit(step, in_shardings=shardings, out_shardings=shardings[0], donate_argnums=0)
 
 
-def _loss_and_grads(
+def loss_and_grads(
     model: TextTower,
     config: Config,
     num_devices: int,
@@ -129,14 +129,17 @@ def _loss_and_grads(
     params: Params,
     batch: DeviceBatch,
     key: jax.Array,
-) -> tuple[jax.Array, Params, LogitStats]:
-    """Compute loss, gradients and logit statistics of the global batch; runs on each device."""
+) -> tuple[jax.Array, Params, LogitStats, jax.Array]:
+    """Compute loss, gradients and logit statistics of the global batch; runs on each device.
+
+    The last result is the embeddings of this device's texts, normalized, float32 [n, width].
+    """
     loss_share = partial(_loss_share, model, config, num_devices, platform)
-    (loss, stats), grads = jax.value_and_grad(loss_share, has_aux=True)(params, batch, key)
+    (loss, (stats, texts)), grads = jax.value_and_grad(loss_share, has_aux=True)(params, batch, key)
     # One all-reduce for everything that adds up; the maxima need their own.
     loss, grads, sums = lax.psum((loss, grads, stats.sums), AXIS)
     maxima = LogitMaxima(*lax.pmax(jnp.stack(stats.maxima), AXIS))
-    return loss, grads, LogitStats(sums, maxima)
+    return loss, grads, LogitStats(sums, maxima), texts
 
 
 def _loss_share(
@@ -147,8 +150,8 @@ def _loss_share(
     params: Params,
     batch: DeviceBatch,
     key: jax.Array,
-) -> tuple[jax.Array, LogitStats]:
-    """Compute the loss of this device's texts against the images of all devices."""
+) -> tuple[jax.Array, tuple[LogitStats, jax.Array]]:
+    """Compute the loss of this device's texts against the images of all devices; with logit statistics and texts."""
     images = normalize(batch["images"].astype(jnp.float32) - params["mean"])
     seeds = jax.random.bits(jax.random.fold_in(key, _SEEDS_INDEX), (2,))
     loss_params = LossParams(
@@ -160,7 +163,8 @@ def _loss_share(
     ids = partial(_caption_ids, batch, model.max_length)
     captions = config.stream.captions_per_image
     sides = make_sides(config.loss, num_devices, images, batch["rows"], captions, ids, seeds)
-    return contrastive_loss(config.loss, num_devices, loss_params, *sides)
+    loss, stats = contrastive_loss(config.loss, num_devices, loss_params, *sides)
+    return loss, (stats, loss_params.texts)
 
 
 def _caption_ids(batch: DeviceBatch, length: int) -> jax.Array:

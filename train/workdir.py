@@ -6,19 +6,23 @@ A run resumes only with its own configuration and inputs. `check_*` compare them
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from jax.sharding import Mesh
 
 from lit_fast.config import MAY_CHANGE_ON_RESUME, Config, flatten
 from lit_fast.config_io import to_toml
 from lit_fast.data.features import Features
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
+from lit_fast.models.precision import fast_dtype
 from lit_fast.models.two_towers import Params
 from lit_fast.runs.run import read_config
+from lit_fast.runtime import broadcast_text
 from lit_fast.storage.files import (
     exists,
     is_directory,
@@ -32,10 +36,10 @@ from lit_fast.storage.files import (
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.train.input_pipeline.stream import Stream
+from lit_fast.utils.output import status
 from lit_fast.weights.text_towers import read_text_weights, start_from
 
 _TEXT_INIT = "text_init.json"
-_MESSAGE_BYTES = 1024
 
 
 def lock_workdir(workdir: StrPath) -> Lock | None:
@@ -54,9 +58,7 @@ def lock_workdir(workdir: StrPath) -> Lock | None:
         except UserError as error:
             problem = str(error)
     # Without this the other processes would wait for the first one, which has stopped.
-    message = np.frombuffer(problem.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES), np.uint8)
-    message = np.asarray(broadcast_one_to_all(message)).astype(np.uint8)
-    if problem := message.tobytes().decode(errors="replace").rstrip():
+    if problem := broadcast_text(problem):
         raise UserError(problem)
     return lock
 
@@ -101,6 +103,28 @@ def recorded_in_memory(workdir: StrPath) -> bool | None:
     """
     file = join(workdir, "stream.json")
     return read_object(file, in_memory=bool).get("in_memory") if is_file(file) else None
+
+
+def choose_dtype(config: Config, workdir: StrPath, mesh: Mesh) -> Config:
+    """Replace `text.dtype = "auto"`: a run keeps its dtype, a new one takes the faster one of its devices.
+
+    All processes take that of the first one's record, else float32 if one of them has to.
+    """
+    if config.text.dtype != "auto":
+        return config
+    platform = mesh.devices.flat[0].platform
+    fast = fast_dtype(platform)
+    recorded = read_config(workdir).text.dtype if is_file(join(workdir, "config.toml")) else "auto"
+    choices = ("float32", "bfloat16", "auto")
+    index = int(broadcast_one_to_all(np.int32(choices.index(recorded))))
+    if choices[index] == "auto":
+        index = int(process_allgather(np.int32(choices.index(fast))).min())
+    dtype = choices[index]
+    if dtype != fast:
+        status(f"text.dtype {dtype}, as the other processes or this run had it; {fast} is faster here")
+    elif platform == "cpu":
+        status(f"text.dtype {dtype}, the faster one on this processor")
+    return replace(config, text=replace(config.text, dtype=dtype))
 
 
 def write_workdir(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from lit_fast.config import Config, TextConfig
 from lit_fast.errors import UserError
+from lit_fast.models.precision import resolve_dtype
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.transformer import REMAT_POLICIES
 from lit_fast.models.two_towers import embed_ids
@@ -118,7 +119,7 @@ def device_memory(mesh: Mesh) -> int:
 def remat_candidates(config: Config, num_devices: int, on_cpu: bool) -> Iterator[TextConfig]:
     """Yield text configurations in order of increasing recomputation."""
     texts = config.stream.global_batch * config.stream.captions_per_image // num_devices
-    tokens = _CPU_MICROBATCH_TOKENS[config.text.dtype] if on_cpu else _MICROBATCH_TOKENS
+    tokens = _CPU_MICROBATCH_TOKENS[resolve_dtype(config.text.dtype, "cpu")] if on_cpu else _MICROBATCH_TOKENS
     rows = texts // config.text.pack
     divisors = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
     divisors = sorted({*divisors, *(rows // d for d in divisors)})
