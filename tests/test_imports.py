@@ -40,7 +40,7 @@ EMBED = (
     ("embed.cli",),
 )
 TRAIN = (
-    ("train.optimizer", "train.evaluator", "train.input_pipeline", "train.text_pass"),
+    ("train.optimizer", "train.evaluator", "train.input_pipeline", "train.text_pass", "train.sizes"),
     ("train.step", "train.workdir"),
     ("train.export", "train.cost", "train.inputs", "train.attention"),
     ("train.tracking", "train.plan"),
