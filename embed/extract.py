@@ -21,7 +21,6 @@ from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.reader import ImageReader, sample_images
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.commits import Commits
-from lit_fast.embed.loader import Batch, ImageLoader, load_batches
 from lit_fast.embed.locks import check_rows_are_unlocked, shard_lock_path
 from lit_fast.embed.pipeline import StallTimer, run_tower
 from lit_fast.embed.shard_writer import ShardWriter, batch_spans
@@ -41,6 +40,7 @@ from lit_fast.storage.machine import cpu_count
 from lit_fast.storage.paths import StrPath, is_bucket, join, name, suffix
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.interface import FrozenTower
+from lit_fast.towers.loader import Batch, ImageLoader, load_batches
 from lit_fast.utils.output import result, status
 from lit_fast.utils.progress import Progress
 from lit_fast.utils.signals import defer_signals

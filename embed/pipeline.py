@@ -11,8 +11,8 @@ from contextlib import suppress
 import jax
 import numpy as np
 
-from lit_fast.embed.loader import Batch
 from lit_fast.errors import UserError
+from lit_fast.towers.loader import Batch
 
 # Batches on the device: enough that it computes while the journal is flushed to the disk.
 _IN_FLIGHT = 4

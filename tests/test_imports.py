@@ -30,7 +30,7 @@ GROUND_FLOOR = (
 )
 EMBED = (
     ("embed.locks",),
-    ("embed.sources", "embed.journal", "embed.loader", "embed.tokenize"),
+    ("embed.sources", "embed.journal", "embed.tokenize"),
     ("embed.pipeline", "embed.shard_writer", "embed.skipped", "embed.class_names"),
     ("embed.row_reader", "embed.commits"),
     ("embed.index", "embed.extract", "embed.relocate"),

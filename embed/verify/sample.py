@@ -12,12 +12,12 @@ from lit_fast.data.dataset import SHARD
 from lit_fast.data.features import Features, Manifest, first_view, tower_options
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.sources import check_sources
-from lit_fast.embed.loader import ImageLoader
 from lit_fast.embed.verify.findings import Finding, repair_remedy, some
 from lit_fast.errors import UserError
 from lit_fast.runtime import start_devices
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.interface import FrozenTower
+from lit_fast.towers.loader import ImageLoader
 from lit_fast.utils.output import result
 
 # Smallest cosine between a stored vector and the same one computed again, by the dtype of the computation.

@@ -19,13 +19,13 @@ from lit_fast.embed import commits
 from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
 from lit_fast.embed.journal import Journal
-from lit_fast.embed.loader import Batch
 from lit_fast.embed.locks import shard_lock_path
 from lit_fast.embed.shard_writer import ShardWriter, copy_path, journal_path
 from lit_fast.errors import UserError
 from lit_fast.storage.files import exists, list_names, read_bytes, remove, walk_files, write_atomic
 from lit_fast.storage.lock import InUseError, Lock, LostLockError
 from lit_fast.storage.paths import join
+from lit_fast.towers.loader import Batch
 from tests.buckets import bucket  # noqa: F401
 from tests.embed.contents import tree
 from tests.embed.test_extract import SMALL_SHARDS, many

@@ -18,7 +18,6 @@ from lit_fast.data.dataset import open_dataset
 from lit_fast.data.features import Features
 from lit_fast.embed.importers.import_rows import import_rows
 from lit_fast.embed.index import index_dataset
-from lit_fast.embed.loader import Batch
 from lit_fast.embed.locks import check_rows_are_unlocked, lock_rows, shard_lock_path
 from lit_fast.embed.relocate import relocate_sources
 from lit_fast.embed.shard_writer import ShardWriter
@@ -26,6 +25,7 @@ from lit_fast.embed.tokenize import tokenize_dataset
 from lit_fast.errors import UserError
 from lit_fast.storage.holder import Holder
 from lit_fast.storage.lock import InUseError, LostLockError
+from lit_fast.towers.loader import Batch
 from tests.helpers import samples, write_tar
 
 OTHER = dataclasses.replace(

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lit_fast.embed.loader import Batch
 from lit_fast.embed.pipeline import StallTimer, run_tower
 from lit_fast.errors import UserError
+from lit_fast.towers.loader import Batch
 
 
 def test_run_tower_yields_every_batch_with_its_own_output() -> None:

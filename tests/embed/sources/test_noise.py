@@ -11,7 +11,7 @@ from lit_fast.data.dataset import open_dataset
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.noise import noise_image
 from lit_fast.data.images.reader import ImageReader
-from lit_fast.embed.loader import ImageLoader
+from lit_fast.towers.loader import ImageLoader
 from lit_fast.towers.preprocess import Preprocess
 from tests.embed.contents import keys
 

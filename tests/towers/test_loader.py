@@ -9,7 +9,7 @@ import pytest
 
 from lit_fast.data.images.decode import MAX_PIXELS, decode
 from lit_fast.embed.index import index_dataset
-from lit_fast.embed.loader import ImageLoader, load_batches
+from lit_fast.towers.loader import ImageLoader, load_batches
 from lit_fast.towers.preprocess import Preprocess
 from tests.helpers import encoded, picture, write_tar
 
