@@ -21,8 +21,9 @@ def contrastive_loss(
     """Compute this device's share of the loss: its texts against the images of all devices.
 
     The shares of all devices add up to the loss of the global batch, see `sigmoid_loss` and `softmax_loss`.
-    Differentiable in `params`, which has the image embeddings where they are trained. The gradients are formed in the forward pass, tile by
-    tile, so nothing is stored for the backward pass. Call it inside `shard_map` over the mesh axis.
+    Differentiable in `params`, which has the image embeddings where they are trained. The gradients are formed in the
+    forward pass, tile by tile, so nothing is stored for the backward pass. Call it inside `shard_map` over the mesh
+    axis.
 
     Args:
       config: formula, pairs and tile size.

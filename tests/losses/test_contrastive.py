@@ -82,9 +82,7 @@ def compile_loss(config, num_devices, gather=True, trained=False):
         )
         maxima = jax.tree.map(lambda a: jax.lax.pmax(a, AXIS), stats.maxima)
         sides = grads.texts, grads.images
-        dtexts, dimages = (
-            jax.lax.all_gather(sides, AXIS, tiled=True) if gather else jax.lax.psum(sides, AXIS)
-        )
+        dtexts, dimages = jax.lax.all_gather(sides, AXIS, tiled=True) if gather else jax.lax.psum(sides, AXIS)
         return loss, others._replace(texts=dtexts, images=dimages), LogitStats(sums, maxima)
 
     mesh = make_mesh(jax.devices()[:num_devices])
