@@ -2,9 +2,10 @@
 
 Every model has random weights, shaken so that nothing is zero. For each: the largest difference of the float32
 features relative to the largest feature, the cosine of the bfloat16 policy to float32, and the seconds of tracing.
-Writes benchmarks/towers.md, a row at a time.
+Writes benchmarks/towers.md, a row at a time; models that have a row there are not measured again. A model that ends the
+process, by its memory or its time, keeps the row "not finished".
 
-Run: python -m benchmarks.towers [--only PART]
+Run: python -m benchmarks.towers [--only PART] [--seconds N]
 """
 
 from __future__ import annotations
@@ -32,6 +33,19 @@ TABLE = Path(__file__).with_name("towers.md")
 
 # Architecture, arguments. A depth makes deep models cheap; widths, heads and kinds of layers are the published ones.
 TIMM: list[tuple[str, dict[str, Any]]] = [
+    ("vit_large_patch16_dinov3", {"img_size": 64, "depth": 1}),
+    ("vit_base_patch16_clip_224", {"img_size": 64, "depth": 2}),
+    ("vit_so400m_patch14_siglip_224", {"img_size": 56, "depth": 1}),
+    ("vit_pe_core_base_patch16_224", {"img_size": 64, "depth": 2}),
+    ("vit_base_patch14_reg1_tipsv2", {"img_size": 56, "depth": 2}),
+    ("vit_intern300m_patch14_448", {"img_size": 56, "depth": 1}),
+    ("vit_medium_patch16_reg4_gap_256", {"img_size": 64, "depth": 2}),
+    ("convnext_tiny.dinov3_lvd1689m", {"depths": [1, 1, 1, 1]}),
+    ("regnety_004", {}),
+    ("mobilenetv4_hybrid_medium", {}),
+    ("maxvit_pico_rw_256", {"img_size": 256}),
+    ("coatnet_nano_rw_224", {}),
+    ("csatv2", {}),
     ("vit_tiny_patch16_224", {"img_size": 64}),
     ("vit_base_patch16_224", {"img_size": 64, "depth": 2, "global_pool": "avg"}),
     ("vit_base_patch32_clip_224", {"img_size": 64, "depth": 2}),
@@ -149,10 +163,25 @@ TIMM: list[tuple[str, dict[str, Any]]] = [
     ("hieradet_small", {}),
 ]
 
-OPEN_CLIP = (
-    "ViT-B-32", "ViT-B-32-quickgelu", "RN50", "convnext_base", "coca_ViT-B-32", "EVA02-B-16", "ViT-B-16-SigLIP",
-    "ViT-B-16-SigLIP2", "PE-Core-T-16-384", "ViTamin-S", "MobileCLIP-S1", "MobileCLIP2-S0", "nllb-clip-base-siglip",
-)  # fmt: skip
+# Architecture, layers of its tower, None for all of them: those of timm's trunks cannot be cut.
+OPEN_CLIP: dict[str, int | None] = {
+    "ViT-B-32": 2,
+    "ViT-L-14": 2,
+    "ViT-B-32-quickgelu": 2,
+    "RN50": None,
+    "coca_ViT-B-32": 2,
+    "ViTamin-S": None,
+    "MobileCLIP-S1": None,
+    "MobileCLIP2-S0": None,
+    "PE-Core-T-16-384": None,
+    "PE-Core-B-16": None,
+    "ViT-B-16-SigLIP": None,
+    "ViT-B-16-SigLIP2": None,
+    "EVA02-B-16": None,
+    "convnext_base": None,
+    "nllb-clip-base-siglip": None,
+    "ViT-SO400M-14-SigLIP": None,
+}
 
 _SMALL = {
     "hidden_size": 48,
@@ -224,18 +253,21 @@ def timm_models(directory: Path) -> Iterator[tuple[str, Callable[[], tuple[Path,
 
 def open_clip_models(directory: Path) -> Iterator[tuple[str, Callable[[], tuple[Path, Any, dict[str, Any]]]]]:
     open_clip = import_package("open_clip")
-    for name in OPEN_CLIP:
+    for name, layers in OPEN_CLIP.items():
 
-        def make(name: str = name) -> tuple[Path, Any, dict[str, Any]]:
+        def make(name: str = name, layers: int | None = layers) -> tuple[Path, Any, dict[str, Any]]:
             config = open_clip.get_model_config(name)
+            if layers:
+                config["vision_cfg"]["layers"] = layers
             text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
             quick = config.get("quick_gelu", False)
             model = shaken(open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text, quick).visual)
-            path = directory / "visual.safetensors"
+            path = directory / "open_clip_model.safetensors"
             save_file({f"visual.{k}": v.contiguous().clone() for k, v in model.state_dict().items()}, path)
-            return path, model, {"arch": f"open_clip:{name}"}
+            (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+            return directory, model, {}
 
-        yield f"open_clip {name}", make
+        yield f"open_clip {name}" + (f" layers={layers}" if layers else ""), make
 
 
 def transformers_models(
@@ -303,36 +335,51 @@ def _compiled(program: Any) -> Any:
     return program.compile({"xla_backend_optimization_level": 0})
 
 
+def known_rows() -> dict[str, str]:
+    """The rows of the table by model."""
+    lines = TABLE.read_text().splitlines()[2:] if TABLE.exists() else []
+    return {line.split("|")[1].strip(): line for line in lines}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--only", default="", help="models with this in their name; the table is printed, not written"
-    )
-    only = parser.parse_args().only
+    add = parser.add_argument
+    add("--only", default="", help="models with this in their name; the table is printed, not written")
+    add("--seconds", type=float, default=float("inf"), help="begin no model after this time")
+    args = parser.parse_args()
     head = (
         "model", "parameters, M", "pixels", "width", "float32: difference", "bfloat16: cosine",
         "trace, s", "host callbacks",
     )  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    start, known, rows = time.monotonic(), {} if args.only else known_rows(), {}
+
+    def write(name: str, cells: list[str]) -> None:
+        rows[name] = f"| {name} | " + " | ".join(cells) + " |"
+        if not args.only:
+            lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *(rows | known).values()]
+            TABLE.write_text("\n".join(lines) + "\n")
+
     for models in (timm_models, open_clip_models, transformers_models):
         with tempfile.TemporaryDirectory() as scratch:
             for name, make in models(Path(scratch)):
-                if only not in name:
+                if name in known:
+                    rows[name] = known.pop(name)
                     continue
+                if args.only not in name or time.monotonic() - start > args.seconds:
+                    continue
+                write(name, ["not finished"])
                 try:
                     path, model, options = make()
                     cells = measure(load_tower(str(path), backend="torch", **options), model)
                 except Exception as error:
                     cells = [f"{type(error).__name__}: {' '.join(str(error).split())[:250]}"]
-                lines.append(f"| {name} | " + " | ".join(cells) + " |")
-                print(lines[-1], flush=True)
+                write(name, cells)
+                print(rows[name], flush=True)
                 for file in Path(scratch).iterdir():
                     file.unlink()
                 model = None
                 jax.clear_caches()
                 gc.collect()
-                if not only:
-                    TABLE.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,11 +24,13 @@ _IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _OPENAI: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 # Defaults of transformers 5, models/*/image_processing_pil_*.py; if `square`, a number as size is both sides of a
-# square, else the short side.
+# square, else the short side. DINOv3 has a processor for torchvision only, which does not round the resized pixels
+# to 8 bits.
 _SQUARE_224 = {"height": 224, "width": 224}
 _COMMON: dict[str, Any] = {
     "resample": 3, "image_mean": _HALF, "image_std": _HALF, "square": True, "do_convert_rgb": False,
 }  # fmt: skip
+_KEYS = ("image_mean", "image_std")
 _SHORT: dict[str, Any] = _COMMON | {
     "square": False,
     "size": {"shortest_edge": 224},
@@ -44,6 +46,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "Siglip": _COMMON | {"size": _SQUARE_224, "square": False, "do_convert_rgb": True},
     "CLIP": _SHORT,
     "Bit": _SHORT,
+    "DINOv3ViT": _COMMON | {"size": _SQUARE_224, "resample": 2} | dict(zip(_KEYS, _IMAGENET, strict=True)),
     "Beit": _COMMON | {"size": _SQUARE_224, "crop_size": _SQUARE_224},
     "ConvNext": _COMMON | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256, "square": False},
 }

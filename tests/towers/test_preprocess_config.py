@@ -95,6 +95,24 @@ def processor(config: dict[str, Any], **changes: Any) -> Any:
     return getattr(module, f"{family}ImageProcessorPil")(**(given | changes))
 
 
+def test_dinov3_pixels_are_those_of_its_processor_rounded() -> None:
+    """It resizes tensors of floats, antialiased, as PyTorch does; PIL rounds after each of both directions."""
+    torch = pytest.importorskip("torch")
+    # As published, with its empty keys.
+    config = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 224, "width": 224},
+              "resample": 2, "do_center_crop": None, "crop_size": None, "do_convert_rgb": None,
+              "data_format": "channels_first", "default_to_square": True} | IMAGENET  # fmt: skip
+    preprocess = huggingface(config, WHERE)
+    assert preprocess == huggingface({"image_processor_type": "DINOv3ViTImageProcessor"}, WHERE)
+    for shape in SHAPES:
+        image = noise(*shape)
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+        want = torch.nn.functional.interpolate(x, (224, 224), mode="bilinear", antialias=True)[0]
+        difference = np.abs(preprocess.apply(image) - want.permute(1, 2, 0).numpy())
+        assert difference.max() <= 1.01
+        assert difference.mean() < 0.35
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_huggingface_pixels_equal_transformers(name: str) -> None:
     config = copy.deepcopy(CONFIGS[name])
@@ -232,7 +250,7 @@ def test_hf_crop_of_a_smaller_image_is_padded_with_black() -> None:
 
 BAD: list[dict[str, Any]] = [
     {"image_processor_type": "Siglip2ImageProcessor"},
-    {"image_processor_type": "DINOv3ViTImageProcessorFast"},
+    {"image_processor_type": "VivitImageProcessorFast"},
     {"image_processor_type": ["ViTImageProcessor"]},
     {"image_processor_type": "ImageProcessor"},
     {"image_processor_type": ""},

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import torch
 import torch.nn.functional as F
-import torchax
 from torchax import amp
 from torchax.interop import JittableModule, extract_all_buffers, torch_view
+from torchax.tensor import Environment, Tensor
+from torchax.view import View
 
 _CACHE = type(lru_cache(len))  # also of functools.cache
 
@@ -23,6 +24,19 @@ _FULL_PRECISION = (
     torch.ops.aten.native_layer_norm.default,
     torch.ops.aten.native_group_norm.default,
 )
+
+
+class _Environment(Environment):
+    """An environment of torchax that takes tensors which a model makes while it is traced (BEiT of transformers)."""
+
+    def t2j_iso(self, torchtensors: Any) -> Any:
+        """Return the JAX arrays of tensors; those of PyTorch itself are constants of the program."""
+        return super().t2j_iso(jax.tree.map(self._with_constants, torchtensors))
+
+    def _with_constants(self, value: Any) -> Any:
+        is_plain = isinstance(value, torch.Tensor) and not isinstance(value, Tensor | View)
+        # torchax reads those of one value as numbers, which do not widen the other argument.
+        return Tensor(self.t2j_copy(value), self) if is_plain and value.numel() > 1 else value
 
 
 def arrays(module: torch.nn.Module) -> dict[str, Any]:
@@ -97,7 +111,7 @@ def _environment() -> Any:
 
     Every trace needs a new one, since the random key in it would keep a tracer.
     """
-    environment = torchax.tensor.Environment()
+    environment = _Environment()
     aten = torch.ops.aten
     # torchax's own function has other names of arguments than F.linear.
     environment.override_op_definition(F.linear, aten.linear.default)

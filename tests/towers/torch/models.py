@@ -50,6 +50,7 @@ OPEN_CLIP = {
 SMALL = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 96}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "convnext": {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1], "image_size": SIZE},
+    "beit": SMALL | {"image_size": SIZE, "patch_size": 8, "use_relative_position_bias": True},
     "dinov2": SMALL | {"image_size": SIZE, "patch_size": 8},
     "dinov3_vit": SMALL | {"image_size": SIZE, "patch_size": 8},
     "clip_vision_model": SMALL | {"image_size": SIZE, "patch_size": 8, "projection_dim": 24},

@@ -200,8 +200,8 @@ def test_configuration_of_transformers_that_is_damaged_is_refused(tmp_path: Path
         assert message in refusal(tmp_path)
         config.write_text(good)
     processor = tmp_path / "preprocessor_config.json"
-    edit(processor, image_processor_type="DINOv3ViTImageProcessorFast")
-    assert "image processor 'DINOv3ViTImageProcessorFast' is unknown; known are" in refusal(tmp_path)
+    edit(processor, image_processor_type="VJEPA2VideoProcessor")
+    assert "image processor 'VJEPA2VideoProcessor' is unknown; known are" in refusal(tmp_path)
     assert load_tower(str(tmp_path), preprocess="pil-squash").preprocess.size == 32
 
 
