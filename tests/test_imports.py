@@ -39,7 +39,8 @@ EMBED = (
     ("embed.cli",),
 )
 TRAIN = (
-    ("train.optimizer", "train.evaluator", "train.input_pipeline", "train.text_pass"),
+    ("train.optimizer", "train.evaluator", "train.input_pipeline", "train.text_pass", "train.image_start"),
+    ("train.image_pass",),
     ("train.step", "train.workdir"),
     ("train.export", "train.cost", "train.inputs"),
     ("train.tracking", "train.plan"),

@@ -69,8 +69,8 @@ def _features_of_dataset(config: Config, dataset: Dataset) -> Features:
     if features.provenance.get("architecture") != "vit":
         reason = "was imported" if "imported" in features.provenance else "is of another library"
         raise UserError(
-            f"tower {features.tower} of {dataset.path} {reason} and cannot be trained; name a ViT with image.tower, see "
-            "lit-fast towers"
+            f"tower {features.tower} of {dataset.path} {reason} and cannot be trained; name a ViT with image.tower, "
+            "see lit-fast towers"
         )
     return features
 
@@ -91,7 +91,8 @@ def _open_tower(image: ImageConfig, features: Features | None) -> Tower:
     if not is_scratch:
         if features is not None and tower.sha256 != features.provenance["sha256"]:
             raise UserError(
-                f"{source} has other weights than when {features.path} was made; restore it, or name it with image.tower"
+                f"{source} has other weights than when {features.path} was made; restore it, or name it with "
+                "image.tower"
             )
         return tower
     architecture = tower.architecture
@@ -99,7 +100,9 @@ def _open_tower(image: ImageConfig, features: Features | None) -> Tower:
         architecture = replace(architecture, gelu=image.gelu)
     if image.pool:
         if image.pool == "projection" and not architecture.projection:
-            raise UserError(f"image.pool projection does not fit {source}, which has none; choose tok, gap or map")
+            raise UserError(
+                f"image.pool projection does not fit {source}, which has none; choose tok, gap or map"
+            )
         architecture = replace(
             architecture, pool=image.pool, class_token=architecture.class_token or image.pool == "tok"
         )

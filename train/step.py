@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -83,13 +84,15 @@ def make_step(
       optimizer: as `init_state` had it.
       config: of the run.
       mesh: the devices; the batch is sharded over them, the state replicated.
-      image: the image tower, if it is trained.
+      image: the image tower, if it is trained; its remat policy is that of the configuration.
 
     The batch has images bfloat16 [n, width], or with a trained image tower pixels uint8 [n, size, size, 3]; ids integer
     [n * captions, length] and rows int32 [n]; for packed captions see `lit_fast.train.input_pipeline.packing`. Metrics
     are float32 scalars.
     """
     schedule = make_schedule(config.optimizer, config.steps)
+    if image is not None:
+        image = dataclasses.replace(image, remat_policy=config.image.encoder_remat)
     loss_and_grads = shard_map(
         partial(_loss_and_grads, model, image, config, mesh.size), mesh, (REPLICATED, SHARDED, REPLICATED)
     )
