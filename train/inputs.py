@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from lit_fast.train.input_pipeline.images import Images, check_image_sources
 
 from lit_fast.config import Config
 from lit_fast.data.dataset import Dataset, open_dataset
@@ -21,6 +20,7 @@ from lit_fast.storage.machine import available_memory
 from lit_fast.storage.paths import StrPath
 from lit_fast.train.evaluator import Evaluator
 from lit_fast.train.image_start import ImageStart, open_image_start
+from lit_fast.train.input_pipeline.images import Images, check_image_sources
 from lit_fast.train.input_pipeline.packing import Packing, open_packing
 from lit_fast.train.input_pipeline.stream import Stream, open_stream
 from lit_fast.train.workdir import check_identity, check_workdir, recorded_in_memory
