@@ -19,8 +19,8 @@ split in blocks of 128 tokens and each is a step of its own.
 [S, 128] (S = 16: 2 registers instead of 16), where softmax and its gradient are computed. For the products they are
 spread to [128, 128] with zeros elsewhere, by masks on pairs of bfloat16.
 
-**True lengths.** `bounds` int32 [rows, 2, tokens] has the first and the last token of each token's caption; other keys
-are masked out of the scores [tokens, tokens].
+**True lengths.** `captions` int32 [rows, tokens] has the number of each token's caption in its row; keys of other
+captions are masked out of the scores [tokens, tokens].
 
 Products have bfloat16 operands and float32 sums; softmax and its gradient are float32. Weights and gradients of scores
 are rounded to bfloat16 for the products, as in XLA's form.
@@ -44,7 +44,7 @@ _LOG2E = 1.4426950408889634
 _MASKED = -1e30
 
 Captions = int | jax.Array
-"""The tokens of every caption, or `bounds` int32 [rows, 2, tokens]."""
+"""The tokens of every caption, or the number of each token's caption in its row, int32 [rows, tokens]."""
 
 
 def refusal(heads: int, size: int, tokens: int, dtype: Any) -> str:
@@ -69,39 +69,38 @@ def refusal(heads: int, size: int, tokens: int, dtype: Any) -> str:
     return ""
 
 
-def bounds_of(caption_ids: jax.Array) -> jax.Array:
-    """Return the bounds int32 [rows, 2, tokens] of consecutive captions, int [rows, tokens] (equal: same caption)."""
-    index = jnp.arange(caption_ids.shape[1])
-    before = jnp.pad(caption_ids[:, 1:] != caption_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    after = jnp.pad(caption_ids[:, 1:] != caption_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-    first = lax.cummax(jnp.where(before, index, 0), axis=1)
-    last = lax.cummin(jnp.where(after, index, len(index)), axis=1, reverse=True)
-    return jnp.stack([first, last], axis=1).astype(jnp.int32)
+def kernel_name(direction: str, length: int | None, heads: int, size: int) -> str:
+    """Return the name of a kernel in compiled programs.
+
+    Args:
+      direction: "forward" or "backward".
+      length: of every caption; None: true lengths.
+      heads, size: number of heads and their size.
+    """
+    return f"attention_{direction}_{f'length{length}' if length else 'masked'}_{heads}x{size}"
 
 
 def forward(qkv: jax.Array, captions: Captions, heads: int) -> jax.Array:
     """Attend: qkv bfloat16 [rows, 3 width, tokens] -> y bfloat16 [rows, width, tokens]."""
     rows, width, tokens = qkv.shape[0], qkv.shape[1] // 3, qkv.shape[2]
     outputs = [jax.ShapeDtypeStruct((rows, width, tokens), jnp.bfloat16)]
-    return _call(_forward_kernel, "attention_forward", heads, captions, [qkv], outputs)[0]
+    return _call(_forward_kernel, "forward", heads, captions, [qkv], outputs)[0]
 
 
 def backward(
-    qkv: jax.Array, captions: Captions, heads: int, g: jax.Array, rstd: jax.Array, bias: jax.Array
+    qkv: jax.Array, captions: Captions, heads: int, g: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what the backward pass needs, where `qkv = rstd (x W') + bias` with LayerNorm folded into W'.
+    """Return what the backward pass needs.
 
     Args:
       qkv: bfloat16 [rows, 3 width, tokens].
       g: gradient of y, bfloat16 [rows, width, tokens].
-      rstd: float32 [rows, tokens].
       bias: float32 [3 width].
 
     Returns:
-      rstd times the gradient of qkv, bfloat16 [rows, 3 width, tokens];
+      the gradient of qkv, bfloat16 [rows, 3 width, tokens];
       y as of `forward`, computed again;
-      rstd times the mean over the width of xhat and its gradient, float32 [rows, tokens]. As xhat W' = qkv - bias, it
-      is 1 / width sum_j rstd dqkv_j (qkv_j - bias_j).
+      the sum over the 3 width elements of a token of `dqkv (qkv - bias)`, divided by width, float32 [rows, tokens].
     """
     rows, width, tokens = qkv.shape[0], qkv.shape[1] // 3, qkv.shape[2]
     lanes = jnp.broadcast_to(bias.astype(jnp.float32)[:, None], (3 * width, LANES))
@@ -110,14 +109,13 @@ def backward(
         jax.ShapeDtypeStruct((rows, width, tokens), jnp.bfloat16),
         jax.ShapeDtypeStruct((rows, 1, tokens), jnp.float32),
     ]
-    inputs = [qkv, g, rstd[:, None], lanes]
-    dqkv, y, mean = _call(_backward_kernel, "attention_backward", heads, captions, inputs, outputs)
+    dqkv, y, mean = _call(_backward_kernel, "backward", heads, captions, [qkv, g, lanes], outputs)
     return dqkv, y, mean[:, 0]
 
 
 def _call(
     kernel: Callable[..., None],
-    name: str,
+    direction: str,
     heads: int,
     captions: Captions,
     inputs: list[jax.Array],
@@ -131,7 +129,7 @@ def _call(
     rows, _, tokens = outputs[0].shape
     length = captions if isinstance(captions, int) else None
     if not isinstance(captions, int):
-        inputs = [*inputs, captions]
+        inputs = [*inputs, captions[:, None]]
     block = LANES if length else tokens
 
     def spec(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
@@ -147,7 +145,7 @@ def _call(
         out_specs=[spec(a) for a in outputs],
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        name=name + ("" if length else "_bounds"),
+        name=kernel_name(direction, length, heads, inputs[0].shape[1] // 3 // heads),
     )
     return lax.platform_dependent(*inputs, tpu=call(), cpu=call(interpret=True))
 
@@ -161,15 +159,12 @@ class _Keys(NamedTuple):
     n is the number of keys that are looked at: the length of a caption, or all tokens of the row.
     """
 
-    select: Callable[
-        [jax.Array], jax.Array
-    ]  # [tokens, tokens] -> [n, tokens]; other captions' keys may be left
-    mask: Callable[
-        [jax.Array], jax.Array
-    ]  # [n, tokens] -> [n, tokens], very small where keys of others are left
-    spread: Callable[
-        [jax.Array], jax.Array
-    ]  # [n, tokens] -> bfloat16 [tokens, tokens], zero for keys of others
+    select: Callable[[jax.Array], jax.Array]
+    """[tokens, tokens] -> [n, tokens]; keys of other captions may be left."""
+    mask: Callable[[jax.Array], jax.Array]
+    """[n, tokens] -> [n, tokens], very small where keys of other captions are left."""
+    spread: Callable[[jax.Array], jax.Array]
+    """[n, tokens], zero where keys of other captions are left -> bfloat16 [tokens, tokens], zero for all of them."""
 
 
 def _keys_of_equal_captions(length: int, tokens: int) -> _Keys:
@@ -188,16 +183,17 @@ def _keys_of_equal_captions(length: int, tokens: int) -> _Keys:
         pairs = pltpu.bitcast(p.astype(jnp.bfloat16), jnp.int32)  # two keys in 32 bits
         return jnp.concatenate([pltpu.bitcast(pairs & mask, jnp.bfloat16) for mask in masks], axis=0)
 
-    return _Keys(select, lambda scores: scores, spread)
+    return _Keys(select, mask=lambda scores: scores, spread=spread)
 
 
-def _keys_within(bounds: jax.Array, tokens: int) -> _Keys:
-    key = lax.broadcasted_iota(jnp.int32, (tokens, tokens), 0)
-    own = (key >= bounds[:1]) & (key <= bounds[1:])
+def _keys_of_same_caption(captions: jax.Array, tokens: int) -> _Keys:
+    """Return the restriction by the captions int32 [1, tokens]."""
+    of_query = jnp.broadcast_to(captions, (tokens, tokens))
+    same = of_query == of_query.T
     return _Keys(
-        lambda scores: scores,
-        lambda scores: jnp.where(own, scores, _MASKED),
-        lambda p: p.astype(jnp.bfloat16),
+        select=lambda scores: scores,
+        mask=lambda scores: jnp.where(same, scores, _MASKED),
+        spread=lambda p: p.astype(jnp.bfloat16),
     )
 
 
@@ -214,9 +210,13 @@ def _rows(part: int, head: int, heads: int, size: int) -> Any:
 
 
 def _forward_kernel(qkv_ref: Any, *refs: Any, heads: int, length: int | None) -> None:
-    *bounds_ref, y_ref = refs
+    *captions_ref, y_ref = refs
     tokens, size = qkv_ref.shape[2], y_ref.shape[1] // heads
-    keys = _keys_of_equal_captions(length, tokens) if length else _keys_within(bounds_ref[0][0], tokens)
+    keys = (
+        _keys_of_equal_captions(length, tokens)
+        if length
+        else _keys_of_same_caption(captions_ref[0][0], tokens)
+    )
     for head in range(heads):
         q, k, v = (qkv_ref[0, _rows(part, head, heads, size), :] for part in range(3))
         p = _softmax(keys, q, k)
@@ -224,13 +224,15 @@ def _forward_kernel(qkv_ref: Any, *refs: Any, heads: int, length: int | None) ->
 
 
 def _backward_kernel(
-    qkv_ref: Any, g_ref: Any, rstd_ref: Any, bias_ref: Any, *refs: Any, heads: int, length: int | None
+    qkv_ref: Any, g_ref: Any, bias_ref: Any, *refs: Any, heads: int, length: int | None
 ) -> None:
-    *bounds_ref, dqkv_ref, y_ref, mean_ref = refs
+    *captions_ref, dqkv_ref, y_ref, mean_ref = refs
     tokens, size = qkv_ref.shape[2], y_ref.shape[1] // heads
-    keys = _keys_of_equal_captions(length, tokens) if length else _keys_within(bounds_ref[0][0], tokens)
-    rstd = rstd_ref[0]
-    scaled_rstd = rstd * size**-0.5
+    keys = (
+        _keys_of_equal_captions(length, tokens)
+        if length
+        else _keys_of_same_caption(captions_ref[0][0], tokens)
+    )
     sums = jnp.zeros((size, tokens), jnp.float32)
     for head in range(heads):
         q, k, v = (qkv_ref[0, _rows(part, head, heads, size), :] for part in range(3))
@@ -240,7 +242,7 @@ def _backward_kernel(
         y_ref[0, _rows(0, head, heads, size), :] = _nn(v, weights).astype(jnp.bfloat16)
         dp = keys.select(_tn(v, g))
         ds = keys.spread(p * (dp - (p * dp).sum(axis=0, keepdims=True)))
-        gradients = _nn(k, ds) * scaled_rstd, _nt(q, ds) * scaled_rstd, _nt(g, weights) * rstd
+        gradients = _nn(k, ds) * size**-0.5, _nt(q, ds) * size**-0.5, _nt(g, weights)
         for part, gradient in enumerate(gradients):
             at = _rows(part, head, heads, size)
             dqkv_ref[0, at, :] = gradient.astype(jnp.bfloat16)
