@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from lit_fast.data.dataset import SHARD, Dataset, open_dataset
+from lit_fast.data.dataset import SHARD, open_dataset
 from lit_fast.data.features import Features, embed_command, with_views
 from lit_fast.data.images.decode import MAX_PIXELS
-from lit_fast.data.images.reader import ImageReader, sample_images
+from lit_fast.data.images.reader import ImageReader, check_images
 from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.commits import Commits
 from lit_fast.embed.locks import check_rows_are_unlocked, shard_lock_path
@@ -46,7 +46,6 @@ from lit_fast.utils.progress import Progress
 from lit_fast.utils.signals import defer_signals
 
 _POLL_SECONDS = 5.0  # between two looks at the shards of other machines
-_SAMPLE = 64  # images that are compared before embedding
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def embed_dataset(
                 )
             unfinished = _unfinished_shards(job)
             if unfinished:
-                _check_images(dataset)
+                check_images(dataset)
             rate = _embed_shards(job, unfinished, signals) if unfinished else None
             if signals:
                 return
@@ -186,25 +185,6 @@ def write_provenance(features: Features) -> list[str]:
     ignored = ("identity", "first_view", "options", "versions", "name", "source")
     different = [k for k in [*own, "views"] if k not in ignored and stored.get(k, 1) != own.get(k, 1)]
     return list(dict.fromkeys(different)) or ["identity"]
-
-
-def _check_images(dataset: Dataset) -> None:
-    """Compare a sample of the image files; a missing file is an invalid row, if others are there.
-
-    Raises:
-      UserError: an image has changed, or none of the sample is there.
-    """
-    found = sample_images(dataset, _SAMPLE)
-    if found.changed:
-        raise UserError(
-            f"{len(found.changed)} of {found.read} sampled images of {dataset.path} have changed since they were "
-            f"indexed (first: {found.changed[0]!a}); restore them, or index the sources as a new dataset"
-        )
-    if len(found.missing) == min(_SAMPLE, dataset.rows):
-        raise UserError(
-            f"none of {found.read} sampled images of {dataset.path} can be read (first: {found.missing[0]!a}); restore "
-            f"them, or if they have moved: lit-fast index --relocate OLD=NEW {dataset.path}"
-        )
 
 
 def _unfinished_shards(job: Job) -> list[int]:

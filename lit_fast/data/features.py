@@ -92,6 +92,11 @@ class Features:
         return int(self.provenance.get("views", 1))
 
     @property
+    def row_bytes(self) -> int:
+        """Memory of the vectors of one row."""
+        return 2 * self.views * self.width
+
+    @property
     def identity(self) -> str:
         """Digest of everything that the vectors depend on."""
         return str(self.provenance["identity"])

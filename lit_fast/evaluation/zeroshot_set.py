@@ -119,7 +119,8 @@ def zero_shot_set(
 
 def _labels(dataset: Dataset, file: StrPath | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs of a row and a right class, sorted by row."""
-    keys, own = [], []
+    keys: list[str] = []
+    own: list[int] = []
     for block in dataset.iter_blocks():
         keys += block.keys
         own += block.labels

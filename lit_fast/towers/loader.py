@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from lit_fast.data.dataset import Dataset
 from lit_fast.data.images.decode import ImageError, decode
@@ -32,10 +33,18 @@ class Batch:
 
 
 class ImageLoader:
-    """Loads the pixels of a dataset's images by row; from any thread."""
+    """Loads the pixels of a dataset's images by row; from any thread.
 
-    def __init__(self, dataset: Dataset, preprocess: Preprocess, max_pixels: int, views: int = 1) -> None:
-        self._reader = ImageReader(dataset, preprocess.resize)  # noise of a size that is not resized
+    Args:
+      views: of each image, see `Preprocess.view`.
+      cache: sizes of the caches of `ImageReader`, where rows are not loaded in order.
+    """
+
+    def __init__(
+        self, dataset: Dataset, preprocess: Preprocess, max_pixels: int, views: int = 1, **cache: int
+    ) -> None:
+        self._reader = ImageReader(dataset, preprocess.resize, **cache)  # noise of a size that is not resized
+        self._dataset = dataset
         self._preprocess, self._max_pixels, self._views = preprocess, max_pixels, views
 
     @property
@@ -64,14 +73,26 @@ class ImageLoader:
                 out[i] = 0
         return invalid
 
-    def _load_row(self, row: int, out: np.ndarray) -> None:
-        preprocess = self._preprocess
-        image = decode(
+    def open(self, row: int) -> Image.Image:
+        """Decode the image of a row into RGB.
+
+        Raises:
+          UserError: the source cannot be read or has changed.
+          ImageError: this image alone cannot be read or decoded.
+        """
+        return decode(
             self._reader.read(row),
             max_pixels=self._max_pixels,
-            at_least=preprocess.at_least,
-            alpha=preprocess.alpha,
+            at_least=self._preprocess.at_least,
+            alpha=self._preprocess.alpha,
         )
+
+    def row_name(self, row: int) -> str:
+        """Return the key of a row, with its source where the dataset has several."""
+        return self._dataset.row_name(*self._reader.locate(row))
+
+    def _load_row(self, row: int, out: np.ndarray) -> None:
+        preprocess, image = self._preprocess, self.open(row)
         if self._views == 1:
             out[0] = preprocess.apply(image)
             return

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lit_fast.cli.main import main
+from lit_fast.data.dataset import Block, compact_block
 from lit_fast.embed.index import index_dataset
 from tests.helpers import write_tar
 
@@ -54,3 +57,14 @@ def test_dataset_json_with_other_content_is_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert str(file) in error
+
+
+@given(keys=st.lists(st.text(st.characters()), min_size=1, max_size=20))
+def test_compact_block_has_the_keys_and_places_of_the_block(keys: list[str]) -> None:
+    numbers = [2**40 + i for i in range(len(keys))]
+    block = Block(keys, numbers, numbers, numbers, numbers, numbers, [["de"]] * len(keys), numbers)
+    compact = compact_block(block.encode())
+    assert list(compact.keys) == keys
+    assert list(compact.keys[1:]) == keys[1:]
+    assert list(compact.offsets) == list(compact.sizes) == list(compact.sources) == numbers
+    assert [compact.check(i) for i in range(len(keys))] == numbers

@@ -4,6 +4,8 @@
     exact_shuffle    order of the rows of a dataset that fits in memory
     window_shuffle   order of the rows of a larger dataset, read block by block; its arithmetic is window_layout
     captions         captions and views that an epoch uses of each row
+    images           pixels of the rows, for a trained image tower
+    buffers          reusable memory of batches
     corruption       noise in images, texts and their alignment
     packing          several captions in one row of the text tower
 

@@ -63,18 +63,19 @@ class Corruption:
         positions[chosen] = np.roll(chosen, 1)
         return positions
 
-    def replace(self, step: int, first: int, images: np.ndarray, ids: np.ndarray) -> None:
+    def replace(self, step: int, first: int, images: np.ndarray | None, ids: np.ndarray) -> None:
         """Replace some images by noise and some texts by random tokens, in place.
 
         Args:
           step: of the batch.
           first: position of the first image in the global batch.
-          images: bfloat16 [n, width].
+          images: bfloat16 [n, width]; None: pixels, which have no noise.
           ids: integer [n * captions, length].
         """
         captions = self.config.captions_per_image
-        bad, words = self._draw(_IMAGES, step, self.config.corrupt_images, first, len(images))
-        images[bad] = self.noise[(words & np.uint64(2**32 - 1)).astype(np.int64) * len(self.noise) >> 32]
+        if images is not None:
+            bad, words = self._draw(_IMAGES, step, self.config.corrupt_images, first, len(images))
+            images[bad] = self.noise[(words & np.uint64(2**32 - 1)).astype(np.int64) * len(self.noise) >> 32]
         bad, words = self._draw(_TEXTS, step, self.config.corrupt_texts, first * captions, len(ids))
         ids[bad] = self._random_texts(words)
 
@@ -105,16 +106,20 @@ class Corruption:
         return ids
 
 
-def open_corruption(features: Features, tokens: Tokens, config: StreamConfig, seed: int) -> Corruption | None:
+def open_corruption(
+    features: Features | None, tokens: Tokens, config: StreamConfig, seed: int
+) -> Corruption | None:
     """Return the corruption that a configuration asks for; None: none.
+
+    Without features there are no noise images.
 
     Raises:
       UserError: the noise dataset is missing or was embedded by another tower than `features`.
     """
     if not (config.corrupt_images or config.corrupt_texts or config.corrupt_alignment):
         return None
-    noise, digest = np.empty((0, features.width), BFLOAT16), ""
-    if config.corrupt_images:
+    noise, digest = np.empty((0, features.width if features else 0), BFLOAT16), ""
+    if config.corrupt_images and features:
         store = matching_features(open_dataset(config.noise), features.provenance)
         noise = np.delete(store.read_all(), sorted(store.invalid_rows()), axis=0)
         if not len(noise):

@@ -19,27 +19,30 @@ class ExactShuffle:
     Every usable row occurs once per epoch. A batch may extend over the end of an epoch.
     """
 
-    features: np.ndarray  # bfloat16 [rows, views, width]
+    features: np.ndarray | None  # bfloat16 [rows, views, width]; None: batches have rows and captions only
     captions: Captions  # of all rows
     usable: np.ndarray  # int64 [n], rows with a valid image and a caption
     config: StreamConfig
     seed: int  # of the run
     local_positions: np.ndarray  # int64 [m], positions of this process in the global batch
-    new_images: Callable[[], np.ndarray]  # returns an unused bfloat16 array [m, width]
+    new_images: Callable[[], np.ndarray] | None  # returns an unused bfloat16 array [m, width]
     _orders: dict[int, np.ndarray] = field(default_factory=dict)  # epoch -> rows
 
     def read(self, step: int, text_positions: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Return a batch, see `lit_fast.train.input_pipeline.stream.Shuffle`."""
         rows, epoch = self._rows(step, self.local_positions)
-        _, views, width = self.features.shape
-        chosen = choose_views(rows, rows, epoch, views, self.seed)
-        images = np.take(self.features.reshape(-1, width), chosen, 0, self.new_images(), mode="clip")
         text_rows, text_epoch = rows, epoch
         if text_positions is not None:
             text_rows, text_epoch = self._rows(step, text_positions[self.local_positions])
         k = self.config.captions_per_image
         ids = self.captions.choose(text_rows, text_rows, text_epoch, k, self.seed)
-        return {"images": images, "ids": ids, "rows": rows.astype(np.int32)}
+        batch = {"ids": ids, "rows": rows.astype(np.int32)}
+        if self.features is None or self.new_images is None:
+            return batch
+        _, views, width = self.features.shape
+        chosen = choose_views(rows, rows, epoch, views, self.seed)
+        images = np.take(self.features.reshape(-1, width), chosen, 0, self.new_images(), mode="clip")
+        return {"images": images} | batch
 
     def _rows(self, step: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows int64 [n] at positions of the global batch, and the epoch of each."""

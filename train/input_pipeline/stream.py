@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,13 +17,15 @@ import grain
 import numpy as np
 
 from lit_fast.config import StreamConfig
-from lit_fast.data.features import BFLOAT16, Features
+from lit_fast.data.features import Features
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
 from lit_fast.storage.machine import available_memory
+from lit_fast.train.input_pipeline.buffers import BatchBuffers
 from lit_fast.train.input_pipeline.captions import read_captions
 from lit_fast.train.input_pipeline.corruption import Corruption, open_corruption
 from lit_fast.train.input_pipeline.exact_shuffle import ExactShuffle
+from lit_fast.train.input_pipeline.images import Images, Pixels
 from lit_fast.train.input_pipeline.window_layout import plan_layout
 from lit_fast.train.input_pipeline.window_shuffle import WindowShuffle
 
@@ -32,7 +33,8 @@ _MEMORY_SHARE = 0.75  # of the memory that a process may use
 ORDER_VERSION = "1"  # raise it when the order of the rows changes
 
 Batch = dict[str, np.ndarray]
-"""images bfloat16 [n, width], ids uint16 or uint32 [n * captions, length], rows int32 [n]."""
+"""ids uint16 or uint32 [n * captions, length], rows int32 [n], and images bfloat16 [n, width] or, for a trained image
+tower, pixels uint8 [n, size, size, 3]."""
 
 
 class Shuffle(Protocol):
@@ -56,16 +58,23 @@ class Batches:
     shuffle: Shuffle
     corruption: Corruption | None
     first: int  # position in the global batch of this process's first image
+    pixels: Pixels | None = None  # of the images, where they are no stored features
 
     def __len__(self) -> int:
         return 2**31  # grain needs a number; the stream has no end
 
     def __getitem__(self, step: int) -> Batch:
         corruption = self.corruption
-        if corruption is None:
-            return self.shuffle.read(step)
-        batch = self.shuffle.read(step, corruption.text_positions(step))
-        corruption.replace(step, self.first, batch["images"], batch["ids"])
+        text_positions = corruption.text_positions(step) if corruption else None
+        batch = self.shuffle.read(step, text_positions)
+        if self.pixels:
+            own_texts = None
+            if text_positions is not None:
+                positions = np.arange(self.first, self.first + len(batch["rows"]))
+                own_texts = text_positions[positions] == positions
+            batch = self.pixels.add(batch, step, own_texts)
+        if corruption:
+            corruption.replace(step, self.first, batch.get("images"), batch["ids"])
         return batch
 
 
@@ -77,48 +86,24 @@ class Stream:
     identity: str  # digest of everything that the batches depend on
     description: str  # for the user
     in_memory: bool  # held in memory and shuffled exactly
+    prefetch: int = 4  # batches that are read ahead
 
     def iterate(self, step: int, prepare: Callable[[Batch], Batch] = lambda batch: batch) -> Iterator[Batch]:
         """Yield the batches from `step` on; two threads read and prepare them ahead."""
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        threads = min(2, self.prefetch)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self.prefetch)
         iterator = iter(grain.MapDataset.source(self.batches).map(prepare).to_iter_dataset(options))
         iterator.set_state({"next_index": step})
         return iterator
 
-
-class BatchBuffers:
-    """A pool of reusable arrays for the images of batches.
-
-    A buffer returns to the pool when its last view is garbage-collected, so that a batch can be kept, sliced and
-    passed to JAX, which refers to aligned arrays without copying, like any other array. Without the pool the operating
-    system clears the pages of every new batch, 15 to 30 % of the stream's processor time at 50 MB a batch.
-    """
-
-    KEEP = 8  # free buffers; no more batches than that are in flight
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self._shape = shape
-        self._free: list[np.ndarray] = []
-
-    def empty(self) -> np.ndarray:
-        """Return an unused bfloat16 array with undefined content; from any thread."""
-        try:
-            block = self._free.pop()
-        except IndexError:
-            block = np.empty(2 * self._shape[0] * self._shape[1], np.uint8)
-        # Views of an array refer to the owner of the memory, but not beyond a memoryview: all views of this array
-        # refer to it and keep it alive.
-        array = np.frombuffer(block.data, BFLOAT16)
-        weakref.finalize(array, self._return, block).atexit = False
-        return array.reshape(self._shape)
-
-    def _return(self, block: np.ndarray) -> None:
-        if len(self._free) < self.KEEP:
-            self._free.append(block)
+    def close(self) -> None:
+        """Stop to decode images ahead."""
+        if self.batches.pixels:
+            self.batches.pixels.close()
 
 
 def open_stream(
-    features: Features,
+    images: Features | Images,
     tokens: Tokens,
     config: StreamConfig,
     seed: int,
@@ -127,10 +112,11 @@ def open_stream(
     memory: int | None = None,
     in_memory: bool | None = None,
 ) -> Stream:
-    """Join features and tokens by position, after comparing their digests, and choose the shuffle.
+    """Join images and tokens by position, after comparing their digests, and choose the shuffle.
 
     Args:
-      features, tokens: of the same dataset.
+      images: features, or images to decode.
+      tokens: of the same dataset.
       config: configuration of the stream.
       seed: seed of the run.
       part: (process, processes); every process reads its part of each global batch.
@@ -141,12 +127,13 @@ def open_stream(
     Raises:
       UserError: something is missing or does not belong together, or no row can be trained on.
     """
-    dataset, (process, processes) = features.dataset, part
+    dataset, (process, processes) = images.dataset, part
+    features = images if isinstance(images, Features) else None
     if dataset.rows >= 2**31:
         raise UserError(
             f"dataset {dataset.path} has {dataset.rows:,} rows; split it into datasets of at most 2^31 - 1"
         )
-    invalid = features.invalid_rows()  # compares the digests
+    invalid = images.invalid_rows()  # compares the digests
     if config.global_batch % processes:
         raise UserError(
             f"stream.global_batch {config.global_batch} is not divisible by {processes} processes; use a multiple"
@@ -158,15 +145,15 @@ def open_stream(
     usable_rows = dataset.rows - len(unusable)
     if not usable_rows:
         raise UserError(f"dataset {dataset.path} has no row with a valid image and a caption; use another")
-    vectors = dataset.rows * features.views * features.width
-    size = 2 * (vectors + dataset.captions * tokens.meta["max_length"])
+    size = 2 * dataset.captions * tokens.meta["max_length"]
+    size += dataset.rows * images.row_bytes
     identity: list[Any] = [
-        ORDER_VERSION, dataset.digest, features.identity, tokens.meta["identity"], seed, config.global_batch,
+        ORDER_VERSION, dataset.digest, images.identity, tokens.meta["identity"], seed, config.global_batch,
         config.captions_per_image, hashlib.blake2b(unusable.tobytes(), digest_size=16).hexdigest(),
     ]  # fmt: skip
     corruption = open_corruption(features, tokens, config, seed)
     local_batch = config.global_batch // processes
-    buffers = BatchBuffers((local_batch, features.width))
+    new_images = BatchBuffers((local_batch, features.width)).empty if features else None
     shuffle: Shuffle
     memory = available_memory() if memory is None else memory
     fits = size <= _MEMORY_SHARE * memory
@@ -178,17 +165,17 @@ def open_stream(
     wanted = size <= config.memory_gib * 2**30
     in_memory = wanted and fits if in_memory is None else in_memory
     if in_memory:
-        reader = tokens.reader()
+        reader, blocks = tokens.reader(), dataset.blocks
         shuffle = ExactShuffle(
-            features.read_all(features.views).reshape(dataset.rows, features.views, features.width),
+            features.read_all(features.views).reshape(dataset.rows, features.views, -1) if features else None,
             read_captions(tokens, (reader.read(b) for b in range(dataset.blocks))),
             np.setdiff1d(np.arange(dataset.rows), unusable),
             config,
             seed,
             np.arange(process * local_batch, (process + 1) * local_batch),
-            buffers.empty,
+            new_images,
         )
-        how = "held in memory and shuffled exactly"
+        how = "held in memory and shuffled exactly" if features else "shuffled exactly"
     else:
         layout = plan_layout(dataset.rows, config)
         if layout.streams % processes:
@@ -198,19 +185,27 @@ def open_stream(
             )
         share = layout.streams // processes
         streams = range(process * share, (process + 1) * share)
-        shuffle = WindowShuffle(features, tokens, unusable, layout, config, seed, streams, buffers.empty)
+        shuffle = WindowShuffle(features, tokens, unusable, layout, config, seed, streams, new_images)
         identity += [config.shuffle_streams, config.shuffle_window_blocks]
         how = f"streamed, shuffled in windows of {shuffle.window_rows:,} rows"
         if wanted:
             how += f", as this machine may use only {memory / 2**30:.2f} GiB of memory"
+        blocks = 2 * share * layout.window  # windows in use, and those that are read ahead
     if corruption:
         identity += corruption.identity
         how += f"; corrupted: {corruption.description}"
-    views = f", {features.views} views each" if features.views > 1 else ""
+    pixels, prefetch = None, 4
+    if isinstance(images, Images):
+        prefetch = images.prefetch(local_batch, memory)
+        buffers = BatchBuffers((local_batch, *images.shape), np.dtype(np.uint8))
+        pixels = Pixels(images, tokens, unusable, seed, config.captions_per_image, buffers, blocks, memory)
+        how += f"; {images.description}, up to {prefetch} batches ahead"
+    views = f", {features.views} views each" if features and features.views > 1 else ""
     skipped = f" ({len(unusable):,} without image or caption are skipped)" if len(unusable) else ""
     return Stream(
         in_memory=in_memory,
-        batches=Batches(shuffle, corruption, process * local_batch),
+        batches=Batches(shuffle, corruption, process * local_batch, pixels),
         identity=hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
         description=f"{usable_rows:,} rows{skipped}{views}, {size / 2**30:.2f} GiB, {how}",
+        prefetch=prefetch,
     )

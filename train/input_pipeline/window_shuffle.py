@@ -81,7 +81,7 @@ class WindowShuffle:
     """Random access to batches; efficient if steps are requested roughly in order.
 
     Args:
-      features, tokens: of the same dataset.
+      features, tokens: of the same dataset; without features, batches have rows and captions only.
       unusable: int64 [n], sorted rows without a valid image or a caption; other rows of their windows replace them.
       layout: streams and windows.
       config: configuration of the stream.
@@ -95,30 +95,35 @@ class WindowShuffle:
 
     def __init__(
         self,
-        features: Features,
+        features: Features | None,
         tokens: Tokens,
         unusable: np.ndarray,
         layout: WindowLayout,
         config: StreamConfig,
         seed: int,
         local_streams: range,
-        new_images: Callable[[], np.ndarray],
+        new_images: Callable[[], np.ndarray] | None,
     ) -> None:
-        features.array()  # checks shape and type
-        _check_blocks(unusable, layout.blocks, features.path)
+        if features:
+            features.array()  # checks shape and type
+        store = features.path if features else tokens.dataset.path
+        _check_blocks(unusable, layout.blocks, store)
         self.layout = layout
         self._local_streams = local_streams
+        self._feature_streams = local_streams if features else range(0)
         self._caption_streams = range(layout.streams) if config.corrupt_alignment else local_streams
-        self._features, self._tokens, self._unusable = features, tokens, unusable
+        self._tokens, self._unusable = tokens, unusable
+        self._views = features.views if features else 1
         self._captions_per_image, self._seed, self._new_images = config.captions_per_image, seed, new_images
-        self._block_reader, self._records = features.block_reader(), tokens.reader()
-        self._threads = ThreadPoolExecutor(read_threads(features.path), "stream")
+        self._block_reader = features.block_reader() if features else None
+        self._records = tokens.reader()
+        self._threads = ThreadPoolExecutor(read_threads(store), "stream")
         self._lock = threading.Lock()  # of the three fields below
         self._windows: dict[tuple[int, int, int], _Window] = {}  # (stream, epoch, begin)
         self._block_orders: dict[int, np.ndarray] = {}  # epoch -> permutation of the blocks
-        self._slot_shape = layout.window * BLOCK, features.views * features.width
+        self._slot_shape = layout.window * BLOCK, features.views * features.width if features else 0
         # One allocation, which takes no memory until it is written.
-        self._free_slots = list(np.empty((2 * len(local_streams), *self._slot_shape), BFLOAT16))
+        self._free_slots = list(np.empty((2 * len(self._feature_streams), *self._slot_shape), BFLOAT16))
 
     @property
     def window_rows(self) -> int:
@@ -133,14 +138,15 @@ class WindowShuffle:
             windows = [self._acquire(stream, step) for stream in self._caption_streams]
             for stream in self._caption_streams:
                 self._prefetch(stream, step + PREFETCH_STEPS)
-        images = self._new_images()
+        images = self._new_images() if self._new_images else None
         ids, rows = [], []
         for stream, (window, start) in zip(self._caption_streams, windows, strict=True):
             order, stop = window.order.result(), start + count
             ids.append(order.ids[start * k : stop * k])
-            if window.slot is None:
+            if stream in self._local_streams:
+                rows.append(order.rows[start:stop])
+            if window.slot is None or images is None:
                 continue
-            rows.append(order.rows[start:stop])
             for read in window.reads:
                 read.result()
             first = (stream - self._local_streams.start) * count
@@ -151,9 +157,10 @@ class WindowShuffle:
                 window.users -= 1
         texts = np.concatenate(ids)
         if text_positions is not None:  # `texts` are those of the global batch
-            local = text_positions[self._local_streams.start * count :][: len(images)]
+            local = text_positions[self._local_streams.start * count :][: len(self._local_streams) * count]
             texts = texts.reshape(-1, k, texts.shape[1])[local].reshape(-1, texts.shape[1])
-        return {"images": images, "ids": texts, "rows": np.concatenate(rows).astype(np.int32)}
+        batch = {"ids": texts, "rows": np.concatenate(rows).astype(np.int32)}
+        return batch if images is None else {"images": images} | batch
 
     # All methods below but `_order` hold the lock.
 
@@ -161,7 +168,7 @@ class WindowShuffle:
         """Return the window of a step, which is now in use, and the first row of the step in it."""
         key, start = self._locate(stream, step)
         if key not in self._windows:
-            if stream in self._local_streams and not self._free_slots:
+            if stream in self._feature_streams and not self._free_slots:
                 self._release(step, late_steps=0)
             self._load(key)
         window = self._windows[key]
@@ -171,7 +178,7 @@ class WindowShuffle:
     def _prefetch(self, stream: int, step: int) -> None:
         """Start to read the window of a later step, if there is a slot for it."""
         key, _ = self._locate(stream, step)
-        if key not in self._windows and (self._free_slots or stream not in self._local_streams):
+        if key not in self._windows and (self._free_slots or stream not in self._feature_streams):
             self._load(key)
 
     def _locate(self, stream: int, step: int) -> tuple[tuple[int, int, int], int]:
@@ -188,13 +195,14 @@ class WindowShuffle:
         blocks = self._block_order(epoch)[stream :: layout.streams][begin:end]
         last_step = epoch * layout.steps + end * BLOCK // layout.rows - 1
         order = submit(self._order, blocks, key)
-        if stream not in self._local_streams:
+        if self._block_reader is None or stream not in self._feature_streams:
             self._windows[key] = _Window(None, last_step, order, [])
             return
         # Steps far out of order may need one more slot.
         slot = self._free_slots.pop() if self._free_slots else np.empty(self._slot_shape, BFLOAT16)
         parts = slot.reshape(-1, BLOCK, slot.shape[1])[: len(blocks)]
-        reads = [submit(self._block_reader.read, int(b), part) for b, part in zip(blocks, parts, strict=True)]
+        read = self._block_reader.read
+        reads = [submit(read, int(b), part) for b, part in zip(blocks, parts, strict=True)]
         self._windows[key] = _Window(slot, last_step, order, reads)
 
     def _release(self, step: int, late_steps: int = LATE_STEPS) -> None:
@@ -224,7 +232,7 @@ class WindowShuffle:
         captions = read_captions(self._tokens, (self._records.read(int(b)) for b in blocks))
         return _Order(
             rows,
-            choose_views(positions, rows, epoch, self._features.views, self._seed),
+            choose_views(positions, rows, epoch, self._views, self._seed),
             captions.choose(positions, rows, epoch, self._captions_per_image, self._seed),
         )
 

@@ -17,7 +17,7 @@ from lit_fast.errors import UserError, first_line
 from lit_fast.storage.files import open_read
 
 MAX_ROW_GROUP = 4 << 30  # decoded bytes according to the file; a row group is read as a whole
-_CACHE_BYTES = 1 << 30  # of decoded row groups; the one in use may be larger
+CACHED_BYTES = 1 << 30  # of decoded row groups; the one in use may be larger
 
 # The exceptions of pyarrow for damaged files.
 ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
@@ -46,8 +46,8 @@ class ParquetImages:
     is checked before and after each row group.
     """
 
-    def __init__(self, dataset: str) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: str, cached_bytes: int = CACHED_BYTES) -> None:
+        self._dataset, self._cached_bytes = dataset, cached_bytes
         self._row_groups: OrderedDict[tuple[str, int], _RowGroup] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -82,7 +82,7 @@ class ParquetImages:
             sizes = {key: e.column.nbytes for key, e in self._row_groups.items() if e.column is not None}
             total = sum(sizes.values())
             for key, size in list(sizes.items())[:-1]:
-                if total <= _CACHE_BYTES:
+                if total <= self._cached_bytes:
                     break
                 del self._row_groups[key]
                 total -= size

@@ -6,16 +6,18 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 from urllib.parse import quote
 
-from lit_fast.data.dataset import BLOCK, Block, Dataset, Source, decode_block
+from lit_fast.data.dataset import BLOCK, Block, Dataset, Source, compact_block
 from lit_fast.data.images.decode import MAX_IMAGE, ChangedImageError, ImageError
 from lit_fast.data.images.fingerprint import image_checksum
 from lit_fast.data.images.noise import DEFAULT_SIZE, noise_image
-from lit_fast.data.images.parquet import ParquetImages
+from lit_fast.data.images.parquet import CACHED_BYTES, ParquetImages
 from lit_fast.data.images.sources import check_source
 from lit_fast.data.images.tf_examples import ExampleImages, image_of_example
 from lit_fast.errors import UserError, is_shortage, os_reason
 from lit_fast.storage.files import file_status, is_directory, read_range, read_whole
 from lit_fast.storage.paths import is_url, join
+
+_SAMPLE = 64  # images that `check_images` reads
 
 
 class ChangedSourceError(UserError):
@@ -28,13 +30,22 @@ class ImageReader:
     Args:
       dataset: the dataset.
       noise_size: side in pixels of the images of noise sources.
+      cached_blocks: blocks of the index that are held in memory, about 40 kB each and the keys; rows in random order
+        need those of all of them.
+      cached_bytes: of decoded row groups of parquet files.
     """
 
-    def __init__(self, dataset: Dataset, noise_size: int = DEFAULT_SIZE) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        noise_size: int = DEFAULT_SIZE,
+        cached_blocks: int = 8,
+        cached_bytes: int = CACHED_BYTES,
+    ) -> None:
         self._dataset, self._noise_size = dataset, noise_size
-        self._parquet, self._examples = ParquetImages(dataset.path), ExampleImages()
+        self._parquet, self._examples = ParquetImages(dataset.path, cached_bytes), ExampleImages()
         index = dataset.index_reader()
-        self._block = lru_cache(maxsize=8)(lambda number: decode_block(index.read(number)))
+        self._block = lru_cache(maxsize=cached_blocks)(lambda number: compact_block(index.read(number)))
         # A source that does not answer is asked once, not once per image.
         self._is_intact = cache(self._check_source)
 
@@ -144,6 +155,25 @@ def sample_images(dataset: Dataset, sample: int = 64, *, archives: bool = False)
         except ImageError:
             found.missing.append(block.keys[i])
     return found
+
+
+def check_images(dataset: Dataset) -> None:
+    """Compare a sample of the image files; a missing file is an unreadable row, if others are there.
+
+    Raises:
+      UserError: an image has changed, or none of the sample is there.
+    """
+    found = sample_images(dataset, _SAMPLE)
+    if found.changed:
+        raise UserError(
+            f"{len(found.changed)} of {found.read} sampled images of {dataset.path} have changed since they were "
+            f"indexed (first: {found.changed[0]!a}); restore them, or index the sources as a new dataset"
+        )
+    if len(found.missing) == min(_SAMPLE, dataset.rows):
+        raise UserError(
+            f"none of {found.read} sampled images of {dataset.path} can be read (first: {found.missing[0]!a}); restore "
+            f"them, or if they have moved: lit-fast index --relocate OLD=NEW {dataset.path}"
+        )
 
 
 def _changed(source: Source, key: str) -> ChangedSourceError:

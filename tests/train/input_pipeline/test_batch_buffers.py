@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_fast.data.features import BFLOAT16
-from lit_fast.train.input_pipeline.stream import BatchBuffers
+from lit_fast.train.input_pipeline.buffers import BatchBuffers
 
 SHAPE = (256, 64)
 
