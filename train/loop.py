@@ -172,7 +172,10 @@ def _train(
         lock=lock,
         mirror=mirror,
     )
-    step, stop_signal = _loop(components, state, start_step)
+    try:
+        step, stop_signal = _loop(components, state, start_step)
+    finally:
+        stream.close()
 
     # --- Write the receipt and the report.
     _write_summary(workdir, config, memory, step, meter.cost(), evaluator.results)

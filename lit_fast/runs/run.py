@@ -68,7 +68,11 @@ class Run:
         return self.embedder(self.params, texts)
 
     def image_embeddings(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """Return valid rows int64 [n] of an embedded dataset and their normalized embeddings float32 [n, width]."""
+        """Return valid rows int64 [n] of an embedded dataset and their normalized embeddings float32 [n, width].
+
+        For runs with a frozen tower; for others see `lit_fast.inference.run_images`.
+        """
+        assert not self.config.image.trained
         rows, images = image_embeddings(dataset, self.tower_json, np.asarray(self.params["mean"]))
         return rows, apply_image_head(self.params, images)
 
