@@ -1,6 +1,5 @@
 """A trained image tower from the command line: train, evaluate, resume, embed with it, export, start from it."""
 
-import contextlib
 import json
 
 import jax
@@ -9,24 +8,27 @@ import pytest
 
 import lit_fast
 from lit_fast.cli.main import main
+from lit_fast.config import Config, ImageConfig
 from lit_fast.data.dataset import open_dataset
 from lit_fast.data.features import open_features
 from lit_fast.models.two_towers import image_tower_params
 from lit_fast.runs.run import open_run
 from lit_fast.train import loop
+from lit_fast.train.image_start import open_image_start
 from tests.e2e.trainings import metrics
 from tests.helpers import picture, samples, tiny_vit_arrays, write_tar
 from tests.trained import command
 
-CONFIG = """
+IMAGE = """[image]
+train = "unlocked"
+dtype = "float32"
+"""
+CONFIG = f"""
 steps = 6
 [text]
 variant = "mu"
 dtype = "float32"
-[image]
-train = "unlocked"
-dtype = "float32"
-[stream]
+{IMAGE}[stream]
 global_batch = 16
 [optimizer]
 warmup_steps = 1
@@ -100,8 +102,6 @@ def test_run_trains_both_towers_and_says_so(case):
         name for name in json.loads((case / "r/metrics.jsonl").read_text().splitlines()[-1]) if "/" in name
     ]
     assert "eval/acc1_5shot" in curves
-    # The figures of the tower change while it is trained.
-    assert len(set(metrics(case / "r", "eval/acc1_25shot").values())) > 1 or metrics(case / "r")
     assert "unlocked from" in (case / "r/report.html").read_text()
 
 
@@ -112,6 +112,7 @@ def test_eval_of_images_equals_the_evaluation_in_the_loop_and_that_of_stored_fea
     assert "embedding 24 images of" in capsys.readouterr().err
     assert embedded == in_loop[:3]
     assert evaluate(case, "r", "average.json", "--average") == in_loop[3:]
+    capsys.readouterr()
     for name in ("eval", "shots"):
         command("embed", case / name, "--tower", case / "r", "--dtype", "float32")
     assert evaluate(case, "r", "two.json") == embedded
@@ -133,7 +134,7 @@ def test_embed_with_a_run_stores_the_features_of_its_model(case):
 
 def test_next_frozen_run_starts_from_the_trained_towers(case):
     command("embed", case / "d", "--tower", case / "r", "--name", "next", "--dtype", "float32")
-    frozen = (case / "config.toml").read_text().replace('train = "unlocked"\ndtype = "float32"', "")
+    frozen = (case / "config.toml").read_text().replace(IMAGE, "")
     (case / "frozen.toml").write_text(frozen)
     start = ("--text.init", case / "r", "--steps", "2", "--evaluate.every_steps", "0")
     command(
@@ -163,7 +164,7 @@ def test_run_unlocks_the_tower_of_a_frozen_run_with_head_and_mean(case):
         "--optimizer.warmup_steps",
         "1",
     )
-    frozen = (case / "config.toml").read_text().replace('train = "unlocked"\ndtype = "float32"', "")
+    frozen = (case / "config.toml").read_text().replace(IMAGE, "")
     (case / "centred.toml").write_text(frozen)
     data = ("--dataset", case / "d", "--tower", "tiny")
     command("train", case / "centred.toml", "--workdir", case / "c", *data, *keys)
@@ -186,7 +187,7 @@ def test_run_stopped_and_resumed_has_the_same_bits(case, monkeypatch):
         return 15 if len(steps) == 3 else stop(self)
 
     monkeypatch.setattr(loop.PreemptionSignal, "should_stop", should_stop)
-    with contextlib.suppress(SystemExit):
+    with pytest.raises(AssertionError):  # the exit status is that of SIGTERM
         train(case, "s")
     assert json.loads((case / "s/receipt.json").read_text())["status"] == "stopped"
     train(case, "s")
@@ -228,10 +229,16 @@ def test_scratch_trains_the_architecture_of_a_name_or_of_a_tower(case):
     assert run.tower_json["pool"] == "map"
     assert "MAPHead_0" in run.params["img"]
     assert run.config.optimizer.learning_rate_scale == ()
-    command("train", case / "config.toml", "--workdir", case / "like", *data, *scratch, "--image.pool", "gap")
-    like = open_run(case / "like")
-    assert (like.tower_json["pool"], like.tower_json["depth"]) == ("gap", 2)
-    assert lit_fast.load(case / "like").embed_image([picture(0)]).shape == (1, 32)
+
+
+def test_scratch_takes_the_architecture_of_a_tower_with_other_pooling(case):
+    image = ImageConfig(train="scratch", pool="gap", resolution=48)
+    start = open_image_start(Config(tower="tiny", image=image), open_dataset(case / "d"))
+    assert start.params is None
+    record = start.record
+    assert (record["pool"], record["depth"], record["sha256"], record["class_token"]) == ("gap", 2, "", True)
+    params = start.tower(image).init(jax.random.key(0))
+    assert params["pos_embedding"].shape == (1, 36, 32)
 
 
 @pytest.mark.parametrize(
