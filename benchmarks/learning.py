@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from benchmarks.machine import describe
 
@@ -74,7 +74,16 @@ def figure_2() -> list[Setting]:
     return [Setting(batch, loss, bias[loss], 10) for batch in BATCHES for loss in LOSSES]
 
 
-def train(setting: Setting, seed: int, runs: Path, options: Sequence[str]) -> dict[str, float]:
+class Run(Protocol):
+    """The setting of a run."""
+
+    @property
+    def name(self) -> str: ...
+
+    def options(self) -> list[str]: ...
+
+
+def train(setting: Run, seed: int, runs: Path, options: Sequence[str]) -> dict[str, float]:
     """Train a run unless it is finished; return its metrics in per cent."""
     run = runs / f"{setting.name}-seed{seed}"
     receipt = run / "receipt.json"

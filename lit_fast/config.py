@@ -183,6 +183,19 @@ class LossConfig:
         "texts that equal a caption of another image, id by id: negatives, or excluded (mask)",
         choices=("negative", "mask"),
     )
+    near_duplicates: str = setting(
+        "negative",
+        "an image and a text of another image that is nearly the same: negatives, excluded (mask), or positives; for "
+        "stream.neighbours",
+        choices=("negative", "mask", "positive"),
+    )
+    near_duplicate_cosine: float = setting(
+        0.95,
+        "images are near-duplicates from this cosine of their features on, which are centered where center is true; "
+        "the product of all features costs about as much as that of images and texts",
+        minimum=-1,
+        maximum=1,
+    )
     negatives: str = setting(
         "all",
         "negative pairs in the sigmoid loss: all, or negatives_per_positive of them per text (section 4.8 of the "
@@ -221,6 +234,14 @@ class StreamConfig:
     )
     shuffle_window_blocks: int = setting(
         8, "streamed datasets: blocks of 1024 rows that a stream shuffles together", minimum=1
+    )
+    neighbours: int = setting(
+        0,
+        "compose batches of groups of K to 2 K - 1 images that are near each other by their features: harder negatives "
+        "(section 4.8 of the SigLIP paper). Every epoch has other groups. For datasets that are held in memory; the "
+        "nearest images are searched once and stored with the features. 0: random batches",
+        minimum=0,
+        maximum=256,
     )
     corrupt_images: float = setting(
         0.0,

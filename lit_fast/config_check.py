@@ -46,6 +46,12 @@ def _check_combinations(config: Config) -> None:
             "stream.corrupt_images above 0 and stream.noise need each other; make the noise with lit-fast index "
             "noise:1024 --out N and lit-fast embed N with the tower of the run"
         )
+    if stream.neighbours == 1:
+        raise UserError("stream.neighbours 1 is no group; use 0, or 2 or more")
+    if stream.neighbours > stream.global_batch:
+        raise UserError(
+            f"stream.neighbours {stream.neighbours} must be at most stream.global_batch {stream.global_batch}"
+        )
     if text.keep == "auto" and text.microbatches > 1:
         raise UserError(
             'text.microbatches is chosen by text.keep = "auto"; leave it out, or set text.keep = "products"'
@@ -115,6 +121,9 @@ def _check_image(config: Config) -> None:
         )
     if config.stream.corrupt_images:
         raise UserError('stream.corrupt_images is for image.train = "frozen"; leave it out')
+    if config.stream.neighbours or config.loss.near_duplicates != "negative":
+        key = "stream.neighbours" if config.stream.neighbours else "loss.near_duplicates"
+        raise UserError(f'{key} is for image.train = "frozen"; leave it out')
     if config.loss.center and not config.text.init:
         raise UserError(
             'loss.center needs stored features; leave it out, or start from a centred run with text.init = "RUN"'

@@ -56,6 +56,12 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
 
 
+def platform_of(mesh: Mesh) -> str:
+    """Return "cpu", "tpu" or "gpu"."""
+    platform = mesh.devices.flat[0].platform
+    return platform if platform in ("cpu", "tpu") else "gpu"
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of arrays that are equal on every device."""
     return NamedSharding(mesh, REPLICATED)

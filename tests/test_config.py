@@ -120,6 +120,8 @@ def test_text_shape_applies_overrides_to_the_variant(tmp_path):
             '[loss]\nname = "softmax"\nnegatives = "random"\nnegatives_per_positive = 2',
             "for the sigmoid loss",
         ),
+        ("[stream]\nneighbours = 1", "stream.neighbours 1 is no group; use 0, or 2 or more"),
+        ("[stream]\nneighbours = 9\nglobal_batch = 8", "9 must be at most stream.global_batch 8"),
         ('[loss]\nnegatives = "hardest"', "needs loss.negatives_per_positive above 0"),
         ("[loss]\nnegatives_per_positive = 2", "needs loss.negatives ="),
         ('[loss]\nnegatives = "hard"', "must be one of all, random, hardest, easiest"),
@@ -149,6 +151,10 @@ def test_text_shape_applies_overrides_to_the_variant(tmp_path):
         (
             "[image]\ntrain = 'scratch'\n[stream]\ncorrupt_images = 0.1\nnoise = 'n'",
             'stream.corrupt_images is for image.train = "frozen"',
+        ),
+        (
+            "[image]\ntrain = 'scratch'\narch = 'B/16'\n[stream]\nneighbours = 2",
+            'stream.neighbours is for image.train = "frozen"; leave it out',
         ),
         ("[evaluate]\nfew_shot = ['a=b']", "a frozen tower has the same figures"),
         ("[image]\ntrain = 'scratch'\n[evaluate]\nfew_shot = ['ab']", "'ab' is not TRAIN=TEST"),

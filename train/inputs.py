@@ -97,6 +97,7 @@ def open_inputs(config: Config, workdir: StrPath, mesh: Mesh) -> Inputs:
         rank,
         memory=smallest_of_processes(available_memory()),
         in_memory=recorded_in_memory(workdir),
+        center=config.loss.center,
     )
     check_identity(workdir, "stream", stream.identity)
     packing = open_packing(config, tokens, tokenizer.eos_id, mesh) if config.text.packed else None

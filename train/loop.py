@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from signal import SIGTERM
@@ -156,7 +156,14 @@ def _train(
     tokens = packing.mean_tokens if packing else None
     flops = step_flops(model, pairs, batch, config.loss.image_head, tokens, image)
     meter = ThroughputMeter(
-        pairs, flops, mesh.size, start_step=start_step, cost_before=cost_before, started=started
+        pairs,
+        flops,
+        mesh.size,
+        start_step=start_step,
+        cost_before=cost_before,
+        started=started,
+        images_per_step=batch,
+        pixels=stream.batches.pixels,
     )
     components = _Components(
         config=config,
@@ -172,10 +179,11 @@ def _train(
         lock=lock,
         mirror=mirror,
     )
-    try:
+    with closing(stream):
         step, stop_signal = _loop(components, state, start_step)
-    finally:
-        stream.close()
+    for note in (meter.advice(), stream.unreadable):
+        if note:
+            status(note)
 
     # --- Write the receipt and the report.
     _write_summary(workdir, config, memory, step, meter.cost(), evaluator.results)

@@ -21,7 +21,7 @@ from lit_fast.losses.pairs import make_sides
 from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.text_tower import TextTower, unpack_captions
 from lit_fast.models.two_towers import Params, image_head, init_params
-from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, replicated, shard_map
+from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, platform_of, replicated, shard_map
 from lit_fast.train.image_pass import embed_pixels
 from lit_fast.train.optimizer import make_optimizer, make_schedule
 from lit_fast.train.text_pass import DeviceBatch, embed_texts
@@ -94,7 +94,9 @@ def make_step(
     if image is not None:
         image = dataclasses.replace(image, remat_policy=config.image.encoder_remat)
     loss_and_grads = shard_map(
-        partial(_loss_and_grads, model, image, config, mesh.size), mesh, (REPLICATED, SHARDED, REPLICATED)
+        partial(_loss_and_grads, model, image, config, mesh.size, platform_of(mesh)),
+        mesh,
+        (REPLICATED, SHARDED, REPLICATED),
     )
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, Metrics]:
@@ -115,7 +117,8 @@ def make_step(
         } | logit_metrics(stats)
         if "b" in params:
             metrics["bias"] = params["b"][0]
-        if config.loss.negatives != "all" or config.loss.same_caption == "mask":
+        rules = config.loss.negatives, config.loss.same_caption, config.loss.near_duplicates
+        if rules != ("all", "negative", "negative"):
             metrics["negatives"] = stats.sums.num_negatives
 
         finite = jnp.isfinite(loss + metrics["grad_norm"] + metrics["param_norm"])
@@ -136,12 +139,13 @@ def _loss_and_grads(
     image: ImageTower | None,
     config: Config,
     num_devices: int,
+    platform: str,
     params: Params,
     batch: DeviceBatch,
     key: jax.Array,
 ) -> tuple[jax.Array, Params, LogitStats]:
     """Compute loss, gradients and logit statistics of the global batch; runs on each device."""
-    loss_share = partial(_loss_share, model, image, config, num_devices)
+    loss_share = partial(_loss_share, model, image, config, num_devices, platform)
     (loss, stats), grads = jax.value_and_grad(loss_share, has_aux=True)(params, batch, key)
     # One all-reduce for everything that adds up; the maxima need their own.
     loss, grads, sums = lax.psum((loss, grads, stats.sums), AXIS)
@@ -154,6 +158,7 @@ def _loss_share(
     image: ImageTower | None,
     config: Config,
     num_devices: int,
+    platform: str,
     params: Params,
     batch: DeviceBatch,
     key: jax.Array,
@@ -165,7 +170,7 @@ def _loss_share(
         images = embed_pixels(image, config, params, batch["pixels"])
     seeds = jax.random.bits(jax.random.fold_in(key, _SEEDS_INDEX), (2,))
     loss_params = LossParams(
-        texts=embed_texts(model, config.text, params, batch, key),
+        texts=embed_texts(model, config.text, params, batch, key, platform),
         log_scale=params["t"][0],
         bias=params["b"][0] if "b" in params else None,
         head=image_head(params) if image is None else None,

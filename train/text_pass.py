@@ -1,37 +1,294 @@
-"""The training pass of the text tower: the embeddings of a device's captions, differentiable by the parameters."""
+"""The training pass of the text tower: the embeddings of a device's captions, differentiable by the parameters.
+
+A device embeds its captions in equal microbatches. Forward and backward pass are a pair of loops over microbatches and
+layers of their own, not autodiff's: what a layer keeps is written once, to its place in arrays of all microbatches and
+layers, and the gradients are added up in place. `lit_fast.models.encoder_pass` has the layers; token embeddings, the
+last layer of a tower that pools one token, and the pooling are the Flax modules, differentiated by JAX.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lit_fast.config import TextConfig
-from lit_fast.models.text_tower import TextTower
-from lit_fast.models.two_towers import Params, embed_ids
+from lit_fast.models.attention import Attention, xla_attention
+from lit_fast.models.encoder_pass import KEPT, EncoderPass
+from lit_fast.models.text_tower import ENCODER, EPSILON, GELU, TABLE, RowLayout, TextTower
+from lit_fast.models.transformer import EncoderBlock, LayerNorm, fold_keys
+from lit_fast.models.two_towers import Params
 from lit_fast.runtime import AXIS
+from lit_fast.utils.normalize import normalize
 
 DeviceBatch = dict[str, jax.Array]
+Tree = dict[str, Any]
 
 
 def embed_texts(
-    model: TextTower, text: TextConfig, params: Params, batch: DeviceBatch, key: jax.Array
+    model: TextTower,
+    text: TextConfig,
+    params: Params,
+    batch: DeviceBatch,
+    key: jax.Array,
+    platform: str,
+    attention: Attention | None = None,
 ) -> jax.Array:
     """Embed this device's captions in their order, normalized, float32 [n * captions, width].
 
     Dropout of a row depends on `key` and the row's position in the global batch. So neither microbatches nor, where a
     row is one caption, the number of devices change it.
+
+    Args:
+      platform: of the devices, "cpu", "tpu" or "gpu".
+      attention: formulation of the scanned layers; None: XLA's.
     """
     rows = {name: array for name, array in batch.items() if name in ("ids", "lengths")}
     if text.dropout:
         positions = lax.axis_index(AXIS) * len(batch["ids"]) + jnp.arange(len(batch["ids"]))
         rows["dropout_keys"] = jax.vmap(partial(jax.random.fold_in, key))(positions)
-    embed = partial(embed_ids, model, params)
-    texts = map_microbatches(embed, rows, text.microbatches, recompute=text.keep == "embeddings")
+    texts = TextPass(model, text.keep, text.microbatches, platform, attention)(params["txt"], rows)
     return texts[batch["slots"]] if "slots" in batch else texts
+
+
+class _Rows(NamedTuple):
+    """One microbatch."""
+
+    ids: jax.Array  # int32 [n, tokens]
+    layout: RowLayout
+    keys: jax.Array | None  # PRNG keys [n] of dropout
+
+    @property
+    def encoder_keys(self) -> jax.Array | None:
+        return fold_keys(self.keys, 1)
+
+
+class _Ends(NamedTuple):
+    """The parameters outside the loop over the layers."""
+
+    small: Tree  # of `TextTower`, without table and encoder
+    norm: Tree  # of the encoder
+    last: Tree  # of the last layer, if it is outside the loop
+
+
+class _Kept(NamedTuple):
+    """What the backward pass reads."""
+
+    params: Tree
+    rows: Tree  # by microbatch
+    weights: Tree  # folded
+    layers: Any  # arrays [microbatches, layers, ...]; None: they are computed again
+    outputs: Any  # [microbatches, n, tokens, width], of the last layer of the loop
+
+
+class TextPass:
+    """The function (params of the tower, rows) -> normalized embeddings float32 [captions, width].
+
+    Rows are ids int [n, tokens], perhaps lengths int [n, k] and dropout_keys [n], as of `TextTower`.
+    """
+
+    def __init__(
+        self,
+        model: TextTower,
+        keep: str,
+        microbatches: int,
+        platform: str,
+        attention: Attention | None = None,
+    ) -> None:
+        """Set up the pass; arguments as of `embed_texts` and `TextConfig`."""
+        self._model, self._microbatches = model, microbatches
+        self._recompute = keep == "embeddings"
+        if attention is None:
+            attention = xla_attention(model.shape.heads, joined=platform != "tpu")
+        self._encoder = EncoderPass(
+            shape=model.shape,
+            gelu=GELU,
+            epsilon=EPSILON,
+            dropout=model.dropout,
+            dtype=jnp.dtype(model.dtype),
+            keep=keep if keep in KEPT else "products",
+            platform=platform,
+            attention=attention,
+        )
+        self._pools_token = model.pooling in ("first", "last")
+        self._layers = model.shape.depth - self._pools_token
+        self._block = EncoderBlock(model.shape, GELU, EPSILON, model.dropout, model.dtype, parent=None)
+        self._norm = LayerNorm(epsilon=EPSILON, dtype=jnp.float32, parent=None)
+
+    def __call__(self, params: Tree, rows: dict[str, jax.Array]) -> jax.Array:
+        """Embed the rows."""
+        run = jax.custom_vjp(lambda params, rows: self._forward(params, rows)[0])
+        run.defvjp(self._forward, self._backward)
+        return run(params, rows)
+
+    # --- the two loops
+
+    def _forward(self, params: Tree, rows: dict[str, jax.Array]) -> tuple[jax.Array, _Kept]:
+        parts = {name: a.reshape(self._microbatches, -1, *a.shape[1:]) for name, a in rows.items()}
+        weights = self._encoder.prepare(self._scanned(params))
+        ends = self._ends(params)
+        first = self._rows(_at(parts, 0))
+        shapes = jax.eval_shape(lambda: self._begin(params, first))
+        slots = 1 if self._recompute else self._microbatches
+        layers, outputs = self._empty(weights, first, shapes, slots)
+        texts = jnp.zeros((self._microbatches, *jax.eval_shape(self._end, ends, shapes, first).shape))
+
+        def microbatch(i: Any, carry: Any) -> Any:
+            texts, layers, outputs = carry
+            rows, slot = self._rows(_at(parts, i)), 0 if self._recompute else i
+            x, layers = self._run_layers(weights, self._begin(params, rows), rows, layers, slot)
+            return (
+                lax.dynamic_update_index_in_dim(texts, self._end(ends, x, rows), i, 0),
+                layers,
+                _put(outputs, x, slot),
+            )
+
+        texts, layers, outputs = lax.fori_loop(0, self._microbatches, microbatch, (texts, layers, outputs))
+        kept = _Kept(params, parts, weights, *((None, None) if self._recompute else (layers, outputs)))
+        return texts.reshape(-1, texts.shape[-1]), kept
+
+    def _backward(self, kept: _Kept, dtexts: jax.Array) -> tuple[Tree, None]:
+        params, parts, weights = kept.params, kept.rows, kept.weights
+        dtexts = dtexts.reshape(self._microbatches, -1, dtexts.shape[-1])
+        ends = self._ends(params)
+        table = params[TABLE]["embedding"]
+
+        def microbatch(i: Any, sums: Any) -> Any:
+            dweights, dends, dtable = sums
+            rows, slot, layers, outputs = self._rows(_at(parts, i)), i, kept.layers, kept.outputs
+            if self._recompute:
+                slot, x = 0, self._begin(params, rows)
+                layers, outputs = self._empty(weights, rows, x, 1)
+                x, layers = self._run_layers(weights, x, rows, layers, slot)
+            else:
+                x = _get(outputs, slot, like=self._encoder.dtype)
+            _, pull = jax.vjp(lambda ends, x: self._end(ends, x, rows), ends, x)
+            some, dx = pull(_at(dtexts, i))
+            dends = jax.tree.map(jnp.add, dends, some)
+
+            def layer(j: Any, carry: Any) -> Any:
+                dx, dweights = carry
+                index = self._layers - 1 - j
+                dx, d = self._encoder.backward(
+                    _at(weights, index),
+                    _get_tree(layers, self._shapes(weights, rows, dx), slot, index),
+                    dx,
+                    rows.layout,
+                    fold_keys(rows.encoder_keys, index),
+                )
+                add = lambda total, a: lax.dynamic_update_index_in_dim(  # noqa: E731
+                    total, lax.dynamic_index_in_dim(total, index, 0, False) + a, index, 0
+                )
+                return dx, jax.tree.map(add, dweights, d)
+
+            dx, dweights = lax.fori_loop(0, self._layers, layer, (dx, dweights))
+            embed = lambda small, tokens: self._embed(small, tokens, rows)  # noqa: E731
+            _, pull = jax.vjp(embed, ends.small, table[rows.ids])
+            dsmall, dtokens = pull(dx)
+            dends = dends._replace(small=jax.tree.map(jnp.add, dends.small, dsmall))
+            return dweights, dends, dtable.at[rows.ids].add(dtokens)
+
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (weights, ends, table))
+        dweights, dends, dtable = lax.fori_loop(0, self._microbatches, microbatch, zeros)
+        block = self._encoder.gradients(self._scanned(params), dweights)
+        if self._pools_token:
+            block = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), block, dends.last)
+        encoder = {"encoderblock": block, "encoder_norm": dends.norm}
+        return {TABLE: {"embedding": dtable}, ENCODER: encoder, **dends.small}, None
+
+    # --- before, between and after the layers
+
+    def _scanned(self, params: Tree) -> Tree:
+        """Return the parameters of the layers in the loop."""
+        return jax.tree.map(lambda a: a[: self._layers], params[ENCODER]["encoderblock"])
+
+    def _ends(self, params: Tree) -> _Ends:
+        block = params[ENCODER]["encoderblock"]
+        return _Ends(
+            {name: tree for name, tree in params.items() if name not in (TABLE, ENCODER)},
+            params[ENCODER]["encoder_norm"],
+            jax.tree.map(lambda a: a[-1], block) if self._pools_token else {},
+        )
+
+    def _rows(self, part: dict[str, jax.Array]) -> _Rows:
+        keys = part.get("dropout_keys")
+        ids = part["ids"].astype(jnp.int32)
+        ids, layout = self._model.rows(ids, part.get("lengths"), joined=keys is None)
+        return _Rows(ids, layout, keys)
+
+    def _begin(self, params: Tree, rows: _Rows) -> jax.Array:
+        return self._embed(self._ends(params).small, params[TABLE]["embedding"][rows.ids], rows)
+
+    def _embed(self, small: Tree, tokens: jax.Array, rows: _Rows) -> jax.Array:
+        x = self._model.apply({"params": small}, tokens, rows.layout, rows.keys, method="embed")
+        return jnp.asarray(x).astype(self._encoder.dtype)
+
+    def _end(self, ends: _Ends, x: jax.Array, rows: _Rows) -> jax.Array:
+        """Return the normalized embeddings, of the output of the loop."""
+        layout = rows.layout
+        if self._pools_token:
+            keys = fold_keys(rows.encoder_keys, self._layers)
+            positions = self._model.output_positions(layout)
+            x = self._block.apply({"params": ends.last}, x, layout.attention_mask, positions, keys)  # type: ignore[assignment]
+        x = self._norm.apply({"params": ends.norm}, x)  # type: ignore[assignment]
+        return normalize(jnp.asarray(self._model.apply({"params": ends.small}, x, layout, method="pool")))
+
+    # --- what the layers keep
+
+    def _run_layers(
+        self, weights: Tree, x: jax.Array, rows: _Rows, layers: Tree, slot: Any
+    ) -> tuple[jax.Array, Tree]:
+        """Run the layers of the loop; `layers` holds what they keep, at `slot`."""
+
+        def layer(index: Any, carry: Any) -> Any:
+            x, layers = carry
+            keys = fold_keys(rows.encoder_keys, index)
+            x, kept = self._encoder.forward(_at(weights, index), x, rows.layout, keys)
+            return x, jax.tree.map(lambda all, a: _put(all, a, slot, index), layers, kept)
+
+        return lax.fori_loop(0, self._layers, layer, (x, layers))
+
+    def _shapes(self, weights: Tree, rows: _Rows, x: Any) -> Tree:
+        """Return the shapes of what one layer keeps of one microbatch."""
+        layer = lambda x: self._encoder.forward(_at(weights, 0), x, rows.layout, rows.keys)[1]  # noqa: E731
+        return jax.eval_shape(layer, x)
+
+    def _empty(self, weights: Tree, rows: _Rows, x: Any, slots: int) -> tuple[Tree, jax.Array]:
+        """Return arrays, not initialized, for what the layers keep and for the output of the last one."""
+        new = lambda a, *axes: lax.empty((slots, *axes, *a.shape), _stored(a.dtype))  # noqa: E731
+        layers = jax.tree.map(lambda a: new(a, self._layers), self._shapes(weights, rows, x))
+        return layers, new(x)
+
+
+def _at(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree)
+
+
+# bfloat16 is stored as its bits: XLA's CPU backend slices a layer out of a bfloat16 array by converting the whole array
+# to float32, which triples the memory.
+
+
+def _stored(dtype: Any) -> Any:
+    return jnp.uint16 if dtype == jnp.bfloat16 else dtype
+
+
+def _put(all: jax.Array, a: jax.Array, *index: Any) -> jax.Array:
+    bits = lax.bitcast_convert_type(a, all.dtype)
+    return lax.dynamic_update_slice(all, bits[(None,) * len(index)], (*index, *(0,) * a.ndim))
+
+
+def _get(all: jax.Array, *index: Any, like: Any) -> jax.Array:
+    rest = all.shape[len(index) :]
+    a = lax.dynamic_slice(all, (*index, *(0,) * len(rest)), (*(1,) * len(index), *rest)).reshape(rest)
+    return lax.bitcast_convert_type(a, like)
+
+
+def _get_tree(layers: Tree, shapes: Tree, *index: Any) -> Tree:
+    return jax.tree.map(lambda all, shape: _get(all, *index, like=shape.dtype), layers, shapes)
 
 
 def map_microbatches(

@@ -1,4 +1,4 @@
-"""The subcommands `classify` and `search`. Their imports are inside the functions: `--help` must be fast."""
+"""The subcommands `classify`, `search` and `serve`. Their imports are inside the functions: `--help` must be fast."""
 
 from __future__ import annotations
 
@@ -104,37 +104,58 @@ def search(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def serve(parser: argparse.ArgumentParser) -> Run:
+    """Search a dataset in the browser: type a text or drop an image.
+
+    The page is for this machine alone unless --host names another address; there is no password. Ctrl-C stops it.
+
+    Example: lit-fast serve runs/b8 data/pairs
+    """
+    parser.add_argument("model", metavar="W", help="a run, an exported model, or hf:OWNER/NAME")
+    parser.add_argument("dataset", metavar="D", help="an embedded dataset")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0: any free port")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1")
+    parser.add_argument(
+        "--tower", metavar="NAME|PATH", help="weights of the vision tower, if they were moved"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from lit_fast.data.dataset import open_dataset
+        from lit_fast.inference.load import load
+        from lit_fast.inference.searcher import Searcher
+        from lit_fast.inference.serve import SearchServer
+
+        dataset = open_dataset(args.dataset)
+        start_jax()
+        model = load(args.model, tower=args.tower)
+        if args.tower:  # otherwise it is loaded for the first image
+            _ = model.tower
+        searcher = Searcher(model, dataset)
+        with SearchServer(args.host, args.port, searcher) as server:
+            searcher.answer(["warm up"])  # compiles the text tower before the first request
+            if not server.is_local:
+                status(
+                    f"warning: everybody who can reach {server.url} can see the images; there is no password"
+                )
+            result(f"searching {dataset.name} with {searcher.model.name} at {server.url} (Ctrl-C stops)")
+            server.serve_forever()
+
+    return run
+
+
 def _search(args: argparse.Namespace) -> None:
     import shutil
 
-    import numpy as np
-
     from lit_fast.data.dataset import open_dataset
-    from lit_fast.data.features import matching_features
     from lit_fast.data.images.reader import ImageReader
     from lit_fast.inference.load import load
-    from lit_fast.inference.search import read_hits, search
-    from lit_fast.inference.search_page import Answer, as_json, format_answers, search_page
+    from lit_fast.inference.search_page import as_json, format_answers, search_page
+    from lit_fast.inference.searcher import Searcher
 
     dataset = open_dataset(args.dataset)
     start_jax()
     model = load(args.model, tower=args.tower)
-    features = matching_features(dataset, model.tower_json)
-    features.invalid_rows()
-    embeddings = np.zeros((0, model.width), np.float32)
-    if args.image:
-        embeddings = np.concatenate([embeddings, model.embed_image(args.image)])
-    if args.queries:
-        embeddings = np.concatenate([embeddings, model.embed_text(args.queries)])
-    queries = [("image", image) for image in args.image] + [("text", text) for text in args.queries]
-    answers = []
-    for (kind, query), found in zip(
-        queries, search(features, embeddings, args.top, model.embed_features), strict=True
-    ):
-        probabilities = np.zeros(0)
-        if kind == "text" and model.loss.name == "sigmoid":
-            probabilities = model.probabilities(np.array([[c] for _, c in found], np.float32))[:, 0]
-        answers.append(Answer(query, kind, tuple(read_hits(dataset, found)), tuple(probabilities.tolist())))
+    answers = Searcher(model, dataset).answer(args.queries, {image: image for image in args.image}, args.top)
     result(format_answers(answers, shutil.get_terminal_size((160, 24)).columns))
     write_json_output(args.json, as_json(answers))
     if args.page:

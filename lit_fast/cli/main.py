@@ -39,6 +39,7 @@ COMMANDS = {
     "export": "Export a trained model for lit_fast, big_vision, open_clip, transformers or ONNX",
     "classify": "Classify images with a trained model and any labels",
     "search": "Search the images of a dataset by text or image",
+    "serve": "Search a dataset in the browser, by text or image",
     "compare": "Compare runs: configuration, cost and results",
     "info": "Show the contents of a dataset or run and the next command",
     "push": "Share a dataset without its images on the Hugging Face Hub",

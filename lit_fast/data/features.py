@@ -4,6 +4,7 @@
     D/features/<tower>/zarr.json, c/...      the array, see `lit_fast.data.shards`
     D/features/<tower>/manifest/00000.json   one per finished shard, written last
     D/features/<tower>/few_shot/             cached results, see `lit_fast.evaluation.few_shot`
+    D/features/<tower>/neighbours/           nearest neighbours of each row, see `lit_fast.data.neighbours`
 
 A shard exists when its manifest exists. Features are the tower's pooled output, not normalized. If the tower was
 applied to several views (crops) of each image, a row holds their vectors one after the other; view 0 is the image as

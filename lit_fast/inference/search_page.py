@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lit_fast.inference.search import Hit
+from lit_fast.inference.searcher import Answer
 from lit_fast.report.gallery import Figure, ReadImage, thumbnail
 from lit_fast.report.page import render
 from lit_fast.storage.files import read_bytes
@@ -15,23 +15,6 @@ from lit_fast.utils.format import format_table
 _MAX_PICTURES = 100  # per query on the page
 _MAX_CAPTION = 500  # characters
 _MAX_KEY = 40  # characters in the table
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A query and its hits, the best first.
-
-    Attributes:
-      query: the text, or the path of the image.
-      kind: "text" or "image".
-      hits: the rows found.
-      probabilities: one per hit, where the model gives them.
-    """
-
-    query: str
-    kind: str
-    hits: tuple[Hit, ...]
-    probabilities: tuple[float, ...] = ()
 
 
 def format_answers(answers: Sequence[Answer], width: int) -> str:
@@ -61,20 +44,33 @@ def search_page(title: str, note: str, answers: Sequence[Answer], read: ReadImag
 
     `read` returns the image file of a row.
     """
-    sections = []
-    for answer in answers:
-        figures = []
-        if answer.kind == "image":
-            figures.append(Figure(thumbnail(read_bytes(answer.query)), "the query", "right"))
-        for i, hit in enumerate(answer.hits[:_MAX_PICTURES]):
-            lines = [f"{i + 1}. cosine {hit.cosine:.3f}", hit.key, hit.source, _first_caption(hit)]
-            if answer.probabilities:
-                lines.insert(1, f"probability {100 * answer.probabilities[i]:.2g}\N{NO-BREAK SPACE}%")
-            figures.append(Figure(thumbnail(read(hit.row)), "\n".join(line for line in lines if line)))
-        count = len(answer.hits)
-        rest = f"The first {_MAX_PICTURES} of {count:,}." if count > _MAX_PICTURES else ""
-        sections.append((_heading(answer), rest, figures))
+    sections = [section(answer, read, read_bytes) for answer in answers]
     return render("search.html", title=title, note=note, sections=sections)
+
+
+def section(
+    answer: Answer, read: ReadImage, read_query: Callable[[str], bytes], link: str = ""
+) -> tuple[str, str, list[Figure]]:
+    """Return the heading, a note and the pictures of an answer.
+
+    Args:
+      answer: a query and its hits.
+      read: returns the image file of a row.
+      read_query: returns the image file of a query, by its name.
+      link: target of a picture's link, before the number of its row; "": no links.
+    """
+    figures = []
+    if answer.kind == "image":
+        figures.append(Figure(thumbnail(read_query(answer.query)), "the query", "right"))
+    for i, hit in enumerate(answer.hits[:_MAX_PICTURES]):
+        lines = [f"{i + 1}. cosine {hit.cosine:.3f}", hit.key, hit.source, _first_caption(hit)]
+        if answer.probabilities:
+            lines.insert(1, f"probability {100 * answer.probabilities[i]:.2g}\N{NO-BREAK SPACE}%")
+        text = "\n".join(line for line in lines if line)
+        figures.append(Figure(thumbnail(read(hit.row)), text, link=link and f"{link}{hit.row}"))
+    count = len(answer.hits)
+    rest = f"The first {_MAX_PICTURES} of {count:,}." if count > _MAX_PICTURES else ""
+    return _heading(answer), rest, figures
 
 
 def _table(answer: Answer, width: int) -> str:

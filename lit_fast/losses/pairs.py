@@ -1,7 +1,8 @@
 """The image and text sides of a batch, their tiles, and which pairs are positive, negative or masked.
 
 Pairs of one dataset row are positive: several captions of an image are all its positives, and so are the captions of
-the same row at another position of the batch.
+the same row at another position of the batch. Texts of a near-duplicate image may be positive or masked as well; for
+that the features of a text's own image are on its device, and the cosines of images are computed tile by tile.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class TextSide(NamedTuple):
     rows: jax.Array  # int32 [m], row of the text's image
     captions: jax.Array | None = None  # uint32 [m, 2], hash of the text
     random_ids: jax.Array | None = None  # uint32 [m]
+    features: jax.Array | None = None  # float32 or bfloat16 [m, width], of the text's image
 
 
 def make_sides(
@@ -67,6 +69,8 @@ def make_sides(
         hashes = hash_ids(ids())
         images = images._replace(captions=hashes.reshape(n, captions_per_image, 2))
         texts = texts._replace(captions=hashes)
+    if config.near_duplicates != "negative":
+        texts = texts._replace(features=jnp.repeat(features, captions_per_image, axis=0))
     if config.negatives == "random" and _share(config, n * num_devices) < 1:
         device = lax.axis_index(AXIS)
 
@@ -164,6 +168,7 @@ def pair_masks(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute which pairs of n images and m texts are positive and which are used.
 
+    With `near_duplicates` a text of a near-duplicate of the image is positive, or masked.
     With `same_caption = "mask"` a text is no negative of an image that has an equal caption. With
     `negatives = "random"` each negative pair is used with the probability that the configuration asks for.
 
@@ -178,6 +183,13 @@ def pair_masks(
     """
     used = valid
     positive = used & (images.rows[:, None] == texts.rows[None, :])
+    if texts.features is not None:
+        cosine = einsum(config.precision, "nd,md->nm", images.features, texts.features)
+        near = used & (cosine >= config.near_duplicate_cosine)
+        if config.near_duplicates == "positive":
+            positive = positive | near
+        else:
+            used = used & (positive | ~near)
     if images.captions is not None and texts.captions is not None:
         for k in range(images.captions.shape[1]):
             equal = images.captions[:, None, k] == texts.captions[None, :]

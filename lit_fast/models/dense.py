@@ -103,9 +103,19 @@ def _flat_gradients(
     inner = prod(kernel.shape[:num_input_axes])
     shape, x, dy = x.shape, x.reshape(-1, inner), dy.reshape(-1, kernel.size // inner)
     dx = _einsum("mn,kn->mk", dy, kernel.reshape(inner, -1).astype(dy.dtype)).astype(x.dtype)
-    dkernel = _transposed_product(x, dy) if x.dtype == jnp.bfloat16 else _einsum("mk,mn->kn", x, dy)
-    dbias = None if bias is None else _einsum("m,mn->n", jnp.ones(len(dy), dy.dtype), dy).reshape(bias.shape)
-    return dx.reshape(shape), dkernel.reshape(kernel.shape), dbias
+    dkernel, dbias = kernel_gradient(x, dy)
+    return (
+        dx.reshape(shape),
+        dkernel.reshape(kernel.shape),
+        None if bias is None else dbias.reshape(bias.shape),
+    )
+
+
+def kernel_gradient(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of kernel and bias on the CPU backend: [..., k] and [..., n] -> float32 [k, n] and [n]."""
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    kernel = _transposed_product(x, dy) if x.dtype == jnp.bfloat16 else _einsum("mk,mn->kn", x, dy)
+    return kernel, _einsum("m,mn->n", jnp.ones(len(dy), dy.dtype), dy)
 
 
 def _transposed_product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -15,6 +15,9 @@ from lit_fast.models.transformer import Encoder, MAPHead, dropout, fold_keys
 GELU = "tanh"
 EPSILON = 1e-6  # of every LayerNorm
 
+# Names of parameters.
+TABLE, ENCODER = "Embed_0", "Encoder_0"
+
 
 class RowLayout(NamedTuple):
     """The k captions of each of n rows of `length` tokens.
@@ -27,6 +30,9 @@ class RowLayout(NamedTuple):
     caption_mask: jax.Array | None  # bool [n, k, length], true for the tokens of the caption
     attention_mask: jax.Array | None  # bool [n, 1, 1 or length, length], true where a query attends
     positions: jax.Array | None  # int32 [n, length], of a token in its caption
+    caption: jax.Array | None = (
+        None  # int32 [n, length], number of a token's caption in its row; k for padding
+    )
 
     @classmethod
     def unpacked(cls, ids: jax.Array, eos_id: int | None) -> RowLayout:
@@ -57,7 +63,8 @@ class RowLayout(NamedTuple):
         mask = caption[:, None, :] == jnp.arange(lengths.shape[1])[:, None]
         start = jnp.einsum("nkl,nk->nl", mask.astype(jnp.int32), first)
         positions = jnp.where(caption < lengths.shape[1], index - start, 0)
-        return cls(first, last - 1, mask, caption[:, None, :, None] == caption[:, None, None, :], positions)
+        attention_mask = caption[:, None, :, None] == caption[:, None, None, :]
+        return cls(first, last - 1, mask, attention_mask, positions, caption)
 
 
 def unpack_captions(ids: jax.Array, lengths: jax.Array, slots: jax.Array, length: int) -> jax.Array:
@@ -109,7 +116,30 @@ class TextTower(nn.Module):
     pack: int = 1
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declare the parameters, under big_vision's names."""
+        width, dtype = self.shape.width, self.dtype
+        normal = nn.initializers.normal
+        init = normal(stddev=width**-0.5)
+        if self.embedding_width:
+            narrow_init = normal(stddev=self.embedding_width**-0.5)
+            self.table = nn.Embed(
+                self.vocab_size, self.embedding_width, embedding_init=narrow_init, name=TABLE
+            )
+            self.projection = Dense(
+                (width,), use_bias=False, kernel_init=init, dtype=dtype, name="embedding_projection"
+            )
+        else:
+            self.table = nn.Embed(self.vocab_size, width, embedding_init=init, name=TABLE)
+        self.pos_embedding = self.param("pos_embedding", init, (1, self.max_length, width), jnp.float32)
+        self.encoder = Encoder(
+            self.shape, GELU, EPSILON, self.dropout, self.remat_policy, dtype, name=ENCODER
+        )
+        if self.pooling == "map":
+            self.map_head = MAPHead(self.shape, GELU, EPSILON, dtype, name="MAPHead_0")
+        if self.projected:
+            self.head = Dense((self.out_dim,), name="head")
+
     def __call__(
         self, ids: jax.Array, lengths: jax.Array | None = None, dropout_keys: jax.Array | None = None
     ) -> jax.Array:
@@ -124,48 +154,57 @@ class TextTower(nn.Module):
         Returns:
           float32 [n, out_dim]; with `lengths` [n k, out_dim].
         """
-        joined = self.pack > 1 and self.eos_id is None and dropout_keys is None and len(ids) % self.pack == 0
-        if lengths is None and joined:
+        ids, layout = self.rows(ids, lengths, joined=dropout_keys is None)
+        x = self.embed(self.table(ids), layout, dropout_keys)
+        positions = self.output_positions(layout)
+        return self.pool(
+            self.encoder(x, layout.attention_mask, positions, fold_keys(dropout_keys, 1)), layout
+        )
+
+    def rows(
+        self, ids: jax.Array, lengths: jax.Array | None, joined: bool = True
+    ) -> tuple[jax.Array, RowLayout]:
+        """Return the rows of the encoder, int [n, tokens], and their layout; arguments as of `__call__`.
+
+        Padded captions are packed by `pack` only if `joined`.
+        """
+        if lengths is None and joined and self.joins(len(ids)):
             ids = ids.reshape(-1, self.pack * self.max_length)
             lengths = jnp.full((len(ids), self.pack), self.max_length)
-        layout = (
-            RowLayout.unpacked(ids, self.eos_id)
-            if lengths is None
-            else RowLayout.packed(lengths, ids.shape[1])
-        )
-        x = self._embed_tokens(ids)
-        init = nn.initializers.normal(stddev=self.shape.width**-0.5)
-        table = self.param("pos_embedding", init, (1, self.max_length, self.shape.width), jnp.float32)
+        if lengths is None:
+            return ids, RowLayout.unpacked(ids, self.eos_id)
+        return ids, RowLayout.packed(lengths, ids.shape[1])
+
+    def joins(self, captions: int) -> bool:
+        """Whether that many padded captions are packed."""
+        return self.pack > 1 and self.eos_id is None and captions % self.pack == 0
+
+    def embed(self, tokens: jax.Array, layout: RowLayout, dropout_keys: jax.Array | None = None) -> jax.Array:
+        """Return the input of the encoder [n, tokens, width], of entries of the table [n, tokens, table width]."""
+        x = self.projection(tokens) if self.embedding_width else tokens
         if layout.positions is None:
-            x = x + table
+            x = x + self.pos_embedding
         else:  # a matrix product, exact, whose gradient is one as well
             one_hot = jax.nn.one_hot(layout.positions, self.max_length)
-            x = x + jnp.einsum("ntl,lw->ntw", one_hot, table[0], precision="highest")
-        x = dropout(x, self.dropout, fold_keys(dropout_keys, 0))
-        encoder = Encoder(self.shape, GELU, EPSILON, self.dropout, self.remat_policy, self.dtype)
-        output_positions = {"first": layout.first, "last": layout.last}.get(self.pooling)
-        x = encoder(x, layout.attention_mask, output_positions, fold_keys(dropout_keys, 1))
-        if output_positions is None:
+            x = x + jnp.einsum("ntl,lw->ntw", one_hot, self.pos_embedding[0], precision="highest")
+        return dropout(x, self.dropout, fold_keys(dropout_keys, 0))
+
+    def output_positions(self, layout: RowLayout) -> jax.Array | None:
+        """Return the positions [n, k] whose outputs of the encoder are pooled; None: all."""
+        return {"first": layout.first, "last": layout.last}.get(self.pooling)
+
+    def pool(self, x: jax.Array, layout: RowLayout) -> jax.Array:
+        """Return the embeddings float32 [n k, out_dim], of the encoder's output float32 [n, tokens or k, width]."""
+        if self.output_positions(layout) is None:
             x = self._pool(x, layout)
         x = x.astype(jnp.float32).reshape(-1, self.shape.width)
-        return Dense((self.out_dim,), name="head")(x) if self.projected else x
-
-    def _embed_tokens(self, ids: jax.Array) -> jax.Array:
-        """Return [n, tokens, width]."""
-        width = self.shape.width
-        init = nn.initializers.normal(stddev=width**-0.5)
-        if not self.embedding_width:
-            return nn.Embed(self.vocab_size, width, embedding_init=init)(ids)
-        narrow_init = nn.initializers.normal(stddev=self.embedding_width**-0.5)
-        x = nn.Embed(self.vocab_size, self.embedding_width, embedding_init=narrow_init)(ids)
-        name = "embedding_projection"
-        return Dense((width,), use_bias=False, kernel_init=init, dtype=self.dtype, name=name)(x)
+        return self.head(x) if self.projected else x
 
     def _pool(self, x: jax.Array, layout: RowLayout) -> jax.Array:
         """Pool tokens [n, tokens, width] to captions [n, k, width]."""
         mask = layout.caption_mask
         if self.pooling == "map":
-            return MAPHead(self.shape, GELU, EPSILON, self.dtype)(x, None if mask is None else mask[:, None])
+            return self.map_head(x, None if mask is None else mask[:, None])
         if mask is None:
             return (x.max if self.pooling == "max" else x.mean)(axis=1, keepdims=True)
         if self.pooling == "mean":

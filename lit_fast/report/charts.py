@@ -23,6 +23,8 @@ TITLES = {
     "update_norm": "Norm of the updates",
     "param_norm": "Norm of the parameters",
     "pairs_per_second": "Pairs per second",
+    "images_per_second": "Decoded images per second",
+    "unreadable_images": "Rows with unreadable images",
     "data_wait_share": "Share of the time that waits for data",
     "mfu": "MFU: share of the chips' peak",
 }

@@ -35,6 +35,7 @@ from lit_fast.utils.format import format_duration, format_table
 _NONE = "-"
 _SPEED_FORMATS = {
     "pairs_per_second": ",.0f",
+    "images_per_second": ",.0f",
     "seconds_per_step": ".4g",
     "mfu": ".3f",
     "data_wait_share": ".4f",

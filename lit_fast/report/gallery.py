@@ -27,11 +27,13 @@ class Figure(NamedTuple):
       source: as returned by `thumbnail`; None shows a box in place of the picture.
       text: the caption.
       kind: "right" frames the picture in green, "wrong" in red, "" not at all.
+      link: target of a link around the picture; "": no link.
     """
 
     source: str | None
     text: str = ""
     kind: str = ""
+    link: str = ""
 
 
 def thumbnail(data: bytes | None) -> str | None:

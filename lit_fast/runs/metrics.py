@@ -3,8 +3,9 @@
 Every line has "step", the number of completed updates, and belongs to one of three kinds:
 
     training    "loss" and other figures of the step; since the previous line "pairs_per_second",
-                "seconds_per_step", "data_wait_share" (0 to 1) and, on known chips, "mfu" (0 to 1); since the start
-                of the run "elapsed_seconds" and "chip_hours"
+                "seconds_per_step", "data_wait_share" (0 to 1), with a trained image tower "images_per_second" and, on
+                known chips, "mfu" (0 to 1); since the start of the run "elapsed_seconds" and "chip_hours"; since this
+                process started "unreadable_images", rows that it replaced by others
     evaluation  figures named "<dataset>/<metric>", 0 to 1, higher is better
     restart     "elapsed_seconds" and "chip_hours" until the restart; "step" is the step that was restored
 
@@ -23,7 +24,7 @@ from lit_fast.storage.paths import StrPath
 
 Lines = list[dict[str, Any]]
 
-_SPEED = ("seconds_per_step", "pairs_per_second", "data_wait_share", "mfu")
+_SPEED = ("seconds_per_step", "pairs_per_second", "images_per_second", "data_wait_share", "mfu")
 
 
 class RunCost(NamedTuple):

@@ -71,6 +71,9 @@ search {b}/d --image {u} --model {b}/run
 search {b}/d --image {b}/0.jpg --model {b}/run --tower {u}
 search {b}/d dog --model {b}/run --page {u}
 search {b}/d dog --model {b}/run --json {u}
+serve {u} {b}/d --port 0
+serve {b}/run {u} --port 0
+serve {b}/run {b}/d --port 0 --tower {u}
 eval {u} --retrieval {b}/d
 eval {b}/run --zero-shot {u}
 eval {b}/run --retrieval {u}
@@ -94,7 +97,7 @@ NO_LOCATIONS = {
     "--dtype", "--max-pixels", "--shard-of", "--sample", "--repair", "--train-vocab", "--max-length", "--pad-id",
     "--model-type", "--format", "--features", "--public", "--license", "--revision", "--profile-steps", "--topology",
     "--mfu", "--price", "--no-search", "--largest-batch", "--step", "--average", "--vision", "--nearest-pixels",
-    "--push", "--top", "--help", "--towers", "--seeds", "--by", "--arch", "--backend",
+    "--push", "--top", "--host", "--port", "--help", "--towers", "--seeds", "--by", "--arch", "--backend",
     *(f"--{key}" for key in settings() if key != "dataset"),
 }  # fmt: skip
 NAMES = {  # that are no locations in these commands

@@ -59,7 +59,7 @@ def test_dataset_json_with_other_content_is_one_line(
     assert str(file) in error
 
 
-@given(keys=st.lists(st.text(st.characters()), min_size=1, max_size=20))
+@given(keys=st.lists(st.text(), min_size=1, max_size=20))
 def test_compact_block_has_the_keys_and_places_of_the_block(keys: list[str]) -> None:
     numbers = [2**40 + i for i in range(len(keys))]
     block = Block(keys, numbers, numbers, numbers, numbers, numbers, [["de"]] * len(keys), numbers)

@@ -93,6 +93,23 @@ def test_several_processes_share_the_windows_of_a_large_dataset(case):
     assert_same_course(case, "windows", "windows-of2")
 
 
+def test_processes_search_the_neighbours_together(case):
+    options = [
+        "--steps=10",
+        "--stream.neighbours=4",
+        "--loss.near_duplicates=mask",
+        "--evaluate.every_steps=0",
+    ]
+    first, other = finish(*start_processes(case, "neighbours-of2", 2, *options))
+    assert "nearest neighbours 300/300 images" in first
+    assert "nearest neighbours" not in other
+    first, _ = finish(
+        *start_processes(case, "neighbours-of2", 2, *options)
+    )  # they are read, and have the same digest
+    assert "nearest neighbours" not in first
+    assert "is complete" in first
+
+
 def test_signal_to_one_process_stops_all_after_the_same_step(case):
     processes = start_processes(case, "stopped", 2)
     path = case / "stopped" / "metrics.jsonl"

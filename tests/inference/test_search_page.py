@@ -7,7 +7,8 @@ import re
 from PIL import Image
 
 from lit_fast.inference.search import Hit
-from lit_fast.inference.search_page import Answer, as_json, format_answers, search_page
+from lit_fast.inference.search_page import as_json, format_answers, search_page
+from lit_fast.inference.searcher import Answer
 from tests.helpers import encoded, picture
 
 HITS = (

@@ -57,6 +57,14 @@ def pairs(config, batch, cosine):
     n, m = cosine.shape
     same_row = rows[:, None] == np.repeat(rows, captions)[None, :]
     positive, negative = same_row, ~same_row
+    if config.near_duplicates != "negative":
+        features = np.float64(batch["features"])
+        near = np.repeat(features @ features.T >= config.near_duplicate_cosine, captions, axis=1)
+        if config.near_duplicates == "positive":
+            positive = same_row | near
+            negative = ~positive
+        else:
+            negative &= ~near
     if config.same_caption == "mask":
         equal = (ids[:, None] == ids[None, :]).all(axis=-1)  # [texts, texts]
         came_with = equal.reshape(n, captions, m).any(axis=1)

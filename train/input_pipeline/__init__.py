@@ -2,6 +2,7 @@
 
     stream           opens features and tokens, chooses a shuffle, yields batches
     exact_shuffle    order of the rows of a dataset that fits in memory
+    neighbour_order  order of the rows where batches are composed of groups of similar images
     window_shuffle   order of the rows of a larger dataset, read block by block; its arithmetic is window_layout
     captions         captions and views that an epoch uses of each row
     images           pixels of the rows, for a trained image tower

@@ -9,6 +9,7 @@ import numpy as np
 
 from lit_fast.config import StreamConfig
 from lit_fast.train.input_pipeline.captions import Captions, choose_views
+from lit_fast.train.input_pipeline.neighbour_order import neighbour_order
 from lit_fast.utils.permutation import permutation
 
 
@@ -16,7 +17,8 @@ from lit_fast.utils.permutation import permutation
 class ExactShuffle:
     """Batches of consecutive epochs; each epoch is a permutation of the usable rows.
 
-    Every usable row occurs once per epoch. A batch may extend over the end of an epoch.
+    Every usable row occurs once per epoch. A batch may extend over the end of an epoch. With `neighbours` the
+    permutation is that of `lit_fast.train.input_pipeline.neighbour_order`.
     """
 
     features: np.ndarray | None  # bfloat16 [rows, views, width]; None: batches have rows and captions only
@@ -26,6 +28,7 @@ class ExactShuffle:
     seed: int  # of the run
     local_positions: np.ndarray  # int64 [m], positions of this process in the global batch
     new_images: Callable[[], np.ndarray] | None  # returns an unused bfloat16 array [m, width]
+    neighbours: np.ndarray | None = None  # int32 [n, links], of the usable rows, as positions in `usable`
     _orders: dict[int, np.ndarray] = field(default_factory=dict)  # epoch -> rows
 
     def read(self, step: int, text_positions: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -57,9 +60,15 @@ class ExactShuffle:
         """Return the usable rows in the order of an epoch."""
         order = self._orders.get(epoch)
         if order is None:
-            order = self.usable[permutation(len(self.usable), self.seed, epoch)]
+            order = self.usable[self._permutation(epoch)]
             # Two threads may both compute an order; they store equal arrays.
             for old in [e for e in self._orders.copy() if abs(e - epoch) > 2]:
                 self._orders.pop(old, None)
             self._orders[epoch] = order
         return order
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """Return a permutation of the positions in `usable`, int64 [n]."""
+        if self.neighbours is None:
+            return permutation(len(self.usable), self.seed, epoch)
+        return neighbour_order(self.neighbours, self.config.neighbours, self.seed, epoch)

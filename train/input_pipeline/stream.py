@@ -2,6 +2,7 @@
 
 One grain element is one whole batch, so that no Python code runs per row and the position is one integer. The shuffle
 decides which rows a batch has: `exact_shuffle` for a dataset that fits in memory, `window_shuffle` for a larger one.
+With `stream.neighbours` the former composes batches of groups of similar images, see `neighbour_order`.
 The order depends neither on the number of devices nor on the number of processes.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from lit_fast.config import StreamConfig
 from lit_fast.data.features import Features
+from lit_fast.data.neighbours import Vectors, open_neighbours
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
 from lit_fast.storage.machine import available_memory
@@ -26,9 +28,11 @@ from lit_fast.train.input_pipeline.captions import read_captions
 from lit_fast.train.input_pipeline.corruption import Corruption, open_corruption
 from lit_fast.train.input_pipeline.exact_shuffle import ExactShuffle
 from lit_fast.train.input_pipeline.images import Images, Pixels
+from lit_fast.train.input_pipeline.neighbour_order import VERSION as GROUPS_VERSION
 from lit_fast.train.input_pipeline.window_layout import plan_layout
 from lit_fast.train.input_pipeline.window_shuffle import WindowShuffle
 
+_LINKS = 32  # stored neighbours per row; more if the groups are large
 _MEMORY_SHARE = 0.75  # of the memory that a process may use
 ORDER_VERSION = "1"  # raise it when the order of the rows changes
 
@@ -96,6 +100,17 @@ class Stream:
         iterator.set_state({"next_index": step})
         return iterator
 
+    @property
+    def unreadable(self) -> str:
+        """The number of rows whose images could not be read so far, for the user; "" without any."""
+        pixels = self.batches.pixels
+        count = len(pixels.unreadable) if pixels else 0
+        return (
+            f"{count:,} rows have unreadable images and were replaced by others of their block"
+            if count
+            else ""
+        )
+
     def close(self) -> None:
         """Stop to decode images ahead."""
         if self.batches.pixels:
@@ -111,6 +126,7 @@ def open_stream(
     *,
     memory: int | None = None,
     in_memory: bool | None = None,
+    center: bool = False,
 ) -> Stream:
     """Join images and tokens by position, after comparing their digests, and choose the shuffle.
 
@@ -123,6 +139,7 @@ def open_stream(
       memory: bytes that a process may use; None: those of this machine or container. A dataset that needs more than
         three quarters of them is streamed, whatever `stream.memory_gib` says.
       in_memory: whether the dataset is held in memory, as in the run that is resumed; None: choose.
+      center: whether the loss centers the features, which decides which of them are near each other.
 
     Raises:
       UserError: something is missing or does not belong together, or no row can be trained on.
@@ -156,7 +173,8 @@ def open_stream(
     new_images = BatchBuffers((local_batch, features.width)).empty if features else None
     shuffle: Shuffle
     memory = available_memory() if memory is None else memory
-    fits = size <= _MEMORY_SHARE * memory
+    links = max(_LINKS, 2 * config.neighbours) if config.neighbours else 0
+    fits = size + 4 * links * usable_rows <= _MEMORY_SHARE * memory
     if in_memory and not fits:
         raise UserError(
             f"dataset {dataset.path} was held in memory when this run started, {size / 2**30:.2f} GiB, and this "
@@ -164,18 +182,38 @@ def open_stream(
         )
     wanted = size <= config.memory_gib * 2**30
     in_memory = wanted and fits if in_memory is None else in_memory
+    if links and not in_memory:
+        reason = (
+            f"this machine may use {memory / 2**30:.2f} GiB" if wanted else "that is above stream.memory_gib"
+        )
+        raise UserError(
+            f"stream.neighbours needs the dataset in memory: {dataset.path} has {size / 2**30:.2f} GiB, and {reason}; "
+            f"{'use a machine with more memory' if wanted else 'raise it'}, or set stream.neighbours = 0"
+        )
     if in_memory:
         reader, blocks = tokens.reader(), dataset.blocks
+        vectors = (
+            features.read_all(features.views).reshape(dataset.rows, features.views, -1) if features else None
+        )
+        usable = np.setdiff1d(np.arange(dataset.rows), unusable)
+        neighbours = None
+        how = "held in memory and shuffled exactly" if features else "shuffled exactly"
+        if links and features and vectors is not None:
+            mean = features.mean(invalid) if center else np.zeros(features.width, np.float32)
+            neighbours = open_neighbours(features, Vectors(vectors[:, 0], usable, mean), links, center=center)
+            digest = hashlib.blake2b(neighbours.data, digest_size=16).hexdigest()
+            identity += ["neighbours", GROUPS_VERSION, config.neighbours, digest]
+            how = f"held in memory, in groups of {config.neighbours} or more nearest images"
         shuffle = ExactShuffle(
-            features.read_all(features.views).reshape(dataset.rows, features.views, -1) if features else None,
+            vectors,
             read_captions(tokens, (reader.read(b) for b in range(dataset.blocks))),
-            np.setdiff1d(np.arange(dataset.rows), unusable),
+            usable,
             config,
             seed,
             np.arange(process * local_batch, (process + 1) * local_batch),
             new_images,
+            neighbours,
         )
-        how = "held in memory and shuffled exactly" if features else "shuffled exactly"
     else:
         layout = plan_layout(dataset.rows, config)
         if layout.streams % processes:

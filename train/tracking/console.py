@@ -57,8 +57,9 @@ def _columns(values: Mapping[str, float]) -> list[str]:
     columns = [
         f"loss {values['loss']:8.4f}",
         f"{values['pairs_per_second']:9,.0f} pairs/s",
+        *([f"{values['images_per_second']:9,.0f} images/s"] if "images_per_second" in values else []),
         f"data wait {100 * values['data_wait_share']:5.1f} %",
     ]
     if "mfu" in values:
-        columns.insert(2, f"MFU {100 * values['mfu']:4.1f} %")
+        columns.insert(-1, f"MFU {100 * values['mfu']:4.1f} %")
     return columns

@@ -34,8 +34,9 @@ def write_receipt(
     """Write `receipt.json` of a run that is finished, or stopped after `step` steps.
 
     Times are seconds of wall clock over all parts of the run, "chip_hours" the same times the number of devices;
-    "pairs_per_second", "seconds_per_step", "mfu" and "data_wait_share" (both 0 to 1) are means over the steps without
-    compilation, evaluation and saving. The metrics are read from the directory and must have been written before.
+    "pairs_per_second", "images_per_second" with a trained image tower, "seconds_per_step", "mfu" and "data_wait_share"
+    (both 0 to 1) are means over the steps without compilation, evaluation and saving. The metrics are read from the
+    directory and must have been written before.
 
     Args:
       memory: how this part of the run uses device memory.

@@ -93,6 +93,7 @@ def _receipt_rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append((label, str(memory[key])))
     for key, label, scale, form in (
         ("pairs_per_second", "pairs per second", 1, ",.0f"),
+        ("images_per_second", "decoded images per second", 1, ",.0f"),
         ("seconds_per_step", "seconds per step", 1, ".4g"),
         ("mfu", "MFU, %", 100, ".1f"),
         ("data_wait_share", "waiting for data, %", 100, ".2f"),

@@ -19,9 +19,11 @@ from lit_fast.storage.files import write_json
 from lit_fast.train.input_pipeline.captions import Captions, choose_views
 from lit_fast.train.input_pipeline.stream import open_stream
 from lit_fast.train.input_pipeline.window_layout import WindowLayout, plan_layout
+from lit_fast.utils.normalize import normalize
 from tests.synthetic import make_dataset, row_numbers, write_features
 
 MEMORY = StreamConfig(global_batch=48, captions_per_image=2)
+NEIGHBOURS = replace(MEMORY, neighbours=4, corrupt_alignment=0.5)
 WINDOWS = StreamConfig(global_batch=256, memory_gib=0.0, shuffle_streams=4, shuffle_window_blocks=2)
 
 
@@ -41,8 +43,9 @@ def opened(dataset, config, seed=0, part=(0, 1)):
     return open_stream(open_features(dataset), open_tokens(dataset), config, seed, part)
 
 
-def test_exact_shuffle_has_every_usable_row_once_per_epoch(small):
-    source = opened(small, MEMORY).batches
+@pytest.mark.parametrize("config", [MEMORY, NEIGHBOURS], ids=["memory", "neighbours"])
+def test_exact_shuffle_has_every_usable_row_once_per_epoch(small, config):
+    source = opened(small, config).batches
     usable = 297
     rows = np.concatenate([source[i]["rows"] for i in range(40)])
     epochs = [rows[i * usable : (i + 1) * usable] for i in range(len(rows) // usable)]
@@ -76,7 +79,7 @@ def test_captions_are_used_equally_often():
     assert used == {0: 30} | {i: 10 for i in (1, 2, 3)} | {i: 6 for i in (4, 5, 6, 7, 8)}
 
 
-@pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
+@pytest.mark.parametrize("config", [MEMORY, WINDOWS, NEIGHBOURS], ids=["memory", "windows", "neighbours"])
 def test_processes_get_slices_of_one_global_batch(small, large, config):
     dataset = large if config is WINDOWS else small
     whole = opened(dataset, config).batches
@@ -88,7 +91,7 @@ def test_processes_get_slices_of_one_global_batch(small, large, config):
                 np.testing.assert_array_equal(joined, value)
 
 
-@pytest.mark.parametrize("config", [MEMORY, WINDOWS], ids=["memory", "windows"])
+@pytest.mark.parametrize("config", [MEMORY, WINDOWS, NEIGHBOURS], ids=["memory", "windows", "neighbours"])
 def test_order_depends_on_seed_and_step_only(small, large, config):
     dataset = large if config is WINDOWS else small
     stream = opened(dataset, config)
@@ -340,3 +343,40 @@ def test_resumed_run_keeps_the_shuffle_that_it_started_with_whatever_the_memory(
         UserError, match=r"was held in memory when this run started, .* GiB, and this machine may"
     ):
         open_with(large, memory=1 << 20, in_memory=True)
+
+
+def test_batches_of_neighbours_have_near_images(small):
+    images = normalize(open_features(small).read_all().astype(np.float32))
+    images[[3, 7, 299]] = 0  # not usable
+    nearest = np.argsort(-(images @ images.T), axis=1)[:, 1]
+
+    def share(config):
+        """Return the share of rows whose nearest one is in the same batch."""
+        batches = opened(small, config).batches
+        rows = [batches[step]["rows"] for step in range(12)]
+        return np.mean([np.isin(nearest[r], r).mean() for r in rows])
+
+    assert share(MEMORY) < 0.25  # 47 of 296 at random
+    assert share(replace(MEMORY, neighbours=2)) > 0.4
+    assert share(replace(MEMORY, neighbours=8)) > 0.4
+
+
+def test_stream_of_neighbours_is_another_one_for_every_size_and_centering(small):
+    features, tokens = open_features(small), open_tokens(small)
+    configs = [(MEMORY, False)] + [(replace(MEMORY, neighbours=k), c) for k in (2, 3) for c in (False, True)]
+    streams = [open_stream(features, tokens, config, 0, center=center) for config, center in configs]
+    assert len({stream.identity for stream in streams}) == len(streams)
+    assert "in groups of 2 or more nearest images" in streams[1].description
+
+
+def test_neighbours_of_a_dataset_that_is_not_held_in_memory_are_refused(large):
+    config = replace(WINDOWS, neighbours=2)
+    with pytest.raises(
+        UserError, match=r"^stream.neighbours needs the dataset in memory: .* above stream.memory_gib"
+    ):
+        opened(large, config)
+    config = replace(config, memory_gib=4.0)
+    with pytest.raises(
+        UserError, match=r"this machine may use 0.00 GiB; use a machine with more memory, or set"
+    ):
+        open_stream(open_features(large), open_tokens(large), config, 0, memory=1 << 20)

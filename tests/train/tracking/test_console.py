@@ -33,3 +33,8 @@ def test_console_on_a_terminal_is_one_bar(capsys, monkeypatch):
     assert text.count("\n") == 1
     assert all(len(line.removeprefix("\x1b[K")) < 70 for line in text.strip().split("\r"))
     assert "[########################] 10/10 steps" in text
+
+
+def test_console_of_a_trained_image_tower_shows_images_per_second(capsys):
+    Console(10, 0).log(1, VALUES | {"images_per_second": 617.25, "mfu": 0.5})
+    assert "1,234 pairs/s        617 images/s  MFU 50.0 %  data wait" in capsys.readouterr().err
