@@ -123,13 +123,13 @@ class Evaluator:
                         f"{len(embedded[path].invalid):,} images of {path} cannot be decoded and are left out of its "
                         f"evaluation (first: row {row}, {reason})"
                     )
-        mean = np.asarray(params["mean"])
         results = []
         for dataset, evaluate in self._sets:
             if self._embed_images is None:
                 rows, images = self._loaded[dataset.path]
             else:
-                rows, images = embedded[dataset.path].rows, centered(embedded[dataset.path].features, mean)
+                rows, features, _ = embedded[dataset.path]
+                images = centered(features, np.asarray(params["mean"]))
             results.append(evaluate(rows, apply_image_head(params, images), partial(embed_text, params)))
         for train, test in self._few_shot:
             pair = ((embedded[d.path].rows, embedded[d.path].features) for d in (train, test))
