@@ -3,9 +3,9 @@
     python -m benchmarks.neighbours --dataset D --dev E [--runs DIR] [--seeds 0,1,2]
 
 D and E are embedded as the header of configs/flickr8k_cpu.toml says. Every run is `lit-fast train` with that recipe,
-cut to 200 steps of 512 and without dropout, its captions packed by their lengths; finished runs are reused. The table
-has the mean of the seeds and, after ±, the standard deviation; in parentheses the difference to random batches of the
-same seed.
+cut to 200 steps of 512, half as wide and without dropout, its captions packed by their lengths; finished runs are
+reused. The table has the mean of the seeds and, after ±, the standard deviation; in parentheses the difference to
+random batches of the same seed.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Setting(NamedTuple):
         options = {
             "steps": STEPS,
             "optimizer.warmup_steps": STEPS // 20,
+            "text.width": 96,
             "text.dropout": 0,
             "text.pack": 8,
             "stream.neighbours": self.neighbours,

@@ -245,7 +245,10 @@ def timm_models(directory: Path) -> Iterator[tuple[str, Callable[[], tuple[Path,
         def make(name: str = name, arguments: dict[str, Any] = arguments) -> tuple[Path, Any, dict[str, Any]]:
             arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
             model = shaken(timm.create_model(name, num_classes=0, **arguments))
-            timm.models.save_for_hf(model, directory, model_args=arguments, safe_serialization=True)
+            timm.models.save_for_hf(model, directory, model_args=arguments, safe_serialization=False)
+            (directory / "pytorch_model.bin").unlink()
+            # Clones, as layers can share a tensor (CoaT).
+            save_file({k: v.clone() for k, v in model.state_dict().items()}, directory / "model.safetensors")
             return directory, model, {}
 
         yield f"timm {name}" + "".join(f" {k}={v}" for k, v in arguments.items()), make

@@ -27,6 +27,7 @@ GROUND_FLOOR = (
     ("inference",),
     ("demo",),
     ("cli",),
+    ("api",),
 )
 EMBED = (
     ("embed.locks",),

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import sentencepiece
 
+from lit_fast import api
 from lit_fast.cli.main import main
 from lit_fast.config import Config, LossConfig, TextConfig
 from lit_fast.data.tokenizer import Tokenizer
@@ -42,10 +43,10 @@ def train_run(directory: Path, tower: Path) -> Path:
     write_tar(directory / "pairs.tar", samples(24))
     (directory / "c.toml").write_text(CONFIG)
     data, run = directory / "d", directory / "run"
-    command("index", directory / "pairs.tar", "--out", data)
-    command("embed", data, "--tower", tower)
-    command("tokenize", data, "--train-vocab", 284, "--name", "words", "--max-length", 12)
-    command("train", directory / "c.toml", "--workdir", run, "--dataset", data, "--evaluate.retrieval", data)
+    api.index(directory / "pairs.tar", out=data)
+    api.embed(data, tower=tower)
+    api.tokenize(data, train_vocab=284, name="words", max_length=12)
+    api.train(directory / "c.toml", workdir=run, dataset=data, config={"evaluate.retrieval": [data]})
     return run
 
 

@@ -16,7 +16,7 @@ from lit_fast.cli.options import (
 )
 from lit_fast.config_io import load_config, recipes
 from lit_fast.errors import UserError
-from lit_fast.utils.output import result
+from lit_fast.utils.output import result, status
 
 
 def train(parser: argparse.ArgumentParser) -> Run:
@@ -97,60 +97,91 @@ def race(parser: argparse.ArgumentParser) -> Run:
 
 
 def plan(parser: argparse.ArgumentParser) -> Run:
-    """Estimate whether a training fits in device memory, its time and price, and what limits it.
+    """Estimate whether a training fits in device memory, its time and price, for one slice or several.
 
-    For TPUs the training step is compiled ahead of time; no TPU is needed (pip install 'lit-fast[tpu]'). For this
-    machine's CPU and GPUs it is compiled too; for other GPUs the figures are estimates. Nothing is trained and no
-    data are needed: section [plan] of the configuration describes them, unless --dataset D is given.
+    The training step is compiled ahead of time; no TPU or GPU is needed (pip install 'lit-fast[tpu,plan-gpu]').
+    Without the compiler for GPUs their figures are estimates. Nothing is trained and no data are needed: section
+    [plan] of the configuration describes them, unless --dataset D is given.
 
-    Example: lit-fast plan siglit_b8_one_day --topology v4:2x2x1 --price 3.22
+    Example: lit-fast plan siglit_b8_one_day --topology v4-8,v6e-4,h200 --price v4=3.22,v6e=2.7,h200=3.5
     """
     _add_config(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--topology",
         required=True,
-        metavar="CHIPS",
-        help="v4:2x2x1 (a v4-8), v5e:2x2, v5p:2x2x1, v6e:2x2, gpu:h200, gpu:h100:8, or cpu for this machine",
+        metavar="SLICE[,SLICE...]",
+        help="names of the cloud (v4-8, v5litepod-4, v5p-8, v6e-4, a3-highgpu-8g), v4:2x2x1, h200, gpu:h100:8, or cpu "
+        "for this machine; several are compared, a line each",
     )
-    parser.add_argument(
+    add(
         "--mfu",
         type=float,
-        default=0.5,
         metavar="SHARE",
-        help="assumed model FLOPs utilization of training and embedding (default 0.5; 0.33, the paper's, is shown too)",
+        help="share of the peak to plan by (default: the compiler's estimate; without one the paper's 0.33)",
     )
-    parser.add_argument("--price", type=float, default=0.0, metavar="USD", help="price of a chip per hour")
-    parser.add_argument(
+    add(
+        "--price",
+        action="append",
+        default=[],
+        metavar="USD",
+        help="price of a chip per hour: 3.22, or by slice or chip, v4=3.22,h200=3.5; may be repeated",
+    )
+    add(
+        "--storage-price",
+        type=float,
+        metavar="USD",
+        help="price of a GB of storage per month (default 0.02, a list price of 2025)",
+    )
+    add(
         "--no-search",
         action="store_true",
-        help="plan the configuration as it is, without faster alternatives",
+        help="plan the configuration as it is, without faster alternatives; so are several slices",
     )
-    parser.add_argument("--largest-batch", action="store_true", help="find the largest batch that fits")
-    parser.add_argument("--json", metavar="OUT", help="write the plan as JSON")
+    add("--largest-batch", action="store_true", help="find the largest batch that fits; for one slice")
+    add("--json", metavar="OUT", help="write the plan as JSON")
     add_overrides(parser)
 
     def run(args: argparse.Namespace) -> None:
-        if not 0 < args.mfu <= 1:
+        if args.mfu is not None and not 0 < args.mfu <= 1:
             raise UserError(f"--mfu {args.mfu} must be above 0 and at most 1, such as 0.4")
-        if not 0 <= args.price < math.inf:
-            raise UserError(f"--price {args.price} must be a price in USD")
+        if args.storage_price is not None and not 0 <= args.storage_price < math.inf:
+            raise UserError(f"--storage-price {args.storage_price} must be a price in USD")
+        topologies = list(dict.fromkeys(name for part in args.topology.split(",") if (name := part.strip())))
+        if not topologies:
+            raise UserError("--topology names no slice; write for example v4-8,h200")
+        if args.largest_batch and len(topologies) > 1:
+            raise UserError("--largest-batch needs one slice; give one --topology")
         check_output(args.json)
         config = load_config(args.config, overrides(args))
 
+        from lit_fast.train.plan.comparison import compare_slices, format_comparison
+        from lit_fast.train.plan.costs import STORAGE_PRICE, Prices
         from lit_fast.train.plan.plan import make_plan
         from lit_fast.train.plan.report import format_plan
-        from lit_fast.train.plan.target import open_target
+        from lit_fast.train.plan.target import open_target, select_platforms
 
+        prices = Prices(args.price)
+        storage_price = STORAGE_PRICE if args.storage_price is None else args.storage_price
+        select_platforms(topologies)
         start_jax()
-        found = make_plan(
-            config,
-            open_target(args.topology),
-            mfu=args.mfu,
-            price=args.price,
-            searched=not args.no_search,
-            largest=args.largest_batch,
-        )
-        result(format_plan(found))
+        if len(topologies) == 1:
+            target = open_target(topologies[0])
+            found = make_plan(
+                config,
+                target,
+                mfu=args.mfu,
+                price=prices.of(target),
+                storage_price=storage_price,
+                searched=not args.no_search,
+                largest=args.largest_batch,
+            )
+            result(format_plan(found))
+        else:
+            found = compare_slices(config, topologies, prices, mfu=args.mfu, storage_price=storage_price)
+            result(format_comparison(found))
+        if unused := prices.unused():
+            status(f"--price: no slice has the price of {', '.join(unused)}")
         write_json_output(args.json, {"config": args.config} | found)
 
     return run

@@ -185,7 +185,7 @@ class TextPass:
                 )
                 return dx, jax.tree.map(add, dweights, d)
 
-            dx, dweights = lax.fori_loop(0, self._layers, layer, (dx, dweights))
+            dx, dweights = self._loop(layer, (dx, dweights))
             embed = lambda small, tokens: self._embed(small, tokens, rows)  # noqa: E731
             _, pull = jax.vjp(embed, ends.small, table[rows.ids])
             dsmall, dtokens = pull(dx)
@@ -250,10 +250,16 @@ class TextPass:
             x, kept = self._encoder.forward(_at(weights, index), x, rows.layout, keys)
             return x, jax.tree.map(lambda all, a: _put(all, a, slot, index), layers, kept)
 
-        return lax.fori_loop(0, self._layers, layer, (x, layers))
+        return self._loop(layer, (x, layers))
+
+    def _loop(self, layer: Callable[[Any, Any], Any], carry: Any) -> Any:
+        """Run `layer(index, carry)` for all layers of the loop: there is none in a tower of one layer."""
+        return lax.fori_loop(0, self._layers, layer, carry) if self._layers else carry
 
     def _shapes(self, weights: Tree, rows: _Rows, x: Any) -> Tree:
-        """Return the shapes of what one layer keeps of one microbatch."""
+        """Return the shapes of what one layer keeps of one microbatch; nothing without layers."""
+        if not self._layers:
+            return {}
         layer = lambda x: self._encoder.forward(_at(weights, 0), x, rows.layout, rows.keys)[1]  # noqa: E731
         return jax.eval_shape(layer, x)
 

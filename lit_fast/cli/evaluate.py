@@ -82,7 +82,7 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
     return _evaluate
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     from lit_fast.data.dataset import open_dataset
     from lit_fast.data.features import rows_without_features
     from lit_fast.data.images.sources import check_sources
@@ -172,6 +172,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.page:
         about = f"{model['pretrained']}, tower {run.tower}"
         write_output(args.page, evaluation_page(run.name, about, page).encode("utf-8", "replace"), "--page")
+    return results
 
 
 def _write_results(out: str | None, results: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lit_fast.errors import MachineError, UserError, first_line, os_reason
 from lit_fast.storage.machine import available_memory, open_standard_descriptors, raise_open_file_limit
@@ -23,7 +23,7 @@ from lit_fast.utils.output import SIGPIPE_STATUS, failure, flush, prepare_stream
 from lit_fast.utils.signals import SIGNALS, install_handler
 from lit_fast.version import __version__
 
-Run = Callable[[argparse.Namespace], None]
+Run = Callable[[argparse.Namespace], Any]  # returns what `lit_fast.api` returns
 Command = Callable[[argparse.ArgumentParser], Run]
 
 # The commands in the order of use, with their lines in `lit-fast --help`, which loads none of them.
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         install_handler(stop, [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN])
         _check_directory()
         try:
-            _dispatch(argv)
+            run_command(argv)
         except SystemExit:  # of --help
             flush()
             raise
@@ -155,7 +155,12 @@ def _as_user_error(error: BaseException) -> UserError | None:
     return None
 
 
-def _dispatch(argv: list[str]) -> None:
+def run_command(argv: list[str]) -> Any:
+    """Run one subcommand.
+
+    Raises:
+      UserError: a mistake in the arguments or the inputs.
+    """
     found = {e.name: e for e in entry_points(group="lit_fast.commands")}
     parser = _Parser(
         prog="lit-fast",
@@ -179,7 +184,7 @@ def _dispatch(argv: list[str]) -> None:
     if rest and not getattr(args, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.unknown = rest
-    runs[args.command](args)
+    return runs[args.command](args)
 
 
 def _normalize(argv: list[str]) -> list[str]:

@@ -31,6 +31,7 @@ x: the elements of dz = dy W'^T add up to 0, hence
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -132,8 +133,9 @@ class EncoderPass:
     def _projections(self, block: Tree) -> list[tuple[jax.Array, jax.Array]]:
         """Return kernels [layers, width, n] and biases [layers, n]: joined one pair, else three."""
         pairs = [block[_ATTENTION][name] for name in _QKV]
-        kernels = [p["kernel"].reshape(len(p["kernel"]), self.shape.width, -1) for p in pairs]
-        biases = [p["bias"].reshape(len(p["bias"]), -1) for p in pairs]
+        # No -1 in these shapes: a tower of one layer scans none.
+        kernels = [p["kernel"].reshape(*p["kernel"].shape[:2], self.shape.width) for p in pairs]
+        biases = [p["bias"].reshape(len(p["bias"]), self.shape.width) for p in pairs]
         if not self.attention.joined:
             return list(zip(kernels, biases, strict=True))
         return [(jnp.concatenate(kernels, axis=2), jnp.concatenate(biases, axis=1))]
@@ -285,7 +287,7 @@ _exact = partial(jnp.einsum, precision="highest")
 
 
 def _matrix(kernel: jax.Array, columns: int) -> jax.Array:
-    return kernel.reshape(len(kernel), -1, columns)
+    return kernel.reshape(len(kernel), math.prod(kernel.shape[1:]) // columns, columns)
 
 
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:

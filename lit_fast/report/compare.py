@@ -216,7 +216,10 @@ def format_comparison(records: Sequence[Record], width: int) -> str:
 
 
 def comparison_page(
-    records: Sequence[Record], heading: str = "lit-fast compare", ranking: Table | None = None
+    records: Sequence[Record],
+    heading: str = "lit-fast compare",
+    ranking: Table | None = None,
+    verdict: str = "",
 ) -> str:
     """Render the table and the overlaid curves of all runs as one HTML page, after a ranking if there is one."""
     recorded = dict.fromkeys(name for r in records for name in metric_names(r.lines))
@@ -230,4 +233,12 @@ def comparison_page(
         panels += [draw(name), draw(name, hours=True)]
     run_names = [r.name for r in records]
     table = Table(("", *run_names), table_rows(records))
-    return render("compare.html", title=heading, names=run_names, ranking=ranking, table=table, panels=panels)
+    return render(
+        "compare.html",
+        title=heading,
+        names=run_names,
+        ranking=ranking,
+        verdict=verdict,
+        table=table,
+        panels=panels,
+    )

@@ -146,6 +146,7 @@ def _features(dataset: Dataset, name: str, todo: list[dict[str, str]], problems:
     return {
         "name": name,
         "source": tower["source"],
+        "model": f"{tower['architecture']} {tower['model']}".strip() if "model" in tower else "",
         "identity": features.identity,
         "width": features.width,
         "dtype": tower["dtype"],
@@ -283,7 +284,8 @@ def _feature_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     origin = f"computed in {found['dtype']}, {pre['method']} {pre['size']} px" if pre else "imported"
     made = f"width {found['width']}, {origin}"
     made += f", {_size(found['bytes'])}, identity {found['identity'][:8]}"
-    return [("features", text), ("", "  " + made), ("", f"  {found['source']}")]
+    source = f"{found['source']}, {found['model']}" if found["model"] else found["source"]
+    return [("features", text), ("", "  " + made), ("", f"  {source}")]
 
 
 def _run_lines(value: dict[str, Any]) -> list[tuple[str, str]]:

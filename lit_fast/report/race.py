@@ -67,10 +67,15 @@ def rank(runs: dict[str, Sequence[Record]], by: str = "") -> tuple[list[Standing
 def table_of(standings: Sequence[Standing], by: str) -> list[list[str]]:
     """Return the head and the rows of the ranking, best first.
 
-    A cell is the mean over the seeds in percent, and their standard deviation.
+    A cell is the mean over the seeds in percent, and their standard deviation. The name of the evaluation set is in
+    the first cell if there is only one.
     """
     names = [by, *(name for name in standings[0].figures if name != by)]
-    rows = [["tower", f"{by}, %", "by seed", *(f"{name}, %" for name in names[1:])]]
+    prefix = by.rpartition("/")[0] + "/"
+    is_shared = prefix != "/" and all(name.startswith(prefix) for name in names)
+    shown = [name.removeprefix(prefix) if is_shared else name for name in names]
+    first = f"tower, on {prefix[:-1]}" if is_shared else "tower"
+    rows = [[first, f"{shown[0]}, %", "by seed", *(f"{name}, %" for name in shown[1:])]]
     for standing in standings:
         cells = [_percent(standing, name) for name in names if name in standing.figures]
         seeds = " ".join(f"{100 * v:.1f}" for v in standing.figures[by])
@@ -78,19 +83,24 @@ def table_of(standings: Sequence[Standing], by: str) -> list[list[str]]:
     return rows
 
 
+def verdict(standings: Sequence[Standing], by: str) -> str:
+    """Return whether the best two towers differ beyond the noise of the seeds; "" with one tower or seed."""
+    if len(standings) < 2 or len(standings[0].records) < 2:
+        return ""
+    first, second = standings[:2]
+    gap = first.mean(by) - second.mean(by)
+    error = math.hypot(*(s.deviation(by) / math.sqrt(len(s.records)) for s in (first, second)))
+    size = "more than" if gap > 2 * error else "within"
+    return (
+        f"{first.tower} leads {second.tower} by {100 * gap:.1f}, {size} twice the standard error of the "
+        f"seeds ({100 * error:.1f})"
+    )
+
+
 def format_race(standings: Sequence[Standing], by: str) -> str:
     """Format the ranking for a terminal, and whether the best two differ beyond the noise."""
-    lines = [format_table(table_of(standings, by), left=(0,))]
-    if len(standings) > 1 and len(standings[0].records) > 1:
-        first, second = standings[:2]
-        gap = first.mean(by) - second.mean(by)
-        error = math.hypot(*(s.deviation(by) / math.sqrt(len(s.records)) for s in (first, second)))
-        verdict = "more than" if gap > 2 * error else "within"
-        lines.append(
-            f"{first.tower} leads {second.tower} by {100 * gap:.1f}, {verdict} twice the standard error of the "
-            f"seeds ({100 * error:.1f})"
-        )
-    return "\n".join(lines)
+    table = format_table(table_of(standings, by), left=(0,))
+    return f"{table}\n{verdict(standings, by)}".rstrip()
 
 
 def as_json(standings: Sequence[Standing], by: str) -> dict[str, Any]:
@@ -107,7 +117,7 @@ def race_page(standings: Sequence[Standing], by: str) -> str:
     """Render the ranking and the curves of all runs as one HTML page."""
     records = [record for standing in standings for record in standing.records]
     head, *rows = table_of(standings, by)
-    return comparison_page(records, "lit-fast race", Table(head, rows))
+    return comparison_page(records, "lit-fast race", Table(head, rows), verdict(standings, by))
 
 
 def _common(records: Sequence[Record]) -> dict[str, list[float]]:

@@ -56,6 +56,19 @@ def cached_files(most: int = 256) -> int:
     return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // 8))
 
 
+def has_nvidia_gpu(root: str = "/") -> bool:
+    """Return whether an NVIDIA driver offers a GPU, also under Windows' Linux (`dev/dxg`).
+
+    Args:
+      root: the directory that holds `dev`.
+    """
+    try:
+        names = os.listdir(os.path.join(root, "dev"))
+    except OSError:
+        return False
+    return any(name == "dxg" or (name.startswith("nvidia") and name[6:].isdecimal()) for name in names)
+
+
 def raise_open_file_limit() -> None:
     """Raise the limit of open files to the highest that this process may choose."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lit_fast.utils.format import format_duration
-from lit_fast.utils.output import write_status
+from lit_fast.utils.output import status, write_status
 
 _BAR_WIDTH = 24  # characters
 
@@ -68,3 +71,21 @@ class Progress:
         if self._bar:  # a wrapped line could not be redrawn
             line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
         write_status(line if self._bar else line + "\n")
+
+
+@contextmanager
+def report_elapsed(label: str, every: float = 15.0) -> Iterator[None]:
+    """Print a line with the elapsed time every `every` seconds while the body runs, for work of unknown progress."""
+    start, done = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not done.wait(every):
+            status(f"{label}: {format_duration(time.monotonic() - start)} so far")
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

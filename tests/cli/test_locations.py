@@ -96,7 +96,8 @@ NO_LOCATIONS = {
     "--preprocess", "--resolution", "--gelu", "--pool", "--reduced-decode", "--views", "--batch-size", "--workers",
     "--dtype", "--max-pixels", "--shard-of", "--sample", "--repair", "--train-vocab", "--max-length", "--pad-id",
     "--model-type", "--format", "--features", "--public", "--license", "--revision", "--profile-steps", "--topology",
-    "--mfu", "--price", "--no-search", "--largest-batch", "--step", "--average", "--vision", "--nearest-pixels",
+    "--mfu", "--price", "--storage-price", "--no-search", "--largest-batch", "--step", "--average", "--vision",
+    "--nearest-pixels",
     "--push", "--top", "--host", "--port", "--help", "--towers", "--seeds", "--by", "--arch", "--backend",
     *(f"--{key}" for key in settings() if key != "dataset"),
 }  # fmt: skip

@@ -109,6 +109,6 @@ def test_failure_of_the_machine_is_a_line_with_its_status(error, status, line, m
     def fail(argv):
         raise error
 
-    monkeypatch.setattr("lit_fast.cli.main._dispatch", fail)
+    monkeypatch.setattr("lit_fast.cli.main.run_command", fail)
     assert main(["info", "d"]) == status
     assert capsys.readouterr().err.startswith(f"lit-fast: error: {line}")

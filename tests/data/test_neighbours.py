@@ -1,5 +1,7 @@
 """The nearest neighbours of stored features: exact for small sets, near enough for large ones, stored once."""
 
+import threading
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from lit_fast.data.features import open_features
 from lit_fast.data.neighbours import Vectors, find_neighbours, open_neighbours
 from lit_fast.errors import UserError
 from lit_fast.storage.files import list_names
+from lit_fast.storage.lock import Lock
 from tests.synthetic import make_dataset, write_features
 
 WIDTH, LINKS = 16, 12
@@ -135,6 +138,16 @@ def test_neighbours_that_cannot_be_stored_are_computed_again(store, capfd):
     first = opened(store)
     assert "the nearest neighbours are computed and not stored: " in capfd.readouterr().err
     np.testing.assert_array_equal(opened(store), first)
+
+
+def test_neighbours_that_another_process_computes_are_waited_for(store):
+    thread = threading.Thread(target=opened, args=(store,))
+    with Lock(f"{store.path}/neighbours/.lock", store.path, "wait"):
+        thread.start()
+        thread.join(0.2)
+        assert not files(store)
+    thread.join()
+    assert len(files(store)) == 1
 
 
 def test_features_of_other_content_have_other_neighbours(store):

@@ -12,6 +12,7 @@ import pytest
 from lit_fast.data.dataset import open_dataset
 from lit_fast.errors import UserError
 from lit_fast.report.compare import read_record
+from lit_fast.report.race import Standing, table_of
 from lit_fast.train import cli
 from tests.helpers import samples, tiny_vit_arrays, write_tar
 from tests.trained import CONFIG, command
@@ -55,7 +56,10 @@ def test_race_ranks_towers_and_keeps_finished_runs(
             assert read_record(run).final[by] == figure
     assert "±" in text
     assert "standard error of the seeds" in text
-    assert "Ranking" in (out / "race.html").read_text()
+    page = (out / "race.html").read_text()
+    assert "Ranking" in page
+    assert text.splitlines()[-1].startswith(f"{value['towers'][0]['tower']} leads ")
+    assert f"<p>{text.splitlines()[-1]}.</p>" in page
 
     before = {p: p.stat().st_mtime_ns for p in out.rglob("receipt.json")}
     race(data, out, "--towers", "tiny,wide", "--seeds", 2, "--by", "text_retrieval_recall@5")
@@ -63,6 +67,16 @@ def test_race_ranks_towers_and_keeps_finished_runs(
     assert "text_retrieval_recall@5, %" in capsys.readouterr().out
     with pytest.raises(UserError, match="--by 'speed' is no figure of the runs; there are"):
         race(data, out, "--towers", "tiny", "--seeds", 1, "--by", "speed")
+
+
+def test_table_of_one_evaluation_set_names_it_once() -> None:
+    figures = {"d/acc1": [0.25, 0.35], "d/acc5": [0.5, 0.5]}
+    assert table_of([Standing("tiny", (), figures)], "d/acc5") == [
+        ["tower, on d", "acc5, %", "by seed", "acc1, %"],
+        ["tiny", "50.0 ± 0.0", "50.0 50.0", "30.0 ± 7.1"],
+    ]
+    several = figures | {"e/acc1": [0.1, 0.1]}
+    assert table_of([Standing("tiny", (), several)], "d/acc1")[0][:2] == ["tower", "d/acc1, %"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import Any, NamedTuple
@@ -13,10 +14,15 @@ from jax.sharding import Mesh
 
 from lit_fast.config import Config
 from lit_fast.data.tokens import id_dtype
+from lit_fast.errors import first_line
 from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
+from lit_fast.train.cost.gpu_target import gpu_target
+from lit_fast.train.cost.hardware import Chip
 from lit_fast.train.step import State, make_step
+
+GPUS_PER_HOST = 8
 
 
 class CompiledStep(NamedTuple):
@@ -56,6 +62,29 @@ def tpu_mesh(topology: str) -> Mesh:
         options["chips_per_host_bounds"] = (1, 1, 1)
     description = topologies.get_topology_desc(topology, platform="tpu", **options)
     return make_mesh(list(description.devices))
+
+
+def gpu_mesh(chip: Chip, devices: int) -> Mesh:
+    """Return a mesh of GPUs that may be absent, on hosts of at most eight; needs a CUDA plugin of JAX.
+
+    Raises:
+      RuntimeError: the compiler cannot be used; the text says why.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the plugin logs that it finds no driver
+    from jax.experimental import topologies
+
+    hosts = math.ceil(devices / GPUS_PER_HOST)
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda", target_config=gpu_target(chip), topology=f"1x{hosts}x{devices // hosts}"
+        )
+        mesh = make_mesh(list(description.devices))
+        # A small program shows whether the compiler is complete: it needs libdevice and ptxas.
+        shape = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=replicated(mesh))
+        jax.jit(lambda a: jnp.tanh(a) @ a).lower(shape).compile()
+    except NotImplementedError as error:
+        raise RuntimeError(f"JAX has no CUDA plugin that can be used ({first_line(error)})") from None
+    return mesh
 
 
 def compile_step(

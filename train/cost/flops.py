@@ -8,6 +8,7 @@ negatives.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,26 +65,45 @@ def tower_flops(tower: FrozenTower) -> float:
     return program_flops(jax.make_jaxpr(tower.embed)(params, images).jaxpr)
 
 
-def program_flops(program: Any) -> float:
+def _same_weight(dtype: Any, precision: str) -> float:
+    return 1.0
+
+
+def program_flops(program: Any, weight: Callable[[Any, str], float] = _same_weight) -> float:
     """Count the FLOPs of the matrix products and convolutions in a jaxpr, with recomputation.
 
-    The body of a loop counts as often as it runs. Of several branches the most expensive one counts; of branches by
-    platform, the default.
+    The body of a loop counts as often as it runs, that of a Pallas kernel once per step of its grid. Of several
+    branches the most expensive one counts; of branches by platform, the default.
+
+    Args:
+      weight: factor of a product by its dtype and precision (DEFAULT, HIGH, HIGHEST), as `Chip.passes` has it.
     """
     total = 0.0
     for equation in program.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+            operand = equation.invars[0].aval
+            flops = 2.0 * equation.outvars[0].aval.size * math.prod(operand.shape[i] for i in contracted)
+            total += flops * weight(operand.dtype, _precision(equation))
         if equation.primitive.name == "conv_general_dilated":
             kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
-            total += 2.0 * equation.outvars[0].aval.size * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+            flops = 2.0 * equation.outvars[0].aval.size * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+            total += flops * weight(equation.invars[0].aval.dtype, _precision(equation))
         if equation.primitive.name == "cond":
-            branches = [program_flops(branch.jaxpr) for branch in equation.params["branches"]]
+            branches = [program_flops(branch.jaxpr, weight) for branch in equation.params["branches"]]
             total += branches[-1] if equation.params.get("branches_platforms") else max(branches)
+        times = equation.params.get("length", 1)
+        if equation.primitive.name == "pallas_call":
+            times = math.prod(equation.params["grid_mapping"].grid)
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                total += equation.params.get("length", 1) * program_flops(inner)
+                total += times * program_flops(inner, weight)
     return total
+
+
+def _precision(equation: Any) -> str:
+    """Return the precision of a product: DEFAULT, HIGH or HIGHEST."""
+    precision = equation.params.get("precision")
+    first = precision[0] if isinstance(precision, tuple) else precision
+    return getattr(first, "name", "DEFAULT")

@@ -23,6 +23,25 @@ class Chip(NamedTuple):
     bandwidth: float  # of the memory, bytes/s
     interconnect: float  # out of the chip over all links, bytes/s
     clock: float = 0.0  # of the TensorCore, Hz; 0: the compiler estimates no cycles
+    float32: float = 0.0  # peak of float32 products on a GPU, FLOP/s
+
+    @property
+    def title(self) -> str:
+        """The name that the cloud uses: `TPU v5e`, where JAX has `TPU v5 lite`."""
+        return f"TPU {self.name}" if self in TPUS else self.kind
+
+    def passes(self, dtype: jnp.dtype, precision: str) -> float:
+        """Return the time of a product, as a multiple of its FLOPs at the bfloat16 peak.
+
+        Args:
+          dtype: of the operands.
+          precision: DEFAULT, HIGH or HIGHEST, of `jax.lax.Precision`.
+        """
+        if self in TPUS:  # float32 as sums of bfloat16 products
+            return {"HIGH": 3.0, "HIGHEST": 6.0}.get(precision, 1.0) if dtype == jnp.float32 else 1.0
+        if self.float32 and dtype == jnp.float32:  # otherwise TF32
+            return self.flops / self.float32 if precision == "HIGHEST" else 2.0
+        return 1.0
 
 
 # Peak and bandwidths: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. Memory: as the compiler reports it when it refuses a
@@ -35,20 +54,30 @@ TPUS = (
     Chip("v6e", "TPU v6 lite", 918e12, 31.25 * GIB, 1.64e12, 448e9, 1.75e9),
 )
 # JAX allocates 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
-_JAX_SHARE = 0.75
+JAX_SHARE = 0.75
 # Data sheets at nvidia.com/data-center (SXM where there are several); interconnect: NVLink in one direction, or PCIe;
-# memory: as nvidia-smi reports it.
+# memory: as nvidia-smi reports it; read in 2025.
 GPUS = tuple(
-    Chip(name, kind, tera * 1e12, gib * GIB * _JAX_SHARE, bandwidth * 1e12, interconnect * 1e9)
-    for name, kind, tera, gib, bandwidth, interconnect in (
-        ("b200", "B200", 2250, 178.4, 8.0, 900),
-        ("h200", "H200", 989, 140.4, 4.8, 450),
-        ("h100", "H100", 989, 79.6, 3.35, 450),
-        ("a100", "A100", 312, 80.0, 2.039, 300),
-        ("l40s", "L40S", 362, 45.0, 0.864, 32),
-        ("l40", "L40", 181, 45.0, 0.864, 32),
-        ("l4", "L4", 121, 22.5, 0.3, 32),
-        ("rtx4090", "RTX 4090", 165, 24.0, 1.008, 32),
+    Chip(
+        name,
+        kind,
+        tera * 1e12,
+        gib * GIB * JAX_SHARE,
+        bandwidth * 1e12,
+        interconnect * 1e9,
+        0.0,
+        single * 1e12,
+    )
+    for name, kind, tera, single, gib, bandwidth, interconnect in (
+        ("b200", "B200", 2250, 75, 178.4, 8.0, 900),
+        ("h200", "H200", 989, 67, 140.4, 4.8, 450),
+        ("h100", "H100", 989, 67, 79.6, 3.35, 450),
+        ("a100", "A100", 312, 19.5, 80.0, 2.039, 300),
+        ("a100-40", "A100-SXM4-40GB", 312, 19.5, 40.0, 1.555, 300),
+        ("l40s", "L40S", 362, 91.6, 45.0, 0.864, 32),
+        ("l40", "L40", 181, 90.5, 45.0, 0.864, 32),
+        ("l4", "L4", 121, 30.3, 22.5, 0.3, 32),
+        ("rtx4090", "RTX 4090", 165, 82.6, 24.0, 1.008, 32),
     )
 )
 # Other names that JAX uses for the same chips.

@@ -1,4 +1,4 @@
-"""Read compiled HLO: collectives, estimated cycles and the largest buffers.
+"""Read compiled HLO: collectives, estimated cycles, kernels and the largest buffers.
 
 The text lists computations. The body of a loop is in it once and is counted as often as the loop runs.
 """
@@ -7,10 +7,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Instructions that only name, arrange or control; what their computations run is counted there.
+_NO_WORK = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "async-start", "async-update",
+}  # fmt: skip
+_NO_WORK_CALLS = {
+    "ConcatBitcast",
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+}  # targets of custom calls on TPUs
+_PRODUCTS = {"convolution", "dot"}
+_ROW_MOVES = ("scatter", "gather", "sort")
+ASYNC_COPY = "asynchronous copy"  # of a buffer or slice to the chip's own memory, while products are computed
 _ITEM_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
     "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
@@ -40,38 +53,105 @@ class Collective(NamedTuple):
     bytes: float  # of the operands, per device
 
 
+class Unestimated(NamedTuple):
+    """All runs of an instruction for which the compiler estimates no cycles."""
+
+    calls: float
+    bytes: float  # of the results
+
+
 class ProgramCost(NamedTuple):
     """Cost of one step on one device; loop bodies count as often as they run."""
 
-    cycles: float  # of the TensorCore, as the compiler estimates them; 0 without an estimate
+    cycles: float  # of the TensorCore, as the compiler estimates them, with those of custom kernels; 0: no estimate
+    half_cycles: (
+        float  # those of them without a matrix product on 16-bit numbers, which are overstated up to twofold
+    )
+    custom: dict[str, float]  # runs of custom kernels whose cycles are counted, by name
+    unestimated: dict[
+        str, Unestimated
+    ]  # by opcode, of fusions the one that costs most, or `custom-call NAME`
+    kernels: float  # instructions that run; on a GPU each starts a kernel or a copy
     collectives: dict[str, Collective]
     unknown_loops: int  # loops without a readable trip count; they are counted once
 
 
-def program_cost(text: str) -> ProgramCost:
+# From the name of a custom kernel and the shapes of its operands, such as "bf16[512,3072,128]", to its cycles.
+KernelCycles = Callable[[str, Sequence[str]], float | None]
+
+
+def program_cost(text: str, kernel_cycles: KernelCycles = lambda name, shapes: None) -> ProgramCost:
     """Sum the cost of a program over all instructions that run.
 
     Args:
       text: `compiled.as_text()`, the program after all optimizations.
+      kernel_cycles: returns the cycles of one run of a custom kernel; None: unknown.
     """
     computations, entry = parse(text)
-    cycles, unknown = 0.0, 0
+    cycles, half, kernels, unknown = 0.0, 0.0, 0.0, 0
+    custom: dict[str, float] = {}
+    unestimated: dict[str, Unestimated] = {}
     collectives: dict[str, Collective] = {}
     for name, times, fused in _executions(computations, entry):
         shapes = {i.name: i.shape for i in computations[name]}
         for instruction in computations[name]:
-            if instruction.opcode == "while" and trip_count(instruction, computations) is None:
+            opcode = instruction.opcode
+            if opcode == "while" and trip_count(instruction, computations) is None:
                 unknown += 1
-            if fused:
+            if fused or opcode in _NO_WORK or opcode.endswith("-done"):
                 continue
-            if estimate := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
-                cycles += times * int(estimate[1])
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in _COLLECTIVES:
-                calls, size = collectives.get(kind, Collective(0, 0))
-                size += times * sum(_bytes(shapes[operand]) for operand in instruction.operands)
-                collectives[kind] = Collective(calls + times, size)
-    return ProgramCost(cycles, collectives, unknown)
+            kernel = _kernel_name(instruction) if opcode == "custom-call" else ""
+            if kernel in _NO_WORK_CALLS:
+                continue
+            kernels += times
+            label, estimate = _label(instruction, kernel, computations), _estimated_cycles(instruction)
+            operands = [shape for o in instruction.operands for shape in _array_shapes(shapes[o])]
+            if kernel and estimate is None and (estimate := kernel_cycles(kernel, operands)) is not None:
+                custom[kernel] = custom.get(kernel, 0) + times
+            if estimate is None:
+                calls, size = unestimated.get(label, Unestimated(0, 0))
+                unestimated[label] = Unestimated(calls + times, size + times * _bytes(instruction.shape))
+            else:
+                cycles += times * estimate
+                narrow = any("16[" in shape for shape in (*_array_shapes(instruction.shape), *operands))
+                if narrow and not kernel and not _PRODUCTS & _opcodes(instruction, computations):
+                    half += times * estimate
+            if label in COLLECTIVES:
+                calls, size = collectives.get(label, Collective(0, 0))
+                size += times * sum(_bytes(shape) for shape in operands)
+                collectives[label] = Collective(calls + times, size)
+    return ProgramCost(cycles, half, custom, unestimated, kernels, collectives, unknown)
+
+
+def _estimated_cycles(instruction: Instruction) -> float | None:
+    match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+    return float(match[1]) if match else None
+
+
+def _kernel_name(call: Instruction) -> str:
+    """Return the name of a Pallas kernel, or the target of another custom call."""
+    if named := re.search(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call"', call.attributes):
+        return named[1]
+    target = re.search(r'custom_call_target="([^"]+)"', call.attributes)
+    return target[1] if target else call.name
+
+
+def _label(instruction: Instruction, kernel: str, computations: dict[str, list[Instruction]]) -> str:
+    """Return the name of an instruction for a list of what has no estimate."""
+    if kernel:
+        return f"custom-call {kernel}"
+    if instruction.opcode in ("copy-start", "slice-start"):
+        return ASYNC_COPY
+    inner = _opcodes(instruction, computations)
+    return next(
+        (opcode for opcode in _ROW_MOVES if opcode in inner), instruction.opcode.removesuffix("-start")
+    )
+
+
+def _opcodes(instruction: Instruction, computations: dict[str, list[Instruction]]) -> set[str]:
+    """Return the opcodes of an instruction and of all that it fuses."""
+    fused = computations.get(_attribute(instruction, "calls"), [])
+    return {instruction.opcode}.union(*(_opcodes(i, computations) for i in fused))
 
 
 def largest_buffers(text: str, count: int = 3) -> list[dict[str, Any]]:
@@ -174,6 +254,11 @@ def _closing_bracket(text: str) -> int:
         if not depth:
             return index
     return len(text)
+
+
+def _array_shapes(shape: str) -> list[str]:
+    """Return the arrays of a shape, without their layouts."""
+    return [f"{dtype}[{dimensions}]" for dtype, dimensions, _ in _ARRAY.findall(shape)]
 
 
 def _bytes(shape: str) -> float:

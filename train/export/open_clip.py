@@ -61,7 +61,9 @@ def check(model: Model, options: ExportOptions) -> None:
     check_tokenizer(model.tokenizer)
     preprocess = model.tower.preprocess
     if not options.nearest_pixels:
-        check_open_clip_preprocess(preprocess)
+        check_open_clip_preprocess(
+            preprocess, "transformers" if isinstance(model.tower, Tower) else "lit_fast"
+        )
     if not isinstance(model.tower, Tower):
         torch_vision(model)
         return

@@ -36,19 +36,19 @@ _TENSORS = (
 _CORNER = "If a centre crop cannot be even, it may be one pixel beside lit_fast's."
 
 
-def check_open_clip_preprocess(preprocess: Preprocess) -> None:
-    """Raise UserError if open_clip would crop or filter images differently."""
+def check_open_clip_preprocess(preprocess: Preprocess, other: str) -> None:
+    """Raise UserError, which names another format, if open_clip would crop or filter images differently."""
     p = preprocess
     if p.resize != p.size:
         raise UserError(
             f"the tower's preprocessing resizes to {p.resize} pixels and crops to {p.size}, which open_clip cannot; "
-            "export with --format transformers, embed with --preprocess pil-squash or tf-squash, or accept other "
+            f"export with --format {other}, embed with --preprocess pil-squash or tf-squash, or accept other "
             "pixels: --nearest-pixels"
         )
     if p.interpolation not in _OPEN_CLIP_FILTERS:
         raise UserError(
             f"the tower's preprocessing resizes with {p.interpolation}, open_clip only with bilinear or bicubic; "
-            "export with --format transformers, or accept other pixels: --nearest-pixels"
+            f"export with --format {other}, or accept other pixels: --nearest-pixels"
         )
 
 

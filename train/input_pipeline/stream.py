@@ -105,11 +105,8 @@ class Stream:
         """The number of rows whose images could not be read so far, for the user; "" without any."""
         pixels = self.batches.pixels
         count = len(pixels.unreadable) if pixels else 0
-        return (
-            f"{count:,} rows have unreadable images and were replaced by others of their block"
-            if count
-            else ""
-        )
+        noun = "image was" if count == 1 else "images were"
+        return f"{count:,} unreadable {noun} replaced by other rows of the same block" if count else ""
 
     def close(self) -> None:
         """Stop to decode images ahead."""

@@ -15,7 +15,8 @@ from lit_fast.models.two_towers import text_tower
 from lit_fast.runtime import make_mesh
 from lit_fast.train.cost.aot import CompiledStep, batch_shapes
 from lit_fast.train.cost.flops import program_flops
-from lit_fast.train.cost.hlo import Collective, program_cost
+from lit_fast.train.cost.hlo import Collective, ProgramCost, program_cost
+from lit_fast.train.cost.kernels import attention_cycles
 from lit_fast.train.cost.memory import (
     USABLE_SHARE,
     BuildTower,
@@ -31,8 +32,11 @@ from lit_fast.train.plan.target import Target
 from lit_fast.train.step import abstract_training, make_step
 from lit_fast.utils.format import format_duration
 from lit_fast.utils.output import status
+from lit_fast.utils.progress import report_elapsed
 
-MAX_COMPILES = 6  # of a search; each takes about a minute on two cores
+MAX_COMPILES = 6  # of a search
+_COMPILE_TIME = {"tpu": "1 to 3 minutes", "gpu": "half a minute"}  # of the packaged recipes on two idle cores
+KERNEL_SECONDS = 2e-6  # to start a kernel on a GPU and to end it: an assumption, not measured here
 _MATRIX_UNIT_TOKENS = 128  # rows of a matrix unit
 
 
@@ -46,14 +50,20 @@ class Candidate(NamedTuple):
     compiler_seconds: float | None  # the compiler's estimate of a step; None: it gives none
     collectives: dict[str, Collective]
     compiled: CompiledStep | None
+    program: ProgramCost | None  # of the compiled step
+
+    @property
+    def kernels(self) -> float | None:
+        """Kernels per step; None: the step was not compiled."""
+        return self.program.kernels if self.program else None
 
 
 class Planner:
     """Evaluates candidates for one configuration and target."""
 
-    def __init__(self, config: Config, target: Target, mfu: float) -> None:
+    def __init__(self, config: Config, target: Target) -> None:
         check_batch(config, target.devices)
-        self.target, self.mfu = target, mfu
+        self.target = target
         self.data: PlanData = plan_data(config)
         self.texts = config.stream.global_batch * config.stream.captions_per_image // target.devices
         self.config = dataclasses.replace(config, text=self.with_packing(config.text, config.text.pack))
@@ -63,7 +73,7 @@ class Planner:
         self.usable_memory = USABLE_SHARE * target.chip.memory
         self.compiles = 0
         self._estimates: dict[tuple[int, int], MemoryEstimate] = {}
-        self._flops: dict[TextConfig, float] = {}
+        self._flops: dict[TextConfig, tuple[float, float]] = {}
 
     def with_packing(self, text: TextConfig, pack: int) -> TextConfig:
         """Return the configuration with `pack` captions per row and the tokens they require."""
@@ -92,9 +102,13 @@ class Planner:
         if text.keep != "auto":
             return self.evaluate(text)
         if mesh is not None:
-            if self.target.platform != "cpu":
-                status(f"compiling for {self.target.topology}: about a minute on two cores")
-            fit = choose_remat(self.config, self.build, mesh, self._optimizer, self._state, int(chip.memory))
+            label = f"compiling for {self.target.name}"
+            if self.target.platform in _COMPILE_TIME:
+                status(f"{label}: {_COMPILE_TIME[self.target.platform]} on two idle cores")
+            with report_elapsed(label):
+                fit = choose_remat(
+                    self.config, self.build, mesh, self._optimizer, self._state, int(chip.memory)
+                )
             self.compiles += 1
             return self._candidate(fit.text, fit.compiled) if fit.compiled else self.evaluate(fit.text)
         for text in remat_candidates(self.config, self.target.devices, False):
@@ -112,7 +126,9 @@ class Planner:
             return self._candidate(text, None)
         self.compiles += 1
         mesh, optimizer, state = self.target.mesh, self._optimizer, self._state
-        return self._candidate(text, try_compile(self.config, text, self.build, mesh, optimizer, state))
+        with report_elapsed(f"compiling for {self.target.name}, {describe(text)}"):
+            compiled = try_compile(self.config, text, self.build, mesh, optimizer, state)
+        return self._candidate(text, compiled)
 
     def _candidate(self, text: TextConfig, compiled: CompiledStep | None) -> Candidate:
         flops, usable = self.executed_flops(text), self.usable_memory
@@ -120,26 +136,38 @@ class Planner:
             need = self.memory(text).total(text)
             if self.target.mesh is not None:  # the compiler refused it
                 need = max(need, int(self.target.chip.memory))
-            return Candidate(text, need, need <= usable, flops, None, self._estimated_collectives(), None)
-        cost, clock = program_cost(compiled.text), self.target.chip.clock
+            return Candidate(
+                text, need, need <= usable, flops, None, self._estimated_collectives(), None, None
+            )
+        chip, clock = self.target.chip.name, self.target.chip.clock
+        cost = program_cost(compiled.text, partial(attention_cycles, chip))
         if cost.unknown_loops:
             status(f"{cost.unknown_loops} loops of unknown length count once: times and bytes are too low")
         seconds = cost.cycles / clock if clock else None
         # On one device, collectives are local copies.
         collectives = cost.collectives if self.target.devices > 1 else {}
         return Candidate(
-            text, compiled.bytes, compiled.bytes <= usable, flops, seconds, collectives, compiled
+            text, compiled.bytes, compiled.bytes <= usable, flops, seconds, collectives, compiled, cost
         )
 
     def executed_flops(self, text: TextConfig) -> float:
         """Return the FLOPs of matrix products in the traced step, per device."""
+        return self._products(text)[0]
+
+    def product_seconds(self, text: TextConfig) -> float:
+        """Return the seconds of the matrix products at the peak of the units that compute them."""
+        return self._products(text)[1] / self.target.chip.flops
+
+    def _products(self, text: TextConfig) -> tuple[float, float]:
+        """Return the FLOPs of the products, and FLOPs of bfloat16 products that take the same time, per device."""
         key = dataclasses.replace(text, microbatches=1)
         if key not in self._flops:
             config, model = dataclasses.replace(self.config, text=key), self.build(key)
             # Traced for a single device: it computes the products of all devices.
             step = make_step(model, self._optimizer, config, make_mesh(jax.devices("cpu")[:1]))
-            program = jax.make_jaxpr(step)(self._state, batch_shapes(model, config))
-            self._flops[key] = program_flops(program.jaxpr) / self.target.devices
+            program = jax.make_jaxpr(step)(self._state, batch_shapes(model, config)).jaxpr
+            flops, weighted = program_flops(program), program_flops(program, self.target.chip.passes)
+            self._flops[key] = flops / self.target.devices, weighted / self.target.devices
         return self._flops[key]
 
     def _estimated_collectives(self) -> dict[str, Collective]:
@@ -153,22 +181,23 @@ class Planner:
             "collective-permute": Collective(2 * devices, devices * images * 4 * (self.data.width + 1)),
         }
 
-    def seconds(self, candidate: Candidate) -> float:
-        """Return the seconds of a step: the compiler's estimate, or that from FLOPs."""
+    def kernel_seconds(self, candidate: Candidate) -> float:
+        """Return the seconds to start the kernels of a step on a GPU; 0 elsewhere, and where it was not compiled."""
+        return KERNEL_SECONDS * (candidate.kernels or 0) if self.target.platform == "gpu" else 0.0
+
+    def relative_seconds(self, candidate: Candidate) -> float:
+        """Return a time that ranks candidates: the compiler's, else that of products and of starting kernels."""
         if candidate.compiler_seconds is not None:
             return candidate.compiler_seconds
-        return self.estimated_seconds(candidate.text)
-
-    def estimated_seconds(self, text: TextConfig) -> float:
-        """Return the seconds of a step from its executed FLOPs at the assumed MFU."""
-        return self.executed_flops(text) / (self.target.chip.flops * self.mfu)
+        return self.product_seconds(candidate.text) + self.kernel_seconds(candidate)
 
 
 def search(planner: Planner, default: Candidate) -> list[Candidate]:
     """Evaluate alternatives to the default candidate; return all, the fastest first.
 
     Every remat policy that is estimated to fit is evaluated. If they can be compiled, so are, for the fastest policy,
-    packed rows and then twice and half as many microbatches; their effect cannot be estimated.
+    packed rows and then other numbers of microbatches; their effect cannot be estimated. On a TPU these are twice and
+    half as many; on a GPU, whose compiler gives no time, ever fewer, as the kernels are fewer.
     """
     config, found = planner.config, [default]
 
@@ -179,7 +208,7 @@ def search(planner: Planner, default: Candidate) -> list[Candidate]:
         for text in remat_candidates(packed, planner.target.devices, False):
             if keep in ("", text.keep) and planner.memory(text).total(text) <= planner.usable_memory:
                 first.setdefault(text.keep, text)
-        return sorted(first.values(), key=planner.estimated_seconds)
+        return sorted(first.values(), key=planner.product_seconds)
 
     can_compile = planner.target.mesh is not None
     texts = policies(config.text.pack)
@@ -192,17 +221,18 @@ def search(planner: Planner, default: Candidate) -> list[Candidate]:
         for text in policies(pack, best.text.keep) if pack > 1 else []:
             _add(planner, text, found)
     if can_compile and (best := fastest(planner, found)):
-        for microbatches in (2 * best.text.microbatches, max(best.text.microbatches // 2, 1)):
+        factors = (0.5, 0.25, 0.125) if planner.target.platform == "gpu" else (2, 0.5)
+        for microbatches in (max(int(best.text.microbatches * factor), 1) for factor in factors):
             text = dataclasses.replace(best.text, microbatches=microbatches)
             fits = planner.memory(text).total(text) <= planner.usable_memory
             if planner.texts % (microbatches * text.pack) == 0 and fits:
                 _add(planner, text, found)
-    return sorted(found, key=lambda candidate: (not candidate.fits, planner.seconds(candidate)))
+    return sorted(found, key=lambda candidate: (not candidate.fits, planner.relative_seconds(candidate)))
 
 
 def fastest(planner: Planner, found: list[Candidate]) -> Candidate | None:
     """Return the fastest candidate that fits, if one does."""
-    return min((candidate for candidate in found if candidate.fits), key=planner.seconds, default=None)
+    return min((c for c in found if c.fits), key=planner.relative_seconds, default=None)
 
 
 def _pack_of_full_rows(planner: Planner) -> int:
@@ -248,7 +278,8 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
     """Find the largest batch that fits with `text.keep = "embeddings"`.
 
     Batches are a power of two x devices x captions per row. A step's memory is nearly linear in its batch: two
-    estimates give the starting point. Then the compiler decides, if the target has one.
+    estimates give the starting point. Then the compiler decides, if the target has one. On a GPU the microbatches are
+    then doubled in size while the step fits, as fewer kernels run.
 
     Raises:
       UserError: not even a small batch fits.
@@ -261,7 +292,7 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
         # The microbatches of the configuration need not divide this batch.
         text = dataclasses.replace(config.text, keep="auto", microbatches=1)
         stream = dataclasses.replace(config.stream, global_batch=batch)
-        planner = Planner(dataclasses.replace(config, stream=stream, text=text), target, mfu=1.0)
+        planner = Planner(dataclasses.replace(config, stream=stream, text=text), target)
         texts = remat_candidates(planner.config, target.devices, target.platform == "cpu")
         return planner, next(text for text in texts if text.keep == "embeddings")
 
@@ -291,5 +322,21 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
             f"a batch of {batch} does not fit: a step needs {largest.bytes / 2**30:.3g} GiB per device, of "
             f"{usable / 2**30:.3g} usable; choose a smaller tower"
         )
+    planner, _ = least_memory(batch)
+    while target.platform == "gpu" and largest.compiled and largest.text.microbatches % 2 == 0:
+        text = dataclasses.replace(largest.text, microbatches=largest.text.microbatches // 2)
+        if planner.memory(text).total(text) > planner.usable_memory:
+            break
+        status(f"compiling a batch of {batch:,}, {describe(text)}")
+        larger = planner.evaluate(text)
+        if not larger.fits or (larger.kernels or 0) > 0.9 * (largest.kernels or 0):
+            break
+        largest = larger
     by = "compiler" if largest.compiled else "estimate"
-    return {"global_batch": batch, "bytes": largest.bytes, "overrides": overrides(largest.text), "by": by}
+    return {
+        "global_batch": batch,
+        "bytes": largest.bytes,
+        "kernels": largest.kernels if target.platform == "gpu" else None,
+        "overrides": overrides(largest.text),
+        "by": by,
+    }

@@ -52,9 +52,9 @@ def repository_of(name: str) -> tuple[str, str]:
     """
     open_clip = require("open_clip")
     architecture, _, tag = name.partition("/")
+    config_of(architecture)  # names the nearest model if there is none
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not tag:
-        config_of(architecture)  # names the nearest model
         if len(tags) != 1:
             choices = f"choose from {', '.join(tags)}" if tags else "give a file with --arch"
             raise UserError(f"open_clip:{architecture} has {len(tags)} pretrained weights; {choices}")

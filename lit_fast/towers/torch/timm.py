@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import Architecture
-from lit_fast.towers.torch.packages import package_version, require
+from lit_fast.towers.torch.packages import installed, package_version, require
 from lit_fast.towers.torch.state import Tensors, check_size
 from lit_fast.towers.torch.tower import Body
 
@@ -209,6 +209,9 @@ def _check_name(timm: Any, name: str) -> None:
     if not timm.is_model(name) or ":" in name:
         from difflib import get_close_matches
 
-        near = get_close_matches(name, timm.list_models(), n=2, cutoff=0.6)
+        if installed("open_clip") and name in require("open_clip").list_models():
+            near = [f"open_clip:{name}"]
+        else:
+            near = get_close_matches(name, timm.list_models(), n=2, cutoff=0.6)
         hint = f"nearest: {', '.join(near)}" if near else "`lit-fast towers QUERY` lists names"
         raise UserError(f"timm {package_version('timm')} has no model {name}; {hint}")

@@ -73,6 +73,8 @@ def test_commands_work_with_a_tower_of_another_library(
     command("verify", data)
     assert "24 rows embedded again, smallest cosine 0.99999" in capsys.readouterr().out
     command("info", data)
+    name = {"timm": ", timm resnet18", "open_clip": ", open_clip", "transformers": ", transformers convnext"}
+    assert name[run.parent.name.rstrip("0123456789")] in capsys.readouterr().out
     command("info", run)
     assert "tower" in capsys.readouterr().out
     command("eval", run, "--retrieval", data)
@@ -163,6 +165,9 @@ def test_open_clip_export_of_a_timm_tower_by_its_name(tmp_path: Path) -> None:
     network = shaken(timm.create_model(name, pretrained=False))
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     tower = load_tower(str(tmp_path / "w.safetensors"), arch=name, resolution=SIZE, preprocess="pil-squash")
+    cropped = random_model(load_tower(str(tmp_path / "w.safetensors"), arch=name), MU, LossConfig())
+    with pytest.raises(UserError, match="which open_clip cannot; export with --format lit_fast, embed with"):
+        write_directory("open_clip", cropped, str(tmp_path / "model"), ExportOptions())
     model = random_model(tower, MU, LossConfig(center=True, image_head=True))
     write_directory("open_clip", model, str(tmp_path / "model"), ExportOptions())
     loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")

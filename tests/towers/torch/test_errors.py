@@ -109,6 +109,7 @@ def test_pinned_torchax_is_that_of_the_extra() -> None:
         ({"arch": "resnet18.x"}, "timm's resnet18 has no weights 'x'; choose from "),
         ({"arch": "vit_tiny_patch16_224"}, ": pos_embed is missing"),
         ({"arch": "test_efficientnet"}, "the weights do not fit timm's test_efficientnet: Missing key(s)"),
+        ({"arch": "ViT-B-32"}, "has no model ViT-B-32; nearest: open_clip:ViT-B-32"),
         ({"arch": "open_clip:ViT-B-33"}, "has no model ViT-B-33; nearest: ViT-B-32"),
         ({"arch": "open_clip:ViT-B-32/x"}, "open_clip:ViT-B-32 has no weights 'x'; choose from openai, "),
     ],
@@ -116,6 +117,12 @@ def test_pinned_torchax_is_that_of_the_extra() -> None:
 def test_option_that_does_not_fit_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     save_timm(tmp_path, "dinov3")
     assert message in refusal(tmp_path, **options)
+
+
+def test_name_of_open_clip_that_does_not_exist_names_the_nearest() -> None:
+    for name in ("ViT-B-33", "ViT-B-33/openai"):
+        assert "has no model ViT-B-33; nearest: ViT-B-32" in refusal(f"open_clip:{name}")
+    assert "ViT-B-32 has no weights 'x'; choose from openai, " in refusal("open_clip:ViT-B-32/x")
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -71,6 +71,101 @@ def test_program_cost_of_a_tpu_program():
     }
 
 
+# As the compiler for GPUs writes it: fusions with a kind, trip counts beside loops, no estimates.
+GPU = """
+HloModule jit_step, is_scheduled=true
+
+%fused (a: bf16[8,4], b: bf16[4,4]) -> bf16[8,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = bf16[4,4]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[8,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%moved (t: f32[9,4], i: s32[2,1], u: f32[2,4]) -> f32[9,4] {
+  %t = f32[9,4]{1,0} parameter(0)
+  %i = s32[2,1]{1,0} parameter(1)
+  %u = f32[2,4]{1,0} parameter(2)
+  ROOT %scatter.1 = f32[9,4]{1,0} scatter(%t, %i, %u), to_apply=%add
+}
+
+%body (s: (s32[], bf16[8,4], bf16[4,4])) -> (s32[], bf16[8,4], bf16[4,4]) {
+  %s = (s32[], bf16[8,4]{1,0}, bf16[4,4]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%s), index=0
+  %x = bf16[8,4]{1,0} get-tuple-element(%s), index=1
+  %w = bf16[4,4]{1,0} get-tuple-element(%s), index=2
+  %gemm_fusion = bf16[8,4]{1,0} fusion(%x, %w), kind=kCustom, calls=%fused, backend_config={"fusion_backend_config":{"kind":"__triton_gemm"}}
+  %copy.1 = s32[] copy(%n)
+  %start = ((bf16[8,4]{1,0}), bf16[8,4]{1,0}) all-reduce-start(%gemm_fusion), to_apply=%add
+  %reduced = bf16[8,4]{1,0} all-reduce-done(%start)
+  ROOT %out = (s32[], bf16[8,4]{1,0}, bf16[4,4]{1,0}) tuple(%copy.1, %reduced, %w)
+}
+
+%condition (c: (s32[], bf16[8,4], bf16[4,4])) -> pred[] {
+  %c = (s32[], bf16[8,4]{1,0}, bf16[4,4]{1,0}) parameter(0)
+  %k = s32[] get-tuple-element(%c), index=0
+  %limit = s32[] constant(7)
+  ROOT %less = pred[] compare(%k, %limit), direction=LT
+}
+
+%inner (q: f32[9,4], j: s32[2,1], v: f32[2,4]) -> f32[9,4] {
+  %q = f32[9,4]{1,0} parameter(0)
+  %j = s32[2,1]{1,0} parameter(1)
+  %v = f32[2,4]{1,0} parameter(2)
+  ROOT %scattered = f32[9,4]{1,0} fusion(%q, %j, %v), kind=kLoop, calls=%moved
+}
+
+ENTRY %main (p: (s32[], bf16[8,4], bf16[4,4]), t.1: f32[9,4], i.1: s32[2,1], u.1: f32[2,4]) -> f32[9,4] {
+  %p = (s32[], bf16[8,4]{1,0}, bf16[4,4]{1,0}) parameter(0)
+  %t.1 = f32[9,4]{1,0} parameter(1)
+  %i.1 = s32[2,1]{1,0} parameter(2)
+  %u.1 = f32[2,4]{1,0} parameter(3)
+  %loop = (s32[], bf16[8,4]{1,0}, bf16[4,4]{1,0}) while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %graph = f32[9,4]{1,0} call(%t.1, %i.1, %u.1), to_apply=%inner
+  ROOT %lib = f32[9,4]{1,0} custom-call(%graph), custom_call_target="__cublas$gemm"
+}
+"""  # noqa: E501
+
+
+def test_program_cost_counts_the_kernels_of_a_gpu_program():
+    found = program_cost(GPU)
+    # In the loop a product, a copy and a reduction; a scatter in a graph that is launched as one; a library.
+    assert found.kernels == 7 * 3 + 1 + 1
+    assert found.collectives == {"all-reduce": Collective(7, 7 * 8 * 4 * 2)}
+    assert found.cycles == 0
+    assert {name: u.calls for name, u in found.unestimated.items()} == {
+        "fusion": 7, "copy": 7, "all-reduce": 7, "scatter": 1, "custom-call __cublas$gemm": 1
+    }  # fmt: skip
+    assert found.unestimated["scatter"].bytes == 9 * 4 * 4
+
+
+# In the loop of TPU: a Pallas kernel, a buffer without work, a prefetch, and a sum of 16-bit numbers.
+KERNELS = """
+  %attention.3 = (bf16[8,4]{1,0}, f32[8]{0}) custom-call(%x.1, %y.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/while/body/attention_forward/pallas_call"}
+  %buffer = bf16[8,4]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %fetch = (bf16[8,4]{1,0}, bf16[8,4]{1,0:S(3)}, u32[]) copy-start(%x.1)
+  %double = bf16[8,4]{1,0} add(%x.1, %x.1), backend_config={"estimated_cycles":"11"}
+  %one = s32[] constant(1)"""  # noqa: E501
+
+
+def test_program_cost_counts_custom_kernels_and_names_what_has_no_estimate():
+    text = TPU.replace("\n  %one = s32[] constant(1)", KERNELS)
+    seen = []
+
+    def cycles(name, shapes):
+        seen.append((name, tuple(shapes)))
+        return 1000.0 if name == "attention_forward" else None
+
+    found, plain = program_cost(text, cycles), program_cost(text)
+    assert seen == [("attention_forward", ("bf16[8,4]", "bf16[4,6]"))]
+    assert found.custom == {"attention_forward": 5}
+    assert found.cycles == 5 * (1000 + 100 + 7 + 11) + 1000
+    assert found.half_cycles == 5 * 11
+    assert plain.cycles == found.cycles - 5 * 1000
+    assert plain.unestimated["custom-call attention_forward"].calls == 5
+    assert set(plain.unestimated) - set(found.unestimated) == {"custom-call attention_forward"}
+    assert set(found.unestimated) == {"asynchronous copy", "collective-permute", "all-reduce"}
+
+
 def test_program_cost_counts_a_loop_without_trip_count_once():
     found = program_cost(TPU.replace("constant(5)", "add(%i.1, %i.1)"))
     assert found.unknown_loops == 1

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -210,6 +212,39 @@ def test_remote_images_are_read_by_range(tmp_path: Path) -> None:
             batches.append(opened(dataset).batches[2])
         assert keys_of(open_dataset(tmp_path / "remote")) == keys_of(dataset)
         np.testing.assert_array_equal(batches[0]["pixels"], batches[1]["pixels"])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_images_of_other_sources_are_those_of_embed_and_missing_ones_are_replaced(
+    tmp_path: Path, kind: str
+) -> None:
+    files = {name: data for name, data in samples(20) if name.endswith((".jpg", ".txt"))}
+    if kind == "parquet":
+        names = sorted(name for name in files if name.endswith(".jpg"))
+        images = [b"broken" if i == 3 else files[name] for i, name in enumerate(names)]
+        table = {"jpg": images, "caption": [files[name[:-3] + "txt"].decode() for name in names]}
+        pq.write_table(pa.table(table), tmp_path / "0.parquet", row_group_size=6)
+        source = tmp_path / "0.parquet"
+    else:
+        source = tmp_path / "folder"
+        source.mkdir()
+        for name, data in files.items():
+            (source / name).write_bytes(data)
+    dataset = index_dataset([str(source)], tmp_path / "d", seed=0)
+    tokenize_dataset(tmp_path / "d", train_vocab=281, name="words", max_length=8)
+    if kind == "folder":
+        (source / "000000003.jpg").unlink()
+    check_image_sources(dataset)
+    stream, want = opened(dataset), embedded_pixels(dataset)
+    for step in range(4):
+        batch = stream.batches[step]
+        np.testing.assert_array_equal(batch["pixels"], want[batch["rows"]])
+        assert batch["pixels"].any(axis=(1, 2, 3)).all()  # the row of the missing image is zero in `want`
+    [reason] = stream.batches.pixels.unreadable.values()
+    assert reason == (
+        "not a JPEG, PNG, WebP, GIF or BMP image" if kind == "parquet" else "image file not found"
+    )
+    assert stream.unreadable == "1 unreadable image was replaced by other rows of the same block"
 
 
 def test_block_without_readable_images_raises_one_line(tmp_path: Path) -> None:
