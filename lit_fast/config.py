@@ -59,7 +59,10 @@ class TextConfig:
     )
     dropout: float = setting(0.0, "dropout rate", minimum=0, below=1)
     dtype: str = setting(
-        "bfloat16", "dtype of matrix products; parameters are float32", choices=("float32", "bfloat16")
+        "auto",
+        "dtype of matrix products; parameters are float32. auto: bfloat16 on accelerators and on CPUs that multiply it "
+        "(flags amx_bf16 or avx512_bf16), else float32; a run keeps what it started with",
+        choices=("auto", "float32", "bfloat16"),
     )
     keep: str = setting(
         "auto",

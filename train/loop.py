@@ -40,7 +40,13 @@ from lit_fast.train.tracking.receipt import is_finished, read_cost, write_receip
 from lit_fast.train.tracking.report import write_report
 from lit_fast.train.tracking.throughput import ThroughputMeter
 from lit_fast.train.tracking.trackers import check_trackers
-from lit_fast.train.workdir import check_initial_params, load_initial_params, lock_workdir, write_workdir
+from lit_fast.train.workdir import (
+    check_initial_params,
+    choose_dtype,
+    load_initial_params,
+    lock_workdir,
+    write_workdir,
+)
 from lit_fast.utils.format import format_duration
 from lit_fast.utils.output import result, status
 from lit_fast.utils.signals import record_signals
@@ -63,6 +69,7 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     profiled = parse_profile_steps(profile_steps, config.steps)
     check_trackers(config)
     mesh = make_mesh()
+    config = choose_dtype(config, workdir, mesh)
     inputs = open_inputs(config, workdir, mesh)
     lock = lock_workdir(workdir)
     with lock or nullcontext():

@@ -7,17 +7,20 @@ A run resumes only with its own configuration and inputs. `check_*` compare them
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.experimental.multihost_utils import broadcast_one_to_all
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from jax.sharding import Mesh
 
 from lit_fast.config import MAY_CHANGE_ON_RESUME, Config, flatten
 from lit_fast.config_io import to_toml
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
+from lit_fast.models.precision import fast_dtype
 from lit_fast.models.two_towers import Params, without_image_tower
 from lit_fast.runs.run import open_run, read_config
 from lit_fast.storage.files import (
@@ -34,6 +37,7 @@ from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.towers.trained import is_run, params_digest
 from lit_fast.train.input_pipeline.stream import Stream
+from lit_fast.utils.output import status
 from lit_fast.weights.text_towers import read_text_weights, start_from
 
 _TEXT_INIT = "text_init.json"
@@ -103,6 +107,28 @@ def recorded_in_memory(workdir: StrPath) -> bool | None:
     """
     file = join(workdir, "stream.json")
     return read_object(file, in_memory=bool).get("in_memory") if is_file(file) else None
+
+
+def choose_dtype(config: Config, workdir: StrPath, mesh: Mesh) -> Config:
+    """Replace `text.dtype = "auto"`: a run keeps its dtype, a new one takes the faster one of its devices.
+
+    All processes take that of the first one's record, else float32 if one of them has to.
+    """
+    if config.text.dtype != "auto":
+        return config
+    platform = mesh.devices.flat[0].platform
+    fast = fast_dtype(platform)
+    recorded = read_config(workdir).text.dtype if is_file(join(workdir, "config.toml")) else "auto"
+    choices = ("float32", "bfloat16", "auto")
+    index = int(broadcast_one_to_all(np.int32(choices.index(recorded))))
+    if choices[index] == "auto":
+        index = int(process_allgather(np.int32(choices.index(fast))).min())
+    dtype = choices[index]
+    if dtype != fast:
+        status(f"text.dtype {dtype}, as the other processes or this run had it; {fast} is faster here")
+    elif platform == "cpu":
+        status(f"text.dtype {dtype}, the faster one on this processor")
+    return replace(config, text=replace(config.text, dtype=dtype))
 
 
 def write_workdir(

@@ -15,6 +15,7 @@ from lit_fast.config import Config, TextConfig
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
 from lit_fast.models.image_tower import ImageTower
+from lit_fast.models.precision import resolve_dtype
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import batch_sharding, replicated
 from lit_fast.utils.normalize import normalize
@@ -51,7 +52,7 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
         dropout=config.dropout,
         remat_policy=config.encoder_remat,
         pack=config.pack,
-        dtype=jnp.dtype(config.dtype),
+        dtype=jnp.dtype(resolve_dtype(config.dtype)),
     )
 
 

@@ -75,7 +75,7 @@ def test_embed_stores_the_features_of_the_tower(
     dataset: Dataset, tiny_vit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Row by row, against one image at a time on one device."""
-    embed_dataset(dataset.path, str(tiny_vit), batch_size=7, workers=3)
+    embed_dataset(dataset.path, str(tiny_vit), batch_size=7, workers=3, dtype="float32")
     features = open_features(dataset)
     got = features.read_all().astype(np.float32)
     tower = load_tower(str(tiny_vit))

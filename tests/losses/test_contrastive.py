@@ -29,7 +29,6 @@ OPTIONS = [
     {"negatives": "easiest", "negatives_per_positive": 3.0, "same_caption": "mask"},
     {"name": "softmax"},
     {"name": "softmax", "image_head": True, "same_caption": "mask"},
-    {"near_duplicates": "mask", "near_duplicate_cosine": 0.3, "image_head": True},
     {"near_duplicates": "positive", "near_duplicate_cosine": 0.4, "same_caption": "mask"},
     {"near_duplicates": "positive", "near_duplicate_cosine": 0.3, "name": "softmax"},
     {

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lit_fast.storage.machine import available_memory, cpu_count, raise_open_file_limit
+from lit_fast.storage.machine import available_memory, cpu_count, cpu_flags, raise_open_file_limit
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 UNLIMITED = "9223372036854771712\n"  # of cgroup v1
@@ -31,6 +31,14 @@ def test_cpu_count_without_affinity_counts_all_cores(monkeypatch, tmp_path):
     """As on macOS."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert cpu_count(str(tmp_path)) == os.cpu_count()
+
+
+def test_cpu_flags_are_those_of_the_first_processor(tmp_path):
+    assert cpu_flags(str(tmp_path)) == frozenset()
+    (tmp_path / "proc").mkdir()
+    text = "processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu avx2\nbugs\t\t: x\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+    (tmp_path / "proc/cpuinfo").write_text(text)
+    assert cpu_flags(str(tmp_path)) == {"fpu", "avx2"}
 
 
 V2 = "0::/kubepods/pod1/box\n"

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from lit_fast.config import Config, ImageConfig, TextConfig
 from lit_fast.errors import UserError
 from lit_fast.models.image_tower import ImageTower
+from lit_fast.models.precision import resolve_dtype
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.transformer import REMAT_POLICIES
 from lit_fast.models.two_towers import embed_ids, image_tower_params
@@ -166,7 +167,7 @@ def device_memory(mesh: Mesh) -> int:
 def remat_candidates(config: Config, num_devices: int, on_cpu: bool) -> Iterator[TextConfig]:
     """Yield text configurations in order of increasing recomputation."""
     texts = config.stream.global_batch * config.stream.captions_per_image // num_devices
-    tokens = _CPU_MICROBATCH_TOKENS[config.text.dtype] if on_cpu else _MICROBATCH_TOKENS
+    tokens = _CPU_MICROBATCH_TOKENS[resolve_dtype(config.text.dtype, "cpu")] if on_cpu else _MICROBATCH_TOKENS
     rows = texts // config.text.pack
     divisors = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
     divisors = sorted({*divisors, *(rows // d for d in divisors)})

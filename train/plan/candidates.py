@@ -11,6 +11,7 @@ import jax
 from lit_fast.config import Config, TextConfig
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
+from lit_fast.models.precision import resolve_dtype
 from lit_fast.models.two_towers import text_tower
 from lit_fast.runtime import make_mesh
 from lit_fast.train.cost.aot import CompiledStep, batch_shapes
@@ -66,7 +67,8 @@ class Planner:
         self.target = target
         self.data: PlanData = plan_data(config)
         self.texts = config.stream.global_batch * config.stream.captions_per_image // target.devices
-        self.config = dataclasses.replace(config, text=self.with_packing(config.text, config.text.pack))
+        text = dataclasses.replace(config.text, dtype=resolve_dtype(config.text.dtype, target.platform))
+        self.config = dataclasses.replace(config, text=self.with_packing(text, text.pack))
         tokenizer = cast(Tokenizer, self.data.vocabulary)  # the tower reads nothing but its sizes
         self.build: BuildTower = partial(text_tower, tokenizer=tokenizer, out_dim=self.data.width)
         self._optimizer, self._state = abstract_training(self.build(self.config.text), self.config)
