@@ -81,6 +81,13 @@ class TextConfig:
     row_tokens: int = setting(
         0, "tokens per row when captions are packed by true length; 0: as the dataset's captions require"
     )
+    attention: str = setting(
+        "auto",
+        "attention of packed rows in training: XLA's form, or Pallas kernels for TPUs. auto: on a TPU the kernels, if "
+        "they fit and agree with XLA's form on the first batch; else xla. pallas: without this comparison; on CPUs the "
+        "kernels are interpreted, which is slow",
+        choices=("auto", "xla", "pallas"),
+    )
 
     @property
     def packed(self) -> bool:

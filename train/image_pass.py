@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 from jax import lax
 
@@ -17,14 +19,15 @@ def embed_pixels(image: ImageTower, config: Config, params: Params, pixels: jax.
     """Embed this device's images, with the image head if there is one.
 
     Args:
-      image: the tower.
-      config: has the microbatches, and whether their residuals are stored or their forward pass is repeated.
+      image: the tower; its remat policy is that of the configuration.
+      config: has the microbatches, and which residuals are stored.
       params: see `lit_fast.models.two_towers`.
       pixels: uint8 [n, size, size, 3].
 
     Returns:
       Normalized embeddings float32 [n, width].
     """
+    image = replace(image, remat_policy=config.image.encoder_remat)
     head, mean = image_head(params), lax.stop_gradient(params["mean"])
 
     def embed(pixels: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from signal import SIGTERM
 from typing import Any, NamedTuple
 
@@ -25,6 +26,13 @@ from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, is_bucket
 from lit_fast.towers.dataset_features import DatasetEmbedder
+from lit_fast.train.attention import (
+    AttentionChoice,
+    compare_attention,
+    compile_kernels,
+    propose_attention,
+    write_attention,
+)
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
 from lit_fast.train.cost.memory import MemoryFit, choose_remat
@@ -108,11 +116,13 @@ def _train(
     # --- Build the optimizer and the model, with the remat policy that fits in memory.
     build = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=inputs.width)
     image = inputs.image.tower(config.image) if inputs.image else None
+    attention = propose_attention(text, build(text), mesh, workdir)
+    attention = compile_kernels(attention, text, build(text), mesh)
+    text = replace(text, attention=attention.form)
     optimizer, abstract_state = abstract_training(build(text), config, image)
     memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state, image=image)
     status(f"memory: {memory.description}")
     model = build(memory.text)
-    fitted = replace(config, text=memory.text, image=memory.image)
 
     # --- Initialize the parameters and the state.
     mean = inputs.mean(config.loss.center)
@@ -151,11 +161,38 @@ def _train(
     if start_step >= config.steps:
         if not is_finished(workdir):  # it was killed after the last checkpoint
             results = evaluator.run(embed_text, evaluation_params(state.opt, state.params), state.average)
-            _write_summary(workdir, config, memory, start_step, cost_before, results)
+            _write_summary(workdir, config, memory, attention, start_step, cost_before, results)
             if mirror:
                 mirror.push()
         result(f"{shown_workdir} is complete: {start_step:,} steps")
         return
+
+    # --- Compare the attention kernels with XLA's form, if nothing has shown yet that they agree here.
+    batches = stream.iterate(start_step, packing or (lambda batch: batch))
+    if attention.pending:
+        first = next(batches)
+        batches = chain([first], batches)
+        batch_on_devices = _to_devices(first, mesh)
+        attention = compare_attention(
+            attention,
+            replace(config, image=memory.image),
+            memory.text,
+            build,
+            mesh,
+            state,
+            batch_on_devices,
+            image,
+        )
+        if attention.form == "xla":
+            text = replace(text, attention="xla")
+            memory = choose_remat(
+                replace(config, text=text), build, mesh, optimizer, abstract_state, image=image
+            )
+            status(f"memory: {memory.description}")
+            model = build(memory.text)
+        del batch_on_devices
+    if jax.process_index() == 0:
+        write_attention(workdir, attention)
 
     # --- Train.
     batch = config.stream.global_batch
@@ -172,11 +209,12 @@ def _train(
         images_per_step=batch,
         pixels=stream.batches.pixels,
     )
+    fitted = replace(config, text=memory.text, image=memory.image)
     components = _Components(
         config=config,
         mesh=mesh,
         train_step=make_step(model, optimizer, fitted, mesh, image),
-        batches=stream.iterate(start_step, packing or (lambda batch: batch)),
+        batches=batches,
         evaluator=evaluator,
         embed_text=embed_text,
         checkpoints=checkpoints,
@@ -193,7 +231,7 @@ def _train(
             status(note)
 
     # --- Write the receipt and the report.
-    _write_summary(workdir, config, memory, step, meter.cost(), evaluator.results)
+    _write_summary(workdir, config, memory, attention, step, meter.cost(), evaluator.results)
     if mirror:
         mirror.push()
     if step < config.steps:
@@ -350,9 +388,15 @@ def _create_workdir(workdir: str, config: Config, inputs: Inputs, text_init: dic
 
 
 def _write_summary(
-    workdir: str, config: Config, memory: MemoryFit, step: int, cost: RunCost, results: list[dict[str, Any]]
+    workdir: str,
+    config: Config,
+    memory: MemoryFit,
+    attention: AttentionChoice,
+    step: int,
+    cost: RunCost,
+    results: list[dict[str, Any]],
 ) -> None:
     """Write the receipt and the report."""
     if jax.process_index() == 0:
-        write_receipt(workdir, config, memory, step, cost, results)
+        write_receipt(workdir, config, memory, attention.record, step, cost, results)
         write_report(workdir)

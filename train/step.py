@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,17 +90,15 @@ def make_step(
     are float32 scalars.
     """
     schedule = make_schedule(config.optimizer, config.steps)
-    if image is not None:
-        image = dataclasses.replace(image, remat_policy=config.image.encoder_remat)
-    loss_and_grads = shard_map(
-        partial(_loss_and_grads, model, image, config, mesh.size, platform_of(mesh)),
+    sharded_loss_and_grads = shard_map(
+        lambda *arrays: loss_and_grads(model, config, mesh.size, platform_of(mesh), *arrays, image)[:3],
         mesh,
         (REPLICATED, SHARDED, REPLICATED),
     )
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        loss, grads, stats = loss_and_grads(state.params, batch, key)
+        loss, grads, stats = sharded_loss_and_grads(state.params, batch, key)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         if config.loss.temperature_max:  # after the update, as open_clip does; the gradient ignores the limit
@@ -134,23 +131,26 @@ def make_step(
     return jax.jit(step, in_shardings=shardings, out_shardings=shardings[0], donate_argnums=0)
 
 
-def _loss_and_grads(
+def loss_and_grads(
     model: TextTower,
-    image: ImageTower | None,
     config: Config,
     num_devices: int,
     platform: str,
     params: Params,
     batch: DeviceBatch,
     key: jax.Array,
-) -> tuple[jax.Array, Params, LogitStats]:
-    """Compute loss, gradients and logit statistics of the global batch; runs on each device."""
+    image: ImageTower | None = None,
+) -> tuple[jax.Array, Params, LogitStats, jax.Array]:
+    """Compute loss, gradients and logit statistics of the global batch; runs on each device.
+
+    The last result is the embeddings of this device's texts, normalized, float32 [n, width].
+    """
     loss_share = partial(_loss_share, model, image, config, num_devices, platform)
-    (loss, stats), grads = jax.value_and_grad(loss_share, has_aux=True)(params, batch, key)
+    (loss, (stats, texts)), grads = jax.value_and_grad(loss_share, has_aux=True)(params, batch, key)
     # One all-reduce for everything that adds up; the maxima need their own.
     loss, grads, sums = lax.psum((loss, grads, stats.sums), AXIS)
     maxima = LogitMaxima(*lax.pmax(jnp.stack(stats.maxima), AXIS))
-    return loss, grads, LogitStats(sums, maxima)
+    return loss, grads, LogitStats(sums, maxima), texts
 
 
 def _loss_share(
@@ -162,8 +162,8 @@ def _loss_share(
     params: Params,
     batch: DeviceBatch,
     key: jax.Array,
-) -> tuple[jax.Array, LogitStats]:
-    """Compute the loss of this device's texts against the images of all devices."""
+) -> tuple[jax.Array, tuple[LogitStats, jax.Array]]:
+    """Compute the loss of this device's texts against the images of all devices; with logit statistics and texts."""
     if image is None:
         images = normalize(batch["images"].astype(jnp.float32) - params["mean"])
     else:
@@ -179,7 +179,8 @@ def _loss_share(
     ids = partial(_caption_ids, batch, model.max_length)
     captions = config.stream.captions_per_image
     sides = make_sides(config.loss, num_devices, images, batch["rows"], captions, ids, seeds)
-    return contrastive_loss(config.loss, num_devices, loss_params, *sides)
+    loss, stats = contrastive_loss(config.loss, num_devices, loss_params, *sides)
+    return loss, (stats, loss_params.texts)
 
 
 def _caption_ids(batch: DeviceBatch, length: int) -> jax.Array:

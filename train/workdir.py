@@ -23,6 +23,7 @@ from lit_fast.errors import UserError
 from lit_fast.models.precision import fast_dtype
 from lit_fast.models.two_towers import Params, without_image_tower
 from lit_fast.runs.run import open_run, read_config
+from lit_fast.runtime import broadcast_text
 from lit_fast.storage.files import (
     exists,
     is_directory,
@@ -41,7 +42,6 @@ from lit_fast.utils.output import status
 from lit_fast.weights.text_towers import read_text_weights, start_from
 
 _TEXT_INIT = "text_init.json"
-_MESSAGE_BYTES = 1024
 
 
 def lock_workdir(workdir: StrPath) -> Lock | None:
@@ -60,9 +60,7 @@ def lock_workdir(workdir: StrPath) -> Lock | None:
         except UserError as error:
             problem = str(error)
     # Without this the other processes would wait for the first one, which has stopped.
-    message = np.frombuffer(problem.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES), np.uint8)
-    message = np.asarray(broadcast_one_to_all(message)).astype(np.uint8)
-    if problem := message.tobytes().decode(errors="replace").rstrip():
+    if problem := broadcast_text(problem):
         raise UserError(problem)
     return lock
 

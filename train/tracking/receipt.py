@@ -27,6 +27,7 @@ def write_receipt(
     workdir: StrPath,
     config: Config,
     memory: MemoryFit,
+    attention: dict[str, Any],
     step: int,
     cost: RunCost,
     results: list[dict[str, Any]],
@@ -40,6 +41,7 @@ def write_receipt(
 
     Args:
       memory: how this part of the run uses device memory.
+      attention: `AttentionChoice.record` of this part of the run.
       results: of the last evaluation, with chance levels and intervals; empty: there was none.
 
     A run that trains its image tower has "image_tower": how, and the tower that it started from.
@@ -55,6 +57,7 @@ def write_receipt(
         "chip_hours": cost.chip_hours,
         **mean_speed(lines),
         "memory": memory.record,
+        "attention": attention,
         **_peak_memory(),
         "evaluation": {
             "final": evaluated[-1] if evaluated else None,
