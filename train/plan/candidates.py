@@ -91,7 +91,9 @@ class Planner:
         packing = text.pack, text.row_tokens
         if packing not in self._estimates:
             config = dataclasses.replace(self.config, text=text)
-            self._estimates[packing] = MemoryEstimate(config, self.build, self.target.devices, self._state)
+            self._estimates[packing] = MemoryEstimate(
+                config, self.build, self.target.devices, self._state, self.target.platform
+            )
         return self._estimates[packing]
 
     def default(self) -> Candidate:
@@ -113,7 +115,7 @@ class Planner:
                 )
             self.compiles += 1
             return self._candidate(fit.text, fit.compiled) if fit.compiled else self.evaluate(fit.text)
-        for text in remat_candidates(self.config, self.target.devices, False):
+        for text in remat_candidates(self.config, self.target.devices, self.target.platform):
             if self.memory(text).total(text) <= self.usable_memory:
                 return self.evaluate(text)
         raise UserError(
@@ -207,7 +209,7 @@ def search(planner: Planner, default: Candidate) -> list[Candidate]:
         auto = dataclasses.replace(config.text, keep="auto", microbatches=1)
         packed = dataclasses.replace(config, text=planner.with_packing(auto, pack))
         first: dict[str, TextConfig] = {}
-        for text in remat_candidates(packed, planner.target.devices, False):
+        for text in remat_candidates(packed, planner.target.devices, planner.target.platform):
             if keep in ("", text.keep) and planner.memory(text).total(text) <= planner.usable_memory:
                 first.setdefault(text.keep, text)
         return sorted(first.values(), key=planner.product_seconds)
@@ -295,7 +297,7 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
         text = dataclasses.replace(config.text, keep="auto", microbatches=1)
         stream = dataclasses.replace(config.stream, global_batch=batch)
         planner = Planner(dataclasses.replace(config, stream=stream, text=text), target)
-        texts = remat_candidates(planner.config, target.devices, target.platform == "cpu")
+        texts = remat_candidates(planner.config, target.devices, target.platform)
         return planner, next(text for text in texts if text.keep == "embeddings")
 
     def estimate(batch: int) -> int:
