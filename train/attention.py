@@ -22,6 +22,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from lit_fast.config import Config, TextConfig
 from lit_fast.errors import UserError, first_line
 from lit_fast.models import packed_attention
+from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import Params
 from lit_fast.runtime import (
@@ -179,6 +180,7 @@ def compare_attention(
     mesh: Mesh,
     state: State,
     batch: DeviceBatch,
+    image: ImageTower | None = None,
 ) -> AttentionChoice:
     """Compare both forms on a batch, if the choice is pending, and return the one to train with.
 
@@ -187,12 +189,13 @@ def compare_attention(
       build: the constructor of the text tower.
       state: before the batch.
       batch: the global batch, on the devices.
+      image: the image tower, if it is trained.
     """
     if not choice.pending:
         return choice
     status("attention: comparing the Pallas kernels with XLA's form on the first batch")
     try:
-        differences, where = compare_forms(config, text, build, mesh, state, batch)
+        differences, where = compare_forms(config, text, build, mesh, state, batch, image)
         problem = _excess(differences, where)
     except Exception as error:
         differences, problem = {}, f"failed on the first batch: {type(error).__name__} {first_line(error)}"
@@ -221,6 +224,7 @@ def compare_forms(
     mesh: Mesh,
     state: State,
     batch: DeviceBatch,
+    image: ImageTower | None = None,
 ) -> tuple[dict[str, float], str]:
     """Return the largest differences between the forms, as in TOLERANCES, and the parameter of the gradient's.
 
@@ -234,7 +238,7 @@ def compare_forms(
     programs, problem = [], None
     try:
         for form in forms:
-            program = forward_and_backward(config, form, build(form), mesh)
+            program = forward_and_backward(config, form, build(form), mesh, image)
             programs.append(program.lower(state.params, batch, key).compile())
     except Exception as error:
         problem = error
@@ -281,13 +285,15 @@ def _by_name(params: Params) -> dict[str, np.ndarray]:
 
 
 def forward_and_backward(
-    config: Config, text: TextConfig, model: TextTower, mesh: Mesh
+    config: Config, text: TextConfig, model: TextTower, mesh: Mesh, image: ImageTower | None = None
 ) -> jax.stages.Wrapped:
     """Return the function (params, batch, key) -> (embeddings, loss, gradients)."""
     config, platform = replace(config, text=text), platform_of(mesh)
 
     def run(params: Params, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Params]:
-        loss, grads, _, embeddings = loss_and_grads(model, config, mesh.size, platform, params, batch, key)
+        loss, grads, _, embeddings = loss_and_grads(
+            model, config, mesh.size, platform, params, batch, key, image
+        )
         return embeddings, loss, grads
 
     specs = (REPLICATED, SHARDED, REPLICATED), (SHARDED, REPLICATED, REPLICATED)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lit_fast.config import Config
 from lit_fast.data.tokens import id_dtype
 from lit_fast.errors import first_line
+from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.train.cost.gpu_target import gpu_target
@@ -94,17 +95,23 @@ def gpu_mesh(chip: Chip, devices: int) -> Mesh:
 
 
 def compile_step(
-    model: TextTower, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, state: State
+    model: TextTower,
+    config: Config,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    image: ImageTower | None = None,
 ) -> CompiledStep:
     """Compile the training step for the devices of a mesh.
 
     Args:
       optimizer, state: from `lit_fast.train.step.abstract_training`.
+      image: the image tower, if it is trained.
     """
     state = _with_sharding(state, replicated(mesh))
-    batch = _with_sharding(batch_shapes(model, config), batch_sharding(mesh))
+    batch = _with_sharding(batch_shapes(model, config, image), batch_sharding(mesh))
     start = time.monotonic()
-    compiled = make_step(model, optimizer, config, mesh).lower(state, batch).compile()
+    compiled = make_step(model, optimizer, config, mesh, image).lower(state, batch).compile()
     seconds = time.monotonic() - start
     memory: Any = compiled.memory_analysis()
     return CompiledStep(
@@ -112,16 +119,18 @@ def compile_step(
     )
 
 
-def batch_shapes(model: TextTower, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    model: TextTower, config: Config, image: ImageTower | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes and dtypes of one global batch, as `make_step` takes it."""
     batch, text = config.stream.global_batch, config.text
     texts = batch * config.stream.captions_per_image
     ids = jax.ShapeDtypeStruct((texts, model.max_length), id_dtype(model.vocab_size))
-    shapes = {
-        "images": jax.ShapeDtypeStruct((batch, model.out_dim), jnp.bfloat16),
-        "ids": ids,
-        "rows": jax.ShapeDtypeStruct((batch,), jnp.int32),
-    }
+    shapes = {"ids": ids, "rows": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    if image is None:
+        shapes["images"] = jax.ShapeDtypeStruct((batch, model.out_dim), jnp.bfloat16)
+    else:
+        shapes["pixels"] = jax.ShapeDtypeStruct((batch, image.size, image.size, 3), jnp.uint8)
     if text.packed:  # the layout of lit_fast.train.input_pipeline.packing
         rows = texts // text.pack
         shapes["ids"] = jax.ShapeDtypeStruct((rows, text.row_tokens), ids.dtype)
