@@ -109,7 +109,7 @@ def choose_remat(
         need = estimate.total(config.text, config.image)
         return MemoryFit(config.text, need, limit, image=config.image)
     usable, least = USABLE_SHARE * limit, math.inf
-    for text, image_config in _candidates(config, mesh.size, on_cpu, image):
+    for text, image_config in step_candidates(config, mesh.size, on_cpu, image):
         need, compiled = estimate.total(text, image_config), None
         # The policies with the least memory are compiled even if the estimate exceeds the limit.
         if not on_cpu and (need <= usable or "embeddings" in (text.keep, image_config.keep)):
@@ -125,7 +125,7 @@ def choose_remat(
     )
 
 
-def _candidates(
+def step_candidates(
     config: Config, num_devices: int, on_cpu: bool, image: ImageTower | None
 ) -> Iterator[tuple[TextConfig, ImageConfig]]:
     """Yield configurations of both towers in order of increasing recomputation."""
