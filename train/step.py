@@ -23,6 +23,7 @@ from lit_fast.models.two_towers import Params, image_head, init_params
 from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, platform_of, replicated, shard_map
 from lit_fast.train.image_pass import embed_pixels
 from lit_fast.train.optimizer import make_optimizer, make_schedule
+from lit_fast.train.sizes import with_tile
 from lit_fast.train.text_pass import DeviceBatch, embed_texts
 from lit_fast.utils.normalize import normalize
 
@@ -91,7 +92,9 @@ def make_step(
     """
     schedule = make_schedule(config.optimizer, config.steps)
     sharded_loss_and_grads = shard_map(
-        lambda *arrays: loss_and_grads(model, config, mesh.size, platform_of(mesh), *arrays, image)[:3],
+        lambda params, batch, key: loss_and_grads(
+            model, config, mesh.size, platform_of(mesh), params, batch, key, image
+        )[:3],
         mesh,
         (REPLICATED, SHARDED, REPLICATED),
     )
@@ -145,7 +148,7 @@ def loss_and_grads(
 
     The last result is the embeddings of this device's texts, normalized, float32 [n, width].
     """
-    loss_share = partial(_loss_share, model, image, config, num_devices, platform)
+    loss_share = partial(_loss_share, model, image, with_tile(config, platform), num_devices, platform)
     (loss, (stats, texts)), grads = jax.value_and_grad(loss_share, has_aux=True)(params, batch, key)
     # One all-reduce for everything that adds up; the maxima need their own.
     loss, grads, sums = lax.psum((loss, grads, stats.sums), AXIS)

@@ -191,7 +191,7 @@ class TextPass:
                 layers, outputs = self._empty(weights, rows, x, 1)
                 x, layers = self._run_layers(weights, x, rows, layers, slot)
             else:
-                x = _get(outputs, slot, like=self._encoder.dtype)
+                x = _get(outputs, slot)
             _, pull = jax.vjp(lambda ends, x: self._end(ends, x, rows), ends, x)
             some, dx = pull(_at(dtexts, i))
             dends = jax.tree.map(jnp.add, dends, some)
@@ -201,7 +201,7 @@ class TextPass:
                 index = self._layers - 1 - j
                 dx, d = self._encoder.backward(
                     _at(weights, index),
-                    _get_tree(layers, self._shapes(weights, rows, dx), slot, index),
+                    jax.tree.map(lambda all: _get(all, slot, index), layers),
                     dx,
                     rows.layout,
                     fold_keys(rows.encoder_keys, index),
@@ -282,17 +282,13 @@ class TextPass:
         """Run `layer(index, carry)` for all layers of the loop: there is none in a tower of one layer."""
         return lax.fori_loop(0, self._layers, layer, carry) if self._layers else carry
 
-    def _shapes(self, weights: Tree, rows: _Rows, x: Any) -> Tree:
-        """Return the shapes of what one layer keeps of one microbatch; nothing without layers."""
-        if not self._layers:
-            return {}
-        layer = lambda x: self._encoder.forward(_at(weights, 0), x, rows.layout, rows.keys)[1]  # noqa: E731
-        return jax.eval_shape(layer, x)
-
     def _empty(self, weights: Tree, rows: _Rows, x: Any, slots: int) -> tuple[Tree, jax.Array]:
         """Return arrays, not initialized, for what the layers keep and for the output of the last one."""
         new = lambda a, *axes: lax.empty((slots, *axes, *a.shape), _stored(a.dtype))  # noqa: E731
-        layers = jax.tree.map(lambda a: new(a, self._layers), self._shapes(weights, rows, x))
+        if not self._layers:
+            return {}, new(x)
+        layer = lambda x: self._encoder.forward(_at(weights, 0), x, rows.layout, rows.keys)[1]  # noqa: E731
+        layers = jax.tree.map(lambda a: new(a, self._layers), jax.eval_shape(layer, x))
         return layers, new(x)
 
 
@@ -313,14 +309,10 @@ def _put(all: jax.Array, a: jax.Array, *index: Any) -> jax.Array:
     return lax.dynamic_update_slice(all, bits[(None,) * len(index)], (*index, *(0,) * a.ndim))
 
 
-def _get(all: jax.Array, *index: Any, like: Any) -> jax.Array:
+def _get(all: jax.Array, *index: Any) -> jax.Array:
     rest = all.shape[len(index) :]
     a = lax.dynamic_slice(all, (*index, *(0,) * len(rest)), (*(1,) * len(index), *rest)).reshape(rest)
-    return lax.bitcast_convert_type(a, like)
-
-
-def _get_tree(layers: Tree, shapes: Tree, *index: Any) -> Tree:
-    return jax.tree.map(lambda all, shape: _get(all, *index, like=shape.dtype), layers, shapes)
+    return lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
 
 
 def map_microbatches(

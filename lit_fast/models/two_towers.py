@@ -50,7 +50,6 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
         embedding_width=config.embedding_width,
         projected=config.head,
         dropout=config.dropout,
-        remat_policy=config.encoder_remat,
         pack=config.pack,
         dtype=jnp.dtype(resolve_dtype(config.dtype)),
     )

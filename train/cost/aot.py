@@ -45,11 +45,12 @@ def tpu_mesh(topology: str) -> Mesh:
     Raises:
       RuntimeError: libtpu is missing, or refuses the slice.
     """
-    # libtpu must not look for a TPU or a metadata server, may be loaded by several processes, and warns without the
-    # last two variables.
+    # libtpu must not look for a TPU or a metadata server, may be loaded by several processes, writes logs to /tmp, and
+    # warns without the last two variables.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_LOG_DIR": "disabled",
         "TPU_ACCELERATOR_TYPE": "v4-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }.items():
@@ -70,8 +71,14 @@ def gpu_mesh(chip: Chip, devices: int) -> Mesh:
     Raises:
       RuntimeError: the compiler cannot be used; the text says why.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the plugin logs that it finds no driver
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # by JAX; the plugin reports that it finds no driver
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     from jax.experimental import topologies
+    from jax.experimental.compilation_cache import compilation_cache
+
+    # The autotuner cannot run without the GPU: a training on one must not find these programs.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
 
     hosts = math.ceil(devices / GPUS_PER_HOST)
     try:

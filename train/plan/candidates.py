@@ -23,8 +23,8 @@ from lit_fast.train.cost.memory import (
     BuildTower,
     MemoryEstimate,
     choose_remat,
+    image_candidates,
     remat_candidates,
-    step_candidates,
     try_compile,
 )
 from lit_fast.train.input_pipeline.packing import required_row_tokens
@@ -33,6 +33,7 @@ from lit_fast.train.plan.data import PlanData, plan_data
 from lit_fast.train.plan.image import plan_image_tower
 from lit_fast.train.plan.target import Target
 from lit_fast.train.step import abstract_training, make_step
+from lit_fast.train.text_pass import kernel_refusal
 from lit_fast.utils.format import format_duration
 from lit_fast.utils.output import status
 from lit_fast.utils.progress import report_elapsed
@@ -71,10 +72,11 @@ class Planner:
         self.image = plan_image_tower(config)
         self.data: PlanData = plan_data(config, self.image)
         self.texts = config.stream.global_batch * config.stream.captions_per_image // target.devices
-        text = dataclasses.replace(config.text, dtype=resolve_dtype(config.text.dtype, target.platform))
-        self.config = dataclasses.replace(config, text=self.with_packing(text, text.pack))
         tokenizer = cast(Tokenizer, self.data.vocabulary)  # the tower reads nothing but its sizes
         self.build: BuildTower = partial(text_tower, tokenizer=tokenizer, out_dim=self.data.width)
+        text = dataclasses.replace(config.text, dtype=resolve_dtype(config.text.dtype, target.platform))
+        self._attention = text.attention
+        self.config = dataclasses.replace(config, text=self.with_packing(text, text.pack))
         self._optimizer, self._state = abstract_training(
             self.build(self.config.text), self.config, self.image
         )
@@ -84,13 +86,20 @@ class Planner:
         self._flops: dict[TextConfig, tuple[float, float]] = {}
 
     def with_packing(self, text: TextConfig, pack: int) -> TextConfig:
-        """Return the configuration with `pack` captions per row and the tokens they require."""
-        if pack == text.pack and text.row_tokens:
-            return text
-        text = dataclasses.replace(text, pack=pack, row_tokens=0)
-        if not text.packed:
-            return text
-        return dataclasses.replace(text, row_tokens=required_row_tokens(self.data.lengths, pack, self.texts))
+        """Return the configuration with `pack` captions per row, the tokens they require, and their attention.
+
+        With `text.attention = "auto"` it is what a training on a TPU compares first: the kernels, if they fit.
+        """
+        if pack != text.pack or not text.row_tokens:
+            text = dataclasses.replace(text, pack=pack, row_tokens=0)
+        if text.packed and not text.row_tokens:
+            row_tokens = required_row_tokens(self.data.lengths, pack, self.texts)
+            text = dataclasses.replace(text, row_tokens=row_tokens)
+        form = self._attention
+        if form == "auto":
+            refusal = kernel_refusal(self.build(text), text.row_tokens)
+            form = "pallas" if self.target.platform == "tpu" and not refusal else "xla"
+        return dataclasses.replace(text, attention=form)
 
     def memory(self, text: TextConfig) -> MemoryEstimate:
         """Return the memory estimate for the packing of a text configuration."""
@@ -98,7 +107,7 @@ class Planner:
         if packing not in self._estimates:
             config = dataclasses.replace(self.config, text=text)
             self._estimates[packing] = MemoryEstimate(
-                config, self.build, self.target.devices, self._state, self.image
+                config, self.build, self.target.devices, self._state, self.target.platform, self.image
             )
         return self._estimates[packing]
 
@@ -107,13 +116,12 @@ class Planner:
         config = self.config
         if self.image is None or config.image.keep != "auto":
             return config.image
+        devices, platform = self.target.devices, self.target.platform
         auto = dataclasses.replace(config, text=dataclasses.replace(text, keep="auto", microbatches=1))
-        pairs = list(step_candidates(auto, self.target.devices, False, self.image))
-        for both in (True, False):
-            for t, image in pairs:
-                if t.keep == text.keep and (t.microbatches == text.microbatches or not both):
-                    return image
-        return pairs[-1][1]
+        counts = [t.microbatches for t in remat_candidates(auto, devices, platform) if t.keep == text.keep]
+        images = [i for i in image_candidates(auto, devices, platform, self.image) if i.keep == text.keep]
+        smaller = sum(count < text.microbatches for count in counts)
+        return images[min(smaller, len(images) - 1)]
 
     def estimated_bytes(self, text: TextConfig) -> int:
         """Return the estimated memory of a step."""
@@ -146,10 +154,13 @@ class Planner:
             if fit.compiled:
                 return self._candidate(fit.text, fit.compiled, fit.image)
             return self.evaluate(fit.text, fit.image)
-        for text, image in step_candidates(self.config, self.target.devices, False, self.image):
-            if self.memory(text).total(text, image) <= self.usable_memory:
-                return self.evaluate(text, image)
-        need = self.memory(text).total(text, image)
+        need = 0
+        is_chosen = text.keep == "auto"
+        candidates = remat_candidates(self.config, self.target.devices, self.target.platform)
+        for text in candidates if is_chosen else [text]:
+            need = self.estimated_bytes(text)
+            if need <= self.usable_memory:
+                return self.evaluate(text)
         raise UserError(
             f"stream.global_batch {self.config.stream.global_batch} does not fit: a step needs an estimated "
             f"{need / 2**30:.3g} GiB per device, of {self.usable_memory / 2**30:.3g} usable; "
@@ -248,7 +259,7 @@ def search(planner: Planner, default: Candidate) -> list[Candidate]:
         auto = dataclasses.replace(config.text, keep="auto", microbatches=1)
         packed = dataclasses.replace(config, text=planner.with_packing(auto, pack))
         first: dict[str, TextConfig] = {}
-        for text in remat_candidates(packed, planner.target.devices, False):
+        for text in remat_candidates(packed, planner.target.devices, planner.target.platform):
             if keep in ("", text.keep) and planner.estimated_bytes(text) <= planner.usable_memory:
                 first.setdefault(text.keep, text)
         return sorted(first.values(), key=planner.product_seconds)
@@ -345,7 +356,7 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
         image = dataclasses.replace(config.image, keep="auto", microbatches=1)
         stream = dataclasses.replace(config.stream, global_batch=batch)
         planner = Planner(dataclasses.replace(config, stream=stream, text=text, image=image), target)
-        texts = remat_candidates(planner.config, target.devices, target.platform == "cpu")
+        texts = remat_candidates(planner.config, target.devices, target.platform)
         return planner, next(text for text in texts if text.keep == "embeddings")
 
     def estimate(batch: int) -> int:

@@ -27,7 +27,7 @@ CONFIG = Config(
 
 
 def build(text):
-    return TextTower(text.shape, 100, 8, 16, remat_policy=text.encoder_remat, dtype=jnp.dtype(text.dtype))
+    return TextTower(text.shape, 100, 8, 16, dtype=jnp.dtype(text.dtype))
 
 
 def choose(limit, config=CONFIG, devices=2):
