@@ -154,13 +154,14 @@ class Planner:
             if fit.compiled:
                 return self._candidate(fit.text, fit.compiled, fit.image)
             return self.evaluate(fit.text, fit.image)
+        texts = iter([text])
+        if text.keep == "auto":
+            texts = remat_candidates(self.config, self.target.devices, self.target.platform)
         need = 0
-        is_chosen = text.keep == "auto"
-        candidates = remat_candidates(self.config, self.target.devices, self.target.platform)
-        for text in candidates if is_chosen else [text]:
-            need = self.estimated_bytes(text)
+        for candidate in texts:
+            need = self.estimated_bytes(candidate)
             if need <= self.usable_memory:
-                return self.evaluate(text)
+                return self.evaluate(candidate)
         raise UserError(
             f"stream.global_batch {self.config.stream.global_batch} does not fit: a step needs an estimated "
             f"{need / 2**30:.3g} GiB per device, of {self.usable_memory / 2**30:.3g} usable; "
