@@ -133,6 +133,8 @@ def _loss_and_grads(
     """Compute loss, gradients and logit statistics of the global batch; runs on each device."""
     loss_share = partial(_loss_share, model, config, num_devices, platform)
     (loss, stats), grads = jax.value_and_grad(loss_share, has_aux=True)(params, batch, key)
+    if num_devices == 1:  # XLA would copy the gradients
+        return loss, grads, stats
     # One all-reduce for everything that adds up; the maxima need their own.
     loss, grads, sums = lax.psum((loss, grads, stats.sums), AXIS)
     maxima = LogitMaxima(*lax.pmax(jnp.stack(stats.maxima), AXIS))
