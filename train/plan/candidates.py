@@ -31,6 +31,7 @@ from lit_fast.train.inputs import check_batch
 from lit_fast.train.plan.data import PlanData, plan_data
 from lit_fast.train.plan.target import Target
 from lit_fast.train.step import abstract_training, make_step
+from lit_fast.train.text_pass import kernel_refusal
 from lit_fast.utils.format import format_duration
 from lit_fast.utils.output import status
 from lit_fast.utils.progress import report_elapsed
@@ -67,10 +68,11 @@ class Planner:
         self.target = target
         self.data: PlanData = plan_data(config)
         self.texts = config.stream.global_batch * config.stream.captions_per_image // target.devices
-        text = dataclasses.replace(config.text, dtype=resolve_dtype(config.text.dtype, target.platform))
-        self.config = dataclasses.replace(config, text=self.with_packing(text, text.pack))
         tokenizer = cast(Tokenizer, self.data.vocabulary)  # the tower reads nothing but its sizes
         self.build: BuildTower = partial(text_tower, tokenizer=tokenizer, out_dim=self.data.width)
+        text = dataclasses.replace(config.text, dtype=resolve_dtype(config.text.dtype, target.platform))
+        self._attention = text.attention
+        self.config = dataclasses.replace(config, text=self.with_packing(text, text.pack))
         self._optimizer, self._state = abstract_training(self.build(self.config.text), self.config)
         self.usable_memory = USABLE_SHARE * target.chip.memory
         self.compiles = 0
@@ -78,20 +80,29 @@ class Planner:
         self._flops: dict[TextConfig, tuple[float, float]] = {}
 
     def with_packing(self, text: TextConfig, pack: int) -> TextConfig:
-        """Return the configuration with `pack` captions per row and the tokens they require."""
-        if pack == text.pack and text.row_tokens:
-            return text
-        text = dataclasses.replace(text, pack=pack, row_tokens=0)
-        if not text.packed:
-            return text
-        return dataclasses.replace(text, row_tokens=required_row_tokens(self.data.lengths, pack, self.texts))
+        """Return the configuration with `pack` captions per row, the tokens they require, and their attention.
+
+        With `text.attention = "auto"` it is what a training on a TPU compares first: the kernels, if they fit.
+        """
+        if pack != text.pack or not text.row_tokens:
+            text = dataclasses.replace(text, pack=pack, row_tokens=0)
+        if text.packed and not text.row_tokens:
+            row_tokens = required_row_tokens(self.data.lengths, pack, self.texts)
+            text = dataclasses.replace(text, row_tokens=row_tokens)
+        form = self._attention
+        if form == "auto":
+            refusal = kernel_refusal(self.build(text), text.row_tokens)
+            form = "pallas" if self.target.platform == "tpu" and not refusal else "xla"
+        return dataclasses.replace(text, attention=form)
 
     def memory(self, text: TextConfig) -> MemoryEstimate:
         """Return the memory estimate for the packing of a text configuration."""
         packing = text.pack, text.row_tokens
         if packing not in self._estimates:
             config = dataclasses.replace(self.config, text=text)
-            self._estimates[packing] = MemoryEstimate(config, self.build, self.target.devices, self._state)
+            self._estimates[packing] = MemoryEstimate(
+                config, self.build, self.target.devices, self._state, self.target.platform
+            )
         return self._estimates[packing]
 
     def default(self) -> Candidate:
@@ -113,7 +124,7 @@ class Planner:
                 )
             self.compiles += 1
             return self._candidate(fit.text, fit.compiled) if fit.compiled else self.evaluate(fit.text)
-        for text in remat_candidates(self.config, self.target.devices, False):
+        for text in remat_candidates(self.config, self.target.devices, self.target.platform):
             if self.memory(text).total(text) <= self.usable_memory:
                 return self.evaluate(text)
         raise UserError(
@@ -207,7 +218,7 @@ def search(planner: Planner, default: Candidate) -> list[Candidate]:
         auto = dataclasses.replace(config.text, keep="auto", microbatches=1)
         packed = dataclasses.replace(config, text=planner.with_packing(auto, pack))
         first: dict[str, TextConfig] = {}
-        for text in remat_candidates(packed, planner.target.devices, False):
+        for text in remat_candidates(packed, planner.target.devices, planner.target.platform):
             if keep in ("", text.keep) and planner.memory(text).total(text) <= planner.usable_memory:
                 first.setdefault(text.keep, text)
         return sorted(first.values(), key=planner.product_seconds)
@@ -295,7 +306,7 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
         text = dataclasses.replace(config.text, keep="auto", microbatches=1)
         stream = dataclasses.replace(config.stream, global_batch=batch)
         planner = Planner(dataclasses.replace(config, stream=stream, text=text), target)
-        texts = remat_candidates(planner.config, target.devices, target.platform == "cpu")
+        texts = remat_candidates(planner.config, target.devices, target.platform)
         return planner, next(text for text in texts if text.keep == "embeddings")
 
     def estimate(batch: int) -> int:
