@@ -112,10 +112,10 @@ def test_plan_for_absent_gpus_is_an_estimate(plan):
     last = 20 * w**2 + 4 * tokens * w**2 + 4 * tokens * w
     model = 32_768 * (3 * (11 * layer + last + 2 * w * 768) + 2 * 2 * 32_768 * 768)
     assert found.flops["model"] * 8 == pytest.approx(model)
-    # The shares of recomputation in the help of text.keep.
+    # The shares of recomputation in the help of text.keep. What follows the loop over the layers is computed again.
     recomputation = {way["keep"]: way["executed_flops"] / found.flops["model"] - 1 for way in found.ways}
     assert recomputation == pytest.approx(
-        {"products": 0, "hidden": 0.09, "inputs": 0.22, "embeddings": 0.33}, abs=0.006
+        {"products": 0.007, "hidden": 0.09, "inputs": 0.22, "embeddings": 0.33}, abs=0.006
     )
     assert (found.limit, found.limited) == ("compute", False)
     # The products of the loss run as TF32, at half the rate.
