@@ -49,9 +49,7 @@ GIB, MIB = 2**30, 2**20
 def tower(text: TextConfig) -> TextTower:
     """Return the text tower of a configuration, as training builds it."""
     dtype = jnp.dtype(text.dtype)
-    return TextTower(
-        text.shape, VOCAB, LENGTH, WIDTH, remat_policy=text.encoder_remat, pack=text.pack, dtype=dtype
-    )
+    return TextTower(text.shape, VOCAB, LENGTH, WIDTH, pack=text.pack, dtype=dtype)
 
 
 class Step(NamedTuple):

@@ -17,11 +17,14 @@ from typing import Any
 from benchmarks import step_case
 from benchmarks.step_case import FEATURES, VOCAB, Case, Rival, Weights, make_batch, make_weights
 from lit_fast.storage.machine import cpu_count
+from tests.torch_packages import load_torchvision
 
 
 def open_clip(case: Case) -> Rival:
     """`open_clip.transformer.TextTransformer` as its SigLIP models have it, and `SigLipLoss`."""
     import torch
+
+    load_torchvision()  # before open_clip, which imports it
     from open_clip.loss import SigLipLoss
     from open_clip.transformer import LayerNorm, TextTransformer
 

@@ -157,7 +157,9 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     add("--views", type=_whole(1), default=1, metavar="K", help="vectors per image: itself and K - 1 crops")
     add("--batch-size", type=_whole(1), metavar="N", help="images per device (default 64, 16 on CPU)")
     add("--workers", type=_whole(1), metavar="N", help="decoding threads (default: one per core)")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16")
+    add(
+        "--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 where the processor multiplies it"
+    )
     add(
         "--max-pixels", type=_whole(1), metavar="N", help="mark larger images as invalid (default 64 000 000)"
     )

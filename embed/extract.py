@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from lit_fast.data.dataset import SHARD, open_dataset
+from lit_fast.data.dataset import SHARD, Dataset, open_dataset
 from lit_fast.data.features import Features, embed_command, with_views
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.reader import ImageReader, check_images
@@ -25,6 +25,7 @@ from lit_fast.embed.locks import check_rows_are_unlocked, shard_lock_path
 from lit_fast.embed.pipeline import StallTimer, run_tower
 from lit_fast.embed.shard_writer import ShardWriter, batch_spans
 from lit_fast.errors import UserError, os_reason
+from lit_fast.models.precision import fast_dtype
 from lit_fast.runtime import process_rank
 from lit_fast.storage.files import (
     exists,
@@ -125,10 +126,11 @@ def embed_dataset(
         if max_pixels != MAX_PIXELS:  # decides which rows are invalid
             options["max_pixels"] = max_pixels
         tower = open_tower(tower_spec, options)
-        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        name = check_store_name(name or tower.name)
+        dtype = dtype or _default_dtype(dataset, name)
         provenance = with_views(tower.provenance(dtype), views) | {"options": options}
         job = Job(
-            Features(dataset, check_store_name(name or tower.name), provenance),
+            Features(dataset, name, provenance),
             tower,
             shards=list(range(share[0], dataset.shards, share[1])),
             batch_size=batch_size or default_batch_size(),
@@ -160,6 +162,15 @@ def embed_dataset(
             ) from None
         except MemoryError:
             raise UserError("out of memory; lower --batch-size, --workers or --max-pixels") from None
+
+
+def _default_dtype(dataset: Dataset, name: str) -> str:
+    """Return the dtype of the features of this name, as other machines may embed them, else the faster one here."""
+    file = join(dataset.path, "features", name, "tower.json")
+    recorded = read_object(file).get("dtype") if exists(file) else None
+    dtype = str(recorded) if recorded in ("float32", "bfloat16") else fast_dtype()
+    status(f"dtype {dtype}, {'that of the features there' if dtype == recorded else 'the faster one here'}")
+    return dtype
 
 
 def check_store_name(name: str) -> str:

@@ -54,18 +54,22 @@ class TextConfig:
     init: str = setting(
         "",
         "pretrained text tower of SigLIP, big_vision or open_clip: FILE.npz:txt, a directory with safetensors, or "
-        "hf:OWNER/NAME. The keys above must describe it. Temperature and bias are loaded together with its head",
+        "hf:OWNER/NAME. The keys above must describe it. Temperature and bias are loaded together with its head. Or a "
+        "run, with its temperature, bias, mean and image head",
     )
     dropout: float = setting(0.0, "dropout rate", minimum=0, below=1)
     dtype: str = setting(
-        "bfloat16", "dtype of matrix products; parameters are float32", choices=("float32", "bfloat16")
+        "auto",
+        "dtype of matrix products; parameters are float32. auto: bfloat16 on accelerators and on CPUs that multiply it "
+        "(flags amx_bf16 or avx512_bf16), else float32; a run keeps what it started with",
+        choices=("auto", "float32", "bfloat16"),
     )
     keep: str = setting(
         "auto",
-        "remat policy, the residuals stored for the backward pass: everything, matrix products, the hidden products "
-        "of the MLP, the layer inputs, or only the embeddings of a microbatch. Recomputation adds 0, 0, 9, 22 or 33 % "
+        "remat policy, the residuals stored for the backward pass: matrix products, without queries, keys and values "
+        "(hidden), the layer inputs, or only the embeddings of a microbatch. Recomputation adds 0, 9, 22 or 33 % "
         "FLOPs. auto: the first policy, in this order, whose step fits in device memory; it also sets microbatches",
-        choices=("auto", "everything", "products", "hidden", "inputs", "embeddings"),
+        choices=("auto", "products", "hidden", "inputs", "embeddings"),
     )
     microbatches: int = setting(1, "equal parts in which a device embeds its texts", minimum=1)
     pack: int = setting(
@@ -77,19 +81,18 @@ class TextConfig:
     row_tokens: int = setting(
         0, "tokens per row when captions are packed by true length; 0: as the dataset's captions require"
     )
+    attention: str = setting(
+        "auto",
+        "attention of packed rows in training: XLA's form, or Pallas kernels for TPUs. auto: on a TPU the kernels, if "
+        "they fit and agree with XLA's form on the first batch; else xla. pallas: without this comparison; on CPUs the "
+        "kernels are interpreted, which is slow",
+        choices=("auto", "xla", "pallas"),
+    )
 
     @property
     def packed(self) -> bool:
         """Whether rows hold several captions by their true lengths."""
         return self.pack > 1 and self.mask_padding
-
-    @property
-    def encoder_remat(self) -> str:
-        """Remat policy of `lit_fast.models.transformer.Encoder`.
-
-        With `keep = "embeddings"` the forward pass of a microbatch is recomputed, storing its matrix products.
-        """
-        return {"embeddings": "products", "auto": "everything"}.get(self.keep, self.keep)
 
     @property
     def shape(self) -> Shape:
@@ -142,7 +145,7 @@ class ImageConfig:
     )
     keep: str = setting(
         "auto",
-        "remat policy of the image tower, see text.keep; auto also sets image.microbatches",
+        "remat policy of the image tower, see text.keep, or everything; auto also sets image.microbatches",
         choices=("auto", "everything", "products", "hidden", "inputs", "embeddings"),
     )
     microbatches: int = setting(1, "equal parts in which a device embeds its images", minimum=1)
@@ -154,7 +157,10 @@ class ImageConfig:
 
     @property
     def encoder_remat(self) -> str:
-        """Remat policy of `lit_fast.models.transformer.Encoder`, as `TextConfig.encoder_remat`."""
+        """Remat policy of `lit_fast.models.transformer.Encoder`.
+
+        With `keep = "embeddings"` the forward pass of a microbatch is recomputed, storing its matrix products.
+        """
         return {"embeddings": "products", "auto": "everything"}.get(self.keep, self.keep)
 
 
@@ -205,7 +211,10 @@ class LossConfig:
         0.0, "number of negatives per text; 1.6 is the paper's strongest masking"
     )
     tile: int = setting(
-        512, "images per tile of pairs, with twice as many texts; memory is that of a few tiles", minimum=1
+        0,
+        "images per tile of pairs, with twice as many texts; memory is that of a few tiles. 0: 2048 on TPUs, 4096 on "
+        "GPUs, 512 on CPUs",
+        minimum=0,
     )
     precision: str = setting(
         "high",

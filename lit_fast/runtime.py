@@ -160,6 +160,18 @@ def smallest_of_processes(memory: int) -> int:
     return int(process_allgather(np.int32(memory >> 20)).min()) << 20  # JAX has no 64-bit integers by default
 
 
+def all_agree(holds: bool) -> bool:
+    """Return whether something holds in all processes of the job."""
+    return bool(process_allgather(np.int32(holds)).min())
+
+
+def broadcast_text(text: str, size: int = 1024) -> str:
+    """Return the first process's text in all processes, cut at `size` bytes of UTF-8, without spaces at the end."""
+    message = np.frombuffer(text.encode()[:size].ljust(size), np.uint8)
+    message = np.asarray(broadcast_one_to_all(message)).astype(np.uint8)
+    return message.tobytes().decode(errors="replace").rstrip()
+
+
 def broadcast_bits(array: Any, sharding: NamedSharding) -> jax.Array:
     """Return the first process's array in all processes, every bit of it, replicated over the devices.
 

@@ -128,7 +128,7 @@ def test_text_shape_applies_overrides_to_the_variant(tmp_path):
         ("[optimizer]\nlearning_rate = inf", "must be a finite number"),
         ("[text]\ndropout = 1.0", "below 1"),
         ("[text]\nheads = 7", "not a multiple of text.heads"),
-        ("[text]\nkeep = 'all'", "must be one of auto, everything, products, hidden, inputs, embeddings"),
+        ("[text]\nkeep = 'all'", "must be one of auto, products, hidden, inputs, embeddings"),
         ("[text]\nmicrobatches = 4", 'text.microbatches is chosen by text.keep = "auto"; leave it out'),
         ("[stream]\ncorrupt_texts = 1.1", "stream.corrupt_texts must be at most 1"),
         ("[stream]\ncorrupt_alignment = -0.1", "stream.corrupt_alignment must be at least 0"),

@@ -40,9 +40,17 @@ EMBED = (
     ("embed.cli",),
 )
 TRAIN = (
-    ("train.optimizer", "train.evaluator", "train.input_pipeline", "train.text_pass"),
+    (
+        "train.optimizer",
+        "train.evaluator",
+        "train.input_pipeline",
+        "train.text_pass",
+        "train.sizes",
+        "train.image_start",
+    ),
+    ("train.image_pass",),
     ("train.step", "train.workdir"),
-    ("train.export", "train.cost", "train.inputs"),
+    ("train.export", "train.cost", "train.inputs", "train.attention"),
     ("train.tracking", "train.plan"),
     ("train.mirror",),
     ("train.checkpoints",),

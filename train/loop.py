@@ -1,4 +1,4 @@
-"""Train a text tower: from a configuration to the last checkpoint."""
+"""Train a model: from a configuration to the last checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from signal import SIGTERM
 from typing import Any, NamedTuple
 
@@ -19,11 +20,19 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
 from lit_fast.config import Config
-from lit_fast.models.two_towers import init_params, text_embedder, text_tower
+from lit_fast.models.two_towers import image_tower_params, init_params, text_embedder, text_tower
 from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, is_bucket
+from lit_fast.towers.dataset_features import DatasetEmbedder
+from lit_fast.train.attention import (
+    AttentionChoice,
+    compare_attention,
+    compile_kernels,
+    propose_attention,
+    write_attention,
+)
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
 from lit_fast.train.cost.memory import MemoryFit, choose_remat
@@ -39,7 +48,13 @@ from lit_fast.train.tracking.receipt import is_finished, read_cost, write_receip
 from lit_fast.train.tracking.report import write_report
 from lit_fast.train.tracking.throughput import ThroughputMeter
 from lit_fast.train.tracking.trackers import check_trackers
-from lit_fast.train.workdir import check_initial_params, load_initial_params, lock_workdir, write_workdir
+from lit_fast.train.workdir import (
+    check_initial_params,
+    choose_dtype,
+    load_initial_params,
+    lock_workdir,
+    write_workdir,
+)
 from lit_fast.utils.format import format_duration
 from lit_fast.utils.output import result, status
 from lit_fast.utils.signals import record_signals
@@ -62,6 +77,7 @@ def train(config: Config, workdir: StrPath, profile_steps: str = "") -> None:
     profiled = parse_profile_steps(profile_steps, config.steps)
     check_trackers(config)
     mesh = make_mesh()
+    config = choose_dtype(config, workdir, mesh)
     inputs = open_inputs(config, workdir, mesh)
     lock = lock_workdir(workdir)
     with lock or nullcontext():
@@ -92,28 +108,46 @@ def _train(
       mirror: writes the local run directory to the bucket, if it is a copy.
     """
     stream, packing, evaluator, text = inputs.stream, inputs.packing, inputs.evaluator, config.text
-    status(f"dataset {inputs.features.dataset.path}: {stream.description}")
+    status(f"dataset {inputs.dataset.path}: {stream.description}")
     if packing:
         status(packing.description)
         text = replace(text, row_tokens=packing.row_tokens)
 
     # --- Build the optimizer and the model, with the remat policy that fits in memory.
-    build = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=inputs.features.width)
-    optimizer, abstract_state = abstract_training(build(text), config)
-    memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state)
+    build = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=inputs.width)
+    image = inputs.image.tower(config.image) if inputs.image else None
+    attention = propose_attention(text, build(text), mesh, workdir)
+    attention = compile_kernels(attention, text, build(text), mesh)
+    text = replace(text, attention=attention.form)
+    optimizer, abstract_state = abstract_training(build(text), config, image)
+    memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state, image=image)
     status(f"memory: {memory.description}")
     model = build(memory.text)
 
     # --- Initialize the parameters and the state.
     mean = inputs.mean(config.loss.center)
-    evaluator.load_images(mean)
-    params, text_init = load_initial_params(workdir, config.text.init, init_params(model, config, mean))
+    if image and inputs.image:
+        embedder = DatasetEmbedder(image, inputs.image.preprocess, mesh, config.image.workers)
+        evaluator.embed_images_with(embedder)
+        pretrained = inputs.image.params
+        params = init_params(model, config, mean, image if pretrained is None else None)
+        if pretrained is not None:
+            params["img"] = pretrained | params.get("img", {})
+    else:
+        evaluator.load_images(mean)
+        params = init_params(model, config, mean)
+    params, text_init = load_initial_params(workdir, config, params)
     if text_init:
-        status(f"starting from {text_init['source']}: {text_init['taken']}")
+        status(f"text tower starting from {text_init['source']}: {text_init['taken']}")
     state = init_state(params, optimizer, mesh, config.optimizer.average_decay > 0)
     del params  # the state has a copy
     count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
-    status(f"text tower: {count / 1e6:.1f} M parameters on {mesh.size} x {jax.devices()[0].device_kind}")
+    towers = f"text tower: {count / 1e6:.1f} M parameters"
+    if image:
+        count = sum(p.size for p in jax.tree.leaves(image_tower_params(state.params)))
+        start = inputs.tower_json["source"] if config.image.train == "unlocked" else "random weights"
+        towers += f", image tower: {count / 1e6:.1f} M from {start}"
+    status(f"{towers} on {mesh.size} x {jax.devices()[0].device_kind}")
 
     # --- Create the run directory, or resume from its last checkpoint.
     _create_workdir(workdir, config, inputs, text_init)
@@ -127,16 +161,44 @@ def _train(
     if start_step >= config.steps:
         if not is_finished(workdir):  # it was killed after the last checkpoint
             results = evaluator.run(embed_text, evaluation_params(state.opt, state.params), state.average)
-            _write_summary(workdir, config, memory, start_step, cost_before, results)
+            _write_summary(workdir, config, memory, attention, start_step, cost_before, results)
             if mirror:
                 mirror.push()
         result(f"{shown_workdir} is complete: {start_step:,} steps")
         return
 
+    # --- Compare the attention kernels with XLA's form, if nothing has shown yet that they agree here.
+    batches = stream.iterate(start_step, packing or (lambda batch: batch))
+    if attention.pending:
+        first = next(batches)
+        batches = chain([first], batches)
+        batch_on_devices = _to_devices(first, mesh)
+        attention = compare_attention(
+            attention,
+            replace(config, image=memory.image),
+            memory.text,
+            build,
+            mesh,
+            state,
+            batch_on_devices,
+            image,
+        )
+        if attention.form == "xla":
+            text = replace(text, attention="xla")
+            memory = choose_remat(
+                replace(config, text=text), build, mesh, optimizer, abstract_state, image=image
+            )
+            status(f"memory: {memory.description}")
+            model = build(memory.text)
+        del batch_on_devices
+    if jax.process_index() == 0:
+        write_attention(workdir, attention)
+
     # --- Train.
     batch = config.stream.global_batch
     pairs = batch * config.stream.captions_per_image
-    flops = step_flops(model, pairs, batch, config.loss.image_head, packing.mean_tokens if packing else None)
+    tokens = packing.mean_tokens if packing else None
+    flops = step_flops(model, pairs, batch, config.loss.image_head, tokens, image)
     meter = ThroughputMeter(
         pairs,
         flops,
@@ -147,11 +209,12 @@ def _train(
         images_per_step=batch,
         pixels=stream.batches.pixels,
     )
+    fitted = replace(config, text=memory.text, image=memory.image)
     components = _Components(
         config=config,
         mesh=mesh,
-        train_step=make_step(model, optimizer, replace(config, text=memory.text), mesh),
-        batches=stream.iterate(start_step, packing or (lambda batch: batch)),
+        train_step=make_step(model, optimizer, fitted, mesh, image),
+        batches=batches,
         evaluator=evaluator,
         embed_text=embed_text,
         checkpoints=checkpoints,
@@ -168,7 +231,7 @@ def _train(
             status(note)
 
     # --- Write the receipt and the report.
-    _write_summary(workdir, config, memory, step, meter.cost(), evaluator.results)
+    _write_summary(workdir, config, memory, attention, step, meter.cost(), evaluator.results)
     if mirror:
         mirror.push()
     if step < config.steps:
@@ -320,14 +383,20 @@ def _create_workdir(workdir: str, config: Config, inputs: Inputs, text_init: dic
     """Write the records of the run directory."""
     sync_global_devices("checked")  # no process writes before all have checked the directory
     if jax.process_index() == 0:
-        write_workdir(workdir, config, inputs.features, inputs.tokens, inputs.stream, text_init)
+        write_workdir(workdir, config, inputs.tower_json, inputs.tokens, inputs.stream, text_init)
     sync_global_devices("written")
 
 
 def _write_summary(
-    workdir: str, config: Config, memory: MemoryFit, step: int, cost: RunCost, results: list[dict[str, Any]]
+    workdir: str,
+    config: Config,
+    memory: MemoryFit,
+    attention: AttentionChoice,
+    step: int,
+    cost: RunCost,
+    results: list[dict[str, Any]],
 ) -> None:
     """Write the receipt and the report."""
     if jax.process_index() == 0:
-        write_receipt(workdir, config, memory, step, cost, results)
+        write_receipt(workdir, config, memory, attention.record, step, cost, results)
         write_report(workdir)

@@ -17,13 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from lit_fast.config import TextConfig
-from lit_fast.models.attention import Attention, xla_attention
+from lit_fast.models.attention import Attention, pallas_attention, xla_attention
 from lit_fast.models.encoder_pass import KEPT, EncoderPass
+from lit_fast.models.packed_attention import EQUAL_LENGTHS, refusal
 from lit_fast.models.text_tower import ENCODER, EPSILON, GELU, TABLE, RowLayout, TextTower
 from lit_fast.models.transformer import EncoderBlock, LayerNorm, fold_keys
 from lit_fast.models.two_towers import Params
 from lit_fast.runtime import AXIS
 from lit_fast.utils.normalize import normalize
+from lit_fast.utils.output import status
 
 DeviceBatch = dict[str, jax.Array]
 Tree = dict[str, Any]
@@ -36,7 +38,6 @@ def embed_texts(
     batch: DeviceBatch,
     key: jax.Array,
     platform: str,
-    attention: Attention | None = None,
 ) -> jax.Array:
     """Embed this device's captions in their order, normalized, float32 [n * captions, width].
 
@@ -45,14 +46,39 @@ def embed_texts(
 
     Args:
       platform: of the devices, "cpu", "tpu" or "gpu".
-      attention: formulation of the scanned layers; None: XLA's.
     """
+    attention = None  # XLA's
+    if text.attention == "pallas":
+        tokens = batch["ids"].shape[1] if "lengths" in batch else 0
+        if reason := kernel_refusal(model, tokens):  # a batch whose captions need longer rows than planned
+            status(f"attention: XLA's form for these rows; {reason}")
+        else:
+            attention = pallas_attention(model.shape.heads, equal_captions(model))
     rows = {name: array for name, array in batch.items() if name in ("ids", "lengths")}
     if text.dropout:
         positions = lax.axis_index(AXIS) * len(batch["ids"]) + jnp.arange(len(batch["ids"]))
         rows["dropout_keys"] = jax.vmap(partial(jax.random.fold_in, key))(positions)
     texts = TextPass(model, text.keep, text.microbatches, platform, attention)(params["txt"], rows)
     return texts[batch["slots"]] if "slots" in batch else texts
+
+
+def equal_captions(model: TextTower) -> int:
+    """Return the tokens of every caption where the kernels need no masks; 0: masks separate the captions."""
+    return model.max_length if model.eos_id is None and model.max_length in EQUAL_LENGTHS else 0
+
+
+def kernel_refusal(model: TextTower, row_tokens: int) -> str:
+    """Return why the attention kernels cannot serve the rows of a tower; empty: they can.
+
+    Args:
+      row_tokens: of rows that are packed by true lengths; 0: padded captions are packed.
+    """
+    if model.pack == 1:
+        return "text.pack is 1, and the kernels are for packed rows"
+    if model.shape.depth == 1 and model.pooling in ("first", "last"):
+        return "the only layer pools a token"
+    tokens = row_tokens or model.pack * model.max_length
+    return refusal(model.shape.heads, model.shape.width // model.shape.heads, tokens, model.dtype)
 
 
 class _Rows(NamedTuple):
@@ -165,7 +191,7 @@ class TextPass:
                 layers, outputs = self._empty(weights, rows, x, 1)
                 x, layers = self._run_layers(weights, x, rows, layers, slot)
             else:
-                x = _get(outputs, slot, like=self._encoder.dtype)
+                x = _get(outputs, slot)
             _, pull = jax.vjp(lambda ends, x: self._end(ends, x, rows), ends, x)
             some, dx = pull(_at(dtexts, i))
             dends = jax.tree.map(jnp.add, dends, some)
@@ -175,7 +201,7 @@ class TextPass:
                 index = self._layers - 1 - j
                 dx, d = self._encoder.backward(
                     _at(weights, index),
-                    _get_tree(layers, self._shapes(weights, rows, dx), slot, index),
+                    jax.tree.map(lambda all: _get(all, slot, index), layers),
                     dx,
                     rows.layout,
                     fold_keys(rows.encoder_keys, index),
@@ -256,17 +282,13 @@ class TextPass:
         """Run `layer(index, carry)` for all layers of the loop: there is none in a tower of one layer."""
         return lax.fori_loop(0, self._layers, layer, carry) if self._layers else carry
 
-    def _shapes(self, weights: Tree, rows: _Rows, x: Any) -> Tree:
-        """Return the shapes of what one layer keeps of one microbatch; nothing without layers."""
-        if not self._layers:
-            return {}
-        layer = lambda x: self._encoder.forward(_at(weights, 0), x, rows.layout, rows.keys)[1]  # noqa: E731
-        return jax.eval_shape(layer, x)
-
     def _empty(self, weights: Tree, rows: _Rows, x: Any, slots: int) -> tuple[Tree, jax.Array]:
         """Return arrays, not initialized, for what the layers keep and for the output of the last one."""
         new = lambda a, *axes: lax.empty((slots, *axes, *a.shape), _stored(a.dtype))  # noqa: E731
-        layers = jax.tree.map(lambda a: new(a, self._layers), self._shapes(weights, rows, x))
+        if not self._layers:
+            return {}, new(x)
+        layer = lambda x: self._encoder.forward(_at(weights, 0), x, rows.layout, rows.keys)[1]  # noqa: E731
+        layers = jax.tree.map(lambda a: new(a, self._layers), jax.eval_shape(layer, x))
         return layers, new(x)
 
 
@@ -287,14 +309,10 @@ def _put(all: jax.Array, a: jax.Array, *index: Any) -> jax.Array:
     return lax.dynamic_update_slice(all, bits[(None,) * len(index)], (*index, *(0,) * a.ndim))
 
 
-def _get(all: jax.Array, *index: Any, like: Any) -> jax.Array:
+def _get(all: jax.Array, *index: Any) -> jax.Array:
     rest = all.shape[len(index) :]
     a = lax.dynamic_slice(all, (*index, *(0,) * len(rest)), (*(1,) * len(index), *rest)).reshape(rest)
-    return lax.bitcast_convert_type(a, like)
-
-
-def _get_tree(layers: Tree, shapes: Tree, *index: Any) -> Tree:
-    return jax.tree.map(lambda all, shape: _get(all, *index, like=shape.dtype), layers, shapes)
+    return lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
 
 
 def map_microbatches(

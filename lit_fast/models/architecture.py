@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lit_fast.models.sizes import Shape
 
 POOLS = ("tok", "gap", "map", "projection")
+GELUS = ("exact", "tanh", "quick")
+# Larger values in a file would need more memory than any machine has.
+_MAX_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,36 @@ class Architecture:
         return self.projection if self.pool == "projection" else self.shape.width
 
 
+def from_record(record: dict[str, Any]) -> Architecture:
+    """Return the architecture that `tower.json` records, see `lit_fast.towers.tower.Tower.record`.
+
+    Raises:
+      KeyError, TypeError, ValueError: a value is missing or invalid.
+    """
+    width, pool, gelu = record["width"], record["pool"], record["gelu"]
+    if record["architecture"] != "vit" or pool not in POOLS or gelu not in (*GELUS, "swiglu"):
+        raise ValueError(f"architecture {record['architecture']!r}, pool {pool!r}, gelu {gelu!r}")
+    architecture = Architecture(
+        shape=Shape(record.get("encoder_width", width), record["depth"], record["mlp_dim"], record["heads"]),
+        patch=record["patch"],
+        pool=pool,
+        gelu=gelu,
+        epsilon=record["layer_norm_epsilon"],
+        class_token=record.get("class_token", pool == "tok"),
+        registers=record.get("registers", 0),
+        pre_norm=record.get("pre_norm", False),
+        norm_after_pool=record.get("norm_after_pool", False),
+        projection=width if pool == "projection" else 0,
+    )
+    shape = architecture.shape
+    sizes = (width, *shape, architecture.patch, architecture.registers + 1)
+    if not all(type(n) is int and 0 < n <= _MAX_SIZE for n in sizes) or shape.width % shape.heads:
+        raise ValueError(f"sizes {sizes}")
+    if type(architecture.epsilon) is not float:
+        raise TypeError(f"layer_norm_epsilon {architecture.epsilon!r}")
+    return architecture
+
+
 def parameters(architecture: Architecture, size: int) -> int:
     """Count the parameters for images of `size` x `size` pixels, without head.
 
@@ -62,11 +96,11 @@ def parameters(architecture: Architecture, size: int) -> int:
     return total
 
 
-def flops_per_image(architecture: Architecture, size: int) -> float:
+def flops_per_image(architecture: Architecture, size: int, *, computed: bool = False) -> float:
     """Count the FLOPs of one image of `size` x `size` pixels: two per multiply-add of every matrix product.
 
     This is the usual figure of the whole model. Where one token is pooled, `ViT` computes less: its last layer skips
-    the other tokens' queries, attention and MLP.
+    the other tokens' queries, attention and MLP, which are left out with `computed`.
     """
     a, (width, depth, _, _) = architecture, architecture.shape
     patches = (size // a.patch) ** 2
@@ -77,6 +111,8 @@ def flops_per_image(architecture: Architecture, size: int) -> float:
         total += 4 * width**2 + 4 * patches * width**2 + 4 * patches * width + 2 * _mlp_products(a)
     if a.pool == "projection":
         total += 2 * width * a.projection
+    if computed and a.pool in ("tok", "projection"):
+        total -= (length - 1) * (4 * width**2 + 2 * _mlp_products(a) + 4 * length * width)
     return float(total)
 
 

@@ -1,16 +1,16 @@
 """Dense layers with a formulation of their own for XLA's CPU backend.
 
 That backend multiplies bfloat16 with float32 sums only in `a b` and `a b^T`, and only if float32 output is requested.
-It computes anything else in float32, which is slower on processors with bfloat16 matrix units (AMX). The gradient of
-the kernel, `a^T b`, is therefore computed as `(I a^T) b`: a product with the identity transposes the smaller operand
-exactly. A sum over all rows is a product with ones, as XLA's own sum takes several passes. TPUs and GPUs get the plain
-form, whose heads stay separate axes: flattening would copy them.
+It computes anything else in float32, which is slower on processors that multiply bfloat16. The gradient of the kernel,
+`a^T b`, is therefore a product with an operand that was transposed in memory. A sum over all rows is a product with
+ones, as XLA's own sum takes several passes. TPUs and GPUs get the plain form, whose heads stay separate axes:
+flattening would copy them.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import flax.linen as nn
@@ -120,13 +120,16 @@ def kernel_gradient(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _transposed_product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Compute `x^T y`: bfloat16 [m, k] and [m, n] -> float32 [k, n]."""
-    if x.shape[1] <= y.shape[1]:
+    (m, k), n = x.shape, y.shape[1]
+    if m * k <= m * n + k * n:  # elements to transpose
         return _einsum("km,mn->kn", _transpose(x), y)
-    z = _einsum("nm,mk->nk", _transpose(y), x)
-    # In two halves: XLA would fold a whole transposition into the product and then compute it in float32.
-    half = len(z) // 2
-    return jnp.concatenate([z[:half].T, z[half:].T], axis=1)
+    return _transpose(_einsum("nm,mk->nk", _transpose(y), x))
 
 
 def _transpose(x: jax.Array) -> jax.Array:
-    return _einsum("kj,mj->km", jnp.eye(x.shape[1], dtype=x.dtype), x).astype(x.dtype)
+    """Transpose [m, k] so that XLA does not fold it into a product, which it would then compute in float32."""
+    m, k = x.shape
+    columns = gcd(k, 32)
+    bits = lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    bits = lax.optimization_barrier(bits.reshape(m, k // columns, columns).transpose(1, 2, 0)).reshape(k, m)
+    return lax.bitcast_convert_type(bits, x.dtype)

@@ -278,9 +278,8 @@ class EncoderPass:
     def _kernel_gradients(self, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the gradients of kernel and bias of a product of x, float32."""
         if self.platform == "cpu":
-            return kernel_gradient(x, dy)
-        kernel = lax.dot_general(x, dy, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
-        return kernel, dy.sum(axis=(0, 1), dtype=jnp.float32)
+            return lax.platform_dependent(x, dy, cpu=kernel_gradient, default=_kernel_gradient)
+        return _kernel_gradient(x, dy)
 
 
 _exact = partial(jnp.einsum, precision="highest")
@@ -292,6 +291,11 @@ def _matrix(kernel: jax.Array, columns: int) -> jax.Array:
 
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.dot_general(x, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    kernel = lax.dot_general(x, dy, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    return kernel, dy.sum(axis=(0, 1), dtype=jnp.float32)
 
 
 def _unfold(norm: Tree, kernel: jax.Array, dkernel: jax.Array, dbias: jax.Array) -> tuple[jax.Array, Tree]:

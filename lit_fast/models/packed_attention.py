@@ -39,6 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+EQUAL_LENGTHS = (16, 32, 64, 128)  # of captions that need no masks; 8 keys do not fill a register of bfloat16
 _VMEM_BYTES = 14 * 2**20  # of 16 MiB; the rest is for what the compiler spills
 _LOG2E = 1.4426950408889634
 _MASKED = -1e30
@@ -84,7 +85,7 @@ def forward(qkv: jax.Array, captions: Captions, heads: int) -> jax.Array:
     """Attend: qkv bfloat16 [rows, 3 width, tokens] -> y bfloat16 [rows, width, tokens]."""
     rows, width, tokens = qkv.shape[0], qkv.shape[1] // 3, qkv.shape[2]
     outputs = [jax.ShapeDtypeStruct((rows, width, tokens), jnp.bfloat16)]
-    return _call(_forward_kernel, "forward", heads, captions, [qkv], outputs)[0]
+    return _call(forward_kernel, "forward", heads, captions, [qkv], outputs)[0]
 
 
 def backward(
@@ -109,7 +110,7 @@ def backward(
         jax.ShapeDtypeStruct((rows, width, tokens), jnp.bfloat16),
         jax.ShapeDtypeStruct((rows, 1, tokens), jnp.float32),
     ]
-    dqkv, y, mean = _call(_backward_kernel, "backward", heads, captions, [qkv, g, lanes], outputs)
+    dqkv, y, mean = _call(backward_kernel, "backward", heads, captions, [qkv, g, lanes], outputs)
     return dqkv, y, mean[:, 0]
 
 
@@ -209,7 +210,7 @@ def _rows(part: int, head: int, heads: int, size: int) -> Any:
     return pl.ds((part * heads + head) * size, size)
 
 
-def _forward_kernel(qkv_ref: Any, *refs: Any, heads: int, length: int | None) -> None:
+def forward_kernel(qkv_ref: Any, *refs: Any, heads: int, length: int | None) -> None:
     *captions_ref, y_ref = refs
     tokens, size = qkv_ref.shape[2], y_ref.shape[1] // heads
     keys = (
@@ -223,7 +224,7 @@ def _forward_kernel(qkv_ref: Any, *refs: Any, heads: int, length: int | None) ->
         y_ref[0, _rows(0, head, heads, size), :] = _nn(v, keys.spread(p)).astype(jnp.bfloat16)
 
 
-def _backward_kernel(
+def backward_kernel(
     qkv_ref: Any, g_ref: Any, bias_ref: Any, *refs: Any, heads: int, length: int | None
 ) -> None:
     *captions_ref, dqkv_ref, y_ref, mean_ref = refs

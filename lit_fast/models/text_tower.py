@@ -112,7 +112,6 @@ class TextTower(nn.Module):
     embedding_width: int = 0
     projected: bool = True
     dropout: float = 0.0
-    remat_policy: str = "everything"  # of the encoder
     pack: int = 1
     dtype: Any = jnp.float32
 
@@ -132,9 +131,7 @@ class TextTower(nn.Module):
         else:
             self.table = nn.Embed(self.vocab_size, width, embedding_init=init, name=TABLE)
         self.pos_embedding = self.param("pos_embedding", init, (1, self.max_length, width), jnp.float32)
-        self.encoder = Encoder(
-            self.shape, GELU, EPSILON, self.dropout, self.remat_policy, dtype, name=ENCODER
-        )
+        self.encoder = Encoder(self.shape, GELU, EPSILON, self.dropout, dtype=dtype, name=ENCODER)
         if self.pooling == "map":
             self.map_head = MAPHead(self.shape, GELU, EPSILON, dtype, name="MAPHead_0")
         if self.projected:

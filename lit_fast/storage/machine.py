@@ -1,4 +1,4 @@
-"""The limits of the machine or container that this process runs in: cores, memory, open files."""
+"""The machine or container that this process runs in: cores, the processor's flags, memory, open files."""
 
 from __future__ import annotations
 
@@ -48,6 +48,19 @@ def available_memory(root: str = "/") -> int:
             )
             limits.append(stat.get("hierarchical_memory_limit", ""))
     return min([machine, *(int(limit) for limit in limits if limit.isdecimal() and int(limit))])
+
+
+def cpu_flags(root: str = "/") -> frozenset[str]:
+    """Return the flags of the processor, such as "avx512_bf16"; none where the system does not list them.
+
+    Args:
+      root: the directory that holds `proc`.
+    """
+    for line in _read(root, "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()
 
 
 def cached_files(most: int = 256) -> int:

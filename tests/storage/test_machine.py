@@ -7,7 +7,13 @@ import sys
 
 import pytest
 
-from lit_fast.storage.machine import available_memory, cpu_count, raise_open_file_limit
+from lit_fast.storage.machine import (
+    available_memory,
+    cpu_count,
+    cpu_flags,
+    has_nvidia_gpu,
+    raise_open_file_limit,
+)
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 UNLIMITED = "9223372036854771712\n"  # of cgroup v1
@@ -31,6 +37,14 @@ def test_cpu_count_without_affinity_counts_all_cores(monkeypatch, tmp_path):
     """As on macOS."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert cpu_count(str(tmp_path)) == os.cpu_count()
+
+
+def test_cpu_flags_are_those_of_the_first_processor(tmp_path):
+    assert cpu_flags(str(tmp_path)) == frozenset()
+    (tmp_path / "proc").mkdir()
+    text = "processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu avx2\nbugs\t\t: x\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+    (tmp_path / "proc/cpuinfo").write_text(text)
+    assert cpu_flags(str(tmp_path)) == {"fpu", "avx2"}
 
 
 V2 = "0::/kubepods/pod1/box\n"
@@ -115,3 +129,21 @@ def test_raise_open_file_limit_leaves_the_hard_limit():
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] == before[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ((), False),
+        (("null", "nvidiactl", "nvidia-uvm"), False),
+        (("nvidia0", "nvidiactl"), True),
+        (("nvidia12",), True),
+        (("dxg",), True),
+    ],
+)
+def test_has_nvidia_gpu_by_the_devices_of_its_driver(tmp_path, names, found):
+    assert not has_nvidia_gpu(str(tmp_path))
+    for name in names:
+        (tmp_path / "dev").mkdir(exist_ok=True)
+        (tmp_path / "dev" / name).touch()
+    assert has_nvidia_gpu(str(tmp_path)) == found

@@ -38,7 +38,7 @@ def compiled(
     captions=1,
     dropout=0.0,
     microbatches=1,
-    keep="everything",
+    keep="products",
     steps=20,
     loss=(),
     averaged=0.0,
@@ -55,7 +55,7 @@ def compiled(
         ),
     )
     mesh = make_mesh(jax.devices()[:devices])
-    model = TOWER.clone(dropout=dropout, remat_policy=config.text.encoder_remat, **text)
+    model = TOWER.clone(dropout=dropout, **text)
     params = initial_params(config.loss)
     optimizer = make_optimizer(config.optimizer, steps, params)
     state = init_state(params, optimizer, mesh, averaged > 0)
@@ -106,7 +106,7 @@ def test_step_on_any_number_of_devices_agrees(some, options):
 
 @pytest.mark.parametrize(
     ("keep", "microbatches"),
-    [("products", 1), ("hidden", 8), ("inputs", 1), ("embeddings", 8)],
+    [("hidden", 8), ("inputs", 1), ("embeddings", 8)],
 )
 def test_step_with_remat_and_microbatches_equals_the_plain_one(keep, microbatches):
     """With dropout too; only the order of the float32 sums differs."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lit_fast.train.cost.hlo import ASYNC_COPY, COLLECTIVES
+from lit_fast.train.plan.image import PHOTOS_PER_CORE
 from lit_fast.utils.format import format_bytes, format_duration, format_table
 
 _RESOURCES = {
@@ -13,7 +14,7 @@ _RESOURCES = {
     "memory bandwidth": "the memory's bandwidth",
     "interconnect": "the links between the chips",
 }
-_SMALL_BYTES = 1e6  # instructions without an estimate are not listed below
+_SMALL_BYTES = 1e7  # instructions without an estimate are not listed below
 
 
 def format_plan(plan: dict[str, Any]) -> str:
@@ -102,11 +103,10 @@ def _step(plan: dict[str, Any]) -> list[str]:
 def format_times(plan: dict[str, Any]) -> list[str]:
     """Return the table of times: lower bound, compiler's estimate, assumed MFUs; the one to plan by is marked."""
     on_v4 = "the paper's" if plan["chip"]["name"] == "v4" else "the paper's on TPU v4"
-    above = plan["times"]["paper"]["mfu"] < 0.329
     labels = {
         "floor": f"lower bound, by {_RESOURCES[plan['limit']]}",
         "compiler": "compiler's estimate (no measurement)",
-        "paper": "products and starts of kernels" if above else f"at 33 % MFU, {on_v4}",
+        "paper": "products, and 2 us a kernel" if plan["kernels_limit"] else f"at 33 % MFU, {on_v4}",
         "stated": f"at {_percent(plan['mfu'] or 0)} MFU, as stated",
     }
     rows = [("time", "a step", "MFU", "whole run", *["USD"] * bool(plan["price"]), "images/s to stream", "")]
@@ -161,14 +161,14 @@ def _planning(plan: dict[str, Any]) -> list[str]:
 
 
 def _unestimated(program: dict[str, Any]) -> str:
-    """Return the instructions without an estimate that move much, the largest first."""
+    """Return the instructions without an estimate that add to the time, those that move most first."""
     items = sorted(program["unestimated"].items(), key=lambda item: -item[1]["bytes"])
-    shown = [
+    return ", ".join(
         f"{name} x {u['calls']:,.0f}"
         for name, u in items
-        if u["bytes"] >= _SMALL_BYTES or name in COLLECTIVES or name.startswith("custom-call")
-    ]
-    return ", ".join(name.replace(ASYNC_COPY, "asynchronous copies") for name in shown)
+        if name != ASYNC_COPY
+        and (u["bytes"] >= _SMALL_BYTES or name in COLLECTIVES or name.startswith("custom-call"))
+    )
 
 
 def _data(plan: dict[str, Any]) -> list[str]:
@@ -179,8 +179,16 @@ def _data(plan: dict[str, Any]) -> list[str]:
     stream = f"to stream: {rate:,.0f} images/s of {store['row_bytes']:,} bytes, {_si(store['bytes_per_second'])}B/s"
     if hosts > 1:
         stream += f"; a host {rate / hosts:,.0f} images/s, {_si(store['bytes_per_second'] / hosts)}B/s"
-    lines = [
-        f"features of {rows}: {_si(store['bytes'])}B{passes}",
+    if store["cores_per_host"] is not None:
+        cores = f"{store['cores_per_host']:.1f} cores"
+        lines = [
+            f"images of {rows}, decoded while training{passes}",
+            f"to decode: {rate:,.0f} images/s; a host {rate / hosts:,.0f} images/s, about {cores} at "
+            f"{PHOTOS_PER_CORE} photos of 500 x 375 pixels a second and core",
+        ]
+    else:
+        lines = [f"features of {rows}: {_si(store['bytes'])}B{passes}"]
+    lines += [
         stream,
         f"checkpoints: {store['checkpoints_kept']} kept, {_si(store['checkpoint_bytes'])}B each",
     ]

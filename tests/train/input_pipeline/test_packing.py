@@ -210,7 +210,6 @@ def test_step_of_packed_batch_equals_padded_batch(devices, options):
             WIDTH,
             pooling=options["pooling"],
             eos_id=EOS,
-            remat_policy=text.encoder_remat,
             pack=pack,
         )
         params = init_params(tower, config, np.zeros(WIDTH, np.float32))

@@ -1,0 +1,28 @@
+"""The dtype of matrix products where the configuration leaves it open."""
+
+from __future__ import annotations
+
+import jax
+
+from lit_fast.storage.machine import cpu_flags
+
+# CPUs that multiply bfloat16: XLA converts it to float32 on all others, which takes longer than float32 alone. Measured
+# in benchmarks/README.md, "bfloat16 on CPUs".
+BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
+
+
+def fast_dtype(platform: str = "", root: str = "/") -> str:
+    """Return the faster dtype of matrix products, "bfloat16" or "float32".
+
+    Args:
+      platform: of the devices, "cpu", "gpu" or "tpu"; by default that of JAX.
+      root: the directory that holds `proc`.
+    """
+    if (platform or jax.default_backend()) != "cpu":
+        return "bfloat16"
+    return "bfloat16" if cpu_flags(root) & set(BFLOAT16_FLAGS) else "float32"
+
+
+def resolve_dtype(dtype: str, platform: str = "") -> str:
+    """Return `dtype`, or the faster one for "auto"."""
+    return fast_dtype(platform) if dtype == "auto" else dtype
