@@ -119,9 +119,9 @@ TIMM: list[tuple[str, dict[str, Any]]] = [
     ("fbnetc_100", {}),
     ("mnasnet_small", {}),
     ("resnet18", {}),
-    ("resnet50_clip", {"layers": [1, 1, 1, 1]}),
-    ("resnet50_clip_gap", {"layers": [1, 1, 1, 1]}),
-    ("resnetv2_50x1_bit", {"layers": [1, 1, 1, 1]}),
+    ("resnet50_clip", {}),
+    ("resnet50_clip_gap", {}),
+    ("resnetv2_50x1_bit", {}),
     ("resnext26ts", {}),
     ("seresnet18", {}),
     ("resnest14d", {}),
@@ -149,9 +149,9 @@ TIMM: list[tuple[str, dict[str, Any]]] = [
     ("lambda_resnet26t", {}),
     ("volo_d1_224", {"img_size": 224}),
     ("sequencer2d_s", {}),
-    ("focalnet_tiny_srf", {"depths": [1, 1, 1, 1]}),
+    ("focalnet_tiny_srf", {}),
     ("gcvit_xxtiny", {}),
-    ("nest_tiny_jx", {"depths": [1, 1, 2]}),
+    ("nest_tiny_jx", {}),
     ("nextvit_small", {}),
     ("inception_next_atto", {}),
     ("rdnet_tiny", {}),
@@ -223,7 +223,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     },
     "poolformer": {},
     "mobilenet_v2": {},
-    "bit": {"embedding_size": 16, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 1, 1]},
+    "bit": {"num_groups": 8, "embedding_size": 16, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 1, 1]},
 }
 
 

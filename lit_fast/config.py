@@ -54,7 +54,8 @@ class TextConfig:
     init: str = setting(
         "",
         "pretrained text tower of SigLIP, big_vision or open_clip: FILE.npz:txt, a directory with safetensors, or "
-        "hf:OWNER/NAME. The keys above must describe it. Temperature and bias are loaded together with its head",
+        "hf:OWNER/NAME. The keys above must describe it. Temperature and bias are loaded together with its head. Or a "
+        "run, with its temperature, bias, mean and image head",
     )
     dropout: float = setting(0.0, "dropout rate", minimum=0, below=1)
     dtype: str = setting(

@@ -40,7 +40,15 @@ EMBED = (
     ("embed.cli",),
 )
 TRAIN = (
-    ("train.optimizer", "train.evaluator", "train.input_pipeline", "train.text_pass", "train.sizes"),
+    (
+        "train.optimizer",
+        "train.evaluator",
+        "train.input_pipeline",
+        "train.text_pass",
+        "train.sizes",
+        "train.image_start",
+    ),
+    ("train.image_pass",),
     ("train.step", "train.workdir"),
     ("train.export", "train.cost", "train.inputs", "train.attention"),
     ("train.tracking", "train.plan"),

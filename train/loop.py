@@ -1,4 +1,4 @@
-"""Train a text tower: from a configuration to the last checkpoint."""
+"""Train a model: from a configuration to the last checkpoint."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
 from lit_fast.config import Config
-from lit_fast.models.two_towers import init_params, text_embedder, text_tower
+from lit_fast.models.two_towers import image_tower_params, init_params, text_embedder, text_tower
 from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, is_bucket
+from lit_fast.towers.dataset_features import DatasetEmbedder
 from lit_fast.train.attention import (
     AttentionChoice,
     compare_attention,
@@ -107,31 +108,46 @@ def _train(
       mirror: writes the local run directory to the bucket, if it is a copy.
     """
     stream, packing, evaluator, text = inputs.stream, inputs.packing, inputs.evaluator, config.text
-    status(f"dataset {inputs.features.dataset.path}: {stream.description}")
+    status(f"dataset {inputs.dataset.path}: {stream.description}")
     if packing:
         status(packing.description)
         text = replace(text, row_tokens=packing.row_tokens)
 
     # --- Build the optimizer and the model, with the remat policy that fits in memory.
-    build = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=inputs.features.width)
+    build = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=inputs.width)
+    image = inputs.image.tower(config.image) if inputs.image else None
     attention = propose_attention(text, build(text), mesh, workdir)
     attention = compile_kernels(attention, text, build(text), mesh)
     text = replace(text, attention=attention.form)
-    optimizer, abstract_state = abstract_training(build(text), config)
-    memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state)
+    optimizer, abstract_state = abstract_training(build(text), config, image)
+    memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state, image=image)
     status(f"memory: {memory.description}")
     model = build(memory.text)
 
     # --- Initialize the parameters and the state.
     mean = inputs.mean(config.loss.center)
-    evaluator.load_images(mean)
-    params, text_init = load_initial_params(workdir, config.text.init, init_params(model, config, mean))
+    if image and inputs.image:
+        embedder = DatasetEmbedder(image, inputs.image.preprocess, mesh, config.image.workers)
+        evaluator.embed_images_with(embedder)
+        pretrained = inputs.image.params
+        params = init_params(model, config, mean, image if pretrained is None else None)
+        if pretrained is not None:
+            params["img"] = pretrained | params.get("img", {})
+    else:
+        evaluator.load_images(mean)
+        params = init_params(model, config, mean)
+    params, text_init = load_initial_params(workdir, config, params)
     if text_init:
-        status(f"starting from {text_init['source']}: {text_init['taken']}")
+        status(f"text tower starting from {text_init['source']}: {text_init['taken']}")
     state = init_state(params, optimizer, mesh, config.optimizer.average_decay > 0)
     del params  # the state has a copy
     count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
-    status(f"text tower: {count / 1e6:.1f} M parameters on {mesh.size} x {jax.devices()[0].device_kind}")
+    towers = f"text tower: {count / 1e6:.1f} M parameters"
+    if image:
+        count = sum(p.size for p in jax.tree.leaves(image_tower_params(state.params)))
+        start = inputs.tower_json["source"] if config.image.train == "unlocked" else "random weights"
+        towers += f", image tower: {count / 1e6:.1f} M from {start}"
+    status(f"{towers} on {mesh.size} x {jax.devices()[0].device_kind}")
 
     # --- Create the run directory, or resume from its last checkpoint.
     _create_workdir(workdir, config, inputs, text_init)
@@ -157,10 +173,21 @@ def _train(
         first = next(batches)
         batches = chain([first], batches)
         batch_on_devices = _to_devices(first, mesh)
-        attention = compare_attention(attention, config, memory.text, build, mesh, state, batch_on_devices)
+        attention = compare_attention(
+            attention,
+            replace(config, image=memory.image),
+            memory.text,
+            build,
+            mesh,
+            state,
+            batch_on_devices,
+            image,
+        )
         if attention.form == "xla":
             text = replace(text, attention="xla")
-            memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state)
+            memory = choose_remat(
+                replace(config, text=text), build, mesh, optimizer, abstract_state, image=image
+            )
             status(f"memory: {memory.description}")
             model = build(memory.text)
         del batch_on_devices
@@ -170,7 +197,8 @@ def _train(
     # --- Train.
     batch = config.stream.global_batch
     pairs = batch * config.stream.captions_per_image
-    flops = step_flops(model, pairs, batch, config.loss.image_head, packing.mean_tokens if packing else None)
+    tokens = packing.mean_tokens if packing else None
+    flops = step_flops(model, pairs, batch, config.loss.image_head, tokens, image)
     meter = ThroughputMeter(
         pairs,
         flops,
@@ -181,10 +209,11 @@ def _train(
         images_per_step=batch,
         pixels=stream.batches.pixels,
     )
+    fitted = replace(config, text=memory.text, image=memory.image)
     components = _Components(
         config=config,
         mesh=mesh,
-        train_step=make_step(model, optimizer, replace(config, text=memory.text), mesh),
+        train_step=make_step(model, optimizer, fitted, mesh, image),
         batches=batches,
         evaluator=evaluator,
         embed_text=embed_text,
@@ -354,7 +383,7 @@ def _create_workdir(workdir: str, config: Config, inputs: Inputs, text_init: dic
     """Write the records of the run directory."""
     sync_global_devices("checked")  # no process writes before all have checked the directory
     if jax.process_index() == 0:
-        write_workdir(workdir, config, inputs.features, inputs.tokens, inputs.stream, text_init)
+        write_workdir(workdir, config, inputs.tower_json, inputs.tokens, inputs.stream, text_init)
     sync_global_devices("written")
 
 

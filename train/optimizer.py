@@ -162,9 +162,12 @@ def _muon(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
 def matrix_axes(name: str, ndim: int) -> optax.contrib.MuonDimensionNumbers:
     """Return the input and the output axes of a kernel; a remaining first axis is layers.
 
-    Kernels are [inputs, outputs]; of attention [inputs, heads, width] or, after it, [heads, width, outputs].
+    Kernels are [inputs, outputs]; of attention [inputs, heads, width] or, after it, [heads, width, outputs]; of the
+    patch embedding [height, width, channels, outputs].
     """
     parts = name.split("/")
+    if parts[-2:] == ["embedding", "kernel"]:
+        return optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,))
     first = 1 if "encoderblock" in parts else 0
     split = ndim - 1 if "out" in parts else first + 1
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, ndim)))

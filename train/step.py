@@ -17,9 +17,11 @@ from lit_fast.config import Config
 from lit_fast.losses.accumulate import LogitMaxima, LogitStats, LossParams, logit_metrics
 from lit_fast.losses.contrastive import contrastive_loss
 from lit_fast.losses.pairs import make_sides
+from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.text_tower import TextTower, unpack_captions
-from lit_fast.models.two_towers import Params, init_params
+from lit_fast.models.two_towers import Params, image_head, init_params
 from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, platform_of, replicated, shard_map
+from lit_fast.train.image_pass import embed_pixels
 from lit_fast.train.optimizer import make_optimizer, make_schedule
 from lit_fast.train.sizes import with_tile
 from lit_fast.train.text_pass import DeviceBatch, embed_texts
@@ -49,13 +51,15 @@ def init_state(
     return jax.jit(make, out_shardings=replicated(mesh))(params)
 
 
-def abstract_training(model: TextTower, config: Config) -> tuple[optax.GradientTransformation, State]:
+def abstract_training(
+    model: TextTower, config: Config, image: ImageTower | None = None
+) -> tuple[optax.GradientTransformation, State]:
     """Build the optimizer, and the training state as shapes and dtypes, without computing anything.
 
     Raises:
       UserError: a rule of the optimizer matches no parameter.
     """
-    params = jax.eval_shape(lambda: init_params(model, config, np.zeros(model.out_dim)))
+    params = jax.eval_shape(lambda: init_params(model, config, np.zeros(model.out_dim), image))
     optimizer = make_optimizer(config.optimizer, config.steps, params)
     averaged = config.optimizer.average_decay > 0
     return optimizer, jax.eval_shape(partial(_initial_state, optimizer, averaged), params)
@@ -67,7 +71,11 @@ def _initial_state(optimizer: optax.GradientTransformation, averaged: bool, para
 
 
 def make_step(
-    model: TextTower, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh
+    model: TextTower,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: Mesh,
+    image: ImageTower | None = None,
 ) -> jax.stages.Wrapped:
     """Return the jitted function (state, batch) -> (state, metrics); it donates the state.
 
@@ -76,13 +84,17 @@ def make_step(
       optimizer: as `init_state` had it.
       config: of the run.
       mesh: the devices; the batch is sharded over them, the state replicated.
+      image: the image tower, if it is trained; its remat policy is that of the configuration.
 
-    The batch has images bfloat16 [n, width], ids integer [n * captions, length] and rows int32 [n]; for packed
-    captions see `lit_fast.train.input_pipeline.packing`. Metrics are float32 scalars.
+    The batch has images bfloat16 [n, width], or with a trained image tower pixels uint8 [n, size, size, 3]; ids integer
+    [n * captions, length] and rows int32 [n]; for packed captions see `lit_fast.train.input_pipeline.packing`. Metrics
+    are float32 scalars.
     """
     schedule = make_schedule(config.optimizer, config.steps)
     sharded_loss_and_grads = shard_map(
-        lambda *arrays: loss_and_grads(model, config, mesh.size, platform_of(mesh), *arrays)[:3],
+        lambda params, batch, key: loss_and_grads(
+            model, config, mesh.size, platform_of(mesh), params, batch, key, image
+        )[:3],
         mesh,
         (REPLICATED, SHARDED, REPLICATED),
     )
@@ -130,13 +142,16 @@ def loss_and_grads(
     params: Params,
     batch: DeviceBatch,
     key: jax.Array,
+    image: ImageTower | None = None,
 ) -> tuple[jax.Array, Params, LogitStats, jax.Array]:
     """Compute loss, gradients and logit statistics of the global batch; runs on each device.
 
     The last result is the embeddings of this device's texts, normalized, float32 [n, width].
     """
-    loss_share = partial(_loss_share, model, with_tile(config, platform), num_devices, platform)
+    loss_share = partial(_loss_share, model, image, with_tile(config, platform), num_devices, platform)
     (loss, (stats, texts)), grads = jax.value_and_grad(loss_share, has_aux=True)(params, batch, key)
+    if num_devices == 1:  # XLA would copy the gradients
+        return loss, grads, stats, texts
     # One all-reduce for everything that adds up; the maxima need their own.
     loss, grads, sums = lax.psum((loss, grads, stats.sums), AXIS)
     maxima = LogitMaxima(*lax.pmax(jnp.stack(stats.maxima), AXIS))
@@ -145,6 +160,7 @@ def loss_and_grads(
 
 def _loss_share(
     model: TextTower,
+    image: ImageTower | None,
     config: Config,
     num_devices: int,
     platform: str,
@@ -153,13 +169,17 @@ def _loss_share(
     key: jax.Array,
 ) -> tuple[jax.Array, tuple[LogitStats, jax.Array]]:
     """Compute the loss of this device's texts against the images of all devices; with logit statistics and texts."""
-    images = normalize(batch["images"].astype(jnp.float32) - params["mean"])
+    if image is None:
+        images = normalize(batch["images"].astype(jnp.float32) - params["mean"])
+    else:
+        images = embed_pixels(image, config, params, batch["pixels"])
     seeds = jax.random.bits(jax.random.fold_in(key, _SEEDS_INDEX), (2,))
     loss_params = LossParams(
         texts=embed_texts(model, config.text, params, batch, key, platform),
         log_scale=params["t"][0],
         bias=params["b"][0] if "b" in params else None,
-        head=params["img"]["head"]["kernel"] if "img" in params else None,
+        head=image_head(params) if image is None else None,
+        images=None if image is None else images,
     )
     ids = partial(_caption_ids, batch, model.max_length)
     captions = config.stream.captions_per_image

@@ -6,22 +6,23 @@ A run resumes only with its own configuration and inputs. `check_*` compare them
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import Mesh
 
 from lit_fast.config import MAY_CHANGE_ON_RESUME, Config, flatten
 from lit_fast.config_io import to_toml
-from lit_fast.data.features import Features
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
 from lit_fast.models.precision import fast_dtype
-from lit_fast.models.two_towers import Params
-from lit_fast.runs.run import read_config
+from lit_fast.models.two_towers import Params, without_image_tower
+from lit_fast.runs.run import open_run, read_config
 from lit_fast.runtime import broadcast_text
 from lit_fast.storage.files import (
     exists,
@@ -35,6 +36,7 @@ from lit_fast.storage.files import (
 )
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
+from lit_fast.towers.trained import is_run, params_digest
 from lit_fast.train.input_pipeline.stream import Stream
 from lit_fast.utils.output import status
 from lit_fast.weights.text_towers import read_text_weights, start_from
@@ -130,27 +132,27 @@ def choose_dtype(config: Config, workdir: StrPath, mesh: Mesh) -> Config:
 def write_workdir(
     workdir: StrPath,
     config: Config,
-    features: Features,
+    tower: dict[str, Any],
     tokens: Tokens,
     stream: Stream,
     text_init: dict[str, Any] | None,
 ) -> None:
-    """Write the configuration and the records of the inputs."""
+    """Write the configuration and the records of the inputs; `tower` is the provenance of the vision tower."""
     # First, because this file makes the directory a run: after a kill the run can be resumed.
     write_atomic(join(workdir, "config.toml"), to_toml(config).encode())
-    write_json(join(workdir, "tower.json"), features.provenance)
+    write_json(join(workdir, "tower.json"), tower)
     write_json(join(workdir, "tokens.json"), {k: v for k, v in tokens.meta.items() if k != "shard_keys"})
     record = {"identity": stream.identity, "description": stream.description, "in_memory": stream.in_memory}
-    write_json(join(workdir, "stream.json"), record | {"dataset": features.dataset.digest})
+    write_json(join(workdir, "stream.json"), record | {"dataset": tokens.dataset.digest})
     write_atomic(join(workdir, "tokenizer.model"), tokens.tokenizer().model)
     if text_init:
         write_json(join(workdir, _TEXT_INIT), text_init)
 
 
 def load_initial_params(
-    workdir: StrPath, source: str, params: Params
+    workdir: StrPath, config: Config, params: Params
 ) -> tuple[Params, dict[str, Any] | None]:
-    """Replace random parameters with the pretrained ones of `source`.
+    """Replace random parameters with the pretrained ones of `text.init`.
 
     Without a source, and if the run has a checkpoint, nothing is read.
 
@@ -160,17 +162,59 @@ def load_initial_params(
     Raises:
       UserError: the weights cannot be read, do not fit, or are not those that this run started with.
     """
+    source = config.text.init
     has_checkpoint = any(name.isdigit() for name in list_names(join(workdir, "checkpoints")))
     if not source or broadcast_one_to_all(np.int32(has_checkpoint)):  # others may not see the checkpoints
         return params, None
-    weights = read_text_weights(source)
+    if is_run(source):
+        started, sha256, taken = start_from_run(source, params, config.loss.center)
+    else:
+        if config.loss.center and config.image.trained:
+            raise UserError(
+                f"loss.center needs a mean, which {source} has not; leave it out, or set text.init to a centred run"
+            )
+        weights = read_text_weights(source)
+        sha256 = weights.sha256
+        started, taken = start_from(weights, params)
     record = join(workdir, _TEXT_INIT)
-    if is_file(record) and read_object(record, "sha256")["sha256"] != weights.sha256:
+    if is_file(record) and read_object(record, "sha256")["sha256"] != sha256:
         raise UserError(
-            f"workdir {workdir} was started with other weights than {weights.path} has now; choose another --workdir"
+            f"workdir {workdir} was started with other weights than {source} has now; choose another --workdir"
         )
-    params, taken = start_from(weights, params)
-    return params, {"source": source, "sha256": weights.sha256, "taken": taken}
+    return started, {"source": source, "sha256": sha256, "taken": taken}
+
+
+def start_from_run(source: str, params: Params, center: bool) -> tuple[Params, str, str]:
+    """Replace initial parameters by those of another run's last checkpoint.
+
+    They are the text tower, temperature, bias, mean and image head; an image tower is named by `image.tower`. `center`
+    is `loss.center`, which must be that of the run.
+
+    Returns:
+      The parameters, the digest of those that were replaced, and a description.
+
+    Raises:
+      UserError: the run's model differs from that of the configuration.
+    """
+    run = open_run(source)
+    if run.config.loss.center != center:
+        raise UserError(
+            f"run {source} has loss.center {json.dumps(run.config.loss.center)} and this configuration has "
+            f"{json.dumps(center)}; set it as there"
+        )
+    found = jax.tree.map(np.asarray, without_image_tower(run.params))
+    wanted = without_image_tower(params)
+    have, want = (flatten_dict(tree, sep="/") for tree in (found, wanted))
+    for name in sorted(have.keys() | want.keys()):
+        shapes = [flat[name].shape if name in flat else None for flat in (have, want)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"run {source} has another model: its {name} has shape {shapes[0]}, this configuration's {shapes[1]}; "
+                "set the keys of [text] and [loss] as there"
+            )
+    image = {"img": params.get("img", {}) | found.get("img", {})} if "img" in params else {}
+    taken = f"all parameters of step {run.step} but those of an image tower"
+    return params | found | image, params_digest(found), taken
 
 
 def check_initial_params(

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def evaluate(parser: argparse.ArgumentParser) -> Run:
     """Evaluate a run: zero-shot and few-shot classification, image-text retrieval.
 
-    The datasets must be embedded by the tower of the run; `lit-fast index wds:NAME` downloads public ones. Each
-    metric has its chance level and a 95 % interval. Retrieval with captions in several languages is evaluated per
-    language and averaged.
+    The datasets must be embedded by the tower of the run, unless it trained its image tower, which embeds the images;
+    `lit-fast index wds:NAME` downloads public ones. Each metric has its chance level and a 95 % interval. Retrieval
+    with captions in several languages is evaluated per language and averaged.
 
     Example: lit-fast eval runs/b8 --zero-shot data/imagenet-val --retrieval data/coco-val --json eval.json
     """
@@ -85,8 +85,9 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
 def _evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     from lit_fast.data.dataset import open_dataset
     from lit_fast.data.features import rows_without_features
+    from lit_fast.data.images.sources import check_sources
     from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
-    from lit_fast.evaluation.few_shot import check_few_shot, evaluate_few_shot
+    from lit_fast.evaluation.few_shot import check_few_shot
     from lit_fast.evaluation.known_sets import resolve_labels
     from lit_fast.evaluation.table import format_results
     from lit_fast.report.evaluation_page import (
@@ -97,7 +98,7 @@ def _evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         retrieval_section,
         zero_shot_section,
     )
-    from lit_fast.runs.run import check_run, open_run, read_tower
+    from lit_fast.runs.run import check_run, open_run, read_config, read_tower
 
     # --- find every mistake before the weights are loaded
     if not args.zero_shot and not args.retrieval and not args.few_shot:
@@ -110,7 +111,14 @@ def _evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         check_output(args.json)
     check_output(args.page, "--page")
     check_run(args.run)
-    tower = read_tower(args.run)
+    tower, trained = read_tower(args.run), read_config(args.run).image.trained
+
+    def invalid_rows(dataset: Dataset) -> set[int]:
+        if not trained:
+            return rows_without_features(dataset, tower)
+        check_sources(dataset)  # the images are embedded
+        return set()
+
     files = {
         "classnames": args.classnames,
         "templates": args.templates,
@@ -124,32 +132,35 @@ def _evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     ):
         for path in paths:
             dataset = open_dataset(path)
-            invalid = partial(rows_without_features, dataset, tower)
+            invalid = partial(invalid_rows, dataset)
             jobs.append((dataset, evaluation(dataset, invalid, **options), partial(section, **options)))
     pairs = [(open_dataset(train), open_dataset(test)) for train, test in args.few_shot]
     for pair in pairs:
         check_few_shot(*pair)
         for dataset in pair:
-            rows_without_features(dataset, tower)
+            invalid_rows(dataset)
 
     start_jax()
+    from lit_fast.inference.run_images import RunImages
 
-    # --- few-shot: needs the tower, not the weights of the run
+    run = open_run(args.run, args.step, args.average)
+    run_images = RunImages(run)
+
+    # --- few-shot: needs the vision tower alone
     few_shot = []
     names = iter(distinct_names(dataset.path for pair in pairs for dataset in pair))
     for train, test in pairs:
         output.status(f"evaluating {test.path} few-shot")
-        result = evaluate_few_shot(train, test, tower)
+        result = run_images.few_shot(train, test)
         few_shot.append(result | {"train_dataset": next(names), "dataset": next(names)})
 
     # --- zero-shot and retrieval
-    run = open_run(args.run, args.step, args.average)
     model = {"model": run.name, "pretrained": f"step {run.step}{' average' * args.average}"}
     results, page = [], []
     for name, (dataset, measure, section) in zip(distinct_names(j[0].path for j in jobs), jobs, strict=True):
         output.status(f"evaluating {dataset.path}")
         embed_text = memoized(run.embed_text) if args.page else run.embed_text
-        embedded = (*run.image_embeddings(dataset), embed_text)
+        embedded = (*run_images.embeddings(dataset), embed_text)
         found = [result | model | {"dataset": name} for result in measure(*embedded)]
         results += found
         if args.page:

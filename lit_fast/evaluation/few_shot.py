@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ from lit_fast.errors import UserError
 from lit_fast.evaluation.bootstrap import bootstrap
 from lit_fast.storage.files import read_json, write_json
 from lit_fast.storage.paths import join
+
+RowFeatures = tuple[np.ndarray, np.ndarray]
+"""Rows int64 [n], increasing, and their features bfloat16 [n, width]."""
 
 SHOTS = (1, 5, 10, 25)
 SEEDS = (0, 1, 2)
@@ -89,14 +93,39 @@ def evaluate_few_shot(train: Dataset, test: Dataset, tower: dict[str, Any]) -> d
         are not finite.
     """
     check_few_shot(train, test)
-    sets = [_labelled(dataset, matching_features(dataset, tower)) for dataset in (train, test)]
-    digest = _digest([_PROCEDURE, *(s.identity for s in sets)])
-    cache = join(sets[1].features.path, "few_shot", f"{digest}.json")
+    stores = [matching_features(dataset, tower) for dataset in (train, test)]
+    sets = [_labelled(store.dataset, store.invalid_rows(), partial(_read, store)) for store in stores]
+    digest = _digest([_PROCEDURE, *map(_identity, stores, sets)])
+    cache = join(stores[1].path, "few_shot", f"{digest}.json")
     figures = _cached(cache)
     if figures is None:
         figures = _evaluate(*sets)
         with suppress(OSError):  # a dataset on a read-only disk is evaluated each time
             write_json(cache, {"digest": _digest(figures), "result": figures})
+    return _result(train, test, figures)
+
+
+def evaluate_few_shot_features(
+    train: Dataset, test: Dataset, train_images: RowFeatures, test_images: RowFeatures
+) -> dict[str, Any]:
+    """Do as `evaluate_few_shot` with given features, of a tower that is being trained; nothing is cached.
+
+    Args:
+      train, test: as of `evaluate_few_shot`.
+      train_images, test_images: rows int64 [n], increasing, and their features bfloat16 [n, width].
+    """
+    sets = []
+    for dataset, (rows, features) in ((train, train_images), (test, test_images)):
+        invalid = np.setdiff1d(np.arange(dataset.rows), rows)
+
+        def read(wanted: np.ndarray, rows: np.ndarray = rows, features: np.ndarray = features) -> np.ndarray:
+            return features[np.searchsorted(rows, wanted)]
+
+        sets.append(_labelled(dataset, invalid, read))
+    return _result(train, test, _evaluate(*sets))
+
+
+def _result(train: Dataset, test: Dataset, figures: dict[str, Any]) -> dict[str, Any]:
     head = {"dataset": test.name, "model": "", "pretrained": "", "task": "few_shot_classification"}
     return head | {"language": "", "rows": test.rows, "train_dataset": train.name} | figures
 
@@ -106,38 +135,48 @@ class _Labelled:
     """The rows of a dataset that have both label and feature.
 
     Attributes:
-      features: of the tower.
+      dataset: of the rows.
       rows: int64 [n], increasing.
       labels: int64 [n].
+      read_rows: returns the features bfloat16 [k, width] of increasing rows of the dataset.
     """
 
-    features: Features
+    dataset: Dataset
     rows: np.ndarray
     labels: np.ndarray
-
-    @property
-    def identity(self) -> list[Any]:
-        """Digests of the rows, their labels and their features."""
-        digests = [manifest.features for manifest in self.features.manifests().values()]
-        arrays = [hashlib.blake2b(a.tobytes(), digest_size=16).hexdigest() for a in (self.rows, self.labels)]
-        return [self.features.dataset.digest, self.features.identity, *digests, *arrays]
+    read_rows: Callable[[np.ndarray], np.ndarray]
 
     def read(self, positions: np.ndarray) -> np.ndarray:
         """Read the features at increasing positions of `rows`: float32 [k, width]."""
-        dataset, width = self.features.dataset, self.features.width
-        try:
-            values = self.features.array()[self.rows[positions], :width].read().result().astype(np.float32)
-        except ValueError as error:
-            raise read_error(self.features.path, error) from None
+        values = self.read_rows(self.rows[positions]).astype(np.float32)
         if not np.isfinite(values).all():
-            raise UserError(f"features of {dataset.path} are not finite; embed the dataset again")
+            raise UserError(f"features of {self.dataset.path} are not finite; embed the dataset again")
         return values
 
 
-def _labelled(dataset: Dataset, features: Features) -> _Labelled:
+def _read(features: Features, rows: np.ndarray) -> np.ndarray:
+    """Read the stored features of rows, bfloat16 [k, width]."""
+    try:
+        values: np.ndarray = features.array()[rows, : features.width].read().result()
+    except ValueError as error:
+        raise read_error(features.path, error) from None
+    return values
+
+
+def _identity(features: Features, labelled: _Labelled) -> list[Any]:
+    """Return digests of the rows, their labels and their features."""
+    digests = [manifest.features for manifest in features.manifests().values()]
+    arrays = (labelled.rows, labelled.labels)
+    hashes = [hashlib.blake2b(a.tobytes(), digest_size=16).hexdigest() for a in arrays]
+    return [features.dataset.digest, features.identity, *digests, *hashes]
+
+
+def _labelled(
+    dataset: Dataset, invalid: Iterable[int], read_rows: Callable[[np.ndarray], np.ndarray]
+) -> _Labelled:
     labels = np.concatenate([np.array(block.labels, np.int64) for block in dataset.iter_blocks()])
     usable = labels >= 0
-    usable[list(features.invalid_rows())] = False
+    usable[list(invalid)] = False
     rows = np.flatnonzero(usable)
     if not len(rows):
         raise UserError(
@@ -149,11 +188,11 @@ def _labelled(dataset: Dataset, features: Features) -> _Labelled:
             f"dataset {dataset.path} has label {labels.max()} but only {names} class names (numbered from 0); add the "
             "missing names and index it again"
         )
-    return _Labelled(features, rows, labels[rows])
+    return _Labelled(dataset, rows, labels[rows], read_rows)
 
 
 def _evaluate(train: _Labelled, test: _Labelled) -> dict[str, Any]:
-    dataset = train.features.dataset
+    dataset = train.dataset
     if len(np.unique(train.labels)) < 2:
         raise UserError(
             f"dataset {dataset.path} has images of one class; few-shot classification needs two or more"

@@ -28,7 +28,7 @@ from lit_fast.data.features import first_view, tower_options
 from lit_fast.data.tokenizer import load_tokenizer
 from lit_fast.errors import UserError
 from lit_fast.inference.model import Model
-from lit_fast.models.two_towers import Params, init_params, text_tower
+from lit_fast.models.two_towers import Params, init_params, text_tower, without_image_tower
 from lit_fast.models.vit import ViT
 from lit_fast.runs.run import open_run, read_tower
 from lit_fast.storage.files import exists, is_file, read_object
@@ -37,7 +37,7 @@ from lit_fast.storage.paths import name as last_part
 from lit_fast.towers.embed import open_tower
 from lit_fast.towers.interface import FrozenTower
 from lit_fast.towers.torch.load import LIBRARIES, torch_tower_from_provenance
-from lit_fast.towers.tower import Tower, from_provenance
+from lit_fast.towers.tower import Tower, from_provenance, trained_tower
 from lit_fast.weights.parameters import nested
 from lit_fast.weights.reader import open_safetensors
 from lit_fast.weights.resolve import fetch_folder, find_repository
@@ -87,17 +87,23 @@ def load(path: StrPath, *, step: int | None = None, average: bool = False, tower
 
 def _load_run(path: str, step: int | None, average: bool, weights: str | None) -> Model:
     run = open_run(path, step, average)
+    provenance, open_tower = run.tower_json, lambda: _open_tower_of_run(path, run.tower_json, weights)
+    if run.config.image.trained:
+        if weights:
+            raise UserError(f"run {path} trained its own image tower; leave out tower")
+        tower = trained_tower(run)
+        provenance, open_tower = tower.provenance(run.config.image.dtype), lambda: tower
     return Model(
         name=run.name,
         step=run.step,
         average=average,
-        tower_json=run.tower_json,
+        tower_json=provenance,
         config=run.config.text,
         loss=run.config.loss,
         tokenizer=run.tokenizer,
-        params=jax.tree.map(np.asarray, run.params),
+        params=jax.tree.map(np.asarray, without_image_tower(run.params)),
         receipt=_read_receipt(path),
-        open_tower=lambda: _open_tower_of_run(path, run.tower_json, weights),
+        open_tower=open_tower,
     )
 
 

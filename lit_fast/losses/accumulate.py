@@ -35,6 +35,8 @@ class LossParams(NamedTuple):
     log_scale: jax.Array  # float32 [], logarithm of the temperature
     bias: jax.Array | None = None  # float32 []
     head: jax.Array | None = None  # float32 [width, width], applied to the image features
+    # float32 [n, width], the features of `ImageSide` where they are trained; without a head then
+    images: jax.Array | None = None
 
 
 # --- statistics of the logits
@@ -174,9 +176,13 @@ def accumulate_pair_loss(
     text_tiles = make_text_tiles(config, params.texts, texts, text_inputs)
 
     def block_body(
-        carry: _LocalCarry, block: tuple[ImageSide, Any], _: None, valid: jax.Array
-    ) -> tuple[_LocalCarry, None]:
-        """Add the pairs of one image tile with all texts of this device."""
+        carry: _LocalCarry, block: tuple[ImageSide, Any], trained: jax.Array | None, valid: jax.Array
+    ) -> tuple[_LocalCarry, jax.Array | None]:
+        """Add the pairs of one image tile with all texts of this device.
+
+        `trained` is the gradient by the tile's embeddings, where they are trained, without the factor `scale`. It
+        rotates with the images, so that each device adds the part of its texts.
+        """
         image_side, image_inputs = block
         image_tile, head_vjp = make_image_tile(config, params.head, image_side, valid)
 
@@ -196,12 +202,12 @@ def accumulate_pair_loss(
             )
             return (sums, dimages), dtexts + einsum(precision, "nm,nd->md", dlogits, image_tile.embeddings)
 
-        dimages = None if head_vjp is None else jnp.zeros_like(image_tile.embeddings)
+        dimages = trained if head_vjp is None else jnp.zeros_like(image_tile.embeddings)
         (sums, dimages), dtexts = scan_text_tiles(tile_body, (carry.sums, dimages), carry.dtexts, text_tiles)
         dhead = carry.dhead
         if head_vjp is not None and dhead is not None:
             dhead += head_vjp(scale * dimages)[0]
-        return _LocalCarry(sums, dtexts, dhead), None
+        return _LocalCarry(sums, dtexts, dhead), dimages if head_vjp is None else None
 
     zero = jnp.zeros(())
     carry = _LocalCarry(
@@ -209,7 +215,10 @@ def accumulate_pair_loss(
         jnp.zeros_like(text_tiles.embeddings),
         None if params.head is None else jnp.zeros_like(params.head),
     )
-    (sums, dtexts, dhead), _ = ring_scan(num_devices, config.tile, block_body, carry, (images, image_inputs))
+    trained = None if params.images is None else jnp.zeros_like(params.images)
+    (sums, dtexts, dhead), dimages = ring_scan(
+        num_devices, config.tile, block_body, carry, (images, image_inputs), trained
+    )
     dtexts = from_tiles(len(params.texts), dtexts)
     grads = LossParams(
         texts=scale * dtexts,
@@ -217,5 +226,6 @@ def accumulate_pair_loss(
         log_scale=scale * jnp.sum(dtexts * params.texts),
         bias=None if params.bias is None else sums.dlogits,
         head=dhead,
+        images=None if dimages is None else scale * dimages,
     )
     return LossAndGrads(sums.loss, grads, sums.stats)

@@ -24,13 +24,14 @@ def contrastive_loss(
     """Compute this device's share of the loss: its texts against the images of all devices.
 
     The shares of all devices add up to the loss of the global batch, see `sigmoid_loss` and `softmax_loss`.
-    Differentiable in `params`; the image features are frozen. The gradients are formed in the forward pass, tile by
-    tile, so nothing is stored for the backward pass. Call it inside `shard_map` over the mesh axis.
+    Differentiable in `params`, which has the image embeddings where they are trained. The gradients are formed in the
+    forward pass, tile by tile, so nothing is stored for the backward pass. Call it inside `shard_map` over the mesh
+    axis.
 
     Args:
       config: formula, pairs and tile size.
       num_devices: size of the mesh axis.
-      params: embeddings of this device's texts, temperature, bias and image head.
+      params: embeddings of this device's texts, temperature, bias, and image head or image embeddings.
       images: the images of this device, from `make_sides`.
       texts: the texts of this device, likewise.
 

@@ -1,7 +1,8 @@
-"""The ring: image blocks rotate over the devices; text embeddings and all gradients stay.
+"""The ring: image blocks rotate over the devices; text embeddings and their gradients stay.
 
-Section 3.3 of the SigLIP paper rotates one side's embeddings and returns their gradients. Frozen image features need
-no gradients, so rotating them takes half the traffic.
+Section 3.3 of the SigLIP paper rotates one side's embeddings and returns their gradients: so do trained image
+embeddings, whose gradients rotate with them and come back as the sum over all devices. Frozen image features need no
+gradients, so that rotating them takes half the traffic.
 
 The `n` images and `m` texts of a device are split into tiles, so that the pairs of one tile fit in the processor's
 cache. Arrays [n, ...] become [tiles, tile, ...]; the last tile is padded with zeros, and `valid` bool [tiles, tile] is

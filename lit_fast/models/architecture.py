@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lit_fast.models.sizes import Shape
 
 POOLS = ("tok", "gap", "map", "projection")
+GELUS = ("exact", "tanh", "quick")
+# Larger values in a file would need more memory than any machine has.
+_MAX_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,36 @@ class Architecture:
     def width(self) -> int:
         """Width of a feature vector."""
         return self.projection if self.pool == "projection" else self.shape.width
+
+
+def from_record(record: dict[str, Any]) -> Architecture:
+    """Return the architecture that `tower.json` records, see `lit_fast.towers.tower.Tower.record`.
+
+    Raises:
+      KeyError, TypeError, ValueError: a value is missing or invalid.
+    """
+    width, pool, gelu = record["width"], record["pool"], record["gelu"]
+    if record["architecture"] != "vit" or pool not in POOLS or gelu not in (*GELUS, "swiglu"):
+        raise ValueError(f"architecture {record['architecture']!r}, pool {pool!r}, gelu {gelu!r}")
+    architecture = Architecture(
+        shape=Shape(record.get("encoder_width", width), record["depth"], record["mlp_dim"], record["heads"]),
+        patch=record["patch"],
+        pool=pool,
+        gelu=gelu,
+        epsilon=record["layer_norm_epsilon"],
+        class_token=record.get("class_token", pool == "tok"),
+        registers=record.get("registers", 0),
+        pre_norm=record.get("pre_norm", False),
+        norm_after_pool=record.get("norm_after_pool", False),
+        projection=width if pool == "projection" else 0,
+    )
+    shape = architecture.shape
+    sizes = (width, *shape, architecture.patch, architecture.registers + 1)
+    if not all(type(n) is int and 0 < n <= _MAX_SIZE for n in sizes) or shape.width % shape.heads:
+        raise ValueError(f"sizes {sizes}")
+    if type(architecture.epsilon) is not float:
+        raise TypeError(f"layer_norm_epsilon {architecture.epsilon!r}")
+    return architecture
 
 
 def parameters(architecture: Architecture, size: int) -> int:

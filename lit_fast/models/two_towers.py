@@ -1,4 +1,4 @@
-"""The trained model, text tower and image head, as one tree of parameters, and how it embeds."""
+"""The trained model as one tree of parameters, and how it embeds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from lit_fast.config import Config, TextConfig
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
+from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.precision import resolve_dtype
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import batch_sharding, replicated
@@ -21,7 +22,8 @@ from lit_fast.utils.normalize import normalize
 
 Params = dict[str, Any]
 """{"txt": the text tower, "t": log temperature [1], "b": bias [1], "mean": image mean [width],
-"img": {"head": {"kernel": image head [width, width]}}}; "b" and "img" only where the loss has them."""
+"img": {"head": {"kernel": image head [width, width]}, ...: those of a trained image tower}}; "b" and "img" only where
+the model has them."""
 
 EMBED_BATCH = 512
 
@@ -53,8 +55,17 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
     )
 
 
-def init_params(model: TextTower, config: Config, mean: np.ndarray) -> Params:
-    """Initialize the parameters; `mean` float32 [width] is subtracted from image features, zero for no centering."""
+def init_params(
+    model: TextTower, config: Config, mean: np.ndarray, image: ImageTower | None = None
+) -> Params:
+    """Initialize the parameters.
+
+    Args:
+      model: the text tower.
+      config: of the run.
+      mean: float32 [width], is subtracted from image features; zero for no centering.
+      image: the image tower, if it is trained.
+    """
     ids = jnp.zeros((1, model.max_length), jnp.int32)
     params: Params = {
         "txt": jax.jit(model.init)(jax.random.key(config.seed), ids)["params"],
@@ -63,9 +74,28 @@ def init_params(model: TextTower, config: Config, mean: np.ndarray) -> Params:
     }
     if config.loss.name == "sigmoid" and config.loss.bias:
         params["b"] = jnp.full((1,), config.loss.bias_init, jnp.float32)
+    img: Params = {}
+    if image is not None:
+        img |= image.init(jax.random.fold_in(jax.random.key(config.seed), 1))
     if config.loss.image_head:
-        params["img"] = {"head": {"kernel": jnp.eye(len(mean), dtype=jnp.float32)}}
-    return params
+        img["head"] = {"kernel": jnp.eye(len(mean), dtype=jnp.float32)}
+    return params | ({"img": img} if img else {})
+
+
+def image_tower_params(params: Params) -> Params:
+    """Return the parameters of a trained image tower; empty where it is frozen."""
+    return {name: p for name, p in params.get("img", {}).items() if name != "head"}
+
+
+def without_image_tower(params: Params) -> Params:
+    """Return the parameters beside those of a trained image tower."""
+    rest = {name: p for name, p in params.items() if name != "img"}
+    return rest | ({"img": {"head": params["img"]["head"]}} if image_head(params) is not None else {})
+
+
+def image_head(params: Params) -> Any:
+    """Return the kernel of the image head, float32 [width, width]; None if the model has none."""
+    return params["img"]["head"]["kernel"] if "head" in params.get("img", {}) else None
 
 
 def embed_ids(
@@ -116,6 +146,5 @@ def centered(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
 
 def apply_image_head(params: Params, images: np.ndarray) -> np.ndarray:
     """Apply the image head, if any, to centred and normalized features float32 [n, width]; normalized."""
-    if "img" not in params:
-        return images
-    return normalize(images @ np.asarray(params["img"]["head"]["kernel"]))
+    head = image_head(params)
+    return images if head is None else normalize(images @ np.asarray(head))

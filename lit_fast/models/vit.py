@@ -23,6 +23,7 @@ class ViT(nn.Module):
 
     architecture: Architecture
     dtype: Any = jnp.float32
+    remat_policy: str = "everything"  # of the encoder
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -46,7 +47,13 @@ class ViT(nn.Module):
             x = LayerNorm(epsilon=a.epsilon, name="pre_norm")(x)
         final_norm = not a.norm_after_pool
         encoder = Encoder(
-            a.shape, a.gelu, a.epsilon, dtype=self.dtype, final_norm=final_norm, name="Transformer"
+            a.shape,
+            a.gelu,
+            a.epsilon,
+            remat_policy=self.remat_policy,
+            dtype=self.dtype,
+            final_norm=final_norm,
+            name="Transformer",
         )
         first = None if a.pool in ("gap", "map") else jnp.zeros((n, 1), jnp.int32)
         x = encoder(x, output_positions=first)

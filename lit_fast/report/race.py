@@ -65,21 +65,21 @@ def rank(runs: dict[str, Sequence[Record]], by: str = "") -> tuple[list[Standing
 
 
 def table_of(standings: Sequence[Standing], by: str) -> list[list[str]]:
-    """Return the head and the rows of the ranking, best first.
+    """Return the head and the rows of the ranking: a column per tower, the best first, and a row per figure.
 
     A cell is the mean over the seeds in percent, and their standard deviation. The name of the evaluation set is in
     the first cell if there is only one.
     """
-    names = [by, *(name for name in standings[0].figures if name != by)]
+    shared = [name for name in standings[0].figures if all(name in s.figures for s in standings)]
+    names = [by, *(name for name in shared if name != by)]
     prefix = by.rpartition("/")[0] + "/"
-    is_shared = prefix != "/" and all(name.startswith(prefix) for name in names)
-    shown = [name.removeprefix(prefix) if is_shared else name for name in names]
-    first = f"tower, on {prefix[:-1]}" if is_shared else "tower"
-    rows = [[first, f"{shown[0]}, %", "by seed", *(f"{name}, %" for name in shown[1:])]]
-    for standing in standings:
-        cells = [_percent(standing, name) for name in names if name in standing.figures]
-        seeds = " ".join(f"{100 * v:.1f}" for v in standing.figures[by])
-        rows.append([standing.tower, cells[0], seeds, *cells[1:]])
+    is_only = prefix != "/" and all(name.startswith(prefix) for name in names)
+    rows = [[f"on {prefix[:-1]}" if is_only else "", *(s.tower for s in standings)]]
+    for name in names:
+        cells = [_percent(standing, name) for standing in standings]
+        rows.append([f"{name.removeprefix(prefix) if is_only else name}, %", *cells])
+    seeds = [" ".join(f"{100 * v:.1f}" for v in standing.figures[by]) for standing in standings]
+    rows.insert(2, ["by seed", *seeds])
     return rows
 
 

@@ -1,7 +1,8 @@
 """A run: the directory of one training, with its resolved configuration, tower, tokenizer, metrics and checkpoints.
 
 W/config.toml                    resolved configuration
-W/tower.json                     provenance of the tower whose features it was trained on
+W/tower.json                     provenance of the tower whose features it was trained on; of an image tower that it
+                                 trains, with its weights at the start
 W/tokenizer.model, tokens.json   the tokenizer and its rules
 W/metrics.jsonl, tensorboard/    metrics, see `lit_fast.runs.metrics`
 W/receipt.json, report.html      cost and results, written when the training stops
@@ -24,6 +25,7 @@ from lit_fast.data.dataset import Dataset
 from lit_fast.data.features import matching_features
 from lit_fast.data.tokenizer import Tokenizer, load_recorded_tokenizer
 from lit_fast.errors import UserError
+from lit_fast.models.image_tower import ImageTower, image_tower
 from lit_fast.models.two_towers import (
     Params,
     apply_image_head,
@@ -66,7 +68,11 @@ class Run:
         return self.embedder(self.params, texts)
 
     def image_embeddings(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """Return valid rows int64 [n] of an embedded dataset and their normalized embeddings float32 [n, width]."""
+        """Return valid rows int64 [n] of an embedded dataset and their normalized embeddings float32 [n, width].
+
+        For runs with a frozen tower; for others see `lit_fast.inference.run_images`.
+        """
+        assert not self.config.image.trained
         rows, images = image_embeddings(dataset, self.tower_json, np.asarray(self.params["mean"]))
         return rows, apply_image_head(self.params, images)
 
@@ -133,6 +139,18 @@ def read_tokenizer(run: StrPath) -> Tokenizer:
     return load_recorded_tokenizer(join(run, "tokenizer.model"), tokens)
 
 
+def read_image_tower(run: StrPath, config: Config, tower: dict[str, Any]) -> ImageTower:
+    """Make the image tower that a run trains from its `tower.json`.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        return image_tower(tower, config.image)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{run}/tower.json is damaged: {type(error).__name__} {error}; restore it") from None
+
+
 def open_run(run: StrPath, step: int | None = None, average: bool = False) -> Run:
     """Open a run at a step, by default its last checkpoint, with its weights or their moving average.
 
@@ -147,8 +165,9 @@ def open_run(run: StrPath, step: int | None = None, average: bool = False) -> Ru
         )
     tower, tokenizer = read_tower(run), read_tokenizer(run)
     model = text_tower(config.text, tokenizer, tower["width"])
+    image = read_image_tower(run, config, tower) if config.image.trained else None
     mesh = make_mesh(jax.local_devices())
-    shapes = jax.eval_shape(lambda: init_params(model, config, np.zeros(tower["width"])))
+    shapes = jax.eval_shape(lambda: init_params(model, config, np.zeros(tower["width"]), image))
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), shapes)
     step, params = restore_params(run, step, target, "average" if average else "params")
     return Run(os.fspath(run), config, step, params, tower, tokenizer, text_embedder(model, tokenizer, mesh))

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from lit_fast.models.image_tower import matmul_precision, normalize_pixels
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.version import __version__
 from lit_fast.weights.parameters import Params
@@ -69,10 +69,8 @@ class FrozenTower(ABC):
         Returns:
           float32 [n, width].
         """
-        mean, std = (np.asarray(v, np.float32) for v in (self.preprocess.mean, self.preprocess.std))
-        x = (images.astype(jnp.float32) / 255.0 - mean) / std
-        precision = "highest" if dtype == jnp.float32 else "default"
-        with jax.default_matmul_precision(precision):  # float32 means float32 on accelerators too
+        x = normalize_pixels(images, self.preprocess.mean, self.preprocess.std)
+        with matmul_precision(dtype):
             return self.features(params, x, dtype).astype(jnp.float32)
 
     def provenance(self, dtype: str) -> dict[str, Any]:

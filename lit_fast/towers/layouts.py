@@ -19,12 +19,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lit_fast.errors import UnsupportedModelError, UserError
+from lit_fast.runs.run import read_tower
 from lit_fast.storage.files import exists, is_file, read_object
 from lit_fast.storage.hub import Snapshot
 from lit_fast.storage.paths import join, parent, suffix
 from lit_fast.towers import preprocess_config
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.torch import packages
+from lit_fast.towers.trained import RUN_CONFIG, is_run, load_trained, recorded_preprocess
 from lit_fast.weights.huggingface import load_huggingface
 from lit_fast.weights.npz import load_npz
 from lit_fast.weights.parameters import Weights
@@ -42,8 +44,8 @@ class TowerFiles(NamedTuple):
     """The files of a tower.
 
     Attributes:
-      kind: "npz", "timm", "transformers" or "open_clip".
-      path: a `.npz`, a `.safetensors` or the index of several.
+      kind: "npz", "timm", "transformers", "open_clip"; of lit_fast itself "run" or "export".
+      path: a `.npz`, a `.safetensors` or the index of several; of a run its `config.toml`.
       config: content of the library's configuration; {} for npz.
       where: where it comes from, for messages.
     """
@@ -74,6 +76,10 @@ def find_files(spec: str, arch: str | None = None) -> TowerFiles:
         repository, file = open_clip.repository_of(spec.removeprefix(OPEN_CLIP))
         path = Snapshot(repository).fetch(file)
         return TowerFiles("open_clip", path, open_clip.config_of(spec.removeprefix(OPEN_CLIP)), spec)
+    if is_run(spec):
+        if arch:
+            raise UserError(f"--arch is for .safetensors; leave it out for {spec}")
+        return TowerFiles("run", join(spec, RUN_CONFIG), read_tower(spec), join(spec, "tower.json"))
     path = _local_weights(spec)
     if arch:
         return _with_architecture(path, arch)
@@ -88,6 +94,8 @@ def find_files(spec: str, arch: str | None = None) -> TowerFiles:
             f"--arch {OPEN_CLIP}NAME"
         )
     config = read_object(where)
+    if config.get("format") == "lit_fast":
+        return TowerFiles("export", path, read_tower(parent(path)), join(parent(path), "tower.json"))
     if "architecture" in config and isinstance(config.get("pretrained_cfg"), dict):
         return TowerFiles("timm", path, config, where)
     return TowerFiles("transformers", path, config, where)
@@ -102,6 +110,8 @@ def load_weights(files: TowerFiles) -> Weights:
     """
     if files.kind == "npz":
         return load_npz(files.path)
+    if files.kind in ("run", "export"):
+        return load_trained(files.kind, parent(files.path), files.config)
     if files.kind == "timm":
         return load_timm(files.path, files.config, files.where)
     if files.kind == "transformers":
@@ -131,8 +141,11 @@ def published_preprocess(
         )
     if files.kind == "open_clip":
         return lambda resolution: preprocess_config.open_clip(files.config, files.where, resolution)
-    file = join(parent(files.path), "preprocessor_config.json")
-    published = preprocess_config.huggingface(read_object(file), file, method)
+    if files.kind in ("run", "export"):
+        published = recorded_preprocess(files.config, files.where)
+    else:
+        file = join(parent(files.path), "preprocessor_config.json")
+        published = preprocess_config.huggingface(read_object(file), file, method)
 
     def preprocess(resolution: int | None) -> Preprocess:
         size = resolution or published.size

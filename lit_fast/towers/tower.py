@@ -16,12 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lit_fast.errors import UnsupportedModelError, UserError
-from lit_fast.models.architecture import POOLS, Architecture
-from lit_fast.models.sizes import Shape
+from lit_fast.models.architecture import GELUS, POOLS, Architecture, from_record
+from lit_fast.models.two_towers import image_tower_params
 from lit_fast.models.vit import ViT
+from lit_fast.runs.run import Run
 from lit_fast.storage.files import exists
 from lit_fast.storage.paths import is_url, parent, stem, suffix
 from lit_fast.storage.paths import name as base_name
@@ -30,15 +32,14 @@ from lit_fast.towers.layouts import PreprocessAt, TowerFiles, find_files, load_w
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.torch import packages
 from lit_fast.towers.torch.load import load_torch_tower
+from lit_fast.towers.trained import params_digest
 from lit_fast.weights.parameters import Params, Weights
 from lit_fast.weights.positions import resample_positions
 from lit_fast.weights.resolve import weights_digest
 
-GELUS = ("exact", "tanh", "quick")
 # Larger values in a file would need more memory than any machine has.
 _MAX_RESOLUTION = 4096
 _MAX_GRID = 256
-_MAX_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -98,36 +99,35 @@ def from_provenance(provenance: dict[str, Any]) -> tuple[Architecture, Preproces
     Raises:
       KeyError, TypeError, ValueError: a value is missing or invalid.
     """
-    width, pool, gelu = provenance["width"], provenance["pool"], provenance["gelu"]
-    if provenance["architecture"] != "vit" or pool not in POOLS or gelu not in (*GELUS, "swiglu"):
-        raise ValueError(f"architecture {provenance['architecture']!r}, pool {pool!r}, gelu {gelu!r}")
-    shape = Shape(
-        provenance.get("encoder_width", width),
-        provenance["depth"],
-        provenance["mlp_dim"],
-        provenance["heads"],
-    )
-    architecture = Architecture(
-        shape=shape,
-        patch=provenance["patch"],
-        pool=pool,
-        gelu=gelu,
-        epsilon=provenance["layer_norm_epsilon"],
-        class_token=provenance.get("class_token", pool == "tok"),
-        registers=provenance.get("registers", 0),
-        pre_norm=provenance.get("pre_norm", False),
-        norm_after_pool=provenance.get("norm_after_pool", False),
-        projection=width if pool == "projection" else 0,
-    )
+    architecture = from_record(provenance)
     preprocess = Preprocess.from_dict(provenance["preprocess"])
-    sizes = (width, *shape, architecture.patch, architecture.registers + 1)
-    if not all(type(n) is int and 0 < n <= _MAX_SIZE for n in sizes) or shape.width % shape.heads:
-        raise ValueError(f"sizes {sizes}")
     if not 0 < preprocess.size // architecture.patch <= _MAX_GRID:
         raise ValueError(f"{preprocess.size} pixels in patches of {architecture.patch}")
-    if type(architecture.epsilon) is not float:
-        raise TypeError(f"layer_norm_epsilon {architecture.epsilon!r}")
     return architecture, preprocess
+
+
+def trained_tower(run: Run) -> Tower:
+    """Return the image tower that a run has trained, with the weights that are restored.
+
+    Raises:
+      UserError: its `tower.json` is damaged.
+    """
+    try:
+        architecture, preprocess = from_provenance(run.tower_json)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{run.path}/tower.json is damaged: {type(error).__name__} {error}; restore it"
+        ) from None
+    params = jax.tree.map(np.asarray, image_tower_params(run.params))
+    return Tower(
+        name=run.name,
+        source=_source(run.path),
+        sha256=params_digest(params),
+        architecture=architecture,
+        preprocess=preprocess,
+        params=params,
+        resampled=None,
+    )
 
 
 def load_tower(
@@ -147,6 +147,7 @@ def load_tower(
       (ViT-g, ViT-G, SigLIP) big_vision's (squash; tanh). AugReg's weights were trained with `gelu="tanh"`.
     * A directory with `config.json` and `model.safetensors`, whole or in parts, or one of these files: ViT, DeiT,
       DINOv2, CLIP and SigLIP of transformers or timm, with their own preprocessing.
+    * The directory of a run that trained its image tower, or of an exported model: with its weights and preprocessing.
     * Any other model of timm, open_clip or transformers is computed by its own code, see `lit_fast.towers.torch`.
 
     Args:
@@ -217,7 +218,7 @@ def _load_vit(
     return Tower(
         name=_name(spec, path, arch),
         source=_source(spec),
-        sha256=weights_digest(path),
+        sha256=params_digest(weights.params) if files.kind in ("run", "export") else weights_digest(path),
         architecture=architecture,
         preprocess=_preprocess(preprocess_at, size, preprocess),
         params=params | {"pos_embedding": positions},

@@ -22,9 +22,10 @@ def dense_loss(config, batch, texts, log_scale, bias=None, head=None):
         "log_scale": (slope * scale * cosine).sum(),
         "bias": None if bias is None else slope.sum(),
         "head": None,
+        "images": scale * slope @ texts,
     }
     if head is not None:
-        by_image = scale * slope @ texts
+        by_image = gradients["images"]
         by_linear = (by_image - (by_image * images).sum(axis=1, keepdims=True) * images) / norm
         gradients["head"] = features.T @ by_linear
     return value, gradients, logit[positive], logit[negative]

@@ -71,22 +71,27 @@ def make_params(config, texts, head, log_scale, bias):
     }
 
 
-def compile_loss(config, num_devices, gather=True):
-    """Return the jitted (texts, other params, features, rows, ids, seeds) -> (loss, gradients, LogitStats)."""
+def compile_loss(config, num_devices, gather=True, trained=False):
+    """Return the jitted (texts, other params, features, rows, ids, seeds) -> (loss, gradients, LogitStats).
+
+    With `trained` the features have gradients, which are the field `images`.
+    """
 
     def compute(texts, others, features, rows, ids, seeds):
+        others |= {"images": features if trained else None}
         sides = make_sides(config, num_devices, features, rows, len(ids) // len(rows), lambda: ids, seeds)
 
         def loss_share(params):
             return contrastive_loss(config, num_devices, params, *sides)
 
         (loss, stats), grads = jax.value_and_grad(loss_share, has_aux=True)(LossParams(texts, **others))
-        (loss, others), sums = jax.lax.psum(((loss, grads._replace(texts=None)), stats.sums), AXIS)
-        maxima = jax.tree.map(lambda a: jax.lax.pmax(a, AXIS), stats.maxima)
-        dtexts = (
-            jax.lax.all_gather(grads.texts, AXIS, tiled=True) if gather else jax.lax.psum(grads.texts, AXIS)
+        (loss, others), sums = jax.lax.psum(
+            ((loss, grads._replace(texts=None, images=None)), stats.sums), AXIS
         )
-        return loss, others._replace(texts=dtexts), LogitStats(sums, maxima)
+        maxima = jax.tree.map(lambda a: jax.lax.pmax(a, AXIS), stats.maxima)
+        sides = grads.texts, grads.images
+        dtexts, dimages = jax.lax.all_gather(sides, AXIS, tiled=True) if gather else jax.lax.psum(sides, AXIS)
+        return loss, others._replace(texts=dtexts, images=dimages), LogitStats(sums, maxima)
 
     mesh = make_mesh(jax.devices()[:num_devices])
     specs = (SHARDED, REPLICATED, SHARDED, SHARDED, SHARDED, REPLICATED)
@@ -98,13 +103,16 @@ def arguments(batch, params):
     return params["texts"], others, *(batch[k] for k in ("features", "rows", "ids", "seeds"))
 
 
-def run(config, num_devices, batch, params):
-    return compile_loss(config, num_devices)(*arguments(batch, params))
+def run(config, num_devices, batch, params, trained=False):
+    return compile_loss(config, num_devices, trained=trained)(*arguments(batch, params))
 
 
-def check(config, num_devices, batch, params):
+def check(config, num_devices, batch, params, trained=False):
     want, want_grads, positives, negatives = dense_loss(config, batch, **params)
-    value, grads, stats = run(config, num_devices, batch, params)
+    value, grads, stats = run(config, num_devices, batch, params, trained)
+    if not trained:
+        assert grads.images is None
+        del want_grads["images"]
     metrics = logit_metrics(stats)
     assert [int(c) for c in stats.sums[:2]] == [len(positives), len(negatives)]
     # float32 sums of up to 36 x 108 terms: rounding is a few 1e-7 of the largest term. exp(log_scale) up
@@ -129,6 +137,14 @@ def test_loss_of_every_option_equals_its_formula(options, num_devices):
     check(config, num_devices, batch, make_params(config, texts, head, 2.0, -3.0))
 
 
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+@pytest.mark.parametrize("options", [o for o in OPTIONS if "image_head" not in o], ids=str)
+def test_gradient_by_trained_images_of_every_option_equals_its_formula(options, num_devices):
+    config = LossConfig(tile=5, precision="highest", **options)
+    batch, texts, _ = draw(3, 12, 2)
+    check(config, num_devices, batch, make_params(config, texts, None, 2.0, -3.0), trained=True)
+
+
 cases = st.tuples(
     st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 3), st.floats(-1, 4.6), st.floats(-12, 3)
 )
@@ -139,16 +155,17 @@ cases = st.tuples(
     options=st.sampled_from(OPTIONS),
     num_devices=st.sampled_from([1, 2, 4]),
     tile=st.integers(1, 12),
+    trained=st.booleans(),
     case=cases,
 )
-def test_loss_of_any_batch_equals_its_formula(options, num_devices, tile, case):
+def test_loss_of_any_batch_equals_its_formula(options, num_devices, tile, trained, case):
     seed, per_device, captions, log_scale, bias = case
     config = LossConfig(tile=tile, precision="highest", **options)
     batch, texts, head = draw(seed, per_device * num_devices, captions)
     params = make_params(config, texts, head, log_scale, bias)
     # The search does not separate negatives closer than its resolution.
     assume(config.negatives in ("all", "random") or margin(config, batch, params) > 3e-5)
-    check(config, num_devices, batch, params)
+    check(config, num_devices, batch, params, trained and not config.image_head)
 
 
 def margin(config, batch, params):
@@ -175,6 +192,7 @@ def test_formula_gradients_equal_differences(options, case):
     assume(config.negatives in ("all", "random") or margin(config, batch, params) > 1e-3)
     rng = np.random.default_rng(seed)
     _, grads, _, _ = dense_loss(config, batch, **params)
+    del grads["images"]  # as `features`, which have no gradient here
     for name, grad in grads.items():
         if grad is None:
             continue
@@ -280,11 +298,12 @@ def test_hashes_of_different_captions_differ():
 def test_compiled_loss_has_no_all_gather_and_linear_memory(options):
     """The default options are checked in the whole step."""
 
-    def temporary(n, tile=32):
+    def temporary(n, tile=32, trained=False):
         config = LossConfig(tile=tile, precision="highest", **options)
         batch, texts, head = draw(0, n, 1)
         params = make_params(config, texts, head, 2.0, -3.0)
-        compiled = compile_loss(config, 4, gather=False).lower(*arguments(batch, params)).compile()
+        loss = compile_loss(config, 4, gather=False, trained=trained)
+        compiled = loss.lower(*arguments(batch, params)).compile()
         assert "all-gather" not in compiled.as_text()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -292,6 +311,8 @@ def test_compiled_loss_has_no_all_gather_and_linear_memory(options):
     # Four times the batch needs at most four times the memory, which has in it a tile of 32 x 256 pairs in a
     # few copies; all pairs of a device in one array would need sixteen times.
     assert large <= 4.4 * small
+    if not options.get("image_head"):
+        assert temporary(4096, trained=True) <= 4.4 * temporary(1024, trained=True)
     if options == OPTIONS[1]:  # the check finds an array of all pairs if there is one
         assert temporary(4096, 1024) > 4.4 * temporary(1024, 256)
 

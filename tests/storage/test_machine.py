@@ -7,7 +7,13 @@ import sys
 
 import pytest
 
-from lit_fast.storage.machine import available_memory, cpu_count, cpu_flags, raise_open_file_limit
+from lit_fast.storage.machine import (
+    available_memory,
+    cpu_count,
+    cpu_flags,
+    has_nvidia_gpu,
+    raise_open_file_limit,
+)
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 UNLIMITED = "9223372036854771712\n"  # of cgroup v1
@@ -123,3 +129,21 @@ def test_raise_open_file_limit_leaves_the_hard_limit():
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] == before[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ((), False),
+        (("null", "nvidiactl", "nvidia-uvm"), False),
+        (("nvidia0", "nvidiactl"), True),
+        (("nvidia12",), True),
+        (("dxg",), True),
+    ],
+)
+def test_has_nvidia_gpu_by_the_devices_of_its_driver(tmp_path, names, found):
+    assert not has_nvidia_gpu(str(tmp_path))
+    for name in names:
+        (tmp_path / "dev").mkdir(exist_ok=True)
+        (tmp_path / "dev" / name).touch()
+    assert has_nvidia_gpu(str(tmp_path)) == found

@@ -71,12 +71,16 @@ def test_race_ranks_towers_and_keeps_finished_runs(
 
 def test_table_of_one_evaluation_set_names_it_once() -> None:
     figures = {"d/acc1": [0.25, 0.35], "d/acc5": [0.5, 0.5]}
-    assert table_of([Standing("tiny", (), figures)], "d/acc5") == [
-        ["tower, on d", "acc5, %", "by seed", "acc1, %"],
-        ["tiny", "50.0 ± 0.0", "50.0 50.0", "30.0 ± 7.1"],
+    standings = [Standing("small", (), figures), Standing("tiny", (), figures)]
+    assert table_of(standings, "d/acc5") == [
+        ["on d", "small", "tiny"],
+        ["acc5, %", "50.0 ± 0.0", "50.0 ± 0.0"],
+        ["by seed", "50.0 50.0", "50.0 50.0"],
+        ["acc1, %", "30.0 ± 7.1", "30.0 ± 7.1"],
     ]
     several = figures | {"e/acc1": [0.1, 0.1]}
-    assert table_of([Standing("tiny", (), several)], "d/acc1")[0][:2] == ["tower", "d/acc1, %"]
+    names = [row[0] for row in table_of([Standing("tiny", (), several)], "d/acc1")]
+    assert names == ["", "d/acc1, %", "by seed", "d/acc5, %", "e/acc1, %"]
 
 
 @pytest.mark.parametrize(

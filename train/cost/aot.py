@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lit_fast.config import Config
 from lit_fast.data.tokens import id_dtype
 from lit_fast.errors import first_line
+from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.train.cost.gpu_target import gpu_target
@@ -44,11 +45,12 @@ def tpu_mesh(topology: str) -> Mesh:
     Raises:
       RuntimeError: libtpu is missing, or refuses the slice.
     """
-    # libtpu must not look for a TPU or a metadata server, may be loaded by several processes, and warns without the
-    # last two variables.
+    # libtpu must not look for a TPU or a metadata server, may be loaded by several processes, writes logs to /tmp, and
+    # warns without the last two variables.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_LOG_DIR": "disabled",
         "TPU_ACCELERATOR_TYPE": "v4-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }.items():
@@ -69,8 +71,14 @@ def gpu_mesh(chip: Chip, devices: int) -> Mesh:
     Raises:
       RuntimeError: the compiler cannot be used; the text says why.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the plugin logs that it finds no driver
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # by JAX; the plugin reports that it finds no driver
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     from jax.experimental import topologies
+    from jax.experimental.compilation_cache import compilation_cache
+
+    # The autotuner cannot run without the GPU: a training on one must not find these programs.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
 
     hosts = math.ceil(devices / GPUS_PER_HOST)
     try:
@@ -87,17 +95,23 @@ def gpu_mesh(chip: Chip, devices: int) -> Mesh:
 
 
 def compile_step(
-    model: TextTower, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, state: State
+    model: TextTower,
+    config: Config,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    image: ImageTower | None = None,
 ) -> CompiledStep:
     """Compile the training step for the devices of a mesh.
 
     Args:
       optimizer, state: from `lit_fast.train.step.abstract_training`.
+      image: the image tower, if it is trained.
     """
     state = _with_sharding(state, replicated(mesh))
-    batch = _with_sharding(batch_shapes(model, config), batch_sharding(mesh))
+    batch = _with_sharding(batch_shapes(model, config, image), batch_sharding(mesh))
     start = time.monotonic()
-    compiled = make_step(model, optimizer, config, mesh).lower(state, batch).compile()
+    compiled = make_step(model, optimizer, config, mesh, image).lower(state, batch).compile()
     seconds = time.monotonic() - start
     memory: Any = compiled.memory_analysis()
     return CompiledStep(
@@ -105,16 +119,18 @@ def compile_step(
     )
 
 
-def batch_shapes(model: TextTower, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    model: TextTower, config: Config, image: ImageTower | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes and dtypes of one global batch, as `make_step` takes it."""
     batch, text = config.stream.global_batch, config.text
     texts = batch * config.stream.captions_per_image
     ids = jax.ShapeDtypeStruct((texts, model.max_length), id_dtype(model.vocab_size))
-    shapes = {
-        "images": jax.ShapeDtypeStruct((batch, model.out_dim), jnp.bfloat16),
-        "ids": ids,
-        "rows": jax.ShapeDtypeStruct((batch,), jnp.int32),
-    }
+    shapes = {"ids": ids, "rows": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    if image is None:
+        shapes["images"] = jax.ShapeDtypeStruct((batch, model.out_dim), jnp.bfloat16)
+    else:
+        shapes["pixels"] = jax.ShapeDtypeStruct((batch, image.size, image.size, 3), jnp.uint8)
     if text.packed:  # the layout of lit_fast.train.input_pipeline.packing
         rows = texts // text.pack
         shapes["ids"] = jax.ShapeDtypeStruct((rows, text.row_tokens), ids.dtype)

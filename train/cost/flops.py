@@ -14,14 +14,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lit_fast.models.architecture import flops_per_image
+from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.text_tower import TextTower
 from lit_fast.towers.interface import FrozenTower
 
 
 def step_flops(
-    model: TextTower, texts: int, images: int, image_head: bool = False, tokens: float | None = None
+    model: TextTower,
+    texts: int,
+    images: int,
+    image_head: bool = False,
+    tokens: float | None = None,
+    image: ImageTower | None = None,
 ) -> float:
-    """Return the model FLOPs of the forward and backward pass of text tower and loss.
+    """Return the model FLOPs of the forward and backward pass of the trained towers and the loss.
 
     The tower counts three times its forward products, with full attention and without embedding look-ups. The loss
     counts the similarities of all pairs, excluded or not, and the gradient of the texts. An image head adds the
@@ -29,6 +36,7 @@ def step_flops(
 
     Args:
       tokens: mean number of tokens per caption that are computed; None: the maximum length.
+      image: the image tower, if it is trained; it counts three times its forward products too.
     """
     width, depth, mlp_dim, _ = model.shape
     length = tokens or model.max_length
@@ -43,6 +51,9 @@ def step_flops(
         text += 2 * width * model.out_dim
     pairs = 2 * texts * images * model.out_dim
     head = 2 * images * model.out_dim**2
+    if image is not None:
+        trained = 3.0 * images * flops_per_image(image.architecture, image.size)
+        return trained + 3.0 * texts * text + 3.0 * pairs + 3.0 * head * image_head
     return 3.0 * texts * text + (3.0 * pairs + 2.0 * head if image_head else 2.0 * pairs)
 
 

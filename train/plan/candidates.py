@@ -31,6 +31,7 @@ from lit_fast.train.inputs import check_batch
 from lit_fast.train.plan.data import PlanData, plan_data
 from lit_fast.train.plan.target import Target
 from lit_fast.train.step import abstract_training, make_step
+from lit_fast.train.text_pass import kernel_refusal
 from lit_fast.utils.format import format_duration
 from lit_fast.utils.output import status
 from lit_fast.utils.progress import report_elapsed
@@ -67,10 +68,11 @@ class Planner:
         self.target = target
         self.data: PlanData = plan_data(config)
         self.texts = config.stream.global_batch * config.stream.captions_per_image // target.devices
-        text = dataclasses.replace(config.text, dtype=resolve_dtype(config.text.dtype, target.platform))
-        self.config = dataclasses.replace(config, text=self.with_packing(text, text.pack))
         tokenizer = cast(Tokenizer, self.data.vocabulary)  # the tower reads nothing but its sizes
         self.build: BuildTower = partial(text_tower, tokenizer=tokenizer, out_dim=self.data.width)
+        text = dataclasses.replace(config.text, dtype=resolve_dtype(config.text.dtype, target.platform))
+        self._attention = text.attention
+        self.config = dataclasses.replace(config, text=self.with_packing(text, text.pack))
         self._optimizer, self._state = abstract_training(self.build(self.config.text), self.config)
         self.usable_memory = USABLE_SHARE * target.chip.memory
         self.compiles = 0
@@ -78,13 +80,20 @@ class Planner:
         self._flops: dict[TextConfig, tuple[float, float]] = {}
 
     def with_packing(self, text: TextConfig, pack: int) -> TextConfig:
-        """Return the configuration with `pack` captions per row and the tokens they require."""
-        if pack == text.pack and text.row_tokens:
-            return text
-        text = dataclasses.replace(text, pack=pack, row_tokens=0)
-        if not text.packed:
-            return text
-        return dataclasses.replace(text, row_tokens=required_row_tokens(self.data.lengths, pack, self.texts))
+        """Return the configuration with `pack` captions per row, the tokens they require, and their attention.
+
+        With `text.attention = "auto"` it is what a training on a TPU compares first: the kernels, if they fit.
+        """
+        if pack != text.pack or not text.row_tokens:
+            text = dataclasses.replace(text, pack=pack, row_tokens=0)
+        if text.packed and not text.row_tokens:
+            row_tokens = required_row_tokens(self.data.lengths, pack, self.texts)
+            text = dataclasses.replace(text, row_tokens=row_tokens)
+        form = self._attention
+        if form == "auto":
+            refusal = kernel_refusal(self.build(text), text.row_tokens)
+            form = "pallas" if self.target.platform == "tpu" and not refusal else "xla"
+        return dataclasses.replace(text, attention=form)
 
     def memory(self, text: TextConfig) -> MemoryEstimate:
         """Return the memory estimate for the packing of a text configuration."""

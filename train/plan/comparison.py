@@ -17,7 +17,6 @@ from lit_fast.utils.format import format_table
 from lit_fast.utils.output import status
 
 Plan = dict[str, Any]
-_BY = {"compiler": "compiler", "paper": "33 % MFU", "stated": "stated MFU"}
 
 
 def compare_slices(
@@ -48,7 +47,9 @@ def compare_slices(
         except UserError as error:
             slices.append({"topology": topology, "error": str(error)})
         except jax.errors.JaxRuntimeError as error:
-            slices.append({"topology": topology, "error": f"the compiler fails: {first_line(error)}"})
+            slices.append(
+                {"topology": topology, "error": f"the compiler fails for {topology}: {first_line(error)}"}
+            )
     plans = [plan for plan in slices if "error" not in plan]
     if not plans:
         raise UserError(slices[0]["error"])
@@ -87,7 +88,7 @@ def format_comparison(found: dict[str, Any]) -> str:
             f"{first['data']['description']}, {first['data']['width']} wide",
         ],
         format_table(rows, left={0, 1, 4, 5, len(rows[0]) - 1}).splitlines(),
-        [f"{plan['topology']}: {plan['error']}" for plan in slices if "error" in plan],
+        [f"not planned: {plan['error']}" for plan in slices if "error" in plan],
         _notes(plans),
         _recommendation(found, plans),
     ]
@@ -111,19 +112,28 @@ def _row(plan: Plan, priced: bool) -> tuple[str, ...]:
         f"{steps * low / 3600:.1f} - {steps * high / 3600:.1f}",
         *usd,
         f"{plan['store']['rows_per_second'] / plan['hosts']:,.0f}",
-        _BY[planning["by"]],
+        _source(plan),
     )
 
 
+def _source(plan: Plan) -> str:
+    """Return where the time to plan by comes from."""
+    if plan["planning"]["by"] == "paper":
+        return "kernels" if plan["kernels_limit"] else "33 % MFU"
+    return "compiler" if plan["planning"]["by"] == "compiler" else "stated MFU"
+
+
 def _notes(plans: list[Plan]) -> list[str]:
-    used = {plan["planning"]["by"] for plan in plans}
+    used = {_source(plan) for plan in plans}
     notes = []
     if "compiler" in used:
         notes.append(
             "compiler: its estimate of the compiled step, never measured; the range allows for what it leaves out"
         )
-    if "paper" in used:
+    if "33 % MFU" in used:
         notes.append("33 % MFU: the paper's share of the peak, on TPU v4; the range is 25 to 50 %")
+    if "kernels" in used:
+        notes.append("kernels: products at the full rate, and 2 us to start each kernel")
     if missing := sorted({plan["no_compiler"] for plan in plans if plan["no_compiler"]}):
         names = ", ".join(plan["name"] for plan in plans if plan["no_compiler"])
         notes += [f"memory of {names} is an ESTIMATE: {reason}" for reason in missing]
@@ -142,6 +152,7 @@ def _recommendation(found: dict[str, Any], plans: list[Plan]) -> list[str]:
         lines.append(
             f"cheapest: {plan['name']}, {format_usd(plan['usd']['training'])} USD for the training in "
             f"{format_hours(_run_seconds(plan) / 3600)} on {count(plan['devices'], 'chip')}"
+            + ("" if all(p["usd"] for p in plans) else ", of those with a price")
         )
     lines.append(
         "lit-fast plan CONFIG --topology NAME has the details of one, and looks for a faster way to use it"

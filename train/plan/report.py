@@ -13,7 +13,7 @@ _RESOURCES = {
     "memory bandwidth": "the memory's bandwidth",
     "interconnect": "the links between the chips",
 }
-_SMALL_BYTES = 1e6  # instructions without an estimate are not listed below
+_SMALL_BYTES = 1e7  # instructions without an estimate are not listed below
 
 
 def format_plan(plan: dict[str, Any]) -> str:
@@ -102,11 +102,10 @@ def _step(plan: dict[str, Any]) -> list[str]:
 def format_times(plan: dict[str, Any]) -> list[str]:
     """Return the table of times: lower bound, compiler's estimate, assumed MFUs; the one to plan by is marked."""
     on_v4 = "the paper's" if plan["chip"]["name"] == "v4" else "the paper's on TPU v4"
-    above = plan["times"]["paper"]["mfu"] < 0.329
     labels = {
         "floor": f"lower bound, by {_RESOURCES[plan['limit']]}",
         "compiler": "compiler's estimate (no measurement)",
-        "paper": "products and starts of kernels" if above else f"at 33 % MFU, {on_v4}",
+        "paper": "products, and 2 us a kernel" if plan["kernels_limit"] else f"at 33 % MFU, {on_v4}",
         "stated": f"at {_percent(plan['mfu'] or 0)} MFU, as stated",
     }
     rows = [("time", "a step", "MFU", "whole run", *["USD"] * bool(plan["price"]), "images/s to stream", "")]
@@ -161,14 +160,14 @@ def _planning(plan: dict[str, Any]) -> list[str]:
 
 
 def _unestimated(program: dict[str, Any]) -> str:
-    """Return the instructions without an estimate that move much, the largest first."""
+    """Return the instructions without an estimate that add to the time, those that move most first."""
     items = sorted(program["unestimated"].items(), key=lambda item: -item[1]["bytes"])
-    shown = [
+    return ", ".join(
         f"{name} x {u['calls']:,.0f}"
         for name, u in items
-        if u["bytes"] >= _SMALL_BYTES or name in COLLECTIVES or name.startswith("custom-call")
-    ]
-    return ", ".join(name.replace(ASYNC_COPY, "asynchronous copies") for name in shown)
+        if name != ASYNC_COPY
+        and (u["bytes"] >= _SMALL_BYTES or name in COLLECTIVES or name.startswith("custom-call"))
+    )
 
 
 def _data(plan: dict[str, Any]) -> list[str]:

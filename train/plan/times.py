@@ -49,13 +49,15 @@ def step_times(planner: Planner, candidate: Candidate, flops: float, mfu: float 
     if candidate.compiler_seconds is not None:
         seconds["compiler"] = candidate.compiler_seconds
     busy = planner.product_seconds(candidate.text) + planner.kernel_seconds(candidate)
-    seconds["paper"] = max(flops / chip.flops / PAPER_MFU, busy)
+    at_paper_mfu = flops / chip.flops / PAPER_MFU
+    seconds["paper"] = max(at_paper_mfu, busy)
     if mfu is not None:
         seconds["stated"] = flops / chip.flops / mfu
     by = next(name for name in ("stated", "compiler", "paper") if name in seconds)
     low, high = seconds[by], seconds[by]
     if by == "paper":
-        low, high = (flops / chip.flops / share for share in reversed(_USUAL_MFU))
+        high, low = (flops / chip.flops / share for share in _USUAL_MFU)
+        low = max(low, planner.product_seconds(candidate.text))
     elif by == "compiler" and program:
         low -= program.half_cycles / 2 / chip.clock
         known = (*COLLECTIVES, ASYNC_COPY)
@@ -64,6 +66,7 @@ def step_times(planner: Planner, candidate: Candidate, flops: float, mfu: float 
     return {
         "floors": bounds,
         "limit": max(bounds, key=lambda name: bounds[name]),
+        "kernels_limit": busy > at_paper_mfu,
         "limited": seconds["floor"] >= _LIMITING * seconds[by],
         "times": {
             name: {

@@ -43,6 +43,8 @@ def write_receipt(
       memory: how this part of the run uses device memory.
       attention: `AttentionChoice.record` of this part of the run.
       results: of the last evaluation, with chance levels and intervals; empty: there was none.
+
+    A run that trains its image tower has "image_tower": how, and the tower that it started from.
     """
     lines = read_metrics(join(workdir, "metrics.jsonl"))
     evaluated = evaluations(lines)
@@ -80,6 +82,10 @@ def write_receipt(
     }
     if is_file(join(workdir, "text_init.json")):
         receipt["text_init"] = read_json(join(workdir, "text_init.json"))
+    if config.image.trained:
+        start = read_object(join(workdir, "tower.json"), "name", "source", "identity")
+        keys = ("name", "source", "sha256", "identity", "width", "pool", "patch", "preprocess")
+        receipt["image_tower"] = {"train": config.image.train} | {k: start[k] for k in keys if k in start}
     write_json(join(workdir, "receipt.json"), receipt)
 
 

@@ -85,6 +85,12 @@ def _receipt_rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
         ("text.microbatches, in use", str(memory["parts"])),
         ("needed memory of a device, GiB", needed),
     ]
+    if image := receipt.get("image_tower"):
+        start = f" from {image['source']}" if image["train"] == "unlocked" else ""
+        rows.insert(5, ("image tower", f"{image['train']}{start}"))
+    for key, label in (("image_keep", "image.keep, in use"), ("image_parts", "image.microbatches, in use")):
+        if key in memory:
+            rows.append((label, str(memory[key])))
     for key, label, scale, form in (
         ("pairs_per_second", "pairs per second", 1, ",.0f"),
         ("images_per_second", "decoded images per second", 1, ",.0f"),

@@ -8,6 +8,8 @@ from lit_fast.config import LossConfig, TextConfig
 from lit_fast.losses.accumulate import LossParams
 from lit_fast.losses.contrastive import contrastive_loss
 from lit_fast.losses.pairs import make_sides
+from lit_fast.models.architecture import Architecture
+from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.sizes import Shape
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import REPLICATED, SHARDED, make_mesh, shard_map
@@ -35,6 +37,16 @@ def test_step_flops_counts_every_product_of_the_tower(options):
     params = jax.eval_shape(model.init, jax.random.key(0), ids)
     # Three times the forward products: once forward, twice backward. No images: no loss.
     assert step_flops(model, 5, 0) == 3 * program_flops(jax.make_jaxpr(model.apply)(params, ids).jaxpr)
+
+
+def test_step_flops_of_a_trained_image_tower_are_three_times_its_forward_pass():
+    image = ImageTower(Architecture(Shape(24, 3, 40, 2), 8, "gap", "tanh"), 32, (0.5,) * 3, (0.5,) * 3)
+    model = TextTower(Shape(24, 3, 40, 2), vocab_size=50, max_length=7, out_dim=24)
+    params = jax.eval_shape(image.init, jax.random.key(0))
+    pixels = jax.ShapeDtypeStruct((6, 32, 32, 3), jnp.uint8)
+    tower = 3 * program_flops(jax.make_jaxpr(image.features)(params, pixels).jaxpr)
+    both_gradients = 3 * 2 * 12 * 6 * 24
+    assert step_flops(model, 12, 6, image=image) == step_flops(model, 12, 0) + tower + both_gradients
 
 
 @pytest.mark.parametrize("image_head", [False, True])

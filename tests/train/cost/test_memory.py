@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lit_fast.config import Config, OptimizerConfig, StreamConfig, TextConfig
+from lit_fast.config import Config, ImageConfig, OptimizerConfig, StreamConfig, TextConfig
 from lit_fast.errors import UserError
+from lit_fast.models.architecture import Architecture
+from lit_fast.models.image_tower import ImageTower
+from lit_fast.models.sizes import Shape
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import make_mesh
 from lit_fast.train.cost.aot import compile_step
@@ -79,3 +82,42 @@ def test_bfloat16_residuals_take_two_bytes():
     config = replace(CONFIG, text=text, stream=StreamConfig(global_batch=4096))
     made = compile_step(build(text), config, mesh, *abstract_training(build(text), config))
     assert made.bytes < 1.1 * choose(1024 * MIB, config).bytes
+
+
+IMAGE = ImageTower(
+    Architecture(Shape(64, 3, 256, 2), 8, "map", "tanh", class_token=False), 32, (0.5,) * 3, (0.5,) * 3
+)
+
+
+def build_wide(text):
+    return build(text).clone(out_dim=IMAGE.width)
+
+
+def choose_both(limit, config):
+    training = abstract_training(build_wide(config.text), config, IMAGE)
+    mesh = make_mesh(jax.devices()[:2])
+    return choose_remat(config, build_wide, mesh, *training, limit, IMAGE), training, mesh
+
+
+def test_choose_remat_covers_both_towers():
+    config = replace(CONFIG, image=ImageConfig(train="scratch", dtype="float32"))
+    order = ["hidden", "inputs", "embeddings"]
+    found = [choose_both(mib * MIB, config)[0] for mib in (16, 24, 40, 80, 160)]
+    assert all(f.bytes <= f.limit for f in found)
+    for policies in ([f.text.keep for f in found], [f.image.keep for f in found]):
+        numbers = [order.index(keep) for keep in policies]
+        assert numbers == sorted(numbers, reverse=True)
+        assert len(set(numbers)) > 1
+    assert found[0].record["image_keep"] == found[0].image.keep
+    given = replace(config, image=replace(config.image, keep="inputs", microbatches=4))
+    assert choose_both(80 * MIB, given)[0].image == given.image
+
+
+@pytest.mark.parametrize("keep", ["hidden", "embeddings"])
+def test_memory_estimate_of_both_towers_is_near_the_compilers(keep):
+    text = replace(CONFIG.text, keep=keep, microbatches=8)
+    image = ImageConfig(train="scratch", dtype="float32", keep=keep, microbatches=8)
+    config = replace(CONFIG, text=text, image=image)
+    found, training, mesh = choose_both(1024 * MIB, config)
+    made = compile_step(build_wide(text), config, mesh, *training, IMAGE)
+    assert 0.5 < found.bytes / made.bytes < 2  # as for the text tower

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lit_fast.cli.main import main
@@ -16,6 +18,7 @@ from lit_fast.errors import UserError
 from lit_fast.train.cost.aot import tpu_mesh
 from lit_fast.train.cost.hardware import GPUS, TPUS, chip_of, peak_flops
 from lit_fast.train.cost.hlo import Collective, program_cost
+from lit_fast.train.plan.candidates import Candidate, Planner
 from lit_fast.train.plan.report import format_times
 from lit_fast.train.plan.target import open_target
 from lit_fast.train.plan.times import lower_bounds
@@ -43,11 +46,19 @@ rows = 4000
 
 
 @pytest.fixture
-def plan(tmp_path, capsys):
-    """Return a function that runs the command on the small config: the JSON, and the page as `page`."""
-    (tmp_path / "c.toml").write_text(SMALL)
+def plan(tmp_path, capsys, monkeypatch):
+    """Return a function that runs the command on the small config: the JSON, and the page as `page`.
 
-    def run(*options, config=tmp_path / "c.toml"):
+    Absent GPUs are estimated, also where their compiler is installed, unless `for_gpu` is set.
+    """
+    (tmp_path / "c.toml").write_text(SMALL)
+    find = importlib.util.find_spec
+
+    def run(*options, config=tmp_path / "c.toml", for_gpu=False):
+        plugin = (
+            (lambda name, *_: None if name.startswith("jax_cuda") else find(name)) if not for_gpu else find
+        )
+        monkeypatch.setattr("importlib.util.find_spec", plugin)
         capsys.readouterr()
         assert main(["plan", str(config), "--json", str(tmp_path / "out.json"), *options]) == 0
         return SimpleNamespace(
@@ -100,10 +111,10 @@ def test_plan_for_absent_gpus_is_an_estimate(plan):
     last = 20 * w**2 + 4 * tokens * w**2 + 4 * tokens * w
     model = 32_768 * (3 * (11 * layer + last + 2 * w * 768) + 2 * 2 * 32_768 * 768)
     assert found.flops["model"] * 8 == pytest.approx(model)
-    # The shares of recomputation in the help of text.keep.
+    # The shares of recomputation in the help of text.keep. What follows the loop over the layers is computed again.
     recomputation = {way["keep"]: way["executed_flops"] / found.flops["model"] - 1 for way in found.ways}
     assert recomputation == pytest.approx(
-        {"products": 0, "hidden": 0.09, "inputs": 0.22, "embeddings": 0.33}, abs=0.006
+        {"products": 0.007, "hidden": 0.09, "inputs": 0.22, "embeddings": 0.33}, abs=0.006
     )
     assert (found.limit, found.limited) == ("compute", False)
     # The products of the loss run as TF32, at half the rate.
@@ -170,7 +181,9 @@ def test_format_times_marks_times_below_the_lower_bound():
 
     times = {"floor": time(2.0), "paper": time(3.0), "stated": time(1.0)}
     plan = {"limit": "memory bandwidth", "mfu": 1.0, "price": 0.0, "times": times, "devices": 1}
-    lines = format_times(plan | {"chip": {"name": "v4"}, "planning": {"by": "stated"}})
+    lines = format_times(
+        plan | {"chip": {"name": "v4"}, "planning": {"by": "stated"}, "kernels_limit": False}
+    )
     assert ["below the lower bound" in line for line in lines] == [False, False, False, True]
     assert "at 100 % MFU" in lines[-1]
 
@@ -275,6 +288,58 @@ def test_every_recipe_can_be_planned(plan, name):
     assert found.steps == load_config(ONE_DAY.parent / name).steps
 
 
+@pytest.mark.parametrize(
+    ("name", "precision", "passes"),
+    [
+        ("v4", "DEFAULT", 1),
+        ("v4", "HIGH", 3),
+        ("v4", "HIGHEST", 6),
+        ("h200", "HIGH", 2),
+        ("h200", "HIGHEST", 989 / 67),
+    ],
+)
+def test_passes_of_float32_products(name, precision, passes):
+    chip = next(chip for chip in (*TPUS, *GPUS) if chip.name == name)
+    assert chip.passes(np.dtype("float32"), precision) == pytest.approx(passes)
+    assert chip.passes(jnp.dtype("bfloat16"), precision) == 1
+    # The memory of a GPU that is here is its own.
+    assert chip._replace(memory=1.0).passes(np.dtype("float32"), precision) == pytest.approx(passes)
+
+
+def test_candidates_of_a_gpu_rank_by_their_kernels():
+    """Where the compiler gives no time, fewer kernels are faster; on TPUs its time decides."""
+    seconds = Planner.relative_seconds
+    planner = SimpleNamespace(product_seconds=lambda text: 0.5, target=SimpleNamespace(platform="gpu"))
+    planner.kernel_seconds = lambda candidate: Planner.kernel_seconds(planner, candidate)
+    few, many = (
+        Candidate(None, 1, True, 1.0, None, {}, None, SimpleNamespace(kernels=n)) for n in (1e4, 1e5)
+    )
+    assert seconds(planner, few) == pytest.approx(0.52)
+    assert seconds(planner, many) == pytest.approx(0.7)
+    assert seconds(planner, few._replace(compiler_seconds=0.9)) == 0.9
+    planner.target.platform = "tpu"
+    assert seconds(planner, many) == 0.5
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the extra plan-gpu is not installed"
+)
+def test_plan_for_an_absent_gpu_compiles_the_step(plan):
+    """The memory is that of the compiled step, as the training on such a GPU reads it."""
+    found = plan(
+        "--topology", "h200", "--text.dtype", "bfloat16", "--largest-batch", "--price", "3", for_gpu=True
+    )
+    assert (found.by, found.no_compiler, found.hosts) == ("compiler", "", 1)
+    assert found.program["kernels"] > 100
+    assert found.planning["by"] == "paper"
+    assert {way["by"] for way in found.ways} == {"compiler"}
+    assert [way["seconds"] for way in found.ways] == sorted(way["seconds"] for way in found.ways)
+    assert found.largest_batch["by"] == "compiler"
+    assert found.largest_batch["global_batch"] > 100_000
+    assert "kernels" in found.page
+    assert "error" not in found.page.lower()
+
+
 # --- with the TPU's compiler
 
 
@@ -319,7 +384,7 @@ def test_tpu_mesh_has_the_devices_of_the_topology():
 
 
 @pytest.mark.usefixtures("libtpu")
-@pytest.mark.parametrize("topology", ["v4:3x5x7", "v5e:9x9", "v5e:abc", "v4:"])
+@pytest.mark.parametrize("topology", ["v4:3x5x7", "v5e:9x9", "v5e:abc"])
 def test_open_target_reports_why_libtpu_refuses_a_slice(topology):
     with pytest.raises(
         UserError, match=f"--topology {topology} is refused by libtpu: INVALID_ARGUMENT"

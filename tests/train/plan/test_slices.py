@@ -109,7 +109,7 @@ def test_comparison_has_a_line_for_every_slice_and_for_those_that_fail(tmp_path,
     assert [s["topology"] for s in found["slices"]] == ["gpu:l4", "gpu:h100:8", "v9-3"]
     l4, h100, failed = found["slices"]
     assert "chip 'v9-3' is unknown" in failed["error"]
-    assert f"v9-3: {failed['error']}" in page
+    assert f"not planned: {failed['error']}" in page
     assert [line.split()[0] for line in page.splitlines() if " x " in line] == ["l4", "a3-highgpu-8g"]
     assert (found["fastest"], found["cheapest"]) == ("a3-highgpu-8g", "l4")
     assert l4["usd"]["training"] == pytest.approx(0.7 * l4["planning"]["seconds"] * 1000 / 3600)
