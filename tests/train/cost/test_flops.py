@@ -39,8 +39,9 @@ def test_step_flops_counts_every_product_of_the_tower(options):
     assert step_flops(model, 5, 0) == 3 * program_flops(jax.make_jaxpr(model.apply)(params, ids).jaxpr)
 
 
-def test_step_flops_of_a_trained_image_tower_are_three_times_its_forward_pass():
-    image = ImageTower(Architecture(Shape(24, 3, 40, 2), 8, "gap", "tanh"), 32, (0.5,) * 3, (0.5,) * 3)
+@pytest.mark.parametrize("pool", ["gap", "tok", "map"])
+def test_step_flops_of_a_trained_image_tower_are_three_times_its_forward_pass(pool):
+    image = ImageTower(Architecture(Shape(24, 3, 40, 2), 8, pool, "tanh"), 32, (0.5,) * 3, (0.5,) * 3)
     model = TextTower(Shape(24, 3, 40, 2), vocab_size=50, max_length=7, out_dim=24)
     params = jax.eval_shape(image.init, jax.random.key(0))
     pixels = jax.ShapeDtypeStruct((6, 32, 32, 3), jnp.uint8)
