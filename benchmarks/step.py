@@ -1,6 +1,6 @@
 """The training step beside its rivals: pairs a second and peak memory, on the same weights, batches and optimizer.
 
-    python -m benchmarks.step [--quick]
+    python -m benchmarks.step [--quick | --rows essential]
 
 Ours is the step of `lit-fast train`. big_vision's formulation (one batch x batch matrix, every layer stores everything)
 is reimplemented in Flax, open_clip's text tower and loss are its own, on features, and the torch loop is
@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.machine import describe, run_alone
 from benchmarks.step_case import MEMORY, REPEATS, SECONDS, Case
+from lit_fast.models.precision import fast_dtype
 
 GIB = 2**30
 ONE_DAY: dict[str, Any] = {"width": 1024, "depth": 12, "heads": 16}  # configs/siglit_b8_one_day.toml
@@ -46,19 +47,20 @@ def platform() -> str:
 
 def forms(cpu: bool, quick: bool) -> list[Case]:
     """Return every rival in every form that may be its fastest."""
-    cases = [Case("ours"), Case("big_vision", "float32"), Case("open_clip"), Case("torch loop")]
+    dtype = fast_dtype("cpu" if cpu else "gpu")
+    cases = [Case("ours", dtype), Case("big_vision", "float32"), Case("open_clip"), Case("torch loop")]
     if quick:
         return cases
     cases += [
-        Case("ours", pack=8),
-        Case("ours", "float32"),
+        Case("ours", dtype, pack=8),
+        Case("ours", "bfloat16" if dtype == "float32" else "float32"),
         Case("big_vision"),
         Case("big_vision", form="scan"),
     ]
     for rival in ("open_clip", "torch loop"):
         cases += [Case(rival, "float32"), Case(rival, form="compile")]
         if cpu:
-            cases.append(Case(rival, form="math attention"))
+            cases += [Case(rival, form="math attention"), Case(rival, "float32", form="math attention")]
     return sorted(cases, key=lambda case: [c.rival for c in cases].index(case.rival))
 
 
@@ -169,6 +171,36 @@ def differing(found: Found) -> list[str]:
     return wrong
 
 
+def essential() -> None:
+    """Run ours and the rivals in the forms that were fastest on CPUs, each over the batch and with the wide tower.
+
+    One step of the large batches; the two dtypes of ours at 512 pairs, for `lit_fast.models.precision`.
+    """
+    print(
+        describe("jax", "flax", "optax", "torch", "open_clip_torch") + f", {fast_dtype('cpu')} by its flags"
+    )
+    fast = [Case("ours", fast_dtype("cpu"))]
+    for rival in ("open_clip", "torch loop"):
+        fast += [Case(rival, form="math attention"), Case(rival, "float32")]
+    print(f"\nOurs and the rivals' fast forms\n{HEADER.format(repeats=REPEATS)}")
+    found: Found = []
+
+    def run(case: Case) -> Result:
+        result = run_case(case, cpu=True)
+        show(case, result)
+        found.append((case, result))
+        return result
+
+    for case in [*fast, Case("ours", "bfloat16" if fast[0].dtype == "float32" else "float32")]:
+        run(case)
+    for start in fastest(found):
+        for batch in (128, 2048, 8192):
+            run(replace(start, batch=batch))
+        run(replace(start, batch=32, **ONE_DAY))
+    if wrong := differing(found):
+        sys.exit("different work: " + "; ".join(wrong))
+
+
 def plot(found: Found, compiled: Found, out: Path) -> None:
     """Plot pairs per second and memory over the batch."""
     from matplotlib.figure import Figure
@@ -201,7 +233,12 @@ def plot(found: Found, compiled: Found, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one form of each and two small batches")
+    rows = "essential: on CPUs, ours and the fastest rivals over the batch and with the wide tower, about 8 minutes"
+    parser.add_argument("--rows", choices=("all", "essential"), default="all", help=rows)
     args = parser.parse_args()
+    if args.rows == "essential":
+        essential()
+        return
     cpu = platform() == "cpu"
     print(describe("jax", "flax", "optax", "torch", "open_clip_torch"))
     size: dict[str, Any] = {} if cpu else ONE_DAY

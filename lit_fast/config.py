@@ -67,7 +67,7 @@ class TextConfig:
     keep: str = setting(
         "auto",
         "remat policy, the residuals stored for the backward pass: matrix products, without queries, keys and values "
-        "(hidden), the layer inputs, or only the embeddings of a microbatch. Recomputation adds 0, 9, 22 or 33 % "
+        "(hidden), the layer inputs, or only the embeddings of a microbatch. Recomputation adds 1, 9, 23 or 33 % "
         "FLOPs. auto: the first policy, in this order, whose step fits in device memory; it also sets microbatches",
         choices=("auto", "products", "hidden", "inputs", "embeddings"),
     )

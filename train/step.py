@@ -150,6 +150,8 @@ def loss_and_grads(
     """
     loss_share = partial(_loss_share, model, image, with_tile(config, platform), num_devices, platform)
     (loss, (stats, texts)), grads = jax.value_and_grad(loss_share, has_aux=True)(params, batch, key)
+    if num_devices == 1:  # XLA would copy the gradients
+        return loss, grads, stats, texts
     # One all-reduce for everything that adds up; the maxima need their own.
     loss, grads, sums = lax.psum((loss, grads, stats.sums), AXIS)
     maxima = LogitMaxima(*lax.pmax(jnp.stack(stats.maxima), AXIS))

@@ -96,11 +96,11 @@ def parameters(architecture: Architecture, size: int) -> int:
     return total
 
 
-def flops_per_image(architecture: Architecture, size: int) -> float:
+def flops_per_image(architecture: Architecture, size: int, *, computed: bool = False) -> float:
     """Count the FLOPs of one image of `size` x `size` pixels: two per multiply-add of every matrix product.
 
     This is the usual figure of the whole model. Where one token is pooled, `ViT` computes less: its last layer skips
-    the other tokens' queries, attention and MLP.
+    the other tokens' queries, attention and MLP, which are left out with `computed`.
     """
     a, (width, depth, _, _) = architecture, architecture.shape
     patches = (size // a.patch) ** 2
@@ -111,6 +111,8 @@ def flops_per_image(architecture: Architecture, size: int) -> float:
         total += 4 * width**2 + 4 * patches * width**2 + 4 * patches * width + 2 * _mlp_products(a)
     if a.pool == "projection":
         total += 2 * width * a.projection
+    if computed and a.pool in ("tok", "projection"):
+        total -= (length - 1) * (4 * width**2 + 2 * _mlp_products(a) + 4 * length * width)
     return float(total)
 
 

@@ -3,11 +3,15 @@
 import re
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from lit_fast.cli.main import main
+from lit_fast.data.dataset import Source
+from lit_fast.data.dataset_writer import DatasetWriter, Row
 from tests.e2e.trainings import TINY
-from tests.helpers import samples, write_tar
+from tests.helpers import samples, tiny_vit_arrays, write_tar
 from tests.synthetic import make_dataset
 
 CONFIG = f"steps = 4{TINY}every_steps = 2\n"
@@ -28,11 +32,33 @@ def directory(tmp_path_factory):
     file.write_text(re.sub(r'"(small|large)",?\s*', "", file.read_text()).replace('"blue",', '"blue"'))
     write_tar(path / "0.tar", samples(3))
     (path / "c.toml").write_text(CONFIG)
+    _make_inputs_of_an_image_tower(path)
     assert (
         main(["train", str(path / "c.toml"), "--workdir", str(path / "run"), "--dataset", str(path / "d")])
         == 0
     )
     return path
+
+
+def _make_inputs_of_an_image_tower(path):
+    """Make a tower, a model of another kind, a dataset of a changed tar and one of imported features."""
+    np.savez(path / "tiny.npz", **tiny_vit_arrays())
+    (path / "resnet").mkdir()
+    (path / "resnet/config.json").write_text('{"model_type": "resnet"}')
+    save_file({"a": np.zeros(1, np.float32)}, path / "resnet/model.safetensors")
+    tokens = ["--tokenizer", str(path / "d/tokens/words/tokenizer.model"), "--max-length", "8"]
+    write_tar(path / "images.tar", samples(20))
+    assert main(["index", str(path / "images.tar"), "--out", str(path / "images")]) == 0
+    assert main(["tokenize", str(path / "images"), *tokens]) == 0
+    write_tar(path / "changed.tar", samples(20))
+    assert main(["index", str(path / "changed.tar"), "--out", str(path / "changed")]) == 0
+    assert main(["tokenize", str(path / "changed"), *tokens]) == 0
+    write_tar(path / "changed.tar", samples(21))
+    writer = DatasetWriter(path / "imported")
+    for row in range(20):
+        writer.add(Row(str(row), 0, row, 0, ("a caption",)))
+    writer.finish(seed=0, sources=[Source("/features.npy", 1, "features")])
+    assert main(["tokenize", str(path / "imported"), *tokens]) == 0
 
 
 def snapshot(path):
@@ -52,6 +78,7 @@ def mistake(capsys, directory, command):
 
 
 TRAIN = "train {p}/c.toml --workdir {p}/new --dataset {p}/d"
+UNLOCK = "train {p}/c.toml --workdir {p}/new --image.train unlocked --dataset {p}"
 PLAN = "plan {p}/c.toml --topology "
 
 
@@ -94,6 +121,13 @@ PLAN = "plan {p}/c.toml --topology "
         (TRAIN + " --evaluate.retrieval {p}/other", "no features of the run's tower"),
         (TRAIN + " --evaluate.zero_shot {p}/none", "dataset {p}/none does not exist"),
         (TRAIN + " --evaluate.zero_shot {p}/badlabels", "has label 4 but only 3 class names"),
+        (UNLOCK + "/d --image.tower {p}/tiny.npz", "source /nowhere.tar of {p}/d"),
+        (UNLOCK + "/changed --image.tower {p}/tiny.npz", "changed.tar has "),
+        (UNLOCK + "/imported --image.tower {p}/tiny.npz", "imported as features and has no images to train"),
+        (UNLOCK + "/images --image.tower {p}/none.npz", "none.npz' is neither a file nor a name"),
+        (UNLOCK + "/images --image.tower {p}/resnet", "model type 'resnet' is not supported"),
+        (UNLOCK + "/images", "dataset {p}/images has no features"),
+        (UNLOCK + "/images --image.tower {p}/tiny.npz --image.resolution 30", "is not a multiple of"),
         ("train {p}/c.toml --workdir {p}/run --dataset {p}/d --seed 1", "seed is 0 there and 1 now"),
         (
             "train {p}/c.toml --workdir {p}/run --dataset {p}/other",

@@ -228,7 +228,7 @@ def test_embed_killed_while_a_shard_is_finished_ends_with_the_same_bytes(
 
 
 def test_embed_of_another_tower_needs_another_name(dataset: Dataset, tiny_vit: Path) -> None:
-    embed_dataset(dataset.path, str(tiny_vit), name="t")
+    embed_dataset(dataset.path, str(tiny_vit), name="t", dtype="float32")
     before = tree(dataset.path)
     with pytest.raises(UserError, match=r"another tower \(other preprocess\); choose another --name"):
         embed_dataset(dataset.path, str(tiny_vit), name="t", preprocess="tf-squash")
@@ -352,7 +352,7 @@ def test_stored_features_equal_timms_on_real_photos(realdata: Path, tmp_path: Pa
         tmp_path / "0.tar", [m for i, d in enumerate(files) for m in ((f"{i}.jpg", d), (f"{i}.cls", b"0"))]
     )
     dataset = index_dataset([f"{tmp_path}/0.tar"], tmp_path / "d", seed=0)
-    embed_dataset(dataset.path, str(weights), batch_size=4)
+    embed_dataset(dataset.path, str(weights), batch_size=4, dtype="float32")
     got = Features.read_all(open_features(dataset)).astype(np.float32)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=1000).eval()
     model.load_pretrained(str(weights))

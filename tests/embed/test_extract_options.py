@@ -43,8 +43,8 @@ def test_a_dataset_by_a_relative_path(
 
 
 def test_views_lie_side_by_side(dataset: Dataset, tiny_vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    embed_dataset(dataset.path, str(tiny_vit), name="one", batch_size=6)
-    embed_dataset(dataset.path, str(tiny_vit), name="three", batch_size=6, views=3)
+    embed_dataset(dataset.path, str(tiny_vit), name="one", batch_size=6, dtype="float32")
+    embed_dataset(dataset.path, str(tiny_vit), name="three", batch_size=6, views=3, dtype="float32")
     one, three = open_features(dataset, "one"), open_features(dataset, "three")
     assert (three.width, three.views, three.array().shape) == (32, 3, (20, 96))
     assert "views" not in one.provenance

@@ -52,7 +52,7 @@ def step_flops(
     pairs = 2 * texts * images * model.out_dim
     head = 2 * images * model.out_dim**2
     if image is not None:
-        trained = 3.0 * images * flops_per_image(image.architecture, image.size)
+        trained = 3.0 * images * flops_per_image(image.architecture, image.size, computed=True)
         return trained + 3.0 * texts * text + 3.0 * pairs + 3.0 * head * image_head
     return 3.0 * texts * text + (3.0 * pairs + 2.0 * head if image_head else 2.0 * pairs)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 
-from lit_fast.config import Config, TextConfig
+from lit_fast.config import Config, ImageConfig, TextConfig
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
 from lit_fast.models.precision import resolve_dtype
@@ -23,12 +23,14 @@ from lit_fast.train.cost.memory import (
     BuildTower,
     MemoryEstimate,
     choose_remat,
+    image_candidates,
     remat_candidates,
     try_compile,
 )
 from lit_fast.train.input_pipeline.packing import required_row_tokens
 from lit_fast.train.inputs import check_batch
 from lit_fast.train.plan.data import PlanData, plan_data
+from lit_fast.train.plan.image import plan_image_tower
 from lit_fast.train.plan.target import Target
 from lit_fast.train.step import abstract_training, make_step
 from lit_fast.train.text_pass import kernel_refusal
@@ -43,9 +45,10 @@ _MATRIX_UNIT_TOKENS = 128  # rows of a matrix unit
 
 
 class Candidate(NamedTuple):
-    """A text configuration and its cost; bytes and FLOPs are per device and step."""
+    """A configuration of the towers and its cost; bytes and FLOPs are per device and step."""
 
     text: TextConfig
+    image: ImageConfig
     bytes: int
     fits: bool
     flops: float  # executed, with recomputation
@@ -66,14 +69,17 @@ class Planner:
     def __init__(self, config: Config, target: Target) -> None:
         check_batch(config, target.devices)
         self.target = target
-        self.data: PlanData = plan_data(config)
+        self.image = plan_image_tower(config)
+        self.data: PlanData = plan_data(config, self.image)
         self.texts = config.stream.global_batch * config.stream.captions_per_image // target.devices
         tokenizer = cast(Tokenizer, self.data.vocabulary)  # the tower reads nothing but its sizes
         self.build: BuildTower = partial(text_tower, tokenizer=tokenizer, out_dim=self.data.width)
         text = dataclasses.replace(config.text, dtype=resolve_dtype(config.text.dtype, target.platform))
         self._attention = text.attention
         self.config = dataclasses.replace(config, text=self.with_packing(text, text.pack))
-        self._optimizer, self._state = abstract_training(self.build(self.config.text), self.config)
+        self._optimizer, self._state = abstract_training(
+            self.build(self.config.text), self.config, self.image
+        )
         self.usable_memory = USABLE_SHARE * target.chip.memory
         self.compiles = 0
         self._estimates: dict[tuple[int, int], MemoryEstimate] = {}
@@ -101,9 +107,25 @@ class Planner:
         if packing not in self._estimates:
             config = dataclasses.replace(self.config, text=text)
             self._estimates[packing] = MemoryEstimate(
-                config, self.build, self.target.devices, self._state, self.target.platform
+                config, self.build, self.target.devices, self._state, self.target.platform, self.image
             )
         return self._estimates[packing]
+
+    def image_of(self, text: TextConfig) -> ImageConfig:
+        """Return the image configuration that a candidate of the text tower has beside it."""
+        config = self.config
+        if self.image is None or config.image.keep != "auto":
+            return config.image
+        devices, platform = self.target.devices, self.target.platform
+        auto = dataclasses.replace(config, text=dataclasses.replace(text, keep="auto", microbatches=1))
+        counts = [t.microbatches for t in remat_candidates(auto, devices, platform) if t.keep == text.keep]
+        images = [i for i in image_candidates(auto, devices, platform, self.image) if i.keep == text.keep]
+        smaller = sum(count < text.microbatches for count in counts)
+        return images[min(smaller, len(images) - 1)]
+
+    def estimated_bytes(self, text: TextConfig) -> int:
+        """Return the estimated memory of a step."""
+        return self.memory(text).total(text, self.image_of(text))
 
     def default(self) -> Candidate:
         """Evaluate the candidate that a training with this configuration uses.
@@ -112,7 +134,7 @@ class Planner:
           UserError: no candidate fits.
         """
         text, mesh, chip = self.config.text, self.target.mesh, self.target.chip
-        if text.keep != "auto":
+        if text.keep != "auto" and (self.image is None or self.config.image.keep != "auto"):
             return self.evaluate(text)
         if mesh is not None:
             label = f"compiling for {self.target.name}"
@@ -120,37 +142,56 @@ class Planner:
                 status(f"{label}: {_COMPILE_TIME[self.target.platform]} on two idle cores")
             with report_elapsed(label):
                 fit = choose_remat(
-                    self.config, self.build, mesh, self._optimizer, self._state, int(chip.memory)
+                    self.config,
+                    self.build,
+                    mesh,
+                    self._optimizer,
+                    self._state,
+                    int(chip.memory),
+                    image=self.image,
                 )
             self.compiles += 1
-            return self._candidate(fit.text, fit.compiled) if fit.compiled else self.evaluate(fit.text)
-        for text in remat_candidates(self.config, self.target.devices, self.target.platform):
-            if self.memory(text).total(text) <= self.usable_memory:
-                return self.evaluate(text)
+            if fit.compiled:
+                return self._candidate(fit.text, fit.compiled, fit.image)
+            return self.evaluate(fit.text, fit.image)
+        texts = iter([text])
+        if text.keep == "auto":
+            texts = remat_candidates(self.config, self.target.devices, self.target.platform)
+        need = 0
+        for candidate in texts:
+            need = self.estimated_bytes(candidate)
+            if need <= self.usable_memory:
+                return self.evaluate(candidate)
         raise UserError(
             f"stream.global_batch {self.config.stream.global_batch} does not fit: a step needs an estimated "
-            f"{self.memory(text).total(text) / 2**30:.3g} GiB per device, of {self.usable_memory / 2**30:.3g} usable; "
+            f"{need / 2**30:.3g} GiB per device, of {self.usable_memory / 2**30:.3g} usable; "
             "choose a smaller batch, a smaller tower or more devices"
         )
 
-    def evaluate(self, text: TextConfig) -> Candidate:
-        """Return the cost of a text configuration, from the compiler if the target has one."""
+    def evaluate(self, text: TextConfig, image: ImageConfig | None = None) -> Candidate:
+        """Return the cost of a configuration, from the compiler if the target has one.
+
+        Args:
+          image: of the image tower; None: that of `image_of`.
+        """
+        image = image or self.image_of(text)
         if self.target.mesh is None:
-            return self._candidate(text, None)
+            return self._candidate(text, None, image)
         self.compiles += 1
         mesh, optimizer, state = self.target.mesh, self._optimizer, self._state
-        with report_elapsed(f"compiling for {self.target.name}, {describe(text)}"):
-            compiled = try_compile(self.config, text, self.build, mesh, optimizer, state)
-        return self._candidate(text, compiled)
+        config = dataclasses.replace(self.config, image=image)
+        with report_elapsed(f"compiling for {self.target.name}, {describe(text, image)}"):
+            compiled = try_compile(config, text, self.build, mesh, optimizer, state, self.image)
+        return self._candidate(text, compiled, image)
 
-    def _candidate(self, text: TextConfig, compiled: CompiledStep | None) -> Candidate:
+    def _candidate(self, text: TextConfig, compiled: CompiledStep | None, image: ImageConfig) -> Candidate:
         flops, usable = self.executed_flops(text), self.usable_memory
         if compiled is None:
-            need = self.memory(text).total(text)
+            need = self.memory(text).total(text, image)
             if self.target.mesh is not None:  # the compiler refused it
                 need = max(need, int(self.target.chip.memory))
             return Candidate(
-                text, need, need <= usable, flops, None, self._estimated_collectives(), None, None
+                text, image, need, need <= usable, flops, None, self._estimated_collectives(), None, None
             )
         chip, clock = self.target.chip.name, self.target.chip.clock
         cost = program_cost(compiled.text, partial(attention_cycles, chip))
@@ -160,7 +201,7 @@ class Planner:
         # On one device, collectives are local copies.
         collectives = cost.collectives if self.target.devices > 1 else {}
         return Candidate(
-            text, compiled.bytes, compiled.bytes <= usable, flops, seconds, collectives, compiled, cost
+            text, image, compiled.bytes, compiled.bytes <= usable, flops, seconds, collectives, compiled, cost
         )
 
     def executed_flops(self, text: TextConfig) -> float:
@@ -175,10 +216,11 @@ class Planner:
         """Return the FLOPs of the products, and FLOPs of bfloat16 products that take the same time, per device."""
         key = dataclasses.replace(text, microbatches=1)
         if key not in self._flops:
-            config, model = dataclasses.replace(self.config, text=key), self.build(key)
+            image = dataclasses.replace(self.image_of(text), microbatches=1)
+            config, model = dataclasses.replace(self.config, text=key, image=image), self.build(key)
             # Traced for a single device: it computes the products of all devices.
-            step = make_step(model, self._optimizer, config, make_mesh(jax.devices("cpu")[:1]))
-            program = jax.make_jaxpr(step)(self._state, batch_shapes(model, config)).jaxpr
+            step = make_step(model, self._optimizer, config, make_mesh(jax.devices("cpu")[:1]), self.image)
+            program = jax.make_jaxpr(step)(self._state, batch_shapes(model, config, self.image)).jaxpr
             flops, weighted = program_flops(program), program_flops(program, self.target.chip.passes)
             self._flops[key] = flops / self.target.devices, weighted / self.target.devices
         return self._flops[key]
@@ -219,7 +261,7 @@ def search(planner: Planner, default: Candidate) -> list[Candidate]:
         packed = dataclasses.replace(config, text=planner.with_packing(auto, pack))
         first: dict[str, TextConfig] = {}
         for text in remat_candidates(packed, planner.target.devices, planner.target.platform):
-            if keep in ("", text.keep) and planner.memory(text).total(text) <= planner.usable_memory:
+            if keep in ("", text.keep) and planner.estimated_bytes(text) <= planner.usable_memory:
                 first.setdefault(text.keep, text)
         return sorted(first.values(), key=planner.product_seconds)
 
@@ -237,7 +279,7 @@ def search(planner: Planner, default: Candidate) -> list[Candidate]:
         factors = (0.5, 0.25, 0.125) if planner.target.platform == "gpu" else (2, 0.5)
         for microbatches in (max(int(best.text.microbatches * factor), 1) for factor in factors):
             text = dataclasses.replace(best.text, microbatches=microbatches)
-            fits = planner.memory(text).total(text) <= planner.usable_memory
+            fits = planner.estimated_bytes(text) <= planner.usable_memory
             if planner.texts % (microbatches * text.pack) == 0 and fits:
                 _add(planner, text, found)
     return sorted(found, key=lambda candidate: (not candidate.fits, planner.relative_seconds(candidate)))
@@ -268,19 +310,27 @@ def _add(planner: Planner, text: TextConfig, found: list[Candidate]) -> None:
         longest = max((c.compiled.seconds for c in found if c.compiled), default=60)
         left = format_duration((MAX_COMPILES - planner.compiles) * longest)
         count = f"{planner.compiles + 1} of at most {MAX_COMPILES}"
-        status(f"compiling {describe(text)}, {count}; at most about {left} left")
+        status(f"compiling {describe(text, planner.image_of(text))}, {count}; at most about {left} left")
     found.append(planner.evaluate(text))
 
 
-def describe(text: TextConfig) -> str:
-    """Return for example `hidden, 16 microbatches`."""
+def describe(text: TextConfig, image: ImageConfig) -> str:
+    """Return for example `hidden, 16 microbatches`, and the same of a trained image tower."""
     rows = f", {text.pack} captions per row" if text.pack > 1 else ""
-    return f"{text.keep}, {text.microbatches} microbatch{'es' * (text.microbatches > 1)}{rows}"
+    found = f"{text.keep}, {_microbatches(text.microbatches)}{rows}"
+    return found + (f"; images {image.keep}, {_microbatches(image.microbatches)}" if image.trained else "")
 
 
-def overrides(text: TextConfig) -> str:
-    """Return the flags that select a text configuration in `lit-fast train`."""
-    return f"--text.keep {text.keep} --text.microbatches {text.microbatches} --text.pack {text.pack}"
+def _microbatches(count: int) -> str:
+    return f"{count} microbatch{'es' * (count > 1)}"
+
+
+def overrides(text: TextConfig, image: ImageConfig) -> str:
+    """Return the flags that select a configuration in `lit-fast train`."""
+    flags = f"--text.keep {text.keep} --text.microbatches {text.microbatches} --text.pack {text.pack}"
+    return flags + (
+        f" --image.keep {image.keep} --image.microbatches {image.microbatches}" if image.trained else ""
+    )
 
 
 _SMALLEST_ROWS = 2048  # rows per device of the smallest batch tried; it has several microbatches
@@ -304,20 +354,21 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
     def least_memory(batch: int) -> tuple[Planner, TextConfig]:
         # The microbatches of the configuration need not divide this batch.
         text = dataclasses.replace(config.text, keep="auto", microbatches=1)
+        image = dataclasses.replace(config.image, keep="auto", microbatches=1)
         stream = dataclasses.replace(config.stream, global_batch=batch)
-        planner = Planner(dataclasses.replace(config, stream=stream, text=text), target)
+        planner = Planner(dataclasses.replace(config, stream=stream, text=text, image=image), target)
         texts = remat_candidates(planner.config, target.devices, target.platform)
         return planner, next(text for text in texts if text.keep == "embeddings")
 
     def estimate(batch: int) -> int:
         planner, text = least_memory(batch)
-        return planner.memory(text).total(text)
+        return planner.estimated_bytes(text)
 
     @cache
     def evaluate(batch: int) -> Candidate:
         planner, text = least_memory(batch)
         if target.mesh is not None:
-            status(f"compiling a batch of {batch:,}, {describe(text)}")
+            status(f"compiling a batch of {batch:,}, {describe(text, planner.image_of(text))}")
         return planner.evaluate(text)
 
     usable, base = USABLE_SHARE * target.chip.memory, estimate(smallest)
@@ -338,9 +389,9 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
     planner, _ = least_memory(batch)
     while target.platform == "gpu" and largest.compiled and largest.text.microbatches % 2 == 0:
         text = dataclasses.replace(largest.text, microbatches=largest.text.microbatches // 2)
-        if planner.memory(text).total(text) > planner.usable_memory:
+        if planner.estimated_bytes(text) > planner.usable_memory:
             break
-        status(f"compiling a batch of {batch:,}, {describe(text)}")
+        status(f"compiling a batch of {batch:,}, {describe(text, planner.image_of(text))}")
         larger = planner.evaluate(text)
         if not larger.fits or (larger.kernels or 0) > 0.9 * (largest.kernels or 0):
             break
@@ -350,6 +401,6 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
         "global_batch": batch,
         "bytes": largest.bytes,
         "kernels": largest.kernels if target.platform == "gpu" else None,
-        "overrides": overrides(largest.text),
+        "overrides": overrides(largest.text, largest.image),
         "by": by,
     }

@@ -11,6 +11,7 @@ from lit_fast.data.tokens import id_dtype
 from lit_fast.errors import UserError
 from lit_fast.train.cost.hardware import TPUS
 from lit_fast.train.plan.candidates import Candidate, Planner
+from lit_fast.train.plan.image import PHOTOS_PER_CORE
 from lit_fast.train.plan.slices import canonical
 from lit_fast.train.plan.target import Target
 
@@ -79,11 +80,13 @@ def data_costs(planner: Planner, candidate: Candidate, seconds: float, mfu: floa
     kept = min(config.checkpoint.keep, saves)
     if config.checkpoint.keep_every:
         kept += config.steps // config.checkpoint.keep_every
-    row_bytes, rate = data.width * 2 + captions * id_bytes, config.stream.global_batch / seconds
+    image_bytes = 3 * planner.image.size**2 if planner.image else data.width * 2
+    row_bytes, rate = image_bytes + captions * id_bytes, config.stream.global_batch / seconds
     return {
         "rows": rows,
         "known": bool(data.rows),
-        "bytes": rows * data.views * data.width * 2,
+        "bytes": 0 if planner.image else rows * data.views * data.width * 2,
+        "cores_per_host": rate / target.hosts / PHOTOS_PER_CORE if planner.image else None,
         "token_bytes": rows * id_bytes,
         "row_bytes": row_bytes,
         "rows_per_second": rate,

@@ -14,6 +14,7 @@ from lit_fast.data.features import open_features, stored_towers
 from lit_fast.data.tokens import open_tokens, stored_tokenizers
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import Architecture, flops_per_image
+from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.sizes import VARIANTS
 from lit_fast.towers.torch.catalogue import is_published_name, random_tower
 from lit_fast.train.cost.flops import tower_flops
@@ -42,13 +43,20 @@ class PlanData(NamedTuple):
     views: int = 1  # vectors per row
 
 
-def plan_data(config: Config) -> PlanData:
+def plan_data(config: Config, image: ImageTower | None = None) -> PlanData:
     """Describe the dataset; section [plan] replaces missing features and tokens.
+
+    Args:
+      image: the trained image tower; no features are needed then.
 
     Raises:
       UserError: the dataset is damaged, or the tower is unknown.
     """
     plan = config.plan
+    if not config.dataset and image:
+        trained = f"trained image tower of {image.size} pixels"
+        vocabulary = Vocabulary(plan.vocab_size, plan.max_length)
+        return PlanData(plan.rows, trained, image.width, None, vocabulary, _lengths(config), trained)
     if not config.dataset:
         width, flops = _tower(plan.tower)
         vocabulary = Vocabulary(plan.vocab_size, plan.max_length)
@@ -56,7 +64,10 @@ def plan_data(config: Config) -> PlanData:
         return PlanData(plan.rows, plan.tower, width, flops, vocabulary, _lengths(config), description)
     dataset = open_dataset(config.dataset)
     description, image_flops, views = f"dataset {dataset.path}", None, 1
-    if stored_towers(dataset):
+    if image:
+        tower, width = f"trained image tower of {image.size} pixels", image.width
+        description += f"; {tower}"
+    elif stored_towers(dataset):
         features = open_features(dataset, config.tower)
         tower, width, views = features.tower, features.width, features.views
         description += f", {len(features.finished())} of {dataset.shards} shards embedded by {tower}"

@@ -68,12 +68,12 @@ def make_plan(
     batch, steps = config.stream.global_batch, config.steps
     texts = batch * config.stream.captions_per_image
     tokens = float(data.lengths.mean()) if config.text.packed else None
-    flops = step_flops(model, texts, batch, config.loss.image_head, tokens) / target.devices
+    flops = step_flops(model, texts, batch, config.loss.image_head, tokens, planner.image) / target.devices
     times = step_times(planner, default, flops, mfu)
     seconds = times["planning"]["seconds"]
     store = data_costs(planner, default, seconds, times["planning"]["mfu"])
     scale = seconds / planner.relative_seconds(default)
-    residuals = memory.residuals(default.text)
+    residuals = memory.residuals(default.text) + memory.image_residuals(default.image)
     fixed = memory.parameters + memory.optimizer + memory.batch
     if default.compiled:  # the compiler shares memory between buffers
         residuals = min(residuals, default.compiled.temporary_bytes)
@@ -117,8 +117,8 @@ def make_plan(
         "store": store,
         "ways": [_summary(planner, candidate, scale) for candidate in candidates],
         "searched": len(candidates) > 1,
-        "best": describe(best.text) if best else None,
-        "overrides": overrides(best.text) if best and best.text != default.text else "",
+        "best": describe(best.text, best.image) if best else None,
+        "overrides": overrides(best.text, best.image) if best and best.text != default.text else "",
     }
     if largest:
         plan["largest_batch"] = largest_batch(config, target)
@@ -142,9 +142,14 @@ def _program(candidate: Candidate, clock: float) -> dict[str, Any] | None:
 def _summary(planner: Planner, candidate: Candidate, scale: float) -> dict[str, Any]:
     """Describe a candidate; its seconds are the relative ones times `scale`."""
     return {
-        "description": describe(candidate.text),
+        "description": describe(candidate.text, candidate.image),
         "keep": candidate.text.keep,
         "parts": candidate.text.microbatches,
+        **(
+            {"image_keep": candidate.image.keep, "image_parts": candidate.image.microbatches}
+            if planner.image
+            else {}
+        ),
         "pack": candidate.text.pack,
         "bytes": candidate.bytes,
         "fits": candidate.fits,

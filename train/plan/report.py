@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lit_fast.train.cost.hlo import ASYNC_COPY, COLLECTIVES
+from lit_fast.train.plan.image import PHOTOS_PER_CORE
 from lit_fast.utils.format import format_bytes, format_duration, format_table
 
 _RESOURCES = {
@@ -178,8 +179,16 @@ def _data(plan: dict[str, Any]) -> list[str]:
     stream = f"to stream: {rate:,.0f} images/s of {store['row_bytes']:,} bytes, {_si(store['bytes_per_second'])}B/s"
     if hosts > 1:
         stream += f"; a host {rate / hosts:,.0f} images/s, {_si(store['bytes_per_second'] / hosts)}B/s"
-    lines = [
-        f"features of {rows}: {_si(store['bytes'])}B{passes}",
+    if store["cores_per_host"] is not None:
+        cores = f"{store['cores_per_host']:.1f} cores"
+        lines = [
+            f"images of {rows}, decoded while training{passes}",
+            f"to decode: {rate:,.0f} images/s; a host {rate / hosts:,.0f} images/s, about {cores} at "
+            f"{PHOTOS_PER_CORE} photos of 500 x 375 pixels a second and core",
+        ]
+    else:
+        lines = [f"features of {rows}: {_si(store['bytes'])}B{passes}"]
+    lines += [
         stream,
         f"checkpoints: {store['checkpoints_kept']} kept, {_si(store['checkpoint_bytes'])}B each",
     ]

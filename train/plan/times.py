@@ -23,7 +23,8 @@ def lower_bounds(planner: Planner, candidate: Candidate) -> dict[str, float]:
     """
     memory, chip, n = planner.memory(candidate.text), planner.target.chip, planner.target.devices
     state = memory.parameters + memory.optimizer + memory.gradients
-    traffic = 2 * (state + memory.residuals(candidate.text)) + memory.batch
+    residuals = memory.residuals(candidate.text) + memory.image_residuals(candidate.image)
+    traffic = 2 * (state + residuals) + memory.batch
     share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}
     sent = sum(share.get(name, (n - 1) / n) * c.bytes for name, c in candidate.collectives.items())
     return {

@@ -22,6 +22,7 @@ from lit_fast.train.plan.candidates import Candidate, Planner
 from lit_fast.train.plan.report import format_times
 from lit_fast.train.plan.target import open_target
 from lit_fast.train.plan.times import lower_bounds
+from tests.helpers import samples, write_tar
 from tests.synthetic import make_dataset
 
 ONE_DAY = Path(__file__).parents[3] / "configs/siglit_b8_one_day.toml"
@@ -111,10 +112,10 @@ def test_plan_for_absent_gpus_is_an_estimate(plan):
     last = 20 * w**2 + 4 * tokens * w**2 + 4 * tokens * w
     model = 32_768 * (3 * (11 * layer + last + 2 * w * 768) + 2 * 2 * 32_768 * 768)
     assert found.flops["model"] * 8 == pytest.approx(model)
-    # The shares of recomputation in the help of text.keep.
+    # The shares of recomputation in the help of text.keep. What follows the loop over the layers is computed again.
     recomputation = {way["keep"]: way["executed_flops"] / found.flops["model"] - 1 for way in found.ways}
     assert recomputation == pytest.approx(
-        {"products": 0, "hidden": 0.09, "inputs": 0.22, "embeddings": 0.33}, abs=0.006
+        {"products": 0.007, "hidden": 0.09, "inputs": 0.22, "embeddings": 0.33}, abs=0.006
     )
     assert (found.limit, found.limited) == ("compute", False)
     # The products of the loss run as TF32, at half the rate.
@@ -123,6 +124,42 @@ def test_plan_for_absent_gpus_is_an_estimate(plan):
         (found.flops["executed"] - loss) / 989e12 + loss / 494.5e12, rel=5e-3
     )
     assert found.store["row_bytes"] == 768 * 2 + 16 * 2
+
+
+def test_plan_of_a_trained_image_tower_counts_both_towers_and_the_decoding(plan):
+    options = ["--image.train", "scratch", "--image.arch", "mu/8", "--image.resolution", "64"]
+    found, frozen = (
+        plan("--topology", "gpu:h100:8", *more) for more in (options, ["--plan.tower", "mu/8", "--no-search"])
+    )
+    # By hand: one layer of width 32 on 64 tokens, attention pooling, three times the forward pass.
+    w, tokens = 32, 64
+    image = tokens * 24 * w**2 + 4 * tokens**2 * w + 2 * tokens * 3 * 8**2 * w
+    image += 4 * w**2 + 4 * tokens * w**2 + 4 * tokens * w + 16 * w**2
+    added = 3 * 256 * image + 2 * 256**2 * w  # and the gradient of the images
+    assert (found.flops["model"] - frozen.flops["model"]) * 8 == pytest.approx(added)
+    executed = {way["image_keep"]: way["executed_flops"] for way in found.ways}
+    assert executed["products"] == pytest.approx(found.flops["model"], rel=0.05)
+    assert executed["embeddings"] > executed["inputs"] > executed["hidden"] >= executed["products"]
+    assert all(way["image_keep"] == way["keep"] for way in found.ways)
+    store = found.store
+    assert (store["bytes"], store["row_bytes"]) == (0, 3 * 64**2 + 8 * 2)
+    assert store["cores_per_host"] == pytest.approx(store["rows_per_second"] / 390)
+    assert "to decode: " in found.page
+    assert "features of" not in found.page
+    assert "; images " in found.page
+
+
+def test_plan_of_the_unlocked_tower_of_a_dataset_takes_that_of_its_features(plan, tiny_vit, tmp_path):
+    write_tar(tmp_path / "0.tar", samples(3))
+    for command in (
+        ["index", str(tmp_path / "0.tar"), "--out", str(tmp_path / "d")],
+        ["embed", str(tmp_path / "d"), "--tower", str(tiny_vit)],
+    ):
+        assert main(command) == 0
+    options = ["--image.train", "unlocked", "--dataset", str(tmp_path / "d")]
+    found = plan("--topology", "gpu:h100", "--no-search", *options)
+    assert found.store["row_bytes"] == 3 * 32**2 + 8 * 2
+    assert "trained image tower of 32 pixels" in found.page
 
 
 def test_plan_for_one_gpu_has_no_collectives(plan):
@@ -326,18 +363,12 @@ def test_candidates_of_a_gpu_rank_by_their_kernels():
 )
 def test_plan_for_an_absent_gpu_compiles_the_step(plan):
     """The memory is that of the compiled step, as the training on such a GPU reads it."""
-    found = plan(
-        "--topology", "h200", "--text.dtype", "bfloat16", "--largest-batch", "--price", "3", for_gpu=True
-    )
+    found = plan("--topology", "h200", "--text.dtype", "bfloat16", "--no-search", for_gpu=True)
     assert (found.by, found.no_compiler, found.hosts) == ("compiler", "", 1)
     assert found.program["kernels"] > 100
     assert found.planning["by"] == "paper"
-    assert {way["by"] for way in found.ways} == {"compiler"}
-    assert [way["seconds"] for way in found.ways] == sorted(way["seconds"] for way in found.ways)
-    assert found.largest_batch["by"] == "compiler"
-    assert found.largest_batch["global_batch"] > 100_000
+    assert found.memory["fits"]
     assert "kernels" in found.page
-    assert "error" not in found.page.lower()
 
 
 # --- with the TPU's compiler
