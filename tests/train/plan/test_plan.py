@@ -363,18 +363,12 @@ def test_candidates_of_a_gpu_rank_by_their_kernels():
 )
 def test_plan_for_an_absent_gpu_compiles_the_step(plan):
     """The memory is that of the compiled step, as the training on such a GPU reads it."""
-    found = plan(
-        "--topology", "h200", "--text.dtype", "bfloat16", "--largest-batch", "--price", "3", for_gpu=True
-    )
+    found = plan("--topology", "h200", "--text.dtype", "bfloat16", "--no-search", for_gpu=True)
     assert (found.by, found.no_compiler, found.hosts) == ("compiler", "", 1)
     assert found.program["kernels"] > 100
     assert found.planning["by"] == "paper"
-    assert {way["by"] for way in found.ways} == {"compiler"}
-    assert [way["seconds"] for way in found.ways] == sorted(way["seconds"] for way in found.ways)
-    assert found.largest_batch["by"] == "compiler"
-    assert found.largest_batch["global_batch"] > 100_000
+    assert found.memory["fits"]
     assert "kernels" in found.page
-    assert "error" not in found.page.lower()
 
 
 # --- with the TPU's compiler
