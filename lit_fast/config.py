@@ -141,7 +141,9 @@ class ImageConfig:
     flip: bool = setting(False, "mirror half of the images; captions with left and right are then wrong")
     workers: int = setting(0, "threads that decode images in each process; 0: one per core")
     dtype: str = setting(
-        "bfloat16", "dtype of matrix products; parameters are float32", choices=("float32", "bfloat16")
+        "auto",
+        "dtype of matrix products; parameters are float32. auto: that of text.dtype",
+        choices=("float32", "bfloat16"),
     )
     keep: str = setting(
         "auto",
