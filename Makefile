@@ -35,7 +35,7 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-# The tables of benchmarks/README.md, but for those that take hours (learning) or libtpu (memory).
+# The tables of benchmarks/README.md, but for those that take hours (learning) or libtpu (memory, tpu_step, attention_kernels).
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.startup

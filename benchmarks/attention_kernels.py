@@ -33,14 +33,17 @@ def main() -> int:
         compile_kernel(*args.compile)
         return 0
     wrong = 0
-    print("| chip | kernel | bundles a row |")
-    print("|---|---|---|")
+    kinds = list(BUNDLES["v4"])
+    names = [f"{direction}, {f'captions of {length}' if length else 'masked'}" for direction, length in kinds]
+    print(f"| chip | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for chip in args.chips:
-        for (direction, length), listed in BUNDLES[chip].items():
-            found = bundles(chip, direction, length)
-            note = "" if found == listed else f" (listed: {listed})"
-            wrong += found != listed
-            print(f"| {chip} | {kernel_name(direction, length, HEADS, SIZE)} | {found:,}{note} |", flush=True)
+        found = [bundles(chip, *kind) for kind in kinds]
+        listed = [BUNDLES[chip][kind] for kind in kinds]
+        notes = ["" if f == b else f" (listed: {b:,})" for f, b in zip(found, listed, strict=True)]
+        wrong += found != listed
+        print(
+            f"| {chip} | {' | '.join(f'{f:,}{n}' for f, n in zip(found, notes, strict=True))} |", flush=True
+        )
     return int(wrong > 0)
 
 

@@ -67,7 +67,7 @@ class TextConfig:
     keep: str = setting(
         "auto",
         "remat policy, the residuals stored for the backward pass: matrix products, without queries, keys and values "
-        "(hidden), the layer inputs, or only the embeddings of a microbatch. Recomputation adds 0, 9, 22 or 33 % "
+        "(hidden), the layer inputs, or only the embeddings of a microbatch. Recomputation adds 1, 9, 23 or 33 % "
         "FLOPs. auto: the first policy, in this order, whose step fits in device memory; it also sets microbatches",
         choices=("auto", "products", "hidden", "inputs", "embeddings"),
     )
@@ -141,7 +141,9 @@ class ImageConfig:
     flip: bool = setting(False, "mirror half of the images; captions with left and right are then wrong")
     workers: int = setting(0, "threads that decode images in each process; 0: one per core")
     dtype: str = setting(
-        "bfloat16", "dtype of matrix products; parameters are float32", choices=("float32", "bfloat16")
+        "auto",
+        "dtype of matrix products; parameters are float32. auto: that of text.dtype",
+        choices=("float32", "bfloat16"),
     )
     keep: str = setting(
         "auto",

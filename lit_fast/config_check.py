@@ -95,7 +95,7 @@ def _check_image(config: Config) -> None:
     image = config.image
     if not image.trained:
         for f in fields(ImageConfig):
-            if getattr(image, f.name) != f.default:
+            if f.name != "dtype" and getattr(image, f.name) != f.default:  # a dtype changes nothing
                 raise UserError(
                     f'image.{f.name} is for image.train = "unlocked" or "scratch"; set image.train or leave it out'
                 )

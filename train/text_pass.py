@@ -107,8 +107,7 @@ class _Kept(NamedTuple):
     params: Tree
     rows: Tree  # by microbatch
     weights: Tree  # folded
-    layers: Any  # arrays [microbatches, layers, ...]; None: they are computed again
-    outputs: Any  # [microbatches, n, tokens, width], of the last layer of the loop
+    layers: Any  # arrays [microbatches, layers, ...], of "x" one more; None: they are computed again
 
 
 class TextPass:
@@ -160,21 +159,17 @@ class TextPass:
         first = self._rows(_at(parts, 0))
         shapes = jax.eval_shape(lambda: self._begin(params, first))
         slots = 1 if self._recompute else self._microbatches
-        layers, outputs = self._empty(weights, first, shapes, slots)
+        layers = self._empty(weights, first, shapes, slots)
         texts = jnp.zeros((self._microbatches, *jax.eval_shape(self._end, ends, shapes, first).shape))
 
         def microbatch(i: Any, carry: Any) -> Any:
-            texts, layers, outputs = carry
+            texts, layers = carry
             rows, slot = self._rows(_at(parts, i)), 0 if self._recompute else i
             x, layers = self._run_layers(weights, self._begin(params, rows), rows, layers, slot)
-            return (
-                lax.dynamic_update_index_in_dim(texts, self._end(ends, x, rows), i, 0),
-                layers,
-                _put(outputs, x, slot),
-            )
+            return lax.dynamic_update_index_in_dim(texts, self._end(ends, x, rows), i, 0), layers
 
-        texts, layers, outputs = lax.fori_loop(0, self._microbatches, microbatch, (texts, layers, outputs))
-        kept = _Kept(params, parts, weights, *((None, None) if self._recompute else (layers, outputs)))
+        texts, layers = lax.fori_loop(0, self._microbatches, microbatch, (texts, layers))
+        kept = _Kept(params, parts, weights, None if self._recompute else layers)
         return texts.reshape(-1, texts.shape[-1]), kept
 
     def _backward(self, kept: _Kept, dtexts: jax.Array) -> tuple[Tree, None]:
@@ -185,13 +180,12 @@ class TextPass:
 
         def microbatch(i: Any, sums: Any) -> Any:
             dweights, dends, dtable = sums
-            rows, slot, layers, outputs = self._rows(_at(parts, i)), i, kept.layers, kept.outputs
+            rows, slot, layers = self._rows(_at(parts, i)), i, kept.layers
             if self._recompute:
                 slot, x = 0, self._begin(params, rows)
-                layers, outputs = self._empty(weights, rows, x, 1)
-                x, layers = self._run_layers(weights, x, rows, layers, slot)
+                x, layers = self._run_layers(weights, x, rows, self._empty(weights, rows, x, 1), slot)
             else:
-                x = _get(outputs, slot)
+                x = _get(layers["x"], slot, self._layers)
             _, pull = jax.vjp(lambda ends, x: self._end(ends, x, rows), ends, x)
             some, dx = pull(_at(dtexts, i))
             dends = jax.tree.map(jnp.add, dends, some)
@@ -199,9 +193,11 @@ class TextPass:
             def layer(j: Any, carry: Any) -> Any:
                 dx, dweights = carry
                 index = self._layers - 1 - j
+                kept = jax.tree.map(lambda all: _get(all, slot, index), layers)
                 dx, d = self._encoder.backward(
                     _at(weights, index),
-                    jax.tree.map(lambda all: _get(all, slot, index), layers),
+                    kept.pop("x"),
+                    kept,
                     dx,
                     rows.layout,
                     fold_keys(rows.encoder_keys, index),
@@ -268,28 +264,34 @@ class TextPass:
     def _run_layers(
         self, weights: Tree, x: jax.Array, rows: _Rows, layers: Tree, slot: Any
     ) -> tuple[jax.Array, Tree]:
-        """Run the layers of the loop; `layers` holds what they keep, at `slot`."""
+        """Run the layers of the loop; `layers` holds what they keep, at `slot`.
 
-        def layer(index: Any, carry: Any) -> Any:
-            x, layers = carry
+        A layer reads its input from there: a carry of its own would be a second copy.
+        """
+
+        def layer(index: Any, layers: Tree) -> Tree:
             keys = fold_keys(rows.encoder_keys, index)
-            x, kept = self._encoder.forward(_at(weights, index), x, rows.layout, keys)
-            return x, jax.tree.map(lambda all, a: _put(all, a, slot, index), layers, kept)
+            x = _get(layers["x"], slot, index)
+            y, kept = self._encoder.forward(_at(weights, index), x, rows.layout, keys)
+            rest = {name: all for name, all in layers.items() if name != "x"}
+            rest = jax.tree.map(lambda all, a: _put(all, a, slot, index), rest, kept)
+            return {"x": _put(layers["x"], y, slot, index + 1), **rest}
 
-        return self._loop(layer, (x, layers))
+        layers = self._loop(layer, layers | {"x": _put(layers["x"], x, slot, 0)})
+        return _get(layers["x"], slot, self._layers), layers
 
     def _loop(self, layer: Callable[[Any, Any], Any], carry: Any) -> Any:
         """Run `layer(index, carry)` for all layers of the loop: there is none in a tower of one layer."""
         return lax.fori_loop(0, self._layers, layer, carry) if self._layers else carry
 
-    def _empty(self, weights: Tree, rows: _Rows, x: Any, slots: int) -> tuple[Tree, jax.Array]:
-        """Return arrays, not initialized, for what the layers keep and for the output of the last one."""
+    def _empty(self, weights: Tree, rows: _Rows, x: Any, slots: int) -> Tree:
+        """Return arrays, not initialized, for what the layers keep; "x" has a place for the output of the last one."""
         new = lambda a, *axes: lax.empty((slots, *axes, *a.shape), _stored(a.dtype))  # noqa: E731
+        inputs = {"x": new(x, self._layers + 1)}
         if not self._layers:
-            return {}, new(x)
+            return inputs
         layer = lambda x: self._encoder.forward(_at(weights, 0), x, rows.layout, rows.keys)[1]  # noqa: E731
-        layers = jax.tree.map(lambda a: new(a, self._layers), jax.eval_shape(layer, x))
-        return layers, new(x)
+        return inputs | jax.tree.map(lambda a: new(a, self._layers), jax.eval_shape(layer, x))
 
 
 def _at(tree: Any, index: Any) -> Any:

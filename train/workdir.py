@@ -110,10 +110,17 @@ def recorded_in_memory(workdir: StrPath) -> bool | None:
 def choose_dtype(config: Config, workdir: StrPath, mesh: Mesh) -> Config:
     """Replace `text.dtype = "auto"`: a run keeps its dtype, a new one takes the faster one of its devices.
 
-    All processes take that of the first one's record, else float32 if one of them has to.
+    All processes take that of the first one's record, else float32 if one of them has to. With `image.dtype = "auto"`
+    a trained image tower has the same.
     """
-    if config.text.dtype != "auto":
-        return config
+    if config.text.dtype == "auto":
+        config = replace(config, text=replace(config.text, dtype=_choose_text_dtype(workdir, mesh)))
+    if config.image.trained and config.image.dtype == "auto":
+        config = replace(config, image=replace(config.image, dtype=config.text.dtype))
+    return config
+
+
+def _choose_text_dtype(workdir: StrPath, mesh: Mesh) -> str:
     platform = mesh.devices.flat[0].platform
     fast = fast_dtype(platform)
     recorded = read_config(workdir).text.dtype if is_file(join(workdir, "config.toml")) else "auto"
@@ -126,7 +133,7 @@ def choose_dtype(config: Config, workdir: StrPath, mesh: Mesh) -> Config:
         status(f"text.dtype {dtype}, as the other processes or this run had it; {fast} is faster here")
     elif platform == "cpu":
         status(f"text.dtype {dtype}, the faster one on this processor")
-    return replace(config, text=replace(config.text, dtype=dtype))
+    return dtype
 
 
 def write_workdir(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,6 +13,8 @@ from lit_fast.losses.accumulate import LogitStats, LossAndGrads, LossParams, Til
 from lit_fast.losses.negatives import hardness, hardness_threshold
 from lit_fast.losses.pairs import ImageSide, PairTile, TextSide
 from lit_fast.losses.softmax import softmax_loss
+
+DEFAULT_TILE = 512  # for `tile = 0`, where a training has not chosen by platform (`lit_fast.train.sizes`)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -42,6 +45,8 @@ def contrastive_loss(
 def _loss_and_grads(
     config: LossConfig, num_devices: int, params: LossParams, images: ImageSide, texts: TextSide
 ) -> LossAndGrads:
+    if not config.tile:
+        config = replace(config, tile=DEFAULT_TILE)
     loss = softmax_loss if config.name == "softmax" else sigmoid_loss
     return loss(config, num_devices, params, images, texts)
 

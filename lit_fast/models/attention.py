@@ -90,13 +90,14 @@ def pallas_attention(heads: int, length: int) -> Attention:
 
     Args:
       heads: number of heads.
-      length: tokens of every caption of a packed row; 0: rows are packed by true lengths.
+      length: tokens of every caption of a packed row; 0: rows are packed by true lengths. Rows that do not fill whole
+        registers have the form for true lengths in both cases.
     """
 
     def captions(layout: RowLayout) -> int | jax.Array:
         if layout.caption is None:
             raise ValueError("these kernels serve packed rows only")
-        return length or layout.caption
+        return layout.caption if not length or layout.caption.shape[1] % packed_attention.LANES else length
 
     def forward(u: Projections, layout: RowLayout) -> jax.Array:
         return packed_attention.forward(u[0].swapaxes(1, 2), captions(layout), heads).swapaxes(1, 2)

@@ -150,7 +150,7 @@ class EncoderPass:
     def forward(
         self, weights: Tree, x: jax.Array, layout: RowLayout, keys: jax.Array | None
     ) -> tuple[jax.Array, Tree]:
-        """Return the output of a layer and what is kept of it.
+        """Return the output of a layer and what is kept of it, but for x.
 
         Args:
           weights: of this layer, from `prepare`.
@@ -165,14 +165,19 @@ class EncoderPass:
         h = self._norm_product(r, after, weights["h"])
         y = self._affine(self._activated(h, keys), weights["mlp"])
         y = self._add(r, dropout(y, self.dropout, fold_keys(keys, 2)))
-        kept = {"x": x, "u": u, "r": r, "h": h, "stats": (stats, after)}
-        return y, {name: kept[name] for name in KEPT[self.keep]}
+        kept = {"u": u, "r": r, "h": h, "stats": (stats, after)}
+        return y, {name: kept[name] for name in KEPT[self.keep] if name != "x"}
 
     def backward(
-        self, weights: Tree, kept: Tree, dy: jax.Array, layout: RowLayout, keys: jax.Array | None
+        self,
+        weights: Tree,
+        x: jax.Array,
+        kept: Tree,
+        dy: jax.Array,
+        layout: RowLayout,
+        keys: jax.Array | None,
     ) -> tuple[jax.Array, Tree]:
         """Return the gradient of x, and float32 gradients of the weights; arguments as of `forward`."""
-        x = kept["x"]
         stats, after = kept.get("stats") or (self._stats(x), None)
         u = kept["u"] if "u" in kept else self._project(weights, x, stats)
         r = kept["r"] if "r" in kept else self._residual(weights, x, u, layout, keys)
@@ -195,7 +200,7 @@ class EncoderPass:
         du, attended, c = self.attention.backward(u, dattended, layout, bias)
         d["out"] = self._kernel_gradients(attended, g)
         z = self._normed(x, stats)
-        d["u"] = tuple(self._kernel_gradients(z, a) for a in du)
+        d["u"] = tuple(self._kernel_gradients(z, a, self._tpu and self.attention.joined) for a in du)
         dz = jnp.zeros((), jnp.float32)
         for a, w in zip(du, weights["u"], strict=True):
             dz += self._input_gradient(a, w)
@@ -275,8 +280,17 @@ class EncoderPass:
         dtype = dy.dtype if self.platform == "gpu" else jnp.float32
         return lax.dot_general(dy, weights[0], (((2,), (1,)), ((), ())), preferred_element_type=dtype)
 
-    def _kernel_gradients(self, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the gradients of kernel and bias of a product of x, float32."""
+    def _kernel_gradients(
+        self, x: jax.Array, dy: jax.Array, tokens_last: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the gradients of kernel and bias of a product of x, float32.
+
+        With `tokens_last` the kernels for TPUs have written dy with its tokens along the lanes, where sums are slow.
+        """
+        if tokens_last:
+            ones = jnp.ones((8, *dy.shape[:2]), dy.dtype)
+            bias = lax.dot_general(ones, dy, (((1, 2), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+            return _kernel_gradient(x, dy)[0], bias[0]
         if self.platform == "cpu":
             return lax.platform_dependent(x, dy, cpu=kernel_gradient, default=_kernel_gradient)
         return _kernel_gradient(x, dy)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lit_fast.config import ImageConfig
 from lit_fast.models.architecture import Architecture, from_record
+from lit_fast.models.precision import resolve_dtype
 from lit_fast.models.vit import ViT
 
 Channels = tuple[float, float, float]
@@ -79,6 +80,6 @@ def image_tower(record: dict[str, Any], config: ImageConfig) -> ImageTower:
         size=preprocess["size"],
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
-        dtype=jnp.dtype(config.dtype),
+        dtype=jnp.dtype(resolve_dtype(config.dtype)),
         remat_policy=config.encoder_remat,
     )

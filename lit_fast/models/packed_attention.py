@@ -60,8 +60,9 @@ def refusal(heads: int, size: int, tokens: int, dtype: Any) -> str:
         return f"text.dtype is {jnp.dtype(dtype).name}, not bfloat16"
     if size % 16:
         return f"the head size {size} is not a multiple of 16"
-    if tokens % LANES:
-        return f"rows of {tokens} tokens are not a multiple of {LANES}"
+    unit = LANES if tokens > LANES else 8
+    if tokens % unit:
+        return f"rows of {tokens} tokens are not a multiple of {unit}"
     # The operands and results of the backward pass, twice (one is computed, the next is in transfer), and the bias.
     width = heads * size
     needed = 2 * (2 * 3 + 2) * width * tokens * 2 + 2 * 3 * width * LANES * 4 + 3 * tokens * tokens * 4
@@ -104,7 +105,7 @@ def backward(
       the sum over the 3 width elements of a token of `dqkv (qkv - bias)`, divided by width, float32 [rows, tokens].
     """
     rows, width, tokens = qkv.shape[0], qkv.shape[1] // 3, qkv.shape[2]
-    lanes = jnp.broadcast_to(bias.astype(jnp.float32)[:, None], (3 * width, LANES))
+    lanes = jnp.broadcast_to(bias.astype(jnp.float32)[:, None], (3 * width, min(tokens, LANES)))
     outputs = [
         jax.ShapeDtypeStruct(qkv.shape, jnp.bfloat16),
         jax.ShapeDtypeStruct((rows, width, tokens), jnp.bfloat16),
@@ -247,7 +248,7 @@ def backward_kernel(
         for part, gradient in enumerate(gradients):
             at = _rows(part, head, heads, size)
             dqkv_ref[0, at, :] = gradient.astype(jnp.bfloat16)
-            bias = jnp.concatenate([bias_ref[at, :]] * (tokens // LANES), axis=1)
+            bias = jnp.concatenate([bias_ref[at, :]] * -(-tokens // LANES), axis=1)
             sums += gradient * (qkv_ref[0, at, :].astype(jnp.float32) - bias)
     mean_ref[0] = sums.sum(axis=0, keepdims=True) * (1 / (heads * size))
 

@@ -234,7 +234,7 @@ def test_choice_on_tpus_is_to_compare(tpu, capsys):
     ("change", "reason"),
     [
         ({"pack": 1}, "text.pack is 1, and the kernels are for packed rows"),
-        ({"pack": 6}, "rows of 96 tokens are not a multiple of 128"),
+        ({"pack": 9}, "rows of 144 tokens are not a multiple of 128"),
         ({"mask_padding": True, "row_tokens": 136}, "rows of 136 tokens are not a multiple of 128"),
         ({"heads": 4}, "the head size 8 is not a multiple of 16"),
         ({"depth": 1}, "the only layer pools a token"),
@@ -381,8 +381,8 @@ def test_kernels_by_request_on_cpus_are_said_to_be_slow(capsys):
 
 
 def test_training_with_kernels_that_cannot_be_used_ends_with_a_line(directory, capsys):
-    assert train(directory, "refused", "--text.attention", "pallas", "--text.row_tokens", 120) == 2
-    reason = "rows of 120 tokens are not a multiple of 128"
+    assert train(directory, "refused", "--text.attention", "pallas", "--text.row_tokens", 124) == 2
+    reason = "rows of 124 tokens are not a multiple of 8"
     assert capsys.readouterr().err.endswith(
         f'text.attention "pallas" cannot be used: {reason}; set it to "auto"\n'
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lit_fast.config import Config
+from lit_fast.config import Config, ImageConfig, TextConfig
 from lit_fast.config_io import to_toml
 from lit_fast.errors import UserError
 from lit_fast.models.precision import fast_dtype
@@ -57,3 +57,11 @@ def test_choose_dtype_on_resume_is_that_of_the_run(tmp_path, recorded):
     explicit = choose_dtype(replace(config, text=other), tmp_path, make_mesh())
     with pytest.raises(UserError, match=r"text\.dtype is .* there and .* now"):
         check_workdir(tmp_path, explicit)
+
+
+def test_choose_dtype_gives_a_trained_image_tower_that_of_the_text_tower(tmp_path):
+    config = Config(text=TextConfig(dtype="bfloat16"), image=ImageConfig(train="scratch"))
+    assert choose_dtype(config, tmp_path, make_mesh()).image.dtype == "bfloat16"
+    given = replace(config, image=ImageConfig(train="scratch", dtype="float32"))
+    assert choose_dtype(given, tmp_path, make_mesh()) == given
+    assert choose_dtype(Config(), tmp_path, make_mesh()).image == ImageConfig()

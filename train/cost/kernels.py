@@ -47,7 +47,7 @@ def attention_cycles(chip: str, name: str, shapes: Sequence[str]) -> float | Non
         int(match[3]),
         int(match[4]),
     )
-    rows, blocks = int(array[1]), int(array[2]) // ROW_TOKENS
+    rows, blocks = int(array[1]), -(-int(array[2]) // ROW_TOKENS)
     bundles = BUNDLES.get(chip, {}).get((direction, length))
     if bundles is None or size != SIZE or (length is None and blocks > 1):
         return None

@@ -153,7 +153,7 @@ def image_candidates(
         """Return the index of the number of microbatches that have at most so many tokens."""
         return next(i for i, d in enumerate(divisors) if images // d * length <= tokens or d == images)
 
-    first = smallest(sizes.most_tokens[config.image.dtype])
+    first = smallest(sizes.most_tokens[resolve_dtype(config.image.dtype, platform)])
     last = max(first, smallest(sizes.least_tokens))
     for keep in REMAT_POLICIES:
         if not (platform == "cpu" and keep == "products"):

@@ -93,16 +93,16 @@ def test_step_flops_counts_the_loss_without_recomputation(options, rounds, image
 
 @pytest.mark.parametrize(
     ("keep", "share"),
-    [("products", 0.0), ("hidden", 0.09), ("inputs", 0.22), ("embeddings", 0.33)],
+    [("products", 0.01), ("hidden", 0.09), ("inputs", 0.23), ("embeddings", 0.33)],
 )
 def test_recomputation_of_each_remat_policy(keep, share):
     """The shares in the help of `text.keep`, for the L tower with 16 tokens."""
     text = TextConfig(variant="L", depth=12, keep=keep)
     model = TextTower(text.shape, 32_000, 16, 768)
-    ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    ids = jax.ShapeDtypeStruct((512, 16), jnp.int32)  # many: the folded weights are computed once a step
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     embed = TextPass(model, keep, 1, "gpu")
     gradient = jax.make_jaxpr(jax.grad(lambda params, ids: embed(params, {"ids": ids}).sum()))
-    again = program_flops(gradient(params, ids).jaxpr) / step_flops(model, 2, 0) - 1
-    # Rounded to 1 %; with "products" the attention scores are recomputed.
+    again = program_flops(gradient(params, ids).jaxpr) / step_flops(model, 512, 0) - 1
+    # Rounded to 1 %.
     assert abs(again - share) < 0.006
