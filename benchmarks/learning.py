@@ -53,7 +53,6 @@ class Setting(NamedTuple):
             "optimizer.learning_rate": 1e-3 * math.sqrt(self.batch / BATCH),
             "optimizer.warmup_steps": steps // 20,
             "text.dropout": 0,
-            "text.microbatches": max(1, self.batch // 32),
             "loss.name": self.loss,
             "loss.temperature_init": self.temperature,
             "evaluate.every_steps": 0,
