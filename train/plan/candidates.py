@@ -69,12 +69,14 @@ class Planner:
     def __init__(self, config: Config, target: Target) -> None:
         check_batch(config, target.devices)
         self.target = target
+        text = dataclasses.replace(config.text, dtype=resolve_dtype(config.text.dtype, target.platform))
+        image_dtype = text.dtype if config.image.dtype == "auto" else config.image.dtype
+        config = dataclasses.replace(config, image=dataclasses.replace(config.image, dtype=image_dtype))
         self.image = plan_image_tower(config)
         self.data: PlanData = plan_data(config, self.image)
         self.texts = config.stream.global_batch * config.stream.captions_per_image // target.devices
         tokenizer = cast(Tokenizer, self.data.vocabulary)  # the tower reads nothing but its sizes
         self.build: BuildTower = partial(text_tower, tokenizer=tokenizer, out_dim=self.data.width)
-        text = dataclasses.replace(config.text, dtype=resolve_dtype(config.text.dtype, target.platform))
         self._attention = text.attention
         self.config = dataclasses.replace(config, text=self.with_packing(text, text.pack))
         self._optimizer, self._state = abstract_training(

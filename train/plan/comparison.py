@@ -155,7 +155,7 @@ def _recommendation(found: dict[str, Any], plans: list[Plan]) -> list[str]:
             + ("" if all(p["usd"] for p in plans) else ", of those with a price")
         )
     lines.append(
-        "lit-fast plan CONFIG --topology NAME has the details of one, and looks for a faster way to use it"
+        "details of one, and a search for a faster way to use it: lit-fast plan CONFIG --topology NAME"
     )
     return lines
 

@@ -227,14 +227,15 @@ def test_format_times_marks_times_below_the_lower_bound():
 
 def test_lower_bounds_by_kind_of_collective():
     memory = SimpleNamespace(parameters=0, optimizer=0, gradients=0, batch=0, residuals=lambda text: 0)
+    memory.image_residuals = lambda image: 0
     planner = SimpleNamespace(
-        memory=lambda text: memory,
-        product_seconds=lambda text: 0.0,
+        memory=lambda *towers: memory,
+        product_seconds=lambda *towers: 0.0,
         target=SimpleNamespace(chip=TPUS[0], devices=4),
     )
     bytes_sent = {"all-gather": 3, "reduce-scatter": 0.75, "all-reduce": 1.5, "collective-permute": 1}
     for name, share in bytes_sent.items():
-        candidate = SimpleNamespace(text=None, flops=0, collectives={name: Collective(1, 300e9)})
+        candidate = SimpleNamespace(text=None, image=None, flops=0, collectives={name: Collective(1, 300e9)})
         assert lower_bounds(planner, candidate)["interconnect"] == pytest.approx(share)
 
 
@@ -346,10 +347,10 @@ def test_passes_of_float32_products(name, precision, passes):
 def test_candidates_of_a_gpu_rank_by_their_kernels():
     """Where the compiler gives no time, fewer kernels are faster; on TPUs its time decides."""
     seconds = Planner.relative_seconds
-    planner = SimpleNamespace(product_seconds=lambda text: 0.5, target=SimpleNamespace(platform="gpu"))
+    planner = SimpleNamespace(product_seconds=lambda *towers: 0.5, target=SimpleNamespace(platform="gpu"))
     planner.kernel_seconds = lambda candidate: Planner.kernel_seconds(planner, candidate)
     few, many = (
-        Candidate(None, 1, True, 1.0, None, {}, None, SimpleNamespace(kernels=n)) for n in (1e4, 1e5)
+        Candidate(None, None, 1, True, 1.0, None, {}, None, SimpleNamespace(kernels=n)) for n in (1e4, 1e5)
     )
     assert seconds(planner, few) == pytest.approx(0.52)
     assert seconds(planner, many) == pytest.approx(0.7)
