@@ -132,11 +132,11 @@ def test_compiled_step_has_no_batch_by_batch_buffer_and_no_all_gather(devices, m
     # The largest array is an activation, [texts of a device, length, mlp_dim], stacked for two layers.
     assert largest_buffer(text) <= 2 * (batch // devices) * LENGTH * SHAPE.mlp_dim < batch**2
     assert "all-gather" not in text
-    # Loss and gradients are summed over the devices once a step, not once per layer or microbatch. The only other
-    # reduction is that of the smallest and largest logits.
+    # Several devices sum loss and gradients once a step, not once per layer or microbatch. The only other reduction is
+    # that of the smallest and largest logits.
     reduced = re.findall(r"= (\(?\w+\[[\d,]*\]).* all-reduce\(", text)
-    assert len(reduced) == text.count(" all-reduce(") == 2
-    assert "f32[4]" in reduced
+    assert len(reduced) == text.count(" all-reduce(") == (2 if devices > 1 else 0)
+    assert "f32[4]" in reduced or devices == 1
     # Image features and their row numbers rotate, and nothing else.
     tiles = batch // devices // 64
     sent = set(re.findall(r"= (\w+\[[\d,]*\])\S* collective-permute\(", text))

@@ -140,10 +140,7 @@ def test_a_row_group_is_read_once_by_one_of_many_threads(
         got = list(pool.map(reader.read, [*range(12)] * 3))
     assert sorted(got) == sorted(FILES * 3)
     assert sorted(times) == [0, 1, 2]
-    monkeypatch.setattr(
-        lit_fast.data.images.parquet, "_CACHE_BYTES", 1
-    )  # the cache is bounded: one at a time
-    reader = ImageReader(dataset)
+    reader = ImageReader(dataset, cached_bytes=1)  # the cache is bounded: one at a time
     for row in range(12):
         reader.read(row)
     assert len(reader._parquet._row_groups) == 1

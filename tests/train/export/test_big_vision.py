@@ -19,7 +19,7 @@ from tests.trained import random_model
 from tests.weights.checkpoints import write_huggingface, write_timm
 from tests.weights.test_families import HUGGINGFACE, TIMM
 
-TEXT = TextConfig(width=32, depth=2, heads=2)
+TEXT = TextConfig(width=32, depth=2, heads=2, dtype="bfloat16")
 
 
 def exported(model, folder):
