@@ -19,6 +19,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from email import message_from_bytes
 from email.errors import MessageError
 from http import HTTPStatus
@@ -55,7 +56,7 @@ class RequestError(Exception):
 class SearchServer(ThreadingHTTPServer):
     """Serves one dataset and one model; `serve_forever` answers requests, one search at a time."""
 
-    daemon_threads = True
+    daemon_threads = False
 
     def __init__(self, host: str, port: int, searcher: Searcher) -> None:
         """Bind the address.
@@ -69,6 +70,7 @@ class SearchServer(ThreadingHTTPServer):
           UserError: the address cannot be used.
         """
         self.searcher, self.reader, self.lock = searcher, ImageReader(searcher.dataset), threading.Lock()
+        self._connections: set[socket.socket] = set()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
@@ -85,6 +87,23 @@ class SearchServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that disconnect; called in the `except` clause of a request."""
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a request in a thread."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Close the server after the requests that it has received; of others no more is read."""
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+        super().server_close()  # waits for the threads: one in JAX would abort the process at its end
 
     def answer(self, texts: Sequence[str], images: dict[str, bytes], top: int) -> list[Answer]:
         """Answer the queries of one request.

@@ -226,7 +226,11 @@ def test_command_serves_until_it_is_interrupted(trained_run):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request("GET", "/?q=boat")
     assert connection.getresponse().status == 200
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    with socket.create_connection(("127.0.0.1", port)):  # one that sends nothing does not keep the server
+        for i in range(4):  # nor does a client that is gone while the model is at work
+            client = socket.create_connection(("127.0.0.1", port))
+            client.sendall(f"GET /?q=boat{i} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130, errors
     assert "Traceback" not in errors

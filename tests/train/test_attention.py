@@ -310,6 +310,7 @@ mlp_dim = 32
 pack = 8
 mask_padding = true
 row_tokens = 128
+dtype = "bfloat16"
 [stream]
 global_batch = 32
 [optimizer]
