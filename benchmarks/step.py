@@ -233,7 +233,7 @@ def plot(found: Found, compiled: Found, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one form of each and two small batches")
-    rows = "essential: on CPUs, ours and the fastest rivals over the batch and with the wide tower, about 8 minutes"
+    rows = "essential: on CPUs, ours and the fastest rivals over the batch and with the wide tower"
     parser.add_argument("--rows", choices=("all", "essential"), default="all", help=rows)
     args = parser.parse_args()
     if args.rows == "essential":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -11,7 +12,6 @@ from lit_fast.config import Config
 from lit_fast.losses.pairs import apply_head
 from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.two_towers import Params, image_head, image_tower_params
-from lit_fast.train.text_pass import map_microbatches
 from lit_fast.utils.normalize import normalize
 
 
@@ -36,3 +36,26 @@ def embed_pixels(image: ImageTower, config: Config, params: Params, pixels: jax.
 
     recompute = config.image.keep == "embeddings"
     return map_microbatches(embed, {"pixels": pixels}, config.image.microbatches, recompute)
+
+
+def map_microbatches(
+    function: Callable[..., jax.Array], inputs: dict[str, jax.Array], microbatches: int, recompute: bool
+) -> jax.Array:
+    """Apply `function(**inputs)` to equal parts of the inputs, one after another.
+
+    Args:
+      function: from arrays [rows, ...] to an array [outputs, ...], each output of one row.
+      inputs: arrays [n, ...]; n is divisible by `microbatches`.
+      microbatches: number of parts.
+      recompute: store no residuals of a part; its backward pass computes the part again (GradCache).
+
+    Returns:
+      The outputs of all parts, concatenated.
+    """
+    if recompute:
+        function = jax.checkpoint(function)
+    if microbatches == 1:
+        return function(**inputs)
+    parts = jax.tree.map(lambda a: a.reshape(microbatches, -1, *a.shape[1:]), inputs)
+    outputs = lax.map(lambda part: function(**part), parts)
+    return outputs.reshape(-1, *outputs.shape[2:])

@@ -315,26 +315,3 @@ def _get(all: jax.Array, *index: Any) -> jax.Array:
     rest = all.shape[len(index) :]
     a = lax.dynamic_slice(all, (*index, *(0,) * len(rest)), (*(1,) * len(index), *rest)).reshape(rest)
     return lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
-
-
-def map_microbatches(
-    function: Callable[..., jax.Array], inputs: dict[str, jax.Array], microbatches: int, recompute: bool
-) -> jax.Array:
-    """Apply `function(**inputs)` to equal parts of the inputs, one after another.
-
-    Args:
-      function: from arrays [rows, ...] to an array [outputs, ...], each output of one row.
-      inputs: arrays [n, ...]; n is divisible by `microbatches`.
-      microbatches: number of parts.
-      recompute: store no residuals of a part; its backward pass computes the part again (GradCache).
-
-    Returns:
-      The outputs of all parts, concatenated.
-    """
-    if recompute:
-        function = jax.checkpoint(function)
-    if microbatches == 1:
-        return function(**inputs)
-    parts = jax.tree.map(lambda a: a.reshape(microbatches, -1, *a.shape[1:]), inputs)
-    outputs = lax.map(lambda part: function(**part), parts)
-    return outputs.reshape(-1, *outputs.shape[2:])
