@@ -72,6 +72,7 @@ def options_of(arm: str, args: argparse.Namespace, steps: int) -> list[str]:
     """Return the flags of a run."""
     options: dict[str, Any] = {
         "dataset": args.dataset,
+        "tower": json.loads((args.siglit / "tower.json").read_text())["name"],
         "steps": steps,
         "stream.global_batch": BATCH,
         "optimizer.learning_rate": LEARNING_RATE,
@@ -85,7 +86,6 @@ def options_of(arm: str, args: argparse.Namespace, steps: int) -> list[str]:
     if arm != "frozen":
         options |= {
             "image.train": "unlocked",
-            "image.dtype": "float32",
             "evaluate.few_shot": "=".join(map(str, args.flowers_datasets)),
         }
     if arm == "decayed":  # of the cosine schedule's mean, half of the steps
