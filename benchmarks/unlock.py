@@ -74,6 +74,7 @@ def options_of(arm: str, args: argparse.Namespace, steps: int) -> list[str]:
         "dataset": args.dataset,
         "tower": json.loads((args.siglit / "tower.json").read_text())["name"],
         "steps": steps,
+        "text.dtype": "auto",
         "stream.global_batch": BATCH,
         "optimizer.learning_rate": LEARNING_RATE,
         "optimizer.warmup_steps": max(1, steps // 20),
