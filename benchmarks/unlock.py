@@ -3,7 +3,8 @@
     python -m benchmarks.unlock --dataset D --dev E --flowers TAR --tower FILE.npz --runs DIR [--epochs 3]
         [--seeds 0,1,2]
 
-Prepare D and E with FILE.npz as the header of configs/flickr8k_cpu.toml says; TAR has labelled images; every second one trains the few-shot classifier.
+Prepare D and E with FILE.npz as the header of configs/flickr8k_cpu.toml says; TAR has labelled images; every second
+one trains the few-shot classifier.
 The SigLiT run is the recipe flickr8k_cpu, or is given with --siglit. Each further run starts from it:
 
     frozen      trains the text tower alone for as long
