@@ -84,12 +84,16 @@ def test_wheel_in_an_environment_of_its_own_runs_a_whole_job(wheel, tmp_path):
     venv.create(environment)
     python = environment / "bin/python"
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel], check=True
+        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel],
+        check=True,
     )
     env = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib"), "XLA_FLAGS": ""}
     job = tmp_path / "job"
     job.mkdir()
-    for command in ([environment / "bin/lit-fast", "--help"], [python, "-P", ROOT / "tests/e2e/installed.py"]):
+    for command in (
+        [environment / "bin/lit-fast", "--help"],
+        [python, "-P", ROOT / "tests/e2e/installed.py"],
+    ):
         done = subprocess.run(command, env=env, cwd=job, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     assert (job / "run/receipt.json").exists()
