@@ -28,6 +28,7 @@ from lit_fast.towers import preprocess_config
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.torch import packages
 from lit_fast.towers.trained import RUN_CONFIG, is_run, load_trained, recorded_preprocess
+from lit_fast.utils.output import status
 from lit_fast.weights.huggingface import load_huggingface
 from lit_fast.weights.npz import load_npz
 from lit_fast.weights.parameters import Weights
@@ -194,4 +195,9 @@ def _with_architecture(path: str, arch: str) -> TowerFiles:
         return TowerFiles("open_clip", path, open_clip.config_of(arch.removeprefix(OPEN_CLIP)), where)
     from lit_fast.towers.torch import timm
 
-    return TowerFiles("timm", path, timm.config_of(arch.removeprefix("timm:")), where)
+    name = arch.removeprefix("timm:")
+    if alike := timm.padded_alike(name):
+        status(
+            f"note: weights of {alike}, which pads otherwise, fit {name} too; give --arch {alike} if they are its"
+        )
+    return TowerFiles("timm", path, timm.config_of(name), where)
