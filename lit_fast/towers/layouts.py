@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 from lit_fast.errors import UnsupportedModelError, UserError
 from lit_fast.runs.run import read_tower
-from lit_fast.storage.files import exists, is_file, read_object
+from lit_fast.storage.files import exists, is_file
 from lit_fast.storage.hub import Snapshot
 from lit_fast.storage.paths import join, parent, suffix
+from lit_fast.storage.text_files import read_object
 from lit_fast.towers import preprocess_config
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.torch import packages

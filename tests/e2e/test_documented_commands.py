@@ -80,8 +80,9 @@ def folder(tmp_path_factory, tiny_vit):
             (folder / f"photos/{number}.jpg").write_bytes(encoded(picture(number)))
             (folder / f"photos/{number}.txt").write_text(f"photo {number} of a wide green field")
         write_classification("wds_imagenetv2", 32, 0, NOVEL)
+        write_classification("wds_pets", 32, 1, NOVEL)
         for name, source in (
-            ("imagenet", "wds_imagenetv2/test"), ("pets-train", "wds_imagenetv2/test"), ("pets", "wds_imagenetv2/test"),
+            ("imagenet", "wds_imagenetv2/test"), ("pets-train", "wds_imagenetv2/test"), ("pets", "wds_pets/test"),
             ("coco", "dev/00000.tar"),
         ):  # fmt: skip
             api.index(source, out=f"data/{name}")
