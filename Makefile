@@ -1,16 +1,16 @@
-# make demo: the whole job, end to end, on pictures it draws itself.   make test: lint, types, tests.
+# make demo: the whole job, end to end, on pictures it draws itself.   make test: lint, types, documents, tests.
 VENV   := .venv
 BIN    := $(VENV)/bin
 PYTHON ?= python3
 CORE   := tests/test_imports.py tests/test_config.py tests/losses tests/models tests/data tests/runs tests/train/test_step.py \
           tests/train/test_optimizer.py tests/train/input_pipeline tests/e2e/test_main_job.py
 
-.PHONY: demo test test-core lint types bench clean
+.PHONY: demo test test-core lint types docs bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("lit-fast needs Python 3.11 or newer, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs,test]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -21,7 +21,7 @@ $(VENV)/parity: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[parity]'
 	touch $@
 
-test: $(VENV)/parity lint types
+test: $(VENV)/parity lint types docs
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # What depends most on the versions of Python and JAX; for a second interpreter: make test-core VENV=.venv-3.13 PYTHON=python3.13
@@ -34,6 +34,10 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+# The pages of docs/, README and benchmarks/ as a site, in site/index.html. A warning, as of a link that leads nowhere, is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The tables of benchmarks/README.md, but for those that take hours (learning) or libtpu (memory, tpu_step, attention_kernels).
 bench: $(VENV)/installed
@@ -48,5 +52,5 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.search
 
 clean:
-	rm -rf $(VENV) .venv-* demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* demo build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

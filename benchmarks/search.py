@@ -28,7 +28,7 @@ from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.inference.search import search
 from lit_fast.models.two_towers import centered
-from lit_fast.storage.files import write_json
+from lit_fast.storage.text_files import write_json
 
 WIDTH, TOP = 768, 20
 

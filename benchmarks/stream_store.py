@@ -14,7 +14,7 @@ from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.data.records import FILE_RECORDS, RecordWriter
 from lit_fast.data.tokens import encode_record
-from lit_fast.storage.files import write_json
+from lit_fast.storage.text_files import write_json
 
 LENGTH, VOCAB = 16, 32_000
 _CAPTIONS = 64  # different records of captions, which repeat

@@ -1,10 +1,10 @@
 """Effect of unlocking the image tower after SigLiT, with and without weight decay on it: the paper's figure 4, small.
 
     python -m benchmarks.unlock --dataset D --dev E --flowers TAR --tower FILE.npz --runs DIR [--epochs 3]
-        [--seeds 0,1,2] [--resolution 224]
+        [--seeds 0,1,2]
 
-Index and tokenize D and E as the header of configs/flickr8k_cpu.toml says and embed both with FILE.npz, `--preprocess
-tf-squash` and the resolution; TAR has labelled images; every second one trains the few-shot classifier.
+Prepare D and E with FILE.npz as the header of configs/flickr8k_cpu.toml says; TAR has labelled images; every second
+one trains the few-shot classifier.
 The SigLiT run is the recipe flickr8k_cpu, or is given with --siglit. Each further run starts from it:
 
     frozen      trains the text tower alone for as long
@@ -72,7 +72,7 @@ def options_of(arm: str, args: argparse.Namespace, steps: int) -> list[str]:
     """Return the flags of a run."""
     options: dict[str, Any] = {
         "dataset": args.dataset,
-        "tower": json.loads((args.siglit / "tower.json").read_text())["name"],
+        "tower": args.features["name"],
         "steps": steps,
         "text.dtype": "auto",
         "stream.global_batch": BATCH,
@@ -137,7 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--resolution", type=int, default=224)
     args = parser.parse_args(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     args.flowers_datasets = split_labelled(args.flowers, args.runs)
@@ -148,16 +147,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "train", "flickr8k_cpu", "--workdir", args.siglit, "--dataset", args.dataset,
                 "--evaluate.retrieval", args.dev,
             )  # fmt: skip
+    args.features = json.loads((args.siglit / "tower.json").read_text())
+    args.resolution = args.features["preprocess"]["size"]
     rows = json.loads((args.dataset / "dataset.json").read_text())["rows"]
     steps = max(2, round(args.epochs * rows / BATCH))
-    print(describe(), f"; {steps} steps of {BATCH}, {args.resolution} pixels", sep="", flush=True)
+    print(describe("jax"), f"; {steps} steps of {BATCH}, {args.resolution} pixels", sep="", flush=True)
     found: dict[str, list[dict[str, float]]] = {"SigLiT": [results_of(args.siglit / "receipt.json")]}
     tower = args.runs / "tower.json"
     if not tower.is_file():  # the tower before: the features of the frozen one
         for dataset in args.flowers_datasets:
             lit_fast(
                 "embed", dataset, "--tower", args.tower, "--preprocess", "tf-squash", "--resolution",
-                args.resolution, "--name", "before",
+                args.resolution, "--name", args.features["name"], "--dtype", args.features["dtype"],
             )  # fmt: skip
         lit_fast("eval", args.siglit, "--few-shot", *args.flowers_datasets, "--json", tower)
     found["SigLiT"][0] |= {name: 100 * v for name, v in json.loads(tower.read_text())["metrics"].items()}

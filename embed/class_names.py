@@ -16,7 +16,7 @@ from lit_fast.embed.sources.formats import OwnClassNames, own_class_names
 from lit_fast.errors import UserError
 from lit_fast.evaluation.imagenet_classes import imagenet_names, imagenet_templates
 from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates
-from lit_fast.storage.files import read_lines
+from lit_fast.storage.text_files import read_lines
 from lit_fast.utils.output import status
 
 _WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)

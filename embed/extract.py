@@ -27,18 +27,11 @@ from lit_fast.embed.shard_writer import ShardWriter, batch_spans
 from lit_fast.errors import UserError, os_reason
 from lit_fast.models.precision import fast_dtype
 from lit_fast.runtime import process_rank
-from lit_fast.storage.files import (
-    exists,
-    local_path,
-    read_object,
-    remove,
-    remove_tree,
-    walk_files,
-    write_json,
-)
+from lit_fast.storage.files import exists, local_path, remove, remove_tree, walk_files
 from lit_fast.storage.lock import InUseError, LockWatch, is_locked
 from lit_fast.storage.machine import cpu_count
 from lit_fast.storage.paths import StrPath, is_bucket, join, name, suffix
+from lit_fast.storage.text_files import read_object, write_json
 from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
 from lit_fast.towers.interface import FrozenTower
 from lit_fast.towers.loader import Batch, ImageLoader, load_batches

@@ -31,14 +31,7 @@ from lit_fast.embed.sources.formats import format_of, refuse_pointer
 from lit_fast.embed.sources.image_paths import NOT_FOUND
 from lit_fast.embed.sources.interface import Columns, is_utf8
 from lit_fast.errors import UserError
-from lit_fast.storage.files import (
-    check_readable,
-    exists,
-    is_directory,
-    list_names,
-    local_path,
-    remove_tree,
-)
+from lit_fast.storage.files import check_readable, exists, is_directory, list_names, local_path, remove_tree
 from lit_fast.storage.lock import Lock, LostLockError
 from lit_fast.storage.paths import StrPath, absolute, is_junk, is_url, join, parent
 from lit_fast.utils.output import result, status

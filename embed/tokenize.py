@@ -16,9 +16,10 @@ from lit_fast.data.tokenizer import Tokenizer, load_tokenizer, lower
 from lit_fast.data.tokens import encode_record
 from lit_fast.embed.locks import check_rows_are_unlocked, check_tokens_are_unlocked, lock_tokens
 from lit_fast.errors import UserError
-from lit_fast.storage.files import is_file, read_json, sha256, write_atomic, write_json
+from lit_fast.storage.files import is_file, sha256, write_atomic
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
+from lit_fast.storage.text_files import read_json, write_json
 from lit_fast.utils.output import result
 from lit_fast.utils.progress import Progress
 from lit_fast.weights.resolve import resolve_tokenizer

@@ -12,7 +12,7 @@ from lit_fast.data.dataset import SHARD, Dataset, Source, open_dataset
 from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.embed.tokenize import tokenize_dataset
-from lit_fast.storage.files import write_json
+from lit_fast.storage.text_files import write_json
 
 WORDS = "red green blue small large round square happy sad dog cat bird tree house river".split()  # noqa: SIM905
 

@@ -42,3 +42,43 @@ def test_intervals_of_the_page_on_storage_are_those_of_the_code():
         f"each shard of {dataset.SHARD:,} rows".replace(",", " "),
     ):
         assert shown in re.sub(r" │ │ ", " ", text), shown
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_headings(path):
+    assert not [
+        (link, anchor)
+        for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", path.read_text())
+        if anchor not in headings(path.parent / link if link else path)
+    ]
+
+
+def headings(path):
+    """Return the anchors that GitHub and the site give the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def figures(text):
+    return set(re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)", text))
+
+
+def test_performance_rows_have_the_figures_of_the_tables_that_they_link():
+    tables = re.split(r"^## ", (ROOT / "benchmarks/README.md").read_text(), flags=re.MULTILINE)
+    tables = {re.sub(r"[^\w\- ]", "", t.partition("\n")[0].lower()).replace(" ", "-"): t for t in tables}
+    rows = re.findall(
+        r"^\| \[.*?\]\(\.\./benchmarks/README\.md#([\w-]+)\)(.*)",
+        (ROOT / "docs/performance.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) > 10
+    wrong = {row: missing for anchor, row in rows if (missing := figures(row) - figures(tables[anchor]))}
+    assert not wrong
+
+
+def test_readme_rows_have_the_figures_of_the_page_on_performance():
+    section = (ROOT / "README.md").read_text().partition("## How fast")[2].partition("\n## ")[0]
+    rows = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+    assert len(figures(rows)) > 15
+    assert not figures(rows) - figures((ROOT / "docs/performance.md").read_text())

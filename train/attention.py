@@ -35,8 +35,9 @@ from lit_fast.runtime import (
     replicated,
     shard_map,
 )
-from lit_fast.storage.files import is_file, read_object, write_json
+from lit_fast.storage.files import is_file
 from lit_fast.storage.paths import StrPath, join
+from lit_fast.storage.text_files import read_object, write_json
 from lit_fast.train.step import State, loss_and_grads
 from lit_fast.train.text_pass import DeviceBatch, equal_captions, kernel_refusal
 from lit_fast.utils.output import status

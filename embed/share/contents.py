@@ -17,8 +17,9 @@ from lit_fast.data.dataset import Dataset, Source, generation_directory
 from lit_fast.data.features import Features
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
-from lit_fast.storage.files import is_file, json_bytes, list_names, read_json, read_text
+from lit_fast.storage.files import is_file, list_names
 from lit_fast.storage.paths import ELSEWHERE, is_url, join, name, parent
+from lit_fast.storage.text_files import json_bytes, read_json, read_text
 
 
 @dataclass(frozen=True)

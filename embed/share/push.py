@@ -16,10 +16,11 @@ from lit_fast.embed.share.card import MARK, write_card
 from lit_fast.embed.share.contents import Places, dataset_files
 from lit_fast.embed.share.manifest import MAX_BYTES, NAME, Manifest, decode_manifest
 from lit_fast.errors import UserError
-from lit_fast.storage.files import local_path, read_json, read_whole
+from lit_fast.storage.files import local_path, read_whole
 from lit_fast.storage.hub import Snapshot
 from lit_fast.storage.hub_dataset import FileDigest, HubDataset, HubFile
 from lit_fast.storage.paths import StrPath
+from lit_fast.storage.text_files import read_json
 from lit_fast.utils.format import format_bytes
 from lit_fast.utils.output import result, status
 from lit_fast.utils.progress import Progress

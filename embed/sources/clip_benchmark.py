@@ -16,9 +16,10 @@ from contextlib import suppress
 
 from lit_fast.errors import UserError
 from lit_fast.evaluation.known_sets import known_evaluations
-from lit_fast.storage.files import is_file, read_bytes, read_text
+from lit_fast.storage.files import is_file, read_bytes
 from lit_fast.storage.hub import AbsentError, Snapshot
 from lit_fast.storage.paths import is_url, join, parent
+from lit_fast.storage.text_files import read_text
 
 PREFIX = "wds:"
 _MAX_SHARDS = 100_000

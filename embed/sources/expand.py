@@ -12,14 +12,7 @@ from lit_fast.embed.sources.image_folders import image_sources, refuse_several_s
 from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, Columns
 from lit_fast.embed.sources.pairs import has_pairs
 from lit_fast.errors import UserError
-from lit_fast.storage.files import (
-    exists,
-    is_directory,
-    is_file,
-    list_directories,
-    list_names,
-    match_files,
-)
+from lit_fast.storage.files import exists, is_directory, is_file, list_directories, list_names, match_files
 from lit_fast.storage.paths import is_junk, is_pattern, is_url, join, name, parent, suffix
 from lit_fast.utils.output import status
 

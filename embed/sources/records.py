@@ -32,8 +32,9 @@ from lit_fast.embed.sources.columns import (
 )
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Note, Skipped
 from lit_fast.errors import UserError, first_line, os_reason
-from lit_fast.storage.files import open_read, read_text
+from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import join, name, parent
+from lit_fast.storage.text_files import read_text
 
 _RECORDS_PER_READ = 64
 _BLOCK, _SIGNATURE = 1 << 16, 64  # bytes, of array_record

@@ -15,8 +15,8 @@ from lit_fast.embed.verify.findings import Finding
 from lit_fast.embed.verify.records import verify_records
 from lit_fast.embed.verify.sources import verify_sources
 from lit_fast.errors import UserError
-from lit_fast.storage.files import write_json
 from lit_fast.storage.paths import StrPath
+from lit_fast.storage.text_files import write_json
 from lit_fast.utils.output import result
 
 

@@ -8,7 +8,7 @@ import os
 from lit_fast.cli.main import Run
 from lit_fast.cli.options import check_output, start_jax, write_json_output, write_output
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_lines
+from lit_fast.storage.text_files import read_lines
 from lit_fast.utils.output import result, status
 
 _MODEL = "LIT_FAST_MODEL"

@@ -10,8 +10,9 @@ import warnings
 from lit_fast.config import sections, settings
 from lit_fast.config_io import describe
 from lit_fast.errors import UserError, os_reason
-from lit_fast.storage.files import exists, is_directory, is_stream, json_bytes, local_path, write_atomic
+from lit_fast.storage.files import exists, is_directory, is_stream, local_path, write_atomic
 from lit_fast.storage.paths import StrPath, absolute, is_bucket, join, name, parent
+from lit_fast.storage.text_files import json_bytes
 
 
 def check_output(location: StrPath | None, option: str = "--json") -> None:

@@ -27,8 +27,9 @@ from typing import Any
 from lit_fast.data.records import RecordReader
 from lit_fast.errors import UserError
 from lit_fast.storage import paths
-from lit_fast.storage.files import exists, is_file, read_json
+from lit_fast.storage.files import exists, is_file
 from lit_fast.storage.paths import StrPath, join
+from lit_fast.storage.text_files import read_json
 
 BLOCK = 1024
 SHARD = 65_536

@@ -17,8 +17,9 @@ from lit_fast.data.dataset import Dataset, choose_store
 from lit_fast.data.records import RecordReader
 from lit_fast.data.tokenizer import Tokenizer, load_recorded_tokenizer
 from lit_fast.errors import UserError
-from lit_fast.storage.files import is_file, list_names, read_object
+from lit_fast.storage.files import is_file, list_names
 from lit_fast.storage.paths import join
+from lit_fast.storage.text_files import read_object
 
 
 def encode_record(captions: Sequence[Sequence[Sequence[int]]], vocab_size: int) -> bytes:

@@ -24,8 +24,8 @@ from lit_fast.data.features import Features, matching_features
 from lit_fast.data.shards import read_error
 from lit_fast.errors import UserError
 from lit_fast.evaluation.bootstrap import bootstrap
-from lit_fast.storage.files import read_json, write_json
 from lit_fast.storage.paths import join
+from lit_fast.storage.text_files import read_json, write_json
 
 RowFeatures = tuple[np.ndarray, np.ndarray]
 """Rows int64 [n], increasing, and their features bfloat16 [n, width]."""

@@ -20,8 +20,8 @@ import numpy as np
 from lit_fast.data.dataset import Dataset
 from lit_fast.errors import UserError
 from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates
-from lit_fast.storage.files import read_json, read_lines
 from lit_fast.storage.paths import StrPath, name, stem
+from lit_fast.storage.text_files import read_json, read_lines
 
 BARE_NAMES = "class_name_only"  # big_vision's word for no template at all
 OWN_TEMPLATES = ("dataset", BARE_NAMES)

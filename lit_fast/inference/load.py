@@ -31,9 +31,10 @@ from lit_fast.inference.model import Model
 from lit_fast.models.two_towers import Params, init_params, text_tower, without_image_tower
 from lit_fast.models.vit import ViT
 from lit_fast.runs.run import open_run, read_tower
-from lit_fast.storage.files import exists, is_file, read_object
+from lit_fast.storage.files import exists, is_file
 from lit_fast.storage.paths import StrPath, absolute, join
 from lit_fast.storage.paths import name as last_part
+from lit_fast.storage.text_files import read_object
 from lit_fast.towers.embed import open_tower
 from lit_fast.towers.interface import FrozenTower
 from lit_fast.towers.torch.load import LIBRARIES, torch_tower_from_provenance

@@ -28,8 +28,9 @@ from lit_fast.runs.metrics import (
     run_cost,
 )
 from lit_fast.storage import paths
-from lit_fast.storage.files import exists, is_file, read_object
+from lit_fast.storage.files import exists, is_file
 from lit_fast.storage.paths import StrPath, join
+from lit_fast.storage.text_files import read_object
 from lit_fast.utils.format import format_duration, format_table
 
 _NONE = "-"
@@ -232,7 +233,7 @@ def comparison_page(
     for name in _by_dataset(name for name in recorded if "/" in name):
         panels += [draw(name), draw(name, hours=True)]
     run_names = [r.name for r in records]
-    table = Table(("", *run_names), table_rows(records))
+    table = Table(("", *run_names), table_rows(records), "runs")
     return render(
         "compare.html",
         title=heading,

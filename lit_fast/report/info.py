@@ -18,14 +18,9 @@ from lit_fast.data.tokens import open_tokens, stored_tokenizers
 from lit_fast.errors import UserError
 from lit_fast.runs.metrics import evaluations, read_metrics
 from lit_fast.runs.remote_checkpoints import stored_steps
-from lit_fast.storage.files import (
-    directory_size,
-    exists,
-    is_file,
-    read_json,
-    read_object,
-)
+from lit_fast.storage.files import directory_size, exists, is_file
 from lit_fast.storage.paths import StrPath, join
+from lit_fast.storage.text_files import read_json, read_object
 from lit_fast.utils.format import format_table
 
 _SHOWN = 3  # entries of a long list

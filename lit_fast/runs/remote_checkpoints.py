@@ -22,15 +22,14 @@ from lit_fast.storage.files import (
     list_names,
     make_directory,
     read_bytes,
-    read_object,
     remove,
     remove_tree,
     rename,
     walk_files,
     write_atomic,
-    write_json,
 )
 from lit_fast.storage.paths import is_bucket, join
+from lit_fast.storage.text_files import read_object, write_json
 from lit_fast.utils.output import status
 
 _ATTEMPTS = 3  # to read a checkpoint of a run that is being trained, which may delete it meanwhile

@@ -37,8 +37,9 @@ from lit_fast.models.two_towers import (
 from lit_fast.runs.checkpoint import restore_params
 from lit_fast.runtime import make_mesh, replicated
 from lit_fast.storage import paths
-from lit_fast.storage.files import exists, is_file, read_object
+from lit_fast.storage.files import exists, is_file
 from lit_fast.storage.paths import StrPath, join
+from lit_fast.storage.text_files import read_object
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import errno
 import glob
 import hashlib
 import io
-import json
 import os
 import shutil
 import stat
@@ -26,7 +25,6 @@ from lit_fast.errors import UserError, os_reason
 from lit_fast.storage import remote
 from lit_fast.storage.paths import StrPath, absolute, is_bucket, is_url, join, parent, refuse_url
 
-MAX_TEXT_BYTES = 16 << 20
 _OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
 
 T = TypeVar("T")
@@ -458,19 +456,6 @@ def read_whole(location: StrPath, limit: int) -> bytes | None:
     return data
 
 
-def read_text(location: StrPath, limit: int = MAX_TEXT_BYTES) -> str | None:
-    """Return the content of a UTF-8 file or URL, without a byte order mark; None where there is none.
-
-    Raises:
-      UserError: it is not UTF-8, has more than `limit` bytes, or cannot be read.
-    """
-    data = read_whole(location, limit)
-    try:
-        return None if data is None else data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{location} cannot be read as UTF-8 text: {error}") from None
-
-
 def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
     """Fill writable buffers of bytes, one after the other, with the bytes of a file from `start` on.
 
@@ -536,73 +521,6 @@ def write_if_unchanged(location: StrPath, data: bytes, expect: bytes | None) -> 
     # After a retry, the write that came through looks as refused as that of another process.
     expect = buckets().ABSENT if expect is None else expect
     return bool(buckets().write(url, data, expect) or buckets().read(url).data == data)
-
-
-def read_json(location: StrPath) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-      UserError: the file is absent, unreadable or not JSON.
-    """
-    try:
-        return json.loads(read_bytes(location))
-    except FileNotFoundError:
-        raise UserError(f"{location} does not exist") from None
-    except OSError as error:
-        raise UserError(f"{location} cannot be read: {os_reason(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{location} is damaged: not JSON ({error})") from None
-
-
-def read_object(location: StrPath, *keys: str, **types: type) -> dict[str, Any]:
-    """Parse a JSON object that has the given keys, and those of `types`, where present, of that type.
-
-    Raises:
-      UserError: as `read_json`, or the file holds something else.
-    """
-    value = read_json(location)
-    if not isinstance(value, dict):
-        raise UserError(f"{location} is damaged: it is not a JSON object")
-    missing = [k for k in keys if k not in value]
-    if missing:
-        raise UserError(f"{location} is damaged: {missing[0]} is missing")
-    for key, kind in types.items():
-        if key in value and type(value[key]) is not kind:
-            raise UserError(f"{location} is damaged: {key} is {str(value[key])[:80]!r}")
-    return value
-
-
-def json_bytes(value: Any) -> bytes:
-    """Return indented JSON with a final newline.
-
-    The bytes of a file name that are no UTF-8, surrogates in Python, become the escapes that JSON has for them.
-    """
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-def write_json(location: StrPath, value: Any) -> None:
-    """Write `json_bytes` of a value atomically."""
-    write_atomic(location, json_bytes(value))
-
-
-def read_lines(location: StrPath) -> tuple[str, ...]:
-    """Return the lines of a UTF-8 file or URL, stripped, without empty ones at its end.
-
-    Raises:
-      UserError: it is absent or empty, cannot be read, is larger than 16 MiB, or has an empty line between others.
-    """
-    text = read_text(location)
-    if text is None:
-        problem = "is a directory" if exists(location) else "does not exist"
-        raise UserError(f"{location} {problem}; give a file with one name or template per line")
-    lines = [line.strip() for line in text.rstrip().splitlines()]
-    if not lines:
-        raise UserError(f"{location} is empty; give one name or template per line")
-    if not all(lines):
-        raise UserError(
-            f"{location} is empty in line {lines.index('') + 1}; give one name or template per line"
-        )
-    return tuple(lines)
 
 
 def sha256(location: StrPath) -> str:

@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 
 from lit_fast.errors import UnsupportedModelError, UserError
 from lit_fast.runs.run import read_tower
-from lit_fast.storage.files import exists, is_file, read_object
+from lit_fast.storage.files import exists, is_file
 from lit_fast.storage.hub import Snapshot
 from lit_fast.storage.paths import join, parent, suffix
+from lit_fast.storage.text_files import read_object
 from lit_fast.towers import preprocess_config
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.torch import packages
 from lit_fast.towers.trained import RUN_CONFIG, is_run, load_trained, recorded_preprocess
+from lit_fast.utils.output import status
 from lit_fast.weights.huggingface import load_huggingface
 from lit_fast.weights.npz import load_npz
 from lit_fast.weights.parameters import Weights
@@ -193,4 +195,9 @@ def _with_architecture(path: str, arch: str) -> TowerFiles:
         return TowerFiles("open_clip", path, open_clip.config_of(arch.removeprefix(OPEN_CLIP)), where)
     from lit_fast.towers.torch import timm
 
-    return TowerFiles("timm", path, timm.config_of(arch.removeprefix("timm:")), where)
+    name = arch.removeprefix("timm:")
+    if alike := timm.padded_alike(name):
+        status(
+            f"note: weights of {alike}, which pads otherwise, fit {name} too; give --arch {alike} if they are its"
+        )
+    return TowerFiles("timm", path, timm.config_of(name), where)

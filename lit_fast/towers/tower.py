@@ -33,6 +33,7 @@ from lit_fast.towers.preprocess import Preprocess
 from lit_fast.towers.torch import packages
 from lit_fast.towers.torch.load import load_torch_tower
 from lit_fast.towers.trained import params_digest
+from lit_fast.utils.output import status
 from lit_fast.weights.parameters import Params, Weights
 from lit_fast.weights.positions import resample_positions
 from lit_fast.weights.resolve import weights_digest
@@ -179,7 +180,9 @@ def load_tower(
         raise UserError(f"gelu is for lit_fast's own ViTs, which {spec} is not here; leave it out")
     weights = load_weights(files) if files.kind == "npz" else None
     preprocess_at = published_preprocess(files, weights, preprocess)
-    size = resolution or preprocess_at(None).size
+    published = preprocess_at(None)
+    _check_resolution(resolution, published)
+    size = resolution or published.size
     return load_torch_tower(
         files,
         _name(spec, files.path, arch),
@@ -214,6 +217,7 @@ def _load_vit(
         raise UserError(f"resolution {size} is not a multiple of the tower's patch size {patch}")
     if not 0 < size // patch <= _MAX_GRID:
         raise UserError(f"{path}: {size} pixels are not between 1 and {_MAX_GRID} patches of {patch} pixels")
+    _check_resolution(resolution, published)
     positions = resample_positions(params["pos_embedding"], size // patch, weights.resampling)
     return Tower(
         name=_name(spec, path, arch),
@@ -259,6 +263,12 @@ def _preprocess(preprocess_at: PreprocessAt, size: int, method: str | None) -> P
         return Preprocess(str(method), size, resize, published.mean, published.std)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _check_resolution(resolution: int | None, published: Preprocess) -> None:
+    """Question a resolution at which hardly any detail of an image is left."""
+    if resolution and resolution < published.size / 4:
+        status(f"note: {resolution} pixels are less than a quarter of the tower's {published.size}")
 
 
 def _source(spec: str) -> str:

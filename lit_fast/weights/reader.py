@@ -15,8 +15,9 @@ from safetensors import safe_open
 
 from lit_fast.errors import UserError
 from lit_fast.storage.cache import local_copy
-from lit_fast.storage.files import is_file, read_object
+from lit_fast.storage.files import is_file
 from lit_fast.storage.paths import StrPath, join, parent
+from lit_fast.storage.text_files import read_object
 
 _MAX_PARTS = 200
 

@@ -15,8 +15,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lit_fast.errors import UserError
-from lit_fast.storage.files import is_file, read_object
+from lit_fast.storage.files import is_file
 from lit_fast.storage.paths import join, parent, suffix
+from lit_fast.storage.text_files import read_object
 from lit_fast.weights.from_torch import blocks, dense, norm
 from lit_fast.weights.huggingface import CLIP_BLOCKS
 from lit_fast.weights.npz import open_npz, stack_blocks

@@ -10,7 +10,7 @@ import pytest
 
 from lit_fast.data.dataset import BLOCK
 from lit_fast.runs.run import open_run
-from lit_fast.storage.files import read_json
+from lit_fast.storage.text_files import read_json
 from tests.buckets import bucket  # noqa: F401
 from tests.e2e.machines import Machine, put, wait_until_exists
 from tests.e2e.trainings import finish, lines_without_times, metrics, start

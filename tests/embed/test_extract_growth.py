@@ -18,7 +18,7 @@ from lit_fast.data.features import BFLOAT16, Features, Manifest, features_digest
 from lit_fast.embed.extract import embed_dataset
 from lit_fast.embed.index import index_dataset
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_json
+from lit_fast.storage.text_files import read_json
 from lit_fast.towers.tower import load_tower
 from tests.embed.test_extract import progress_of, start, tree
 from tests.helpers import encoded, picture, write_tar

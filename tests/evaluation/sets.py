@@ -8,7 +8,7 @@ import numpy as np
 from lit_fast.data.dataset import Dataset
 from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import BFLOAT16, Features, Manifest
-from lit_fast.storage.files import write_json
+from lit_fast.storage.text_files import write_json
 
 WIDTH = 16
 COLOURS = ("red", "green", "blue")

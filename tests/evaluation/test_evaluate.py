@@ -12,7 +12,7 @@ from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.errors import UserError
 from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.table import format_results, without_languages
-from lit_fast.storage.files import write_json
+from lit_fast.storage.text_files import write_json
 from tests.evaluation.sets import (
     WIDTH,
     add_features,

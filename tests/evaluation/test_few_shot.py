@@ -30,7 +30,7 @@ from lit_fast.evaluation.few_shot import (
     shuffle_by_class,
     take_shots,
 )
-from lit_fast.storage.files import write_json
+from lit_fast.storage.text_files import write_json
 from tests.helpers import write_tar
 
 WIDTH = 12

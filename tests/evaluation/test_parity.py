@@ -21,7 +21,7 @@ from lit_fast.evaluation.bootstrap import point_estimates
 from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
 from lit_fast.evaluation.ranks import ranks
 from lit_fast.evaluation.zeroshot import accuracies, accuracy_table
-from lit_fast.storage.files import json_bytes
+from lit_fast.storage.text_files import json_bytes
 from tests.helpers import encoded, picture
 from tests.torch_packages import import_package
 

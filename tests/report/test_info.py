@@ -14,7 +14,7 @@ from lit_fast.data.dataset_writer import DatasetWriter, Row
 from lit_fast.data.features import Features, Manifest
 from lit_fast.errors import UserError
 from lit_fast.report.info import format_info, gather
-from lit_fast.storage.files import write_json
+from lit_fast.storage.text_files import write_json
 
 PROVENANCE: dict[str, Any] = {
     "name": "tiny",

@@ -17,7 +17,7 @@ from lit_fast.runs.checkpoint import (
     restore_last,
     save,
 )
-from lit_fast.storage.files import read_json
+from lit_fast.storage.text_files import read_json
 
 
 def trees(value):

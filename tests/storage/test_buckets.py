@@ -27,7 +27,6 @@ from lit_fast.storage.files import (
     list_names,
     read_bytes,
     read_into,
-    read_json,
     read_tail,
     remove,
     remove_tree,
@@ -37,10 +36,10 @@ from lit_fast.storage.files import (
     size,
     walk_files,
     write_atomic,
-    write_json,
 )
 from lit_fast.storage.lock import InUseError, Lock, LostLockError
 from lit_fast.storage.paths import join
+from lit_fast.storage.text_files import read_json, write_json
 from tests.buckets import bucket  # noqa: F401
 from tests.gcs import running_gcs
 

@@ -1,4 +1,4 @@
-"""Files at paths and URLs, files that are read as lines, and directories that are complete or absent."""
+"""Files at paths and URLs, and directories that are complete or absent."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import pytest
 from lit_fast.errors import UserError
 from lit_fast.storage.files import (
     open_read,
-    read_lines,
     read_range,
-    read_text,
     read_whole,
     replacing,
     replacing_directory,
     size_and_etag,
     write_atomic,
 )
+from lit_fast.storage.text_files import read_text
 from tests.web import file_server
 
 
@@ -55,27 +54,6 @@ def test_a_url_of_an_unknown_scheme_is_refused_in_one_line(tmp_path: Path) -> No
         match=r"^hf://bucket/f is a URL that cannot be used here; give a local path, gs://BUCKET/NAME",
     ):
         write_atomic("hf://bucket/f", b"")
-
-
-def test_read_lines_returns_stripped_lines(tmp_path: Path) -> None:
-    file = tmp_path / "labels.txt"
-    file.write_text("\ufeffa cat\n  a dog \n\n", "utf-8")
-    assert read_lines(file) == ("a cat", "a dog")
-
-
-@pytest.mark.parametrize(
-    ("data", "message"), [(b"\n \n", "is empty"), (b"\xff\xfe", "UTF-8"), (b"a\n\nb", "is empty in line 2")]
-)
-def test_read_lines_of_other_content_raises(tmp_path: Path, data: bytes, message: str) -> None:
-    file = tmp_path / "labels.txt"
-    file.write_bytes(data)
-    with pytest.raises(UserError, match=message):
-        read_lines(file)
-
-
-def test_read_lines_of_no_file_raises(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        read_lines(tmp_path / "absent")
 
 
 def test_replacing_directory_appears_at_the_end_with_readable_files(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lit_fast.config_io import to_toml
 from lit_fast.errors import UserError
 from lit_fast.models.precision import fast_dtype
 from lit_fast.runtime import make_mesh
-from lit_fast.storage.files import write_json
+from lit_fast.storage.text_files import write_json
 from lit_fast.train.workdir import check_workdir, choose_dtype, lock_workdir, recorded_in_memory
 
 

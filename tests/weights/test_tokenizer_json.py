@@ -14,7 +14,7 @@ import sentencepiece
 from lit_fast.cli.main import main
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
-from lit_fast.storage.files import read_json
+from lit_fast.storage.text_files import read_json
 from lit_fast.train.export.hf_tokenizer import tokenizer_json
 from lit_fast.weights.tokenizer_json import sentencepiece_model
 from tests.helpers import samples, write_tar

@@ -18,8 +18,8 @@ from typing import Any
 
 from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.errors import UserError
-from lit_fast.storage.files import write_json
 from lit_fast.storage.paths import join
+from lit_fast.storage.text_files import write_json
 
 _SPACE = "\u2581"
 # Types of pieces and models in sentencepiece_model.proto.

@@ -29,8 +29,8 @@ from lit_fast.errors import UserError
 from lit_fast.inference.model import Model
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.text_tower import EPSILON
-from lit_fast.storage.files import write_json
 from lit_fast.storage.paths import join
+from lit_fast.storage.text_files import write_json
 from lit_fast.towers.tower import Tower
 from lit_fast.train.export.card import rounding_note, write_card
 from lit_fast.train.export.fold import centered_norm, image_projection, with_text_head

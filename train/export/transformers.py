@@ -26,8 +26,8 @@ from safetensors.numpy import save_file
 
 from lit_fast.inference.model import Model
 from lit_fast.models.text_tower import EPSILON
-from lit_fast.storage.files import write_json
 from lit_fast.storage.paths import join
+from lit_fast.storage.text_files import write_json
 from lit_fast.train.export.card import rounding_note, write_card
 from lit_fast.train.export.fold import image_projection, with_text_head
 from lit_fast.train.export.hf_tokenizer import check_tokenizer, write_tokenizer

@@ -15,8 +15,9 @@ import jax
 
 from lit_fast.config import Config, flatten
 from lit_fast.runs.metrics import RunCost, best, evaluations, mean_speed, read_metrics, run_cost
-from lit_fast.storage.files import is_file, read_bytes, read_json, read_object, write_json
+from lit_fast.storage.files import is_file, read_bytes
 from lit_fast.storage.paths import StrPath, absolute, join
+from lit_fast.storage.text_files import read_json, read_object, write_json
 from lit_fast.train.cost.memory import MemoryFit
 from lit_fast.version import __version__
 

@@ -20,8 +20,9 @@ from tensorboardX.summary import scalar
 
 from lit_fast.config import Config, flatten
 from lit_fast.errors import UserError, first_line
-from lit_fast.storage.files import is_file, local_path, make_directory, read_object, write_json
+from lit_fast.storage.files import is_file, local_path, make_directory
 from lit_fast.storage.paths import absolute, join, name
+from lit_fast.storage.text_files import read_object, write_json
 from lit_fast.utils.output import status
 
 # Limits on the time that wandb waits for its server. A preempted machine has little time to finish.

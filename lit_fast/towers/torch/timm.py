@@ -41,6 +41,16 @@ def config_of(name: str) -> dict[str, Any]:
     return {"architecture": architecture, "pretrained_cfg": settings}
 
 
+def padded_alike(name: str) -> str:
+    """Return the architecture of equal parameters and other padding, "" where timm has none.
+
+    Models converted from TensorFlow, `tf_NAME`, pad on one side; their weights fit NAME and give other features.
+    """
+    timm, name = require("timm"), name.partition(".")[0]
+    other = name.removeprefix("tf_") if name.startswith("tf_") else f"tf_{name}"
+    return other if timm.is_model(other) else ""
+
+
 def repository_of(name: str) -> str:
     """Return the repository OWNER/NAME that timm downloads a model from, "" if it names none."""
     timm = require("timm")

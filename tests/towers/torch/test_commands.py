@@ -235,3 +235,18 @@ def test_embed_killed_and_shared_ends_with_the_same_bytes(
     for share in ("0/2", "1/2"):
         command(*words, "--name", "shared", "--shard-of", share)
     assert tree(data / "features" / "killed") == tree(data / "features" / "shared")
+
+
+def test_tower_of_questionable_options_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    network = import_package("timm").create_model("efficientnet_lite0", num_classes=0)
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    load_tower(str(tmp_path / "w.safetensors"), arch="efficientnet_lite0", resolution=50)
+    notes = capsys.readouterr().err
+    assert "note: weights of tf_efficientnet_lite0, which pads otherwise, fit efficientnet_lite0 too" in notes
+    assert "note: 50 pixels are less than a quarter of the tower's 224" in notes
+    load_tower(str(tmp_path / "w.safetensors"), arch="tf_efficientnet_lite0", resolution=64)
+    notes = capsys.readouterr().err
+    assert "; give --arch efficientnet_lite0 if they are its" in notes
+    assert "pixels" not in notes

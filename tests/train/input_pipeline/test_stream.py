@@ -15,7 +15,7 @@ from lit_fast.data.dataset import BLOCK
 from lit_fast.data.features import Features, Manifest, open_features, with_views
 from lit_fast.data.tokens import open_tokens
 from lit_fast.errors import UserError
-from lit_fast.storage.files import write_json
+from lit_fast.storage.text_files import write_json
 from lit_fast.train.input_pipeline.captions import Captions, choose_views
 from lit_fast.train.input_pipeline.stream import open_stream
 from lit_fast.train.input_pipeline.window_layout import WindowLayout, plan_layout
