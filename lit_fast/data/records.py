@@ -39,7 +39,7 @@ class RecordWriter:
     def __init__(self, directory: StrPath, *, after: StrPath | None = None, count: int = 0) -> None:
         make_directory(directory)
         for name in list_names(directory):
-            if name.endswith(".array_record"):
+            if ".array_record" in name:  # also the temporary files of a process that was killed
                 remove(join(directory, name))
         self._directory, self._count = directory, 0
         self._writer: ArrayRecordWriter | None = None
