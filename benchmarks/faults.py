@@ -29,10 +29,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
-
 from benchmarks.faults_case import COMMANDS, Case, Ended, buckets_of, digests, forked, run
 
 KILLS = 4  # in a row, at most
@@ -277,6 +273,8 @@ def main() -> None:
         tempfile.mkdtemp(prefix="faults", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
     )
     os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

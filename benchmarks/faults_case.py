@@ -97,6 +97,7 @@ def forked(work: Callable[[], Any], log: Path, kill_after: float | None = None) 
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, closefd=False) for fd in (1, 2))
             status = int(work() or 0)
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else 1
