@@ -81,7 +81,7 @@ def index(parser: argparse.ArgumentParser) -> Run:
         "--split",
         type=_split,
         metavar="NAME[+NAME...]",
-        help="rows with these values in `split` only",
+        help="only rows with these values in `split`",
     )
     add("--append", action="store_true", help="add the rows of new sources to the dataset")
     add(
@@ -151,7 +151,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     add(
         "--arch",
         metavar="NAME",
-        help="of FILE.safetensors without config.json: a name of timm or open_clip:NAME",
+        help="architecture of a FILE.safetensors without config.json: a name of timm, or open_clip:NAME",
     )
     add("--reduced-decode", action="store_true", help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size")
     add("--views", type=_whole(1), default=1, metavar="K", help="vectors per image: itself and K - 1 crops")
@@ -242,9 +242,17 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
     )
     add("--name", default="", metavar="NAME", help="directory in D/tokens (default: the model's name)")
     add("--max-length", type=_whole(1), default=16, metavar="N", help="token ids per caption (default 16)")
-    add("--pad-id", type=_whole(0), metavar="N", help="padding (default: end-of-sentence; SigLIP 2: 0)")
     add(
-        "--model-type", choices=("unigram", "bpe"), default="unigram", help="of a new model (default unigram)"
+        "--pad-id",
+        type=_whole(0),
+        metavar="N",
+        help="token id of padding (default: end-of-sentence; SigLIP 2: 0)",
+    )
+    add(
+        "--model-type",
+        choices=("unigram", "bpe"),
+        default="unigram",
+        help="kind of a new model (default unigram)",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -286,7 +294,7 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="files, directories, patterns or URLs with the features")
     add("--out", required=True, metavar="D", help="directory of the dataset")
-    add("--tower", required=True, metavar="NAME", help="name of the model that made them")
+    add("--tower", required=True, metavar="NAME", help="name of the model that computed the features")
     formats = ("clip-retrieval", "npy", "safetensors", "parquet", "sail")
     add("--format", default="", choices=formats, help="default: by the names of the files")
     add(

@@ -47,7 +47,7 @@ def _check_combinations(config: Config) -> None:
             "noise:1024 --out N and lit-fast embed N with the tower of the run"
         )
     if stream.neighbours == 1:
-        raise UserError("stream.neighbours 1 is no group; use 0, or 2 or more")
+        raise UserError("stream.neighbours must be 0, or 2 or more, not 1")
     if stream.neighbours > stream.global_batch:
         raise UserError(
             f"stream.neighbours {stream.neighbours} must be at most stream.global_batch {stream.global_batch}"
@@ -61,7 +61,9 @@ def _check_combinations(config: Config) -> None:
     if text.row_tokens and not text.packed:
         raise UserError("text.row_tokens needs text.pack above 1 and text.mask_padding = true")
     if shape.width % shape.heads:
-        raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")
+        raise UserError(
+            f"text.width {shape.width} is not a multiple of text.heads {shape.heads}; change one of them"
+        )
     for key in ("warmup_steps", "cooldown_steps"):
         steps = getattr(config.optimizer, key)
         if steps >= config.steps > 1:
@@ -73,18 +75,20 @@ def _check_combinations(config: Config) -> None:
             raise UserError(f"log.report_to {name!r} is unknown; use some of {', '.join(TRACKERS)}, or none")
     if 0 < loss.temperature_max < loss.temperature_init:
         raise UserError(
-            f"loss.temperature_init {loss.temperature_init} is above loss.temperature_max {loss.temperature_max}"
+            f"loss.temperature_init {loss.temperature_init} must be at most loss.temperature_max {loss.temperature_max}"
         )
     if loss.bias_init != LossConfig.bias_init and (loss.name == "softmax" or not loss.bias):
         reason = 'loss.name = "softmax"' if loss.name == "softmax" else "loss.bias = false"
-        raise UserError(f"with {reason} there is no bias; leave out loss.bias_init")
+        raise UserError(f"loss.bias_init has no effect with {reason}; leave it out")
     if loss.negatives == "all":
         if loss.negatives_per_positive:
             raise UserError(
                 'loss.negatives_per_positive needs loss.negatives = "random", "hardest" or "easiest"'
             )
     elif loss.name == "softmax":
-        raise UserError(f'loss.negatives = "{loss.negatives}" is for the sigmoid loss, not for softmax')
+        raise UserError(
+            f'loss.negatives = "{loss.negatives}" is for the sigmoid loss, not for softmax; leave it out'
+        )
     elif not loss.negatives_per_positive:
         raise UserError(
             f'loss.negatives = "{loss.negatives}" needs loss.negatives_per_positive above 0, such as 1.6'

@@ -191,7 +191,8 @@ class RunMirror:
 
     def _unwritable(self, error: UserError) -> UserError:
         return UserError(
-            f"{error}; fix the cause, then rerun the same command, here to continue from what is in {self.local}"
+            f"{error.problem}; fix the cause, then rerun the same command, here to continue from "
+            f"what is in {self.local}"
         )
 
     def _push_changes(self, lock: Lock) -> None:

@@ -226,6 +226,6 @@ def _report(dataset: Dataset, manifest: Manifest, out: str, origin: str) -> None
     if elsewhere := absent_places(dataset.sources):
         more = f" and {len(elsewhere) - 1} more" if len(elsewhere) > 1 else ""
         result(
-            f"its images are not here: whoever has those of {elsewhere[0]}{more} connects them with: lit-fast index "
-            f"--relocate {elsewhere[0]}=DIRECTORY {shlex.quote(out)}"
+            f"the images are not included; if you have those of {elsewhere[0]}{more}, connect them with: lit-fast "
+            f"index --relocate {elsewhere[0]}=DIRECTORY {shlex.quote(out)}"
         )

@@ -67,6 +67,11 @@ def architecture_of(params: Params, gelu: str, epsilon: float, pool: str | None 
     )
 
 
+def unusable_weights(path: object, problem: str) -> UserError:
+    """Return the error for weights that are not those of a model of lit_fast's own."""
+    return UserError(f"{path}: {problem}; give other weights")
+
+
 def nested(flat: dict[str, np.ndarray], path: str) -> Params:
     """Nest arrays by the slashes in their names; `path` is for messages.
 
@@ -75,7 +80,7 @@ def nested(flat: dict[str, np.ndarray], path: str) -> Params:
     """
     groups = {group for name in flat for group in accumulate(name.split("/")[:-1], "{}/{}".format)}
     if both := sorted(groups & flat.keys()):
-        raise UserError(f"{path}: {both[0]} is both an array and a group of arrays")
+        raise unusable_weights(path, f"{both[0]} is both an array and a group of arrays")
     return unflatten_dict(flat, sep="/")
 
 

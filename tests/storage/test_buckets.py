@@ -209,7 +209,7 @@ def test_bucket_whose_server_or_credentials_do_not_answer_is_one_line(tmp_path: 
             )
         for *_, line in outputs:
             assert line == (
-                "lit-fast: error: gs://bucket does not answer within 8 s: check the network and the credentials"
+                "lit-fast: error: gs://bucket does not answer within 8 s; check the network and the credentials"
             )
 
 

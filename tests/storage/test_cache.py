@@ -97,7 +97,7 @@ def test_cached_file_that_changes_meanwhile_is_refused(
         return found
 
     monkeypatch.setattr(server, "answer", change)
-    with pytest.raises(UserError, match="changed while it was downloaded; try again"):
+    with pytest.raises(UserError, match="changed while it was downloaded; rerun the same command"):
         cached_file("name", f"{server.url}/f", "f")
 
 

@@ -143,7 +143,7 @@ def test_open_npz_of_false_headers_is_refused(tmp_path, data):
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.writestr("embedding/bias.npy", data)
     (tmp_path / "bad.npz").write_bytes(buffer.getvalue())
-    with pytest.raises(UserError, match=r"bad\.npz is not a readable \.npz of plain arrays"):
+    with pytest.raises(UserError, match=r"bad\.npz: not a readable \.npz of plain arrays"):
         load_tower(str(tmp_path / "bad.npz"))
 
 

@@ -189,7 +189,7 @@ def test_configuration_of_open_clip_that_is_damaged_is_refused(tmp_path: Path) -
     edit(config, model_cfg={"embed_dim": 3})
     assert "is not that of an open_clip model" in refusal(tmp_path)
     edit(config, **good | {"preprocess_cfg": {"resize_mode": "longest"}})
-    assert "resize_mode 'longest'; there are shortest, squash; give --preprocess" in refusal(tmp_path)
+    assert "resize_mode 'longest' is not one of shortest, squash; give --preprocess" in refusal(tmp_path)
 
 
 def test_configuration_of_transformers_that_is_damaged_is_refused(tmp_path: Path) -> None:
@@ -253,5 +253,5 @@ def test_names_of_the_hub_are_resolved(hub: Hub, tmp_path: Path, monkeypatch: py
 def test_timm_weights_that_are_pickles_only_are_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     go_online(monkeypatch)
     hub.add("timm/resnet18.a1_in1k", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
-    assert refusal("timm:resnet18.a1_in1k").endswith("only .safetensors weights are read")
+    assert refusal("timm:resnet18.a1_in1k").endswith("choose a repository with .safetensors weights")
     assert not any("pytorch_model" in path for path in hub.downloads)
