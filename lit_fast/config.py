@@ -117,8 +117,8 @@ class ImageConfig:
     )
     tower: str = setting(
         "",
-        "image tower to start from, as in lit-fast embed --tower; empty: that of the dataset's features. scratch: its "
-        "architecture and preprocessing alone",
+        "image tower to start from, as in lit-fast embed --tower; empty: that of the dataset's features. scratch: "
+        "only its architecture and preprocessing",
     )
     arch: str = setting("", "scratch: size and patch in pixels, such as B/16, instead of a tower")
     pool: str = setting(

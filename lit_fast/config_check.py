@@ -141,16 +141,16 @@ def _check_image(config: Config) -> None:
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
     if optimizer.name != "schedule_free":
         return
-    needed = 'optimizer.name = "schedule_free" needs'
+    name = 'optimizer.name = "schedule_free"'
     if optimizer.schedule != "constant":
         raise UserError(
-            f'{needed} optimizer.schedule = "constant"; its average of the weights replaces the decay'
+            f'{name} needs optimizer.schedule = "constant", as its average of the weights replaces the decay'
         )
     if not optimizer.b1:
-        raise UserError(f"{needed} optimizer.b1 above 0, such as 0.9")
+        raise UserError(f"{name} needs optimizer.b1 above 0, such as 0.9")
     if optimizer.average_decay:
-        raise UserError(f"{needed} optimizer.average_decay = 0; it averages the weights itself")
+        raise UserError(f"{name} needs optimizer.average_decay = 0, as it averages the weights itself")
     if optimizer.momentum_dtype != "float32":
         raise UserError(
-            f'{needed} optimizer.momentum_dtype = "float32"; it has weights instead of a momentum'
+            f'{name} needs optimizer.momentum_dtype = "float32", as it has weights instead of a momentum'
         )

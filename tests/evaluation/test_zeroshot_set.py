@@ -83,7 +83,7 @@ def test_zero_shot_set_with_labels_by_key_needs_no_own_labels(tmp_path: Path) ->
         ("a\nb\n\nc\nd\n", r"names\.txt is empty in line 3"),
         ("", r"names\.txt is empty"),
         ("a\nb\n??\nd\ne", r"names\.txt: class name '\?\?' \(number 2\)"),
-        (b"\xff\xfe", r"names\.txt cannot be read as UTF-8"),
+        (b"\xff\xfe", r"names\.txt is not UTF-8 text"),
     ],
 )
 def test_zero_shot_set_with_wrong_class_names_raises_user_error(

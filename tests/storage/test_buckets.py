@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -152,9 +153,9 @@ def test_problems_of_a_bucket_are_one_line_within_seconds(monkeypatch: pytest.Mo
             return str(raised.value)
 
         server.statuses = [403] * 50
-        assert "gs://bucket may not be used: check the credentials" in refused()
+        assert re.fullmatch(r"gs://bucket may not be used \(.*\); check the credentials", refused())
         server.statuses = [503] * 50
-        assert "gs://bucket does not answer, after several attempts" in refused()
+        assert "gs://bucket does not answer after several attempts" in refused()
         server.statuses = []
         server.absent_buckets = {"nobody"}
         assert "gs://nobody" in refused("gs://nobody/a")
@@ -193,7 +194,7 @@ def test_bucket_without_credentials_is_one_line(tmp_path: Path) -> None:
     with running_gcs() as server:
         server.fault = lambda method, path: 401
         *others, line = refusal("gs://bucket/d", tmp_path, TENSORSTORE_GCS_HTTP_URL=server.url)
-        assert line.startswith("lit-fast: error: gs://bucket may not be used: check the credentials")
+        assert line.startswith("lit-fast: error: gs://bucket may not be used (")
         assert len(others) == 1  # of TensorStore
         assert "gcloud auth application-default login" in others[0]
 

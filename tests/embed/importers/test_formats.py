@@ -140,7 +140,7 @@ def test_safetensors_file_becomes_features(dtype, tmp_path, capsys):
     x = vectors(30, dtype)
     save_file({"image": x, "text": x[::-1].copy(), "ids": np.arange(30)}, tmp_path / "x.safetensors")
     assert imports(tmp_path / "d", tmp_path / "x.safetensors") == 2
-    assert "has several that may be features (image, text); name one with --features" in error(capsys)
+    assert "has several candidates for features (image, text); name one with --features" in error(capsys)
     assert imports(tmp_path / "d", tmp_path / "x.safetensors", features="image") == 0
     np.testing.assert_array_equal(stored(tmp_path / "d")[2], x.astype(BFLOAT16))
     assert imports(tmp_path / "e", tmp_path / "x.safetensors", features="ids") == 2
@@ -305,7 +305,7 @@ def test_sources_without_a_known_format_are_named(tmp_path, capsys):
     assert imports(tmp_path / "d", tmp_path / "x.npy", features="x") == 2
     assert "has no names for --features x" in error(capsys)
     assert imports(tmp_path / "d", tmp_path / "x.npy", format="parquet") == 2
-    assert "is no .parquet or .pq file" in error(capsys)
+    assert "is not a .parquet or .pq file" in error(capsys)
 
 
 def test_interrupted_import_of_parquet_continues_to_the_same_bytes(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_extra_that_is_missing_names_the_command(tmp_path: Path, monkeypatch: py
         tmp_path, backend="torch"
     )
     monkeypatch.setattr(packages, "installed", lambda name: False)
-    assert refusal(tmp_path).endswith("; pip install 'lit-fast[torch]' runs it through PyTorch's code")
+    assert refusal(tmp_path).endswith("; to use PyTorch's code for it run: pip install 'lit-fast[torch]'")
     assert "architecture resnet18 is not supported" in refusal(tmp_path, backend="jax")
     assert "pip install 'lit-fast[torch]'" in refusal("open_clip:ViT-B-32/openai")
 
@@ -208,7 +208,7 @@ def test_configuration_of_transformers_that_is_damaged_is_refused(tmp_path: Path
         config.write_text(good)
     processor = tmp_path / "preprocessor_config.json"
     edit(processor, image_processor_type="VJEPA2VideoProcessor")
-    assert "image processor 'VJEPA2VideoProcessor' is unknown; known are" in refusal(tmp_path)
+    assert "image processor 'VJEPA2VideoProcessor' is not one of" in refusal(tmp_path)
     assert load_tower(str(tmp_path), preprocess="pil-squash").preprocess.size == 32
 
 
