@@ -12,7 +12,7 @@ Run = Callable[[argparse.Namespace], None]
 
 
 def index(parser: argparse.ArgumentParser) -> Run:
-    """Write the index of a dataset: its rows of images and captions, in their order.
+    """Create a dataset: an index of images and captions, with a fixed order of rows.
 
     SOURCE is a tar, parquet, tfrecord, array_record or table file, a directory or a pattern, local or at https://,
     s3://, gs://, hf:// or another protocol of fsspec, such as az:// (a URL of a directory ends with /):
@@ -229,7 +229,7 @@ def verify(parser: argparse.ArgumentParser) -> Run:
 
 
 def tokenize(parser: argparse.ArgumentParser) -> Run:
-    """Turn the captions of a dataset into token ids, with a given or a new vocabulary.
+    """Convert the captions of a dataset to token ids, with a given or a new vocabulary.
 
     Example: lit-fast tokenize cc12m_dataset --train-vocab 32000
     """
@@ -272,7 +272,7 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
 
 
 def import_features(parser: argparse.ArgumentParser) -> Run:
-    """Make a dataset of features that another program has computed.
+    """Create a dataset from features that another program computed.
 
     SOURCE is .npy, .safetensors, parquet or .pt files, a directory or a pattern of them, or a URL of parquet files:
     features.npy, 'parts/*.safetensors', 'hf://datasets/OWNER/NAME/*.parquet'; or the directory that clip-retrieval
@@ -301,7 +301,7 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
         "--features",
         default="",
         metavar="NAME",
-        help="column or tensor with the features, where several can be",
+        help="column or tensor with the features, if there are several candidates",
     )
     add(
         "--captions-table",

@@ -28,7 +28,7 @@ class RowReader:
       sources: the sources, with the layout of their images once they are read.
       skipped: the rows that were skipped so far.
       damages: descriptions of the damage found so far.
-      notes: what else the user should know.
+      notes: further warnings for the user.
       labels: the distinct class numbers found so far, those above the number of classes as one.
     """
 

@@ -1,4 +1,4 @@
-"""`lit-fast tokenize`: turn the captions of a dataset into token ids, once."""
+"""`lit-fast tokenize`: convert the captions of a dataset to token ids, once."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
     add(
         "--no-search",
         action="store_true",
-        help="plan the configuration as it is, without faster alternatives; so are several slices",
+        help="plan the configuration as it is and search no faster one; always so for several slices",
     )
     add("--largest-batch", action="store_true", help="find the largest batch that fits; for one slice")
     add("--json", metavar="OUT", help="write the plan as JSON")

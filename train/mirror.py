@@ -1,4 +1,4 @@
-"""Train in a bucket: a local copy of the run directory, which is kept in step with the bucket.
+"""Train in a bucket: a local copy of the run directory, whose changes are written to the bucket.
 
     URL/checkpoints/<step>/...      files of a checkpoint
     URL/checkpoints/<step>.json     their sizes and digests: the checkpoint counts once this exists

@@ -107,7 +107,7 @@ def search(parser: argparse.ArgumentParser) -> Run:
 def serve(parser: argparse.ArgumentParser) -> Run:
     """Search a dataset in the browser: type a text or drop an image.
 
-    The page is for this machine alone unless --host names another address; there is no password. Ctrl-C stops it.
+    Only this machine can open the page, unless --host names another address; there is no password. Ctrl-C stops it.
 
     Example: lit-fast serve runs/b8 data/pairs
     """

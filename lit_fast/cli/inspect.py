@@ -36,7 +36,7 @@ def info(parser: argparse.ArgumentParser) -> Run:
 def compare(parser: argparse.ArgumentParser) -> Run:
     """Compare runs: configuration, cost and results.
 
-    Running and interrupted runs are included as far as they are.
+    Running and interrupted runs are included up to their last record.
 
     Example: lit-fast compare runs/* --out compare.html
     """

@@ -118,7 +118,7 @@ def delete_checkpoint(run: str, step: int) -> None:
 
 
 def delete_incomplete_checkpoints(run: str) -> None:
-    """Delete what a killed process has left of checkpoints without a `.json`; call it with the lock of the run."""
+    """Delete the files of checkpoints without a `.json`, left by a killed process; call it with the lock of the run."""
     complete = stored_steps(run)
     for name in list_directories(join(run, "checkpoints")):
         if name.isdigit() and int(name) not in complete:
