@@ -166,7 +166,9 @@ def cached_file(spec: str, url: str, path_in_cache: str, sha256: str = "") -> st
     try:
         _download(url, path, sha256)
     except UserError as error:
-        raise UserError(f"{spec} cannot be downloaded: {error.problem}; {action}") from None
+        raise UserError(
+            f"{spec} cannot be downloaded: {error.problem}; rerun the same command, or {action}"
+        ) from None
     return path
 
 

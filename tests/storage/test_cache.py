@@ -97,7 +97,9 @@ def test_cached_file_that_changes_meanwhile_is_refused(
         return found
 
     monkeypatch.setattr(server, "answer", change)
-    with pytest.raises(UserError, match="changed while it was downloaded; rerun the same command"):
+    with pytest.raises(
+        UserError, match="changed while it was downloaded; rerun the same command, or download"
+    ):
         cached_file("name", f"{server.url}/f", "f")
 
 

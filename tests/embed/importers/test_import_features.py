@@ -283,8 +283,8 @@ def npy(shape, descr="'<f2'", order="False"):
     ("spoil", "message"),
     [
         (shorter_metadata, r"metadata_1.parquet has 4 rows, but .*img_emb_1.npy has 5 rows"),
-        (lambda p: (p / "metadata/metadata_1.parquet").unlink(), "has features of part 1 alone"),
-        (lambda p: (p / "img_emb/img_emb_1.npy").unlink(), "has metadata of part 1 alone"),
+        (lambda p: (p / "metadata/metadata_1.parquet").unlink(), "has features but no metadata of part 1"),
+        (lambda p: (p / "img_emb/img_emb_1.npy").unlink(), "has metadata but no features of part 1"),
         (lambda p: (p / "metadata/metadata_1.parquet").write_bytes(b"PAR1"), "not a parquet file"),
         (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.zeros((5, 13), "f2")), "13 float16 a row"),
         (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.zeros((5, 12), "f4")), "12 float32 a row"),
