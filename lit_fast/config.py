@@ -147,8 +147,8 @@ class ImageConfig:
     )
     keep: str = setting(
         "auto",
-        "remat policy of the image tower, see text.keep, or everything; auto also sets image.microbatches",
-        choices=("auto", "everything", "products", "hidden", "inputs", "embeddings"),
+        "remat policy of the image tower, see text.keep; auto also sets image.microbatches",
+        choices=("auto", "products", "hidden", "inputs", "embeddings"),
     )
     microbatches: int = setting(1, "equal parts in which a device embeds its images", minimum=1)
 
@@ -156,14 +156,6 @@ class ImageConfig:
     def trained(self) -> bool:
         """Whether the image tower is trained."""
         return self.train != "frozen"
-
-    @property
-    def encoder_remat(self) -> str:
-        """Remat policy of `lit_fast.models.transformer.Encoder`.
-
-        With `keep = "embeddings"` the forward pass of a microbatch is recomputed, storing its matrix products.
-        """
-        return {"embeddings": "products", "auto": "everything"}.get(self.keep, self.keep)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,12 @@ def section(
     if answer.kind == "image":
         figures.append(Figure(thumbnail(read_query(answer.query)), "the query", "right"))
     for i, hit in enumerate(answer.hits[:_MAX_PICTURES]):
-        lines = [f"{i + 1}. cosine {hit.cosine:.3f}", hit.key, hit.source, _first_caption(hit)]
+        lines = [
+            f"{i + 1}. cosine {hit.cosine:.3f}",
+            _printable(hit.key),
+            _printable(hit.source),
+            _first_caption(hit),
+        ]
         if answer.probabilities:
             lines.insert(1, f"probability {100 * answer.probabilities[i]:.2g}\N{NO-BREAK SPACE}%")
         text = "\n".join(line for line in lines if line)
@@ -96,5 +101,5 @@ def _first_caption(hit: Hit) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return the text in one line without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    """Return the text in one line without control characters; joiners, which emoji consist of, are kept."""
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else "?" for c in " ".join(text.split()))

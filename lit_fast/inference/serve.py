@@ -184,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, "application/json", json.dumps(as_json(answers)).encode())
         elif url.path.startswith("/image/"):
             self._send(HTTPStatus.OK, "image/jpeg", self._image(url.path.removeprefix("/image/")))
+        elif url.path == "/favicon.ico":  # browsers ask for it
+            self._send(HTTPStatus.NO_CONTENT, "image/x-icon", b"")
         else:
             raise RequestError(HTTPStatus.NOT_FOUND, "no such page; the search is at /")
 
@@ -259,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Security-Policy", policy)
         self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("Referrer-Policy", "same-origin")
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
         if self.command != "HEAD":

@@ -35,9 +35,9 @@ _FAR_FROM_ZERO = ("temperature", "bias", "param_norm")
 _MAX_POINTS = 400  # per line; more are indistinguishable
 _MAX_DOTS = 40  # points are drawn as dots up to this number
 _MAX_LABELS = 3  # lines that are labelled at their ends
-_MAX_LABEL = 15  # characters of such a label; longer names, and more lines, get a legend
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 480, 290, 58, 14, 36
-_LABEL_DISTANCE = 15.0
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 480, 290, 68, 14, 36
+_LABEL_DISTANCE = 17.0
+_MIN_RANGE = 0.02  # of an axis without zero, as a share of its largest value
 
 
 class Series(NamedTuple):
@@ -75,7 +75,7 @@ def chart(
 
     Args:
       series: values that are not finite are left out.
-      percent: values are shares; above 50 % the axis ends at 100 %.
+      percent: values are shares; above 50 % the axis ends at 100 %, and larger values are drawn there.
       unit: of the horizontal axis, "steps" or "hours".
       zero: whether the vertical axis includes zero.
     """
@@ -84,8 +84,7 @@ def chart(
     if not series:
         return fragment("chart.html", lines=[])
     few = len(series) <= _MAX_LABELS
-    names_at_ends = percent and few and len(series) > 1 and all(len(s.name) <= _MAX_LABEL for s in series)
-    right = _WIDTH - (104 if names_at_ends else 70 if few else 16)
+    right = _WIDTH - (76 if few else 16)
     marks = _y_marks(series, percent, zero)
     end = max(x for s in series for x, _ in s.points) or 1
 
@@ -93,10 +92,14 @@ def chart(
         return _LEFT + (right - _LEFT) * x / end
 
     def to_y(y: float) -> float:
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (y - marks[0]) / (marks[-1] - marks[0])
+        return (
+            _HEIGHT
+            - _BOTTOM
+            - (_HEIGHT - _TOP - _BOTTOM) * (min(y, marks[-1]) - marks[0]) / (marks[-1] - marks[0])
+        )
 
     def value(y: float) -> str:
-        return f"{100 * y:.1f} %" if percent else f"{y:.4g}"
+        return f"{100 * y:.1f} %" if percent else _brief(y, 4)
 
     def line(number: int, s: Series) -> dict[str, Any]:
         at = "step {:,.0f}" if unit == "steps" else "{:.3g} hours"
@@ -117,7 +120,7 @@ def chart(
         ys = _spread([to_y(s.points[-1][1]) for s in series], _LABEL_DISTANCE)
         for s, drawn, y in zip(series, lines, ys, strict=True):
             last = drawn["last"] if percent else _brief(s.points[-1][1], 3)
-            labels.append((y, s.name if names_at_ends else last, drawn["colour"]))
+            labels.append((y, last, drawn["colour"]))
     return fragment(
         "chart.html",
         width=_WIDTH,
@@ -133,15 +136,19 @@ def chart(
         ],
         lines=lines,
         end_labels=labels,
-        legend=len(series) > 1 and not names_at_ends,
+        legend=len(series) > 1,
     )
 
 
 def _y_marks(series: Sequence[Series], percent: bool, zero: bool) -> list[float]:
     values = [y for s in series for _, y in s.points] + [s.chance for s in series if s.chance is not None]
-    if percent and min(values) >= 0 and 0.5 < max(values) <= 1:
+    if percent and min(values) >= 0 and max(values) > 0.5:
         return [0.0, 0.25, 0.5, 0.75, 1.0]
-    return ticks(min(values), max(values), zero or percent)
+    low, high = min(values), max(values)
+    if not (zero or percent):  # marks of a narrow range would have many digits
+        margin = max(0.0, _MIN_RANGE * max(abs(low), abs(high)) - (high - low)) / 2
+        low, high = low - margin, high + margin
+    return ticks(low, high, zero or percent)
 
 
 def _x_label(x: float) -> str:

@@ -233,7 +233,7 @@ def comparison_page(
     for name in _by_dataset(name for name in recorded if "/" in name):
         panels += [draw(name), draw(name, hours=True)]
     run_names = [r.name for r in records]
-    table = Table(("", *run_names), table_rows(records))
+    table = Table(("", *run_names), table_rows(records), "runs")
     return render(
         "compare.html",
         title=heading,

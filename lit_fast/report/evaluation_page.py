@@ -236,7 +236,7 @@ def _matrix(classnames: Sequence[str], labels: np.ndarray, predicted: np.ndarray
         tooltip = f"{classnames[k]}, called {classnames[other]}"
         if not counts[k, other]:
             return Cell("", "number", tooltip)
-        colour = f"var(--{'good' if k == other else 'bad'}) {70 * shares[k, other]:.0f}%"
+        colour = f"var(--{'good' if k == other else 'bad'}-cell) {70 * shares[k, other]:.0f}%"
         style = f"background:color-mix(in srgb,{colour},transparent)"
         return Cell(f"{counts[k, other]:,}", "number", tooltip, style)
 

@@ -20,12 +20,22 @@ LABELS = {
 }
 
 
+# Counts of a result -> the word for one.
+_COUNTED = {
+    "images": "image",
+    "texts": "text",
+    "classes": "class",
+    "templates": "template",
+    "train_images": "train image",
+}
+
+
 def figures_section(title: str, results: Sequence[dict[str, Any]]) -> Markup:
     """Render the figures of one dataset: one result, or one per language."""
     last = results[-1]
     counts = [
-        f"{last[key]:,} {key.replace('_', ' ')}"
-        for key in ("images", "texts", "classes", "templates", "train_images")
+        f"{last[key]:,} {(one if last[key] == 1 else key).replace('_', ' ')}"
+        for key, one in _COUNTED.items()
         if key in last
     ]
     counts += [f"{key.replace('_', ' ')} {last[key]}" for key in SETTINGS if key in last]

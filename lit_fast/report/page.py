@@ -5,12 +5,13 @@ Templates escape every value. Only the output of `fragment` is inserted unchange
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 
 class Cell(NamedTuple):
@@ -67,4 +68,12 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters["px"] = "{:.1f}".format
+    environment.filters["breakable"] = _breakable
     return environment
+
+
+def _breakable(text: str | Markup) -> Markup:
+    """Let a text break after slashes and underscores; HTML is returned unchanged."""
+    if isinstance(text, Markup):
+        return text
+    return Markup(re.sub("[/_](?=.)", r"\g<0><wbr>", str(escape(text))))

@@ -117,7 +117,7 @@ def race_page(standings: Sequence[Standing], by: str) -> str:
     """Render the ranking and the curves of all runs as one HTML page."""
     records = [record for standing in standings for record in standing.records]
     head, *rows = table_of(standings, by)
-    return comparison_page(records, "lit-fast race", Table(head, rows), verdict(standings, by))
+    return comparison_page(records, "lit-fast race", Table(head, rows, "runs"), verdict(standings, by))
 
 
 def _common(records: Sequence[Record]) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ from PIL import Image
 from lit_fast.demo.page import build_page, curves
 from lit_fast.report.gallery import Figure, thumbnail
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "wbr"}
 
 
 def picture() -> bytes:

@@ -90,6 +90,10 @@ def test_image_query_finds_the_image_itself(server, searcher):
     assert re.findall(r'href="/image/(\d+)"', page.decode())[0] == "5"
 
 
+def test_icon_that_browsers_ask_for_is_empty(server):
+    assert ask(server, "/favicon.ico")[::2] == (204, b"")
+
+
 def test_image_of_a_row_is_a_jpeg(server):
     code, headers, body = ask(server, "/image/5")
     assert (code, headers["Content-Type"], headers["X-Content-Type-Options"]) == (
@@ -111,7 +115,6 @@ def test_image_of_a_row_is_a_jpeg(server):
         ("/image/%2e%2e%2fetc%2fpasswd", 404, "no such row"),
         ("/image/%D9%A1", 404, "no such row"),
         ("/../../etc/passwd", 404, "no such page"),
-        ("/favicon.ico", 404, "no such page"),
         ("/?q=" + "x" * 1001, 400, "more than 1000 characters"),
         ("/search.json", 400, "the query is missing"),
         ("/search.json?q=a&top=0", 400, "from 1 to 100"),

@@ -80,3 +80,11 @@ def test_chart_is_drawn_to_scale() -> None:
     middle = re.findall(r'class="chance s1" x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)"', text)[0]
     assert (float(start[0]), float(end[0])) == (float(middle[0]), float(middle[1]))
     assert float(middle[2]) == pytest.approx((float(start[1]) + float(end[1])) / 2)
+
+
+@pytest.mark.parametrize("value", [0.51, 1.0, 1 + 1e-12, 1.7])
+def test_chart_of_shares_has_no_mark_above_100_percent(value: float) -> None:
+    text = chart([Series("mfu", [(0, 0.1), (9, value)])], percent=True)
+    marks = [float(mark) for mark in re.findall(r'text-anchor="end">([\d.]+) %<', text)]
+    assert marks == [0, 25, 50, 75, 100]
+    assert f"{100 * value:.1f} %" in text

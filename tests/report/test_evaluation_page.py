@@ -71,7 +71,7 @@ class Page(HTMLParser):
         elif tag == "img":
             self.sources.append(given["src"])
             self.section["figures"][-1][2] = given["src"]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.append((tag, given.get("class", "")))
 
     def handle_endtag(self, tag: str) -> None:

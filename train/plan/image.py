@@ -55,7 +55,7 @@ def plan_image_tower(config: Config) -> ImageTower | None:
             class_token = architecture.class_token or image.pool == "tok"
             architecture = replace(architecture, pool=image.pool, class_token=class_token)
     size = image.resolution or size
-    return ImageTower(architecture, size, _HALF, _HALF, jnp.dtype(image.dtype), image.encoder_remat)
+    return ImageTower(architecture, size, _HALF, _HALF, jnp.dtype(image.dtype))
 
 
 def _named(name: str, key: str) -> tuple[Architecture, int]:
