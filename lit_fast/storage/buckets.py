@@ -53,6 +53,7 @@ _PROBLEMS = (  # pattern in TensorStore's message, which has that of the server 
     (r"credentials|authenticat|authoriz", "may not be used", "check the credentials"),
     (r"CURL error", "cannot be reached", "check the network"),
     (r"NoSuchBucket|bucket does not exist", "does not exist", "check the name of the bucket"),
+    (r"invalid \w+ bucket name", "has an invalid name", "check the name of the bucket"),
     (
         r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|\b(429|5\d\d)\b",
         "does not answer after several attempts",

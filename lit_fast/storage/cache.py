@@ -166,9 +166,7 @@ def cached_file(spec: str, url: str, path_in_cache: str, sha256: str = "") -> st
     try:
         _download(url, path, sha256)
     except UserError as error:
-        raise UserError(
-            f"{spec} cannot be downloaded: {error.problem}; rerun the same command, or {action}"
-        ) from None
+        raise UserError(f"{spec} cannot be downloaded: {error}, or {action}") from None
     return path
 
 
