@@ -75,11 +75,19 @@ class TextConfig:
     pack: int = setting(
         1,
         "captions per row of the encoder, masked from each other: fewer and larger matrix products, the same loss. "
-        "With mask_padding, captions are packed by their true lengths, with little padding",
+        "With mask_padding, captions are packed by their true lengths, with little padding, and pack is about the mean",
         minimum=1,
     )
     row_tokens: int = setting(
-        0, "tokens per row when captions are packed by true length; 0: as the dataset's captions require"
+        0,
+        "tokens per row when captions are packed by true length; 0: near pack captions of mean length, above 64 a "
+        "multiple of 128",
+        minimum=0,
+    )
+    rows: int = setting(
+        0,
+        "rows of a step, of all devices, when captions are packed by true length; 0: as the dataset's captions require",
+        minimum=0,
     )
     attention: str = setting(
         "auto",
@@ -439,6 +447,7 @@ MAY_CHANGE_ON_RESUME = (
     "tokenizer",
     "stream.noise",
     "text.row_tokens",
+    "text.rows",
     "image.tower",
     "image.workers",
 )

@@ -58,8 +58,9 @@ def _check_combinations(config: Config) -> None:
         )
     if text.pack > 1 and text.dropout and not text.mask_padding:
         raise UserError("text.pack with text.dropout needs text.mask_padding = true")
-    if text.row_tokens and not text.packed:
-        raise UserError("text.row_tokens needs text.pack above 1 and text.mask_padding = true")
+    for key in ("row_tokens", "rows"):
+        if getattr(text, key) and not text.packed:
+            raise UserError(f"text.{key} needs text.pack above 1 and text.mask_padding = true")
     if shape.width % shape.heads:
         raise UserError(
             f"text.width {shape.width} is not a multiple of text.heads {shape.heads}; change one of them"

@@ -1,6 +1,7 @@
 """The README and the pages of docs/: links and files that exist, and the intervals of the code."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_links_lead_to_headings(path):
         for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", path.read_text())
         if anchor not in headings(path.parent / link if link else path)
     ]
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/design/*.md")), ids=lambda path: path.name)
+def test_figure_of_a_design_page_is_the_one_that_its_program_draws(page):
+    program = runpy.run_path(str(ROOT / "docs/design/figures.py"))
+    assert page.with_suffix(".svg").read_text() == program[page.stem]().svg(), (
+        "run: python docs/design/figures.py"
+    )
+    assert f"]({page.stem}.svg)" in page.read_text()
 
 
 def headings(path):

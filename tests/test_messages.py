@@ -37,6 +37,7 @@ WITH_ANOTHER_MESSAGE = {
     "{self._missing_text([int(rank) for rank in rest.split(',')])}",
     "{spec} does not exist here, and {error}",
     "{str(absent)}",
+    "{spec} cannot be downloaded: {error}, or {action}",
     "{file}: {error}",
     "{spec}: {error}",
     "{spec}: {error}{_known()}",

@@ -100,7 +100,7 @@ def open_inputs(config: Config, workdir: StrPath, mesh: Mesh) -> Inputs:
         center=config.loss.center,
     )
     check_identity(workdir, "stream", stream.identity)
-    packing = open_packing(config, tokens, tokenizer.eos_id, mesh) if config.text.packed else None
+    packing = open_packing(config, tokens, tokenizer, mesh) if config.text.packed else None
     return Inputs(dataset, features, image, tower_json, tokens, tokenizer, stream, packing, evaluator)
 
 
@@ -124,6 +124,13 @@ def check_batch(config: Config, devices: int) -> None:
             f"stream.global_batch {batch} is not divisible by image.microbatches {image.microbatches} x {devices} "
             "devices; use a multiple"
         )
+    if text.packed:
+        if text.rows % (devices * text.microbatches):
+            raise UserError(
+                f"text.rows {text.rows} is not divisible by text.microbatches {text.microbatches} x {devices} "
+                "devices; use a multiple"
+            )
+        return
     pairs = batch * config.stream.captions_per_image
     if pairs % (devices * text.microbatches * text.pack):
         pack = f" x text.pack {text.pack}" if text.pack > 1 else ""
