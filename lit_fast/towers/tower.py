@@ -34,8 +34,9 @@ from lit_fast.towers.torch import packages
 from lit_fast.towers.torch.load import load_torch_tower
 from lit_fast.towers.trained import params_digest
 from lit_fast.utils.output import status
-from lit_fast.weights.parameters import Params, Weights, unusable_weights
+from lit_fast.weights.parameters import Params, Weights
 from lit_fast.weights.positions import resample_positions
+from lit_fast.weights.reader import unusable_weights
 from lit_fast.weights.resolve import weights_digest
 
 # Larger values in a file would need more memory than any machine has.

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lit_fast.weights.parameters import Params, unusable_weights
-from lit_fast.weights.reader import WeightsFile
+from lit_fast.weights.parameters import Params
+from lit_fast.weights.reader import WeightsFile, unusable_weights
 
 
 class BlockNames(NamedTuple):

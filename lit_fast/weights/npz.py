@@ -28,9 +28,8 @@ from lit_fast.weights.parameters import (
     architecture_of,
     nested,
     square_grid,
-    unusable_weights,
 )
-from lit_fast.weights.reader import WeightsFile
+from lit_fast.weights.reader import WeightsFile, unusable_weights
 
 _PREFIXES = ("", "params/", "opt/target/", "img/", "params/img/", "opt/target/img/")
 # Arrays beside the tower: its classifier, the other tower, the optimizer, temperature and bias.

@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.sizes import Shape
+from lit_fast.weights.reader import unusable_weights
 
 Params = dict[str, Any]
 
@@ -65,11 +66,6 @@ def architecture_of(params: Params, gelu: str, epsilon: float, pool: str | None 
         norm_after_pool="pooled_norm" in params,
         projection=projection,
     )
-
-
-def unusable_weights(path: object, problem: str) -> UserError:
-    """Return the error for weights that are not those of a model of lit_fast's own."""
-    return UserError(f"{path}: {problem}; give other weights")
 
 
 def nested(flat: dict[str, np.ndarray], path: str) -> Params:

@@ -18,9 +18,13 @@ from lit_fast.storage.cache import local_copy
 from lit_fast.storage.files import is_file
 from lit_fast.storage.paths import StrPath, join, parent
 from lit_fast.storage.text_files import read_object
-from lit_fast.weights.parameters import unusable_weights
 
 _MAX_PARTS = 200
+
+
+def unusable_weights(path: object, problem: str) -> UserError:
+    """Return the error for weights that are not those of a model of lit_fast's own."""
+    return UserError(f"{path}: {problem}; give other weights")
 
 
 @dataclass

@@ -22,8 +22,8 @@ from lit_fast.weights.from_torch import blocks, dense, norm
 from lit_fast.weights.huggingface import CLIP_BLOCKS
 from lit_fast.weights.npz import open_npz, stack_blocks
 from lit_fast.weights.open_clip import read_open_clip_text
-from lit_fast.weights.parameters import Params, nested, unusable_weights
-from lit_fast.weights.reader import open_safetensors
+from lit_fast.weights.parameters import Params, nested
+from lit_fast.weights.reader import open_safetensors, unusable_weights
 from lit_fast.weights.resolve import local_weights, weights_digest
 
 _ROOTS = ("", "params/", "opt/target/")

@@ -14,8 +14,8 @@ import numpy as np
 
 from lit_fast.errors import UnsupportedModelError
 from lit_fast.weights.from_torch import BlockNames, attention, blocks, dense, embedding, mlp, norm, packed
-from lit_fast.weights.parameters import Params, Weights, architecture_of, square_grid, unusable_weights
-from lit_fast.weights.reader import WeightsFile, open_safetensors
+from lit_fast.weights.parameters import Params, Weights, architecture_of, square_grid
+from lit_fast.weights.reader import WeightsFile, open_safetensors, unusable_weights
 
 BLOCKS = BlockNames(
     "blocks.",
