@@ -140,7 +140,7 @@ PLAN = "plan {p}/c.toml --topology "
         ("eval {p}/none --retrieval {p}/d", "run {p}/none does not exist"),
         ("eval {p}/d --retrieval {p}/d", "is not a run"),
         ("eval {p}/run --retrieval {p}/none", "dataset {p}/none does not exist"),
-        ("eval {p}/run --retrieval {p}/d --step 3", "no checkpoint of step 3; there are 2, 4"),
+        ("eval {p}/run --retrieval {p}/d --step 3", "no checkpoint of step 3; choose from 2, 4"),
         ("plan {p}/none.toml --topology cpu", "config {p}/none.toml does not exist"),
         ("plan {p}/c.toml", "required: --topology"),
         (PLAN + "v9:2x2", "chip 'v9' is unknown; write v4-8, v5litepod-4"),
@@ -198,7 +198,7 @@ def test_damaged_file_is_named(capsys, directory, tmp_path):
     assert "00000.array_record is damaged" in damaged("d/tokens/words/00000.array_record", b"x" * 99, train)
     assert "tokenizer.model" in damaged("d/tokens/words/tokenizer.model", b"x", train)
     assert "zarr.json" in damaged("d/features/tower/zarr.json", b"{}", train)
-    assert "c.toml cannot be read" in damaged("c.toml", b"steps = = 3", train)
+    assert "c.toml is not TOML" in damaged("c.toml", b"steps = = 3", train)
     assert "unknown config key 'step' in" in damaged("c.toml", b"step = 3", train)
     assert "must be a whole number" in damaged("c.toml", b"steps = '3'", train)
     evaluate = "eval {p}/run --retrieval {p}/d"
