@@ -1,4 +1,4 @@
-"""`lit-fast tokenize`: turn the captions of a dataset into token ids, once."""
+"""`lit-fast tokenize`: convert the captions of a dataset to token ids, once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tokenize_dataset(
         given = load_tokenizer(file, max_length, pad_id)
     name = name or f"{model_type}-{train_vocab}"
     if "/" in name or name.startswith("."):
-        raise UserError(f"tokenizer name {name!r} cannot be a directory name; give another with --name")
+        raise UserError(f"{name!r} cannot be the name of a directory; give another with --name")
     directory = join(dataset.path, "tokens", name)
 
     def stored_model() -> Tokenizer | None:

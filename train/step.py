@@ -172,7 +172,7 @@ def _loss_share(
     if image is None:
         images = normalize(batch["images"].astype(jnp.float32) - params["mean"])
     else:
-        images = embed_pixels(image, config, params, batch["pixels"])
+        images = embed_pixels(image, config, params, batch["pixels"], platform)
     seeds = jax.random.bits(jax.random.fold_in(key, _SEEDS_INDEX), (2,))
     loss_params = LossParams(
         texts=embed_texts(model, config.text, params, batch, key, platform),

@@ -11,7 +11,8 @@ import numpy as np
 
 from lit_fast.config import ImageConfig
 from lit_fast.models.architecture import Architecture, from_record
-from lit_fast.models.precision import resolve_dtype
+from lit_fast.models.precision import matmul_precision, resolve_dtype
+from lit_fast.models.transformer import Layers
 from lit_fast.models.vit import ViT
 
 Channels = tuple[float, float, float]
@@ -23,11 +24,6 @@ def normalize_pixels(pixels: jax.Array, mean: Channels, std: Channels) -> jax.Ar
     return (pixels.astype(jnp.float32) / 255.0 - shift) / scale
 
 
-def matmul_precision(dtype: Any) -> Any:
-    """Return a context in which float32 products are float32 on accelerators too."""
-    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
-
-
 @dataclass(frozen=True)
 class ImageTower:
     """A vision tower without its parameters.
@@ -37,7 +33,7 @@ class ImageTower:
       size: height and width of the images, pixels.
       mean, std: per channel, of pixels scaled to [0, 1].
       dtype: of the matrix products; parameters are float32.
-      remat_policy: of `lit_fast.models.transformer.Encoder`.
+      layers: of `lit_fast.models.transformer.Encoder`.
     """
 
     architecture: Architecture
@@ -45,7 +41,7 @@ class ImageTower:
     mean: Channels
     std: Channels
     dtype: Any = jnp.float32
-    remat_policy: str = "everything"
+    layers: Layers | None = None
 
     @property
     def width(self) -> int:
@@ -54,7 +50,7 @@ class ImageTower:
 
     @property
     def _model(self) -> ViT:
-        return ViT(self.architecture, self.dtype, self.remat_policy)
+        return ViT(self.architecture, self.dtype, self.layers)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return random parameters, float32, initialized as in big_vision."""
@@ -81,5 +77,4 @@ def image_tower(record: dict[str, Any], config: ImageConfig) -> ImageTower:
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
         dtype=jnp.dtype(resolve_dtype(config.dtype)),
-        remat_policy=config.encoder_remat,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from lit_fast.storage.machine import cpu_flags
 
@@ -26,3 +29,8 @@ def fast_dtype(platform: str = "", root: str = "/") -> str:
 def resolve_dtype(dtype: str, platform: str = "") -> str:
     """Return `dtype`, or the faster one for "auto"."""
     return fast_dtype(platform) if dtype == "auto" else dtype
+
+
+def matmul_precision(dtype: Any) -> Any:
+    """Return a context in which float32 products are float32 on accelerators too."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")

@@ -14,43 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from lit_fast.models.dense import Dense
 from lit_fast.models.sizes import Shape
-
-# --- residuals: what a layer stores for the backward pass
-
-# Names of the residuals that each remat policy stores. "hidden" recomputes queries, keys and values: 9 % more work for
-# 40 % less memory. The scores and the attended values cost little to recompute.
-REMAT_POLICIES: dict[str, tuple[str, ...]] = {
-    "products": ("input", "qkv", "attended", "residual", "hidden"),
-    "hidden": ("input", "residual", "hidden"),
-    "inputs": ("input",),
-}
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def remat_name(x: jax.Array, name: str) -> jax.Array:
-    """Return `x` under a name that `REMAT_POLICIES` may store.
-
-    bfloat16 is stored as its bits. XLA's CPU backend slices a layer out of a bfloat16 stack by converting the whole
-    stack to float32, which triples the memory.
-    """
-    return _remat_name(x, name)
-
-
-@remat_name.defjvp
-def _(name: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return _remat_name(primals[0], name), tangents[0]
-
-
-def _remat_name(x: jax.Array, name: str) -> jax.Array:
-    if x.dtype != jnp.bfloat16:
-        return checkpoint_name(x, name)
-    bits = checkpoint_name(lax.bitcast_convert_type(x, jnp.uint16), name)
-    return lax.bitcast_convert_type(bits, jnp.bfloat16)
-
 
 # --- dropout with a key per row
 
@@ -98,7 +64,7 @@ class MultiHeadDotProductAttention(nn.Module):
         dense = partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
 
         def project(name: str, x: jax.Array) -> jax.Array:
-            return remat_name(dense((self.heads, size), name=name)(x), "qkv").swapaxes(1, 2)
+            return dense((self.heads, size), name=name)(x).swapaxes(1, 2)
 
         q, k, v = project("query", queries) * size**-0.5, project("key", keys), project("value", keys)
         scores = jnp.einsum("nhqd,nhkd->nhqk", q, k, preferred_element_type=jnp.float32)
@@ -108,8 +74,7 @@ class MultiHeadDotProductAttention(nn.Module):
         weights = weights.astype(self.dtype)
         total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
         y = jnp.einsum("nhqk,nhkd->nhqd", weights, v, preferred_element_type=jnp.float32) / total
-        y = remat_name(y.astype(self.dtype).swapaxes(1, 2), "attended")
-        return dense((width,), num_input_axes=2, name="out")(y)
+        return dense((width,), num_input_axes=2, name="out")(y.astype(self.dtype).swapaxes(1, 2))
 
 
 def swiglu(x: jax.Array) -> jax.Array:
@@ -156,7 +121,7 @@ class MlpBlock(nn.Module):
         )
         width = x.shape[-1]
         x = dense((self.mlp_dim * (2 if self.gelu == "swiglu" else 1),), name="Dense_0")(x)
-        x = ACTIVATIONS[self.gelu](remat_name(x, "hidden"))
+        x = ACTIVATIONS[self.gelu](x)
         x = dropout(x, self.dropout, dropout_keys)
         return dense((width,), name="Dense_1")(x)
 
@@ -182,7 +147,6 @@ class EncoderBlock(nn.Module):
         output_positions: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
-        x = remat_name(x, "input")
         norm = partial(LayerNorm, epsilon=self.epsilon)
         keys = queries = norm()(x)
         if output_positions is not None:
@@ -190,11 +154,15 @@ class EncoderBlock(nn.Module):
             if mask is not None and mask.shape[2] > 1:
                 mask = jnp.take_along_axis(mask, output_positions[:, None, :, None], axis=2)
         y = MultiHeadDotProductAttention(self.shape.heads, self.dtype)(queries, keys, mask)
-        x = remat_name(x + dropout(y, self.dropout, fold_keys(dropout_keys, 0)), "residual")
+        x = x + dropout(y, self.dropout, fold_keys(dropout_keys, 0))
         mlp = MlpBlock(self.shape.mlp_dim, self.gelu, self.dtype, self.dropout)
         y = mlp(norm()(x), fold_keys(dropout_keys, 1))
         x = x + dropout(y, self.dropout, fold_keys(dropout_keys, 2))
         return x.astype(self.dtype)
+
+
+Layers = Callable[[Any, jax.Array], jax.Array]
+"""(parameters stacked by layer, x [n, length, width]) -> x"""
 
 
 class Encoder(nn.Module):
@@ -208,9 +176,9 @@ class Encoder(nn.Module):
     gelu: str = "tanh"
     epsilon: float = 1e-6
     dropout: float = 0.0
-    remat_policy: str = "everything"  # stores all residuals; or a key of REMAT_POLICIES
     dtype: Any = jnp.float32
     final_norm: bool = True
+    layers: Layers | None = None  # in place of the loop over the layers; without masks and dropout
 
     @nn.compact
     def __call__(
@@ -243,12 +211,14 @@ class Encoder(nn.Module):
             keys = fold_keys(dropout_keys, index)
             return block.apply({"params": params}, x, mask, positions, keys)  # type: ignore[return-value]
 
-        if self.remat_policy != "everything":
-            policy = jax.checkpoint_policies.save_only_these_names(*REMAT_POLICIES[self.remat_policy])
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
         num_scanned = depth if output_positions is None else depth - 1
-        scanned = jax.tree.map(lambda a: a[:num_scanned], stacked), jnp.arange(num_scanned)
-        x, _ = lax.scan(lambda x, inputs: (layer(x, *inputs), None), x, scanned)
+        scanned = jax.tree.map(lambda a: a[:num_scanned], stacked)
+        if self.layers is not None:
+            x = self.layers(scanned, x)
+        else:
+            x, _ = lax.scan(
+                lambda x, inputs: (layer(x, *inputs), None), x, (scanned, jnp.arange(num_scanned))
+            )
         if output_positions is not None:
             x = layer(x, jax.tree.map(lambda a: a[-1], stacked), depth - 1, output_positions)
         if not self.final_norm:

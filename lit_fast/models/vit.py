@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.dense import Dense
-from lit_fast.models.transformer import Encoder, LayerNorm, MAPHead
+from lit_fast.models.transformer import Encoder, LayerNorm, Layers, MAPHead
 
 
 class ViT(nn.Module):
@@ -23,7 +23,7 @@ class ViT(nn.Module):
 
     architecture: Architecture
     dtype: Any = jnp.float32
-    remat_policy: str = "everything"  # of the encoder
+    layers: Layers | None = None  # of the encoder
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -50,7 +50,7 @@ class ViT(nn.Module):
             a.shape,
             a.gelu,
             a.epsilon,
-            remat_policy=self.remat_policy,
+            layers=self.layers,
             dtype=self.dtype,
             final_norm=final_norm,
             name="Transformer",

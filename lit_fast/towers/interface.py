@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lit_fast.models.image_tower import matmul_precision, normalize_pixels
+from lit_fast.models.image_tower import normalize_pixels
+from lit_fast.models.precision import matmul_precision
 from lit_fast.towers.preprocess import Preprocess
 from lit_fast.version import __version__
 from lit_fast.weights.parameters import Params

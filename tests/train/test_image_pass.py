@@ -46,20 +46,19 @@ def batch_of(seed=0):
     }
 
 
-def lowered(devices, keep="everything", microbatches=1, **loss):
+def lowered(devices, keep="products", microbatches=1, **loss):
     config = Config(
-        text=TextConfig(keep="everything"),
+        text=TextConfig(keep="products"),
         image=ImageConfig(train="unlocked", keep=keep, microbatches=microbatches),
         loss=LossConfig(tile=3, precision="highest", **loss),
         stream=StreamConfig(global_batch=BATCH),
         optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1.0),
     )
     mesh = make_mesh(jax.devices()[:devices])
-    image = ImageTower(**IMAGE.__dict__ | {"remat_policy": config.image.encoder_remat})
     optimizer = optax.sgd(1.0)  # the update is the negative gradient
     state = init_state(initial_params(config.loss.image_head), optimizer, mesh)
     batch = {k: jax.device_put(v, batch_sharding(mesh)) for k, v in batch_of().items()}
-    return make_step(TEXT, optimizer, config, mesh, image).lower(state, batch), state, batch, mesh
+    return make_step(TEXT, optimizer, config, mesh, IMAGE).lower(state, batch), state, batch, mesh
 
 
 def loss_and_update(devices, **options):

@@ -22,11 +22,11 @@ from lit_fast.models.encoder_pass import KEPT
 from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.precision import resolve_dtype
 from lit_fast.models.text_tower import TextTower
-from lit_fast.models.transformer import REMAT_POLICIES
 from lit_fast.models.two_towers import image_tower_params
 from lit_fast.runtime import platform_of, smallest_of_processes
 from lit_fast.storage.machine import available_memory
 from lit_fast.train.cost.aot import CompiledStep, batch_shapes, compile_step
+from lit_fast.train.image_pass import trainable
 from lit_fast.train.sizes import SIZES, with_tile
 from lit_fast.train.step import State
 from lit_fast.train.text_pass import TextPass
@@ -155,7 +155,7 @@ def image_candidates(
 
     first = smallest(sizes.most_tokens[resolve_dtype(config.image.dtype, platform)])
     last = max(first, smallest(sizes.least_tokens))
-    for keep in REMAT_POLICIES:
+    for keep in KEPT:
         if not (platform == "cpu" and keep == "products"):
             for microbatches in divisors[first : last + 1]:
                 yield dataclasses.replace(config.image, keep=keep, microbatches=microbatches)
@@ -175,14 +175,16 @@ def remat_candidates(config: Config, num_devices: int, platform: str) -> Iterato
     """Yield text configurations in order of increasing recomputation, and of decreasing size of a microbatch."""
     sizes, text = SIZES[platform], config.text
     texts = config.stream.global_batch * config.stream.captions_per_image // num_devices
-    rows = texts // text.pack
+    # Captions have 16 to 64 tokens; the size of a microbatch need not be exact.
+    rows, row_tokens = texts // text.pack, text.pack * 16
+    if text.packed:
+        rows, row_tokens = text.rows // num_devices, text.row_tokens
     divisors = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
     divisors = sorted({*divisors, *(rows // d for d in divisors)})
 
     def smallest(tokens: int) -> int:
         """Return the index of the number of microbatches that have at most so many tokens."""
-        # Captions have 16 to 64 tokens; the size of a microbatch need not be exact.
-        return next(i for i, d in enumerate(divisors) if texts // d * 16 <= tokens or d == rows)
+        return next(i for i, d in enumerate(divisors) if rows // d * row_tokens <= tokens or d == rows)
 
     first = smallest(sizes.most_tokens[resolve_dtype(text.dtype, platform)])
     last = max(first, smallest(sizes.least_tokens))
@@ -214,6 +216,7 @@ class MemoryEstimate:
         self._image, self._per_image = image, dict[str, float]()
         self._images = config.stream.global_batch // num_devices
         self._texts = self._images * config.stream.captions_per_image
+        self._texts_per_row = self._texts * num_devices / self._batch["ids"].shape[0]
         self._width, self._tile = model.out_dim, config.loss.tile
         self._per_text: dict[TextConfig, float] = {}
         self.parameters = _tree_bytes((state.params, state.average))
@@ -231,7 +234,7 @@ class MemoryEstimate:
     def image_residuals(self, image: ImageConfig) -> int:
         """Return the bytes of the residuals of a trained image tower; 0 without one."""
         kept = self._images // image.microbatches if image.keep == "embeddings" else self._images
-        return int(kept * self._residuals_per_image(image.encoder_remat)) if self._image else 0
+        return int(kept * self._residuals_per_image(image.keep)) if self._image else 0
 
     def total(self, text: TextConfig, image: ImageConfig = ImageConfig()) -> int:  # noqa: B008
         """Return the bytes of arguments and temporaries."""
@@ -249,14 +252,14 @@ class MemoryEstimate:
         )
         if self._image is not None:
             layers = self._image.architecture.shape.depth
-            layer = self._images // image.microbatches * self._residuals_per_image("everything") / layers
-            total += _RESIDUALS_FACTOR * (self.image_residuals(image) + layer)
+            layer = self._images // image.microbatches * self._residuals_per_image("products") / layers
+            total += _RESIDUALS_FACTOR * (self.image_residuals(image) + _LAYER_FACTOR * layer)
         return int(total)
 
-    def _residuals_per_image(self, policy: str) -> float:
-        if policy not in self._per_image:
+    def _residuals_per_image(self, keep: str) -> float:
+        if keep not in self._per_image:
             assert self._image is not None
-            tower = dataclasses.replace(self._image, remat_policy=policy)
+            tower = trainable(self._image, keep, self._platform)
             params = image_tower_params(self._state.params)
 
             def residuals(images: int) -> int:
@@ -264,8 +267,8 @@ class MemoryEstimate:
                 backward = lambda p, x: jax.vjp(lambda p: tower.features(p, x), p)[1]  # noqa: E731
                 return _tree_bytes(jax.eval_shape(backward, params, pixels))
 
-            self._per_image[policy] = float(residuals(2) - residuals(1))
-        return self._per_image[policy]
+            self._per_image[keep] = float(residuals(2) - residuals(1))
+        return self._per_image[keep]
 
     def _residuals_per_text(self, text: TextConfig) -> float:
         text = dataclasses.replace(text, microbatches=1)
@@ -279,8 +282,8 @@ class MemoryEstimate:
                 return _tree_bytes(jax.eval_shape(backward, self._state.params["txt"], shapes))
 
             # The difference of two sizes removes the parameters, which are residuals too.
-            rows, texts = 8 * text.pack, 8 * text.pack ** (1 + text.packed)
-            self._per_text[text] = (residuals(2 * rows) - residuals(rows)) / texts
+            rows = 8 * text.pack
+            self._per_text[text] = (residuals(2 * rows) - residuals(rows)) / (rows * self._texts_per_row)
         return self._per_text[text]
 
 
