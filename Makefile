@@ -5,7 +5,7 @@ PYTHON ?= python3
 CORE   := tests/test_imports.py tests/test_config.py tests/losses tests/models tests/data tests/runs tests/train/test_step.py \
           tests/train/test_optimizer.py tests/train/input_pipeline tests/e2e/test_main_job.py
 
-.PHONY: demo test test-core lint types docs bench clean
+.PHONY: demo test test-core lint types docs bench package release clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("lit-fast needs Python 3.11 or newer, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -51,6 +51,14 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.evaluate
 	$(BIN)/python -m benchmarks.search
 
+# sdist and wheel in dist/, tried with each supported interpreter.
+package:
+	.ci/package
+
+# Tests, package, upload after one confirmation.
+release:
+	.ci/release
+
 clean:
-	rm -rf $(VENV) .venv-* demo build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* demo build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,7 +26,7 @@ from lit_fast.models.two_towers import text_tower
 from lit_fast.runtime import batch_sharding, make_mesh
 from lit_fast.train.cost.aot import compile_step
 from lit_fast.train.cost.memory import choose_remat
-from lit_fast.train.input_pipeline.packing import Packing, required_row_tokens, true_lengths
+from lit_fast.train.input_pipeline.packing import Packing, true_lengths, with_rows
 from lit_fast.train.optimizer import make_optimizer
 from lit_fast.train.step import abstract_training, init_state, make_step
 from lit_fast.utils.normalize import normalize
@@ -35,15 +35,14 @@ ROOM = 32 * 2**30  # bytes of device memory when nothing is run
 
 
 def _config(case: Case, ids: np.ndarray) -> Config:
-    """Return the configuration of a run on these captions; packed rows are as long as they require."""
+    """Return the configuration of a run on these captions; packed rows are as many as they require."""
     b1, b2 = step_case.BETAS
     text = TextConfig(
         width=case.width, depth=case.depth, heads=case.heads, dtype=case.dtype, mask_padding=case.masked, pack=case.pack
     )  # fmt: skip
     if text.packed:
         texts = case.batch // case.devices
-        tokens = required_row_tokens(true_lengths(ids, step_case.END), case.pack, texts)
-        text = replace(text, row_tokens=tokens)
+        text = with_rows(text, true_lengths(ids, step_case.END), texts, case.length, case.devices)
     return Config(
         steps=10**9,  # a constant learning rate
         text=text,
@@ -92,10 +91,9 @@ def ours(case: Case) -> Rival:
     }
     if text.packed:
         mean = float(true_lengths(ids, step_case.END).mean())
-        arrays = Packing(text.pack, text.row_tokens, step_case.END, mean, mesh.size, single_process=True)(
-            arrays
-        )
-        note += f", rows of {text.row_tokens} tokens"
+        texts = case.batch // mesh.size
+        arrays = Packing(text, texts, step_case.END, mean, mesh.size, mesh.size)(arrays)
+        note += f", {text.rows:,} rows of {text.row_tokens} tokens"
     batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh), v) for k, v in arrays.items()}
     params = jax.tree.map(jnp.asarray, {"txt": make_weights(case), "mean": np.zeros(FEATURES, np.float32)})
     params |= _scalars()

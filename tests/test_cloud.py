@@ -79,7 +79,7 @@ def test_scripts_pass_shellcheck():
     program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if program is None:
         pytest.skip("shellcheck is not installed")
-    done = run(program, *SCRIPTS, ROOT / ".ci/run")
+    done = run(program, *SCRIPTS, *(ROOT / ".ci" / name for name in ("run", "package", "release")))
     assert done.returncode == 0, done.stdout
 
 

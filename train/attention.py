@@ -1,8 +1,9 @@
 """Choose the attention of a run: XLA's form, or the Pallas kernels where they agree with it on this device.
 
 With `text.attention = "auto"` on a TPU, both forms compute embeddings, loss and all gradients of the first batch before
-training. The kernels are used if they compile and every difference is within `TOLERANCES`; otherwise XLA's form is. All
-processes of a job choose the same. The choice is recorded in the run directory, and a resumed run keeps it.
+training. The kernels are used if they and the whole step compile and every difference is within `TOLERANCES`; otherwise
+XLA's form is. All processes of a job choose the same. The choice is recorded in the run directory, and a resumed run
+keeps it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ from lit_fast.utils.output import status
 # and 128). A kernel that halves one gradient of one head is 0.4 apart, wrong weights in a single row 1 in an embedding.
 TOLERANCES = {"embedding": 0.05, "loss": 0.01, "gradient": 0.1}
 _FILE = "attention.json"
+T = TypeVar("T")
 _XLA_TOKENS = 8192  # of a microbatch of XLA's form, whose scores are in memory
 
 
@@ -102,7 +104,7 @@ def _propose_automatically(platform: str, refusal: str, recorded: dict[str, Any]
     before = recorded.get("form")
     if before == "xla":  # for the same bits
         if platform == "tpu":
-            status("attention: XLA's form, with which this run began")
+            status("attention: XLA's form, as when this run started")
         return AttentionChoice("xla", str(recorded.get("why", "")), differences=_numbers(recorded))
     if platform != "tpu" or refusal:
         why = refusal if platform == "tpu" else f"the devices are {platform.upper()}s"
@@ -133,18 +135,37 @@ def compile_kernels(
     """
     if choice.form == "xla" or (platform_of(mesh) == "cpu" and not choice.pending):
         return choice
-    problem = ""
+    return with_kernels(choice, text.attention, lambda: _compile_kernels(text, model, mesh))[0]
+
+
+def with_kernels(
+    choice: AttentionChoice, requested: str, compute: Callable[[], T]
+) -> tuple[AttentionChoice, T | None]:
+    """Return the choice and the result of `compute`, which compiles kernels; if that fails, XLA's form and None.
+
+    Args:
+      choice: the form that `compute` uses.
+      requested: `text.attention` of the configuration.
+
+    Raises:
+      UserError: it fails, and "pallas" is requested.
+    """
+    if choice.form == "xla":
+        return choice, compute()
+    result, problem = None, ""
     try:
-        _compile_kernels(text, model, mesh)
+        result = compute()
+    except UserError:
+        raise
     except Exception as error:
         problem = f"{type(error).__name__} {first_line(error)}"
     if all_agree(not problem):
-        return choice
+        return choice, result
     why = f"the Pallas kernels do not compile here: {problem or 'in another process'}"
-    if text.attention == "pallas":
+    if requested == "pallas":
         raise UserError(f'text.attention "pallas" cannot be used: {why}; set it to "auto"')
     status(f"attention: XLA's form; {why}")
-    return AttentionChoice("xla", why)
+    return AttentionChoice("xla", why, differences=choice.differences), None
 
 
 def _compile_kernels(text: TextConfig, model: TextTower, mesh: Mesh) -> None:
@@ -324,7 +345,7 @@ def _recorded(workdir: StrPath) -> dict[str, Any]:
         try:
             text = json.dumps(read_object(join(workdir, _FILE), "form", form=str, why=str, differences=dict))
         except UserError as error:
-            status(f"{error}; the attention is chosen again")
+            status(f"{error.problem}; the attention is chosen again")
     text = broadcast_text(text, 4096)
     return dict(json.loads(text)) if text else {}
 

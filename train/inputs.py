@@ -100,7 +100,7 @@ def open_inputs(config: Config, workdir: StrPath, mesh: Mesh) -> Inputs:
         center=config.loss.center,
     )
     check_identity(workdir, "stream", stream.identity)
-    packing = open_packing(config, tokens, tokenizer.eos_id, mesh) if config.text.packed else None
+    packing = open_packing(config, tokens, tokenizer, mesh) if config.text.packed else None
     return Inputs(dataset, features, image, tower_json, tokens, tokenizer, stream, packing, evaluator)
 
 
@@ -116,16 +116,25 @@ def check_batch(config: Config, devices: int) -> None:
     """Raise UserError if devices and microbatches do not divide the batch."""
     batch, text, image = config.stream.global_batch, config.text, config.image
     if batch % devices:
-        raise UserError(f"stream.global_batch {batch} is not divisible by the {devices} devices")
+        raise UserError(
+            f"stream.global_batch {batch} is not divisible by the {devices} devices; use a multiple"
+        )
     if batch % (devices * image.microbatches):
         raise UserError(
             f"stream.global_batch {batch} is not divisible by image.microbatches {image.microbatches} x {devices} "
-            "devices"
+            "devices; use a multiple"
         )
+    if text.packed:
+        if text.rows % (devices * text.microbatches):
+            raise UserError(
+                f"text.rows {text.rows} is not divisible by text.microbatches {text.microbatches} x {devices} "
+                "devices; use a multiple"
+            )
+        return
     pairs = batch * config.stream.captions_per_image
     if pairs % (devices * text.microbatches * text.pack):
         pack = f" x text.pack {text.pack}" if text.pack > 1 else ""
         raise UserError(
             f"the {pairs} texts of a batch are not divisible by text.microbatches {text.microbatches}{pack} "
-            f"x {devices} devices"
+            f"x {devices} devices; change stream.global_batch"
         )

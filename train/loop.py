@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
-from lit_fast.config import Config
+from lit_fast.config import Config, TextConfig
+from lit_fast.models.image_tower import ImageTower
+from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import image_tower_params, init_params, text_embedder, text_tower
 from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
@@ -31,6 +34,7 @@ from lit_fast.train.attention import (
     compare_attention,
     compile_kernels,
     propose_attention,
+    with_kernels,
     write_attention,
 )
 from lit_fast.train.checkpoints import Checkpoints
@@ -111,7 +115,7 @@ def _train(
     status(f"dataset {inputs.dataset.path}: {stream.description}")
     if packing:
         status(packing.description)
-        text = replace(text, row_tokens=packing.row_tokens)
+        text = packing.text
 
     # --- Build the optimizer and the model, with the remat policy that fits in memory.
     build = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=inputs.width)
@@ -120,34 +124,21 @@ def _train(
     attention = compile_kernels(attention, text, build(text), mesh)
     text = replace(text, attention=attention.form)
     optimizer, abstract_state = abstract_training(build(text), config, image)
-    memory = choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state, image=image)
+
+    def fit(text: TextConfig) -> MemoryFit:
+        return choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state, image=image)
+
+    def step_of(fit: MemoryFit) -> jax.stages.Wrapped:
+        fitted = replace(config, text=fit.text, image=fit.image)
+        return make_step(build(fit.text), optimizer, fitted, mesh, image)
+
+    attention, fitting = with_kernels(attention, config.text.attention, lambda: fit(text))
+    memory = fitting or fit(replace(text, attention="xla"))
     status(f"memory: {memory.description}")
     model = build(memory.text)
 
     # --- Initialize the parameters and the state.
-    mean = inputs.mean(config.loss.center)
-    if image and inputs.image:
-        embedder = DatasetEmbedder(image, inputs.image.preprocess, mesh, config.image.workers)
-        evaluator.embed_images_with(embedder)
-        pretrained = inputs.image.params
-        params = init_params(model, config, mean, image if pretrained is None else None)
-        if pretrained is not None:
-            params["img"] = pretrained | params.get("img", {})
-    else:
-        evaluator.load_images(mean)
-        params = init_params(model, config, mean)
-    params, text_init = load_initial_params(workdir, config, params)
-    if text_init:
-        status(f"text tower starting from {text_init['source']}: {text_init['taken']}")
-    state = init_state(params, optimizer, mesh, config.optimizer.average_decay > 0)
-    del params  # the state has a copy
-    count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
-    towers = f"text tower: {count / 1e6:.1f} M parameters"
-    if image:
-        count = sum(p.size for p in jax.tree.leaves(image_tower_params(state.params)))
-        start = inputs.tower_json["source"] if config.image.train == "unlocked" else "random weights"
-        towers += f", image tower: {count / 1e6:.1f} M from {start}"
-    status(f"{towers} on {mesh.size} x {jax.devices()[0].device_kind}")
+    state, text_init = _first_state(workdir, config, inputs, model, image, optimizer, mesh)
 
     # --- Create the run directory, or resume from its last checkpoint.
     _create_workdir(workdir, config, inputs, text_init)
@@ -167,9 +158,11 @@ def _train(
         result(f"{shown_workdir} is complete: {start_step:,} steps")
         return
 
-    # --- Compare the attention kernels with XLA's form, if nothing has shown yet that they agree here.
+    # --- Compile the step with the attention kernels, and compare them with XLA's form, if nothing has shown yet that
+    #     they agree here.
+    train_step = step_of(memory)
     batches = stream.iterate(start_step, packing or (lambda batch: batch))
-    if attention.pending:
+    if attention.form == "pallas":
         first = next(batches)
         batches = chain([first], batches)
         batch_on_devices = _to_devices(first, mesh)
@@ -183,13 +176,13 @@ def _train(
             batch_on_devices,
             image,
         )
+        if attention.form == "pallas":
+            compile_step = lambda: train_step.lower(state, batch_on_devices).compile()  # noqa: E731
+            attention, _ = with_kernels(attention, config.text.attention, compile_step)
         if attention.form == "xla":
-            text = replace(text, attention="xla")
-            memory = choose_remat(
-                replace(config, text=text), build, mesh, optimizer, abstract_state, image=image
-            )
+            memory = fit(replace(text, attention="xla"))
             status(f"memory: {memory.description}")
-            model = build(memory.text)
+            model, train_step = build(memory.text), step_of(memory)
         del batch_on_devices
     if jax.process_index() == 0:
         write_attention(workdir, attention)
@@ -209,11 +202,10 @@ def _train(
         images_per_step=batch,
         pixels=stream.batches.pixels,
     )
-    fitted = replace(config, text=memory.text, image=memory.image)
     components = _Components(
         config=config,
         mesh=mesh,
-        train_step=make_step(model, optimizer, fitted, mesh, image),
+        train_step=train_step,
         batches=batches,
         evaluator=evaluator,
         embed_text=embed_text,
@@ -244,6 +236,45 @@ def _train(
         result(evaluator.table())
     else:
         result(f"evaluate it with: lit-fast eval {shown_workdir} --zero-shot E --retrieval E")
+
+
+def _first_state(
+    workdir: str,
+    config: Config,
+    inputs: Inputs,
+    model: TextTower,
+    image: ImageTower | None,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[State, dict[str, Any] | None]:
+    """Prepare the evaluation and make the state before the first step.
+
+    Returns:
+      The state, and the record of what `text.init` gave; None: nothing.
+    """
+    mean = inputs.mean(config.loss.center)
+    if image and inputs.image:
+        embedder = DatasetEmbedder(image, inputs.image.preprocess, mesh, config.image.workers)
+        inputs.evaluator.embed_images_with(embedder)
+        pretrained = inputs.image.params
+        params = init_params(model, config, mean, image if pretrained is None else None)
+        if pretrained is not None:
+            params["img"] = pretrained | params.get("img", {})
+    else:
+        inputs.evaluator.load_images(mean)
+        params = init_params(model, config, mean)
+    params, text_init = load_initial_params(workdir, config, params)
+    if text_init:
+        status(f"text tower starting from {text_init['source']}: {text_init['taken']}")
+    state = init_state(params, optimizer, mesh, config.optimizer.average_decay > 0)
+    count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
+    towers = f"text tower: {count / 1e6:.1f} M parameters"
+    if image:
+        count = sum(p.size for p in jax.tree.leaves(image_tower_params(state.params)))
+        start = inputs.tower_json["source"] if config.image.train == "unlocked" else "random weights"
+        towers += f", image tower: {count / 1e6:.1f} M from {start}"
+    status(f"{towers} on {mesh.size} x {jax.devices()[0].device_kind}")
+    return state, text_init
 
 
 class _Components(NamedTuple):

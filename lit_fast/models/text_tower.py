@@ -54,17 +54,19 @@ class RowLayout(NamedTuple):
         """Return the layout of rows of consecutive captions with padding at the end.
 
         lengths: int [n, k], of the captions; their sum is at most `length`. Captions attend to themselves only, and
-        so does the padding.
+        so does the padding. A length of 0 is a place without a caption: one token stands for it, which one is of no
+        importance.
         """
-        last = jnp.cumsum(lengths.astype(jnp.int32), axis=1)
-        first = last - lengths
+        end = jnp.cumsum(lengths.astype(jnp.int32), axis=1)
+        first = jnp.minimum(end - lengths, length - 1)
         index = jnp.arange(length)
-        caption = (index >= last[:, :, None]).sum(axis=1)  # [n, length]; k for padding
+        caption = (index >= end[:, :, None]).sum(axis=1)  # [n, length]; k for padding
         mask = caption[:, None, :] == jnp.arange(lengths.shape[1])[:, None]
         start = jnp.einsum("nkl,nk->nl", mask.astype(jnp.int32), first)
         positions = jnp.where(caption < lengths.shape[1], index - start, 0)
         attention_mask = caption[:, None, :, None] == caption[:, None, None, :]
-        return cls(first, last - 1, mask, attention_mask, positions, caption)
+        mask |= (lengths == 0)[:, :, None] & (index == first[:, :, None])
+        return cls(first, jnp.maximum(end - 1, first), mask, attention_mask, positions, caption)
 
 
 def unpack_captions(ids: jax.Array, lengths: jax.Array, slots: jax.Array, length: int) -> jax.Array:

@@ -16,12 +16,12 @@ FILES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("conf
 _BEFORE = r"^(?:\$ |srun \S+ |bash on_vm\.sh run \w+ )?|; do |&& "
 
 
-def commands(path):
-    """Return the commands of a file, without the shell before them."""
-    text, inline = path.read_text(), []
+def commands(path, inline=True):
+    """Return the commands of a file, without the shell before them; those within sentences last."""
+    text, within = path.read_text(), []
     if path.suffix == ".md":
         blocks = re.findall(r"^```(?:sh)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-        inline = re.findall(r"`(lit-fast [^\s`]+\s[^`]+)`", text)
+        within = re.findall(r"`(lit-fast [^\s`]+\s[^`]+)`", text) if inline else []
         text = "\n".join(blocks)
     else:
         text = re.sub(r"^# *", "", text, flags=re.MULTILINE)
@@ -29,7 +29,7 @@ def commands(path):
     for line in [line for line in lines if line.startswith("gcloud ")]:  # a command for another machine
         lines += [w.partition("=")[2] for w in shlex.split(line) if w.startswith("--command=")]
     found = re.findall(rf"(?:{_BEFORE})(lit-fast .*)", "\n".join(lines), re.MULTILINE)
-    return [*found, *(" ".join(command.split()) for command in inline)]
+    return [*found, *(" ".join(command.split()) for command in within)]
 
 
 def words_of(command):

@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -34,8 +36,11 @@ def test_command_beside_files_named_train_and_embed_imports_ours(tmp_path, comma
     assert "usage: lit-fast" in done.stdout
 
 
-def test_wheel_has_one_top_level_module_and_the_recipes(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Return the wheel of the tracked files."""
     pytest.importorskip("setuptools")
+    tmp_path = tmp_path_factory.mktemp("wheel")
     source = tmp_path / "source"
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -55,6 +60,10 @@ def test_wheel_has_one_top_level_module_and_the_recipes(tmp_path):
         timeout=300,
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
+    return wheel
+
+
+def test_wheel_has_one_top_level_module_and_the_recipes(wheel, tmp_path):
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as file:
         file.extractall(installed)
@@ -67,3 +76,24 @@ def test_wheel_has_one_top_level_module_and_the_recipes(tmp_path):
     done = run("train", "siglit_b8_one_day", "--workdir", "w", path=(installed,), cwd=tmp_path)
     assert done.returncode == 2
     assert "no dataset is given; add --dataset D" in done.stderr
+
+
+def test_wheel_in_an_environment_of_its_own_runs_a_whole_job(wheel, tmp_path):
+    """Run without the tree; the dependencies are those of this environment, `.ci/package` installs them too."""
+    environment = tmp_path / "environment"
+    venv.create(environment)
+    python = environment / "bin/python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel],
+        check=True,
+    )
+    env = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib"), "XLA_FLAGS": ""}
+    job = tmp_path / "job"
+    job.mkdir()
+    for command in (
+        [environment / "bin/lit-fast", "--help"],
+        [python, "-P", ROOT / "tests/e2e/installed.py"],
+    ):
+        done = subprocess.run(command, env=env, cwd=job, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    assert (job / "run/receipt.json").exists()

@@ -86,6 +86,12 @@ def test_attention_of_captions_of_true_lengths_equals_float32(lengths, seed):
     check(np.stack([captions, captions[::-1]]), heads=2, size=16, seed=seed)
 
 
+@pytest.mark.parametrize("tokens", [16, 48, 64, 104])
+def test_attention_of_rows_of_less_than_a_register_equals_float32(tokens):
+    captions = np.minimum(np.arange(tokens) // 7, tokens // 7 - 1)  # and a longer last one, or padding
+    check(np.stack([captions, captions[::-1]]), heads=2, size=16, seed=tokens)
+
+
 def test_attention_of_captions_across_blocks_of_rows_equals_float32():
     captions = np.repeat(np.arange(3), [100, 60, 96])
     check(captions[None], heads=1, size=32)

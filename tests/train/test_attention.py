@@ -23,7 +23,7 @@ from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import init_params
 from lit_fast.runs.run import open_run
 from lit_fast.runtime import batch_sharding, make_mesh
-from lit_fast.train import attention
+from lit_fast.train import attention, loop
 from lit_fast.train.attention import (
     TOLERANCES,
     AttentionChoice,
@@ -31,6 +31,7 @@ from lit_fast.train.attention import (
     compile_kernels,
     gradient_differences,
     propose_attention,
+    with_kernels,
     write_attention,
 )
 from lit_fast.train.input_pipeline.packing import Packing
@@ -38,7 +39,7 @@ from lit_fast.train.step import abstract_training, init_state
 from tests.synthetic import make_dataset
 
 TEXT = TextConfig(width=32, depth=2, heads=1, mlp_dim=32, pack=8, keep="hidden", dtype="bfloat16")
-TRUE_LENGTHS = replace(TEXT, mask_padding=True, row_tokens=128)
+TRUE_LENGTHS = replace(TEXT, mask_padding=True, row_tokens=128, rows=3)
 PENDING = AttentionChoice("pallas", pending=True)
 EOS, CAPTIONS, WIDTH = 1, 32, 24
 
@@ -68,7 +69,7 @@ def training(text):
     images = rng.normal(size=(CAPTIONS, WIDTH)).astype(ml_dtypes.bfloat16)
     batch = {"images": images, "ids": ids, "rows": np.arange(CAPTIONS, dtype=np.int32)}
     if text.packed:
-        batch = Packing(text.pack, text.row_tokens, EOS, 9.0, 1, True)(batch)
+        batch = Packing(text, CAPTIONS, EOS, 9.0, 1, 1)(batch)
     batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in batch.items()}
     return SimpleNamespace(config=config, mesh=mesh, state=state, batch=batch)
 
@@ -216,6 +217,28 @@ def test_kernels_that_do_not_compile_give_the_form_of_xla_before_training(monkey
     assert capsys.readouterr().err == f"attention: XLA's form; {reason}\n"
 
 
+def test_step_that_does_not_compile_with_the_kernels_gives_the_form_of_xla(monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("INTERNAL: Mosaic failed to compile TPU kernel\nlong text")
+
+    reason = (
+        "the Pallas kernels do not compile here: RuntimeError INTERNAL: Mosaic failed to compile TPU kernel"
+    )
+    choice, result = with_kernels(AttentionChoice("pallas"), "auto", fail)
+    assert (choice, result) == (AttentionChoice("xla", reason), None)
+    assert capsys.readouterr().err == f"attention: XLA's form; {reason}\n"
+    with pytest.raises(UserError) as caught:
+        with_kernels(PENDING, "pallas", fail)
+    assert str(caught.value) == f'text.attention "pallas" cannot be used: {reason}; set it to "auto"'
+    with pytest.raises(RuntimeError, match="Mosaic"):  # not because of the kernels
+        with_kernels(AttentionChoice("xla"), "auto", fail)
+
+    assert with_kernels(PENDING, "auto", lambda: 3) == (PENDING, 3)
+    monkeypatch.setattr(attention, "all_agree", lambda holds: False)
+    choice, result = with_kernels(PENDING, "auto", lambda: 3)
+    assert (choice.why, result) == ("the Pallas kernels do not compile here: in another process", None)
+
+
 def propose(text, workdir=None, mesh=None):
     return propose_attention(text, build(text), mesh or make_mesh(jax.devices()[:1]), workdir)
 
@@ -281,7 +304,7 @@ def test_choice_of_a_resumed_run_is_the_recorded_one(tpu, tmp_path, capsys, monk
     monkeypatch.setattr(attention, "platform_of", lambda mesh: "tpu")
     write_attention(tmp_path, AttentionChoice("xla", "a reason", differences={"embedding": float("nan")}))
     assert propose(TEXT, tmp_path, mesh) == AttentionChoice("xla", "a reason")
-    assert capsys.readouterr().err == "attention: XLA's form, with which this run began\n"
+    assert capsys.readouterr().err == "attention: XLA's form, as when this run started\n"
     (tmp_path / "attention.json").write_text("{")
     assert propose(TEXT, tmp_path, mesh) == PENDING
     assert "is damaged" in capsys.readouterr().err
@@ -352,6 +375,24 @@ def test_training_with_a_kernel_that_fails_uses_the_form_of_xla(directory, tpu, 
     assert line in capsys.readouterr().err
     receipt = json.loads((directory / "broken/receipt.json").read_text())["attention"]
     assert (receipt["form"], receipt["differences"]) == ("xla", {})
+
+
+def test_training_whose_whole_step_does_not_compile_uses_the_form_of_xla(directory, tpu, monkeypatch, capsys):
+    def compare_and_break(*arguments):
+        choice = compare_attention(*arguments)
+        broken = broken_after(packed_attention.backward_kernel, raise_error)
+        monkeypatch.setattr(packed_attention, "backward_kernel", broken)
+        return choice
+
+    monkeypatch.setattr(loop, "compare_attention", compare_and_break)
+    assert train(directory, "whole", "--steps", 2) == 0
+    err = capsys.readouterr().err
+    assert "attention: Pallas kernels; largest differences" in err
+    reason = "the Pallas kernels do not compile here: NotImplementedError no lowering"
+    assert f"attention: XLA's form; {reason}\n" in err
+    receipt = json.loads((directory / "whole/receipt.json").read_text())["attention"]
+    assert (receipt["form"], receipt["why"]) == ("xla", reason)
+    assert receipt["differences"]["embedding"] < TOLERANCES["embedding"]
 
 
 def test_training_with_kernels_that_agree_records_and_keeps_them(directory, tpu, monkeypatch, capsys):

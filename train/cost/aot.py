@@ -132,9 +132,8 @@ def batch_shapes(
     else:
         shapes["pixels"] = jax.ShapeDtypeStruct((batch, image.size, image.size, 3), jnp.uint8)
     if text.packed:  # the layout of lit_fast.train.input_pipeline.packing
-        rows = texts // text.pack
-        shapes["ids"] = jax.ShapeDtypeStruct((rows, text.row_tokens), ids.dtype)
-        shapes["lengths"] = jax.ShapeDtypeStruct((rows, text.pack), jnp.uint16)
+        shapes["ids"] = jax.ShapeDtypeStruct((text.rows, text.row_tokens), ids.dtype)
+        shapes["lengths"] = jax.ShapeDtypeStruct((text.rows, math.ceil(texts / text.rows)), jnp.uint16)
         shapes["slots"] = jax.ShapeDtypeStruct((texts,), jnp.int32)
     return shapes
 

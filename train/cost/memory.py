@@ -175,14 +175,16 @@ def remat_candidates(config: Config, num_devices: int, platform: str) -> Iterato
     """Yield text configurations in order of increasing recomputation, and of decreasing size of a microbatch."""
     sizes, text = SIZES[platform], config.text
     texts = config.stream.global_batch * config.stream.captions_per_image // num_devices
-    rows = texts // text.pack
+    # Captions have 16 to 64 tokens; the size of a microbatch need not be exact.
+    rows, row_tokens = texts // text.pack, text.pack * 16
+    if text.packed:
+        rows, row_tokens = text.rows // num_devices, text.row_tokens
     divisors = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
     divisors = sorted({*divisors, *(rows // d for d in divisors)})
 
     def smallest(tokens: int) -> int:
         """Return the index of the number of microbatches that have at most so many tokens."""
-        # Captions have 16 to 64 tokens; the size of a microbatch need not be exact.
-        return next(i for i, d in enumerate(divisors) if texts // d * 16 <= tokens or d == rows)
+        return next(i for i, d in enumerate(divisors) if rows // d * row_tokens <= tokens or d == rows)
 
     first = smallest(sizes.most_tokens[resolve_dtype(text.dtype, platform)])
     last = max(first, smallest(sizes.least_tokens))
@@ -214,6 +216,7 @@ class MemoryEstimate:
         self._image, self._per_image = image, dict[str, float]()
         self._images = config.stream.global_batch // num_devices
         self._texts = self._images * config.stream.captions_per_image
+        self._texts_per_row = self._texts * num_devices / self._batch["ids"].shape[0]
         self._width, self._tile = model.out_dim, config.loss.tile
         self._per_text: dict[TextConfig, float] = {}
         self.parameters = _tree_bytes((state.params, state.average))
@@ -279,8 +282,8 @@ class MemoryEstimate:
                 return _tree_bytes(jax.eval_shape(backward, self._state.params["txt"], shapes))
 
             # The difference of two sizes removes the parameters, which are residuals too.
-            rows, texts = 8 * text.pack, 8 * text.pack ** (1 + text.packed)
-            self._per_text[text] = (residuals(2 * rows) - residuals(rows)) / texts
+            rows = 8 * text.pack
+            self._per_text[text] = (residuals(2 * rows) - residuals(rows)) / (rows * self._texts_per_row)
         return self._per_text[text]
 
 

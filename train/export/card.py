@@ -14,6 +14,7 @@ from lit_fast.inference.model import Model
 from lit_fast.storage.files import write_atomic
 from lit_fast.storage.paths import join
 from lit_fast.train.evaluator import AVERAGED
+from lit_fast.version import __version__
 from lit_fast.weights.registry import known_towers
 
 
@@ -47,6 +48,7 @@ def write_card(directory: str, model: Model, library: str, notes: Sequence[str] 
     card = environment.get_template(f"{library}.md.jinja").render(
         values,
         model=model,
+        version=__version__,
         front_matter=_front_matter(model, library, licence),
         licence=licence,
         probability="softmax over the texts" if model.loss.name == "softmax" else "sigmoid",

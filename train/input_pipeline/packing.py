@@ -1,15 +1,17 @@
 """Pack several captions into one row of the text tower, without padding between them.
 
-Strategy. A row holds a fixed number of captions, `pack`, so that the number of rows never changes. Captions are
-assigned to rows by length such that all rows have nearly the same number of tokens: longest captions first, one per row
-and round, the longest of a round to the row with the fewest tokens. Rows are therefore hardly longer than
-`pack` times the mean length; `required_row_tokens` estimates that length from a sample once, and it is compiled into
-the step. Each device packs its own captions.
+Strategy. The number of rows of a step and their length are compiled into it, so they never change, and neither does
+the number of places of a row, k. Captions are assigned to rows such that all have nearly the same number of tokens: the
+longest captions first, each to the row with the fewest tokens. A row may have fewer captions than places; the rest of
+its places are captions of no token. `required_rows` finds the number of rows once, from a sample of the captions. Each
+device packs its own captions.
 
-Example: one device, six captions a to f of 2, 5, 3, 1, 4, 3 tokens, pack = 2, row_tokens = 8.
+Rows have about `text.pack` captions. The length of long ones is a multiple of 128, the lanes of a TPU's register.
+
+Example: one device, six captions a to f of 2, 5, 3, 1, 4, 3 tokens, rows = 3 and so k = 2, row_tokens = 8.
 
     lengths       [2, 5, 3, 1, 4, 3]          captions a, b, c, d, e, f
-    assign_rows   [[1, 3], [4, 0], [2, 5]]    rows b d, e a, c f: first round 5, 4, 3 tokens; second round 1, 2, 3
+    assign_rows   [[1, 3], [4, 0], [2, 5]]    rows b d, e a, c f: b, e, c to empty rows; f to c, a to e, d to b
     sizes         [[5, 1], [4, 2], [3, 3]]    tokens of each caption in each row; batch["lengths"]
     starts        [[0, 5], [8, 12], [16, 19]] first token of each caption in the rows one after the other
     ids           b b b b b d . .             "." is the end-of-sentence id, which fills the row
@@ -17,87 +19,99 @@ Example: one device, six captions a to f of 2, 5, 3, 1, 4, 3 tokens, pack = 2, r
                   c c c f f f . .
     slots         [3, 0, 4, 1, 2, 5]          caption a is the fourth (3) in the rows, b the first (0), ...
 
-`slots` restores the order of the captions: the tower returns one embedding per caption and row, and
+`slots` restores the order of the captions: the tower returns one embedding per place, and
 `embeddings.reshape(-1, width)[slots]` are those of a to f.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jax.sharding import Mesh
 
-from lit_fast.config import Config
+from lit_fast.config import Config, TextConfig
+from lit_fast.data.tokenizer import Tokenizer
 from lit_fast.data.tokens import Tokens
 from lit_fast.errors import UserError
 from lit_fast.train.input_pipeline.captions import read_captions
 
-_MULTIPLE = 8  # of row lengths, in tokens
+_SHORT = 64  # tokens; longer rows fill the lanes of registers
+_LANES = 128
+_SUBLANES = 16  # of bfloat16
 _SAMPLE_BLOCKS = 64  # blocks of 1024 rows; the rows are in random order
 _SAMPLE_CAPTIONS = 4  # of each of their rows
-_DEVIATIONS = 5  # standard deviations of a batch's mean length that a row has room for
+_DEVIATIONS = 5  # standard deviations of a batch's mean length that the rows have room for
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Packs the captions of each batch into rows of `row_tokens` tokens.
+    """Packs the captions of each batch into `text.rows` rows of `text.row_tokens` tokens.
 
     A batch that needs longer rows gets them, and the step is compiled once more. With several processes this is an
     error, because the other processes would not know.
     """
 
-    pack: int  # captions per row
-    row_tokens: int
+    text: TextConfig  # from `with_rows`
+    texts: int  # per device
     eos_id: int
     mean_tokens: float  # per caption
     devices: int  # of this process
-    single_process: bool
+    all_devices: int
+
+    @property
+    def rows(self) -> int:
+        """Per device."""
+        return self.text.rows // self.all_devices
 
     @property
     def description(self) -> str:
         """For the terminal."""
-        filled = self.pack * self.mean_tokens / self.row_tokens
+        captions, tokens = self.texts / self.rows, self.text.row_tokens
         return (
-            f"{self.pack} captions of {self.mean_tokens:.1f} tokens on average share a row of {self.row_tokens}, "
-            f"{1 - filled:.0%} of it padding"
+            f"{captions:.1f} captions of {self.mean_tokens:.1f} tokens on average share a row of {tokens}, "
+            f"{1 - captions * self.mean_tokens / tokens:.0%} of it padding"
         )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Replace the ids int [n, length] of a batch.
 
         Returns:
-          The batch with ids int [n / pack, row_tokens], lengths uint16 [n / pack, pack] and slots int32 [n]. Slots are
-          counted from the first caption of each device.
+          The batch with ids int [rows, row_tokens], lengths uint16 [rows, k] and slots int32 [n], where rows are those
+          of all devices of this process. Slots are counted from the first caption of each device.
 
         Raises:
           UserError: the batch needs longer rows and there are several processes.
         """
-        ids = batch["ids"]
-        lengths = true_lengths(ids, self.eos_id).reshape(self.devices, -1)
-        texts = lengths.shape[1]
-        tables = np.stack([assign_rows(part, self.pack).ravel() for part in lengths])
-        slots = np.empty((self.devices, texts), np.int32)
-        np.put_along_axis(slots, tables, np.arange(texts, dtype=np.int32)[None], axis=1)
-        sizes = np.take_along_axis(lengths, tables, axis=1).reshape(-1, self.pack)
-        order = (tables + np.arange(self.devices)[:, None] * texts).ravel()
-        tokens = self._fit_row_tokens(int(sizes.sum(axis=1).max()))
+        lengths = true_lengths(batch["ids"], self.eos_id).reshape(self.devices, -1)
+        # The last position of each device is a caption of no token.
+        end = (0, 1)
+        ids = np.pad(batch["ids"].reshape(*lengths.shape, -1), ((0, 0), end, (0, 0)))
+        tables = np.stack([assign_rows(part, self.rows).ravel() for part in lengths])
+        slots = np.empty((self.devices, self.texts + 1), np.int32)
+        np.put_along_axis(slots, tables, np.arange(tables.shape[1], dtype=np.int32)[None], axis=1)
+        sizes = np.take_along_axis(np.pad(lengths, ((0, 0), end)), tables, axis=1)
+        sizes = sizes.reshape(self.devices * self.rows, -1)
+        order = (tables + np.arange(self.devices)[:, None] * (self.texts + 1)).ravel()
+        tokens = self._fit_row_tokens(int(sizes.sum(axis=1).max()), lengths)
         return batch | {
-            "ids": pack_ids(ids[order], sizes, tokens, self.eos_id),
+            "ids": pack_ids(ids.reshape(-1, ids.shape[2])[order], sizes, tokens, self.eos_id),
             "lengths": sizes.astype(np.uint16),
-            "slots": slots.ravel(),
+            "slots": slots[:, :-1].ravel(),
         }
 
-    def _fit_row_tokens(self, required: int) -> int:
-        """Return `row_tokens`, or more if a batch requires it."""
-        tokens = self.row_tokens
-        if required > tokens and not self.single_process:
+    def _fit_row_tokens(self, required: int, lengths: np.ndarray) -> int:
+        """Return `row_tokens`, or more if a batch of these lengths requires it."""
+        tokens = self.text.row_tokens
+        if required > tokens and self.devices < self.all_devices:
+            rows = max(required_rows(part, self.texts, tokens, _row_multiple(self.text)) for part in lengths)
             raise UserError(
                 f"the captions of a batch need rows of {required} tokens, more than the planned {tokens}; rerun "
-                f"with --text.row_tokens {_round_up(required * 17 / 16)}"
+                f"with --text.rows {rows * self.all_devices}"
             )
         while tokens < required:  # in large steps, because each length is compiled
-            tokens = _round_up(tokens * 17 / 16)
+            tokens = _round_up(tokens * 17 / 16, _SUBLANES)
         return tokens
 
 
@@ -108,19 +122,27 @@ def true_lengths(ids: np.ndarray, eos_id: int) -> np.ndarray:
     return np.where(end[np.arange(len(ids)), first], first + 1, ids.shape[1])
 
 
-def assign_rows(lengths: np.ndarray, pack: int) -> np.ndarray:
-    """Assign captions to rows: return positions int64 [n / pack, pack] in `lengths` [n].
+def assign_rows(lengths: np.ndarray, rows: int) -> np.ndarray:
+    """Assign captions to rows: return positions int64 [rows, k] in `lengths` [n], k = n / rows, rounded up.
 
-    In each of `pack` rounds, from the longest captions to the shortest, every row gets one caption; the row with the
-    fewest tokens gets the longest.
+    From the longest to the shortest, each caption goes to the row with the fewest tokens that has a place. Places
+    that are left have the position n.
     """
-    rounds = np.argsort(-lengths, kind="stable").reshape(pack, -1)
-    table = np.empty((rounds.shape[1], pack), np.int64)
-    total = np.zeros(rounds.shape[1], lengths.dtype)
-    for column, captions in enumerate(rounds):
-        rows = np.argsort(total, kind="stable")
-        table[rows, column] = captions
-        total[rows] += lengths[captions]
+    n = len(lengths)
+    table = np.full((rows, -(-n // rows)), n)
+    tokens, count = np.zeros(rows, lengths.dtype), np.zeros(rows, np.int64)
+    order, done = np.argsort(-lengths, kind="stable"), 0
+    while done < n:
+        # Several captions at once: to the rows that would remain the emptiest while these get one each.
+        open_rows = np.flatnonzero(count < table.shape[1])
+        open_rows = open_rows[np.argsort(tokens[open_rows], kind="stable")]
+        limit = tokens[open_rows[0]] + lengths[order[done]]
+        captions = order[done : done + np.searchsorted(tokens[open_rows], limit)]
+        chosen = open_rows[: len(captions)]
+        table[chosen, count[chosen]] = captions
+        tokens[chosen] += lengths[captions]
+        count[chosen] += 1
+        done += len(captions)
     return table
 
 
@@ -144,14 +166,49 @@ def pack_ids(ids: np.ndarray, sizes: np.ndarray, row_tokens: int, fill: int) -> 
     return packed.reshape(rows, row_tokens)
 
 
-def open_packing(config: Config, tokens: Tokens, eos_id: int, mesh: Mesh) -> Packing:
-    """Return the packing of a run, with the row length that a sample of the captions requires."""
-    lengths = sampled_lengths(tokens, eos_id)
-    text, stream = config.text, config.stream
-    texts = stream.global_batch * stream.captions_per_image // mesh.size
-    row_tokens = text.row_tokens or required_row_tokens(lengths, text.pack, texts)
-    devices = len(mesh.local_devices)
-    return Packing(text.pack, row_tokens, eos_id, float(lengths.mean()), devices, devices == mesh.size)
+def open_packing(config: Config, tokens: Tokens, tokenizer: Tokenizer, mesh: Mesh) -> Packing:
+    """Return the packing of a run, with the rows that a sample of the captions requires.
+
+    Raises:
+      UserError: `text.row_tokens` is less than a caption may need.
+    """
+    lengths = sampled_lengths(tokens, tokenizer.eos_id)
+    texts = config.stream.global_batch * config.stream.captions_per_image // mesh.size
+    text = with_rows(config.text, lengths, texts, tokenizer.max_length, mesh.size)
+    return Packing(text, texts, tokenizer.eos_id, float(lengths.mean()), len(mesh.local_devices), mesh.size)
+
+
+def with_rows(text: TextConfig, lengths: np.ndarray, texts: int, max_length: int, devices: int) -> TextConfig:
+    """Return the configuration with `row_tokens` and `rows`, where they are 0, as captions packed by length require.
+
+    Args:
+      lengths: int [m], of a representative sample of the captions.
+      texts: captions of a device in one step.
+      max_length: of a caption, in tokens.
+      devices: of the run.
+
+    Raises:
+      UserError: `row_tokens` is less than `max_length`.
+    """
+    tokens = text.row_tokens or _row_tokens(text.pack * lengths.mean(), max_length)
+    if tokens < max_length:
+        raise UserError(
+            f"text.row_tokens {tokens} is less than a caption of {max_length} tokens needs; use {max_length} or more"
+        )
+    rows = text.rows or devices * required_rows(lengths, texts, tokens, _row_multiple(text))
+    return replace(text, row_tokens=tokens, rows=rows)
+
+
+def _row_tokens(tokens: float, max_length: int) -> int:
+    """Return a row length near `tokens`, and at least `max_length`, that fills registers."""
+    if max(tokens, max_length) <= _SHORT:
+        return _round_up(max(tokens, max_length), _SUBLANES)
+    return max(_LANES * round(tokens / _LANES), _round_up(max_length, _LANES))
+
+
+def _row_multiple(text: TextConfig) -> int:
+    """Return what the rows of a device must be a multiple of."""
+    return 1 if text.keep == "auto" else text.microbatches
 
 
 def sampled_lengths(tokens: Tokens, eos_id: int) -> np.ndarray:
@@ -166,21 +223,28 @@ def sampled_lengths(tokens: Tokens, eos_id: int) -> np.ndarray:
     return true_lengths(captions.choose(rows, rows, np.zeros_like(rows), _SAMPLE_CAPTIONS, 0), eos_id)
 
 
-def required_row_tokens(lengths: np.ndarray, pack: int, texts: int) -> int:
-    """Return the row length in tokens that practically every batch fits in.
+def required_rows(lengths: np.ndarray, texts: int, row_tokens: int, multiple: int = 1) -> int:
+    """Return the number of rows of a device that practically every batch fits in, one that can be divided well.
 
     Args:
-      lengths: int [m], of a representative sample of the captions.
-      pack: captions per row.
+      lengths: int [m], of a representative sample of the captions, none longer than a row.
       texts: captions of a device in one step.
+      row_tokens: length of a row.
+      multiple: of the result.
     """
-    # A batch with the quantiles and the longest caption of the sample, plus a margin for batches with longer captions
-    # on average.
-    batch = np.quantile(lengths, (np.arange(texts) + 0.5) / texts, method="inverted_cdf").astype(np.int64)
+    # A batch with the quantiles and the longest caption of the sample, each somewhat longer: some batches have longer
+    # captions on average.
+    batch = np.quantile(lengths, (np.arange(texts) + 0.5) / texts)
+    batch = np.minimum(batch + _DEVIATIONS * lengths.std() / texts**0.5, lengths.max())
     batch[-1] = lengths.max()
-    longest = batch[assign_rows(batch, pack)].sum(axis=1).max()
-    return _round_up(longest + _DEVIATIONS * pack * lengths.std() / texts**0.5)
+    rows = math.ceil(batch.sum() / row_tokens)
+    unit = 1 << max(0, rows.bit_length() - 5)  # 16 to 31 units
+    unit = unit if unit % multiple == 0 else multiple
+    rows = _round_up(rows, unit)
+    while np.append(batch, 0)[assign_rows(batch, rows)].sum(axis=1).max() > row_tokens:
+        rows += unit
+    return rows
 
 
-def _round_up(tokens: float) -> int:
-    return -(-int(np.ceil(tokens)) // _MULTIPLE) * _MULTIPLE
+def _round_up(tokens: float, multiple: int) -> int:
+    return math.ceil(tokens / multiple) * multiple

@@ -27,7 +27,7 @@ from lit_fast.train.cost.memory import (
     remat_candidates,
     try_compile,
 )
-from lit_fast.train.input_pipeline.packing import required_row_tokens
+from lit_fast.train.input_pipeline.packing import with_rows
 from lit_fast.train.inputs import check_batch
 from lit_fast.train.plan.data import PlanData, plan_data
 from lit_fast.train.plan.image import plan_image_tower
@@ -84,19 +84,19 @@ class Planner:
         )
         self.usable_memory = USABLE_SHARE * target.chip.memory
         self.compiles = 0
-        self._estimates: dict[tuple[int, int], MemoryEstimate] = {}
+        self._estimates: dict[tuple[int, int, int], MemoryEstimate] = {}
         self._flops: dict[TextConfig, tuple[float, float]] = {}
 
     def with_packing(self, text: TextConfig, pack: int) -> TextConfig:
-        """Return the configuration with `pack` captions per row, the tokens they require, and their attention.
+        """Return the configuration with `pack` captions per row, the rows they require, and their attention.
 
         With `text.attention = "auto"` it is what a training on a TPU compares first: the kernels, if they fit.
         """
-        if pack != text.pack or not text.row_tokens:
-            text = dataclasses.replace(text, pack=pack, row_tokens=0)
-        if text.packed and not text.row_tokens:
-            row_tokens = required_row_tokens(self.data.lengths, pack, self.texts)
-            text = dataclasses.replace(text, row_tokens=row_tokens)
+        if pack != text.pack:
+            text = dataclasses.replace(text, pack=pack, row_tokens=0, rows=0)
+        if text.packed:
+            length = self.data.vocabulary.max_length
+            text = with_rows(text, self.data.lengths, self.texts, length, self.target.devices)
         form = self._attention
         if form == "auto":
             refusal = kernel_refusal(self.build(text), text.row_tokens)
@@ -105,7 +105,7 @@ class Planner:
 
     def memory(self, text: TextConfig) -> MemoryEstimate:
         """Return the memory estimate for the packing of a text configuration."""
-        packing = text.pack, text.row_tokens
+        packing = text.pack, text.row_tokens, text.rows
         if packing not in self._estimates:
             config = dataclasses.replace(self.config, text=text)
             self._estimates[packing] = MemoryEstimate(
@@ -282,7 +282,8 @@ def search(planner: Planner, default: Candidate) -> list[Candidate]:
         for microbatches in (max(int(best.text.microbatches * factor), 1) for factor in factors):
             text = dataclasses.replace(best.text, microbatches=microbatches)
             fits = planner.estimated_bytes(text) <= planner.usable_memory
-            if planner.texts % (microbatches * text.pack) == 0 and fits:
+            rows = text.rows // planner.target.devices if text.packed else planner.texts // text.pack
+            if rows % microbatches == 0 and fits:
                 _add(planner, text, found)
     return sorted(found, key=lambda candidate: (not candidate.fits, planner.relative_seconds(candidate)))
 
@@ -355,7 +356,7 @@ def largest_batch(config: Config, target: Target) -> dict[str, Any]:
     @cache
     def least_memory(batch: int) -> tuple[Planner, TextConfig]:
         # The microbatches of the configuration need not divide this batch.
-        text = dataclasses.replace(config.text, keep="auto", microbatches=1)
+        text = dataclasses.replace(config.text, keep="auto", microbatches=1, rows=0)
         image = dataclasses.replace(config.image, keep="auto", microbatches=1)
         stream = dataclasses.replace(config.stream, global_batch=batch)
         planner = Planner(dataclasses.replace(config, stream=stream, text=text, image=image), target)

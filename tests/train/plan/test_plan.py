@@ -282,7 +282,7 @@ def test_packing_by_true_length_needs_fewer_products(plan):
     assert packed.flops["model"] < 0.55 * padded.flops["model"]
     assert packed.way["executed_flops"] < 0.8 * padded.way["executed_flops"]
     assert packed.memory["kept"] < padded.memory["kept"]
-    given = plan(*masked, "--text.pack", "8", "--text.row_tokens", "64")  # longer rows than required
+    given = plan(*masked, "--text.pack", "8", "--text.rows", "64")  # more than required
     assert given.memory["kept"] > packed.memory["kept"]
 
 
