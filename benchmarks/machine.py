@@ -98,7 +98,7 @@ def resident_memory() -> int:
 
 
 def forget_peak_memory() -> None:
-    """Let `peak_memory` begin anew with what the process holds now (Linux, proc(5) on clear_refs).
+    """Let `peak_memory` start again from the memory that the process holds now (Linux, proc(5) on clear_refs).
 
     What was freed goes back to the system first, or it would hide what is taken next.
     """
@@ -119,7 +119,7 @@ def run_alone(
 
     Args:
       module: as "benchmarks.loss"; given `--case` it runs that one case and prints its result as one JSON object.
-      case: what the module is told.
+      case: the arguments of the case.
       timeout: seconds after which the case counts as failed.
       environment: what is set beside this process's own, such as XLA_FLAGS.
 

@@ -43,10 +43,10 @@ def first_step(dataset: Path, folder: Path) -> float:
         words += ["--steps", "1", "--optimizer.warmup_steps", "0"]
         metrics = Path(run) / "run" / "metrics.jsonl"
         began = time.perf_counter()
-        told = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+        variables = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
         process = subprocess.Popen(
             [*COMMAND, *map(str, words)],
-            env=os.environ | told,
+            env=os.environ | variables,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )

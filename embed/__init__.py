@@ -4,7 +4,7 @@ index      sources -> dataset: `sources` (a module per format), row_reader, skip
 extract    dataset -> features: loader decodes, pipeline runs the tower, shard_writer and journal store
 tokenize   captions -> token ids
 importers  features that another program computed -> dataset; `import_rows` takes them from a Python program
-verify     compare what is stored with checksums, sources and a sample of new features
+verify     compare the stored bytes with checksums, sources and a sample of new features
 share      push a dataset to the Hugging Face Hub and pull it from there
 """
 

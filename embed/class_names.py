@@ -68,7 +68,7 @@ def find_class_names(sources: Sequence[Source], options: ClassOptions, old: Data
     named = [path for names, path in paths.items() if names]
     if len(named) > 1:
         raise UserError(
-            f"{named[0]} and {named[1]} have different class names, so that their class numbers do not mean the same; "
+            f"{named[0]} and {named[1]} have different class names, so that a class number has two meanings; "
             "index each as a dataset of its own"
         )
     if old is not None and old.classnames:

@@ -12,7 +12,7 @@ Run = Callable[[argparse.Namespace], None]
 
 
 def index(parser: argparse.ArgumentParser) -> Run:
-    """Write the index of a dataset: its rows of images and captions, in their order.
+    """Create a dataset: an index of images and captions, with a fixed order of rows.
 
     SOURCE is a tar, parquet, tfrecord, array_record or table file, a directory or a pattern, local or at https://,
     s3://, gs://, hf:// or another protocol of fsspec, such as az:// (a URL of a directory ends with /):
@@ -81,7 +81,7 @@ def index(parser: argparse.ArgumentParser) -> Run:
         "--split",
         type=_split,
         metavar="NAME[+NAME...]",
-        help="rows with these values in `split` only",
+        help="only rows with these values in `split`",
     )
     add("--append", action="store_true", help="add the rows of new sources to the dataset")
     add(
@@ -151,7 +151,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     add(
         "--arch",
         metavar="NAME",
-        help="of FILE.safetensors without config.json: a name of timm or open_clip:NAME",
+        help="architecture of a FILE.safetensors without config.json: a name of timm, or open_clip:NAME",
     )
     add("--reduced-decode", action="store_true", help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size")
     add("--views", type=_whole(1), default=1, metavar="K", help="vectors per image: itself and K - 1 crops")
@@ -229,7 +229,7 @@ def verify(parser: argparse.ArgumentParser) -> Run:
 
 
 def tokenize(parser: argparse.ArgumentParser) -> Run:
-    """Turn the captions of a dataset into token ids, with a given or a new vocabulary.
+    """Convert the captions of a dataset to token ids, with a given or a new vocabulary.
 
     Example: lit-fast tokenize cc12m_dataset --train-vocab 32000
     """
@@ -242,9 +242,17 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
     )
     add("--name", default="", metavar="NAME", help="directory in D/tokens (default: the model's name)")
     add("--max-length", type=_whole(1), default=16, metavar="N", help="token ids per caption (default 16)")
-    add("--pad-id", type=_whole(0), metavar="N", help="padding (default: end-of-sentence; SigLIP 2: 0)")
     add(
-        "--model-type", choices=("unigram", "bpe"), default="unigram", help="of a new model (default unigram)"
+        "--pad-id",
+        type=_whole(0),
+        metavar="N",
+        help="token id of padding (default: end-of-sentence; SigLIP 2: 0)",
+    )
+    add(
+        "--model-type",
+        choices=("unigram", "bpe"),
+        default="unigram",
+        help="kind of a new model (default unigram)",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -264,7 +272,7 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
 
 
 def import_features(parser: argparse.ArgumentParser) -> Run:
-    """Make a dataset of features that another program has computed.
+    """Create a dataset from features that another program computed.
 
     SOURCE is .npy, .safetensors, parquet or .pt files, a directory or a pattern of them, or a URL of parquet files:
     features.npy, 'parts/*.safetensors', 'hf://datasets/OWNER/NAME/*.parquet'; or the directory that clip-retrieval
@@ -286,14 +294,14 @@ def import_features(parser: argparse.ArgumentParser) -> Run:
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="files, directories, patterns or URLs with the features")
     add("--out", required=True, metavar="D", help="directory of the dataset")
-    add("--tower", required=True, metavar="NAME", help="name of the model that made them")
+    add("--tower", required=True, metavar="NAME", help="name of the model that computed the features")
     formats = ("clip-retrieval", "npy", "safetensors", "parquet", "sail")
     add("--format", default="", choices=formats, help="default: by the names of the files")
     add(
         "--features",
         default="",
         metavar="NAME",
-        help="column or tensor with the features, where several can be",
+        help="column or tensor with the features, if there are several candidates",
     )
     add(
         "--captions-table",

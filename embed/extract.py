@@ -154,7 +154,9 @@ def embed_dataset(
                 f"{where}: {os_reason(error)}; fix the cause, then rerun the same command"
             ) from None
         except MemoryError:
-            raise UserError("out of memory; lower --batch-size, --workers or --max-pixels") from None
+            raise UserError(
+                "this process is out of memory; lower --batch-size, --workers or --max-pixels"
+            ) from None
 
 
 def _default_dtype(dataset: Dataset, name: str) -> str:
@@ -169,7 +171,9 @@ def _default_dtype(dataset: Dataset, name: str) -> str:
 def check_store_name(name: str) -> str:
     """Return `name` if it can be that of a feature directory, else raise UserError."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", name):
-        raise UserError(f"{name!r} cannot be a directory's name; choose --name of letters, digits and ._=+-")
+        raise UserError(
+            f"{name!r} cannot be the name of a directory; give --name with letters, digits and ._=+- only"
+        )
     return name
 
 
@@ -378,7 +382,7 @@ def _report(job: Job, rate: float | None) -> None:
         reason = next(iter(invalid.values()))
         raise UserError(
             f"none of the {job.rows:,} images could be embedded (first: {reason}); fix the cause, then delete "
-            f"{path} and rerun"
+            f"{path} and rerun the same command"
         )
     counts = f"{job.rows - len(invalid):,} valid, {len(invalid):,} invalid"
     if rate is None:

@@ -215,8 +215,8 @@ def _warn_of_copies(found: list[Source], old: Dataset | None) -> None:
     if copies:
         status(
             f"warning: {copies[0][0]} has the same content as {copies[0][1]}"
-            + (f", and so have {len(copies) - 1:,} more sources as others" if len(copies) > 1 else "")
-            + ": their rows are in the dataset twice; give one of them only"
+            + (f", and {len(copies) - 1:,} more sources have that of another" if len(copies) > 1 else "")
+            + ": their rows are in the dataset twice; give only one of them"
         )
 
 

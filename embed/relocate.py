@@ -164,7 +164,8 @@ def _compare_images(dataset: Dataset, moved: set[int]) -> int:
         except ImageError as error:
             name = dataset.row_name(block, i)
             raise UserError(
-                f"the image of row {row:,} ({name}) is not at its new place: {error}; restore it, then rerun"
+                f"the image of row {row:,} ({name}) is not at its new place: {error}; restore it, then rerun "
+                "the same command"
             ) from None
         compared += 1
     return compared

@@ -28,7 +28,7 @@ class RowReader:
       sources: the sources, with the layout of their images once they are read.
       skipped: the rows that were skipped so far.
       damages: descriptions of the damage found so far.
-      notes: what else the user should know.
+      notes: further warnings for the user.
       labels: the distinct class numbers found so far, those above the number of classes as one.
     """
 
@@ -124,7 +124,9 @@ class RowReader:
                     yield Row(key, self._first + number, offset, size, captions, label, languages, check)
         self._print(source, guesses)
         if change := find_change(source):
-            raise UserError(f"source {source.path} {change}: it was written meanwhile; rerun the command")
+            raise UserError(
+                f"source {source.path} {change}: it was written while it was read; rerun the same command"
+            )
 
     def _merge(self, rows: list[Row]) -> Row:
         """Return one row with the captions of several rows of one image, and the first of their labels."""

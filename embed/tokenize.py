@@ -1,4 +1,4 @@
-"""`lit-fast tokenize`: turn the captions of a dataset into token ids, once."""
+"""`lit-fast tokenize`: convert the captions of a dataset to token ids, once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_fast.data.tokenizer import Tokenizer, load_tokenizer, lower
 from lit_fast.data.tokens import encode_record
 from lit_fast.embed.locks import check_rows_are_unlocked, check_tokens_are_unlocked, lock_tokens
 from lit_fast.errors import UserError
-from lit_fast.storage.files import is_file, sha256, write_atomic
+from lit_fast.storage.files import is_file, remove_temporary_files, sha256, write_atomic
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.storage.text_files import read_json, write_json
@@ -55,7 +55,7 @@ def tokenize_dataset(
         given = load_tokenizer(file, max_length, pad_id)
     name = name or f"{model_type}-{train_vocab}"
     if "/" in name or name.startswith("."):
-        raise UserError(f"tokenizer name {name!r} cannot be a directory name; give another with --name")
+        raise UserError(f"{name!r} cannot be the name of a directory; give another with --name")
     directory = join(dataset.path, "tokens", name)
 
     def stored_model() -> Tokenizer | None:
@@ -74,6 +74,7 @@ def tokenize_dataset(
         model = stored_model() or trained
         if _is_complete(dataset, model, directory):  # another process wrote them before this one had the lock
             return
+        remove_temporary_files(directory)
         # If the dataset has grown, tokens.json has other keys until the last write; no reader takes such tokens.
         meta = _write(dataset, model, directory, lock)
     result(

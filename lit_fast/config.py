@@ -125,8 +125,8 @@ class ImageConfig:
     )
     tower: str = setting(
         "",
-        "image tower to start from, as in lit-fast embed --tower; empty: that of the dataset's features. scratch: its "
-        "architecture and preprocessing alone",
+        "image tower to start from, as in lit-fast embed --tower; empty: that of the dataset's features. scratch: "
+        "only its architecture and preprocessing",
     )
     arch: str = setting("", "scratch: size and patch in pixels, such as B/16, instead of a tower")
     pool: str = setting(
@@ -279,8 +279,8 @@ class OptimizerConfig:
         "optimizer. adafactor: that of Scaling Vision Transformers, with b2 as upper limit of its decay. adamw, muon, "
         "schedule_free: those of optax. muon orthogonalizes the kernels of each layer, scaled to Adam's update, and "
         "uses Adam for all other parameters; b1 is the momentum of both, usually 0.95. schedule_free is AdamW with a "
-        "running average of the weights instead of a decay, interpolation b1; it needs schedule = constant, and what "
-        "is evaluated, saved and exported is the average",
+        "running average of the weights instead of a decay, interpolation b1; it needs schedule = constant. The "
+        "average is evaluated, saved and exported",
         choices=("lion", "adam", "adafactor", "adamw", "muon", "schedule_free"),
     )
     learning_rate: float = setting(1e-4, "peak learning rate")
@@ -291,8 +291,8 @@ class OptimizerConfig:
     )
     weight_decay: float = setting(
         1e-7,
-        "decoupled weight decay; the default is the paper's for Lion and hardly any in the convention of optax, where "
-        "1e-3 to 1e-1 are usual",
+        "decoupled weight decay. The default is the paper's for Lion; by the convention of optax, where 1e-3 to 1e-1 "
+        "are usual, it has hardly any effect",
     )
     weight_decay_convention: str = setting(
         "auto",
@@ -314,7 +314,7 @@ class OptimizerConfig:
         choices=("cosine", "linear", "rsqrt", "constant"),
     )
     warmup_steps: int = setting(6_500, "steps of linear warm-up")
-    cooldown_steps: int = setting(0, "steps of linear decay to zero at the end, multiplied with the schedule")
+    cooldown_steps: int = setting(0, "steps of linear decay to zero at the end, multiplied by the schedule")
     timescale: int = setting(10_000, "time scale of rsqrt in steps", minimum=1)
     learning_rate_scale: tuple[str, ...] = setting(
         (),
@@ -358,7 +358,7 @@ class CheckpointConfig:
 
     every_steps: int = setting(1_000, "interval in steps", minimum=1)
     keep: int = setting(2, "number of most recent checkpoints to keep", minimum=1)
-    keep_every: int = setting(0, "interval in steps of checkpoints that are kept for good; 0: none")
+    keep_every: int = setting(0, "interval in steps of checkpoints that are never deleted; 0: none")
     best: str = setting(
         "", 'metric of the evaluation whose best checkpoint is kept, such as "dev/image_retrieval_recall@1"'
     )

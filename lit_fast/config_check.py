@@ -47,7 +47,7 @@ def _check_combinations(config: Config) -> None:
             "noise:1024 --out N and lit-fast embed N with the tower of the run"
         )
     if stream.neighbours == 1:
-        raise UserError("stream.neighbours 1 is no group; use 0, or 2 or more")
+        raise UserError("stream.neighbours must be 0, or 2 or more, not 1")
     if stream.neighbours > stream.global_batch:
         raise UserError(
             f"stream.neighbours {stream.neighbours} must be at most stream.global_batch {stream.global_batch}"
@@ -62,7 +62,9 @@ def _check_combinations(config: Config) -> None:
         if getattr(text, key) and not text.packed:
             raise UserError(f"text.{key} needs text.pack above 1 and text.mask_padding = true")
     if shape.width % shape.heads:
-        raise UserError(f"text.width {shape.width} is not a multiple of text.heads {shape.heads}")
+        raise UserError(
+            f"text.width {shape.width} is not a multiple of text.heads {shape.heads}; change one of them"
+        )
     for key in ("warmup_steps", "cooldown_steps"):
         steps = getattr(config.optimizer, key)
         if steps >= config.steps > 1:
@@ -74,18 +76,20 @@ def _check_combinations(config: Config) -> None:
             raise UserError(f"log.report_to {name!r} is unknown; use some of {', '.join(TRACKERS)}, or none")
     if 0 < loss.temperature_max < loss.temperature_init:
         raise UserError(
-            f"loss.temperature_init {loss.temperature_init} is above loss.temperature_max {loss.temperature_max}"
+            f"loss.temperature_init {loss.temperature_init} must be at most loss.temperature_max {loss.temperature_max}"
         )
     if loss.bias_init != LossConfig.bias_init and (loss.name == "softmax" or not loss.bias):
         reason = 'loss.name = "softmax"' if loss.name == "softmax" else "loss.bias = false"
-        raise UserError(f"with {reason} there is no bias; leave out loss.bias_init")
+        raise UserError(f"loss.bias_init has no effect with {reason}; leave it out")
     if loss.negatives == "all":
         if loss.negatives_per_positive:
             raise UserError(
                 'loss.negatives_per_positive needs loss.negatives = "random", "hardest" or "easiest"'
             )
     elif loss.name == "softmax":
-        raise UserError(f'loss.negatives = "{loss.negatives}" is for the sigmoid loss, not for softmax')
+        raise UserError(
+            f'loss.negatives = "{loss.negatives}" is for the sigmoid loss, not for softmax; leave it out'
+        )
     elif not loss.negatives_per_positive:
         raise UserError(
             f'loss.negatives = "{loss.negatives}" needs loss.negatives_per_positive above 0, such as 1.6'
@@ -138,16 +142,16 @@ def _check_image(config: Config) -> None:
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
     if optimizer.name != "schedule_free":
         return
-    needed = 'optimizer.name = "schedule_free" needs'
+    name = 'optimizer.name = "schedule_free"'
     if optimizer.schedule != "constant":
         raise UserError(
-            f'{needed} optimizer.schedule = "constant"; its average of the weights replaces the decay'
+            f'{name} needs optimizer.schedule = "constant", as its average of the weights replaces the decay'
         )
     if not optimizer.b1:
-        raise UserError(f"{needed} optimizer.b1 above 0, such as 0.9")
+        raise UserError(f"{name} needs optimizer.b1 above 0, such as 0.9")
     if optimizer.average_decay:
-        raise UserError(f"{needed} optimizer.average_decay = 0; it averages the weights itself")
+        raise UserError(f"{name} needs optimizer.average_decay = 0, as it averages the weights itself")
     if optimizer.momentum_dtype != "float32":
         raise UserError(
-            f'{needed} optimizer.momentum_dtype = "float32"; it has weights instead of a momentum'
+            f'{name} needs optimizer.momentum_dtype = "float32", as it has weights instead of a momentum'
         )

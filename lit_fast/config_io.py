@@ -14,7 +14,7 @@ from typing import Any
 
 from lit_fast.config import UNLOCKED_DEFAULTS, Config, flatten, sections, settings
 from lit_fast.config_check import validate
-from lit_fast.errors import UserError, first_line
+from lit_fast.errors import UserError, first_line, unreadable
 from lit_fast.storage.files import exists, is_directory, read_bytes
 from lit_fast.storage.paths import StrPath, name
 from lit_fast.utils.output import result
@@ -78,8 +78,10 @@ def read_toml(location: StrPath) -> dict[str, Any]:
     """
     try:
         return flatten_toml(tomllib.loads(read_bytes(location).decode()))
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8 and not TOML are ValueErrors
-        raise UserError(f"config {location} cannot be read: {first_line(error)}") from None
+    except OSError as error:
+        raise unreadable(f"config {location}", error) from None
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        raise UserError(f"config {location} is not TOML ({first_line(error)}); fix it") from None
 
 
 def flatten_toml(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -138,7 +140,7 @@ def _parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
-            raise UserError(f"unexpected argument {flag!r}; overrides are written --section.key value")
+            raise UserError(f"unexpected argument {flag!r}; write overrides as --section.key value")
         key, equals, text = flag[2:].partition("=")
         key = key.replace("-", "_")
         _check_known(key, "on the command line")

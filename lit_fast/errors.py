@@ -18,6 +18,12 @@ class UserError(Exception):
         """Take the message; characters of a file name or file that cannot be printed are escaped in it."""
         super().__init__(printable(message))
 
+    @property
+    def problem(self) -> str:
+        """The message without its action, for a message with another action."""
+        message = str(self)
+        return message.rpartition("; ")[0] or message
+
 
 class MachineError(UserError):
     """A failure of the machine or of other processes, with nothing wrong in the command."""
@@ -49,6 +55,13 @@ def os_reason(error: OSError) -> str:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"{error.strerror}, of which this process may have {limit}; raise the limit with ulimit -n"
     return error.strerror or first_line(error)
+
+
+def unreadable(location: object, error: OSError) -> UserError:
+    """Return the error for a file or directory that the operating system does not let us read."""
+    return UserError(
+        f"{location} cannot be read: {os_reason(error)}; fix the cause, then rerun the same command"
+    )
 
 
 def is_shortage(error: OSError) -> bool:

@@ -41,13 +41,11 @@ def start_devices() -> list[jax.Device]:
     except (RuntimeError, AssertionError, ValueError) as error:  # AssertionError: "cuda" without its package
         names = os.environ.get("JAX_PLATFORMS", "")
         cause = f"the device of JAX_PLATFORMS={names}" if names else "the device"
-        package = (
-            "; install the package for it, pip install 'jax[cuda13]' or 'jax[tpu]', or" if names else ";"
-        )
+        package = "install the package for it, pip install 'jax[cuda13]' or 'jax[tpu]', or " if names else ""
         reason = (
             first_line(error).partition(" (set JAX_PLATFORMS=")[0] if str(error) else "it is not installed"
         )
-        raise UserError(f"{cause} cannot be used: {reason}{package} set JAX_PLATFORMS=cpu") from None
+        raise UserError(f"{cause} cannot be used: {reason}; {package}set JAX_PLATFORMS=cpu") from None
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:

@@ -1,5 +1,6 @@
 """The README and the pages of docs/: links and files that exist, and the intervals of the code."""
 
+import importlib.util
 import re
 import runpy
 from pathlib import Path
@@ -23,11 +24,20 @@ def test_links_lead_to_files(path):
     assert not [link for link in links if not (path.parent / link).exists()]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/*/*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_of_the_repository_exist(path):
     named = re.findall(r"`((?:lit_fast|embed|train|tests|configs|docs)/[\w/.-]+)`", path.read_text())
-    assert named
+    assert named or path.parent.parent != ROOT / "docs"
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_programs_and_targets_exist(path):
+    text = " ".join(path.read_text().split())
+    programs = re.findall(r"python -m ((?:benchmarks|lit_fast)[.\w]*)", text)
+    assert not [name for name in programs if importlib.util.find_spec(name) is None]
+    targets = re.findall(r"(?:`|```(?:sh)? )make ([\w-]+)", text)
+    assert not [name for name in targets if f"\n{name}:" not in (ROOT / "Makefile").read_text()]
 
 
 def test_intervals_of_the_page_on_storage_are_those_of_the_code():

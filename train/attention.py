@@ -104,7 +104,7 @@ def _propose_automatically(platform: str, refusal: str, recorded: dict[str, Any]
     before = recorded.get("form")
     if before == "xla":  # for the same bits
         if platform == "tpu":
-            status("attention: XLA's form, with which this run began")
+            status("attention: XLA's form, as when this run started")
         return AttentionChoice("xla", str(recorded.get("why", "")), differences=_numbers(recorded))
     if platform != "tpu" or refusal:
         why = refusal if platform == "tpu" else f"the devices are {platform.upper()}s"
@@ -345,7 +345,7 @@ def _recorded(workdir: StrPath) -> dict[str, Any]:
         try:
             text = json.dumps(read_object(join(workdir, _FILE), "form", form=str, why=str, differences=dict))
         except UserError as error:
-            status(f"{error}; the attention is chosen again")
+            status(f"{error.problem}; the attention is chosen again")
     text = broadcast_text(text, 4096)
     return dict(json.loads(text)) if text else {}
 

@@ -142,7 +142,7 @@ def plan(parser: argparse.ArgumentParser) -> Run:
     add(
         "--no-search",
         action="store_true",
-        help="plan the configuration as it is, without faster alternatives; so are several slices",
+        help="plan the configuration as it is and search no faster one; always so for several slices",
     )
     add("--largest-batch", action="store_true", help="find the largest batch that fits; for one slice")
     add("--json", metavar="OUT", help="write the plan as JSON")
@@ -150,9 +150,9 @@ def plan(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         if args.mfu is not None and not 0 < args.mfu <= 1:
-            raise UserError(f"--mfu {args.mfu} must be above 0 and at most 1, such as 0.4")
+            raise UserError(f"--mfu must be above 0 and at most 1, such as 0.4, not {args.mfu}")
         if args.storage_price is not None and not 0 <= args.storage_price < math.inf:
-            raise UserError(f"--storage-price {args.storage_price} must be a price in USD")
+            raise UserError(f"--storage-price must be a price in USD, not {args.storage_price}")
         topologies = list(dict.fromkeys(name for part in args.topology.split(",") if (name := part.strip())))
         if not topologies:
             raise UserError("--topology names no slice; write for example v4-8,h200")

@@ -90,7 +90,7 @@ class Evaluator:
             images = sum(dataset.rows for dataset in datasets.values())
             status(
                 f"each evaluation decodes and embeds {images:,} images of {len(datasets)} datasets "
-                "with the image tower as it is then"
+                "with the current image tower"
             )
 
     def should_run(self, step: int) -> bool:

@@ -116,7 +116,9 @@ def _new_tower(image: ImageConfig) -> Tower:
     if pool == "projection":
         raise UserError("image.pool projection is for towers that have one; choose tok, gap or map")
     if size % int(patch):
-        raise UserError(f"image.resolution {size} is not a multiple of the patch size {patch}")
+        raise UserError(
+            f"image.resolution {size} is not a multiple of the patch size {patch}; use a multiple"
+        )
     architecture = Architecture(
         VARIANTS[variant], int(patch), pool, image.gelu or "tanh", class_token=pool == "tok"
     )

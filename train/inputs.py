@@ -116,16 +116,19 @@ def check_batch(config: Config, devices: int) -> None:
     """Raise UserError if devices and microbatches do not divide the batch."""
     batch, text, image = config.stream.global_batch, config.text, config.image
     if batch % devices:
-        raise UserError(f"stream.global_batch {batch} is not divisible by the {devices} devices")
+        raise UserError(
+            f"stream.global_batch {batch} is not divisible by the {devices} devices; use a multiple"
+        )
     if batch % (devices * image.microbatches):
         raise UserError(
             f"stream.global_batch {batch} is not divisible by image.microbatches {image.microbatches} x {devices} "
-            "devices"
+            "devices; use a multiple"
         )
     if text.packed:
         if text.rows % (devices * text.microbatches):
             raise UserError(
-                f"text.rows {text.rows} is not divisible by text.microbatches {text.microbatches} x {devices} devices"
+                f"text.rows {text.rows} is not divisible by text.microbatches {text.microbatches} x {devices} "
+                "devices; use a multiple"
             )
         return
     pairs = batch * config.stream.captions_per_image
@@ -133,5 +136,5 @@ def check_batch(config: Config, devices: int) -> None:
         pack = f" x text.pack {text.pack}" if text.pack > 1 else ""
         raise UserError(
             f"the {pairs} texts of a batch are not divisible by text.microbatches {text.microbatches}{pack} "
-            f"x {devices} devices"
+            f"x {devices} devices; change stream.global_batch"
         )

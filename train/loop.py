@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
 from lit_fast.config import Config, TextConfig
+from lit_fast.models.image_tower import ImageTower
+from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import image_tower_params, init_params, text_embedder, text_tower
 from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
@@ -135,29 +138,7 @@ def _train(
     model = build(memory.text)
 
     # --- Initialize the parameters and the state.
-    mean = inputs.mean(config.loss.center)
-    if image and inputs.image:
-        embedder = DatasetEmbedder(image, inputs.image.preprocess, mesh, config.image.workers)
-        evaluator.embed_images_with(embedder)
-        pretrained = inputs.image.params
-        params = init_params(model, config, mean, image if pretrained is None else None)
-        if pretrained is not None:
-            params["img"] = pretrained | params.get("img", {})
-    else:
-        evaluator.load_images(mean)
-        params = init_params(model, config, mean)
-    params, text_init = load_initial_params(workdir, config, params)
-    if text_init:
-        status(f"text tower starting from {text_init['source']}: {text_init['taken']}")
-    state = init_state(params, optimizer, mesh, config.optimizer.average_decay > 0)
-    del params  # the state has a copy
-    count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
-    towers = f"text tower: {count / 1e6:.1f} M parameters"
-    if image:
-        count = sum(p.size for p in jax.tree.leaves(image_tower_params(state.params)))
-        start = inputs.tower_json["source"] if config.image.train == "unlocked" else "random weights"
-        towers += f", image tower: {count / 1e6:.1f} M from {start}"
-    status(f"{towers} on {mesh.size} x {jax.devices()[0].device_kind}")
+    state, text_init = _first_state(workdir, config, inputs, model, image, optimizer, mesh)
 
     # --- Create the run directory, or resume from its last checkpoint.
     _create_workdir(workdir, config, inputs, text_init)
@@ -255,6 +236,45 @@ def _train(
         result(evaluator.table())
     else:
         result(f"evaluate it with: lit-fast eval {shown_workdir} --zero-shot E --retrieval E")
+
+
+def _first_state(
+    workdir: str,
+    config: Config,
+    inputs: Inputs,
+    model: TextTower,
+    image: ImageTower | None,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[State, dict[str, Any] | None]:
+    """Prepare the evaluation and make the state before the first step.
+
+    Returns:
+      The state, and the record of what `text.init` gave; None: nothing.
+    """
+    mean = inputs.mean(config.loss.center)
+    if image and inputs.image:
+        embedder = DatasetEmbedder(image, inputs.image.preprocess, mesh, config.image.workers)
+        inputs.evaluator.embed_images_with(embedder)
+        pretrained = inputs.image.params
+        params = init_params(model, config, mean, image if pretrained is None else None)
+        if pretrained is not None:
+            params["img"] = pretrained | params.get("img", {})
+    else:
+        inputs.evaluator.load_images(mean)
+        params = init_params(model, config, mean)
+    params, text_init = load_initial_params(workdir, config, params)
+    if text_init:
+        status(f"text tower starting from {text_init['source']}: {text_init['taken']}")
+    state = init_state(params, optimizer, mesh, config.optimizer.average_decay > 0)
+    count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
+    towers = f"text tower: {count / 1e6:.1f} M parameters"
+    if image:
+        count = sum(p.size for p in jax.tree.leaves(image_tower_params(state.params)))
+        start = inputs.tower_json["source"] if config.image.train == "unlocked" else "random weights"
+        towers += f", image tower: {count / 1e6:.1f} M from {start}"
+    status(f"{towers} on {mesh.size} x {jax.devices()[0].device_kind}")
+    return state, text_init
 
 
 class _Components(NamedTuple):

@@ -1,4 +1,4 @@
-"""Train in a bucket: a local copy of the run directory, which is kept in step with the bucket.
+"""Train in a bucket: a local copy of the run directory, whose changes are written to the bucket.
 
     URL/checkpoints/<step>/...      files of a checkpoint
     URL/checkpoints/<step>.json     their sizes and digests: the checkpoint counts once this exists
@@ -191,7 +191,8 @@ class RunMirror:
 
     def _unwritable(self, error: UserError) -> UserError:
         return UserError(
-            f"{error}; fix the cause, then rerun the same command, here to continue from what is in {self.local}"
+            f"{error.problem}; fix the cause, then rerun the same command, here to continue from "
+            f"what is in {self.local}"
         )
 
     def _push_changes(self, lock: Lock) -> None:

@@ -228,7 +228,9 @@ def _parse_rule(key: str, rule: str) -> tuple[re.Pattern[str], float]:
     try:
         return re.compile(regex if equals else rule), float(factor) if equals else 1.0
     except (re.error, ValueError) as error:
-        raise UserError(f"{key}: {rule!r} is not of the form REGEX=FACTOR: {error}") from None
+        raise UserError(
+            f"{key}: {rule!r} is not of the form REGEX=FACTOR ({error}); write for example img/.*=0.1"
+        ) from None
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -170,7 +170,8 @@ def load_initial_params(
     else:
         if config.loss.center and config.image.trained:
             raise UserError(
-                f"loss.center needs a mean, which {source} has not; leave it out, or set text.init to a centred run"
+                f"loss.center needs a mean, which {source} does not have; leave it out, or set text.init to a "
+                "centred run"
             )
         weights = read_text_weights(source)
         sha256 = weights.sha256
@@ -199,7 +200,7 @@ def start_from_run(source: str, params: Params, center: bool) -> tuple[Params, s
     if run.config.loss.center != center:
         raise UserError(
             f"run {source} has loss.center {json.dumps(run.config.loss.center)} and this configuration has "
-            f"{json.dumps(center)}; set it as there"
+            f"{json.dumps(center)}; set it to that of the run"
         )
     found = jax.tree.map(np.asarray, without_image_tower(run.params))
     wanted = without_image_tower(params)
@@ -209,7 +210,7 @@ def start_from_run(source: str, params: Params, center: bool) -> tuple[Params, s
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"run {source} has another model: its {name} has shape {shapes[0]}, this configuration's {shapes[1]}; "
-                "set the keys of [text] and [loss] as there"
+                "copy [text] and [loss] from its config.toml"
             )
     image = {"img": params.get("img", {}) | found.get("img", {})} if "img" in params else {}
     taken = f"all parameters of step {run.step} but those of an image tower"

@@ -211,7 +211,9 @@ def _read_parquet(path: str, options: Columns, features: str = "", needs_caption
             wanted = [read_name(schema, name) for name in columns.names()]
             yield from _refined(path, options, columns, _read_row_groups(path, parquet, wanted))
         except ERRORS as error:
-            raise UserError(f"{path} is damaged or is not a parquet file ({first_line(error)})") from None
+            raise UserError(
+                f"{path} is damaged or is not a parquet file ({first_line(error)}); restore it"
+            ) from None
 
 
 def _read_row_groups(path: str, parquet: pq.ParquetFile, names: list[str]) -> Iterator[dict[str, Any]]:

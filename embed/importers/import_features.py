@@ -257,7 +257,7 @@ def _report(features: Features) -> None:
     if len(invalid) == dataset.rows:
         raise UserError(
             f"none of the {dataset.rows:,} rows has a usable feature (first: {next(iter(invalid.values()))}); "
-            f"fix the cause, then delete {dataset.path} and rerun"
+            f"fix the cause, then delete {dataset.path} and rerun the same command"
         )
     reasons = Counter(invalid.values()).most_common(5)
     listed = f" ({', '.join(f'{count:,} {reason}' for reason, count in reasons)})" if reasons else ""

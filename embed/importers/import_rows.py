@@ -135,7 +135,7 @@ def _check_repeated(item: Any, key: str, number: int, out: str) -> None:
 
 def _unpack(item: Any, number: int) -> tuple[Any, Any, Any]:
     if not isinstance(item, tuple | list) or len(item) != 3:
-        raise UserError(f"row {number} is no tuple of key, vector and captions; yield these three")
+        raise UserError(f"row {number} is not a tuple of key, vector and captions; yield these three")
     key, vector, captions = item
     return key, vector, captions
 
@@ -157,8 +157,8 @@ def _parse_vector(vector: Any, width: int | None, number: int, key: Any) -> np.n
         array = np.asarray(vector)
     except Exception as error:  # of NumPy, of the library of the array
         raise UserError(
-            f"{named} has a vector of {type(vector).__name__} that is no array ({first_line(error)}); for PyTorch give "
-            "vector.detach().float().cpu()"
+            f"{named} has a vector of {type(vector).__name__} that is not an array ({first_line(error)}); for PyTorch "
+            "give vector.detach().float().cpu()"
         ) from None
     if array.ndim != 1 or not len(array) or not is_float(array.dtype):
         raise UserError(f"{named} has a vector of {array.dtype} {list(array.shape)}; give floats [width]")

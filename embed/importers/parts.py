@@ -114,11 +114,11 @@ def _guess_format(sources: list[str]) -> str:
             raise UserError(f"{source} does not exist; give files or a directory of features")
         else:
             raise UserError(
-                f"{source} is no file of features by its name; give {', '.join(SUFFIXES)} files, or name --format"
+                f"{source} does not have a suffix of features; give {', '.join(SUFFIXES)} files, or add --format"
             )
     if len(found) > 1:
         (a, first), (b, second) = list(found.items())[:2]
-        raise UserError(f"{first} is of format {a}, {second} is of format {b}; give --format")
+        raise UserError(f"{first} is of format {a}, {second} is of format {b}; choose one with --format")
     if not found:
         raise UserError(f"{sources[0]} holds no features; give a directory with {', '.join(SUFFIXES)} files")
     return next(iter(found))
@@ -130,13 +130,13 @@ def _files(source: str, format: str) -> list[str]:
     if is_url(source) or not is_directory(source):
         found = expand([source])
         if other := next((path for path in found if suffix(path) not in suffixes), ""):
-            raise UserError(f"{other} is no {' or '.join(suffixes)} file; give files of --format {format}")
+            raise UserError(f"{other} is not a {' or '.join(suffixes)} file; give files of --format {format}")
         return found
     source = os.path.abspath(source)
     names = [n for n in list_names(source) if suffix(n) in suffixes and not is_junk(n)]
     if not names:
-        hint = "; SAIL's encode.py writes them to tensor_data/image_embedding/MODEL/DATA"
-        raise UserError(f"{source} has no *{suffixes[0]} files{hint if format == 'sail' else ''}")
+        hint = ", as SAIL's tensor_data/image_embedding/MODEL/DATA" if format == "sail" else ""
+        raise UserError(f"{source} has no *{suffixes[0]} files; give the directory that holds them{hint}")
     return [join(source, file) for file in names]
 
 
@@ -148,12 +148,13 @@ def _clip_retrieval(source: str) -> tuple[list[str], dict[str, str]]:
     metadata = _numbered(join(source, "metadata"), r"metadata_(\d+)\.parquet")
     paths = _numbered(join(source, "img_emb"), r"img_emb_(\d+)\.npy")
     if not paths:
-        raise UserError(f"{source} has no img_emb/img_emb_0.npy, as clip-retrieval writes it")
+        raise UserError(
+            f"{source} has no img_emb/img_emb_0.npy; give the directory that clip-retrieval wrote"
+        )
     if metadata and metadata.keys() != paths.keys():
         odd = min(metadata.keys() ^ paths.keys())
-        raise UserError(
-            f"{source} has {'metadata' if odd in metadata else 'features'} of part {odd} alone; restore the other"
-        )
+        has, lacks = ("metadata", "features") if odd in metadata else ("features", "metadata")
+        raise UserError(f"{source} has {has} but no {lacks} of part {odd}; restore them")
     return [path for _, path in sorted(paths.items())], {paths[n]: path for n, path in metadata.items()}
 
 

@@ -6,7 +6,7 @@ import pickle
 from typing import Any
 
 from lit_fast.data.features import BFLOAT16
-from lit_fast.errors import UserError, first_line, os_reason
+from lit_fast.errors import UserError, first_line, unreadable
 from lit_fast.storage.files import local_path
 from lit_fast.storage.paths import StrPath
 
@@ -51,10 +51,10 @@ def read_torch_file(path: StrPath) -> Any:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
+        raise unreadable(path, error) from None
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds more than tensors in lists and dicts and is not unpickled; save the features alone with "
+            f"{path} holds more than tensors in lists and dicts and is not unpickled; save only the features with "
             "torch.save(TENSOR, FILE)"
         ) from None
     except Exception as error:  # damage makes PyTorch raise many kinds
@@ -62,4 +62,6 @@ def read_torch_file(path: StrPath) -> Any:
             raise UserError(
                 f"{path} is of torch's old format, or is damaged; convert it with: torch.save(torch.load(FILE), FILE)"
             ) from None
-        raise UserError(f"{path} is damaged: {type(error).__name__} {first_line(error)}") from None
+        raise UserError(
+            f"{path} is damaged: {type(error).__name__} {first_line(error)}; restore it"
+        ) from None

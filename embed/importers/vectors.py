@@ -16,7 +16,7 @@ from lit_fast.data.features import BFLOAT16
 from lit_fast.data.images.parquet import ERRORS
 from lit_fast.embed.importers.torch_file import read_torch_file
 from lit_fast.embed.sources.columns import require_column, some
-from lit_fast.errors import UserError, first_line, os_reason
+from lit_fast.errors import UserError, first_line, unreadable
 from lit_fast.storage.files import is_file, local_path, open_read, size
 from lit_fast.storage.paths import is_url, suffix
 
@@ -72,7 +72,7 @@ def open_vectors(path: str, name: str = "") -> Vectors:
     vectors = _open(path, SUFFIXES[suffix(path)], name)
     if vectors.shape.width > _MAX_WIDTH:
         raise UserError(
-            f"{path} holds {vectors.shape.width:,} numbers a row; features have at most {_MAX_WIDTH:,}"
+            f"{path} holds {vectors.shape.width:,} numbers per row, more than {_MAX_WIDTH:,}; give features of a tower"
         )
     return vectors
 
@@ -85,7 +85,7 @@ def _open(path: str, kind: str, name: str) -> Vectors:
     if kind == "safetensors":
         return _TensorVectors(path, name)
     if name:
-        raise UserError(f"{path} has no names for --features {name}; omit the option")
+        raise UserError(f"{path} has no names for --features {name}; leave it out")
     return _ArrayVectors(path, [_read_npy(path)] if kind == "npy" else _read_tensors(path))
 
 
@@ -95,7 +95,9 @@ class _ArrayVectors:
     def __init__(self, path: str, pieces: list[np.ndarray]) -> None:
         widths, dtypes = {piece.shape[1] for piece in pieces}, {piece.dtype.name for piece in pieces}
         if len(widths) > 1 or len(dtypes) > 1 or 0 in widths:
-            raise UserError(f"{path} holds vectors of widths {sorted(widths)} and types {sorted(dtypes)}")
+            raise UserError(
+                f"{path} holds vectors of widths {sorted(widths)} and types {sorted(dtypes)}; give those of one tower"
+            )
         self.shape = Shape(sum(map(len, pieces)), widths.pop(), dtypes.pop())
         self._pieces = pieces
 
@@ -115,13 +117,15 @@ class _TensorVectors:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             found = {key: (s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
         except Exception as error:  # SafetensorError, OSError, and those of hostile headers
-            raise UserError(f"{path} is damaged or is no .safetensors file: {first_line(error)}") from None
+            raise UserError(
+                f"{path} is damaged or is not a .safetensors file ({first_line(error)}); restore it"
+            ) from None
         likely = [n for n, (dtype, shape) in found.items() if dtype in _FLOAT_TYPES and len(shape) == 2]
         name = _choose(path, name, found, likely, "tensor of floats [n, width]")
         dtype, dimensions = found[name]
         if name not in likely or not dimensions[1]:
             raise UserError(
-                f"{path} holds {dtype} {list(dimensions)} in {name}; features are floats [n, width]"
+                f"{path} holds {dtype} {list(dimensions)} in {name}; save features as floats [n, width]"
             )
         self._slice = slices[name]
         self.shape = Shape(dimensions[0], dimensions[1], _FLOAT_TYPES[dtype], name)
@@ -131,7 +135,7 @@ class _TensorVectors:
         try:
             return np.asarray(self._slice[first : int(rows[-1]) + 1])[rows - first], {}
         except Exception as error:
-            raise UserError(f"{self._path} cannot be read: {first_line(error)}") from None
+            raise UserError(f"{self._path} is damaged ({first_line(error)}); restore it") from None
 
 
 class _ParquetVectors:
@@ -146,7 +150,7 @@ class _ParquetVectors:
             name = _choose(path, name, schema.names, likely, "column of lists of floats")
             if name not in likely:
                 kind = schema.field(name).type
-                raise UserError(f"{path} holds {kind} in {name}; features are lists of floats")
+                raise UserError(f"{path} holds {kind} in {name}; save features as lists of floats")
             kind = _storage(schema.field(name).type)
             groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
             self._firsts = np.cumsum([0, *groups])  # first row of each row group
@@ -156,7 +160,9 @@ class _ParquetVectors:
             self._batch: pa.Array = pa.array([], kind)
             width = kind.list_size if pa.types.is_fixed_size_list(kind) else self._find_width()
         except ERRORS as error:
-            raise UserError(f"{path} is damaged or is not a parquet file ({first_line(error)})") from None
+            raise UserError(
+                f"{path} is damaged or is not a parquet file ({first_line(error)}); restore it"
+            ) from None
         if not width:
             raise UserError(f"{path} holds no vector in {name}; give files with features")
         element = {"halffloat": "float16", "float": "float32", "double": "float64"}[str(_element(kind))]
@@ -187,7 +193,9 @@ class _ParquetVectors:
                     )
                 done += count
         except ERRORS as error:
-            raise UserError(f"{self._path} is damaged in {self._name} ({first_line(error)})") from None
+            raise UserError(
+                f"{self._path} is damaged in {self._name} ({first_line(error)}); restore it"
+            ) from None
         return values, reasons
 
     def _load(self, row: int) -> None:
@@ -239,9 +247,9 @@ def _choose(path: str, name: str, names: Any, likely: list[str], what: str) -> s
     require_column(name, names, path)
     if not name and len(likely) != 1:
         raise UserError(
-            f"{path} has several that may be features ({some(likely)}); name one with --features"
+            f"{path} has several candidates for features ({some(likely)}); name one with --features"
             if likely
-            else f"{path} has no {what} among {some(names)}"
+            else f"{path} has no {what} among {some(names)}; give files with features"
         )
     return name or likely[0]
 
@@ -263,13 +271,17 @@ def _read_npy(path: str) -> np.ndarray:
     try:
         array = np.lib.format.open_memmap(local_path(path), mode="r")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
+        raise unreadable(path, error) from None
     except Exception as error:  # NumPy parses the header with Python's tokenizer, which raises many kinds
-        raise UserError(f"{path} is damaged or is not an .npy file of numbers: {first_line(error)}") from None
+        raise UserError(
+            f"{path} is damaged or is not an .npy file of numbers ({first_line(error)}); restore it"
+        ) from None
     if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 2 or not array.shape[1]:
-        raise UserError(f"{path} holds {array.dtype} {list(array.shape)}; features are floats [n, width]")
+        raise UserError(f"{path} holds {array.dtype} {list(array.shape)}; save features as floats [n, width]")
     if array.offset + array.nbytes != size(path):
-        raise UserError(f"{path} is damaged: its {size(path):,} bytes are not those of {list(array.shape)}")
+        raise UserError(
+            f"{path} is damaged: its {size(path):,} bytes are not those of {list(array.shape)}; restore it"
+        )
     return array
 
 
@@ -279,7 +291,7 @@ def _read_tensors(path: str) -> list[np.ndarray]:
     if isinstance(found, dict):
         if len(found) > 1 and any(_dimensions(value) != 1 for value in found.values()):
             names = ", ".join(str(key)[:50] for key in list(found)[:5])
-            raise UserError(f"{path} holds several arrays ({names}); save that of the images alone")
+            raise UserError(f"{path} holds several arrays ({names}); save only that of the images")
         found = list(found.values())
     values = [found] if isinstance(found, np.ndarray) else found
     if not isinstance(values, list) or not values or any(_dimensions(v) not in (1, 2) for v in values):
@@ -288,7 +300,7 @@ def _read_tensors(path: str) -> list[np.ndarray]:
         )
     pieces = [value.reshape(-1, value.shape[-1]) for value in values]
     if sum(piece.nbytes for piece in pieces) > size(path):  # one tensor many times, or expanded
-        raise UserError(f"{path} is damaged: its tensors are larger than the file")
+        raise UserError(f"{path} is damaged: its tensors are larger than the file; restore it")
     return pieces
 
 

@@ -1,4 +1,4 @@
-"""README.md of a pushed dataset: what it holds, where it comes from, how to train from it."""
+"""README.md of a pushed dataset: its contents, its sources, the commands that train from it."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def write_card(
     if absent:
         lines += [
             "",
-            f"`{ELSEWHERE}N/...` are files of the machine that pushed the dataset. Whoever has them connects them, and",
-            "can then embed the images with another tower:",
+            f"`{ELSEWHERE}N/...` are files of the machine that pushed the dataset. If you have them, connect",
+            "them; then another tower can embed the images:",
             "",
             f"    lit-fast index --relocate {absent[0]}=DIRECTORY {own}",
         ]

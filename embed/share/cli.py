@@ -11,12 +11,12 @@ Run = Callable[[argparse.Namespace], None]
 def push(parser: argparse.ArgumentParser) -> Run:
     """Share a dataset on the Hugging Face Hub: index, captions, tokens and features, without the images.
 
-    The repository is made if there is none, private unless --public is given. It gets a README.md that says what the
-    dataset holds and how to train from it. Directories of this machine are replaced by elsewhere://1, elsewhere://2,
-    ...; names of files stay. Captions and the keys of the rows are uploaded as they are. Files that the repository has
-    are skipped: if the command is interrupted, the same command continues.
+    A missing repository is created, private unless --public is given. Its README.md lists the contents and the
+    commands that train from them. Directories of this machine are replaced by elsewhere://1, elsewhere://2, ...;
+    names of files stay. Captions and the keys of the rows are uploaded as they are. Files that the repository has are
+    skipped: if the command is interrupted, the same command continues.
 
-    The token is that of hf auth login or HF_TOKEN; it must be allowed to write.
+    The token is that of hf auth login or HF_TOKEN; it needs write access.
 
     Example: lit-fast push cc12m_dataset someone/cc12m-features
     """
@@ -47,8 +47,8 @@ def pull(parser: argparse.ArgumentParser) -> Run:
     """Get a dataset that lit-fast push has uploaded, ready for training.
 
     Every file is compared with the sizes and digests of the repository's manifest, and its content is checked as
-    lit-fast verify does, before D appears. If the command is interrupted, the same command continues. Where D is this
-    dataset already, the stores that it lacks are added.
+    lit-fast verify does, before D appears. If the command is interrupted, the same command continues. If D is
+    already this dataset, missing features and tokens are added.
 
     Example: lit-fast pull someone/cc12m-features cc12m
     Example: lit-fast train siglit_b8_one_day --workdir runs/b8 --dataset cc12m

@@ -52,8 +52,9 @@ class Manifest:
         """
         for part, wanted in (("features", towers), ("tokens", tokenizers)):
             if absent := sorted(set(wanted or ()) - set(self.stores(part))):
-                known = ", ".join(self.stores(part)) or "none"
-                raise UserError(f"the dataset has no {part} {absent[0]!r}; it has {known}")
+                known = ", ".join(self.stores(part))
+                action = f"choose from {known}" if known else "leave the option out"
+                raise UserError(f"the dataset has no {part} {absent[0]!r}; {action}")
         keep = {"features": towers, "tokens": tokenizers}
         files = {}
         for path, known_digest in self.files.items():
@@ -88,14 +89,14 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         if not all(type(n) is int and n >= 0 for n in numbers) or type(digest) is not str:
             raise ValueError("a count is not a whole number")
         if not all(re.fullmatch("[0-9a-f]{64}", file.sha256) for file in files.values()):
-            raise ValueError("a digest is no SHA-256")
+            raise ValueError("a digest is not a SHA-256")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where} is damaged ({type(error).__name__} {error}); ask its owner") from None
     for path, file in files.items():
         if not is_part(path):
-            raise UserError(f"{where} names {path[:80]!r}, which is no file of a dataset; it is not pulled")
+            raise UserError(f"{where} names {path[:80]!r}, which is not a file of a dataset; ask its owner")
         if not path.endswith((".array_record", "/0")) and file.size > _MAX_JSON:
-            raise UserError(f"{where} names {path[:80]!r} with {file.size:,} bytes; it is not pulled")
+            raise UserError(f"{where} names {path[:80]!r} with {file.size:,} bytes; ask its owner")
     if "dataset.json" not in files:
         raise UserError(f"{where} names no dataset.json; ask its owner")
     return Manifest(rows, digest, files)

@@ -81,7 +81,7 @@ def pull_dataset(
         _download(hub, commit, manifest, partial)
         dataset = _check_dataset(partial, manifest, out, repository)
         lock.check()
-        _land(partial, out, manifest)
+        _move(partial, out, manifest)
     _report(dataset, manifest, out, f"{repository} at {commit[:12]}")
 
 
@@ -201,8 +201,8 @@ def _at(dataset: Dataset, path: str) -> Dataset:
     return replace(dataset, path=path)
 
 
-def _land(partial: str, out: str, manifest: Manifest) -> None:
-    """Move what was downloaded to its place."""
+def _move(partial: str, out: str, manifest: Manifest) -> None:
+    """Move the downloaded files to their place."""
     if "dataset.json" in manifest.files:
         rename(partial, absolute(out))
         return
@@ -226,6 +226,6 @@ def _report(dataset: Dataset, manifest: Manifest, out: str, origin: str) -> None
     if elsewhere := absent_places(dataset.sources):
         more = f" and {len(elsewhere) - 1} more" if len(elsewhere) > 1 else ""
         result(
-            f"its images are not here: whoever has those of {elsewhere[0]}{more} connects them with: lit-fast index "
-            f"--relocate {elsewhere[0]}=DIRECTORY {shlex.quote(out)}"
+            f"the images are not included; if you have those of {elsewhere[0]}{more}, connect them with: lit-fast "
+            f"index --relocate {elsewhere[0]}=DIRECTORY {shlex.quote(out)}"
         )

@@ -85,7 +85,7 @@ def lines_near(directory: str, file: str) -> tuple[str, ...]:
 
 def _tars(file: str, text: str) -> list[str]:
     if not (re.fullmatch(r"\s*\d{1,6}\s*", text, re.ASCII) and 0 < int(text) <= _MAX_SHARDS):
-        raise UserError(f"{file} holds {text.strip()[:40]!r}, which is no number of tars; restore it")
+        raise UserError(f"{file} holds {text.strip()[:40]!r}, which is not a number of tars; restore it")
     return [f"test/{number}.tar" for number in range(int(text))]
 
 
@@ -95,9 +95,12 @@ def _check_classes(spec: str, name: str, directory: str) -> None:
         return
     found = len((read_text(join(directory, _TEXTS[0])) or "").rstrip().splitlines())
     if found != expected:
-        raise UserError(f"{spec} has {found} class names in {directory}/{_TEXTS[0]}, not {expected}")
+        raise UserError(
+            f"{spec} has {found} class names in {directory}/{_TEXTS[0]}, not {expected}; delete the directory, then "
+            "rerun the same command"
+        )
 
 
 def _known() -> str:
     sets = [key for key, row in known_evaluations().items() if row["task"] != "labels"]
-    return f"; known names: {', '.join(sets)}"
+    return f"; choose from {', '.join(sets)}"

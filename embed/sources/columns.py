@@ -241,7 +241,7 @@ def require_column(name: str, columns: Collection[str], where: str) -> None:
     """Raise UserError if a name is not among `columns`; list these, nearest first."""
     if name and name not in columns:
         near = difflib.get_close_matches(name, list(columns), n=len(columns) or 1, cutoff=0.0)
-        raise UserError(f"{where} has no {name!r}; it has {some(near)}")
+        raise UserError(f"{where} has no {name!r}; choose from {some(near)}")
 
 
 def guess_column(candidates: Collection[str], columns: Collection[str]) -> str:

@@ -89,7 +89,7 @@ def _without_gaps(files: list[str]) -> list[str]:
         if len(numbers) < count:
             first = next(n for n in range(count + 1) if n not in numbers)
             missing = f"{start}-{first:05}-of-{count:05}"
-            status(f"warning: {missing} is missing: {len(numbers):,} of its {count:,} files are there")
+            status(f"warning: {missing} is missing: {len(numbers):,} of {count:,} such files are there")
     return files
 
 
@@ -166,7 +166,10 @@ def _braces(pattern: str) -> list[str]:
         if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", body):
             first, last = int(bounds[1]), int(bounds[2])
             if not 0 <= last - first < 1_000_000:
-                raise UserError(f"source {pattern}: {{{body}}} is not a range of up to a million numbers")
+                raise UserError(
+                    f"source {pattern}: {{{body}}} is not a range of up to a million numbers; write it as in "
+                    "{00000..00099}"
+                )
             width = len(bounds[1]) if bounds[1].startswith("0") else 0
             choices = [f"{n:0{width}d}" for n in range(first, last + 1)]
         elif "," in body:

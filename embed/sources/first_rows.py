@@ -47,7 +47,7 @@ def refine_columns(
 def describe_refinement(
     where: str, before: Columns, columns: Columns, rows: Sequence[Mapping[str, Any]]
 ) -> Iterator[Guess | Note]:
-    """Yield what `refine_columns` decided, and a doubt about captions that seem to be something else."""
+    """Yield the decisions of `refine_columns`, and a doubt about captions that seem to be something else."""
     if before.label and not columns.label:
         yield Guess(f"label = none ({before.label} has {_shown(_labels(before, rows))})")
     if columns.lists:

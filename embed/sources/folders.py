@@ -21,7 +21,7 @@ from lit_fast.embed.sources.interface import (
     Skipped,
     is_utf8,
 )
-from lit_fast.errors import UserError, os_reason
+from lit_fast.errors import UserError, unreadable
 from lit_fast.storage.files import file_sizes, is_directory, list_directories, list_names, walk_files
 from lit_fast.storage.paths import is_junk, is_url, join, suffix
 
@@ -31,7 +31,7 @@ def class_folders(path: str) -> tuple[str, ...]:
     try:
         names = [name for name in list_directories(path) if not is_junk(name)]
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
+        raise unreadable(path, error) from None
     for name in names:
         if not is_utf8(name):
             raise UserError(f"{path}: the name of the folder {name!a} is not UTF-8; rename it")
@@ -69,7 +69,7 @@ def read_folder(path: str, options: Columns) -> Iterator[Item]:
                     inside[entry].add(file.split("/")[1] if file.count("/") > 1 else "")
                     yield find_image(path, file, sizes=sizes).item(ParsedRow(label=numbers[entry]))
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {os_reason(error)}") from None
+        raise unreadable(error.filename, error) from None
     yield from _notes(path, inside)
 
 

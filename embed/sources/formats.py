@@ -38,7 +38,9 @@ def read_noise(path: str, options: Columns) -> Iterator[Item]:
     digits = path.partition(":")[2]
     count = int(digits) if len(digits) < 20 else _MAX_NOISE + 1
     if not 0 < count <= _MAX_NOISE:
-        raise UserError(f"source {path}: give a number of images from 1 to {_MAX_NOISE:,}")
+        raise UserError(
+            f"source {path} does not have 1 to {_MAX_NOISE:,} images; write for example noise:1024"
+        )
     yield Layout("noise")
     for number in range(count):
         yield Sample(f"noise-{number}", number, 0, ())

@@ -10,7 +10,7 @@ from lit_fast.embed.sources.columns import some
 from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, Columns
 from lit_fast.embed.sources.pairs import TEXT_SUFFIXES, has_pairs
 from lit_fast.embed.sources.unread import unread_format
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, unreadable
 from lit_fast.storage.files import open_read, walk_directories
 from lit_fast.storage.paths import is_junk, join, name, parent, stem, suffix
 
@@ -62,7 +62,7 @@ def image_sources(directory: str) -> list[str]:
     try:
         contents = _Contents(directory)
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise unreadable(error.filename, error) from None
     if contents.tables:
         refuse_several_splits(directory, {name(parent(table)) for table in contents.tables})
         return contents.tables

@@ -14,7 +14,7 @@ from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skip
 from lit_fast.embed.sources.karpathy import is_karpathy, karpathy_rows
 from lit_fast.embed.sources.tables import table_rows
 from lit_fast.embed.sources.text_tables import Entry, TableRow
-from lit_fast.errors import UserError, os_reason
+from lit_fast.errors import UserError, unreadable
 from lit_fast.storage.files import open_read
 
 _MAX_JSON = 2 << 30  # bytes; all captions of COCO are 0.1 GB
@@ -67,11 +67,11 @@ def _has_objects(value: Any) -> bool:
 def _load(path: str) -> Any:
     size, _ = size_and_etag(path)
     if size > _MAX_JSON:
-        raise UserError(f"{path} has {size} bytes; JSON above 2 GiB is not read: make it a .jsonl")
+        raise UserError(f"{path} has {size:,} bytes, but JSON above 2 GiB is not read; write it as .jsonl")
     with open_read(path) as file:
         try:
             return json.loads(file.read())
         except (ValueError, RecursionError):
             return None
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
+            raise unreadable(path, error) from None

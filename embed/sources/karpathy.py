@@ -57,4 +57,4 @@ def _check_split(path: str, options: Columns, rows: list[dict[str, Any]]) -> Non
             f"{path} mixes the splits {shown}; choose with --split, as in --split {some([first])}"
         )
     if options.split and (absent := [split for split in options.split.split("+") if split not in counts]):
-        raise UserError(f"{path} has no split {absent[0]!a}; it has {shown}")
+        raise UserError(f"{path} has no split {absent[0]!a}; choose from {shown}")

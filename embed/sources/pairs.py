@@ -38,7 +38,7 @@ from lit_fast.embed.sources.interface import (
     Note,
     Skipped,
 )
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, unreadable
 from lit_fast.storage.files import (
     file_sizes,
     file_status,
@@ -90,7 +90,7 @@ def has_pairs(path: str, options: Columns) -> bool:
                     if choose_columns(Columns(), nested_names([values]), path, image=False).captions:
                         return True
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise unreadable(error.filename, error) from None
     return False
 
 
@@ -112,7 +112,7 @@ def read_pairs(path: str, options: Columns) -> Iterator[Item]:
     try:
         yield from _PairReader(path, options).read()
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise unreadable(error.filename, error) from None
 
 
 def parse_texts(texts: dict[str, bytes]) -> tuple[dict[str, Any], bool]:

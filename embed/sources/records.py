@@ -31,7 +31,7 @@ from lit_fast.embed.sources.columns import (
     parse_row,
 )
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Note, Skipped
-from lit_fast.errors import UserError, first_line, os_reason
+from lit_fast.errors import UserError, first_line, unreadable
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import join, name, parent
 from lit_fast.storage.text_files import read_text
@@ -176,7 +176,7 @@ def _tfrecords(path: str) -> Iterator[_Record | Damage]:
         with open_read(path) as file:
             yield from _framed_records(path, file)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
+        raise unreadable(path, error) from None
 
 
 def _framed_records(path: str, file: IO[bytes]) -> Iterator[_Record | Damage]:

@@ -46,7 +46,7 @@ from lit_fast.embed.sources.interface import (
 )
 from lit_fast.embed.sources.pairs import NO_JSON, TEXT_SUFFIXES, parse_texts, text_columns
 from lit_fast.embed.sources.tar_members import ArchiveEnd, TarDamage, read_members
-from lit_fast.errors import UserError, os_reason
+from lit_fast.errors import UserError, unreadable
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import is_junk, parent
 
@@ -97,7 +97,7 @@ def read_tar(path: str, options: Columns) -> Iterator[Item]:
             _refuse_compressed(path, file.read(6))
             yield from _TarReader(path, options).read(file)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
+        raise unreadable(path, error) from None
 
 
 class _TarReader:

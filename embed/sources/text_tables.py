@@ -30,7 +30,7 @@ from lit_fast.embed.sources.interface import (
     Skipped,
     is_utf8,
 )
-from lit_fast.errors import UserError, first_line, os_reason
+from lit_fast.errors import UserError, first_line, unreadable
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import suffix
 
@@ -114,7 +114,7 @@ def read_entries(path: str, known: Collection[str] = ()) -> Iterator[Entry]:
             return
         except _READ_ERRORS as error:
             if isinstance(error, OSError) and (plain is file or error.errno is not None):
-                raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
+                raise unreadable(path, error) from None
             yield Damage(f"{path} is damaged or cut off: the rest of it is not read ({first_line(error)})")
             return
     if lines.undecodable:
@@ -148,7 +148,7 @@ def _decompressed(path: str, file: IO[bytes]) -> Iterator[IO[bytes]]:
         start = file.read(6)
         file.seek(0)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
+        raise unreadable(path, error) from None
     for magic, problem in _OTHERS.items():
         if start.startswith(magic):
             raise UserError(f"{path} is {problem}, which is not read; write it as plain text or with gzip")

@@ -106,7 +106,7 @@ def _evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
             "nothing to evaluate; give datasets with --zero-shot E or --retrieval E, or --few-shot TRAIN TEST"
         )
     if not args.zero_shot and (args.classnames or args.templates or args.labels or args.classes != "all"):
-        raise UserError("--classnames, --templates, --labels and --classes are for --zero-shot E; give one")
+        raise UserError("--classnames, --templates, --labels and --classes need --zero-shot E; add it")
     if args.json is None or not is_directory(args.json):
         check_output(args.json)
     check_output(args.page, "--page")

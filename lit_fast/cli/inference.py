@@ -96,7 +96,7 @@ def search(parser: argparse.ArgumentParser) -> Run:
         if not all(query.strip() for query in args.queries):
             raise UserError("a query is empty; give a text")
         if args.top < 1:
-            raise UserError(f"--top {args.top} must be at least 1")
+            raise UserError(f"--top must be at least 1, not {args.top}")
         check_output(args.json)
         check_output(args.page, "--page")
         _search(args)
@@ -107,7 +107,7 @@ def search(parser: argparse.ArgumentParser) -> Run:
 def serve(parser: argparse.ArgumentParser) -> Run:
     """Search a dataset in the browser: type a text or drop an image.
 
-    The page is for this machine alone unless --host names another address; there is no password. Ctrl-C stops it.
+    Only this machine can open the page, unless --host names another address; there is no password. Ctrl-C stops it.
 
     Example: lit-fast serve runs/b8 data/pairs
     """
@@ -134,9 +134,7 @@ def serve(parser: argparse.ArgumentParser) -> Run:
         with SearchServer(args.host, args.port, searcher) as server:
             searcher.answer(["warm up"])  # compiles the text tower before the first request
             if not server.is_local:
-                status(
-                    f"warning: everybody who can reach {server.url} can see the images; there is no password"
-                )
+                status(f"warning: anyone who can reach {server.url} can see the images; there is no password")
             result(f"searching {dataset.name} with {searcher.model.name} at {server.url} (Ctrl-C stops)")
             server.serve_forever()
 

@@ -36,7 +36,7 @@ def info(parser: argparse.ArgumentParser) -> Run:
 def compare(parser: argparse.ArgumentParser) -> Run:
     """Compare runs: configuration, cost and results.
 
-    Running and interrupted runs are included as far as they are.
+    Running and interrupted runs are included up to their last record.
 
     Example: lit-fast compare runs/* --out compare.html
     """
@@ -80,7 +80,9 @@ def towers(parser: argparse.ArgumentParser) -> Run:
         found += others
         if not found:
             hint = f" ({note})" if note else ""
-            raise UserError(f"no known tower has {args.pattern!r} in its name{hint}; omit it to list all")
+            raise UserError(
+                f"no known tower has {args.pattern!r} in its name{hint}; leave it out to list all"
+            )
         if note:
             status(f"note: {note}")
         result(format_towers(found))

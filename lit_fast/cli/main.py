@@ -54,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that reports a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +141,7 @@ def _as_user_error(error: BaseException) -> UserError | None:
     if isinstance(error, MemoryError) or no_room:
         memory = available_memory() / 2**30
         return MachineError(
-            f"out of memory: this process may use {memory:.1f} GiB; use a smaller batch or more memory"
+            f"this process is out of memory: it may use {memory:.1f} GiB; use a smaller batch or more memory"
         )
     if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
         return UserError(

@@ -35,7 +35,10 @@ def check_output(location: StrPath | None, option: str = "--json") -> None:
     while not exists(directory):
         directory = parent(directory)
     if not is_directory(directory) or not os.access(local_path(directory), os.W_OK):
-        raise UserError(f"{option} {location} cannot be written: {directory} is not a writable directory")
+        raise UserError(
+            f"{option} {location} cannot be written: {directory} is not a writable directory; name "
+            "another file"
+        )
 
 
 def write_json_output(location: StrPath | None, value: object) -> None:
@@ -49,7 +52,9 @@ def write_output(location: StrPath, data: bytes, option: str) -> None:
     try:
         write_atomic(location, data)
     except OSError as error:
-        raise UserError(f"{option} {location} cannot be written: {os_reason(error)}") from None
+        raise UserError(
+            f"{option} {location} cannot be written: {os_reason(error)}; name another file"
+        ) from None
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """Read a dataset: a directory with a fixed, ordered list of rows; everything else in it is aligned to these rows.
 
     D/dataset.json                     rows, seed, sources, digests of the keys; written last
-    D/index/00000.array_record         record b = where the images of block b are
+    D/index/00000.array_record         record b = the places of the images of block b
     D/captions/00000.array_record      record b = the captions of block b
     D/tokens/<tokenizer>/              see `lit_fast.data.tokens`
     D/features/<tower>/                see `lit_fast.data.features`
@@ -195,7 +195,7 @@ def decode_block(record: bytes) -> Block:
 
 
 def compact_block(record: bytes) -> Block:
-    """Return what reading images needs of a block, in little memory: without captions, labels and languages."""
+    """Return the part of a block that reading images needs: without captions, labels and languages."""
     block = decode_block(record)
     sources, offsets, sizes, checks = (
         array("q", column) for column in (block.sources, block.offsets, block.sizes, block.checks)

@@ -120,7 +120,9 @@ class Features:
             if create and array.shape[0] < shape[0]:
                 array = array.resize(exclusive_max=shape, expand_only=True).result()
         except ValueError as error:
-            raise UserError(f"{self.path} cannot be opened: {tensorstore_reason(error)}") from None
+            raise UserError(
+                f"{self.path} cannot be opened: {tensorstore_reason(error)}; {self._remedy()}"
+            ) from None
         if list(array.shape) != shape:
             raise UserError(
                 f"{self.path} has {array.shape[0]:,} rows, {self.dataset.path} has {shape[0]:,}; {self._remedy()}"
@@ -234,7 +236,7 @@ class Features:
                 raise ValueError(f"rows {manifest.rows}")
             return manifest
         except UserError as error:
-            raise UserError(f"{error}; {remedy}") from None
+            raise UserError(f"{error.problem}; {remedy}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__} {error}; {remedy}") from None
 

@@ -125,7 +125,7 @@ def _lock(directory: str) -> Lock | None:
     except InUseError:
         raise
     except UserError as error:
-        status(f"the nearest neighbours are computed and not stored: {error}")
+        status(f"the nearest neighbours are computed and not stored: {error.problem}")
         return None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from lit_fast.errors import UserError, os_reason
+from lit_fast.errors import UserError, first_line, unreadable
 from lit_fast.storage.files import read_bytes
 from lit_fast.storage.paths import StrPath
 
@@ -50,7 +50,7 @@ class Tokenizer:
         try:
             processor.LoadFromSerializedProto(self.model)
         except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(f"not a sentencepiece model: {error}") from None
+            raise UserError(f"not a sentencepiece model ({first_line(error)}); give a .model file") from None
         return processor
 
     @property
@@ -109,7 +109,7 @@ def load_tokenizer(location: StrPath, max_length: int, padding: int | None = Non
     try:
         model = read_bytes(location)
     except OSError as error:
-        raise UserError(f"tokenizer {location} cannot be read: {os_reason(error)}") from None
+        raise unreadable(f"tokenizer {location}", error) from None
     try:
         return Tokenizer(model, max_length, padding)
     except UserError as error:

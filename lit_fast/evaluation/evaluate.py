@@ -69,7 +69,9 @@ def retrieval_evaluation(dataset: Dataset, invalid: InvalidRows = tuple) -> Eval
     Arguments and errors as for `zero_shot_evaluation`, with captions for labels.
     """
     if not dataset.captions:
-        raise UserError(f"dataset {dataset.path} has no captions for retrieval; choose a captioned one")
+        raise UserError(
+            f"dataset {dataset.path} has no captions for retrieval; choose a dataset with captions"
+        )
     counts = (n for block in dataset.iter_blocks() for n in block.captions)
     _check_rows(dataset, {row for row, n in enumerate(counts) if n}, invalid, "a caption")
     return partial(_retrieval, dataset)

@@ -52,7 +52,7 @@ def check_few_shot(train: Dataset, test: Dataset) -> None:
             )
         if len(dataset.classnames) == 1:
             raise UserError(
-                f"dataset {dataset.path} has one class; few-shot classification needs two or more"
+                f"dataset {dataset.path} has one class for few-shot classification; give one with two or more"
             )
     if train.classnames != test.classnames:
         raise UserError(

@@ -29,6 +29,6 @@ def resolve_labels(spec: str) -> str:
     urls = {key: row["url"] for key, row in known_evaluations().items() if row["task"] == "labels"}
     if spec not in urls:
         raise UserError(
-            f"--labels {spec} is no file; give a JSON file or one of the known labels: {', '.join(urls)}"
+            f"--labels {spec} is not a file; give a JSON file or one of the known labels: {', '.join(urls)}"
         )
     return cached_file(f"--labels {spec}", urls[spec], f"labels/{spec}.json")

@@ -160,7 +160,7 @@ def _read_lists(dataset: Dataset, file: StrPath, keys: list[str]) -> list[list[i
             )
         if not (isinstance(labels, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in labels)):
             raise UserError(
-                f"{file} has {str(labels)[:80]} for row {key!r}, which is no list of class numbers; give one"
+                f"{file} has {str(labels)[:80]} for row {key!r}, which is not a list of class numbers; give one"
             )
         lists.append(list(dict.fromkeys(labels)))
     return lists

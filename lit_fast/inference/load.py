@@ -141,7 +141,9 @@ def _load_exported(path: str, name: str) -> Model:
         version=int, step=int, average=bool, text=dict, loss=dict, tokenizer=dict,
     )  # fmt: skip
     if values["version"] != VERSION:
-        raise UserError(f"{config_path} has version {values['version']}; load it with a newer lit_fast")
+        raise UserError(
+            f"{config_path} has version {values['version']}, this version reads {VERSION}; update lit-fast"
+        )
     config = _read_config(config_path, values)
     length, pad_id = (_read_size(config_path, values["tokenizer"], key) for key in ("max_length", "pad_id"))
     tokenizer = load_tokenizer(tokenizer_path, length, pad_id)

@@ -99,7 +99,7 @@ class SearchServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def server_close(self) -> None:
-        """Close the server after the requests that it has received; of others no more is read."""
+        """Close the server after the requests that it has received; other requests are not read."""
         for connection in list(self._connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)

@@ -37,8 +37,8 @@ def text_tower(config: TextConfig, tokenizer: Tokenizer, out_dim: int) -> TextTo
     width = config.shape.width
     if not config.head and width != out_dim:
         raise UserError(
-            f"text.head = false needs a tower as wide as the features: set text.width = {out_dim} (it is {width}), "
-            f"or text.head = true"
+            f"text.head = false needs a text tower as wide as the features; set text.width = {out_dim} (it is "
+            f"{width}), or text.head = true"
         )
     return TextTower(
         shape=config.shape,

@@ -1,1 +1,1 @@
-"""HTML pages with charts and galleries, and what `lit-fast info` and `compare` print."""
+"""HTML pages with charts and galleries, and the text of `lit-fast info` and `compare`."""

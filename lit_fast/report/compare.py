@@ -117,7 +117,7 @@ def _read_config(path: StrPath) -> dict[str, Any]:
         raise UserError(f"{path} {problem}; give directories that lit-fast train made")
     config = json.loads(json.dumps(read_toml(file), default=str))  # TOML has dates, JSON does not
     if type(config.get("steps")) is not int:
-        raise UserError(f"{file} cannot be read: steps is no whole number")
+        raise UserError(f"{file} is damaged: steps is not a whole number; restore it")
     return config
 
 

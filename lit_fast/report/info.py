@@ -176,7 +176,7 @@ def _run(path: str) -> dict[str, Any]:
     try:
         steps, dataset = int(config["steps"]), str(config["dataset"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_file} cannot be read: {type(error).__name__} {error}") from None
+        raise UserError(f"{config_file} is damaged: {type(error).__name__} {error}; restore it") from None
     problems: list[str] = []
     file = join(path, "tower.json")
     tower = _guarded(file, problems, _selected, file, "name", "source", "identity", "width")

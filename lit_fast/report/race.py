@@ -60,7 +60,7 @@ def rank(runs: dict[str, Sequence[Record]], by: str = "") -> tuple[list[Standing
     ends = (by,) if by else (*_PREFERRED, "")
     chosen = next((name for end in ends for name in shared if name.endswith(end)), None)
     if chosen is None:
-        raise UserError(f"--by {by!r} is no figure of the runs; there are {', '.join(shared)}")
+        raise UserError(f"--by {by!r} is not a figure of the runs; choose from {', '.join(shared)}")
     return sorted(standings, key=lambda s: -s.mean(chosen)), chosen
 
 

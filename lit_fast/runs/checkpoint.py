@@ -108,13 +108,15 @@ def restore(
     try:
         restored = manager.restore(step, args=args)
     except Exception as error:  # Orbax raises Exception itself too
-        raise DamagedCheckpointError(f"checkpoint {location} cannot be read: {first_line(error)}") from None
+        raise DamagedCheckpointError(
+            f"checkpoint {location} cannot be read: {first_line(error)}; give another --step"
+        ) from None
     meta = restored["meta"]
     digests = meta.get("digests") if isinstance(meta, dict) else None
     for name in abstract_trees:
         if not isinstance(digests, dict) or digests.get(name) != digest(restored[name]):
             raise DamagedCheckpointError(
-                f"checkpoint {location} is damaged: {name} differs from what was saved"
+                f"checkpoint {location} is damaged: {name} differs from what was saved; give another --step"
             )
     return {name: restored[name] for name in abstract_trees}, meta
 
@@ -133,15 +135,15 @@ def restore_params(
     if is_bucket(run):
         step, run = cached_checkpoint(os.fspath(run), step, (name, "meta"))
     if not is_directory(join(run, "checkpoints")):
-        raise UserError(f"run {run} has no checkpoint yet")
+        raise UserError(f"run {run} has no checkpoint yet; wait until lit-fast train has saved one")
     manager = open_manager(run)
     try:
         steps = sorted(manager.all_steps())
         if not steps:
-            raise UserError(f"run {run} has no checkpoint yet")
+            raise UserError(f"run {run} has no checkpoint yet; wait until lit-fast train has saved one")
         if step is not None and step not in steps:
             raise UserError(
-                f"run {run} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+                f"run {run} has no checkpoint of step {step}; choose from {', '.join(map(str, steps))}"
             )
         step = steps[-1] if step is None else step
         return step, restore(manager, step, {name: abstract_params})[0][name]
@@ -164,12 +166,14 @@ def restore_last(
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             if not fetch(step):
-                raise DamagedCheckpointError(f"checkpoint {manager.directory}/{step} is damaged")
+                raise DamagedCheckpointError(
+                    f"checkpoint {manager.directory}/{step} is damaged; give another --step"
+                )
             return step, restore(manager, step, abstract_trees)[0]
         except DamagedCheckpointError as error:
             directory = str(manager.directory)
             damaged = join(parent(directory), "damaged")
-            status(f"warning: {error}; moved to {damaged}, continuing from the previous checkpoint")
+            status(f"warning: {error.problem}; moved to {damaged}, continuing from the previous checkpoint")
             if jax.process_index() == 0:
                 make_directory(damaged)
                 rename(join(directory, str(step)), join(damaged, f"{step}-{len(list_names(damaged))}"))

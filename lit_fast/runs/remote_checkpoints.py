@@ -118,7 +118,7 @@ def delete_checkpoint(run: str, step: int) -> None:
 
 
 def delete_incomplete_checkpoints(run: str) -> None:
-    """Delete what a killed process has left of checkpoints without a `.json`; call it with the lock of the run."""
+    """Delete the files of checkpoints without a `.json`, left by a killed process; call it with the lock of the run."""
     complete = stored_steps(run)
     for name in list_directories(join(run, "checkpoints")):
         if name.isdigit() and int(name) not in complete:
@@ -141,10 +141,10 @@ def cached_checkpoint(run: str, step: int | None, items: Collection[str]) -> tup
     for _ in range(_ATTEMPTS):
         steps = stored_steps(run)
         if not steps:
-            raise UserError(f"run {run} has no checkpoint yet")
+            raise UserError(f"run {run} has no checkpoint yet; wait until lit-fast train has saved one")
         if step is not None and step not in steps:
             raise UserError(
-                f"run {run} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+                f"run {run} has no checkpoint of step {step}; choose from {', '.join(map(str, steps))}"
             )
         chosen = steps[-1] if step is None else step
         marker = _marker(run, chosen)

@@ -44,17 +44,20 @@ _AWS_VARIABLES = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )  # fmt: skip
 
-_PROBLEMS = (  # in TensorStore's messages; those of the servers follow them
+_PROBLEMS = (  # pattern in TensorStore's message, which has that of the server at its end; problem; action
     (
         r"PERMISSION_DENIED|UNAUTHENTICATED|\b40[13]\b|AccessDenied|Forbidden",
-        "may not be used: check the credentials",
+        "may not be used",
+        "check the credentials",
     ),
-    (r"credentials|authenticat|authoriz", "may not be used: check the credentials"),
-    (r"CURL error", "cannot be reached: check the network"),
-    (r"NoSuchBucket|bucket does not exist", "does not exist: there is no such bucket"),
+    (r"credentials|authenticat|authoriz", "may not be used", "check the credentials"),
+    (r"CURL error", "cannot be reached", "check the network"),
+    (r"NoSuchBucket|bucket does not exist", "does not exist", "check the name of the bucket"),
+    (r"invalid \w+ bucket name", "has an invalid name", "check the name of the bucket"),
     (
         r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|\b(429|5\d\d)\b",
-        "does not answer, after several attempts",
+        "does not answer after several attempts",
+        "rerun the same command later",
     ),
 )
 
@@ -249,7 +252,7 @@ def _check_access(root: str) -> None:
     while not read.done():
         if time.monotonic() > deadline:
             raise UserError(
-                f"{root} does not answer within {_FIRST_SECONDS:.0f} s: check the network and the credentials"
+                f"{root} does not answer within {_FIRST_SECONDS:.0f} s; check the network and the credentials"
             )
         time.sleep(0.002)
     _wait(root, lambda: read)
@@ -265,8 +268,6 @@ def _wait(url: str, work: Callable[..., Any], *args: Any, **options: Any) -> Any
 
 def _refuse(url: str, error: Exception) -> NoReturn:
     text = str(error)
-    problem = next((problem for pattern, problem in _PROBLEMS if re.search(pattern, text, re.IGNORECASE)), "")
-    detail = first_line(error)[:200]
-    if not problem:
-        raise UserError(f"{url} cannot be used: {detail}") from error
-    raise UserError(f"{url} {problem} ({detail})") from error
+    found = (p for p in _PROBLEMS if re.search(p[0], text, re.IGNORECASE))
+    _, problem, action = next(found, ("", "cannot be used", "fix the cause, then rerun the same command"))
+    raise UserError(f"{url} {problem} ({first_line(error)[:200]}); {action}") from error

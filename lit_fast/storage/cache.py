@@ -50,7 +50,9 @@ def cache_directory() -> str:
         with suppress(FileExistsError):
             os.mkdir(directory, 0o700)
         if os.lstat(directory).st_uid != os.getuid():
-            raise UserError(f"cache {directory} belongs to another user; set LIT_FAST_CACHE to a directory")
+            raise UserError(
+                f"cache {directory} belongs to another user; set LIT_FAST_CACHE to a directory of yours"
+            )
     return directory
 
 
@@ -140,7 +142,7 @@ def _copy_in_parts(url: str, path: str, version: str) -> None:
                         file.write(buckets().read_range(url, start, None))
                     break
         if _version(url) != version:
-            raise UserError(f"{url} changed while it was copied; try again")
+            raise UserError(f"{url} changed while it was copied; rerun the same command")
 
 
 def cached_file(spec: str, url: str, path_in_cache: str, sha256: str = "") -> str:
@@ -164,7 +166,7 @@ def cached_file(spec: str, url: str, path_in_cache: str, sha256: str = "") -> st
     try:
         _download(url, path, sha256)
     except UserError as error:
-        raise UserError(f"{spec} cannot be downloaded: {error}; {action}") from None
+        raise UserError(f"{spec} cannot be downloaded: {error}, or {action}") from None
     return path
 
 
@@ -180,8 +182,10 @@ def _download(url: str, path: str, sha256: str) -> None:
             if size >= 1_000_000:
                 progress.close()
         if remote.stat(url) != (size, etag):
-            raise UserError(f"{url} changed while it was downloaded; try again")
+            raise UserError(f"{url} changed while it was downloaded; rerun the same command")
         expected = sha256 or (remote.md5(url) if url.startswith("http") else "")
         found = digest(temporary, "sha256" if sha256 else "md5")
         if expected and found != expected:
-            raise UserError(f"{url} has the digest {found}, not {expected}; try again, or give a local file")
+            raise UserError(
+                f"{url} has the digest {found}, not {expected}; rerun the same command, or give a local file"
+            )

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import io
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -21,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import IO, Any, NamedTuple, TypeVar
 
-from lit_fast.errors import UserError, os_reason
+from lit_fast.errors import UserError, unreadable
 from lit_fast.storage import remote
 from lit_fast.storage.paths import StrPath, absolute, is_bucket, is_url, join, parent, refuse_url
 
@@ -144,7 +145,7 @@ def size_and_etag(location: StrPath) -> tuple[int, str]:
     try:
         status = file_status(location)
     except OSError as error:
-        raise UserError(f"{location} cannot be read: {os_reason(error)}") from None
+        raise unreadable(location, error) from None
     if status.is_directory:
         return 0, ""
     if not status.is_file:  # a pipe can be read once and only in order
@@ -280,7 +281,7 @@ def open_read(location: StrPath) -> io.BufferedReader:
     try:
         return open(location, "rb")
     except OSError as error:
-        raise UserError(f"{location} cannot be read: {os_reason(error)}") from None
+        raise unreadable(location, error) from None
 
 
 def open_append(location: StrPath) -> IO[bytes]:
@@ -328,6 +329,18 @@ def replacing(location: StrPath) -> Iterator[str]:
         with suppress(OSError):  # a directory that became read-only; the first error counts
             remove(temporary)
     sync_path(parent(path))
+
+
+def remove_temporary_files(directory: StrPath) -> None:
+    """Delete what `replacing` left in a directory when its process was killed.
+
+    No other process may be writing there. The files with which processes compete for a lease are kept.
+    """
+    if is_bucket(directory):
+        return
+    for file in list_names(directory):
+        if re.fullmatch(r"\..+\.\d+\.tmp", file) and not file.startswith(".lock."):
+            remove(join(directory, file))
 
 
 @contextmanager
@@ -452,7 +465,7 @@ def read_whole(location: StrPath, limit: int) -> bytes | None:
     with open_read(location) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise UserError(f"{location} has more than {limit} bytes")
+        raise UserError(f"{location} has more than {limit:,} bytes; give a smaller file")
     return data
 
 

@@ -65,7 +65,7 @@ class Snapshot:
             if isinstance(cached, str):
                 return cached
             if cached is not None:  # known to be absent
-                raise AbsentError(f"{self} has no {name}")
+                raise AbsentError(f"{self} has no {name}; see {_page(self.repository, self.repo_type)}")
         options["local_files_only"] = offline()
         try:
             if max_bytes is not None:
@@ -91,11 +91,17 @@ class Snapshot:
         return f"hf:{'datasets/' if self.repo_type == 'dataset' else ''}{self.repository}{revision}"
 
 
+def _page(repository: str, repo_type: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repository}"
+
+
 def hub_problem(error: BaseException, repository: str, repo_type: str = "model", name: str = "") -> str:
     """Return the problem and the action for an exception of huggingface_hub, to follow the object in a message."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
-    page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repository}"
+    page = _page(repository, repo_type)
     option = " --repo-type dataset" if repo_type == "dataset" else ""
     action = f'run "hf download {repository}{option} --local-dir DIR" elsewhere and give DIR'
     match error:
@@ -110,7 +116,8 @@ def hub_problem(error: BaseException, repository: str, repo_type: str = "model",
         case errors.HFValidationError():
             return "is not the name of a repository; give OWNER/NAME"
         case errors.HfHubHTTPError():
-            return f"was refused by the server with status {error.response.status_code} ({page}); try again later"
+            status = error.response.status_code
+            return f"was refused by the server with status {status} ({page}); rerun the same command later"
     if offline() or isinstance(error, errors.OfflineModeIsEnabled):
         return f"is not in the cache and no request may be made (offline); {action}"
     return f"cannot be downloaded from {page}: {first_line(error.__cause__ or error)}; {action}"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lit_fast.errors import UserError, first_line
+from lit_fast.errors import UserError, first_line, unreadable
 from lit_fast.storage.files import (
     digest,
     is_file,
@@ -159,7 +159,7 @@ class HubDataset:
             remove(target)
             raise UserError(
                 f"{self.name} has {found.size:,} bytes of digest {found.sha256[:12]} in {path}, not {wanted.size:,} of "
-                f"{wanted.sha256[:12]}; it is damaged, pull another revision or ask its owner"
+                f"{wanted.sha256[:12]}; pull another revision, or ask its owner"
             )
         sync_path(target)
 
@@ -183,7 +183,7 @@ class HubDataset:
                 raised = raised.__cause__
             response = raised.response.status_code if isinstance(raised, errors.HfHubHTTPError) else 0
             if isinstance(error, OSError) and error.errno and error.filename:
-                raise UserError(f"{error.filename}: {error.strerror}") from None
+                raise unreadable(error.filename, error) from None
             absent = isinstance(raised, errors.RepositoryNotFoundError | errors.GatedRepoError)
             if response in (401, 403) and (self._action == "pushed" or not absent):
                 raise UserError(
@@ -195,7 +195,8 @@ class HubDataset:
                 raise UserError(f"{self.name} {hub_problem(raised, self.name, 'dataset', path)}") from None
             reason = first_line(raised)
             raise UserError(
-                f"{self.name} cannot be {self._action}: {reason} ({self.address}); fix the cause, then rerun"
+                f"{self.name} cannot be {self._action}: {reason} ({self.address}); fix the cause, then rerun "
+                "the same command"
             ) from None
 
 

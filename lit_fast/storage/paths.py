@@ -55,7 +55,7 @@ def refuse_url(location: StrPath) -> None:
         raise UserError(f"{location} is in a bucket, where this cannot be; give a local path")
     if scheme := _BUCKETS.get(location.partition(":")[0].lower()):
         raise UserError(
-            f"{location} is no URL of a bucket; write {scheme}://BUCKET/NAME, or ./{location} for a local path"
+            f"{location} is not a URL of a bucket; write {scheme}://BUCKET/NAME, or ./{location} for a local path"
         )
     raise UserError(
         f"{location} is a URL that cannot be used here; give a local path, gs://BUCKET/NAME or s3://BUCKET/NAME"

@@ -96,7 +96,7 @@ def read_whole(url: str, limit: int) -> bytes | None:
     if info is None or info.get("type") == "directory":
         return None
     if (info.get("size") or 0) > limit:
-        raise UserError(f"{url} has more than {limit} bytes")
+        raise UserError(f"{url} has more than {limit:,} bytes; give a smaller file")
     return _with_retries(url, lambda: _filesystem(url).cat_file(url), absent=True)
 
 
@@ -218,7 +218,9 @@ def _with_retries(url: str, work: Callable[[], T], *, absent: bool = False) -> T
             last = error
         if attempt < attempts - 1:
             time.sleep(PAUSE * 2**attempt * random.uniform(0.5, 1.5))  # random, so that threads spread
-    raise UserError(f"{url} cannot be read after several attempts: {first_line(last)}")
+    raise UserError(
+        f"{url} cannot be read after several attempts: {first_line(last)}; rerun the same command later"
+    )
 
 
 def _true_error(error: BaseException) -> BaseException:
@@ -243,14 +245,14 @@ def _permanent_problem(url: str, error: BaseException) -> str:
     status = next((s for c in causes if (s := _status(c))), 0)
     if isinstance(error, PermissionError) or names & _NO_CREDENTIALS or status in (401, 403):
         public = {"s3": "FSSPEC_S3_ANON=true", "gs": "FSSPEC_GS_TOKEN=anon"}.get(urlsplit(url).scheme)
-        hint = f"; for a public bucket set {public}" if public else ""
-        return f"may not be read ({status or first_line(error)}): check the credentials{hint}"
+        hint = f", or set {public} for a public bucket" if public else ""
+        return f"may not be read ({status or first_line(error)}); check the credentials{hint}"
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return "does not exist"
+        return "does not exist; check the address"
     if 400 <= status < 500 and status not in (408, 425, 429):
-        return f"cannot be read: its server answers {status}"
+        return f"cannot be read: its server answers {status}; check the address"
     if isinstance(error, (ValueError, TypeError)) and not status:
-        return f"cannot be read: {first_line(error)}"
+        return f"cannot be read: {first_line(error)}; check the address"
     return ""
 
 
@@ -266,7 +268,7 @@ def _hub_problem(url: str, causes: list[BaseException]) -> str | None:
 
     for cause in causes:
         if isinstance(cause, errors.EntryNotFoundError):
-            return "does not exist"
+            return "does not exist; check the address"
         status = cause.response.status_code if type(cause) is errors.HfHubHTTPError else 0
         if status in (408, 429) or status >= 500:
             return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lit_fast.errors import UserError, os_reason
+from lit_fast.errors import UserError, unreadable
 from lit_fast.storage.files import exists, read_bytes, read_whole, write_atomic
 from lit_fast.storage.paths import StrPath
 
@@ -22,7 +22,7 @@ def read_text(location: StrPath, limit: int = MAX_TEXT_BYTES) -> str | None:
     try:
         return None if data is None else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{location} cannot be read as UTF-8 text: {error}") from None
+        raise UserError(f"{location} is not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def read_lines(location: StrPath) -> tuple[str, ...]:
@@ -54,11 +54,11 @@ def read_json(location: StrPath) -> Any:
     try:
         return json.loads(read_bytes(location))
     except FileNotFoundError:
-        raise UserError(f"{location} does not exist") from None
+        raise UserError(f"{location} does not exist; restore it") from None
     except OSError as error:
-        raise UserError(f"{location} cannot be read: {os_reason(error)}") from None
+        raise unreadable(location, error) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{location} is damaged: not JSON ({error})") from None
+        raise UserError(f"{location} is damaged: not JSON ({error}); restore it") from None
 
 
 def read_object(location: StrPath, *keys: str, **types: type) -> dict[str, Any]:
@@ -69,13 +69,13 @@ def read_object(location: StrPath, *keys: str, **types: type) -> dict[str, Any]:
     """
     value = read_json(location)
     if not isinstance(value, dict):
-        raise UserError(f"{location} is damaged: it is not a JSON object")
+        raise UserError(f"{location} is damaged: it is not a JSON object; restore it")
     missing = [k for k in keys if k not in value]
     if missing:
-        raise UserError(f"{location} is damaged: {missing[0]} is missing")
+        raise UserError(f"{location} is damaged: {missing[0]} is missing; restore it")
     for key, kind in types.items():
         if key in value and type(value[key]) is not kind:
-            raise UserError(f"{location} is damaged: {key} is {str(value[key])[:80]!r}")
+            raise UserError(f"{location} is damaged: {key} is {str(value[key])[:80]!r}; restore it")
     return value
 
 

@@ -133,7 +133,7 @@ def read_pixels(
     except (ImageError, OSError) as error:
         where = image if isinstance(image, str | os.PathLike) else name
         reason = os_reason(error) if isinstance(error, OSError) else error
-        raise UserError(f"{where} cannot be embedded: {reason}") from None
+        raise UserError(f"{where} cannot be embedded: {reason}; give another image") from None
 
 
 def _open_image(image: ImageLike, preprocess: Preprocess, max_pixels: int) -> Image.Image:

@@ -118,7 +118,9 @@ def load_weights(files: TowerFiles) -> Weights:
         return load_timm(files.path, files.config, files.where)
     if files.kind == "transformers":
         return load_huggingface(files.path, files.config, files.where)
-    raise UnsupportedModelError(f"{files.where}: open_clip's models have no code of lit_fast's own")
+    raise UnsupportedModelError(
+        f"{files.where}: open_clip's models have no code of lit_fast's own; use --backend torch"
+    )
 
 
 def published_preprocess(

@@ -77,12 +77,16 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"preprocess method {self.method!r}; there are {', '.join(METHODS)}")
+            raise ValueError(
+                f"preprocess method {self.method!r} is unknown; choose from {', '.join(METHODS)}"
+            )
         if self.alpha not in ("drop", "white"):
-            raise ValueError(f"alpha {self.alpha!r}; there are drop, white")
+            raise ValueError(f"alpha {self.alpha!r} is unknown; choose from drop, white")
         default = _interpolation(self.method)
         if self.interpolation not in ("", *INTERPOLATIONS):
-            raise ValueError(f"interpolation {self.interpolation!r}; there are {', '.join(INTERPOLATIONS)}")
+            raise ValueError(
+                f"interpolation {self.interpolation!r} is unknown; choose from {', '.join(INTERPOLATIONS)}"
+            )
         if self.method == "tf-squash" and self.interpolation not in ("", default):
             raise ValueError(f"tf-squash is {default}; for interpolation {self.interpolation} use pil-squash")
         if self.method == "tf-squash" and self.reduced:

@@ -70,11 +70,11 @@ def huggingface(config: dict[str, Any], path: str, method: str | None = None) ->
         if known is None and method:
             return _with_method(method, config, config.get("crop_size") or config.get("size"))
         if known is None:
-            raise ValueError(f"image processor {name!r} is unknown; known are {', '.join(PROCESSORS)}")
+            raise ValueError(f"image processor {name!r} is not one of {', '.join(PROCESSORS)}")
         settings = known | {k: v for k, v in config.items() if v is not None}
         for key in ("do_pad", "do_flip_channel_order", "do_rescale_offset", "rescale_offset"):
             if settings.get(key):
-                raise ValueError(f"{key} cannot be done")
+                raise ValueError(f"{key} is not supported")
         if not settings.get("do_resize", True):
             raise ValueError("do_resize is false, but all images must get one size")
         if "crop_pct" in known:
@@ -84,7 +84,7 @@ def huggingface(config: dict[str, Any], path: str, method: str | None = None) ->
         if method == "hf-crop" and not settings.get("do_center_crop"):
             raise ValueError("short side without centre crop: the images would not be square")
         if method == "pil-squash" and (resize < size or (resize - size) // 2 != round((resize - size) / 2)):
-            raise ValueError(f"a centre crop of {size} out of {resize} x {resize} pixels cannot be done")
+            raise ValueError(f"a centre crop of {size} out of {resize} x {resize} pixels is not supported")
         mean, std = _normalization(settings)
         preprocess = Preprocess(method, size, resize, mean, std, _filter(settings["resample"]))
         return replace(preprocess, alpha="white" if settings["do_convert_rgb"] else "drop")
@@ -116,7 +116,7 @@ def timm(pretrained_cfg: dict[str, Any], path: str, method: str | None = None) -
             raise ValueError(f"crop_pct {fraction!r} is not a fraction")
         size = _pixels(shape[1], "input_size")
         if mode not in ("center", "squash"):
-            raise ValueError(f"crop_mode {mode!r}; there are 'center' and 'squash'")
+            raise ValueError(f"crop_mode {mode!r} is not 'center' or 'squash'")
         return Preprocess(
             "pil-crop" if mode == "center" else "pil-squash",
             size,
@@ -148,7 +148,7 @@ def open_clip(config: dict[str, Any], path: str, resolution: int | None = None) 
         methods = {"shortest": "pil-crop", "squash": "pil-squash"}
         mode = settings.get("resize_mode", "shortest")
         if mode not in methods:
-            raise ValueError(f"resize_mode {mode!r}; there are {', '.join(methods)}")
+            raise ValueError(f"resize_mode {mode!r} is not one of {', '.join(methods)}")
         mean, std = (_triple(settings.get(k, d), k) for k, d in zip(("mean", "std"), _OPENAI, strict=True))
         return Preprocess(methods[mode], size, size, mean, std, settings.get("interpolation", "bicubic"))
 
@@ -159,7 +159,7 @@ def _convnext(settings: dict[str, Any]) -> Preprocess:
     side = _pixels(size.get("shortest_edge") if isinstance(size, dict) else size, "size")
     mean, std = _normalization(settings)
     if settings.get("do_center_crop") or not _is_number(settings["crop_pct"]):
-        raise ValueError("a centre crop after that of crop_pct cannot be done")
+        raise ValueError("a centre crop after that of crop_pct is not supported")
     method, resize = ("pil-squash", side) if side >= 384 else ("hf-crop", int(side / settings["crop_pct"]))
     return Preprocess(method, side, resize, mean, std, _filter(settings["resample"]))
 

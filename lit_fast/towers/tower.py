@@ -36,6 +36,7 @@ from lit_fast.towers.trained import params_digest
 from lit_fast.utils.output import status
 from lit_fast.weights.parameters import Params, Weights
 from lit_fast.weights.positions import resample_positions
+from lit_fast.weights.reader import unusable_weights
 from lit_fast.weights.resolve import weights_digest
 
 # Larger values in a file would need more memory than any machine has.
@@ -164,7 +165,7 @@ def load_tower(
       UserError: there is no such file or name, no code computes the model, or an option does not fit it.
     """
     if resolution is not None and not 0 < resolution <= _MAX_RESOLUTION:
-        raise UserError(f"resolution {resolution} is not between 1 and {_MAX_RESOLUTION} pixels")
+        raise UserError(f"resolution must be between 1 and {_MAX_RESOLUTION} pixels, not {resolution}")
     if backend not in (None, "jax", "torch"):
         raise UserError(f"backend must be jax or torch, not {backend!r}")
     files = find_files(spec, arch)
@@ -175,7 +176,9 @@ def load_tower(
             if backend == "jax":
                 raise
             if not packages.installed("torchax"):
-                raise UserError(f"{error}; {packages.EXTRA} runs it through PyTorch's code") from None
+                raise UserError(
+                    f"{error.problem}; to use PyTorch's code for it run: {packages.EXTRA}"
+                ) from None
     if gelu is not None:
         raise UserError(f"gelu is for lit_fast's own ViTs, which {spec} is not here; leave it out")
     weights = load_weights(files) if files.kind == "npz" else None
@@ -214,9 +217,13 @@ def _load_vit(
     published = preprocess_at(None)
     size = resolution or published.size
     if size != published.size and size % patch:
-        raise UserError(f"resolution {size} is not a multiple of the tower's patch size {patch}")
+        raise UserError(
+            f"resolution {size} is not a multiple of the tower's patch size {patch}; use a multiple"
+        )
     if not 0 < size // patch <= _MAX_GRID:
-        raise UserError(f"{path}: {size} pixels are not between 1 and {_MAX_GRID} patches of {patch} pixels")
+        raise UserError(
+            f"resolution {size} is not 1 to {_MAX_GRID} patches of {patch} pixels; choose another --resolution"
+        )
     _check_resolution(resolution, published)
     positions = resample_positions(params["pos_embedding"], size // patch, weights.resampling)
     return Tower(
@@ -296,8 +303,8 @@ def _check_shapes(params: Params, a: Architecture, grid: int, path: str) -> None
     have = {k: v.shape for k, v in flatten_dict(params, sep="/").items()}
     for name in sorted(want.keys() | have.keys()):
         if name not in have:
-            raise UserError(f"{path}: {name} is missing")
+            raise unusable_weights(path, f"{name} is missing")
         if name not in want:
-            raise UserError(f"{path}: {name} is a parameter that this ViT does not have")
+            raise unusable_weights(path, f"{name} is a parameter that this ViT does not have")
         if want[name] != have[name]:
-            raise UserError(f"{path}: {name} has shape {have[name]}, the ViT needs {want[name]}")
+            raise unusable_weights(path, f"{name} has shape {have[name]}, the ViT needs {want[name]}")

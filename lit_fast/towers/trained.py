@@ -44,7 +44,9 @@ def load_trained(kind: str, path: str, record: dict[str, Any]) -> Weights:
       UserError: the run trained no image tower, or a file is damaged.
     """
     if record.get("architecture") != "vit":
-        raise UnsupportedModelError(f"the vision tower of {path} has no code of lit_fast's own")
+        raise UnsupportedModelError(
+            f"the vision tower of {path} has no code of lit_fast's own; use --backend torch"
+        )
     try:
         architecture = from_record(record)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Lines for the user: status on stderr, results on stdout. The only module that calls `print`.
 
-A line never fails for want of a character: a stream shows what it cannot encode as `\\xe9`. A stream that was closed
+A character that a stream cannot encode is shown as `\\xe9`. A stream that was closed
 before the start drops its lines. If the reader of a stream is gone, the process ends with the status of SIGPIPE.
 """
 
@@ -47,7 +47,7 @@ def write_status(text: str) -> None:
 
 
 def result(text: str) -> None:
-    """Print what a command was run for to stdout.
+    """Print the result of a command to stdout.
 
     Raises:
       UserError: stdout cannot be written, for example because it is a file on a full disk.
@@ -58,7 +58,7 @@ def result(text: str) -> None:
 
 
 def flush() -> None:
-    """Write what stdout still buffers; raises as `result`."""
+    """Write the text that stdout still buffers; raises as `result`."""
     _print_result("", "")
 
 
@@ -85,5 +85,5 @@ def failure(text: str) -> None:
 
 
 def _discard() -> None:
-    """Drop what the streams still buffer and all later lines: at exit Python would fail to write them."""
+    """Drop the buffered text and all later lines: at exit Python would fail to write them."""
     sys.stdout, sys.stderr = io.StringIO(), io.StringIO()

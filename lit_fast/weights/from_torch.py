@@ -9,9 +9,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lit_fast.errors import UserError
 from lit_fast.weights.parameters import Params
-from lit_fast.weights.reader import WeightsFile
+from lit_fast.weights.reader import WeightsFile, unusable_weights
 
 
 class BlockNames(NamedTuple):
@@ -40,8 +39,8 @@ def embedding(file: WeightsFile, name: str, bias: bool) -> Params:
     """
     kernel = file.take(f"{name}.weight", None, 3, None, None).transpose(2, 3, 1, 0)
     if kernel.shape[0] != kernel.shape[1]:
-        raise UserError(
-            f"{file.path}: patches of {kernel.shape[0]} x {kernel.shape[1]} pixels are not square"
+        raise unusable_weights(
+            file.path, f"patches of {kernel.shape[0]} x {kernel.shape[1]} pixels are not square"
         )
     width = kernel.shape[-1]
     return {
@@ -112,18 +111,18 @@ def blocks(file: WeightsFile, names: BlockNames, width: int, heads: int, qkv_bia
     number = re.compile(re.escape(names.block) + r"(\d{1,4})\.")
     found = {int(m[1]) for m in map(number.match, file.shapes) if m}
     if not found:
-        raise UserError(f"{file.path} has no blocks of a ViT: {names.block}0 is missing")
+        raise unusable_weights(file.path, f"no blocks of a ViT, {names.block}0 is missing")
     if len(found) != max(found) + 1:
         missing = min(set(range(max(found))) - found)
-        raise UserError(f"{file.path}: {names.block}{missing} is missing")
+        raise unusable_weights(file.path, f"{names.block}{missing} is missing")
     if type(heads) is not int or heads < 1 or width % heads:
-        raise UserError(f"{file.path}: a width of {width} cannot be split into {heads!r} heads")
+        raise unusable_weights(file.path, f"a width of {width} cannot be split into {heads!r} heads")
     layers = [_block(file, names, f"{names.block}{i}.", width, heads, qkv_bias) for i in range(len(found))]
 
     def stack(path: jax.tree_util.KeyPath, *arrays: np.ndarray) -> np.ndarray:
         if len({array.shape for array in arrays}) > 1:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UserError(f"{file.path}: {name} does not have the same shape in every block")
+            raise unusable_weights(file.path, f"{name} does not have the same shape in every block")
         return np.stack(arrays)
 
     return jax.tree_util.tree_map_with_path(stack, *layers)

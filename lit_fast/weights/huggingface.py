@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from lit_fast.errors import UnsupportedModelError, UserError
+from lit_fast.errors import UnsupportedModelError
 from lit_fast.weights.from_torch import BlockNames, attention, blocks, dense, embedding, mlp, norm, packed
 from lit_fast.weights.parameters import Params, Weights, architecture_of, square_grid
-from lit_fast.weights.reader import WeightsFile, open_safetensors
+from lit_fast.weights.reader import WeightsFile, open_safetensors, unusable_weights
 
 VIT_BLOCKS = BlockNames(
     "encoder.layer.",
@@ -102,7 +102,7 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
     if kind in ("clip", "siglip"):
         vision = config.get("vision_config")
         if not isinstance(vision, dict):
-            raise UserError(f"{where}: vision_config is missing")
+            raise unusable_weights(where, "vision_config is missing")
         kind, config = f"{kind}_vision_model", vision
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedModelError(
@@ -114,7 +114,7 @@ def load_huggingface(path: str, config: dict[str, Any], where: str) -> Weights:
     epsilon = config.get("layer_norm_eps", family.epsilon)
     gelu = config.get("hidden_act", family.gelu)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1e-2:
-        raise UserError(f"{where}: layer_norm_eps is {epsilon!r}")
+        raise unusable_weights(where, f"layer_norm_eps is {epsilon!r}, not a small positive number")
     if not isinstance(gelu, str) or gelu not in _ACTIVATIONS:
         raise UnsupportedModelError(
             f"{where}: hidden_act {gelu!r} is not supported; supported are {', '.join(_ACTIVATIONS)}"

@@ -22,8 +22,14 @@ from lit_fast.models.architecture import Architecture
 from lit_fast.storage.cache import local_copy
 from lit_fast.storage.files import open_read
 from lit_fast.storage.paths import StrPath
-from lit_fast.weights.parameters import Params, Weights, architecture_of, nested, square_grid
-from lit_fast.weights.reader import WeightsFile
+from lit_fast.weights.parameters import (
+    Params,
+    Weights,
+    architecture_of,
+    nested,
+    square_grid,
+)
+from lit_fast.weights.reader import WeightsFile, unusable_weights
 
 _PREFIXES = ("", "params/", "opt/target/", "img/", "params/img/", "opt/target/img/")
 # Arrays beside the tower: its classifier, the other tower, the optimizer, temperature and bias.
@@ -46,7 +52,7 @@ def load_npz(path: str) -> Weights:
     with open_npz(path) as file:
         prefix = next((p for p in _PREFIXES if f"{p}embedding/kernel" in file.shapes), None)
         if prefix is None:
-            raise UserError(f"{path} does not hold a ViT: embedding/kernel is missing")
+            raise unusable_weights(path, "no ViT, embedding/kernel is missing")
         names = _current_names({n.removeprefix(prefix): n for n in file.shapes if n.startswith(prefix)}, path)
         flat = stack_blocks(file, names, "Transformer")
         _fold_positions(flat, path)
@@ -64,7 +70,7 @@ def open_npz(path: StrPath) -> Iterator[WeightsFile]:
     """
 
     def refuse(error: object) -> UserError:
-        return UserError(f"{path} is not a readable .npz of plain arrays: {error}")
+        return unusable_weights(path, f"not a readable .npz of plain arrays ({error})")
 
     def read(name: str) -> np.ndarray:
         try:
@@ -88,7 +94,7 @@ def open_npz(path: StrPath) -> Iterator[WeightsFile]:
         entries = [e for e in archive.infolist() if e.filename.endswith(".npy")]
         unpacked = sum(e.file_size for e in entries)
         if unpacked > min(_BYTES_LIMIT, _SMALL + _RATIO_LIMIT * file.seek(0, os.SEEK_END)):
-            raise UserError(f"{path} unpacks to {unpacked / 2**30:.1f} GiB and is refused")
+            raise unusable_weights(path, f"unpacks to {unpacked / 2**30:.1f} GiB and is refused")
         shapes = {}
         for entry in entries:
             try:
@@ -133,7 +139,7 @@ def _current_names(names: dict[str, str], path: str) -> dict[str, str]:
         if not re.match(r"(embedding|Transformer|MAPHead_0)/|(cls|pos_embedding)$", current):
             continue
         if current in out:
-            raise UserError(f"{path}: {out[current]} and {name} are the same array")
+            raise unusable_weights(path, f"{out[current]} and {name} are the same array")
         out[current] = name
     return out
 
@@ -182,9 +188,9 @@ def stack_blocks(file: WeightsFile, names: dict[str, str], encoder: str) -> dict
     for leaf, found in parts.items():
         missing = sorted(set(range(depth)) - set(found))
         if missing:
-            raise UserError(f"{file.path}: encoderblock_{missing[0]}/{leaf} is missing")
+            raise unusable_weights(file.path, f"encoderblock_{missing[0]}/{leaf} is missing")
         if len({file.shapes[n] for n in found.values()}) > 1:
-            raise UserError(f"{file.path}: {leaf} does not have the same shape in every block")
+            raise unusable_weights(file.path, f"{leaf} does not have the same shape in every block")
         flat[f"{encoder}/encoderblock/{leaf}"] = np.stack([file.take(found[i]) for i in range(depth)])
     return flat
 
@@ -193,14 +199,18 @@ def _fold_positions(flat: dict[str, np.ndarray], path: str) -> None:
     """Add the class token's row of an old positional embedding to the class token, as big_vision does."""
     positions = flat.get("pos_embedding")
     if positions is None:
-        raise UserError(f"{path} does not hold a ViT: pos_embedding is missing")
+        raise unusable_weights(path, "no ViT, pos_embedding is missing")
     if positions.ndim != 3 or positions.shape[0] != 1:
-        raise UserError(f"{path}: pos_embedding has shape {positions.shape}, expected (1, tokens, width)")
+        raise unusable_weights(
+            path, f"pos_embedding has shape {positions.shape}, expected (1, tokens, width)"
+        )
     count, width = positions.shape[1:]
     if math.isqrt(count) ** 2 + 1 == count:
         if "cls" in flat:
             if flat["cls"].shape != (1, 1, width):
-                raise UserError(f"{path}: cls has shape {flat['cls'].shape}, the ViT needs {(1, 1, width)}")
+                raise unusable_weights(
+                    path, f"cls has shape {flat['cls'].shape}, the ViT needs {(1, 1, width)}"
+                )
             flat["cls"] = flat["cls"] + positions[:, :1]
         flat["pos_embedding"] = positions[:, 1:]
     square_grid(flat["pos_embedding"].shape[1], path)
@@ -209,13 +219,13 @@ def _fold_positions(flat: dict[str, np.ndarray], path: str) -> None:
 def _architecture(params: Params, path: str) -> Architecture:
     kernel = params["embedding"]["kernel"]
     if kernel.ndim != 4 or kernel.shape[0] != kernel.shape[1] or kernel.shape[2] != 3:
-        raise UserError(
-            f"{path}: embedding/kernel has shape {kernel.shape}, the ViT needs (patch, patch, 3, width)"
+        raise unusable_weights(
+            path, f"embedding/kernel has shape {kernel.shape}, the ViT needs (patch, patch, 3, width)"
         )
     try:
         a = architecture_of(params, "tanh" if "MAPHead_0" in params else "exact", 1e-6)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError):
-        raise UserError(f"{path} does not hold the encoder blocks of a ViT") from None
+        raise unusable_weights(path, "does not hold the encoder blocks of a ViT") from None
     if a.shape.width % a.shape.heads:
-        raise UserError(f"{path}: a width of {a.shape.width} cannot be split into {a.shape.heads} heads")
+        raise unusable_weights(path, f"a width of {a.shape.width} cannot be split into {a.shape.heads} heads")
     return a

@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 from lit_fast.errors import UserError
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.sizes import Shape
+from lit_fast.weights.reader import unusable_weights
 
 Params = dict[str, Any]
 
@@ -75,7 +76,7 @@ def nested(flat: dict[str, np.ndarray], path: str) -> Params:
     """
     groups = {group for name in flat for group in accumulate(name.split("/")[:-1], "{}/{}".format)}
     if both := sorted(groups & flat.keys()):
-        raise UserError(f"{path}: {both[0]} is both an array and a group of arrays")
+        raise unusable_weights(path, f"{both[0]} is both an array and a group of arrays")
     return unflatten_dict(flat, sep="/")
 
 

@@ -22,6 +22,11 @@ from lit_fast.storage.text_files import read_object
 _MAX_PARTS = 200
 
 
+def unusable_weights(path: object, problem: str) -> UserError:
+    """Return the error for weights that are not those of a model of lit_fast's own."""
+    return UserError(f"{path}: {problem}; give other weights")
+
+
 @dataclass
 class WeightsFile:
     """The arrays of one file, or of several that belong together.
@@ -45,23 +50,23 @@ class WeightsFile:
           UserError: it is missing, has another shape, or holds something else than finite numbers.
         """
         if name not in self.shapes:
-            raise UserError(f"{self.path}: {name} is missing")
+            raise unusable_weights(self.path, f"{name} is missing")
         have = self.shapes[name]
         if shape and (
             len(have) != len(shape) or any(w not in (None, h) for h, w in zip(have, shape, strict=True))
         ):
             wanted = ", ".join("any" if n is None else str(n) for n in shape)
-            raise UserError(f"{self.path}: {name} has shape {have}, the ViT needs ({wanted})")
+            raise unusable_weights(self.path, f"{name} has shape {have}, the ViT needs ({wanted})")
         if not math.prod(have):
-            raise UserError(f"{self.path}: {name} is empty: shape {have}")
+            raise unusable_weights(self.path, f"{name} is empty: shape {have}")
         array = self.read(name)
         self.taken.add(name)
         if array.dtype.name != "bfloat16" and array.dtype.kind not in "fiu":
-            raise UserError(f"{self.path}: {name} holds {array.dtype}, not numbers")
+            raise unusable_weights(self.path, f"{name} holds {array.dtype}, not numbers")
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused
             array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise UserError(f"{self.path}: {name} holds values that are not finite")
+            raise unusable_weights(self.path, f"{name} holds values that are not finite")
         return array
 
     def refuse_unused(self, ignored: Callable[[str], object]) -> None:
@@ -72,9 +77,8 @@ class WeightsFile:
         """
         unused = sorted(n for n in self.shapes if n not in self.taken and not ignored(n))
         if unused:
-            raise UserError(
-                f"{self.path} holds {unused[0]}, which this kind of ViT does not have ({len(unused)} such arrays)"
-            )
+            problem = f"holds {unused[0]}, which this kind of ViT does not have ({len(unused)} such arrays)"
+            raise unusable_weights(self.path, problem)
 
 
 def parts(path: StrPath) -> list[str]:
@@ -90,9 +94,9 @@ def parts(path: StrPath) -> list[str]:
     names = list(files.values()) if isinstance(files, dict) else []
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
-            raise UserError(f"{path} is damaged: {str(name)[:80]!r} is not a .safetensors file beside it")
+            raise unusable_weights(path, f"{str(name)[:80]!r} is not a .safetensors file beside it")
     if not 0 < len(set(names)) <= _MAX_PARTS:
-        raise UserError(f"{path} is damaged: weight_map names {len(set(names))} files")
+        raise unusable_weights(path, f"weight_map names {len(set(names))} files")
     return [join(parent(path), name) for name in sorted(set(names))]
 
 
@@ -109,14 +113,14 @@ def open_safetensors(path: StrPath) -> Iterator[WeightsFile]:
         files: dict[str, tuple[str, Any]] = {}
         for part in parts(path):
             if not is_file(part):
-                raise UserError(f"weights file {part} does not exist")
+                raise UserError(f"weights file {part} does not exist; restore it")
             try:  # the library checks the header against the size of the file
                 file = stack.enter_context(safe_open(local_copy(part, in_parts=True), framework="numpy"))
                 sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             except Exception as error:  # SafetensorError, OSError, and those of hostile headers
-                raise UserError(f"{part} is not a readable .safetensors: {error}") from None
+                raise unusable_weights(part, f"not a readable .safetensors ({error})") from None
             if twice := sizes.keys() & shapes.keys():
-                raise UserError(f"{path}: two parts hold {min(twice)}")
+                raise unusable_weights(path, f"two parts hold {min(twice)}")
             shapes |= sizes
             files |= dict.fromkeys(sizes, (part, file))
 
@@ -125,6 +129,6 @@ def open_safetensors(path: StrPath) -> Iterator[WeightsFile]:
             try:
                 return file.get_tensor(name)
             except Exception as error:  # also types that numpy does not have
-                raise UserError(f"{part}: {name} cannot be read: {error}") from None
+                raise unusable_weights(part, f"{name} cannot be read: {error}") from None
 
         yield WeightsFile(path, shapes, read)

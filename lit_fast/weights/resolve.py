@@ -181,7 +181,7 @@ def _fetch_tower(snapshot: Snapshot, optional: Sequence[str]) -> str:
         try:
             index = _fetch(snapshot, _INDEX)
         except AbsentError:
-            raise UserError(f"{absent}; only .safetensors weights are read") from None
+            raise UserError(f"{absent.problem}; choose a repository with .safetensors weights") from None
         for part in parts(index):
             _fetch(snapshot, name(part))
     return directory

@@ -23,7 +23,7 @@ from lit_fast.weights.huggingface import CLIP_BLOCKS
 from lit_fast.weights.npz import open_npz, stack_blocks
 from lit_fast.weights.open_clip import read_open_clip_text
 from lit_fast.weights.parameters import Params, nested
-from lit_fast.weights.reader import open_safetensors
+from lit_fast.weights.reader import open_safetensors, unusable_weights
 from lit_fast.weights.resolve import local_weights, weights_digest
 
 _ROOTS = ("", "params/", "opt/target/")
@@ -65,7 +65,7 @@ def read_text_weights(source: str) -> TextWeights:
     flat, loss = _read_npz(path) if suffix(path) == ".npz" else _read_safetensors(path)
     for name, array in loss.items():
         if array.size != 1:
-            raise UserError(f"{path}: {name} has shape {array.shape}, expected a single number")
+            raise unusable_weights(path, f"{name} has shape {array.shape}, expected a single number")
     params = nested(flat, path)
     loss = {name: array.reshape(1) for name, array in loss.items()}
     return TextWeights(source, path, weights_digest(path), params, loss)
@@ -118,7 +118,9 @@ def start_from(weights: TextWeights, fresh: Params) -> tuple[Params, str]:
     for name in sorted(have.keys() | want.keys()):
         shapes = [flat[name].shape if name in flat else None for flat in (have, want)]
         if shapes[0] != shapes[1]:
-            raise UserError(f"{weights.path}: {name} has shape {shapes[0]}, the text tower needs {shapes[1]}")
+            raise unusable_weights(
+                weights.path, f"{name} has shape {shapes[0]}, the text tower needs {shapes[1]}"
+            )
     if "t" in loss:
         notes.append(f"temperature {np.exp(loss['t'][0]):.4g}")
     if "b" in loss:
@@ -143,7 +145,7 @@ def _read_npz(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     second = flat.pop("Encoder_0/pos_embedding", None)
     if second is not None:  # some old runs added positions twice
         if second.shape != getattr(flat.get("pos_embedding"), "shape", None):
-            raise UserError(f"{path}: Encoder_0/pos_embedding does not have the shape of pos_embedding")
+            raise unusable_weights(path, "Encoder_0/pos_embedding does not have the shape of pos_embedding")
         flat["pos_embedding"] = flat["pos_embedding"] + second
     return flat, loss
 
@@ -158,7 +160,7 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     if kind in ("siglip", "siglip2"):
         text = config.get("text_config")
         if not isinstance(text, dict):
-            raise UserError(f"{where}: text_config is missing")
+            raise unusable_weights(where, "text_config is missing")
         config = text
     elif kind not in ("siglip_text_model", "siglip2_text_model"):
         raise UserError(f"{where}: model type {kind!r} has no supported text tower; give SigLIP or SigLIP 2")
@@ -166,7 +168,7 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     # TextTower has one activation and one epsilon, those of all published towers.
     for key, value in {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}.items():
         if config.get(key, value) != value:
-            raise UserError(f"{where}: {key} is {config[key]!r}; only {value!r} is supported")
+            raise unusable_weights(where, f"{key} is {config[key]!r}, but only {value!r} is supported")
     with open_safetensors(path) as file:
         prefix = "text_model." if any(n.startswith("text_model.") for n in file.shapes) else ""
         table = file.take(f"{prefix}embeddings.token_embedding.weight", None, None)
@@ -199,7 +201,7 @@ def _text_config(flat: Params, path: str) -> dict[str, Any]:
     def size(name: str, rank: int, axis: int) -> int:
         shape = flat[name].shape if name in flat else ()
         if len(shape) != rank:
-            raise UserError(f"{path} has no text tower: {name} has shape {shape or None}")
+            raise unusable_weights(path, f"no text tower, {name} has shape {shape or None}")
         return int(shape[axis])
 
     depth = size(f"{_BLOCK}LayerNorm_0/scale", 2, 0)
@@ -207,8 +209,8 @@ def _text_config(flat: Params, path: str) -> dict[str, Any]:
     width = size("pos_embedding", 3, 2)
     if "head/kernel" in flat and size("head/kernel", 2, 0) != width:
         shape = flat["head/kernel"].shape
-        raise UserError(
-            f"{path}: head/kernel has shape {shape}, expected {width} rows, the width of the tower"
+        raise unusable_weights(
+            path, f"head/kernel has shape {shape}, expected {width} rows, the width of the tower"
         )
     return {
         "text.width": width,

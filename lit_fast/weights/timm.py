@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lit_fast.errors import UnsupportedModelError, UserError
+from lit_fast.errors import UnsupportedModelError
 from lit_fast.weights.from_torch import BlockNames, attention, blocks, dense, embedding, mlp, norm, packed
 from lit_fast.weights.parameters import Params, Weights, architecture_of, square_grid
-from lit_fast.weights.reader import WeightsFile, open_safetensors
+from lit_fast.weights.reader import WeightsFile, open_safetensors, unusable_weights
 
 BLOCKS = BlockNames(
     "blocks.",
@@ -65,7 +65,7 @@ def load_timm(path: str, config: dict[str, Any], where: str) -> Weights:
         )
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, dict):
-        raise UserError(f"{where}: model_args is not an object")
+        raise unusable_weights(where, "model_args is not an object")
     unknown = arguments.keys() - _HARMLESS - {"num_heads", "act_layer", "global_pool"}
     if unknown:
         raise UnsupportedModelError(

@@ -58,7 +58,7 @@ def test_unknown_flags_name_the_nearest_key(tmp_path, capsys):
         in (capsys.readouterr().err)
     )
     assert main(["info", str(tmp_path), "--nope"]) == 2
-    assert "unrecognized arguments: --nope (see lit-fast --help)" in capsys.readouterr().err
+    assert "unrecognized arguments: --nope; see lit-fast --help" in capsys.readouterr().err
 
 
 def test_broken_pipe_ends_without_traceback():
@@ -90,11 +90,11 @@ def test_deleted_current_directory_is_a_line(tmp_path, monkeypatch, capsys):
             "f: Too many open files, of which this process may",
         ),
         (OSError(errno.EROFS, "Read-only file system", "f"), 2, "f: Read-only file system"),
-        (MemoryError(), 1, "out of memory: this process may use"),
+        (MemoryError(), 1, "this process is out of memory: it may use"),
         (
             ImportError("libx.so: failed to map segment from shared object"),
             1,
-            "out of memory: this process may",
+            "this process is out of memory: it may",
         ),
         (MachineError("process 1 is missing"), 1, "process 1 is missing"),
         (

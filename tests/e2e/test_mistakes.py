@@ -140,7 +140,7 @@ PLAN = "plan {p}/c.toml --topology "
         ("eval {p}/none --retrieval {p}/d", "run {p}/none does not exist"),
         ("eval {p}/d --retrieval {p}/d", "is not a run"),
         ("eval {p}/run --retrieval {p}/none", "dataset {p}/none does not exist"),
-        ("eval {p}/run --retrieval {p}/d --step 3", "no checkpoint of step 3; there are 2, 4"),
+        ("eval {p}/run --retrieval {p}/d --step 3", "no checkpoint of step 3; choose from 2, 4"),
         ("plan {p}/none.toml --topology cpu", "config {p}/none.toml does not exist"),
         ("plan {p}/c.toml", "required: --topology"),
         (PLAN + "v9:2x2", "chip 'v9' is unknown; write v4-8, v5litepod-4"),
@@ -150,10 +150,10 @@ PLAN = "plan {p}/c.toml --topology "
         (PLAN + "gpu:h100:0", "'0' is not a number of GPUs; write gpu:h100:8"),
         (PLAN + "gpu:h100:3", "16 is not divisible by the 3 devices"),
         (PLAN + "gpu:h100 --text.keep inputs --text.microbatches 3", "not divisible by text.microbatches 3"),
-        (PLAN + "gpu:h100 --mfu 33", "--mfu 33.0 must be above 0 and at most 1"),
+        (PLAN + "gpu:h100 --mfu 33", "--mfu must be above 0 and at most 1, such as 0.4, not 33.0"),
         (PLAN + "gpu:h100 --price nan", "--price nan: 'nan' is not a price"),
         (PLAN + "gpu:h100 --price v9=1", "chip 'v9' is unknown"),
-        (PLAN + "gpu:h100 --storage-price -1", "--storage-price -1.0 must be a price"),
+        (PLAN + "gpu:h100 --storage-price -1", "--storage-price must be a price in USD, not -1.0"),
         (PLAN + ",", "--topology names no slice"),
         (PLAN + "gpu:h100,l4 --largest-batch", "--largest-batch needs one slice"),
         (PLAN + "gpu:h100 --json {p}", "--json {p} is a directory"),
@@ -198,7 +198,7 @@ def test_damaged_file_is_named(capsys, directory, tmp_path):
     assert "00000.array_record is damaged" in damaged("d/tokens/words/00000.array_record", b"x" * 99, train)
     assert "tokenizer.model" in damaged("d/tokens/words/tokenizer.model", b"x", train)
     assert "zarr.json" in damaged("d/features/tower/zarr.json", b"{}", train)
-    assert "c.toml cannot be read" in damaged("c.toml", b"steps = = 3", train)
+    assert "c.toml is not TOML" in damaged("c.toml", b"steps = = 3", train)
     assert "unknown config key 'step' in" in damaged("c.toml", b"step = 3", train)
     assert "must be a whole number" in damaged("c.toml", b"steps = '3'", train)
     evaluate = "eval {p}/run --retrieval {p}/d"

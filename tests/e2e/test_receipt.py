@@ -360,7 +360,7 @@ def test_compare_of_a_damaged_run_is_refused(case, capsys, tmp_path):
     copy.mkdir()
     for content in ("steps = ", 'steps = "x"', "", "[steps]\na = 1", "\0"):
         (copy / "config.toml").write_text(content)
-        assert "copy/config.toml cannot be read" in mistake(case.run, copy)
+        assert "copy/config.toml is damaged" in mistake(case.run, copy)
     (copy / "config.toml").write_text("steps = 3")
     assert main(["compare", str(copy)]) == 0  # a run without metrics
     for content in ("{", "[]", '{"status": "x", "steps_done": "x", "hardware": 3}'):

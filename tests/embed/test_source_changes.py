@@ -158,7 +158,7 @@ def test_source_written_while_it_is_indexed_is_refused(
         write_tar(tmp_path / "a.tar", [3, 2, 1, 0])
 
     monkeypatch.setitem(formats.FORMATS, "tar", formats.Format(read_and_write, (".tar",)))
-    with pytest.raises(UserError, match=r"a\.tar has other content .*: it was written meanwhile"):
+    with pytest.raises(UserError, match=r"a\.tar has other content .*: it was written while it was read"):
         index_dataset([str(tmp_path / "a.tar")], tmp_path / "d")
     assert not (tmp_path / "d").exists()
 

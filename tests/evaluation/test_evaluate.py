@@ -250,7 +250,7 @@ def test_eval_prints_a_table_and_writes_json(
     assert main(["eval", str(run), "--zero-shot", d, "--step", "3", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["pretrained"] == "step 3"
     assert main(["eval", str(run), "--zero-shot", d, "--step", "4"]) == 2
-    assert "no checkpoint of step 4; there are 3, 7" in capsys.readouterr().err
+    assert "no checkpoint of step 4; choose from 3, 7" in capsys.readouterr().err
 
 
 def test_eval_into_directory_writes_a_file_per_result(run: Path, tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_eval_mistakes_are_found_before_loading_weights(
         (["--zero-shot", good.path, "--retrieval", uncaptioned.path], "/uncaptioned has no captions"),
         (["--zero-shot", good.path, bare.path], "/bare has no features of the run's tower tiny"),
         (["--retrieval", good.path, other.path], "/other has no features of the run's tower tiny"),
-        (["--retrieval", good.path, "--labels", "real"], "--labels and --classes are for --zero-shot E"),
+        (["--retrieval", good.path, "--labels", "real"], "--labels and --classes need --zero-shot E"),
         (["--zero-shot", good.path, "--labels", "unreal"], "one of the known labels: real"),
         (["--zero-shot", good.path, "--classnames", file], "/file is empty"),
         (["--zero-shot", good.path, "--templates", tmp_path], "is a directory; give a file with one name"),

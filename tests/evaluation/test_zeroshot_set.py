@@ -83,7 +83,7 @@ def test_zero_shot_set_with_labels_by_key_needs_no_own_labels(tmp_path: Path) ->
         ("a\nb\n\nc\nd\n", r"names\.txt is empty in line 3"),
         ("", r"names\.txt is empty"),
         ("a\nb\n??\nd\ne", r"names\.txt: class name '\?\?' \(number 2\)"),
-        (b"\xff\xfe", r"names\.txt cannot be read as UTF-8"),
+        (b"\xff\xfe", r"names\.txt is not UTF-8 text"),
     ],
 )
 def test_zero_shot_set_with_wrong_class_names_raises_user_error(
@@ -103,10 +103,10 @@ def test_zero_shot_set_with_wrong_class_names_raises_user_error(
         ({"k0": [0]}, None, r"has no entry for row 'k1'"),
         ({f"k{i}": [i + 2] for i in range(4)}, None, r"has label 5 but only 5 class names"),
         ({f"k{i}": [4] for i in range(4)}, None, r"of 4 images with labels in both, only 0 have"),
-        ({f"k{i}": i for i in range(4)}, None, r"has 0 for row 'k0', which is no list of class numbers"),
+        ({f"k{i}": i for i in range(4)}, None, r"has 0 for row 'k0', which is not a list of class numbers"),
         ({f"k{i}": [True] for i in range(4)}, None, r"has \[True\] for row 'k0'"),
         ({f"k{i}": [-1] for i in range(4)}, None, r"has \[-1\] for row 'k0'"),
-        ({f"k{i}": [1 << 70] for i in range(4)}, None, r"which is no list of class numbers"),
+        ({f"k{i}": [1 << 70] for i in range(4)}, None, r"which is not a list of class numbers"),
         (7, None, "is neither a JSON list of lists nor an object"),
         ("[[", None, "is damaged: not JSON"),
     ],

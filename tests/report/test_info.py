@@ -243,7 +243,7 @@ def test_info_of_incomplete_run_reports_problems(tmp_path: Path) -> None:
     for part in ("tower.json does not exist", "tokens.json is damaged", "dataset /no/such does not exist"):
         assert part in problems
     (run / "config.toml").write_text("steps = ")
-    with pytest.raises(UserError, match=r"config\.toml cannot be read"):
+    with pytest.raises(UserError, match=r"config\.toml is not TOML"):
         gather(run)
 
 

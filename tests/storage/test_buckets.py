@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -152,9 +153,9 @@ def test_problems_of_a_bucket_are_one_line_within_seconds(monkeypatch: pytest.Mo
             return str(raised.value)
 
         server.statuses = [403] * 50
-        assert "gs://bucket may not be used: check the credentials" in refused()
+        assert re.fullmatch(r"gs://bucket may not be used \(.*\); check the credentials", refused())
         server.statuses = [503] * 50
-        assert "gs://bucket does not answer, after several attempts" in refused()
+        assert "gs://bucket does not answer after several attempts" in refused()
         server.statuses = []
         server.absent_buckets = {"nobody"}
         assert "gs://nobody" in refused("gs://nobody/a")
@@ -193,7 +194,7 @@ def test_bucket_without_credentials_is_one_line(tmp_path: Path) -> None:
     with running_gcs() as server:
         server.fault = lambda method, path: 401
         *others, line = refusal("gs://bucket/d", tmp_path, TENSORSTORE_GCS_HTTP_URL=server.url)
-        assert line.startswith("lit-fast: error: gs://bucket may not be used: check the credentials")
+        assert line.startswith("lit-fast: error: gs://bucket may not be used (")
         assert len(others) == 1  # of TensorStore
         assert "gcloud auth application-default login" in others[0]
 
@@ -209,14 +210,14 @@ def test_bucket_whose_server_or_credentials_do_not_answer_is_one_line(tmp_path: 
             )
         for *_, line in outputs:
             assert line == (
-                "lit-fast: error: gs://bucket does not answer within 8 s: check the network and the credentials"
+                "lit-fast: error: gs://bucket does not answer within 8 s; check the network and the credentials"
             )
 
 
 @pytest.mark.parametrize("url", ["gs://b/d", "gs://UPPER/d", "s3://b/d", "gs://bad_/d", "s3://-/d"])
 def test_bucket_of_an_invalid_name_is_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    with pytest.raises(UserError, match=r"cannot be used: .*[Ii]nvalid"):
+    with pytest.raises(UserError, match=r"has an invalid name \(.*; check the name of the bucket$"):
         read_bytes(url)
 
 

@@ -54,7 +54,7 @@ def test_cached_file_a_right_digest_passes(server: Server, headers: dict[str, st
 def test_cached_file_a_refusal_is_one_line(server: Server, status: int, problem: str) -> None:
     server.answers["/f"] = Answer(status=status)
     with pytest.raises(
-        UserError, match=f"name cannot be downloaded: .*{problem}.*; download .* on another machine"
+        UserError, match=f"name cannot be downloaded: .*{problem}.*, or download .* on another machine"
     ) as caught:
         cached_file("name", f"{server.url}/f", "f")
     assert "\n" not in str(caught.value)
@@ -97,7 +97,9 @@ def test_cached_file_that_changes_meanwhile_is_refused(
         return found
 
     monkeypatch.setattr(server, "answer", change)
-    with pytest.raises(UserError, match="changed while it was downloaded; try again"):
+    with pytest.raises(
+        UserError, match="changed while it was downloaded; rerun the same command, or download"
+    ):
         cached_file("name", f"{server.url}/f", "f")
 
 

@@ -304,7 +304,7 @@ def test_choice_of_a_resumed_run_is_the_recorded_one(tpu, tmp_path, capsys, monk
     monkeypatch.setattr(attention, "platform_of", lambda mesh: "tpu")
     write_attention(tmp_path, AttentionChoice("xla", "a reason", differences={"embedding": float("nan")}))
     assert propose(TEXT, tmp_path, mesh) == AttentionChoice("xla", "a reason")
-    assert capsys.readouterr().err == "attention: XLA's form, with which this run began\n"
+    assert capsys.readouterr().err == "attention: XLA's form, as when this run started\n"
     (tmp_path / "attention.json").write_text("{")
     assert propose(TEXT, tmp_path, mesh) == PENDING
     assert "is damaged" in capsys.readouterr().err

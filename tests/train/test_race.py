@@ -65,7 +65,7 @@ def test_race_ranks_towers_and_keeps_finished_runs(
     race(data, out, "--towers", "tiny,wide", "--seeds", 2, "--by", "text_retrieval_recall@5")
     assert {p: p.stat().st_mtime_ns for p in out.rglob("receipt.json")} == before
     assert "text_retrieval_recall@5, %" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--by 'speed' is no figure of the runs; there are"):
+    with pytest.raises(UserError, match="--by 'speed' is not a figure of the runs; choose from"):
         race(data, out, "--towers", "tiny", "--seeds", 1, "--by", "speed")
 
 

@@ -143,7 +143,7 @@ def test_open_npz_of_false_headers_is_refused(tmp_path, data):
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.writestr("embedding/bias.npy", data)
     (tmp_path / "bad.npz").write_bytes(buffer.getvalue())
-    with pytest.raises(UserError, match=r"bad\.npz is not a readable \.npz of plain arrays"):
+    with pytest.raises(UserError, match=r"bad\.npz: not a readable \.npz of plain arrays"):
         load_tower(str(tmp_path / "bad.npz"))
 
 
@@ -167,7 +167,15 @@ def test_load_npz_of_damaged_bytes_is_refused_or_harmless(tiny_vit, tmp_path_fac
     load_or_refuse(path)
 
 
-@pytest.mark.parametrize("resolution", [10**9, -8, 0, 33])
-def test_load_tower_of_an_absurd_resolution_is_refused(tiny_vit, resolution):
-    with pytest.raises(UserError, match=f"resolution {resolution} is not"):
+@pytest.mark.parametrize(
+    ("resolution", "message"),
+    [
+        (10**9, r"resolution must be between 1 and 4096 pixels, not 1000000000$"),
+        (-8, r"resolution must be between 1 and 4096 pixels, not -8$"),
+        (0, r"resolution must be between 1 and 4096 pixels, not 0$"),
+        (33, r"resolution 33 is not a multiple of the tower's patch size 8; use a multiple$"),
+    ],
+)
+def test_load_tower_of_an_absurd_resolution_is_refused(tiny_vit, resolution, message):
+    with pytest.raises(UserError, match=message):
         load_tower(str(tiny_vit), resolution=resolution)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
 
 from lit_fast.config import StreamConfig
+from lit_fast.data.dataset import Dataset
 from lit_fast.data.features import Features
 from lit_fast.data.neighbours import Vectors, open_neighbours
 from lit_fast.data.tokens import Tokens
@@ -141,106 +142,179 @@ def open_stream(
     Raises:
       UserError: something is missing or does not belong together, or no row can be trained on.
     """
-    dataset, (process, processes) = images.dataset, part
+    dataset = images.dataset
     features = images if isinstance(images, Features) else None
     if dataset.rows >= 2**31:
         raise UserError(
             f"dataset {dataset.path} has {dataset.rows:,} rows; split it into datasets of at most 2^31 - 1"
         )
     invalid = images.invalid_rows()  # compares the digests
-    if config.global_batch % processes:
+    if config.global_batch % part[1]:
         raise UserError(
-            f"stream.global_batch {config.global_batch} is not divisible by {processes} processes; use a multiple"
+            f"stream.global_batch {config.global_batch} is not divisible by {part[1]} processes; use a multiple"
         )
-    captionless = np.empty(0, np.int64)
-    if dataset.captionless:
-        captionless = np.flatnonzero(np.concatenate([b.captions for b in dataset.iter_blocks()]) == 0)
-    unusable = np.union1d(captionless, np.array(list(invalid), np.int64))
-    usable_rows = dataset.rows - len(unusable)
-    if not usable_rows:
+    rows = _Rows(features, tokens, _unusable_rows(dataset, invalid), config, seed, *part)
+    if not rows.usable:
         raise UserError(f"dataset {dataset.path} has no row with a valid image and a caption; use another")
-    size = 2 * dataset.captions * tokens.meta["max_length"]
-    size += dataset.rows * images.row_bytes
-    identity: list[Any] = [
-        ORDER_VERSION, dataset.digest, images.identity, tokens.meta["identity"], seed, config.global_batch,
-        config.captions_per_image, hashlib.blake2b(unusable.tobytes(), digest_size=16).hexdigest(),
-    ]  # fmt: skip
     corruption = open_corruption(features, tokens, config, seed)
-    local_batch = config.global_batch // processes
-    new_images = BatchBuffers((local_batch, features.width)).empty if features else None
-    shuffle: Shuffle
+    size = 2 * dataset.captions * tokens.meta["max_length"] + dataset.rows * images.row_bytes
     memory = available_memory() if memory is None else memory
-    links = max(_LINKS, 2 * config.neighbours) if config.neighbours else 0
-    fits = size + 4 * links * usable_rows <= _MEMORY_SHARE * memory
-    if in_memory and not fits:
-        raise UserError(
-            f"dataset {dataset.path} was held in memory when this run started, {size / 2**30:.2f} GiB, and this "
-            f"machine may use {memory / 2**30:.2f} GiB; resume it on a larger one, or choose another --workdir"
-        )
     wanted = size <= config.memory_gib * 2**30
-    in_memory = wanted and fits if in_memory is None else in_memory
-    if links and not in_memory:
-        reason = (
-            f"this machine may use {memory / 2**30:.2f} GiB" if wanted else "that is above stream.memory_gib"
-        )
-        raise UserError(
-            f"stream.neighbours needs the dataset in memory: {dataset.path} has {size / 2**30:.2f} GiB, and {reason}; "
-            f"{'use a machine with more memory' if wanted else 'raise it'}, or set stream.neighbours = 0"
-        )
+    in_memory = _is_in_memory(rows, size, memory, wanted, in_memory)
     if in_memory:
-        reader, blocks = tokens.reader(), dataset.blocks
-        vectors = (
-            features.read_all(features.views).reshape(dataset.rows, features.views, -1) if features else None
-        )
-        usable = np.setdiff1d(np.arange(dataset.rows), unusable)
-        neighbours = None
-        how = "held in memory and shuffled exactly" if features else "shuffled exactly"
-        if links and features and vectors is not None:
-            mean = features.mean(invalid) if center else np.zeros(features.width, np.float32)
-            neighbours = open_neighbours(features, Vectors(vectors[:, 0], usable, mean), links, center=center)
-            digest = hashlib.blake2b(neighbours.data, digest_size=16).hexdigest()
-            identity += ["neighbours", GROUPS_VERSION, config.neighbours, digest]
-            how = f"held in memory, in groups of {config.neighbours} or more nearest images"
-        shuffle = ExactShuffle(
-            vectors,
-            read_captions(tokens, (reader.read(b) for b in range(dataset.blocks))),
-            usable,
-            config,
-            seed,
-            np.arange(process * local_batch, (process + 1) * local_batch),
-            new_images,
-            neighbours,
-        )
+        order = _exact_order(rows, invalid, center)
     else:
-        layout = plan_layout(dataset.rows, config)
-        if layout.streams % processes:
-            raise UserError(
-                f"{layout.streams} streams cannot be divided among {processes} processes; make "
-                "stream.shuffle_streams a multiple"
-            )
-        share = layout.streams // processes
-        streams = range(process * share, (process + 1) * share)
-        shuffle = WindowShuffle(features, tokens, unusable, layout, config, seed, streams, new_images)
-        identity += [config.shuffle_streams, config.shuffle_window_blocks]
-        how = f"streamed, shuffled in windows of {shuffle.window_rows:,} rows"
-        if wanted:
-            how += f", as this machine may use only {memory / 2**30:.2f} GiB of memory"
-        blocks = 2 * share * layout.window  # windows in use, and those that are read ahead
+        limit = f", as this machine may use only {memory / 2**30:.2f} GiB of memory" if wanted else ""
+        order = _window_order(rows, limit)
+    identity = [
+        ORDER_VERSION, dataset.digest, images.identity, tokens.meta["identity"], seed, config.global_batch,
+        config.captions_per_image, hashlib.blake2b(rows.unusable.tobytes(), digest_size=16).hexdigest(),
+        *order.identity,
+    ]  # fmt: skip
+    how = order.description
     if corruption:
         identity += corruption.identity
         how += f"; corrupted: {corruption.description}"
     pixels, prefetch = None, 4
     if isinstance(images, Images):
-        prefetch = images.prefetch(local_batch, memory)
-        buffers = BatchBuffers((local_batch, *images.shape), np.dtype(np.uint8))
-        pixels = Pixels(images, tokens, unusable, seed, config.captions_per_image, buffers, blocks, memory)
+        prefetch = images.prefetch(rows.local_batch, memory)
+        buffers = BatchBuffers((rows.local_batch, *images.shape), np.dtype(np.uint8))
+        pixels = Pixels(
+            images, tokens, rows.unusable, seed, config.captions_per_image, buffers, order.blocks, memory
+        )
         how += f"; {images.description}, up to {prefetch} batches ahead"
     views = f", {features.views} views each" if features and features.views > 1 else ""
-    skipped = f" ({len(unusable):,} without image or caption are skipped)" if len(unusable) else ""
+    left_out = len(rows.unusable)
+    skipped = f" ({left_out:,} without image or caption are skipped)" if left_out else ""
     return Stream(
         in_memory=in_memory,
-        batches=Batches(shuffle, corruption, process * local_batch, pixels),
+        batches=Batches(order.shuffle, corruption, rows.process * rows.local_batch, pixels),
         identity=hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
-        description=f"{usable_rows:,} rows{skipped}{views}, {size / 2**30:.2f} GiB, {how}",
+        description=f"{rows.usable:,} rows{skipped}{views}, {size / 2**30:.2f} GiB, {how}",
         prefetch=prefetch,
     )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a dataset and the part of each batch that this process reads."""
+
+    features: Features | None
+    tokens: Tokens
+    unusable: np.ndarray  # int64 [k], increasing: rows without image or caption
+    config: StreamConfig
+    seed: int
+    process: int
+    processes: int
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.tokens.dataset
+
+    @property
+    def usable(self) -> int:
+        return self.dataset.rows - len(self.unusable)
+
+    @property
+    def local_batch(self) -> int:
+        return self.config.global_batch // self.processes
+
+    @property
+    def links(self) -> int:
+        """Stored neighbours per row, 0 without `stream.neighbours`."""
+        return max(_LINKS, 2 * self.config.neighbours) if self.config.neighbours else 0
+
+    @property
+    def new_images(self) -> Callable[[], np.ndarray] | None:
+        """Return an array for the features of a batch; None without features."""
+        return BatchBuffers((self.local_batch, self.features.width)).empty if self.features else None
+
+
+class _Order(NamedTuple):
+    """An order of rows, chosen and opened."""
+
+    shuffle: Shuffle
+    identity: list[Any]  # of the order, beside that of the rows
+    description: str
+    blocks: int  # blocks in use and read ahead at a time
+
+
+def _unusable_rows(dataset: Dataset, invalid: Collection[int]) -> np.ndarray:
+    captionless = np.empty(0, np.int64)
+    if dataset.captionless:
+        captionless = np.flatnonzero(np.concatenate([b.captions for b in dataset.iter_blocks()]) == 0)
+    return np.union1d(captionless, np.array(list(invalid), np.int64))
+
+
+def _is_in_memory(rows: _Rows, size: int, memory: int, wanted: bool, before: bool | None) -> bool:
+    """Return whether to hold the dataset in memory.
+
+    Args:
+      rows: of the dataset.
+      size: bytes of features and ids.
+      memory: bytes that a process may use.
+      wanted: whether `stream.memory_gib` allows it.
+      before: as in the run that is resumed; None: a new run.
+
+    Raises:
+      UserError: the dataset has to be in memory and does not fit.
+    """
+    path = rows.dataset.path
+    fits = size + 4 * rows.links * rows.usable <= _MEMORY_SHARE * memory
+    if before and not fits:
+        raise UserError(
+            f"dataset {path} was held in memory when this run started, {size / 2**30:.2f} GiB, and this machine may "
+            f"use {memory / 2**30:.2f} GiB; resume it on a larger one, or choose another --workdir"
+        )
+    chosen = wanted and fits if before is None else before
+    if rows.links and not chosen:
+        reason = (
+            f"this machine may use {memory / 2**30:.2f} GiB" if wanted else "that is above stream.memory_gib"
+        )
+        raise UserError(
+            f"stream.neighbours needs the dataset in memory: {path} has {size / 2**30:.2f} GiB, and {reason}; "
+            f"{'use a machine with more memory' if wanted else 'raise it'}, or set stream.neighbours = 0"
+        )
+    return chosen
+
+
+def _exact_order(rows: _Rows, invalid: Mapping[int, str], center: bool) -> _Order:
+    features, config, dataset = rows.features, rows.config, rows.dataset
+    vectors = (
+        features.read_all(features.views).reshape(dataset.rows, features.views, -1) if features else None
+    )
+    usable = np.setdiff1d(np.arange(dataset.rows), rows.unusable)
+    neighbours, identity = None, []
+    how = "held in memory and shuffled exactly" if features else "shuffled exactly"
+    if rows.links and features and vectors is not None:
+        mean = features.mean(invalid) if center else np.zeros(features.width, np.float32)
+        compared = Vectors(vectors[:, 0], usable, mean)
+        neighbours = open_neighbours(features, compared, rows.links, center=center)
+        digest = hashlib.blake2b(neighbours.data, digest_size=16).hexdigest()
+        identity = ["neighbours", GROUPS_VERSION, config.neighbours, digest]
+        how = f"held in memory, in groups of {config.neighbours} or more nearest images"
+    reader = rows.tokens.reader()
+    captions = read_captions(rows.tokens, (reader.read(b) for b in range(dataset.blocks)))
+    positions = np.arange(rows.process * rows.local_batch, (rows.process + 1) * rows.local_batch)
+    shuffle = ExactShuffle(
+        vectors, captions, usable, config, rows.seed, positions, rows.new_images, neighbours
+    )
+    return _Order(shuffle, identity, how, dataset.blocks)
+
+
+def _window_order(rows: _Rows, limit: str) -> _Order:
+    config = rows.config
+    layout = plan_layout(rows.dataset.rows, config)
+    if layout.streams % rows.processes:
+        raise UserError(
+            f"{layout.streams} streams cannot be divided among {rows.processes} processes; make "
+            "stream.shuffle_streams a multiple"
+        )
+    share = layout.streams // rows.processes
+    streams = range(rows.process * share, (rows.process + 1) * share)
+    shuffle = WindowShuffle(
+        rows.features, rows.tokens, rows.unusable, layout, config, rows.seed, streams, rows.new_images
+    )
+    how = f"streamed, shuffled in windows of {shuffle.window_rows:,} rows{limit}"
+    identity = [config.shuffle_streams, config.shuffle_window_blocks]
+    return _Order(shuffle, identity, how, blocks=2 * share * layout.window)

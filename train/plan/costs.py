@@ -1,4 +1,4 @@
-"""What a run costs beside its steps: embedding, storage, checkpoints; and the prices of chips."""
+"""Costs of a run beside its steps: embedding, storage, checkpoints; and the prices of chips."""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ def plan_image_tower(config: Config) -> ImageTower | None:
             architecture, size = from_record(provenance), int(provenance["preprocess"]["size"])
         except (KeyError, TypeError, ValueError):
             raise UserError(
-                f"tower {provenance['name']} of {dataset.path} is no ViT that can be trained; name one with image.tower"
+                f"tower {provenance['name']} of {dataset.path} is not a ViT that can be trained; name one with "
+                "image.tower"
             ) from None
     else:
         known = any(tower.name == image.tower for tower in known_towers())
@@ -66,6 +67,6 @@ def _named(name: str, key: str) -> tuple[Architecture, int]:
     if plain and plain[1] in VARIANTS:
         return Architecture(VARIANTS[plain[1]], int(plain[2]), "tok", "tanh"), 224
     raise UserError(
-        f"config key {key}: {name!r} is no ViT that can be trained; lit-fast towers lists the names, a plain one is "
-        "written B/16"
+        f"config key {key}: {name!r} is not a ViT that can be trained; give a name of lit-fast towers, or a plain one "
+        "such as B/16"
     )

@@ -62,7 +62,7 @@ def canonical(name: str, option: str = "--topology") -> str:
         count = int(size or "1")
         if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
             raise UserError(
-                f"{option} {given}: {count} GPUs are no whole hosts of {GPUS_PER_HOST}; write for example "
+                f"{option} {given}: {count} GPUs are not whole hosts of {GPUS_PER_HOST}; write for example "
                 f"gpu:{chip}:{math.ceil(count / GPUS_PER_HOST) * GPUS_PER_HOST}"
             )
         return f"gpu:{chip}:{count}" if count > 1 else f"gpu:{chip}"

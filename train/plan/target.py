@@ -85,10 +85,12 @@ def open_target(topology: str) -> Target:
     except RuntimeError as error:
         if "not installed" in str(error):
             raise UserError(
-                f"--topology {given} needs the TPU compiler, which runs on any x86-64 Linux machine; pip install "
+                f"--topology {given} needs the TPU compiler, which runs on any x86-64 Linux machine; run: pip install "
                 "'lit-fast[tpu]'"
             ) from None
-        raise UserError(f"--topology {given} is refused by libtpu: {first_line(error)}") from None
+        raise UserError(
+            f"--topology {given} is refused by libtpu: {first_line(error)}; name another slice"
+        ) from None
     return Target(topology, chip, mesh.size, mesh)
 
 

@@ -37,7 +37,7 @@ def check_trackers(config: Config) -> None:
     for tracker in config.log.trackers:
         if tracker != "tensorboard" and importlib.util.find_spec(tracker) is None:
             raise UserError(
-                f'log.report_to names {tracker}, which is not installed; run pip install "lit-fast[{tracker}]" or '
+                f'log.report_to names {tracker}, which is not installed; run: pip install "lit-fast[{tracker}]" or '
                 f"remove {tracker} from log.report_to"
             )
 

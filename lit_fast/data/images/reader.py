@@ -93,13 +93,14 @@ class ImageReader:
                     return noise_image(offset, self._noise_size)
                 case "features":
                     raise UserError(
-                        f"{self._dataset.path} was imported as features and has no images; index them"
+                        f"{self._dataset.path} was imported as features and has no images; index the images "
+                        "as a dataset"
                     )
         except OSError as error:
             if is_shortage(error):
                 raise
             raise UserError(
-                f"{error.filename or source.path} cannot be read: {os_reason(error)}; restore it, then rerun "
+                f"{error.filename or source.path} cannot be read: {os_reason(error)}; restore it, then rerun the same "
                 "the command"
             ) from None
         raise UserError(f"{self._dataset.path} has a source of unknown kind {source.kind!r}; update lit-fast")

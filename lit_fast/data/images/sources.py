@@ -9,7 +9,7 @@ from dataclasses import replace
 from lit_fast.data.dataset import Dataset, Source
 from lit_fast.data.images.fingerprint import file_digest
 from lit_fast.data.images.noise import is_noise
-from lit_fast.errors import UserError, os_reason
+from lit_fast.errors import UserError, unreadable
 from lit_fast.storage import files as storage
 from lit_fast.storage.files import file_status, is_directory
 from lit_fast.storage.paths import ELSEWHERE, is_url, parent
@@ -65,7 +65,7 @@ def check_source(source: Source, dataset: str) -> None:
     """
     if source.kind == "features":
         raise UserError(
-            f"{dataset} was imported as features and has no images; to embed them, index the images as a dataset"
+            f"{dataset} was imported as features and has no images; index the images as a dataset"
         )
     if places := absent_places([source]):
         raise UserError(
@@ -76,7 +76,7 @@ def check_source(source: Source, dataset: str) -> None:
         change = find_change(source)
     except UserError as error:
         raise UserError(
-            f"source {source.path} of {dataset}: {error}; restore it, or if it has moved: lit-fast index "
+            f"source {source.path} of {dataset}: {error.problem}; restore it, or if it has moved: lit-fast index "
             f"--relocate OLD=NEW {dataset}"
         ) from None
     if change:
@@ -138,4 +138,4 @@ def _digest(path: str, size: int) -> str:
     try:
         return file_digest(path, size)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {os_reason(error)}") from None
+        raise unreadable(path, error) from None

@@ -134,7 +134,7 @@ def build(recipe: dict[str, Any]) -> Any:
 
 def _require(library: str) -> None:
     if library not in LIBRARIES:
-        raise UserError(f"no library {library!r} builds vision towers; there are {', '.join(LIBRARIES)}")
+        raise UserError(f"library {library!r} has no vision towers; choose from {', '.join(LIBRARIES)}")
     require("torchax")
     require(library)
 

@@ -140,13 +140,13 @@ def test_safetensors_file_becomes_features(dtype, tmp_path, capsys):
     x = vectors(30, dtype)
     save_file({"image": x, "text": x[::-1].copy(), "ids": np.arange(30)}, tmp_path / "x.safetensors")
     assert imports(tmp_path / "d", tmp_path / "x.safetensors") == 2
-    assert "has several that may be features (image, text); name one with --features" in error(capsys)
+    assert "has several candidates for features (image, text); name one with --features" in error(capsys)
     assert imports(tmp_path / "d", tmp_path / "x.safetensors", features="image") == 0
     np.testing.assert_array_equal(stored(tmp_path / "d")[2], x.astype(BFLOAT16))
     assert imports(tmp_path / "e", tmp_path / "x.safetensors", features="ids") == 2
     assert "holds I64 [30] in ids" in error(capsys)
     assert imports(tmp_path / "e", tmp_path / "x.safetensors", features="imago") == 2
-    assert "has no 'imago'; it has image" in error(capsys)
+    assert "has no 'imago'; choose from image" in error(capsys)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -263,19 +263,22 @@ NPY, SAFETENSORS = npy(vectors(20)), safetensors(a=vectors(20), b=np.arange(4))
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.npy": npy(np.zeros((3, 4), int))}, "features are floats"),
+        ({"a.npy": npy(np.zeros((3, 4), int))}, "save features as floats"),
         ({"a.npy": npy(np.array([{}, {}]))}, "not an .npy file of numbers"),
         ({"a.npy": npy(vectors(9))[:-1]}, "is damaged"),
         ({"a.npy": npy(vectors(9)), "b.npy": npy(vectors(9)[:, :5])}, "5 float32 a row"),
         ({"a.npy": npy(vectors(9)), "b.npy": npy(vectors(9, "f2"))}, "6 float16 a row"),
-        ({"a.npy": npy(vectors(9)), "b.safetensors": safetensors(x=vectors(9))}, "give --format"),
-        ({"a.safetensors": safetensors(x=vectors(9))[:-1]}, "is damaged or is no .safetensors file"),
+        ({"a.npy": npy(vectors(9)), "b.safetensors": safetensors(x=vectors(9))}, "choose one with --format"),
+        ({"a.safetensors": safetensors(x=vectors(9))[:-1]}, "is damaged or is not a .safetensors file"),
         ({"a.safetensors": safetensors(x=vectors(9)[0])}, "no tensor of floats"),
-        ({"a.safetensors": b"\xff" * 100}, "is damaged or is no .safetensors file"),
+        ({"a.safetensors": b"\xff" * 100}, "is damaged or is not a .safetensors file"),
         ({"a.parquet": parquet(x=[[1, 2]])}, "no column of lists of floats"),
         ({"a.parquet": parquet(x=[[1.0]], y=[[1.0]])}, "name one with --features"),
         ({"a.parquet": parquet(x=pa.array([None, []], KINDS["list"]))}, "no vector in x"),
-        ({"a.npy": npy(np.zeros((1, 70_000)))}, "70,000 numbers a row; features have at most 65,536"),
+        (
+            {"a.npy": npy(np.zeros((1, 70_000)))},
+            "70,000 numbers per row, more than 65,536; give features of a tower",
+        ),
         ({"a.parquet": parquet(x=[[1.0]])[:-9]}, "is damaged or is not a parquet file"),
         ({"a.txt": b""}, "holds no features"),
     ],
@@ -292,7 +295,7 @@ def test_files_that_hold_no_features_are_refused_in_one_line(files, message, tmp
 def test_sources_without_a_known_format_are_named(tmp_path, capsys):
     (tmp_path / "x.bin").write_bytes(b"x")
     for source, message in [
-        (tmp_path / "x.bin", "is no file of features by its name"),
+        (tmp_path / "x.bin", "does not have a suffix of features"),
         (tmp_path / "y.bin", "does not exist"),
         ("https://127.0.0.1/x.npy", "download it first"),
     ]:
@@ -302,7 +305,7 @@ def test_sources_without_a_known_format_are_named(tmp_path, capsys):
     assert imports(tmp_path / "d", tmp_path / "x.npy", features="x") == 2
     assert "has no names for --features x" in error(capsys)
     assert imports(tmp_path / "d", tmp_path / "x.npy", format="parquet") == 2
-    assert "is no .parquet or .pq file" in error(capsys)
+    assert "is not a .parquet or .pq file" in error(capsys)
 
 
 def test_interrupted_import_of_parquet_continues_to_the_same_bytes(tmp_path, monkeypatch):

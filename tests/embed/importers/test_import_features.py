@@ -283,13 +283,13 @@ def npy(shape, descr="'<f2'", order="False"):
     ("spoil", "message"),
     [
         (shorter_metadata, r"metadata_1.parquet has 4 rows, but .*img_emb_1.npy has 5 rows"),
-        (lambda p: (p / "metadata/metadata_1.parquet").unlink(), "has features of part 1 alone"),
-        (lambda p: (p / "img_emb/img_emb_1.npy").unlink(), "has metadata of part 1 alone"),
+        (lambda p: (p / "metadata/metadata_1.parquet").unlink(), "has features but no metadata of part 1"),
+        (lambda p: (p / "img_emb/img_emb_1.npy").unlink(), "has metadata but no features of part 1"),
         (lambda p: (p / "metadata/metadata_1.parquet").write_bytes(b"PAR1"), "not a parquet file"),
         (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.zeros((5, 13), "f2")), "13 float16 a row"),
         (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.zeros((5, 12), "f4")), "12 float32 a row"),
-        (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.zeros((5, 12), "i4")), "features are floats"),
-        (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.zeros(5, "f2")), "features are floats"),
+        (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.zeros((5, 12), "i4")), "save features as floats"),
+        (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.zeros(5, "f2")), "save features as floats"),
         (lambda p: np.save(p / "img_emb/img_emb_1.npy", np.array([{}] * 5)), "not an .npy file of numbers"),
         (lambda p: os.truncate(p / "img_emb/img_emb_1.npy", 200), "is damaged"),
         (lambda p: os.truncate(p / "img_emb/img_emb_1.npy", 50), "is damaged"),
@@ -299,7 +299,7 @@ def npy(shape, descr="'<f2'", order="False"):
         (lambda p: header(p, npy("(1000000000000000000, 12)")), "is damaged"),
         (lambda p: header(p, npy("(-5, 12)"), bytes(120)), "bytes are not those of|damaged"),
         (lambda p: header(p, npy("(5, 12)"), bytes(121)), "249 bytes are not those of"),
-        (lambda p: header(p, npy("(5, 0)")), "features are floats|is damaged"),
+        (lambda p: header(p, npy("(5, 0)")), "save features as floats|is damaged"),
         (lambda p: header(p, npy("(5, 12)", descr="'|O'"), bytes(480)), "not an .npy file of numbers"),
         (lambda p: header(p, "__import__('os').mkdir('made')"), "is damaged"),
         (lambda p: shutil.rmtree(p / "img_emb"), "has no img_emb/img_emb_0.npy"),
@@ -329,7 +329,7 @@ def test_what_is_there_already_is_not_touched(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
     assert "holds other files" in fails(capsys, tmp_path / "s", tmp_path / "full")
-    assert "cannot be a directory's name" in fails(capsys, tmp_path / "s", tmp_path / "e", tower="../x")
+    assert "cannot be the name of a directory" in fails(capsys, tmp_path / "s", tmp_path / "e", tower="../x")
     zeros = tmp_path / "zeros"
     clip_retrieval(zeros, (2,))
     np.save(zeros / "img_emb/img_emb_0.npy", np.zeros((2, WIDTH), "f2"))

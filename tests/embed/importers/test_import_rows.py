@@ -84,14 +84,14 @@ def test_unusable_rows_are_invalid_or_left_out_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (("k", VECTORS[0]), "row 3 is no tuple of key, vector and captions"),
-        ("kvc", r"row 3 is no tuple"),
+        (("k", VECTORS[0]), "row 3 is not a tuple of key, vector and captions"),
+        ("kvc", r"row 3 is not a tuple"),
         (("k", VECTORS[0][:4], "c"), r"row 3 \('k'\) has a vector of width 4, not 5"),
         (("k", VECTORS[:2], "c"), r"has a vector of float32 \[2, 5\]"),
         (("k", [1, 2, 3, 4, 5], "c"), r"has a vector of int64 \[5\]"),
         (("k", ["a"] * 5, "c"), r"has a vector of <U1"),
         (("k", None, "c"), r"has a vector of object \[\]"),
-        (("k", [[1.0], [1.0, 2.0]], "c"), "that is no array"),
+        (("k", [[1.0], [1.0, 2.0]], "c"), "that is not an array"),
     ],
 )
 def test_malformed_row_is_named_and_the_rows_before_are_kept(row, message, tmp_path):

@@ -205,7 +205,7 @@ def test_parts_are_chosen_and_added_later(made, hub, tmp_path, capsys):
     assert run("pull", REPOSITORY, p) == 0
     assert "has all of someone/pairs already" in capsys.readouterr().out
     for option, message in (
-        ("--tower", "has no features 'x'; it has tiny, twin"),
+        ("--tower", "has no features 'x'; choose from tiny, twin"),
         ("--tokenizer", "no tokens 'x'"),
     ):
         assert run("pull", REPOSITORY, tmp_path / "q", option, "x") == 2
@@ -267,7 +267,7 @@ def test_imported_features_are_shared_as_well(hub, tmp_path, capsys):
     assert run("pull", REPOSITORY, tmp_path / "p") == 0
     assert tree(tmp_path / "p/features/t/c") == tree(tmp_path / "d/features/t/c")
     assert open_dataset(tmp_path / "p").sources == open_dataset(tmp_path / "d").sources
-    assert "images are not here" not in capsys.readouterr().out
+    assert "images are not included" not in capsys.readouterr().out
     assert "Before it, make tokens: `lit-fast tokenize pairs" in files(hub)["README.md"].decode()
 
 
@@ -350,7 +350,7 @@ def test_files_that_are_no_part_of_a_dataset_are_refused(path, data, hub, tmp_pa
     }
     hub.add(HERE, {"lit_fast.json": json.dumps(manifest).encode(), path: data})
     assert run("pull", REPOSITORY, tmp_path / "in" / "d") == 2
-    assert "which is no file of a dataset" in error(capsys)
+    assert "which is not a file of a dataset; ask its owner" in error(capsys)
     assert os.listdir(tmp_path) in ([], ["hub"])
 
 
@@ -393,7 +393,7 @@ def test_damaged_repositories_are_refused_and_nothing_lands(made, hub, tmp_path,
     replace_file(hub, shard, whole[shard] + b"x", declared=False)
     pulled(f"bytes in {shard}, but its lit_fast.json states")
     replace_file(hub, shard, bytes(flipped), declared=False)
-    pulled("it is damaged, pull another revision or ask its owner")
+    pulled("; pull another revision, or ask its owner")
     replace_file(hub, shard, bytes(flipped))
     pulled("is damaged in its features tiny")
     replace_file(hub, "captions/00000.array_record", whole["index/00000.array_record"])

@@ -288,8 +288,12 @@ def test_missing_images_later(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "options", "message"),
     [
-        ("filepath,titel", {"captions": (("", "title"),)}, r"t.csv has no 'title'; it has titel, filepath"),
-        ("filepath,title", {"image": "filpath"}, r"t.csv has no 'filpath'; it has filepath, title"),
+        (
+            "filepath,titel",
+            {"captions": (("", "title"),)},
+            r"t.csv has no 'title'; choose from titel, filepath",
+        ),
+        ("filepath,title", {"image": "filpath"}, r"t.csv has no 'filpath'; choose from filepath, title"),
         ("filepath,title", {"label": "x"}, "has no 'x'"),
         ("filepath,title", {"key": "title"}, "--key is not for tables of image files"),
         ("url,caption", {}, "has only URLs .url.; download the images with img2dataset"),
@@ -429,7 +433,7 @@ def test_columns_of_tars(tmp_path: Path) -> None:
     }
     dataset = index(path, tmp_path / "d", image="left.jpg", **options)
     assert rows(dataset) == {"7": (["made", "txt"], ["en", "fr"], 3, FILES[1])}
-    with pytest.raises(UserError, match=r"0.tar has no 'captoin'; it has caption, "):
+    with pytest.raises(UserError, match=r"0.tar has no 'captoin'; choose from caption, "):
         index(path, tmp_path / "e", captions=(("", "captoin"),))
 
 

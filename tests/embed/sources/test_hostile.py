@@ -225,7 +225,7 @@ def test_deep_and_wrong_json(tmp_path: Path) -> None:
 def test_a_huge_coco_json_is_not_loaded(tmp_path: Path) -> None:
     with open(tmp_path / "c.json", "wb") as file:
         file.truncate(3 << 30)
-    with pytest.raises(UserError, match=r"JSON above 2 GiB is not read: make it a \.jsonl"):
+    with pytest.raises(UserError, match=r"but JSON above 2 GiB is not read; write it as \.jsonl"):
         items(tmp_path / "c.json")
 
 

@@ -70,8 +70,8 @@ def test_it_is_embedded_and_verified_like_any_other(noise, tiny_vit, capsys, mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["noise:0"], "a number of images from 1 to"),
-        (["noise:99999999999999999999999"], "a number of images from 1 to"),
+        (["noise:0"], "does not have 1 to 1,048,576 images"),
+        (["noise:99999999999999999999999"], "does not have 1 to 1,048,576 images"),
         (["noise:-1"], "does not exist"),
         (["noise:5", "--captions", "text"], "no columns that options could name"),
     ],

@@ -108,7 +108,7 @@ def test_a_named_column_is_taken_from_the_json(tmp_path: Path) -> None:
     root = write(tmp_path / "s", files)
     found = rows(index(root, tmp_path / "d", captions=(("en", "en"), ("de", "de")), label="id"))
     assert found == {"x.jpg": (["a dog", "ein Hund"], ["en", "de"], 3, FILES[0])}
-    with pytest.raises(UserError, match=r"has no 'fr'; it has .*en"):
+    with pytest.raises(UserError, match=r"has no 'fr'; choose from .*en"):
         index(root, tmp_path / "e", captions=(("", "fr"),))
     with pytest.raises(UserError, match=r"--key is not for image files"):
         index(root, tmp_path / "e", key="id")

@@ -55,7 +55,7 @@ def test_extra_that_is_missing_names_the_command(tmp_path: Path, monkeypatch: py
         tmp_path, backend="torch"
     )
     monkeypatch.setattr(packages, "installed", lambda name: False)
-    assert refusal(tmp_path).endswith("; pip install 'lit-fast[torch]' runs it through PyTorch's code")
+    assert refusal(tmp_path).endswith("; to use PyTorch's code for it run: pip install 'lit-fast[torch]'")
     assert "architecture resnet18 is not supported" in refusal(tmp_path, backend="jax")
     assert "pip install 'lit-fast[torch]'" in refusal("open_clip:ViT-B-32/openai")
 
@@ -189,7 +189,7 @@ def test_configuration_of_open_clip_that_is_damaged_is_refused(tmp_path: Path) -
     edit(config, model_cfg={"embed_dim": 3})
     assert "is not that of an open_clip model" in refusal(tmp_path)
     edit(config, **good | {"preprocess_cfg": {"resize_mode": "longest"}})
-    assert "resize_mode 'longest'; there are shortest, squash; give --preprocess" in refusal(tmp_path)
+    assert "resize_mode 'longest' is not one of shortest, squash; give --preprocess" in refusal(tmp_path)
 
 
 def test_configuration_of_transformers_that_is_damaged_is_refused(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_configuration_of_transformers_that_is_damaged_is_refused(tmp_path: Path
         config.write_text(good)
     processor = tmp_path / "preprocessor_config.json"
     edit(processor, image_processor_type="VJEPA2VideoProcessor")
-    assert "image processor 'VJEPA2VideoProcessor' is unknown; known are" in refusal(tmp_path)
+    assert "image processor 'VJEPA2VideoProcessor' is not one of" in refusal(tmp_path)
     assert load_tower(str(tmp_path), preprocess="pil-squash").preprocess.size == 32
 
 
@@ -253,5 +253,5 @@ def test_names_of_the_hub_are_resolved(hub: Hub, tmp_path: Path, monkeypatch: py
 def test_timm_weights_that_are_pickles_only_are_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     go_online(monkeypatch)
     hub.add("timm/resnet18.a1_in1k", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
-    assert refusal("timm:resnet18.a1_in1k").endswith("only .safetensors weights are read")
+    assert refusal("timm:resnet18.a1_in1k").endswith("choose a repository with .safetensors weights")
     assert not any("pytorch_model" in path for path in hub.downloads)

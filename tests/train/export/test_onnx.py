@@ -262,7 +262,7 @@ def test_check_unusable_files_weights_and_packages_raise(tokenizer, tiny_vit, tm
     for content, options, message in (
         (None, {"classes": bad}, "bad does not exist"),
         (b"\n \n", {"classes": bad}, "bad is empty"),
-        (b"\xff\xfe", {"classes": bad}, "bad cannot be read as UTF-8 text"),
+        (b"\xff\xfe", {"classes": bad}, "bad is not UTF-8 text"),
         (b"rose\n?!\n", {"classes": bad}, r"bad: class name '\?!' \(number 1\)"),
         (
             b"a rose\n",

@@ -54,7 +54,7 @@ def test_canonical_knows_the_names_of_the_clouds(name, topology, shown, hosts):
         ("h20", "did you mean h200?"),
         ("a3-highgpu-9g", "did you mean a3-highgpu-8g?"),
         ("gpu:h100:0", "'0' is not a number of GPUs; write gpu:h100:8"),
-        ("gpu:h100:12", "12 GPUs are no whole hosts of 8; write for example gpu:h100:16"),
+        ("gpu:h100:12", "12 GPUs are not whole hosts of 8; write for example gpu:h100:16"),
     ],
 )
 def test_canonical_refuses_unknown_names_with_near_ones(name, message):

@@ -179,7 +179,7 @@ def test_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     trackers.check_trackers(Config(log=LogConfig(report_to="tensorboard")))
     with pytest.raises(
-        UserError, match=r'run pip install "lit-fast\[trackio\]" or remove trackio from log.report_to'
+        UserError, match=r'run: pip install "lit-fast\[trackio\]" or remove trackio from log.report_to'
     ):
         trackers.check_trackers(Config(log=LogConfig(report_to="tensorboard,trackio")))
 
