@@ -32,7 +32,6 @@ from random import Random
 from benchmarks.faults_case import COMMANDS, Case, Ended, buckets_of, digests, forked, run
 
 KILLS = 4  # in a row, at most
-FLIPS_PER_FILE = 4
 _COLUMNS = {
     "kills": ("trials", "kills", "same bits"),
     "flips": ("flips", "found", "harmless"),
