@@ -5,8 +5,8 @@
 kills: `lit-fast COMMAND` is killed with SIGKILL after a random share of the time that it takes, up to four times; then
   the same command runs to its end. All files (of train: parameters, metrics and the list of checkpoints) must have
   the bits of a run that was not killed. In buckets the disk of the machine is lost at every third kill.
-flips-dataset, flips-run: one random bit of one file is inverted. `verify` or a reading command must end with a line that says so, or the
-  results must be those of the intact file.
+flips-dataset, flips-run: one random bit of one file is inverted. `verify` or a reading command must end with a line
+  that says so, or the results must be those of the intact file.
 full: the command runs on a file system of a random size that is too small (tmpfs, needs root). It must end with one
   line; with more space, the same command must complete to the same bits.
 
