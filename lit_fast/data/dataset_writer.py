@@ -24,7 +24,7 @@ from lit_fast.data.dataset import (
     open_dataset,
 )
 from lit_fast.data.records import RecordWriter
-from lit_fast.storage.files import list_names, remove_tree
+from lit_fast.storage.files import list_names, remove_temporary_files, remove_tree
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.storage.text_files import read_json, write_json
 
@@ -68,6 +68,7 @@ class DatasetWriter:
             )
             for name in ("index", "captions")
         )
+        remove_temporary_files(path)
         if grow:
             self._resume_after(grow, full_blocks)
 

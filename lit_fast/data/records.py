@@ -15,7 +15,14 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from lit_fast.errors import UserError
 from lit_fast.storage.cache import local_copy
-from lit_fast.storage.files import link_or_copy, list_names, make_directory, remove, replacing
+from lit_fast.storage.files import (
+    link_or_copy,
+    list_names,
+    make_directory,
+    remove,
+    remove_temporary_files,
+    replacing,
+)
 from lit_fast.storage.machine import cached_files
 from lit_fast.storage.paths import StrPath, join
 
@@ -41,6 +48,7 @@ class RecordWriter:
         for name in list_names(directory):
             if name.endswith(".array_record"):
                 remove(join(directory, name))
+        remove_temporary_files(directory)
         self._directory, self._count = directory, 0
         self._writer: ArrayRecordWriter | None = None
         self._file = ExitStack()  # the file that is being written

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import io
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -328,6 +329,18 @@ def replacing(location: StrPath) -> Iterator[str]:
         with suppress(OSError):  # a directory that became read-only; the first error counts
             remove(temporary)
     sync_path(parent(path))
+
+
+def remove_temporary_files(directory: StrPath) -> None:
+    """Delete what `replacing` left in a directory when its process was killed.
+
+    No other process may be writing there. The files with which processes compete for a lease are kept.
+    """
+    if is_bucket(directory):
+        return
+    for file in list_names(directory):
+        if re.fullmatch(r"\..+\.\d+\.tmp", file) and not file.startswith(".lock."):
+            remove(join(directory, file))
 
 
 @contextmanager

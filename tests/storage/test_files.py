@@ -13,6 +13,7 @@ from lit_fast.storage.files import (
     open_read,
     read_range,
     read_whole,
+    remove_temporary_files,
     replacing,
     replacing_directory,
     size_and_etag,
@@ -89,6 +90,15 @@ def test_replacing_directory_of_a_full_directory_raises_and_keeps_it(tmp_path: P
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_remove_temporary_files_keeps_all_others(tmp_path: Path) -> None:
+    kept = {"a", "a.1.tmp", ".b.tmp", ".lock", ".lock.12.tmp", ".c.1x.tmp"}
+    for name in kept | {".a.12.tmp", ".00000.array_record.7.tmp"}:
+        (tmp_path / name).touch()
+    remove_temporary_files(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    remove_temporary_files(tmp_path / "absent")
+
+
 def test_replacing_names_the_file_in_errors_of_writing(tmp_path):
     with (
         pytest.raises(OSError, match=r"No space left on device: '.*/f'") as raised,
