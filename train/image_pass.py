@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -37,12 +36,19 @@ def embed_pixels(
     image = trainable(image, config.image.keep, platform)
     head, mean = image_head(params), lax.stop_gradient(params["mean"])
 
-    def embed(pixels: jax.Array) -> jax.Array:
-        embeddings = normalize(image.features(image_tower_params(params), pixels) - mean)
+    rows = len(pixels) // config.image.microbatches
+
+    def embed(number: int | jax.Array) -> jax.Array:
+        part = lax.dynamic_slice_in_dim(pixels, number * rows, rows)
+        embeddings = normalize(image.features(image_tower_params(params), part) - mean)
         return embeddings if head is None else apply_head(embeddings, head, config.loss.precision)
 
-    recompute = config.image.keep == "embeddings"
-    return map_microbatches(embed, {"pixels": pixels}, config.image.microbatches, recompute)
+    if config.image.keep == "embeddings":  # of GradCache: the backward pass of a microbatch computes it again
+        embed = jax.checkpoint(embed)
+    if config.image.microbatches == 1:
+        return embed(0)
+    embeddings = lax.map(embed, jnp.arange(config.image.microbatches))
+    return embeddings.reshape(len(pixels), -1)
 
 
 def trainable(image: ImageTower, keep: str, platform: str) -> ImageTower:
@@ -65,26 +71,3 @@ def trainable(image: ImageTower, keep: str, platform: str) -> ImageTower:
         attention=xla_attention(a.shape.heads, joined=platform != "tpu"),
     )
     return replace(image, layers=EncoderLayers(encoder))
-
-
-def map_microbatches(
-    function: Callable[..., jax.Array], inputs: dict[str, jax.Array], microbatches: int, recompute: bool
-) -> jax.Array:
-    """Apply `function(**inputs)` to equal parts of the inputs, one after another.
-
-    Args:
-      function: from arrays [rows, ...] to an array [outputs, ...], each output of one row.
-      inputs: arrays [n, ...]; n is divisible by `microbatches`.
-      microbatches: number of parts.
-      recompute: store no residuals of a part; its backward pass computes the part again (GradCache).
-
-    Returns:
-      The outputs of all parts, concatenated.
-    """
-    if recompute:
-        function = jax.checkpoint(function)
-    if microbatches == 1:
-        return function(**inputs)
-    parts = jax.tree.map(lambda a: a.reshape(microbatches, -1, *a.shape[1:]), inputs)
-    outputs = lax.map(lambda part: function(**part), parts)
-    return outputs.reshape(-1, *outputs.shape[2:])

@@ -1,6 +1,7 @@
 """A trained image tower from the command line: train, evaluate, resume, embed with it, export, start from it."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,11 +14,16 @@ from lit_fast.data.dataset import open_dataset
 from lit_fast.data.features import open_features
 from lit_fast.models.two_towers import image_tower_params
 from lit_fast.runs.run import open_run
+from lit_fast.towers.tower import load_tower
 from lit_fast.train import loop
 from lit_fast.train.image_start import open_image_start
+from lit_fast.weights.text_towers import read_text_weights
 from tests.e2e.trainings import metrics
 from tests.helpers import picture, samples, tiny_vit_arrays, write_tar
+from tests.train.export.test_open_clip import loaded_by_open_clip
+from tests.train.export.test_transformers import loaded_by_transformers
 from tests.trained import command
+from tests.weights.families import normalized
 
 IMAGE = """[image]
 train = "unlocked"
@@ -197,25 +203,90 @@ def test_run_stopped_and_resumed_has_the_same_bits(case, monkeypatch):
     assert metrics(case / "r") == metrics(case / "s")
 
 
-@pytest.mark.parametrize("format_name", ["lit_fast", "big_vision", "onnx"])
-def test_export_has_the_trained_image_tower(case, format_name):
-    out = case / f"export_{format_name}"
-    more = ("--vision",) if format_name == "onnx" else ()
-    command("export", case / "r", "--out", out, "--format", format_name, *more)
+def by_lit_fast(folder, pixels, texts):
+    return embeddings(lit_fast.load(folder), pixels, texts)
+
+
+def by_big_vision_names(folder, pixels, texts):
+    """There is no package of big_vision: read again by its names."""
+    tower = load_tower(str(folder / "model.npz"), gelu="exact")
+    text = {"txt": read_text_weights(f"{folder / 'model.npz'}:txt").params}
+    model = lit_fast.load(folder.parent / "r")
+    other = replace(model, params=model.params | text, open_tower=lambda: tower)
+    return embeddings(other, pixels, texts)
+
+
+def by_transformers(folder, pixels, texts):
+    model, processor = loaded_by_transformers(folder)
+    import torch
+
+    inputs = processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        images = model.get_image_features(pixel_values=normalized(pixels)).pooler_output
+        found = images, model.get_text_features(**inputs).pooler_output
+    return [a / a.norm(dim=-1, keepdim=True) for a in found]
+
+
+def by_open_clip(folder, pixels, texts):
+    model, _, tokenizer = loaded_by_open_clip(folder)
+    import torch
+
+    with torch.no_grad():
+        return [
+            model.encode_image(normalized(pixels), normalize=True),
+            model.encode_text(tokenizer(texts), normalize=True),
+        ]
+
+
+def by_onnx(folder, pixels, texts):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    found = []
+    ids = lit_fast.load(folder.parent / "r").tokenizer(texts).astype(np.int64)
+    for name, inputs in (("vision", pixels), ("text", ids)):
+        session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        found.append(session.run(None, {session.get_inputs()[0].name: inputs})[0])
+    return found
+
+
+def embeddings(model, pixels, texts):
+    """Embeddings of pixels uint8 and of texts, float32."""
+    tower = model.tower
+    return model.embed_features(np.asarray(jax.jit(tower.embed)(tower.params, pixels))), model.embed_text(
+        texts
+    )
+
+
+@pytest.mark.parametrize(
+    ("format_name", "embed", "options"),
+    [
+        ("lit_fast", by_lit_fast, ()),
+        ("big_vision", by_big_vision_names, ()),
+        ("transformers", by_transformers, ()),
+        ("open_clip", by_open_clip, ("--nearest-pixels",)),
+        ("onnx", by_onnx, ("--vision",)),
+    ],
+)
+def test_export_embeds_images_and_texts_as_the_trained_run(case, format_name, embed, options):
+    out, texts = case / f"export_{format_name}", ["picture 3, caption 1", "b"]
+    command("export", case / "r", "--out", out, "--format", format_name, *options)
     model = lit_fast.load(case / "r")
-    images = [picture(1), picture(2)]
-    want = model.embed_image(images)
-    if format_name == "lit_fast":
-        np.testing.assert_array_equal(lit_fast.load(out).embed_image(images), want)
-        command("embed", case / "eval", "--tower", out, "--name", "exported", "--dtype", "float32")
-        stored = open_features(open_dataset(case / "eval"), "exported")
+    pixels = np.stack([model.tower.preprocess.apply(picture(i)) for i in range(3)])
+    want = embeddings(model, pixels, texts)
+    for got, wanted in zip(embed(out, pixels, texts), want, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)  # unit vectors, float32, two layers
+    pretrained = load_tower(str(case / "tiny.npz"))
+    before = replace(model, open_tower=lambda: pretrained)
+    assert np.abs(embeddings(before, pixels, texts)[0] - want[0]).max() > 1e-2
+
+
+def test_embed_takes_an_exported_average(case):
+    """`embed --tower RUN` takes the weights that eval and export take: the last ones, unless --average is given."""
+    command("export", case / "r", "--out", case / "average", "--average")
+    for tower, average in ((case / "average", True), (case / "r", False)):
+        command("embed", case / "eval", "--tower", tower, "--name", f"of-{average}", "--dtype", "float32")
+        stored = open_features(open_dataset(case / "eval"), f"of-{average}")
+        model = lit_fast.load(case / "r", average=average)
         assert stored.provenance["sha256"] == model.tower_json["sha256"]
-    elif format_name == "big_vision":
-        arrays = np.load(out / "model.npz")
-        kernel = arrays["params/img/embedding/kernel"]
-        np.testing.assert_array_equal(kernel, open_run(case / "r").params["img"]["embedding"]["kernel"])
-    else:
-        assert (out / "vision.onnx").exists()
 
 
 def test_scratch_trains_the_architecture_of_a_name_or_of_a_tower(case):
