@@ -251,7 +251,7 @@ def required_rows(lengths: np.ndarray, texts: int, row_tokens: int, multiple: in
     batch = np.minimum(batch + _DEVIATIONS * lengths.std() / texts**0.5, lengths.max())
     batch[-1] = lengths.max()
     rows = math.ceil(batch.sum() / row_tokens)
-    unit = 1 << max(0, rows.bit_length() - 5)  # 16 to 31 units
+    unit = 1 << max(0, rows.bit_length() - 4)  # 8 to 15 units: rows have divisors, for microbatches
     unit = unit if unit % multiple == 0 else multiple
     rows = _round_up(rows, unit)
     while np.append(batch, 0)[assign_rows(batch, rows)].sum(axis=1).max() > row_tokens:
