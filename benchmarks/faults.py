@@ -1,12 +1,12 @@
 """Break the commands: kills at random times, flipped bits, full disks. Prints a table of counts and all findings.
 
-    python -m benchmarks.faults [--kinds kills,flips,full] [--places file,gs,s3] [--commands index,...] [--seconds S]
+    python -m benchmarks.faults [--kinds KINDS] [--places file,gs,s3] [--commands index,...] [--seconds S]
 
 kills: `lit-fast COMMAND` is killed with SIGKILL after a random share of the time that it takes, up to four times; then
   the same command runs to its end. All files (of train: parameters, metrics and the list of checkpoints) must have
   the bits of a run that was not killed. In buckets the disk of the machine is lost at every third kill.
-flips: one random bit of one file is inverted. `verify` or a reading command must end with a line that says so, or the
-  results must be those of the intact file.
+flips-dataset, flips-run: one random bit of one file is inverted. `verify` or a reading command must end with a line
+  that says so, or the results must be those of the intact file.
 full: the command runs on a file system of a random size that is too small (tmpfs, needs root). It must end with one
   line; with more space, the same command must complete to the same bits.
 
@@ -32,7 +32,6 @@ from random import Random
 from benchmarks.faults_case import COMMANDS, Case, Ended, buckets_of, digests, forked, run
 
 KILLS = 4  # in a row, at most
-FLIPS_PER_FILE = 4
 _COLUMNS = {
     "kills": ("trials", "kills", "same bits"),
     "flips": ("flips", "found", "harmless"),
@@ -198,7 +197,10 @@ class Faults:
         """Invert bits in the files of a run that was stopped; the resumed training sees them, or ends as it would."""
         wanted, whole = self._whole("train", "")
         stopped = self.scratch / "stopped"
-        while not (stopped / "w/checkpoints/8").exists() or (stopped / "w/checkpoints/24").exists():
+        while (
+            not any((stopped / f"w/checkpoints/{step}").exists() for step in range(8, 24, 4))
+            or (stopped / "w/checkpoints/24").exists()
+        ):
             shutil.rmtree(stopped, ignore_errors=True)
             shutil.copytree(self.case.stage("train"), stopped / "d")
             words = self.case.words("train", str(stopped))
@@ -262,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kinds", default="kills,flips,full")
+    parser.add_argument("--kinds", default="kills,full,flips-dataset,flips-run")
     parser.add_argument("--places", default="file,gs,s3")
     parser.add_argument("--commands", default=",".join(COMMANDS))
     parser.add_argument("--seconds", type=float, default=60, metavar="S")
@@ -289,8 +291,9 @@ def main() -> None:
                     faults.kills(command, base, args.seconds)
         for command in commands if "full" in kinds else ():
             faults.full(command, args.seconds)
-        if "flips" in kinds:
+        if "flips-dataset" in kinds:
             faults.flips_in_dataset(args.seconds)
+        if "flips-run" in kinds:
             faults.flips_in_run(args.seconds)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -80,7 +80,7 @@ class Ended:
         if self.status < 0 and not self.killed:
             return f"the command died of signal {-self.status}"
         last = self.log.strip().splitlines()[-1:] or [""]
-        if self.status > 0 and not last[0].startswith("lit-fast: error: ") and "wrong" not in last[0]:
+        if self.status > 0 and not last[0].startswith("lit-fast: error: ") and " is WRONG in " not in last[0]:
             return f"status {self.status} without a line that says why: {last[0][:300]}"
         return ""
 

@@ -174,7 +174,8 @@ def differing(found: Found) -> list[str]:
 def essential() -> None:
     """Run ours and the rivals in the forms that were fastest on CPUs, each over the batch and with the wide tower.
 
-    One step of the large batches; the two dtypes of ours at 512 pairs, for `lit_fast.models.precision`.
+    One step of the large batches; the two dtypes of ours at 512 pairs, for `lit_fast.models.precision`; and 512 pairs
+    with padding masked, where ours are packed by their true lengths: the rivals compute the padding.
     """
     print(
         describe("jax", "flax", "optax", "torch", "open_clip_torch") + f", {fast_dtype('cpu')} by its flags"
@@ -197,6 +198,8 @@ def essential() -> None:
         for batch in (128, 2048, 8192):
             run(replace(start, batch=batch))
         run(replace(start, batch=32, **ONE_DAY))
+        for pack in (1, 4, 8) if start.rival == "ours" else (1,):
+            run(replace(start, masked=True, pack=pack))
     if wrong := differing(found):
         sys.exit("different work: " + "; ".join(wrong))
 

@@ -26,7 +26,7 @@ def faults(tmp_path: Path) -> Faults:
     [
         (0, "done", ""),
         (2, "x\nlit-fast: error: d is damaged; restore it", ""),
-        (1, "1 finding is wrong", ""),
+        (1, "d is WRONG in tokens words: 1 findings", ""),
         (-signal.SIGKILL, "half a li", ""),
         (0, "Traceback (most recent call last):\nValueError: x", "traceback: ValueError: x"),
         (2, "", "status 2 without a line"),

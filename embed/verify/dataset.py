@@ -61,7 +61,7 @@ def verify_dataset(
             stores.append(open_features(dataset, name))
         except UserError as error:
             remedy = "restore tower.json or embed under another --name"
-            findings += report([Finding(f"features {name}", str(error), remedy)])
+            findings += report([Finding(f"features {name}", error.problem, remedy)])
     for features in stores:
         found = report(verify_features(features, range(dataset.shards), sample))
         if repair and any(f.wrong for f in found):

@@ -47,7 +47,7 @@ def verify_features(features: Features, shards: Iterable[int], sample: int) -> I
         array = features.array()
     except UserError as error:
         if not has_grown:  # an array of fewer rows is no second finding
-            yield Finding(part, str(error), repair_remedy(features))
+            yield Finding(part, error.problem, repair_remedy(features))
         return
     readable: list[Manifest] = []
     progress = Progress(f"verify {features.tower}", sum(m.rows for m in manifests), "rows")

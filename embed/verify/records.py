@@ -24,7 +24,7 @@ def verify_records(dataset: Dataset) -> Iterator[Finding]:
             tokens.tokenizer()
             stores.append(tokens)
         except UserError as error:
-            yield Finding(f"tokens {name}", str(error), _tokenize_again(dataset))
+            yield Finding(f"tokens {name}", error.problem, _tokenize_again(dataset))
     index, captions = dataset.index_reader(), dataset.captions_reader()
     token_readers = [tokens.reader() for tokens in stores]
     counted = {"rows": 0, "captions": 0, "captionless": 0, "labelled": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import resource
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 _CGROUPS = "sys/fs/cgroup"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h of glibc
 
 
 def cpu_count(root: str = "/") -> int:
@@ -80,6 +82,28 @@ def has_nvidia_gpu(root: str = "/") -> bool:
     except OSError:
         return False
     return any(name == "dxg" or (name.startswith("nvidia") and name[6:].isdecimal()) for name in names)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next allocation, instead of returning it to the system.
+
+    XLA allocates the temporaries of a step on CPUs in each step. The system would clear every page of them again.
+    Call it before other threads start: one arena serves all, as only that of the main thread can keep large blocks.
+    A choice of the user's in the environment is left alone.
+    """
+    chosen = (
+        "MALLOC_ARENA_MAX",
+        "MALLOC_MMAP_MAX_",
+        "MALLOC_TRIM_THRESHOLD_",
+        "GLIBC_TUNABLES",
+        "LD_PRELOAD",
+    )
+    if any(os.environ.get(name) for name in chosen):
+        return
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+            mallopt(option, value)
 
 
 def raise_open_file_limit() -> None:

@@ -1,6 +1,7 @@
 """The limits of the machine that a process runs in."""
 
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -147,3 +148,33 @@ def test_has_nvidia_gpu_by_the_devices_of_its_driver(tmp_path, names, found):
         (tmp_path / "dev").mkdir(exist_ok=True)
         (tmp_path / "dev" / name).touch()
     assert has_nvidia_gpu(str(tmp_path)) == found
+
+
+FAULTS = """
+import resource, threading
+from lit_fast.storage.machine import keep_freed_memory
+
+keep_freed_memory()
+
+def allocate():
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        bytearray(64 * 2**20)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+faults = []
+thread = threading.Thread(target=allocate)
+thread.start()
+thread.join()
+print(faults[-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such options")
+@pytest.mark.parametrize("chosen", [False, True])
+def test_keep_freed_memory_in_a_thread_reuses_a_large_block_unless_the_user_chose(chosen):
+    names = ("GLIBC_TUNABLES", "LD_PRELOAD")
+    environment = {k: v for k, v in os.environ.items() if k not in names and not k.startswith("MALLOC_")}
+    environment |= {"MALLOC_ARENA_MAX": "4"} if chosen else {}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True)
+    assert (int(done.stdout) > 10_000) == chosen, done.stderr  # of 16,384 pages

@@ -103,7 +103,7 @@ SENSE = {"method": "pil-crop", "size": 224, "resize": 248}
         ({"size": 224.0}, "size is 224.0"),
         ({"size": True}, "size is True"),
         ({"resize": 10**9}, "resize is 1000000000"),
-        ({"interpolation": "cubic"}, "there are nearest"),
+        ({"interpolation": "cubic"}, "choose from nearest"),
         ({"method": "tf-squash", "interpolation": "bicubic"}, "tf-squash is bilinear"),
         ({"method": "tf-squash", "reduced": True}, "reduced"),
         ({"mean": (0.5, 0.5)}, "mean is"),

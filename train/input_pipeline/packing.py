@@ -2,9 +2,9 @@
 
 Strategy. The number of rows of a step and their length are compiled into it, so they never change, and neither does
 the number of places of a row, k. Captions are assigned to rows such that all have nearly the same number of tokens: the
-longest captions first, each to the row with the fewest tokens. A row may have fewer captions than places; the rest of
-its places are captions of no token. `required_rows` finds the number of rows once, from a sample of the captions. Each
-device packs its own captions.
+longest captions first, each to the row with the fewest tokens; then rows exchange captions. A row may have fewer
+captions than places; the rest of its places are captions of no token. `required_rows` finds the number of rows once,
+from a sample of the captions. Each device packs its own captions.
 
 Rows have about `text.pack` captions. The length of long ones is a multiple of 128, the lanes of a TPU's register.
 
@@ -42,6 +42,7 @@ _LANES = 128
 _SUBLANES = 16  # of bfloat16
 _SAMPLE_BLOCKS = 64  # blocks of 1024 rows; the rows are in random order
 _SAMPLE_CAPTIONS = 4  # of each of their rows
+_EXCHANGES = 3  # between rows; more change little
 _DEVIATIONS = 5  # standard deviations of a batch's mean length that the rows have room for
 
 
@@ -125,8 +126,8 @@ def true_lengths(ids: np.ndarray, eos_id: int) -> np.ndarray:
 def assign_rows(lengths: np.ndarray, rows: int) -> np.ndarray:
     """Assign captions to rows: return positions int64 [rows, k] in `lengths` [n], k = n / rows, rounded up.
 
-    From the longest to the shortest, each caption goes to the row with the fewest tokens that has a place. Places
-    that are left have the position n.
+    From the longest to the shortest, each caption goes to the row with the fewest tokens that has a place. Then the
+    longest rows exchange captions with the shortest ones. Places that are left have the position n.
     """
     n = len(lengths)
     table = np.full((rows, -(-n // rows)), n)
@@ -143,6 +144,18 @@ def assign_rows(lengths: np.ndarray, rows: int) -> np.ndarray:
         tokens[chosen] += lengths[captions]
         count[chosen] += 1
         done += len(captions)
+    half, lengths = rows // 2, np.append(lengths, 0)
+    for _ in range(_EXCHANGES):
+        order = np.argsort(tokens, kind="stable")
+        short, long = order[:half], order[::-1][:half]
+        gap, ours, theirs = tokens[long] - tokens[short], lengths[table[long]], lengths[table[short]]
+        left = np.abs(gap[:, None, None] - 2 * (ours[:, :, None] - theirs[:, None, :]))
+        left = left.reshape(half, table.shape[1] ** 2)
+        a, b = np.divmod(left.argmin(axis=1), table.shape[1])
+        less = left.min(axis=1) < gap
+        long, short, a, b = long[less], short[less], a[less], b[less]
+        table[long, a], table[short, b] = table[short, b], table[long, a]
+        tokens = lengths[table].sum(axis=1)
     return table
 
 
@@ -238,7 +251,7 @@ def required_rows(lengths: np.ndarray, texts: int, row_tokens: int, multiple: in
     batch = np.minimum(batch + _DEVIATIONS * lengths.std() / texts**0.5, lengths.max())
     batch[-1] = lengths.max()
     rows = math.ceil(batch.sum() / row_tokens)
-    unit = 1 << max(0, rows.bit_length() - 5)  # 16 to 31 units
+    unit = 1 << max(0, rows.bit_length() - 4)  # 8 to 15 units: rows have divisors, for microbatches
     unit = unit if unit % multiple == 0 else multiple
     rows = _round_up(rows, unit)
     while np.append(batch, 0)[assign_rows(batch, rows)].sum(axis=1).max() > row_tokens:
