@@ -147,6 +147,11 @@ class ImageConfig:
     )
     crop: bool = setting(False, "random-resized crops of the images, those of lit-fast embed --views")
     flip: bool = setting(False, "mirror half of the images; captions with left and right are then wrong")
+    reduced_decode: bool = setting(
+        False,
+        "decode JPEGs much larger than needed at 1/2, 1/4 or 1/8 of their size, as lit-fast embed --reduced-decode; "
+        "not with tf-squash",
+    )
     workers: int = setting(0, "threads that decode images in each process; 0: one per core")
     dtype: str = setting(
         "auto",

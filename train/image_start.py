@@ -78,7 +78,11 @@ def _features_of_dataset(config: Config, dataset: Dataset) -> Features:
 def _open_tower(image: ImageConfig, features: Features | None) -> Tower:
     """Open the tower of `image.tower`, or that of features, with the options of the configuration."""
     is_scratch = image.train == "scratch"
-    given = {"preprocess": image.preprocess, "resolution": image.resolution}
+    given: dict[str, Any] = {
+        "preprocess": image.preprocess,
+        "resolution": image.resolution,
+        "reduced_decode": image.reduced_decode,
+    }
     if not is_scratch:  # their parameters need not exist in the file
         given |= {"pool": image.pool, "gelu": image.gelu}
     options = {name: value for name, value in given.items() if value}
@@ -119,6 +123,10 @@ def _new_tower(image: ImageConfig) -> Tower:
         raise UserError(
             f"image.resolution {size} is not a multiple of the patch size {patch}; use a multiple"
         )
+    try:
+        preprocess = Preprocess(image.preprocess or "tf-squash", size, size, reduced=image.reduced_decode)
+    except ValueError as error:
+        raise UserError(f"image.arch {image.arch}: {error}; set image.preprocess") from None
     architecture = Architecture(
         VARIANTS[variant], int(patch), pool, image.gelu or "tanh", class_token=pool == "tok"
     )
@@ -127,7 +135,7 @@ def _new_tower(image: ImageConfig) -> Tower:
             name=image.arch.replace("/", "_"),
             source=image.arch,
             sha256="",
-            preprocess=Preprocess(image.preprocess or "tf-squash", size, size),
+            preprocess=preprocess,
             params={},
             architecture=architecture,
             resampled=None,

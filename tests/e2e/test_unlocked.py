@@ -312,6 +312,14 @@ def test_scratch_takes_the_architecture_of_a_tower_with_other_pooling(case):
     assert params["pos_embedding"].shape == (1, 36, 32)
 
 
+def test_reduced_decode_is_a_part_of_the_tower(case):
+    dataset, image = open_dataset(case / "d"), ImageConfig(train="unlocked", reduced_decode=True)
+    plain = open_image_start(Config(tower="tiny", image=replace(image, reduced_decode=False)), dataset)
+    start = open_image_start(Config(tower="tiny", image=image), dataset)
+    assert (start.preprocess.reduced, plain.preprocess.reduced) == (True, False)
+    assert start.record["identity"] != plain.record["identity"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -321,6 +329,10 @@ def test_scratch_takes_the_architecture_of_a_tower_with_other_pooling(case):
         (("--loss.center", "true", "--text.init", "x.npz"), "x.npz"),
         (("--image.train", "scratch", "--image.arch", "B/13"), "is not a multiple of the patch size 13"),
         (("--optimizer.freeze", "image/.*"), "matches no parameter"),
+        (
+            ("--image.train", "scratch", "--image.arch", "mu/8", "--image.reduced_decode", "true"),
+            "image.arch mu/8: tf-squash samples single pixels",
+        ),
     ],
 )
 def test_mistake_is_one_line_before_anything_is_written(case, capsys, options, message):

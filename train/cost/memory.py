@@ -254,6 +254,8 @@ class MemoryEstimate:
             layers = self._image.architecture.shape.depth
             layer = self._images // image.microbatches * self._residuals_per_image("products") / layers
             total += _RESIDUALS_FACTOR * (self.image_residuals(image) + _LAYER_FACTOR * layer)
+            if self._platform == "tpu":  # the pixels in the layout of the convolution, with four channels
+                total += 4 * self._images * self._image.size**2
         return int(total)
 
     def _residuals_per_image(self, keep: str) -> float:
