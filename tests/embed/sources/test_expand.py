@@ -144,6 +144,7 @@ def zipped() -> bytes:
 @pytest.mark.parametrize(
     ("name", "data", "problem"),
     [
+        # The ids must be the same in all processes of the tests: archives hold the time.
         ("a.zip", b"", "is a ZIP archive, which is not read; unpack it and give the directory"),
         ("a", zipped(), "is a ZIP archive, which is not read; unpack it and give the directory"),
         ("a.7z", b"", "is a 7z archive, which is not read; unpack it"),
@@ -165,6 +166,7 @@ def zipped() -> bytes:
             "begins with b'# Title', which is no known format; give a file of .tar, .parquet",
         ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "data",
 )
 def test_a_format_that_is_not_read_is_one_line(tmp_path: Path, name: str, data: bytes, problem: str) -> None:
     path = tmp_path / name
