@@ -10,7 +10,7 @@ import jax
 
 from lit_fast.config import Config, ImageConfig, TextConfig
 from lit_fast.data.tokenizer import Tokenizer
-from lit_fast.errors import UserError
+from lit_fast.errors import UserError, first_line
 from lit_fast.models.precision import resolve_dtype
 from lit_fast.models.two_towers import text_tower
 from lit_fast.runtime import make_mesh
@@ -175,6 +175,9 @@ class Planner:
 
         Args:
           image: of the image tower; None: that of `image_of`.
+
+        Raises:
+          UserError: the compiler fails, but not for lack of memory.
         """
         image = image or self.image_of(text)
         if self.target.mesh is None:
@@ -182,8 +185,13 @@ class Planner:
         self.compiles += 1
         mesh, optimizer, state = self.target.mesh, self._optimizer, self._state
         config = dataclasses.replace(self.config, image=image)
-        with report_elapsed(f"compiling for {self.target.name}, {describe(text, image)}"):
-            compiled = try_compile(config, text, self.build, mesh, optimizer, state, self.image)
+        what = f"{self.target.name}, {describe(text, image)}"
+        try:
+            with report_elapsed(f"compiling for {what}"):
+                compiled = try_compile(config, text, self.build, mesh, optimizer, state, self.image)
+        except jax.errors.JaxRuntimeError as error:
+            action = 'set text.attention = "xla"' if text.attention == "pallas" else "plan another candidate"
+            raise UserError(f"the compiler fails for {what}: {first_line(error)}; {action}") from None
         return self._candidate(text, compiled, image)
 
     def _candidate(self, text: TextConfig, compiled: CompiledStep | None, image: ImageConfig) -> Candidate:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from lit_fast.config import Config
-from lit_fast.errors import UserError, first_line
+from lit_fast.errors import UserError
 from lit_fast.train.plan.costs import Prices
 from lit_fast.train.plan.plan import make_plan
 from lit_fast.train.plan.report import count, format_hours, format_seconds, format_usd
@@ -46,10 +44,6 @@ def compare_slices(
             slices.append(make_plan(config, target, price=price, searched=False, largest=False, **options))
         except UserError as error:
             slices.append({"topology": topology, "error": str(error)})
-        except jax.errors.JaxRuntimeError as error:
-            slices.append(
-                {"topology": topology, "error": f"the compiler fails for {topology}: {first_line(error)}"}
-            )
     plans = [plan for plan in slices if "error" not in plan]
     if not plans:
         raise UserError(slices[0]["error"])

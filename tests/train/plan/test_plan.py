@@ -258,6 +258,18 @@ def test_plan_of_a_batch_that_does_not_fit_names_the_largest_that_does(tmp_path,
     assert 10_000 < batch < 1_572_864_000
 
 
+@pytest.mark.usefixtures("plan")
+def test_plan_whose_compiler_fails_is_one_line(tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile TPU kernel\nat line 1")
+
+    monkeypatch.setattr("lit_fast.train.plan.candidates.try_compile", fail)
+    assert main(["plan", str(tmp_path / "c.toml"), "--topology", "cpu", "--no-search"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "the compiler fails for cpu" in said
+    assert ": INTERNAL: Mosaic failed to compile TPU kernel; plan another candidate" in said
+
+
 @pytest.mark.parametrize("tower", ["B/0", "nope", "B/17"])
 @pytest.mark.usefixtures("plan")
 def test_plan_refuses_unknown_towers(tmp_path, capsys, tower):
