@@ -200,7 +200,7 @@ class Elements(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: object) -> None:
         self.tags.append(tag)
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -358,9 +358,15 @@ def test_compare_of_a_damaged_run_is_refused(case, capsys, tmp_path):
     assert f"--out {tmp_path} is a directory" in mistake(case.run, "--out", tmp_path)
     copy = tmp_path / "copy"
     copy.mkdir()
-    for content in ("steps = ", 'steps = "x"', "", "[steps]\na = 1", "\0"):
+    for content, problem in (
+        ("steps = ", "not TOML"),
+        ('steps = "x"', "damaged"),
+        ("", "damaged"),
+        ("[steps]\na = 1", "damaged"),
+        ("\0", "not TOML"),
+    ):
         (copy / "config.toml").write_text(content)
-        assert "copy/config.toml is damaged" in mistake(case.run, copy)
+        assert f"copy/config.toml is {problem}" in mistake(case.run, copy)
     (copy / "config.toml").write_text("steps = 3")
     assert main(["compare", str(copy)]) == 0  # a run without metrics
     for content in ("{", "[]", '{"status": "x", "steps_done": "x", "hardware": 3}'):

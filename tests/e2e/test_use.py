@@ -111,7 +111,7 @@ def test_another_tower_or_tokenizer_than_the_runs_is_refused(trained_run, tmp_pa
     ("arguments", "message"),
     [
         ("search {d} --model {w}", "the query is missing"),
-        ("search {d} dog --model {w} --top 0", "--top 0 must be at least 1"),
+        ("search {d} dog --model {w} --top 0", "--top must be at least 1, not 0"),
         ("search {d} dog --model {w} --imag x", "unrecognized arguments: --imag"),
         ("search {d} dog --model {d}", "is not a run"),
         ("search {w} dog --model {w}", "is not a dataset"),

@@ -194,7 +194,7 @@ def test_expand_warns_of_missing_members_of_a_numbered_set(
     ):
         (tmp_path / file).write_bytes(b"")
     expand([str(tmp_path)])
-    warning = f"warning: {tmp_path}/train-00001-of-00003 is missing: 2 of its 3 files are there\n"
+    warning = f"warning: {tmp_path}/train-00001-of-00003 is missing: 2 of 3 such files are there\n"
     assert capsys.readouterr().err == warning
     expand([f"{tmp_path}/train-*"])
     assert capsys.readouterr().err == warning

@@ -93,14 +93,23 @@ def expect(archives: list[list[Member]]) -> Expected:
             last[name] = (member.type, data)
         keys: dict[str, dict[str, tuple[bytes, bytes]]] = {}
         for name, value in last.items():
-            if value[0] != b"other":
+            if value[0] == b"other":  # may be the first that has the key of a row
+                keys.setdefault(value[1].decode().rpartition(".")[0], {})
+            else:
                 keys.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = value
-        first = {key.rpartition("/")[0] + "/" + key.rpartition("/")[2].split(".")[0] for key in keys}
+        others = {key for key, parts in keys.items() if not parts}
+        first = {
+            key.rpartition("/")[0] + "/" + key.rpartition("/")[2].split(".")[0]
+            for key in keys
+            if key not in others
+        }
         for kind, data in last.values():
             folder, _, base = data.decode().rpartition("/") if kind == b"other" else ("", "", "")
             if kind == b"other" and f"{folder}/{base.split('.')[0]}" not in first:
                 left_out[data.decode()] += 1
         for key, parts in keys.items():
+            if key in others:
+                continue
             texts = {s.lower(): data for s, (_, data) in parts.items() if s in TEXTS}
             images = [data for s, (_, data) in parts.items() if s in IMAGES]
             value = json.loads(texts.get("json", b"{}"))
