@@ -24,24 +24,12 @@ from typing import Any
 
 import numpy as np
 
+from tests.e2e.trainings import TINY
 from tests.helpers import samples, tiny_vit_arrays, write_tar
 
 COMMANDS = ("index", "tokenize", "embed", "train")
 SECONDS = 240  # after which a command hangs
-CONFIG = """
-steps = 24
-[text]
-variant = "mu"
-dtype = "float32"
-[stream]
-global_batch = 16
-[optimizer]
-warmup_steps = 1
-[checkpoint]
-every_steps = 4
-[log]
-every_steps = 2
-"""
+CONFIG = f"steps = 24\n{TINY}every_steps = 4\n[log]\nevery_steps = 2\n"
 _TIMES = ("pairs_per_second", "seconds_per_step", "data_wait_share", "elapsed_seconds", "chip_hours", "mfu")
 _GCS = """
 import time

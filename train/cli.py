@@ -40,11 +40,10 @@ def train(parser: argparse.ArgumentParser) -> Run:
         config = load_config(args.config, overrides(args))
 
         from lit_fast.runtime import distributed_job
-        from lit_fast.storage.machine import has_nvidia_gpu, keep_freed_memory
+        from lit_fast.storage.machine import keep_freed_memory
         from lit_fast.train.loop import train as train_run
 
-        if not has_nvidia_gpu():
-            keep_freed_memory()
+        keep_freed_memory()
         with distributed_job():
             start_jax()
             train_run(config, args.workdir, args.profile_steps)
@@ -85,12 +84,11 @@ def race(parser: argparse.ArgumentParser) -> Run:
 
         from lit_fast.report.race import as_json, format_race, race_page, rank
         from lit_fast.runtime import distributed_job
-        from lit_fast.storage.machine import has_nvidia_gpu, keep_freed_memory
+        from lit_fast.storage.machine import keep_freed_memory
         from lit_fast.storage.paths import join
         from lit_fast.train.race import race as run_race
 
-        if not has_nvidia_gpu():
-            keep_freed_memory()
+        keep_freed_memory()
         with distributed_job():
             start_jax()
             records = run_race(config, args.workdir, towers, args.seeds)

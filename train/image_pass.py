@@ -35,7 +35,6 @@ def embed_pixels(
     """
     image = trainable(image, config.image.keep, platform)
     head, mean = image_head(params), lax.stop_gradient(params["mean"])
-
     rows = len(pixels) // config.image.microbatches
 
     def embed(number: int | jax.Array) -> jax.Array:
@@ -43,7 +42,7 @@ def embed_pixels(
         embeddings = normalize(image.features(image_tower_params(params), part) - mean)
         return embeddings if head is None else apply_head(embeddings, head, config.loss.precision)
 
-    if config.image.keep == "embeddings":  # of GradCache: the backward pass of a microbatch computes it again
+    if config.image.keep == "embeddings":  # the backward pass of a microbatch computes it again (GradCache)
         embed = jax.checkpoint(embed)
     if config.image.microbatches == 1:
         return embed(0)

@@ -18,7 +18,7 @@ from jax import lax
 
 from lit_fast.config import TextConfig
 from lit_fast.models.attention import Attention, pallas_attention, xla_attention
-from lit_fast.models.encoder_pass import KEPT, EncoderPass
+from lit_fast.models.encoder_pass import KEPT, EncoderPass, from_bits, to_bits
 from lit_fast.models.packed_attention import EQUAL_LENGTHS, refusal
 from lit_fast.models.text_tower import ENCODER, EPSILON, GELU, TABLE, RowLayout, TextTower
 from lit_fast.models.transformer import EncoderBlock, LayerNorm, fold_keys
@@ -286,7 +286,7 @@ class TextPass:
 
     def _empty(self, weights: Tree, rows: _Rows, x: Any, slots: int) -> Tree:
         """Return arrays, not initialized, for what the layers keep; "x" has a place for the output of the last one."""
-        new = lambda a, *axes: lax.empty((slots, *axes, *a.shape), _stored(a.dtype))  # noqa: E731
+        new = lambda a, *axes: lax.empty((slots, *axes, *a.shape), jax.eval_shape(to_bits, a).dtype)  # noqa: E731
         inputs = {"x": new(x, self._layers + 1)}
         if not self._layers:
             return inputs
@@ -298,20 +298,11 @@ def _at(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree)
 
 
-# bfloat16 is stored as its bits: XLA's CPU backend slices a layer out of a bfloat16 array by converting the whole array
-# to float32, which triples the memory.
-
-
-def _stored(dtype: Any) -> Any:
-    return jnp.uint16 if dtype == jnp.bfloat16 else dtype
-
-
 def _put(all: jax.Array, a: jax.Array, *index: Any) -> jax.Array:
-    bits = lax.bitcast_convert_type(a, all.dtype)
-    return lax.dynamic_update_slice(all, bits[(None,) * len(index)], (*index, *(0,) * a.ndim))
+    return lax.dynamic_update_slice(all, to_bits(a)[(None,) * len(index)], (*index, *(0,) * a.ndim))
 
 
 def _get(all: jax.Array, *index: Any) -> jax.Array:
     rest = all.shape[len(index) :]
-    a = lax.dynamic_slice(all, (*index, *(0,) * len(rest)), (*(1,) * len(index), *rest)).reshape(rest)
-    return lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
+    a = lax.dynamic_slice(all, (*index, *(0,) * len(rest)), (*(1,) * len(index), *rest))
+    return from_bits(a.reshape(rest))

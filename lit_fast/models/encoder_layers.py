@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from lit_fast.models.encoder_pass import EncoderPass
+from lit_fast.models.encoder_pass import EncoderPass, from_bits, to_bits
 from lit_fast.models.precision import matmul_precision
 from lit_fast.models.text_tower import RowLayout
 
@@ -34,11 +33,11 @@ class EncoderLayers:
         return run(block, x)  # type: ignore[no-any-return]
 
     def _forward(self, block: Tree, x: jax.Array) -> tuple[jax.Array, tuple[Tree, Tree]]:
-        layout = _layout(x)
+        layout = RowLayout.unpacked(x[..., 0], eos_id=None)
 
         def layer(x: jax.Array, weights: Tree) -> tuple[jax.Array, Tree]:
             y, kept = self._encoder.forward(weights, x, layout, None)
-            return y, _stored({"x": x, **kept})
+            return y, jax.tree.map(to_bits, {"x": x, **kept})
 
         with matmul_precision(self._encoder.dtype):
             x, kept = lax.scan(layer, x, self._encoder.prepare(block))
@@ -46,32 +45,12 @@ class EncoderLayers:
 
     def _backward(self, residuals: tuple[Tree, Tree], dy: jax.Array) -> tuple[Tree, jax.Array]:
         block, kept = residuals
-        layout = _layout(dy)
+        layout = RowLayout.unpacked(dy[..., 0], eos_id=None)
 
         def layer(dx: jax.Array, inputs: tuple[Tree, Tree]) -> tuple[jax.Array, Tree]:
-            weights, kept = inputs[0], _loaded(inputs[1])
+            weights, kept = inputs[0], jax.tree.map(from_bits, inputs[1])
             return self._encoder.backward(weights, kept.pop("x"), kept, dx, layout, None)
 
         with matmul_precision(self._encoder.dtype):
             dx, d = lax.scan(layer, dy, (self._encoder.prepare(block), kept), reverse=True)
             return self._encoder.gradients(block, d), dx
-
-
-def _layout(x: jax.Array) -> RowLayout:
-    """Return the layout of rows whose tokens all attend to each other."""
-    first = jnp.zeros((len(x), 1), jnp.int32)
-    return RowLayout(first, first + x.shape[1] - 1, None, None, None)
-
-
-# bfloat16 is stored as its bits: XLA's CPU backend slices a layer out of a bfloat16 array by converting the whole array
-# to float32, which triples the memory.
-
-
-def _stored(kept: Tree) -> Tree:
-    bits = lambda a: lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a  # noqa: E731
-    return jax.tree.map(bits, kept)
-
-
-def _loaded(kept: Tree) -> Tree:
-    value = lambda a: lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a  # noqa: E731
-    return jax.tree.map(value, kept)

@@ -296,6 +296,20 @@ class EncoderPass:
         return _kernel_gradient(x, dy)
 
 
+# bfloat16 is stored as its bits: XLA's CPU backend slices a layer out of a bfloat16 array by converting the whole array
+# to float32, which triples the memory.
+
+
+def to_bits(a: jax.Array) -> jax.Array:
+    """Return an array to keep in a stack of all layers."""
+    return lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a
+
+
+def from_bits(a: jax.Array) -> jax.Array:
+    """Return the array of `to_bits`."""
+    return lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
+
+
 _exact = partial(jnp.einsum, precision="highest")
 
 

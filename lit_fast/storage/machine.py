@@ -84,13 +84,24 @@ def has_nvidia_gpu(root: str = "/") -> bool:
     return any(name == "dxg" or (name.startswith("nvidia") and name[6:].isdecimal()) for name in names)
 
 
+def has_tpu(root: str = "/") -> bool:
+    """Return whether a TPU is attached: `dev/accel0` up to v4, `dev/vfio` of later ones.
+
+    Args:
+      root: the directory that holds `dev`.
+    """
+    return any(os.path.exists(os.path.join(root, "dev", name)) for name in ("accel0", "vfio"))
+
+
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next allocation, instead of returning it to the system.
+    """Have glibc keep freed memory for the next allocation, where there is no GPU or TPU.
 
     XLA allocates the temporaries of a step on CPUs in each step. The system would clear every page of them again.
     Call it before other threads start: one arena serves all, as only that of the main thread can keep large blocks.
     A choice of the user's in the environment is left alone.
     """
+    if has_nvidia_gpu() or has_tpu():
+        return
     chosen = (
         "MALLOC_ARENA_MAX",
         "MALLOC_MMAP_MAX_",

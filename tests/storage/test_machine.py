@@ -13,6 +13,7 @@ from lit_fast.storage.machine import (
     cpu_count,
     cpu_flags,
     has_nvidia_gpu,
+    has_tpu,
     raise_open_file_limit,
 )
 
@@ -148,6 +149,14 @@ def test_has_nvidia_gpu_by_the_devices_of_its_driver(tmp_path, names, found):
         (tmp_path / "dev").mkdir(exist_ok=True)
         (tmp_path / "dev" / name).touch()
     assert has_nvidia_gpu(str(tmp_path)) == found
+
+
+@pytest.mark.parametrize("name", ["accel0", "vfio"])
+def test_has_tpu_by_its_devices(tmp_path, name):
+    assert not has_tpu(str(tmp_path))
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / name).touch()
+    assert has_tpu(str(tmp_path))
 
 
 FAULTS = """

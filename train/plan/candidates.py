@@ -328,6 +328,8 @@ def _add(planner: Planner, text: TextConfig, found: list[Candidate]) -> None:
 def describe(text: TextConfig, image: ImageConfig) -> str:
     """Return for example `hidden, 16 microbatches`, and the same of a trained image tower."""
     rows = f", {text.pack} captions per row" if text.pack > 1 else ""
+    if text.packed:
+        rows = f", {text.rows:,} rows of {text.row_tokens} tokens"
     found = f"{text.keep}, {_microbatches(text.microbatches)}{rows}"
     return found + (f"; images {image.keep}, {_microbatches(image.microbatches)}" if image.trained else "")
 
