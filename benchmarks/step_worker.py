@@ -14,7 +14,6 @@ from typing import Any
 
 from benchmarks.machine import measure, peak_memory
 from benchmarks.step_case import ENOUGH, MEMORY, REPEATS, Case
-from lit_fast.storage.machine import keep_freed_memory
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -22,7 +21,9 @@ def run(case: Case) -> dict[str, Any]:
     # Import only the rival's libraries: they count as memory.
     if case.rival in ("ours", "big_vision"):
         if case.rival == "ours":
-            keep_freed_memory()  # as `lit-fast train`
+            from lit_fast.cli.options import reuse_memory
+
+            reuse_memory()  # as `lit-fast train`
         from benchmarks import step_jax
 
         if case.compile_only:

@@ -10,6 +10,7 @@ from lit_fast.cli.options import (
     add_overrides,
     check_output,
     overrides,
+    reuse_memory,
     start_jax,
     write_json_output,
     write_output,
@@ -40,10 +41,9 @@ def train(parser: argparse.ArgumentParser) -> Run:
         config = load_config(args.config, overrides(args))
 
         from lit_fast.runtime import distributed_job
-        from lit_fast.storage.machine import keep_freed_memory
         from lit_fast.train.loop import train as train_run
 
-        keep_freed_memory()
+        reuse_memory()
         with distributed_job():
             start_jax()
             train_run(config, args.workdir, args.profile_steps)
@@ -84,11 +84,10 @@ def race(parser: argparse.ArgumentParser) -> Run:
 
         from lit_fast.report.race import as_json, format_race, race_page, rank
         from lit_fast.runtime import distributed_job
-        from lit_fast.storage.machine import keep_freed_memory
         from lit_fast.storage.paths import join
         from lit_fast.train.race import race as run_race
 
-        keep_freed_memory()
+        reuse_memory()
         with distributed_job():
             start_jax()
             records = run_race(config, args.workdir, towers, args.seeds)

@@ -11,6 +11,7 @@ from lit_fast.config import sections, settings
 from lit_fast.config_io import describe
 from lit_fast.errors import UserError, os_reason
 from lit_fast.storage.files import exists, is_directory, is_stream, local_path, write_atomic
+from lit_fast.storage.machine import keep_freed_memory
 from lit_fast.storage.paths import StrPath, absolute, is_bucket, join, name, parent
 from lit_fast.storage.text_files import json_bytes
 
@@ -85,6 +86,18 @@ def overrides(args: argparse.Namespace) -> list[str]:
     """Return the overrides that were given, as `load_config` takes them."""
     given = vars(args)
     return [f"--{key}={given[key]}" for key in settings() if key in given] + list(args.unknown)
+
+
+def reuse_memory() -> None:
+    """Have programs on the CPU run in the calling thread and use the memory again that the one before has freed.
+
+    XLA allocates the temporaries of a step in each step, and the system would clear every page of them again. Call it
+    in the main thread before `start_jax`. It has no effect where there is a GPU or TPU, or another C library than glibc.
+    """
+    import jax
+
+    if keep_freed_memory():
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def start_jax() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 _CGROUPS = "sys/fs/cgroup"
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def cpu_count(root: str = "/") -> int:
@@ -93,15 +93,17 @@ def has_tpu(root: str = "/") -> bool:
     return any(os.path.exists(os.path.join(root, "dev", name)) for name in ("accel0", "vfio"))
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next allocation, where there is no GPU or TPU.
+def keep_freed_memory() -> bool:
+    """Have glibc keep freed memory of the main thread for its next allocation, where there is no GPU or TPU.
 
-    XLA allocates the temporaries of a step on CPUs in each step. The system would clear every page of them again.
-    Call it before other threads start: one arena serves all, as only that of the main thread can keep large blocks.
-    A choice of the user's in the environment is left alone.
+    Other threads have arenas of their own, which cannot hold large blocks. A choice of the user's in the environment
+    is left alone.
+
+    Returns:
+      Whether it does.
     """
     if has_nvidia_gpu() or has_tpu():
-        return
+        return False
     chosen = (
         "MALLOC_ARENA_MAX",
         "MALLOC_MMAP_MAX_",
@@ -110,11 +112,11 @@ def keep_freed_memory() -> None:
         "LD_PRELOAD",
     )
     if any(os.environ.get(name) for name in chosen):
-        return
+        return False
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
-            mallopt(option, value)
+        return all(mallopt(option, value) for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
+    return False
 
 
 def raise_open_file_limit() -> None:
