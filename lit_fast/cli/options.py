@@ -92,7 +92,7 @@ def reuse_memory() -> None:
     """Have programs on the CPU run in the calling thread and use the memory again that the one before has freed.
 
     XLA allocates the temporaries of a step in each step, and the system would clear every page of them again. Call it
-    in the main thread before `start_jax`. It has no effect where there is a GPU or TPU, or another C library than glibc.
+    in the main thread before `start_jax`. It has no effect where there is a GPU or TPU, or without glibc.
     """
     import jax
 
