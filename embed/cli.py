@@ -169,12 +169,13 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     add("--scratch", default="", metavar="DIR", help=scratch)
 
     def run(args: argparse.Namespace) -> None:
-        from lit_fast.cli.options import start_jax
+        from lit_fast.cli.options import reuse_memory, start_jax
         from lit_fast.data.images.decode import MAX_PIXELS
         from lit_fast.embed.extract import embed_dataset
         from lit_fast.runtime import process_rank
 
         rank = process_rank()
+        reuse_memory()
         start_jax()
         embed_dataset(
             args.dataset,
