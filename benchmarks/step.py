@@ -171,35 +171,34 @@ def differing(found: Found) -> list[str]:
     return wrong
 
 
+def masked(starts: list[Case], length: int) -> list[Case]:
+    """Return the cases with padding masked; ours also packed by true lengths. big_vision cannot mask padding."""
+    return [
+        replace(start, masked=True, length=length, pack=pack)
+        for start in starts
+        if start.rival != "big_vision"
+        for pack in ((1, 4, 8) if start.rival == "ours" else (1,))
+    ]
+
+
 def essential() -> None:
-    """Run ours and the rivals in the forms that were fastest on CPUs, each over the batch and with the wide tower.
+    """Run ours and the rivals in the forms that were fastest on CPUs.
 
-    One step of the large batches; the two dtypes of ours at 512 pairs, for `lit_fast.models.precision`; and 512 pairs
-    with padding masked, where ours are packed by their true lengths: the rivals compute the padding.
+    The two dtypes of ours at 512 pairs are for `lit_fast.models.precision`.
     """
-    print(
-        describe("jax", "flax", "optax", "torch", "open_clip_torch") + f", {fast_dtype('cpu')} by its flags"
-    )
-    fast = [Case("ours", fast_dtype("cpu"))]
+    dtype = fast_dtype("cpu")
+    print(describe("jax", "flax", "optax", "torch", "open_clip_torch") + f", {dtype} by its flags")
+    cases = [Case("ours", dtype), Case("ours", "bfloat16" if dtype == "float32" else "float32")]
     for rival in ("open_clip", "torch loop"):
-        fast += [Case(rival, form="math attention"), Case(rival, "float32")]
-    print(f"\nOurs and the rivals' fast forms\n{HEADER.format(repeats=REPEATS)}")
-    found: Found = []
-
-    def run(case: Case) -> Result:
-        result = run_case(case, cpu=True)
-        show(case, result)
-        found.append((case, result))
-        return result
-
-    for case in [*fast, Case("ours", "bfloat16" if fast[0].dtype == "float32" else "float32")]:
-        run(case)
-    for start in fastest(found):
-        for batch in (128, 2048, 8192):
-            run(replace(start, batch=batch))
-        run(replace(start, batch=32, **ONE_DAY))
-        for pack in (1, 4, 8) if start.rival == "ours" else (1,):
-            run(replace(start, masked=True, pack=pack))
+        cases += [Case(rival, form="math attention"), Case(rival, "float32")]
+    found = table("Width 384, 6 layers, 16 tokens, 512 pairs", cases, cpu=True)
+    best = fastest(found)
+    over = [replace(start, batch=batch) for start in best for batch in (128, 2048, 8192)]
+    found += table("Over the batch, each in its fastest form", over, cpu=True)
+    found += table("16 tokens, padding masked", masked(best, 16), cpu=True)
+    found += table("64 tokens, padding masked", masked(best, 64), cpu=True)
+    large = [replace(start, batch=32, **ONE_DAY) for start in best]
+    found += table("The one-day tower: width 1024, 12 layers, 16 tokens", large, cpu=True)
     if wrong := differing(found):
         sys.exit("different work: " + "; ".join(wrong))
 
@@ -256,11 +255,8 @@ def main() -> None:
     over = series(best, batches, found, cpu)
     compiled: Found = []
     if not args.quick:
-        # big_vision cannot mask padding. Captions packed by their true lengths have little of it.
-        hidden = [replace(case, masked=True, pack=1) for case in best if case.rival != "big_vision"]
-        hidden = [replace(hidden[0], pack=pack) for pack in (1, 4, 8)] + hidden[1:]
-        found += table("16 tokens, padding masked", hidden, cpu)
-        longer = [replace(case, length=64, batch=batch if cpu else batch // 4) for case in hidden]
+        found += table("16 tokens, padding masked", masked(best, 16), cpu)
+        longer = [replace(case, batch=batch if cpu else batch // 4) for case in masked(best, 64)]
         found += table("64 tokens, padding masked", longer, cpu)
     if cpu and not args.quick:
         large = [replace(case, batch=32, **ONE_DAY) for case in best]
