@@ -71,6 +71,7 @@ class Setting(NamedTuple):
             "stream.global_batch": self.batch,
             "optimizer.learning_rate": 2e-3 * math.sqrt(self.batch / BATCH),
             "optimizer.warmup_steps": steps // 24,
+            "optimizer.learning_rate_scale": "t=10,b=10",
             "evaluate.every_steps": 0,
             "checkpoint.every_steps": steps,
             "log.every_steps": max(1, steps // 20),
