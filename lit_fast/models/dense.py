@@ -2,9 +2,8 @@
 
 That backend multiplies bfloat16 with float32 sums only in `a b` and `a b^T`, and only if float32 output is requested.
 It computes anything else in float32, which is slower on processors that multiply bfloat16. The gradient of the kernel,
-`a^T b`, is therefore a product with an operand that was transposed in memory. A sum over all rows is a product with
-ones, as XLA's own sum takes several passes. TPUs and GPUs get the plain form, whose heads stay separate axes:
-flattening would copy them.
+`a^T b`, is therefore a product with an operand that was transposed in memory. TPUs and GPUs get the plain form, whose
+heads stay separate axes: flattening would copy them.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of kernel and bias on the CPU backend: [..., k] and [..., n] -> float32 [k, n] and [n]."""
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     kernel = _transposed_product(x, dy) if x.dtype == jnp.bfloat16 else _einsum("mk,mn->kn", x, dy)
-    return kernel, _einsum("m,mn->n", jnp.ones(len(dy), dy.dtype), dy)
+    return kernel, dy.sum(axis=0, dtype=jnp.float32)
 
 
 def _transposed_product(x: jax.Array, y: jax.Array) -> jax.Array:
