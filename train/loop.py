@@ -312,7 +312,8 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
         # at any line must resume to the same result.
         # ===============================================================================================
         for step in range(start_step + 1, config.steps + 1):
-            # Dispatch the step, and prepare the next batch while the devices compute. One CPU computes it right here.
+            # Dispatch the step, and prepare the next batch while the devices compute. After `reuse_memory`, one CPU
+            # has computed the step when the call returns.
             c.profiler.before_step(step, state)
             compiling = paused if step == start_step + 1 else nullcontext()
             with compiling, jax.profiler.StepTraceAnnotation("train", step_num=step):

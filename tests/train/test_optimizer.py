@@ -14,6 +14,7 @@ from lit_fast.errors import UserError
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import init_params
 from lit_fast.train.optimizer import (
+    _clip,
     evaluation_params,
     make_optimizer,
     make_schedule,
@@ -254,6 +255,25 @@ def test_matrix_axes_of_every_kernel_of_the_model():
         assert math.prod(shape[a] for a in inputs + outputs) * layers == math.prod(shape)
         if bias := shapes.get(name.removesuffix("kernel") + "bias"):
             assert layers * math.prod(shape[a] for a in outputs) == math.prod(bias)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_clipping_equals_that_of_optax(size):
+    rng = np.random.default_rng(0)
+    grads = {
+        "a": size * rng.standard_normal((5, 7), np.float32),
+        "b": size * rng.standard_normal(3, np.float32),
+    }
+    ours, theirs = (
+        clip.update(grads, clip.init(grads))[0] for clip in (_clip(2.5), optax.clip_by_global_norm(2.5))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+
+
+def test_clipping_of_a_gradient_that_is_not_a_number_hides_it_nowhere():
+    updates, _ = _clip(2.5).update({"a": np.float32([1, np.nan]), "b": np.float32([1])}, optax.EmptyState())
+    assert np.isnan(updates["a"]).all()
+    assert np.isnan(updates["b"]).all()
 
 
 def test_clipping_uses_the_global_norm():
