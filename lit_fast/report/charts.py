@@ -56,11 +56,14 @@ class Panel(NamedTuple):
     note: str = ""
 
 
-def panel(heading: str, metric: str, series: Sequence[Series], *, hours: bool = False) -> Panel:
-    """Draw a metric of one or several runs; the metric decides the axis."""
+def panel(
+    heading: str, metric: str, series: Sequence[Series], *, hours: bool = False, covers: Sequence[float] = ()
+) -> Panel:
+    """Draw a metric of one or several runs; the metric decides the axis, which also covers these values."""
     share = "/" in metric or metric in _SHARES  # names of evaluation metrics have a slash
     unit = "hours" if hours else "steps"
-    return Panel(heading, chart(series, percent=share, unit=unit, zero=metric not in _FAR_FROM_ZERO))
+    zero = metric not in _FAR_FROM_ZERO
+    return Panel(heading, chart(series, percent=share, unit=unit, zero=zero, covers=covers))
 
 
 def title(metric: str) -> str:
@@ -69,7 +72,12 @@ def title(metric: str) -> str:
 
 
 def chart(
-    series: Sequence[Series], *, percent: bool = False, unit: str = "steps", zero: bool = True
+    series: Sequence[Series],
+    *,
+    percent: bool = False,
+    unit: str = "steps",
+    zero: bool = True,
+    covers: Sequence[float] = (),
 ) -> Markup:
     """Draw lines over steps or hours, which start at 0.
 
@@ -78,6 +86,7 @@ def chart(
       percent: values are shares; above 50 % the axis ends at 100 %, and larger values are drawn there.
       unit: of the horizontal axis, "steps" or "hours".
       zero: whether the vertical axis includes zero.
+      covers: values that the vertical axis includes too, so that charts of one unit can share it.
     """
     series = [s._replace(points=thin([p for p in s.points if math.isfinite(p[1])])) for s in series]
     series = [s for s in series if s.points]
@@ -85,7 +94,7 @@ def chart(
         return fragment("chart.html", lines=[])
     few = len(series) <= _MAX_LABELS
     right = _WIDTH - (76 if few else 16)
-    marks = _y_marks(series, percent, zero)
+    marks = _y_marks(series, percent, zero, covers)
     end = max(x for s in series for x, _ in s.points) or 1
 
     def to_x(x: float) -> float:
@@ -140,8 +149,9 @@ def chart(
     )
 
 
-def _y_marks(series: Sequence[Series], percent: bool, zero: bool) -> list[float]:
+def _y_marks(series: Sequence[Series], percent: bool, zero: bool, covers: Sequence[float]) -> list[float]:
     values = [y for s in series for _, y in s.points] + [s.chance for s in series if s.chance is not None]
+    values += [y for y in covers if math.isfinite(y)]
     if percent and min(values) >= 0 and max(values) > 0.5:
         return [0.0, 0.25, 0.5, 0.75, 1.0]
     low, high = min(values), max(values)

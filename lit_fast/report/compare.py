@@ -222,15 +222,21 @@ def comparison_page(
     ranking: Table | None = None,
     verdict: str = "",
 ) -> str:
-    """Render the table and the overlaid curves of all runs as one HTML page, after a ranking if there is one."""
+    """Render the table and the overlaid curves of all runs as one HTML page, after a ranking if there is one.
+
+    The figures of all evaluations have one vertical axis.
+    """
     recorded = dict.fromkeys(name for r in records for name in metric_names(r.lines))
+    evaluated = _by_dataset(name for name in recorded if "/" in name)
+    results = [y for name in evaluated for r in records for _, y in curve(r.lines, name)]
 
     def draw(name: str, *, hours: bool = False) -> Panel:
         series = [Series(r.name, curve(r.lines, name, hours=hours)) for r in records]
-        return panel(title(name) + (", against hours" if hours else ""), name, series, hours=hours)
+        heading = title(name) + (", against hours" if hours else "")
+        return panel(heading, name, series, hours=hours, covers=results if name in evaluated else ())
 
     panels = [draw("loss", hours=True), *(draw(name) for name in TITLES if name in recorded)]
-    for name in _by_dataset(name for name in recorded if "/" in name):
+    for name in evaluated:
         panels += [draw(name), draw(name, hours=True)]
     run_names = [r.name for r in records]
     table = Table(("", *run_names), table_rows(records), "runs")

@@ -88,3 +88,13 @@ def test_chart_of_shares_has_no_mark_above_100_percent(value: float) -> None:
     marks = [float(mark) for mark in re.findall(r'text-anchor="end">([\d.]+) %<', text)]
     assert marks == [0, 25, 50, 75, 100]
     assert f"{100 * value:.1f} %" in text
+
+
+def test_charts_that_cover_the_same_values_share_the_axis() -> None:
+    low, high = [(0, 0.0), (9, 0.05)], [(0, 0.1), (9, 0.42)]
+    values = [y for _, y in low + high]
+    marks = [
+        re.findall(r'text-anchor="end">([\d.]+) %<', chart([Series("r", p)], percent=True, covers=values))
+        for p in (low, high)
+    ]
+    assert marks[0] == marks[1] == ["0", "10", "20", "30", "40", "50"]

@@ -52,15 +52,16 @@ def _training_charts(lines: Lines) -> list[Panel]:
 
 
 def _evaluation_charts(lines: Lines) -> list[Panel]:
-    """Draw two charts per evaluated dataset, one against steps and one against hours."""
+    """Draw two charts per evaluated dataset, against steps and against hours, with one vertical axis."""
     figures = [n for n in metric_names(lines) if "/" in n]
+    results = [y for n in figures for _, y in curve(lines, n)]
     panels = []
     for dataset in dict.fromkeys(n.rpartition("/")[0] for n in figures):
         own = [n for n in figures if n.rpartition("/")[0] == dataset]
         for hours in (False, True):
             series = [Series(n.rpartition("/")[2], curve(lines, n, hours=hours)) for n in own]
             heading = f"{dataset if len(own) > 1 else own[0]}, against {'hours' if hours else 'steps'}"
-            panels.append(panel(heading, own[0], series, hours=hours))
+            panels.append(panel(heading, own[0], series, hours=hours, covers=results))
     return panels
 
 
