@@ -45,7 +45,14 @@ from lit_fast.train.input_pipeline.stream import Batch
 from lit_fast.train.inputs import Inputs, check_run, open_inputs
 from lit_fast.train.mirror import RunMirror
 from lit_fast.train.optimizer import evaluation_params
-from lit_fast.train.step import Metrics, State, abstract_training, init_state, make_step
+from lit_fast.train.step import (
+    Metrics,
+    State,
+    abstract_training,
+    init_state,
+    make_step,
+    with_parameter_norms,
+)
 from lit_fast.train.tracking.metrics_writer import TrainingLog
 from lit_fast.train.tracking.profiler import Profiler, parse_profile_steps
 from lit_fast.train.tracking.receipt import is_finished, read_cost, write_receipt
@@ -205,7 +212,7 @@ def _train(
     components = _Components(
         config=config,
         mesh=mesh,
-        train_step=train_step,
+        train_step=with_parameter_norms(train_step, mesh),
         batches=batches,
         evaluator=evaluator,
         embed_text=embed_text,
@@ -282,7 +289,7 @@ class _Components(NamedTuple):
 
     config: Config
     mesh: Mesh
-    train_step: Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]
+    train_step: Callable[[State, dict[str, jax.Array], bool], tuple[State, Metrics]]
     batches: Iterator[Batch]
     evaluator: Evaluator
     embed_text: EmbedText
@@ -316,8 +323,10 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
             # has computed the step when the call returns.
             c.profiler.before_step(step, state)
             compiling = paused if step == start_step + 1 else nullcontext()
+            evaluate = c.evaluator.should_run(step)
+            log = evaluate or step in (1, config.steps) or step % config.log.every_steps == 0
             with compiling, jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = c.train_step(state, batch)
+                state, metrics = c.train_step(state, batch, log)
             c.profiler.after_step(step, metrics)
             if step < config.steps:
                 with c.meter.waiting:
@@ -330,12 +339,10 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
             previous = metrics
 
             stop_signal = preemption.should_stop()  # read once: a later signal stops the next step
-            evaluate = c.evaluator.should_run(step)
             save = stop_signal or step == config.steps or step % config.checkpoint.every_steps == 0
 
             # Metrics are read one step late, when they are ready, so that the devices never idle for them.
             finite = pending_log is None or c.log.log_step(*pending_log)
-            log = evaluate or step in (1, config.steps) or step % config.log.every_steps == 0
             pending_log = (step, metrics) if log else None
 
             if evaluate or save:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def make_step(
 
     The batch has images bfloat16 [n, width], or with a trained image tower pixels uint8 [n, size, size, 3]; ids integer
     [n * captions, length] and rows int32 [n]; for packed captions see `lit_fast.train.input_pipeline.packing`. Metrics
-    are float32 scalars.
+    are float32 scalars; those of `_parameter_norms` are there on accelerators only, see `with_parameter_norms`.
     """
     schedule = make_schedule(config.optimizer, config.steps)
     sharded_loss_and_grads = shard_map(
@@ -111,8 +112,6 @@ def make_step(
             "loss": loss,
             "temperature": jnp.exp(params["t"][0]),
             "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm({k: v for k, v in params.items() if k != "mean"}),
-            "update_norm": optax.global_norm(updates),
             "learning_rate": config.optimizer.learning_rate * schedule(state.step),
         } | logit_metrics(stats)
         if "b" in params:
@@ -121,7 +120,10 @@ def make_step(
         if rules != ("all", "negative", "negative"):
             metrics["negatives"] = stats.sums.num_negatives
 
-        finite = jnp.isfinite(loss + metrics["grad_norm"] + metrics["param_norm"])
+        finite = jnp.isfinite(loss + metrics["grad_norm"])
+        if platform_of(mesh) != "cpu":
+            metrics |= _parameter_norms(params, updates)
+            finite &= jnp.isfinite(metrics["param_norm"])
         bad_step = jnp.where(finite | (state.bad_step >= 0), state.bad_step, state.step)
         decay = config.optimizer.average_decay
         average = {  # an empty average stays empty
@@ -132,6 +134,41 @@ def make_step(
 
     shardings = replicated(mesh), batch_sharding(mesh)
     return jax.jit(step, in_shardings=shardings, out_shardings=shardings[0], donate_argnums=0)
+
+
+def _parameter_norms(params: Params, updates: Params) -> Metrics:
+    return {
+        "param_norm": optax.global_norm({k: v for k, v in params.items() if k != "mean"}),
+        "update_norm": optax.global_norm(updates),
+    }
+
+
+@jax.jit
+def _norms_of_change(previous: Params, params: Params) -> Metrics:
+    return _parameter_norms(params, jax.tree.map(jnp.subtract, params, previous))
+
+
+def with_parameter_norms(
+    step: Any, mesh: Mesh
+) -> Callable[[State, DeviceBatch, bool], tuple[State, Metrics]]:
+    """Return the function (state, batch, logged) -> (state, metrics), which has all metrics where `logged`.
+
+    On CPUs the norms of the parameters and their updates take as long as the rest of Adam: XLA writes the updates to
+    memory for them. Logged steps compute them apart, from the parameters before and after the step.
+
+    Args:
+      step: what `make_step` returns.
+      mesh: its devices.
+    """
+    if platform_of(mesh) != "cpu":
+        return lambda state, batch, logged: step(state, batch)
+
+    def run(state: State, batch: DeviceBatch, logged: bool) -> tuple[State, Metrics]:
+        previous = jax.tree.map(jnp.copy, state.params) if logged else None
+        state, metrics = step(state, batch)
+        return state, metrics | _norms_of_change(previous, state.params) if logged else metrics
+
+    return run
 
 
 def loss_and_grads(

@@ -106,7 +106,7 @@ class _Kept(NamedTuple):
 
     params: Tree
     rows: Tree  # by microbatch
-    weights: Tree  # folded
+    weights: Tree  # of `EncoderPass.prepare`
     layers: Any  # arrays [microbatches, layers, ...], of "x" one more; None: they are computed again
 
 
@@ -154,7 +154,7 @@ class TextPass:
 
     def _forward(self, params: Tree, rows: dict[str, jax.Array]) -> tuple[jax.Array, _Kept]:
         parts = {name: a.reshape(self._microbatches, -1, *a.shape[1:]) for name, a in rows.items()}
-        weights = self._encoder.prepare(self._scanned(params))
+        weights = self._encoder.prepare(self._scanned(params), rows["ids"].size)
         ends = self._ends(params)
         first = self._rows(_at(parts, 0))
         shapes = jax.eval_shape(lambda: self._begin(params, first))
@@ -202,10 +202,7 @@ class TextPass:
                     rows.layout,
                     fold_keys(rows.encoder_keys, index),
                 )
-                add = lambda total, a: lax.dynamic_update_index_in_dim(  # noqa: E731
-                    total, lax.dynamic_index_in_dim(total, index, 0, False) + a, index, 0
-                )
-                return dx, jax.tree.map(add, dweights, d)
+                return dx, jax.tree.map(partial(self._add, index=index), dweights, d)
 
             dx, dweights = self._loop(layer, (dx, dweights))
             embed = lambda small, tokens: self._embed(small, tokens, rows)  # noqa: E731
@@ -214,13 +211,28 @@ class TextPass:
             dends = dends._replace(small=jax.tree.map(jnp.add, dends.small, dsmall))
             return dweights, dends, dtable.at[rows.ids].add(dtokens)
 
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (weights, ends, table))
-        dweights, dends, dtable = lax.fori_loop(0, self._microbatches, microbatch, zeros)
+        # Folded kernels have other gradients than those of the last layer; else these get a place at their end.
+        appended = self._pools_token and bool(weights["norms"])
+        new = lax.empty if self._microbatches == 1 else jnp.zeros
+        sums = (
+            jax.tree.map(lambda a: new((len(a) + appended, *a.shape[1:]), jnp.float32), weights),
+            *jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (ends, table)),
+        )
+        dweights, dends, dtable = lax.fori_loop(0, self._microbatches, microbatch, sums)
+        last = jax.tree.map(lambda a: a[None], dends.last)
+        if appended:
+            dweights = jax.tree.map(lambda all, a: all.at[-1:].set(a), dweights, self._encoder.arranged(last))
         block = self._encoder.gradients(self._scanned(params), dweights)
-        if self._pools_token:
-            block = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), block, dends.last)
+        if self._pools_token and not appended:
+            block = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), block, last)
         encoder = {"encoderblock": block, "encoder_norm": dends.norm}
         return {TABLE: {"embedding": dtable}, ENCODER: encoder, **dends.small}, None
+
+    def _add(self, total: jax.Array, a: jax.Array, *, index: Any) -> jax.Array:
+        """Add the gradient of a layer to the sum over the microbatches."""
+        if self._microbatches > 1:
+            a = lax.dynamic_index_in_dim(total, index, 0, False) + a
+        return lax.dynamic_update_index_in_dim(total, a, index, 0)
 
     # --- before, between and after the layers
 

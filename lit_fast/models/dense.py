@@ -21,6 +21,8 @@ _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 Bias = jax.Array | None
 
+_BLOCK = 16  # rows that are transposed at a time
+
 
 class Dense(nn.Module):
     """`x kernel + bias` over the last axes: [..., *k] -> [..., *features] in `dtype`.
@@ -126,9 +128,24 @@ def _transposed_product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _transpose(x: jax.Array) -> jax.Array:
-    """Transpose [m, k] so that XLA does not fold it into a product, which it would then compute in float32."""
+    """Transpose [m, k] so that XLA does not fold it into a product, which it would then compute in float32.
+
+    Blocks of rows, as XLA on CPUs goes through the whole matrix for each row of the result. A loop of one block would
+    be folded.
+    """
     m, k = x.shape
-    columns = gcd(k, 32)
     bits = lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-    bits = lax.optimization_barrier(bits.reshape(m, k // columns, columns).transpose(1, 2, 0)).reshape(k, m)
-    return lax.bitcast_convert_type(bits, x.dtype)
+    if m % _BLOCK or m < 2 * _BLOCK:
+        columns = gcd(k, 32)
+        bits = lax.optimization_barrier(bits.reshape(m, k // columns, columns).transpose(1, 2, 0)).reshape(
+            k, m
+        )
+        return lax.bitcast_convert_type(bits, x.dtype)
+
+    def block(i: Any, out: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice_in_dim(bits, i * _BLOCK, _BLOCK)
+        return lax.dynamic_update_slice_in_dim(out, rows.T, i * _BLOCK, 1)
+
+    return lax.bitcast_convert_type(
+        lax.fori_loop(0, m // _BLOCK, block, lax.empty((k, m), bits.dtype)), x.dtype
+    )

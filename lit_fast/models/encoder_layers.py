@@ -40,7 +40,7 @@ class EncoderLayers:
             return y, jax.tree.map(to_bits, {"x": x, **kept})
 
         with matmul_precision(self._encoder.dtype):
-            x, kept = lax.scan(layer, x, self._encoder.prepare(block))
+            x, kept = lax.scan(layer, x, self._encoder.prepare(block, _tokens(x)))
         return x, (block, kept)
 
     def _backward(self, residuals: tuple[Tree, Tree], dy: jax.Array) -> tuple[Tree, jax.Array]:
@@ -52,5 +52,9 @@ class EncoderLayers:
             return self._encoder.backward(weights, kept.pop("x"), kept, dx, layout, None)
 
         with matmul_precision(self._encoder.dtype):
-            dx, d = lax.scan(layer, dy, (self._encoder.prepare(block), kept), reverse=True)
+            dx, d = lax.scan(layer, dy, (self._encoder.prepare(block, _tokens(dy)), kept), reverse=True)
             return self._encoder.gradients(block, d), dx
+
+
+def _tokens(x: jax.Array) -> int:
+    return x.shape[0] * x.shape[1]

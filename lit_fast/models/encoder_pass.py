@@ -26,6 +26,9 @@ D is the same with x rstd instead of z, as the two differ by a term that is equa
 x: the elements of dz = dy W'^T add up to 0, hence
 
     dx = rstd (dz - z c)              c = mean(dz z) = sum of dy (y - b') / d
+
+Folding and unfolding read and write all kernels several times. On CPUs, where few tokens meet wide kernels, kernels
+stay as they are and every layer applies gamma and beta (`fold_pays`).
 """
 
 from __future__ import annotations
@@ -60,6 +63,15 @@ _ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
 _QKV = ("query", "key", "value")
 
 
+# Below these tokens per width folding costs more than it saves on CPUs (EPYC, widths 384 and 1024).
+_CPU_TOKENS_PER_WIDTH = 9
+
+
+def fold_pays(platform: str, tokens: int, width: int) -> bool:
+    """Return whether to fold LayerNorms into kernels that a step multiplies with these tokens of a device."""
+    return platform != "cpu" or tokens > _CPU_TOKENS_PER_WIDTH * width
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderPass:
     """The layers of one encoder, on one platform."""
@@ -85,50 +97,73 @@ class EncoderPass:
 
     # --- the weights of all layers, once a step
 
-    def prepare(self, block: Tree) -> Tree:
-        """Return the folded weights of parameters that are stacked by layer.
+    def prepare(self, block: Tree, tokens: int) -> Tree:
+        """Return the weights of parameters that are stacked by layer, for a step with these tokens.
 
-        Each is a pair: kernel [layers, k, n] in the dtype of the products, and bias float32 [layers, n].
+        Each is a pair: kernel [layers, k, n] in the dtype of the products, on CPUs its bits, and bias float32
+        [layers, n]. "norms" are the parameters of the LayerNorms; () if they are folded into "u" and "h".
         """
-        norms = [block[name] for name in _NORMS]
+        weights = self.arranged(block)
+        if fold_pays(self.platform, tokens, self.shape.width):
+            norms = [block[name] for name in _NORMS]
+            weights["u"] = tuple(self._fold(norms[0], *pair) for pair in weights["u"])
+            weights["h"] = self._fold(norms[1], *weights["h"])
+            weights["norms"] = ()
+        bits = to_bits if self.platform == "cpu" else lambda a: a
+        cast = lambda pair: (bits(pair[0].astype(self.dtype)), pair[1])  # noqa: E731
+        return (
+            weights
+            | {name: cast(weights[name]) for name in ("h", "out", "mlp")}
+            | {"u": tuple(map(cast, weights["u"]))}
+        )
+
+    def arranged(self, block: Tree) -> Tree:
+        """Return parameters that are stacked by layer, or their gradients, as `prepare` has them."""
         mlp, out = block[_MLP], block[_ATTENTION]["out"]
-        weights = {
-            "u": tuple(self._fold(norms[0], kernel, bias) for kernel, bias in self._projections(block)),
-            "h": self._fold(norms[1], mlp["Dense_0"]["kernel"], mlp["Dense_0"]["bias"]),
+        return {
+            "u": tuple(self._projections(block)),
+            "h": (mlp["Dense_0"]["kernel"], mlp["Dense_0"]["bias"]),
             "out": (_matrix(out["kernel"], self.shape.width), out["bias"]),
             "mlp": (mlp["Dense_1"]["kernel"], mlp["Dense_1"]["bias"]),
+            "norms": tuple(block[name] for name in _NORMS),
         }
-        for name in ("out", "mlp"):
-            kernel, bias = weights[name]
-            weights[name] = kernel.astype(self.dtype), bias
-        return weights
 
     def gradients(self, block: Tree, d: Tree) -> Tree:
-        """Return the gradients of the parameters, of those of the weights of `prepare`."""
+        """Return the gradients of the parameters, of those of the weights of `prepare`.
+
+        Args:
+          block: the parameters, which are read only where the weights are folded.
+          d: the gradients of the weights.
+        """
+        if not d["norms"]:
+            d = self._unfold(block, d)
         du: list[Any] = []
-        dnorms: list[Any] = []
-        for (kernel, _), (dkernel, dbias) in zip(self._projections(block), d["u"], strict=True):
-            dkernel, dnorm = _unfold(block[_NORMS[0]], kernel, dkernel, dbias)
-            dnorms.append(dnorm)
+        for dkernel, dbias in d["u"]:
             count = dbias.shape[1] // self.shape.width
             du += zip(*(jnp.split(a, count, axis=-1) for a in (dkernel, dbias)), strict=True)
         attention = {
             name: {
-                "kernel": dkernel.reshape(block[_ATTENTION][name]["kernel"].shape),
-                "bias": dbias.reshape(block[_ATTENTION][name]["bias"].shape),
+                "kernel": dkernel.reshape(len(dkernel), *block[_ATTENTION][name]["kernel"].shape[1:]),
+                "bias": dbias.reshape(len(dbias), *block[_ATTENTION][name]["bias"].shape[1:]),
             }
             for name, (dkernel, dbias) in zip((*_QKV, "out"), (*du, d["out"]), strict=True)
         }
-        kernel, dnorm = _unfold(block[_NORMS[1]], block[_MLP]["Dense_0"]["kernel"], *d["h"])
-        return {
-            _NORMS[0]: jax.tree.map(lambda *a: sum(a), *dnorms),
-            _NORMS[1]: dnorm,
-            _ATTENTION: attention,
-            _MLP: {
-                "Dense_0": {"kernel": kernel, "bias": d["h"][1]},
-                "Dense_1": {"kernel": d["mlp"][0], "bias": d["mlp"][1]},
-            },
+        mlp = {
+            f"Dense_{i}": dict(zip(("kernel", "bias"), d[name], strict=True))
+            for i, name in enumerate(("h", "mlp"))
         }
+        return {**dict(zip(_NORMS, d["norms"], strict=True)), _ATTENTION: attention, _MLP: mlp}
+
+    def _unfold(self, block: Tree, d: Tree) -> Tree:
+        """Return the gradients of kernels, biases and LayerNorms, of those of folded kernels and biases."""
+        du, dnorms = [], []
+        for (kernel, _), (dkernel, dbias) in zip(self._projections(block), d["u"], strict=True):
+            dkernel, dnorm = _unfold(block[_NORMS[0]], kernel, dkernel, dbias)
+            du.append((dkernel, dbias))
+            dnorms.append(dnorm)
+        dkernel, dnorm = _unfold(block[_NORMS[1]], block[_MLP]["Dense_0"]["kernel"], *d["h"])
+        norms = jax.tree.map(lambda *a: sum(a), *dnorms), dnorm
+        return d | {"u": tuple(du), "h": (dkernel, d["h"][1]), "norms": norms}
 
     def _projections(self, block: Tree) -> list[tuple[jax.Array, jax.Array]]:
         """Return kernels [layers, width, n] and biases [layers, n]: joined one pair, else three."""
@@ -143,7 +178,7 @@ class EncoderPass:
     def _fold(self, norm: Tree, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
         scaled = kernel * norm["scale"][:, :, None]
         scaled -= scaled.mean(axis=1, keepdims=True)
-        return scaled.astype(self.dtype), bias + _exact("lw,lwk->lk", norm["bias"], kernel)
+        return scaled, bias + _exact("lw,lwk->lk", norm["bias"], kernel)
 
     # --- one layer
 
@@ -158,11 +193,12 @@ class EncoderPass:
           layout: of the rows.
           keys: PRNG keys [n] of this layer; None: no dropout.
         """
+        weights = jax.tree.map(from_bits, weights)
         stats = self._stats(x)
         u = self._project(weights, x, stats)
         r = self._residual(weights, x, u, layout, keys)
         after = self._stats(r)
-        h = self._norm_product(r, after, weights["h"])
+        h = self._norm_product(r, after, weights["h"], _norm(weights, 1))
         y = self._affine(self._activated(h, keys), weights["mlp"])
         y = self._add(r, dropout(y, self.dropout, fold_keys(keys, 2)))
         kept = {"u": u, "r": r, "h": h, "stats": (stats, after)}
@@ -178,37 +214,41 @@ class EncoderPass:
         keys: jax.Array | None,
     ) -> tuple[jax.Array, Tree]:
         """Return the gradient of x, and float32 gradients of the weights; arguments as of `forward`."""
+        weights = jax.tree.map(from_bits, weights)
         stats, after = kept.get("stats") or (self._stats(x), None)
         u = kept["u"] if "u" in kept else self._project(weights, x, stats)
         r = kept["r"] if "r" in kept else self._residual(weights, x, u, layout, keys)
         after = after or self._stats(r)
-        h = kept["h"] if "h" in kept else self._norm_product(r, after, weights["h"])
+        h = kept["h"] if "h" in kept else self._norm_product(r, after, weights["h"], _norm(weights, 1))
 
         g = dropout(dy, self.dropout, fold_keys(keys, 2))
         da = dropout(self._input_gradient(g, weights["mlp"]), self.dropout, fold_keys(keys, 1))
         dh = self._activation_gradient(h, da)
         d: Tree = {
             "mlp": self._kernel_gradients(self._activated(h, keys), g),
-            "h": self._kernel_gradients(self._normed(r, after), dh),
+            "h": self._kernel_gradients(self._normed(r, after, _norm(weights, 1)), dh),
         }
         dz = self._input_gradient(dh, weights["h"]).astype(self.dtype)
-        dr = self._add(dy, self._norm_gradient(r, after, dz, None))
+        dr, dnorm = self._norm_gradient(r, after, dz, None, _norm(weights, 1))
+        dr = self._add(dy, dr)
 
         g = dropout(dr, self.dropout, fold_keys(keys, 0))
         bias = jnp.concatenate([bias for _, bias in weights["u"]])
         dattended = self._input_gradient(g, weights["out"]).astype(self.dtype)
         du, attended, c = self.attention.backward(u, dattended, layout, bias)
         d["out"] = self._kernel_gradients(attended, g)
-        z = self._normed(x, stats)
+        z = self._normed(x, stats, _norm(weights, 0))
         d["u"] = tuple(self._kernel_gradients(z, a, self._tpu and self.attention.joined) for a in du)
         dz = jnp.zeros((), jnp.float32)
         for a, w in zip(du, weights["u"], strict=True):
             dz += self._input_gradient(a, w)
         dz = dz if c is not None else dz.astype(self.dtype)
-        return self._add(dr, self._norm_gradient(x, stats, dz, c)), d
+        dx, dfirst = self._norm_gradient(x, stats, dz, c, _norm(weights, 0))
+        d["norms"] = (dfirst, dnorm) if weights["norms"] else ()
+        return self._add(dr, dx), d
 
     def _project(self, weights: Tree, x: jax.Array, stats: Stats) -> tuple[jax.Array, ...]:
-        return tuple(self._norm_product(x, stats, w) for w in weights["u"])
+        return tuple(self._norm_product(x, stats, w, _norm(weights, 0)) for w in weights["u"])
 
     def _residual(
         self, weights: Tree, x: jax.Array, u: tuple[jax.Array, ...], layout: RowLayout, keys: jax.Array | None
@@ -236,24 +276,33 @@ class EncoderPass:
         # The matrix unit is idle in sums of vectors, and needs columns in the number of lanes.
         return _product(x, jnp.ones((x.shape[-1], 128), x.dtype))[..., 0] / x.shape[-1]
 
-    def _normed(self, x: jax.Array, stats: Stats) -> jax.Array:
-        """Return z, on TPUs with the mean, which drops out."""
+    def _normed(self, x: jax.Array, stats: Stats, norm: Tree | None) -> jax.Array:
+        """Return the operand of the product: z, on TPUs with the mean, which drops out; not folded LN(x)."""
         mean, rstd = (a[..., None] for a in stats)
         x = x.astype(jnp.float32)
-        return ((x if self._tpu else x - mean) * rstd).astype(self.dtype)
+        z = (x if self._tpu else x - mean) * rstd
+        return (z if norm is None else z * norm["scale"] + norm["bias"]).astype(self.dtype)
 
-    def _norm_product(self, x: jax.Array, stats: Stats, weights: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def _norm_product(
+        self, x: jax.Array, stats: Stats, weights: tuple[jax.Array, jax.Array], norm: Tree | None
+    ) -> jax.Array:
         if not self._tpu:
-            return self._affine(self._normed(x, stats), weights).astype(self.dtype)
+            return self._affine(self._normed(x, stats, norm), weights).astype(self.dtype)
         return (_product(x, weights[0]) * stats[1][..., None] + weights[1]).astype(self.dtype)
 
-    def _norm_gradient(self, x: jax.Array, stats: Stats, dz: jax.Array, c: jax.Array | None) -> jax.Array:
-        """Return the gradient of x by way of LayerNorm, float32."""
+    def _norm_gradient(
+        self, x: jax.Array, stats: Stats, dz: jax.Array, c: jax.Array | None, norm: Tree | None
+    ) -> tuple[jax.Array, Tree]:
+        """Return the gradient of x by way of LayerNorm, float32, and those of its parameters if it is not folded."""
         mean, rstd = (a[..., None] for a in stats)
         z, dz = (x.astype(jnp.float32) - mean) * rstd, dz.astype(jnp.float32)
-        if c is None:
-            c = self._mean((dz * z).astype(self._summed))
-        return rstd * (dz - z * c[..., None])
+        if norm is None:
+            if c is None:
+                c = self._mean((dz * z).astype(self._summed))
+            return rstd * (dz - z * c[..., None]), {}
+        dnorm = {"scale": (dz * z).sum(axis=(0, 1)), "bias": dz.sum(axis=(0, 1))}
+        dz *= norm["scale"]
+        return rstd * (dz - self._mean(dz)[..., None] - z * self._mean(dz * z)[..., None]), dnorm
 
     # --- activation
 
@@ -311,6 +360,11 @@ def from_bits(a: jax.Array) -> jax.Array:
 
 
 _exact = partial(jnp.einsum, precision="highest")
+
+
+def _norm(weights: Tree, index: int) -> Tree | None:
+    """Return the parameters of a LayerNorm that is not folded."""
+    return weights["norms"][index] if weights["norms"] else None
 
 
 def _matrix(kernel: jax.Array, columns: int) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lit_fast.models import encoder_pass
 from lit_fast.models.attention import pallas_attention
 from lit_fast.models.sizes import Shape
 from lit_fast.models.text_tower import TextTower
@@ -89,9 +90,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_text_pass_in_float32_equals_the_flax_modules(name):
+@pytest.mark.parametrize(
+    ("name", "fold"), [(n, f) for n, c in CASES.items() for f in (False, True) if f or "platform" not in c]
+)
+def test_text_pass_in_float32_equals_the_flax_modules(name, fold, monkeypatch):
     case = dict(CASES[name])
+    monkeypatch.setattr(encoder_pass, "_CPU_TOKENS_PER_WIDTH", 0 if fold else 1000)
     keep, microbatches = case.pop("keep", "products"), case.pop("microbatches", 1)
     platform, packed = case.pop("platform", "cpu"), case.pop("packed", False)
     tower = tower_of(**case)
