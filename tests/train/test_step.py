@@ -15,7 +15,7 @@ from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import embed_ids, init_params
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.train.optimizer import make_optimizer
-from lit_fast.train.step import init_state, make_step
+from lit_fast.train.step import init_state, make_step, with_parameter_norms
 
 WIDTH, LENGTH, VOCAB = 24, 8, 100
 SHAPE = Shape(width=32, depth=2, mlp_dim=64, heads=2)
@@ -117,6 +117,24 @@ def test_step_with_remat_and_microbatches_equals_the_plain_one(keep, microbatche
         results.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     # Sums in another order, in float32.
     np.testing.assert_allclose(results[0], results[1], rtol=2e-5)
+
+
+def test_logged_step_has_the_norms_of_parameters_and_updates():
+    step, state, mesh = build(2)
+    logged = with_parameter_norms(step, mesh)
+    state, unlogged = logged(state, batch_of(0, 64, 1, mesh), False)
+    for number in (1, 2):
+        before = jax.device_get(state.params)
+        state, metrics = logged(state, batch_of(number, 64, 1, mesh), True)
+        after = jax.device_get({k: v for k, v in state.params.items() if k != "mean"})
+        changes = jax.tree.map(np.subtract, after, {k: before[k] for k in after})
+        for name, tree in (("param_norm", after), ("update_norm", changes)):
+            leaves = [leaf.astype(np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+            np.testing.assert_allclose(
+                float(metrics[name]), np.linalg.norm(np.concatenate(leaves)), rtol=1e-5
+            )
+    assert float(metrics["update_norm"]) > 0
+    assert set(metrics) - set(unlogged) == {"param_norm", "update_norm"}
 
 
 def largest_buffer(text):
