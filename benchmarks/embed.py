@@ -254,6 +254,7 @@ def whole_job_table(model_name: str, folder: Path, tars: list[Path], batch: int,
         ours = [*lit_fast, "embed", str(dataset), "--tower", str(folder)]
         cases = {
             "lit-fast embed": ours,
+            "lit-fast embed --dtype float32": [*ours, "--dtype", "float32", "--name", "float32"],
             "lit-fast embed --reduced-decode": [*ours, "--reduced-decode", "--name", "reduced"],
             f"timm, DataLoader of {workers} workers": [*rival, "--workers", str(workers)],
             "timm, DataLoader without workers": [*rival, "--workers", "0"],
