@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from lit_fast.config import CheckpointConfig
 from lit_fast.errors import UserError, first_line, os_reason
+from lit_fast.models.two_towers import Params
 from lit_fast.runs.checkpoint import abstract, open_manager, restore_last, save
 from lit_fast.runtime import broadcast_bits
 from lit_fast.storage.paths import StrPath, join
@@ -26,6 +29,11 @@ from lit_fast.train.step import State
 
 # TensorStore's errors name the file first and end with the reason of the operating system.
 _FILE, _REASON = re.compile(r'"(/[^"]+)"'), re.compile(r": ([^:]+) \[os_error_code")
+
+
+@jax.jit
+def _all_finite(params: Params) -> jax.Array:
+    return jnp.isfinite(optax.global_norm(params))
 
 
 class Checkpoints:
@@ -87,8 +95,10 @@ class Checkpoints:
         )
 
     def check_finite(self, state: State) -> None:
-        """Raise UserError if a step was not finite; such a state is never saved."""
+        """Raise UserError if a step was not finite, or a parameter is not; such a state is never saved."""
         bad = int(state.bad_step)
+        if bad < 0 and not _all_finite(state.params):  # on CPUs not part of the step
+            bad = int(state.step) - 1
         if bad >= 0:
             last = None
             if self._manager is not None:
@@ -96,7 +106,7 @@ class Checkpoints:
                     self._manager.wait_until_finished()
                 last = self._manager.latest_step()
             raise UserError(
-                f"loss or gradient became non-finite at step {bad + 1}; {self._workdir} has "
+                f"loss, gradient or parameters became non-finite at step {bad + 1}; {self._workdir} has "
                 + (f"step {last} as its last good checkpoint" if last else "no checkpoint yet")
                 + "; try a lower optimizer.learning_rate in another --workdir"
             )

@@ -326,7 +326,7 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
             evaluate = c.evaluator.should_run(step)
             log = evaluate or step in (1, config.steps) or step % config.log.every_steps == 0
             with compiling, jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = c.train_step(state, batch, log)
+                state, metrics = c.train_step(state, batch, log or step == start_step + 1)
             c.profiler.after_step(step, metrics)
             if step < config.steps:
                 with c.meter.waiting:

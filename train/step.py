@@ -154,7 +154,8 @@ def with_parameter_norms(
     """Return the function (state, batch, logged) -> (state, metrics), which has all metrics where `logged`.
 
     On CPUs the norms of the parameters and their updates take as long as the rest of Adam: XLA writes the updates to
-    memory for them. Logged steps compute them apart, from the parameters before and after the step.
+    memory for them. Logged steps compute them apart, from the parameters before and after the step; the difference
+    has the rounding of float32 and the limit of `loss.temperature_max` in it.
 
     Args:
       step: what `make_step` returns.

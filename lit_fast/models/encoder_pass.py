@@ -27,8 +27,8 @@ x: the elements of dz = dy W'^T add up to 0, hence
 
     dx = rstd (dz - z c)              c = mean(dz z) = sum of dy (y - b') / d
 
-Folding and unfolding read and write all kernels several times. On CPUs, where few tokens meet wide kernels, kernels
-stay as they are and every layer applies gamma and beta (`fold_pays`).
+Folding and unfolding read and write all kernels several times. On CPUs, where a step has few tokens for the width of
+the tower, kernels stay as they are and every layer applies gamma and beta (`fold_pays`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
 _QKV = ("query", "key", "value")
 
 
-# Below these tokens per width folding costs more than it saves on CPUs (EPYC, widths 384 and 1024).
+# Up to these tokens per width folding costs more than it saves on CPUs (EPYC, widths 384 and 1024).
 _CPU_TOKENS_PER_WIDTH = 9
 
 
@@ -277,7 +277,7 @@ class EncoderPass:
         return _product(x, jnp.ones((x.shape[-1], 128), x.dtype))[..., 0] / x.shape[-1]
 
     def _normed(self, x: jax.Array, stats: Stats, norm: Tree | None) -> jax.Array:
-        """Return the operand of the product: z, on TPUs with the mean, which drops out; not folded LN(x)."""
+        """Return the operand of the product: LN(x), or where it is folded z, on TPUs with the mean, which drops out."""
         mean, rstd = (a[..., None] for a in stats)
         x = x.astype(jnp.float32)
         z = (x if self._tpu else x - mean) * rstd

@@ -169,7 +169,7 @@ def test_resume_on_other_devices_keeps_the_data_order(case):
 def test_non_finite_step_saves_no_checkpoint(case):
     (log_text,) = finish(start(case, "bad", "--optimizer.learning_rate", "1e30"), status=2)
     line = log_text.strip().splitlines()[-1]
-    assert line.startswith("lit-fast: error: loss or gradient became non-finite at step ")
+    assert line.startswith("lit-fast: error: loss, gradient or parameters became non-finite at step ")
     assert not list((case / "bad/checkpoints").glob("[0-9]*"))
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lit_fast.models import dense
@@ -42,6 +42,8 @@ def products(dtype, m, k, n, use_bias=True):
     st.integers(1, 40),
     st.booleans(),
 )
+@example(jnp.bfloat16, 48, 33, 40, True)  # several blocks of rows are transposed
+@example(jnp.bfloat16, 48, 40, 5, False)
 @settings(deadline=None, max_examples=25)
 def test_dense_output_and_gradients_equal_float64(dtype, m, k, n, use_bias):
     for name, (got, kind, want) in products(dtype, m, k, n, use_bias).items():

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from lit_fast.config import Config, ImageConfig, LossConfig, OptimizerConfig, StreamConfig, TextConfig
+from lit_fast.models import encoder_pass
 from lit_fast.models.architecture import Architecture
 from lit_fast.models.image_tower import ImageTower
 from lit_fast.models.sizes import Shape
@@ -106,8 +107,10 @@ def dense(config, params):
         (1, {"name": "softmax", "image_head": True}, {"keep": "inputs", "microbatches": 2}),
     ],
 )
-def test_step_with_image_tower_equals_dense_float64(devices, loss, options):
+@pytest.mark.parametrize("fold", [False, True])
+def test_step_with_image_tower_equals_dense_float64(devices, loss, options, fold, monkeypatch):
     """The loss, and its derivative along random directions of each tower's parameters."""
+    monkeypatch.setattr(encoder_pass, "_CPU_TOKENS_PER_WIDTH", 0 if fold else 1000)
     config = LossConfig(**loss)
     value, gradient = loss_and_update(devices, **options, **loss)
     params = jax.tree.map(np.float64, initial_params(config.image_head))

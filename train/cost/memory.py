@@ -245,7 +245,7 @@ class MemoryEstimate:
         logits = 4 * 4 * tile * min(2 * tile, self._texts)
         # In float32: images here and in transfer, texts and their gradients.
         embeddings = 8 * self._width * (self._images + self._texts)
-        # Gradients, updates, and the weights in the dtype of the matrix products.
+        # Gradients, updates (on CPUs the parameters before a logged step), and weights in the dtype of the products.
         fixed = _tree_bytes(self._state) + self.batch + 3 * self.gradients + logits + embeddings
         total = fixed + _RESIDUALS_FACTOR * (
             self.residuals(text) + _LAYER_FACTOR * microbatch / text.shape.depth
