@@ -320,7 +320,7 @@ def _loop(c: _Components, state: State, start_step: int) -> tuple[int, int]:
         # ===============================================================================================
         for step in range(start_step + 1, config.steps + 1):
             # Dispatch the step, and prepare the next batch while the devices compute. After `reuse_memory`, one CPU
-            # has computed the step when the call returns.
+            # has computed the step when the call returns. The first step also compiles what logged ones need.
             c.profiler.before_step(step, state)
             compiling = paused if step == start_step + 1 else nullcontext()
             evaluate = c.evaluator.should_run(step)

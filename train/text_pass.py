@@ -18,8 +18,9 @@ from jax import lax
 
 from lit_fast.config import TextConfig
 from lit_fast.models.attention import Attention, pallas_attention, xla_attention
-from lit_fast.models.encoder_pass import KEPT, EncoderPass, from_bits, to_bits
+from lit_fast.models.encoder_pass import KEPT, EncoderPass
 from lit_fast.models.packed_attention import EQUAL_LENGTHS, refusal
+from lit_fast.models.precision import from_bits, to_bits
 from lit_fast.models.text_tower import ENCODER, EPSILON, GELU, TABLE, RowLayout, TextTower
 from lit_fast.models.transformer import EncoderBlock, LayerNorm, fold_keys
 from lit_fast.models.two_towers import Params
@@ -213,11 +214,8 @@ class TextPass:
 
         # Folded kernels have other gradients than those of the last layer; else these get a place at their end.
         appended = self._pools_token and bool(weights["norms"])
-        new = lax.empty if self._microbatches == 1 else jnp.zeros
-        sums = (
-            jax.tree.map(lambda a: new((len(a) + appended, *a.shape[1:]), jnp.float32), weights),
-            *jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (ends, table)),
-        )
+        zeros = lambda a, more=0: jnp.zeros((len(a) + more, *a.shape[1:]), jnp.float32)  # noqa: E731
+        sums = jax.tree.map(partial(zeros, more=appended), weights), *jax.tree.map(zeros, (ends, table))
         dweights, dends, dtable = lax.fori_loop(0, self._microbatches, microbatch, sums)
         last = jax.tree.map(lambda a: a[None], dends.last)
         if appended:

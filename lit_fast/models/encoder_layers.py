@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax import lax
 
-from lit_fast.models.encoder_pass import EncoderPass, from_bits, to_bits
-from lit_fast.models.precision import matmul_precision
+from lit_fast.models.encoder_pass import EncoderPass
+from lit_fast.models.precision import from_bits, matmul_precision, to_bits
 from lit_fast.models.text_tower import RowLayout
 
 Tree = dict[str, Any]

@@ -44,6 +44,7 @@ from jax import lax
 
 from lit_fast.models.attention import Attention
 from lit_fast.models.dense import kernel_gradient
+from lit_fast.models.precision import from_bits, to_bits
 from lit_fast.models.sizes import Shape
 from lit_fast.models.text_tower import RowLayout
 from lit_fast.models.transformer import ACTIVATIONS, dropout, fold_keys
@@ -63,7 +64,8 @@ _ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
 _QKV = ("query", "key", "value")
 
 
-# Up to these tokens per width folding costs more than it saves on CPUs (EPYC, widths 384 and 1024).
+# Up to these tokens per width folding costs more than it saves on CPUs: interpolated between steps of widths 384 and
+# 1024 that were timed by hand on an EPYC.
 _CPU_TOKENS_PER_WIDTH = 9
 
 
@@ -110,12 +112,8 @@ class EncoderPass:
             weights["h"] = self._fold(norms[1], *weights["h"])
             weights["norms"] = ()
         bits = to_bits if self.platform == "cpu" else lambda a: a
-        cast = lambda pair: (bits(pair[0].astype(self.dtype)), pair[1])  # noqa: E731
-        return (
-            weights
-            | {name: cast(weights[name]) for name in ("h", "out", "mlp")}
-            | {"u": tuple(map(cast, weights["u"]))}
-        )
+        kernels = lambda a: bits(a.astype(self.dtype)) if a.ndim == 3 else a  # noqa: E731
+        return jax.tree.map(kernels, weights)
 
     def arranged(self, block: Tree) -> Tree:
         """Return parameters that are stacked by layer, or their gradients, as `prepare` has them."""
@@ -343,20 +341,6 @@ class EncoderPass:
         if self.platform == "cpu":
             return lax.platform_dependent(x, dy, cpu=kernel_gradient, default=_kernel_gradient)
         return _kernel_gradient(x, dy)
-
-
-# bfloat16 is stored as its bits: XLA's CPU backend slices a layer out of a bfloat16 array by converting the whole array
-# to float32, which triples the memory.
-
-
-def to_bits(a: jax.Array) -> jax.Array:
-    """Return an array to keep in a stack of all layers."""
-    return lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a
-
-
-def from_bits(a: jax.Array) -> jax.Array:
-    """Return the array of `to_bits`."""
-    return lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
 
 
 _exact = partial(jnp.einsum, precision="highest")

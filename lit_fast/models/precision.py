@@ -1,4 +1,4 @@
-"""The dtype of matrix products where the configuration leaves it open."""
+"""The dtype of matrix products where the configuration leaves it open, and how bfloat16 is stored."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lit_fast.storage.machine import cpu_flags
 
@@ -34,3 +35,17 @@ def resolve_dtype(dtype: str, platform: str = "") -> str:
 def matmul_precision(dtype: Any) -> Any:
     """Return a context in which float32 products are float32 on accelerators too."""
     return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+
+
+# bfloat16 is stored as its bits: XLA's CPU backend slices a layer out of a bfloat16 array by converting the whole array
+# to float32, which triples the memory.
+
+
+def to_bits(a: jax.Array) -> jax.Array:
+    """Return an array to keep in a stack of all layers."""
+    return lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a
+
+
+def from_bits(a: jax.Array) -> jax.Array:
+    """Return the array of `to_bits`."""
+    return lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
