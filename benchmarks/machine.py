@@ -2,7 +2,7 @@
 
 `describe` names machine and versions, `measure` gives seconds with their spread and memory, `peak_memory` and
 `forget_peak_memory` are for measuring memory alone, and `run_alone` runs a case in a new process, where no other
-case's memory, threads or compiled programs count.
+case's memory, threads or compiled programs count. `run_in_turns` runs several, whose steps alternate.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_fast.storage.machine import cpu_count
+
+_TURN = "turn"
 
 
 def describe(*packages: str) -> str:
@@ -126,21 +130,94 @@ def run_alone(
     Returns:
       The result; {"failed": REASON} if there is none, the reason in one line.
     """
-    command = [sys.executable, "-m", module, "--case", json.dumps(case)]
+    return run_in_turns(module, [case], timeout=timeout, environments=[environment or {}])[0]
+
+
+def run_in_turns(
+    module: str, cases: Sequence[dict[str, Any]], *, timeout: float, environments: Sequence[dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Run cases in processes that work by turns, so that all meet the same states of a noisy machine.
+
+    With more than one case, a process is given `--turns`: it calls `turn` before each step, and only one process
+    works at a time. All hold their memory until the last is done.
+
+    Args and result: as of `run_alone`, for each case; timeout is in seconds for all together.
+    """
+    turns = ["--turns"] if len(cases) > 1 else []
+    workers: list[_Worker] = []
+    timer = threading.Timer(timeout, lambda: [worker.stop() for worker in workers])
+    timer.start()
     try:
-        done = subprocess.run(
+        waiting = []
+        for case, environment in zip(cases, environments, strict=True):
+            command = [sys.executable, "-m", module, "--case", json.dumps(case), *turns]
+            workers.append(_Worker(command, environment))
+            if workers[-1].until_turn():
+                waiting.append(workers[-1])
+        while waiting:
+            waiting = [worker for worker in waiting if worker.step()]
+        return [worker.result(timeout) for worker in workers]
+    finally:
+        timer.cancel()
+        for worker in workers:
+            worker.stop()
+
+
+def turn() -> None:
+    """Wait until `run_in_turns` gives this process its turn."""
+    print(_TURN, flush=True)
+    sys.stdin.readline()
+
+
+class _Worker:
+    """A process that runs a case."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
             command,
-            env=os.environ | (environment or {}),
-            capture_output=True,
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
-            timeout=timeout,
         )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"more than {timeout:.0f} s"}
-    if done.returncode < 0:
-        return {"failed": "killed, most likely for its memory" if done.returncode == -9 else "crashed"}
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
-    if done.returncode:
-        return {"failed": lines[-1][:200]}
-    result: dict[str, Any] = json.loads(lines[-1])
-    return result
+        self._last = ""
+        self._stopped = False
+
+    def until_turn(self) -> bool:
+        """Wait until the process asks for its turn, or ends: False."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == _TURN:
+                return True
+            self._last = line.strip() or self._last
+        self._process.wait()
+        return False
+
+    def step(self) -> bool:
+        """Give the process its turn, and wait until it asks for the next."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        return self.until_turn()
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._stopped = True
+            self._process.kill()
+
+    def result(self, timeout: float) -> dict[str, Any]:
+        """Return what an ended process printed, or why it failed."""
+        status = self._process.wait()
+        if self._stopped:
+            return {"failed": f"more than {timeout:.0f} s"}
+        if status < 0:
+            return {"failed": "killed, most likely for its memory" if status == -9 else "crashed"}
+        if status:
+            self._errors.seek(0)
+            lines = self._errors.read().strip().splitlines() or ["no output"]
+            return {"failed": lines[-1][:200]}
+        result: dict[str, Any] = json.loads(self._last)
+        return result

@@ -6,7 +6,8 @@ Ours is the step of `lit-fast train`. big_vision's formulation (one batch x batc
 is reimplemented in Flax, open_clip's text tower and loss are its own, on features, and the torch loop is
 `torch.nn.TransformerEncoder`. All use Adam with clipping. Each case runs in a process of its own; memory is that of
 the process with its libraries, or on a GPU what was allocated there. Steps are timed one by one, after one that is
-not counted. All start from the same weights; the exit status is 1 if losses or parameters differ.
+not counted; on a CPU the programs of a table take turns, one step each, as the speed of a machine varies with time.
+All start from the same weights; the exit status is 1 if losses or parameters differ.
 
 On a GPU the tower is that of the one-day recipe and the batches grow further. Needs torch and open_clip_torch.
 """
@@ -16,13 +17,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe, run_alone
-from benchmarks.step_case import MEMORY, REPEATS, SECONDS, Case
+from benchmarks.machine import describe, run_in_turns
+from benchmarks.step_case import IN_TURNS, MEMORY, REPEATS, SECONDS, Case
 from lit_fast.models.precision import fast_dtype
 
 GIB = 2**30
@@ -64,11 +66,20 @@ def forms(cpu: bool, quick: bool) -> list[Case]:
     return sorted(cases, key=lambda case: [c.rival for c in cases].index(case.rival))
 
 
-def run_case(case: Case, cpu: bool) -> Result:
+def run_cases(cases: Sequence[Case], cpu: bool) -> list[Result]:
+    """Run cases, each in a process of its own; on a CPU small ones with the same tower and batch in turns."""
     environment = {"JAX_PLATFORMS": "cpu"} if cpu else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if case.devices > 1:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={case.devices}"
-    return run_alone("benchmarks.step_worker", case.as_dict(), timeout=TIMEOUT, environment=environment)
+    environments = [environment | _devices(case) for case in cases]
+    arguments = [case.as_dict() for case in cases]
+    run = partial(run_in_turns, "benchmarks.step_worker", timeout=TIMEOUT * len(cases))
+    if cpu and all(case.batch * case.length <= IN_TURNS and not case.compile_only for case in cases):
+        return run(arguments, environments=environments)
+    return [run([a], environments=[e])[0] for a, e in zip(arguments, environments, strict=True)]
+
+
+def _devices(case: Case) -> dict[str, str]:
+    flag = f"--xla_force_host_platform_device_count={case.devices}"
+    return {"XLA_FLAGS": flag} if case.devices > 1 else {}
 
 
 def show(case: Case, result: Result) -> None:
@@ -86,13 +97,11 @@ def show(case: Case, result: Result) -> None:
     )
 
 
-def table(title: str, cases: Iterable[Case], cpu: bool) -> Found:
-    print(f"\n{title}\n{HEADER.format(repeats=REPEATS)}")
-    found = []
-    for case in cases:
-        result = run_case(case, cpu)
+def table(title: str, cases: Sequence[Case], cpu: bool) -> Found:
+    print(f"\n{title}\n{HEADER.format(repeats=REPEATS)}", flush=True)
+    found = list(zip(cases, run_cases(cases, cpu), strict=True))
+    for case, result in found:
         show(case, result)
-        found.append((case, result))
     return found
 
 
@@ -105,33 +114,33 @@ def fastest(found: Found) -> list[Case]:
     return [case for _, case in best.values()]
 
 
-def series(starts: list[Case], batches: list[int], known: Found, cpu: bool) -> Found:
-    """Run each case over the batches, until it takes too long or too much memory."""
-    print(f"\nOver the batch, each in its fastest form\n{HEADER.format(repeats=REPEATS)}")
+def series(starts: list[Case], batches: list[int], cpu: bool) -> Found:
+    """Run the cases over the batches, each until it takes too long or too much memory."""
+    print(f"\nOver the batch, each in its fastest form\n{HEADER.format(repeats=REPEATS)}", flush=True)
     found: Found = []
-    for start in starts:
-        previous: tuple[Case, Result] | None = None
-        for batch in batches:
-            case = replace(start, batch=batch)
-            result = next((r for c, r in known if c == case), None) or expected(case, previous, cpu)
-            result = result or run_case(case, cpu)
+    previous: dict[str, tuple[Case, Result]] = {}
+    for batch in batches:
+        cases = [replace(start, batch=batch) for start in starts]
+        results = {
+            case: too_large(case, *previous[case.rival], cpu) for case in cases if case.rival in previous
+        }
+        run = [case for case in cases if not results.get(case)]
+        results |= dict(zip(run, run_cases(run, cpu), strict=True))
+        previous = {case.rival: (case, results[case]) for case in run if "failed" not in results[case]}
+        starts = [start for start in starts if start.rival in previous]
+        for case, result in results.items():
             show(case, result)
             found.append((case, result))
-            if "failed" in result:
-                break
-            previous = case, result
     return found
 
 
-def expected(case: Case, previous: tuple[Case, Result] | None, cpu: bool) -> Result | None:
-    """Return a failure for a batch that would exceed the limits: time and memory grow at least with the batch."""
-    if previous is None:
-        return None
-    growth = case.batch / previous[0].batch
-    seconds = growth * previous[1]["median"]
+def too_large(case: Case, smaller: Case, result: Result, cpu: bool) -> Result | None:
+    """Return a failure if a batch would exceed the limits: time and memory grow at least with the batch."""
+    growth = case.batch / smaller.batch
+    seconds = growth * result["median"]
     if seconds > SECONDS:
         return {"failed": f"not run: about {seconds:.0f} s a step"}
-    memory = growth * max(0, previous[1]["memory"] - GIB)
+    memory = growth * max(0, result["memory"] - GIB)
     if cpu and memory > MEMORY:
         return {"failed": f"not run: about {memory / GIB:.0f} GiB"}
     return None
@@ -144,7 +153,7 @@ def by_compiler(batches: list[int], cpu: bool) -> list[tuple[Case, Result]]:
     for rival in (Case("ours"), Case("big_vision"), Case("big_vision", form="scan")):
         for batch in batches:
             case = replace(rival, batch=batch, compile_only=True)
-            result = run_case(case, cpu)
+            (result,) = run_cases([case], cpu)
             shown = result.get("failed") or f"{result['memory'] / GIB:,.2f}"
             print(
                 f"| {case.name} | {case.dtype} | {batch:,} | {shown} | {result.get('note', '')} |", flush=True
@@ -193,8 +202,9 @@ def essential() -> None:
         cases += [Case(rival, form="math attention"), Case(rival, "float32")]
     found = table("Width 384, 6 layers, 16 tokens, 512 pairs", cases, cpu=True)
     best = fastest(found)
-    over = [replace(start, batch=batch) for start in best for batch in (128, 2048, 8192)]
-    found += table("Over the batch, each in its fastest form", over, cpu=True)
+    for batch in (128, 2048, 8192):
+        over = [replace(start, batch=batch) for start in best]
+        found += table(f"{batch:,} pairs, each in its fastest form", over, cpu=True)
     found += table("16 tokens, padding masked", masked(best, 16), cpu=True)
     found += table("64 tokens, padding masked", masked(best, 64), cpu=True)
     large = [replace(start, batch=32, **ONE_DAY) for start in best]
@@ -252,7 +262,7 @@ def main() -> None:
     batches = (
         [64, 128] if args.quick else [128, 512, 2048, 8192] if cpu else [1024, 4096, 8192, 32_768, 131_072]
     )
-    over = series(best, batches, found, cpu)
+    over = series(best, batches, cpu)
     compiled: Found = []
     if not args.quick:
         found += table("16 tokens, padding masked", masked(best, 16), cpu)

@@ -12,12 +12,12 @@ import os
 import resource
 from typing import Any
 
-from benchmarks.machine import measure, peak_memory
+from benchmarks.machine import measure, peak_memory, turn
 from benchmarks.step_case import ENOUGH, MEMORY, REPEATS, Case
 
 
-def run(case: Case) -> dict[str, Any]:
-    """Return time, memory and losses of one case."""
+def run(case: Case, turns: bool = False) -> dict[str, Any]:
+    """Return time, memory and losses of one case; with turns, wait for one before each step."""
     # Import only the rival's libraries: they count as memory.
     if case.rival in ("ours", "big_vision"):
         if case.rival == "ours":
@@ -37,7 +37,9 @@ def run(case: Case) -> dict[str, Any]:
         rival = build(case)
         ctypes.CDLL(None).malloc_trim(0)  # return the compiler's memory, which is not the step's
         losses: list[float] = []
-        cost = measure(lambda: losses.append(rival.step()), REPEATS, enough=ENOUGH)
+        cost = measure(
+            lambda: losses.append(rival.step()), REPEATS, before=turn if turns else None, enough=ENOUGH
+        )
     except (MemoryError, RuntimeError) as error:  # JAX's own errors are RuntimeErrors as well
         words = ("out of memory", "resource_exhausted", "can't allocate", "bad_alloc")
         if isinstance(error, MemoryError) or any(word in str(error).lower() for word in words):
@@ -58,10 +60,12 @@ def run(case: Case) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--case", required=True)
-    case = Case(**json.loads(parser.parse_args().case))
+    parser.add_argument("--turns", action="store_true", help="wait for a line of stdin before each step")
+    args = parser.parse_args()
+    case = Case(**json.loads(args.case))
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    print(json.dumps(run(case)))
+    print(json.dumps(run(case, args.turns)))
 
 
 if __name__ == "__main__":
