@@ -5,7 +5,7 @@ PYTHON ?= python3
 CORE   := tests/test_imports.py tests/test_config.py tests/losses tests/models tests/data tests/runs tests/train/test_step.py \
           tests/train/test_optimizer.py tests/train/input_pipeline tests/e2e/test_main_job.py
 
-.PHONY: demo test test-core lint types docs bench package release clean
+.PHONY: demo test test-core lint types docs bench bench-tpu package release clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("lit-fast needs Python 3.11 or newer, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -42,7 +42,8 @@ types: $(VENV)/installed
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# The tables of benchmarks/README.md, but for those that take hours (learning) or libtpu (memory, tpu_step, attention_kernels).
+# The tables of benchmarks/README.md that are measured on this machine. Those that need libtpu: make bench-tpu. Those that need
+# given data or hours (learning, neighbours, unlock, towers, faults, fuzz) have their commands there.
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.startup
@@ -53,6 +54,16 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.evaluate
 	$(BIN)/python -m benchmarks.search
+
+# The tables by the compiler of TPUs, which needs no TPU. In an environment of its own, as JAX looks for TPUs where libtpu is.
+bench-tpu:
+	$(MAKE) .venv-tpu/installed VENV=.venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench,tpu]'
+	.venv-tpu/bin/python -m benchmarks.attention_kernels
+	.venv-tpu/bin/lit-fast plan siglit_b8_one_day --topology v4:2x2x1 --no-search
+	.venv-tpu/bin/python -m benchmarks.tpu_step --attention pallas --masked --topologies v4:2x2x1 v5p:2x2x1 v6e:2x2
+	.venv-tpu/bin/python -m benchmarks.tpu_step --attention pallas --masked --topologies v5e:2x2 --keep inputs
+	.venv-tpu/bin/python -m benchmarks.memory
 
 # sdist and wheel in dist/, tried with each supported interpreter.
 package:

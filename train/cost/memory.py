@@ -156,9 +156,8 @@ def image_candidates(
     first = smallest(sizes.most_tokens[resolve_dtype(config.image.dtype, platform)])
     last = max(first, smallest(sizes.least_tokens))
     for keep in KEPT:
-        if not (platform == "cpu" and keep == "products"):
-            for microbatches in divisors[first : last + 1]:
-                yield dataclasses.replace(config.image, keep=keep, microbatches=microbatches)
+        for microbatches in divisors[first : last + 1]:
+            yield dataclasses.replace(config.image, keep=keep, microbatches=microbatches)
     smaller = divisors[last:]
     for microbatches in smaller[:: max(1, len(smaller) // 4)]:
         yield dataclasses.replace(config.image, keep="embeddings", microbatches=microbatches)
@@ -189,10 +188,8 @@ def remat_candidates(config: Config, num_devices: int, platform: str) -> Iterato
     first = smallest(sizes.most_tokens[resolve_dtype(text.dtype, platform)])
     last = max(first, smallest(sizes.least_tokens))
     for keep in KEPT:
-        # On CPUs, recomputing queries, keys and values is faster than reading them.
-        if not (platform == "cpu" and keep == "products"):
-            for microbatches in divisors[first : last + 1]:
-                yield dataclasses.replace(text, keep=keep, microbatches=microbatches)
+        for microbatches in divisors[first : last + 1]:
+            yield dataclasses.replace(text, keep=keep, microbatches=microbatches)
     smaller = divisors[last:]
     for microbatches in smaller[:: max(1, len(smaller) // 4)]:
         yield dataclasses.replace(text, keep="embeddings", microbatches=microbatches)
