@@ -283,8 +283,8 @@ def main() -> None:
     }
     _import_everything()
     began = time.monotonic()
+    faults = Faults(scratch, Case(scratch / "case"), Random(args.seed))
     try:
-        faults = Faults(scratch, Case(scratch / "case"), Random(args.seed))
         for place in places if "kills" in kinds else ():
             with nullcontext("") if place == "file" else buckets_of(place) as base:
                 for command in commands:
@@ -295,10 +295,10 @@ def main() -> None:
             faults.flips_in_dataset(args.seconds)
         if "flips-run" in kinds:
             faults.flips_in_run(args.seconds)
-    finally:
+    finally:  # also where a trial could not be set up
         shutil.rmtree(scratch, ignore_errors=True)
-    print(faults.table())
-    print(f"\nseed {args.seed}, {time.monotonic() - began:,.0f} s, Python {platform.python_version()}")
+        print(faults.table())
+        print(f"\nseed {args.seed}, {time.monotonic() - began:,.0f} s, Python {platform.python_version()}")
     sys.exit(1 if faults.findings else 0)
 
 
