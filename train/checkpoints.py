@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,7 +42,6 @@ class Checkpoints:
 
     def __init__(self, workdir: StrPath, config: CheckpointConfig, mirror: RunMirror | None = None) -> None:
         """Open the checkpoints of a run directory, which with `mirror` is the local copy of one in a bucket."""
-        _silence_repeated_errors()
         self._workdir, self._best, self._mirror = os.fspath(workdir), config.best, mirror
         self._alone = mirror is not None and jax.process_count() > 1
         self._manager: ocp.CheckpointManager | None = None
@@ -132,18 +129,6 @@ class Checkpoints:
                 action = "choose a --workdir on a file system that has them"
             path = file[1] if file else getattr(error, "filename", None) or join(self._workdir, "checkpoints")
             raise UserError(f"{path} cannot be written: {reason}; {action}") from None
-
-
-def _silence_repeated_errors() -> None:
-    """Silence the writes that TensorStore abandons after the first failed one, which raises."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    previous = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def _to_trees(state: State) -> dict[str, Any]:

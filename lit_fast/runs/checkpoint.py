@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +52,7 @@ def open_manager(
       alone: only the first process of the job uses the manager, with trees of numpy arrays; no other one sees the
         directory.
     """
+    _silence_repeated_errors()
     if keep is None:
         options = ocp.CheckpointManagerOptions(create=True)
     else:
@@ -179,6 +182,23 @@ def restore_last(
                 rename(join(directory, str(step)), join(damaged, f"{step}-{len(list_names(damaged))}"))
             manager.reload()
     return None
+
+
+def _silence_repeated_errors() -> None:
+    """Silence the reads and writes that Orbax abandons after the first failed one, which raises."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+    previous = sys.unraisablehook
+    if getattr(previous, "__module__", "") == __name__:
+        return
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        orbax = code is not None and "orbax" in code.co_filename
+        if not orbax and str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def digest(tree: Any) -> int:

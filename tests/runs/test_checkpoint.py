@@ -1,6 +1,8 @@
 """Checkpoints: what is kept, and that damage is noticed."""
 
+import gc
 import random
+import sys
 import time
 
 import jax
@@ -89,6 +91,19 @@ def test_restore_last_with_flipped_bit_takes_the_previous_step(tmp_path, capsys,
     save(manager, 2, both(2), {"note": 2})  # and its step can be saved again
     manager.wait_until_finished()
     assert read(manager, 2)[1]["note"] == 2
+
+
+def test_damage_of_many_arrays_is_one_error(tmp_path, monkeypatch):
+    """Orbax reads all arrays at once and abandons the others after the first that fails."""
+    write(tmp_path, [1], keep=2).close()
+    (file,) = (tmp_path / "checkpoints/1/params/array_metadatas").iterdir()
+    file.write_text(file.read_text()[:100])
+    printed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(unraisable.object))
+    with pytest.raises(DamagedCheckpointError, match="checkpoints/1 cannot be read"):
+        read(open_manager(tmp_path), 1)
+    gc.collect()
+    assert not printed
 
 
 def test_manager_removes_incomplete_checkpoints(tmp_path):
