@@ -51,7 +51,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.remote_stream
 	$(BIN)/python -m benchmarks.embed
 	$(BIN)/python -m benchmarks.loss
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.step --rows essential
 	$(BIN)/python -m benchmarks.evaluate
 	$(BIN)/python -m benchmarks.search
 

@@ -14,6 +14,7 @@ Tables:
   beta2       Adam's decay of the second moment (figure 5)
   negatives   masked negatives (figure 6)
   corruption  sigmoid and softmax with corrupted texts and pairs (figure 7)
+  padding     padding masked or attended to, as the paper does, and the pooling
 """
 
 from __future__ import annotations
@@ -83,15 +84,24 @@ def loss(name: str) -> tuple[tuple[str, Any], ...]:
     return (("loss.name", name),) if name != "sigmoid" else ()
 
 
-def initial(bias: float | None, temperature: float) -> Setting:
+def initial(bias: float | None, temperature: float, rate: int = 10) -> Setting:
+    """Return the line of initial values; `rate` is the factor of their learning rate."""
     key = ("loss.bias", "false") if bias is None else ("loss.bias_init", bias)
-    changes = () if (bias, temperature) == (-10, 10) else (key, ("loss.temperature_init", temperature))
-    return Setting(("none" if bias is None else f"{bias:g}", f"{temperature:g}"), changes)
+    changes = [] if (bias, temperature) == (-10, 10) else [key, ("loss.temperature_init", temperature)]
+    changes += [("optimizer.learning_rate_scale", f"[tb]={rate}")] if rate != 10 else []
+    cells = ("none" if bias is None else f"{bias:g}", f"{temperature:g}", str(rate))
+    return Setting(cells, tuple(changes))
 
 
 def masked(kind: str, count: float) -> Setting:
     changes = (("loss.negatives", kind), ("loss.negatives_per_positive", count))
     return Setting((kind, f"{count:g}"), changes)
+
+
+def padded(masked: bool, pooling: str) -> Setting:
+    changes: tuple[tuple[str, Any], ...] = () if masked else (("text.mask_padding", "false"),)
+    changes += (("text.pooling", pooling),) if pooling != "mean" else ()
+    return Setting(("masked" if masked else "attended to", pooling), changes)
 
 
 def corrupted(loss_name: str, kind: str, share: float) -> Setting:
@@ -110,8 +120,15 @@ TABLES: dict[str, tuple[tuple[str, ...], list[Setting]]] = {
     ),
     # In the paper's order.
     "initial": (
-        ("bias", "temperature"),
-        [initial(None, 10), initial(-10, 10), initial(-10, 1), initial(0, 10), initial(0, 1)],
+        ("bias", "temperature", "their learning rate, times"),
+        [
+            initial(None, 10),
+            initial(None, 10, 1),
+            initial(-10, 10),
+            initial(-10, 1),
+            initial(0, 10),
+            initial(0, 1),
+        ],
     ),
     "batch": (
         ("batch", "loss"),
@@ -132,6 +149,10 @@ TABLES: dict[str, tuple[tuple[str, ...], list[Setting]]] = {
         ("corrupted", "share", "loss"),
         [Setting(("nothing", "0", name), loss(name)) for name in LOSSES]
         + [corrupted(name, kind, 0.5) for kind in ("texts", "alignment") for name in LOSSES],
+    ),
+    "padding": (
+        ("padding", "pooling"),
+        [padded(masked, pooling) for masked in (True, False) for pooling in ("mean", "last")],
     ),
 }
 

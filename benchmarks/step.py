@@ -19,16 +19,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe, run_in_turns
-from benchmarks.step_case import IN_TURNS, MEMORY, REPEATS, SECONDS, Case
+from benchmarks.step_case import AT_ONCE, MEMORY, REPEATS, SECONDS, SMALL, Case
 from lit_fast.models.precision import fast_dtype
 
 GIB = 2**30
 ONE_DAY: dict[str, Any] = {"width": 1024, "depth": 12, "heads": 16}  # configs/siglit_b8_one_day.toml
+COMPILED = [512, 8192, 65_536, 1_048_576]  # batches whose memory the compiler tells
 TIMEOUT = 600
 
 Result = dict[str, Any]
@@ -68,13 +68,19 @@ def forms(cpu: bool, quick: bool) -> list[Case]:
 
 def run_cases(cases: Sequence[Case], cpu: bool) -> list[Result]:
     """Run cases, each in a process of its own; on a CPU small ones with the same tower and batch in turns."""
+    small = cpu and all(case.batch * case.length <= SMALL and not case.compile_only for case in cases)
+    size = AT_ONCE if small else 1
+    return [result for i in range(0, len(cases), size) for result in _run_group(cases[i : i + size], cpu)]
+
+
+def _run_group(cases: Sequence[Case], cpu: bool) -> list[Result]:
     environment = {"JAX_PLATFORMS": "cpu"} if cpu else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    environments = [environment | _devices(case) for case in cases]
-    arguments = [case.as_dict() for case in cases]
-    run = partial(run_in_turns, "benchmarks.step_worker", timeout=TIMEOUT * len(cases))
-    if cpu and all(case.batch * case.length <= IN_TURNS and not case.compile_only for case in cases):
-        return run(arguments, environments=environments)
-    return [run([a], environments=[e])[0] for a, e in zip(arguments, environments, strict=True)]
+    return run_in_turns(
+        "benchmarks.step_worker",
+        [case.as_dict() for case in cases],
+        timeout=TIMEOUT * len(cases),
+        environments=[environment | _devices(case) for case in cases],
+    )
 
 
 def _devices(case: Case) -> dict[str, str]:
@@ -191,7 +197,7 @@ def masked(starts: list[Case], length: int) -> list[Case]:
 
 
 def essential() -> None:
-    """Run ours and the rivals in the forms that were fastest on CPUs.
+    """Run ours and the rivals in the forms that were fastest on CPUs, and compile larger batches.
 
     The two dtypes of ours at 512 pairs are for `lit_fast.models.precision`.
     """
@@ -209,6 +215,7 @@ def essential() -> None:
     found += table("64 tokens, padding masked", masked(best, 64), cpu=True)
     large = [replace(start, batch=32, **ONE_DAY) for start in best]
     found += table("The one-day tower: width 1024, 12 layers, 16 tokens", large, cpu=True)
+    by_compiler(COMPILED, cpu=True)
     if wrong := differing(found):
         sys.exit("different work: " + "; ".join(wrong))
 
@@ -274,7 +281,7 @@ def main() -> None:
         ours = next(case for case in best if case.rival == "ours")
         devices = [replace(ours, devices=n) for n in (2, 4)]
         found += table("On several simulated devices of the same cores", devices, cpu)
-        compiled = by_compiler([512, 8192, 65_536, 1_048_576], cpu)
+        compiled = by_compiler(COMPILED, cpu)
     if not args.quick:
         plot(over, compiled, Path(__file__).with_name("step.svg"))
     if wrong := differing(found + over):

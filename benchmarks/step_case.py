@@ -17,7 +17,8 @@ LEARNING_RATE, BETAS, EPSILON, DECAY, CLIP = 1e-4, (0.9, 0.999), 1e-8, 1e-4, 1.0
 TEMPERATURE, BIAS = 10.0, -10.0
 REPEATS = 7
 ENOUGH = 10.0  # seconds; a longer step is timed once
-IN_TURNS = 2**15  # tokens of a batch; on a CPU the steps of cases with at most as many alternate
+SMALL = 2**15  # tokens of a batch; on a CPU the steps of cases with at most as many alternate
+AT_ONCE = 6  # cases whose steps alternate, as all of them hold their memory
 SECONDS = 30.0  # a longer step is not run
 MEMORY = 16 * 2**30  # bytes that a case may allocate on a CPU
 
