@@ -161,7 +161,7 @@ def test_receipt_names_inputs_hardware_and_versions(case):
     assert re.fullmatch(r"[0-9a-f]{32}", digests["stream"])
     assert receipt["hardware"]["devices"] == 4
     memory = receipt["memory"]  # the fastest policy on a CPU fits
-    assert (memory["keep"], memory["parts"], memory["bytes_by"]) == ("hidden", 1, "estimate")
+    assert (memory["keep"], memory["parts"], memory["bytes_by"]) == ("products", 1, "estimate")
     assert 0 < memory["bytes"] < memory["limit_bytes"]
     assert receipt["hardware"]["host_cores"] == os.cpu_count()
     assert receipt["versions"]["jax"] == jax.__version__
@@ -321,7 +321,7 @@ def test_compare_shows_differing_keys_and_results(case, capsys, tmp_path, monkey
     assert rows["status"].split() == ["status", "finished", "stopped", "unfinished"]
     assert rows["optimizer.learning_rate"].split()[1:] == ["0.003", "0.003", "0.001"]
     assert "seed" not in rows
-    assert rows["text.keep, in use"].split()[3:] == ["hidden", "hidden", "-"]
+    assert rows["text.keep, in use"].split()[3:] == ["products", "products", "-"]
     receipt = receipt_of(case.run)
     final = receipt["evaluation"]["final"]["figures"]["d/acc1"]
     assert rows["d/acc1, final %"].split()[3] == f"{100 * final:.1f}"
