@@ -49,7 +49,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.remote_stream
-	$(BIN)/python -m benchmarks.embed
+	$(BIN)/python -m benchmarks.embed --batches 16 32
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.step --rows essential
 	$(BIN)/python -m benchmarks.evaluate
@@ -61,6 +61,7 @@ bench-tpu:
 	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench,tpu]'
 	.venv-tpu/bin/python -m benchmarks.attention_kernels
 	.venv-tpu/bin/lit-fast plan siglit_b8_one_day --topology v4:2x2x1 --no-search
+	.venv-tpu/bin/lit-fast plan siglip_four_chips --topology v4:2x2x1 --no-search
 	.venv-tpu/bin/python -m benchmarks.tpu_step --attention pallas --masked --topologies v4:2x2x1 v5p:2x2x1 v6e:2x2
 	.venv-tpu/bin/python -m benchmarks.tpu_step --attention pallas --masked --topologies v5e:2x2 --keep inputs
 	.venv-tpu/bin/python -m benchmarks.memory

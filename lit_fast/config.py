@@ -66,9 +66,10 @@ class TextConfig:
     )
     keep: str = setting(
         "auto",
-        "remat policy, the residuals stored for the backward pass: matrix products, without queries, keys and values "
-        "(hidden), the layer inputs, or only the embeddings of a microbatch. Recomputation adds 1, 9, 23 or 33 % "
-        "FLOPs. auto: the first policy, in this order, whose step fits in device memory; it also sets microbatches",
+        "remat policy: what is stored for the backward pass. products: the outputs of matrix products; hidden: the "
+        "same without queries, keys and values; inputs: the inputs of layers; embeddings: only the embeddings of a "
+        "microbatch. Recomputation adds about 1, 9, 22 or 33 % FLOPs, more with pack. auto: the first policy, in this "
+        "order, whose step fits in device memory; it also sets microbatches",
         choices=("auto", "products", "hidden", "inputs", "embeddings"),
     )
     microbatches: int = setting(1, "equal parts in which a device embeds its texts", minimum=1)
@@ -156,7 +157,7 @@ class ImageConfig:
     dtype: str = setting(
         "auto",
         "dtype of matrix products; parameters are float32. auto: that of text.dtype",
-        choices=("float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16"),
     )
     keep: str = setting(
         "auto",

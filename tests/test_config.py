@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lit_fast.cli.main import COMMANDS
+from lit_fast.cli.reference import reference as commands
 from lit_fast.config import Config, EvalConfig, LossConfig, OptimizerConfig, settings
 from lit_fast.config_io import RENAMED, load_config, recipes, reference, to_toml
 from lit_fast.errors import UserError
@@ -83,6 +85,12 @@ def test_reference_is_the_committed_page():
     page = (ROOT / "docs/configuration.md").read_text()
     assert page == reference(), "run: python -m lit_fast.config_io > docs/configuration.md"
     assert all(f"| `{key.rpartition('.')[2]}` |" in page for key in settings())
+
+
+def test_reference_of_commands_is_the_committed_page():
+    page = (ROOT / "docs/commands.md").read_text()
+    assert page == commands(), "run: python -m lit_fast.cli.reference > docs/commands.md"
+    assert all(f"## lit-fast {name}\n" in page for name in COMMANDS)
 
 
 @pytest.mark.parametrize("old", RENAMED)

@@ -37,7 +37,7 @@ from lit_fast.utils.output import status
 from lit_fast.weights.parameters import Params, Weights
 from lit_fast.weights.positions import resample_positions
 from lit_fast.weights.reader import unusable_weights
-from lit_fast.weights.resolve import weights_digest
+from lit_fast.weights.resolve import BUCKETS, weights_digest
 
 # Larger values in a file would need more memory than any machine has.
 _MAX_RESOLUTION = 4096
@@ -283,7 +283,12 @@ def _source(spec: str) -> str:
 
 
 def _name(spec: str, path: str, arch: str | None) -> str:
-    """Return the name of the directory of the features: the file's, its directory's, or the repository's."""
+    """Return the name of the directory of the features: the file's, its directory's, or the repository's.
+
+    A file of Google's buckets has the last part of the name that it is known by, such as B_8 of augreg/B_8.
+    """
+    if spec.partition("/")[0] in BUCKETS and not exists(spec):
+        return base_name(spec).removesuffix(".npz")
     if suffix(path) == ".npz" or arch:
         return stem(path)
     if exists(spec):

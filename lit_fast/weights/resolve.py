@@ -26,7 +26,7 @@ from lit_fast.weights.reader import parts
 from lit_fast.weights.registry import known_towers
 from lit_fast.weights.tokenizer_json import sentencepiece_model
 
-_BUCKETS = {"augreg": "vit_models/augreg", "big_vision": "big_vision"}
+BUCKETS = {"augreg": "vit_models/augreg", "big_vision": "big_vision"}
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPOSITORY = re.compile(rf"({_WORD}/{_WORD})(?:@({_WORD}(?:/{_WORD})*))?")
 _AUGREG_FILE = re.compile(r"[A-Za-z0-9]+_\d+-i(1|21)k-\d+ep-lr_[\w.-]+")
@@ -57,7 +57,7 @@ def resolve(spec: str) -> str:
         with _absent_path(spec):
             return _fetch_tower(snapshot, optional=() if spec.startswith("timm:") else (_PROCESSOR,))
     family, _, rest = spec.partition("/")
-    if family in _BUCKETS and rest:
+    if family in BUCKETS and rest:
         return _fetch_archive(spec, family, rest)
     raise UserError(
         f"tower {spec!r} is neither a file nor a name; give a path or a name like augreg/B_8, timm:NAME or "
@@ -96,7 +96,7 @@ def find_repository(spec: str) -> Snapshot | None:
             )
         return Snapshot(match[1], match[2] or "main")
     match = _REPOSITORY.fullmatch(spec)
-    if not match or spec.partition("/")[0] in _BUCKETS or match[1].endswith(_FILE_SUFFIXES):
+    if not match or spec.partition("/")[0] in BUCKETS or match[1].endswith(_FILE_SUFFIXES):
         return None
     return Snapshot(match[1], match[2] or "main")
 
@@ -212,7 +212,7 @@ def _fetch_archive(spec: str, family: str, rest: str) -> str:
     stem = rest.removesuffix(".npz")
     if not known and family == "augreg" and not _AUGREG_FILE.fullmatch(stem):
         raise UserError(f"tower {spec!r} is unknown{_nearest(spec)}; `lit-fast towers` lists names")
-    path = known.source if known else f"{_BUCKETS[family]}/{stem}.npz"
+    path = known.source if known else f"{BUCKETS[family]}/{stem}.npz"
     if not all(re.fullmatch(_WORD, part) for part in path.split("/")):
         raise UserError(
             f"tower {spec!r} is not the name of a file in a bucket; `lit-fast towers` lists names"

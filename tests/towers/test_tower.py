@@ -2,6 +2,7 @@
 
 import io
 import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from lit_fast.towers.tower import load_tower
 from tests.helpers import tiny_vit_arrays
 from tests.reference import augreg_vit
 from tests.torch_packages import import_package
+from tests.web import Answer, own_cache, running_server  # noqa: F401
 
 
 def pixels(n, size, seed=0):
@@ -94,6 +96,18 @@ def test_load_tower_of_old_and_new_names_is_equal(tiny_vit, tmp_path, prefix):
     new[prefix + "cls"] = new[prefix + "cls"] + positions[:, :1]
     got = load_tower(save(tmp_path / "new.npz", new)).params
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_load_tower_of_a_bucket_has_the_name_that_it_is_known_by(tiny_vit, server, monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    stem = "Ti_8-i21k-1ep-lr_0.001-do_0.0"
+    server.answers[f"/vit_models/augreg/{stem}.npz"] = Answer(tiny_vit.read_bytes())
+    server.answers["/big_vision/tiny.npz"] = Answer(tiny_vit.read_bytes())
+    assert load_tower(f"augreg/{stem}.npz").name == stem
+    assert load_tower("big_vision/tiny").name == "tiny"
+    known = SimpleNamespace(name="augreg/Ti_8", source=f"vit_models/augreg/{stem}.npz", sha256="")
+    monkeypatch.setattr("lit_fast.weights.resolve.known_towers", lambda: (known,))
+    assert load_tower("augreg/Ti_8").name == "Ti_8"
 
 
 def test_load_tower_at_another_resolution_resamples_positions(tiny_vit):

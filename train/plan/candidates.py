@@ -39,7 +39,10 @@ from lit_fast.utils.output import status
 from lit_fast.utils.progress import report_elapsed
 
 MAX_COMPILES = 6  # of a search
-_COMPILE_TIME = {"tpu": "1 to 3 minutes", "gpu": "half a minute"}  # of the packaged recipes on two idle cores
+_COMPILE_TIME = {
+    "tpu": "half a minute to 2 minutes",
+    "gpu": "half a minute",
+}  # of the packaged recipes on two idle cores
 KERNEL_SECONDS = 2e-6  # to start a kernel on a GPU and to end it: an assumption, not measured here
 _MATRIX_UNIT_TOKENS = 128  # rows of a matrix unit
 

@@ -11,7 +11,7 @@ from lit_fast.train.plan.costs import Prices
 from lit_fast.train.plan.plan import make_plan
 from lit_fast.train.plan.report import count, format_hours, format_seconds, format_usd
 from lit_fast.train.plan.target import Target, open_target
-from lit_fast.utils.format import format_table
+from lit_fast.utils.format import format_duration, format_table
 from lit_fast.utils.output import status
 
 Plan = dict[str, Any]
@@ -73,7 +73,8 @@ def format_comparison(found: dict[str, Any]) -> str:
         "run",
         "range",
     )
-    rows = [(*head, *["USD"] * priced, "images/s a host", "time by")]
+    prices = ("USD", "USD to embed 1 M") if priced else ()
+    rows = [(*head, *prices, "images/s a host", "time by")]
     rows += [_row(plan, priced) for plan in plans]
     first = plans[0]
     parts = [
@@ -92,7 +93,11 @@ def format_comparison(found: dict[str, Any]) -> str:
 def _row(plan: Plan, priced: bool) -> tuple[str, ...]:
     memory, planning, steps = plan["memory"], plan["planning"], plan["steps"]
     low, high = planning["low_seconds"], planning["high_seconds"]
-    usd = [format_usd(plan["usd"]["training"]) if plan["usd"] else "?"] if priced else []
+    usd = (
+        [format_usd(plan["usd"][k]) if plan["usd"] else "?" for k in ("training", "embedding")]
+        if priced
+        else []
+    )
     return (
         plan["name"],
         f"{plan['devices']} x {plan['chip']['title']}",
@@ -132,6 +137,17 @@ def _notes(plans: list[Plan]) -> list[str]:
         names = ", ".join(plan["name"] for plan in plans if plan["no_compiler"])
         notes += [f"memory of {names} is an ESTIMATE: {reason}" for reason in missing]
     notes.append("not in the time: start and compilation, checkpoints, evaluations")
+    if compiled := [p for p in plans if p["compile_seconds"]]:
+        times = ", ".join(f"{p['name']} {format_duration(p['compile_seconds'])}" for p in compiled)
+        notes.append(f"compiled on this machine in: {times}")
+    if priced := [p for p in plans if p["usd"]]:
+        low, high = (f(p["usd"]["storage_per_month"] for p in priced) for f in (min, max))
+        notes.append(
+            "not in the USD: storage of features, tokens and checkpoints, "
+            + format_usd(low)
+            + f" to {format_usd(high)}" * (format_usd(low) != format_usd(high))
+            + f" a month at {priced[0]['storage_price']:g} USD a GB"
+        )
     return notes
 
 
