@@ -99,7 +99,9 @@ def masked(kind: str, count: float) -> Setting:
 
 
 def padded(masked: bool, pooling: str) -> Setting:
-    changes: tuple[tuple[str, Any], ...] = () if masked else (("text.mask_padding", "false"),)
+    # Dropout in packed rows needs masked padding.
+    attended = (("text.mask_padding", "false"), ("text.pack", 1))
+    changes: tuple[tuple[str, Any], ...] = () if masked else attended
     changes += (("text.pooling", pooling),) if pooling != "mean" else ()
     return Setting(("masked" if masked else "attended to", pooling), changes)
 

@@ -33,6 +33,7 @@ from lit_fast.config_io import load_config
 from lit_fast.losses.accumulate import LossParams
 from lit_fast.losses.contrastive import contrastive_loss
 from lit_fast.losses.pairs import ImageSide, TextSide
+from lit_fast.models.precision import resolve_dtype
 from lit_fast.models.text_tower import TextTower
 from lit_fast.runtime import AXIS, REPLICATED, SHARDED, batch_sharding, replicated, shard_map
 from lit_fast.train.cost.aot import CompiledStep, compile_step, tpu_mesh
@@ -48,7 +49,7 @@ GIB, MIB = 2**30, 2**20
 
 def tower(text: TextConfig) -> TextTower:
     """Return the text tower of a configuration, as training builds it."""
-    dtype = jnp.dtype(text.dtype)
+    dtype = jnp.dtype(resolve_dtype(text.dtype, "tpu"))
     return TextTower(text.shape, VOCAB, LENGTH, WIDTH, pack=text.pack, dtype=dtype)
 
 

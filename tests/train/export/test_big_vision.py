@@ -168,7 +168,7 @@ def test_card_names_the_configuration_that_loads_the_file(tiny_vit, tmp_path):
         f"text=dict(width=32, depth=2, mlp_dim=128, vocab_size={model.tokenizer.vocab_size}, pool_type='last', num",
         "out_dim=(32, 32)", "exact one", 'tokenize(max_len=8, eos="sticky", pad_value=1',
         "--preprocess pil-crop --gelu exact --resolution 32", "computes this text tower in bfloat16",
-        f"bias_init={float(model.params['b'][0])},",
+        f"bias_init={float(model.params['b'][0])},", "`pip install flax ml_collections sentencepiece`",
     ):  # fmt: skip
         assert part in text
 

@@ -135,7 +135,7 @@ def test_card_has_front_matter_and_the_figures_of_the_receipt(exported, trained_
     for part in (
         f"data: digest `{receipt['digests']['dataset']}`", "steps: 4 of 4 (finished)", "pairs seen: 64",
         "device hours", f"{receipt['hardware']['host_cores']} cores of", "lit_fast.load(",
-        "licence of the vision tower: not known", "## Limits",
+        "licence of the vision tower: not known", "## Limits", "`pip install .` in a checkout of lit_fast",
     ):  # fmt: skip
         assert part in card
     plain, average = receipt["evaluation"]["results"]

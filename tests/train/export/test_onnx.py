@@ -206,6 +206,7 @@ def test_card_python_runs_and_scores_as_the_model(loss, exported, monkeypatch):
     (folder / "image.jpg").write_bytes(encoded(image))
     monkeypatch.chdir(folder)
     code = "\n".join(re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S))
+    assert "`pip install numpy onnxruntime sentencepiece`" in Path("README.md").read_text()
     found = {} if loss == "sigmoid" else {"images": model.embed_image(["image.jpg"])}
     exec(code, found)
     captions = ["a dog", "a flower"]

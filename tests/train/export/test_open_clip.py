@@ -249,7 +249,7 @@ def test_card_lists_the_differences(towers, tmp_path):
     card = (tmp_path / "README.md").read_text()
     for part in (
         "resized to 40", "resized with bicubic, for training with lanczos", "JPEGs are decoded at full size here",
-        "stores features and computes this text tower in bfloat16",
+        "stores features and computes this text tower in bfloat16", "`pip install open_clip_torch transformers timm`",
     ):  # fmt: skip
         assert part in card
 
