@@ -139,26 +139,30 @@ def run_in_turns(
     """Run cases in processes that work by turns, so that all meet the same states of a noisy machine.
 
     With more than one case, a process is given `--turns`: it calls `turn` before each step, and only one process
-    works at a time. All hold their memory until the last is done.
+    works at a time. They exist at the same time, so their memory adds up.
 
-    Args and result: as of `run_alone`, for each case; timeout is in seconds for all together.
+    Args:
+      module: as of `run_alone`.
+      cases: the arguments of each case.
+      timeout: seconds of work after which a case counts as failed.
+      environments: of each case, as of `run_alone`.
+
+    Returns:
+      The result of each case, as of `run_alone`.
     """
     turns = ["--turns"] if len(cases) > 1 else []
     workers: list[_Worker] = []
-    timer = threading.Timer(timeout, lambda: [worker.stop() for worker in workers])
-    timer.start()
     try:
         waiting = []
         for case, environment in zip(cases, environments, strict=True):
             command = [sys.executable, "-m", module, "--case", json.dumps(case), *turns]
-            workers.append(_Worker(command, environment))
+            workers.append(_Worker(command, environment, timeout))
             if workers[-1].until_turn():
                 waiting.append(workers[-1])
         while waiting:
             waiting = [worker for worker in waiting if worker.step()]
-        return [worker.result(timeout) for worker in workers]
+        return [worker.result() for worker in workers]
     finally:
-        timer.cancel()
         for worker in workers:
             worker.stop()
 
@@ -172,7 +176,7 @@ def turn() -> None:
 class _Worker:
     """A process that runs a case."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], timeout: float) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
@@ -182,21 +186,29 @@ class _Worker:
             stderr=self._errors,
             text=True,
         )
+        self._timeout = self._left = timeout
         self._last = ""
         self._stopped = False
 
     def until_turn(self) -> bool:
-        """Wait until the process asks for its turn, or ends: False."""
+        """Wait until the process asks for its turn, or ends: False. It is stopped when its time is over."""
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.strip() == _TURN:
-                return True
-            self._last = line.strip() or self._last
-        self._process.wait()
-        return False
+        began = time.monotonic()
+        timer = threading.Timer(max(0.0, self._left), self.stop)
+        timer.start()
+        try:
+            for line in self._process.stdout:
+                if line.strip() == _TURN:
+                    return True
+                self._last = line.strip() or self._last
+            self._process.wait()
+            return False
+        finally:
+            timer.cancel()
+            self._left -= time.monotonic() - began
 
     def step(self) -> bool:
-        """Give the process its turn, and wait until it asks for the next."""
+        """Give the process its turn, and wait until it asks for the next one, or ends: False."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write("\n")
@@ -204,20 +216,24 @@ class _Worker:
         return self.until_turn()
 
     def stop(self) -> None:
+        """Kill the process if it runs."""
         if self._process.poll() is None:
             self._stopped = True
             self._process.kill()
 
-    def result(self, timeout: float) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Return what an ended process printed, or why it failed."""
         status = self._process.wait()
         if self._stopped:
-            return {"failed": f"more than {timeout:.0f} s"}
+            return {"failed": f"more than {self._timeout:.0f} s"}
         if status < 0:
             return {"failed": "killed, most likely for its memory" if status == -9 else "crashed"}
         if status:
             self._errors.seek(0)
             lines = self._errors.read().strip().splitlines() or ["no output"]
             return {"failed": lines[-1][:200]}
-        result: dict[str, Any] = json.loads(self._last)
+        try:
+            result: dict[str, Any] = json.loads(self._last)
+        except ValueError:
+            return {"failed": self._last[:200] or "no output"}
         return result

@@ -6,7 +6,8 @@ Ours is the step of `lit-fast train`. big_vision's formulation (one batch x batc
 is reimplemented in Flax, open_clip's text tower and loss are its own, on features, and the torch loop is
 `torch.nn.TransformerEncoder`. All use Adam with clipping. Each case runs in a process of its own; memory is that of
 the process with its libraries, or on a GPU what was allocated there. Steps are timed one by one, after one that is
-not counted; on a CPU the programs of a table take turns, one step each, as the speed of a machine varies with time.
+not counted; on a CPU up to six programs take turns, one step each, but for large batches, as the speed of a machine
+varies with time.
 All start from the same weights; the exit status is 1 if losses or parameters differ.
 
 On a GPU the tower is that of the one-day recipe and the batches grow further. Needs torch and open_clip_torch.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lit_fast.models.precision import fast_dtype
 
 GIB = 2**30
 ONE_DAY: dict[str, Any] = {"width": 1024, "depth": 12, "heads": 16}  # configs/siglit_b8_one_day.toml
-COMPILED = [512, 8192, 65_536, 1_048_576]  # batches whose memory the compiler tells
+COMPILED = [512, 8192, 65_536, 1_048_576]  # batches that are only compiled, for their memory
 TIMEOUT = 600
 
 Result = dict[str, Any]
@@ -66,21 +67,19 @@ def forms(cpu: bool, quick: bool) -> list[Case]:
     return sorted(cases, key=lambda case: [c.rival for c in cases].index(case.rival))
 
 
-def run_cases(cases: Sequence[Case], cpu: bool) -> list[Result]:
-    """Run cases, each in a process of its own; on a CPU small ones with the same tower and batch in turns."""
+def run_cases(cases: Sequence[Case], cpu: bool) -> Iterator[tuple[Case, Result]]:
+    """Run cases, each in a process of its own; on a CPU small ones in turns, AT_ONCE at a time."""
+    environment = {"JAX_PLATFORMS": "cpu"} if cpu else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     small = cpu and all(case.batch * case.length <= SMALL and not case.compile_only for case in cases)
     size = AT_ONCE if small else 1
-    return [result for i in range(0, len(cases), size) for result in _run_group(cases[i : i + size], cpu)]
-
-
-def _run_group(cases: Sequence[Case], cpu: bool) -> list[Result]:
-    environment = {"JAX_PLATFORMS": "cpu"} if cpu else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return run_in_turns(
-        "benchmarks.step_worker",
-        [case.as_dict() for case in cases],
-        timeout=TIMEOUT * len(cases),
-        environments=[environment | _devices(case) for case in cases],
-    )
+    for group in (cases[i : i + size] for i in range(0, len(cases), size)):
+        results = run_in_turns(
+            "benchmarks.step_worker",
+            [case.as_dict() for case in group],
+            timeout=TIMEOUT,
+            environments=[environment | _devices(case) for case in group],
+        )
+        yield from zip(group, results, strict=True)
 
 
 def _devices(case: Case) -> dict[str, str]:
@@ -105,9 +104,10 @@ def show(case: Case, result: Result) -> None:
 
 def table(title: str, cases: Sequence[Case], cpu: bool) -> Found:
     print(f"\n{title}\n{HEADER.format(repeats=REPEATS)}", flush=True)
-    found = list(zip(cases, run_cases(cases, cpu), strict=True))
-    for case, result in found:
+    found = []
+    for case, result in run_cases(cases, cpu):
         show(case, result)
+        found.append((case, result))
     return found
 
 
@@ -131,7 +131,7 @@ def series(starts: list[Case], batches: list[int], cpu: bool) -> Found:
             case: too_large(case, *previous[case.rival], cpu) for case in cases if case.rival in previous
         }
         run = [case for case in cases if not results.get(case)]
-        results |= dict(zip(run, run_cases(run, cpu), strict=True))
+        results |= dict(run_cases(run, cpu))
         previous = {case.rival: (case, results[case]) for case in run if "failed" not in results[case]}
         starts = [start for start in starts if start.rival in previous]
         for case, result in results.items():
@@ -159,7 +159,7 @@ def by_compiler(batches: list[int], cpu: bool) -> list[tuple[Case, Result]]:
     for rival in (Case("ours"), Case("big_vision"), Case("big_vision", form="scan")):
         for batch in batches:
             case = replace(rival, batch=batch, compile_only=True)
-            (result,) = run_cases([case], cpu)
+            ((_, result),) = run_cases([case], cpu)
             shown = result.get("failed") or f"{result['memory'] / GIB:,.2f}"
             print(
                 f"| {case.name} | {case.dtype} | {batch:,} | {shown} | {result.get('note', '')} |", flush=True
@@ -197,7 +197,7 @@ def masked(starts: list[Case], length: int) -> list[Case]:
 
 
 def essential() -> None:
-    """Run ours and the rivals in the forms that were fastest on CPUs, and compile larger batches.
+    """Run ours and the rivals in the forms that were fastest on CPUs, and compile other batches for their memory.
 
     The two dtypes of ours at 512 pairs are for `lit_fast.models.precision`.
     """

@@ -36,15 +36,18 @@ def reference() -> str:
 
 def _table(parser: argparse.ArgumentParser) -> str:
     """Return the arguments of a command as Markdown, without the keys of the configuration."""
-    formatter, keys = argparse.HelpFormatter(parser.prog), settings()
+    formatter = argparse.HelpFormatter(parser.prog)
     rows = ["| argument | description |", "|---|---|"]
     actions = [a for a in parser._actions if a.help != argparse.SUPPRESS]
-    own = [a for a in actions if not any(option[2:] in keys for option in a.option_strings)]
-    for action in own:
-        words = [*action.option_strings, *([] if action.nargs == 0 else [_metavar(action)])]
+    takes_keys = any("--text.variant" in a.option_strings for a in actions)
+    for action in actions:
+        if takes_keys and any(option[2:] in settings() for option in action.option_strings):
+            continue
+        words = " ".join([*action.option_strings, *([] if action.nargs == 0 else [_metavar(action)])])
         text = " ".join(formatter._expand_help(action).split()) if action.help else ""
-        rows.append(f"| `{' '.join(words)}` | {text} |")
-    if len(own) < len(actions):
+        cells = (cell.replace("|", "\\|") for cell in (f"`{words}`", text))
+        rows.append(f"| {' | '.join(cells)} |")
+    if takes_keys:
         rows.append(
             "| `--KEY VALUE` | every key of [the configuration](configuration.md), as `--steps 1000` |"
         )

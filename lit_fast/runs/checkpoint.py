@@ -56,6 +56,7 @@ def open_manager(
     if keep is None:
         options = ocp.CheckpointManagerOptions(create=True)
     else:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # has the abandoned writes
         multiprocessing = ocp.options.MultiprocessingOptions()
         if alone:
             multiprocessing = ocp.options.MultiprocessingOptions(
@@ -186,8 +187,7 @@ def restore_last(
 
 def _silence_repeated_errors() -> None:
     """Silence the reads and writes that Orbax abandons after the first failed one, which raises."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+    warnings.filterwarnings("ignore", "coroutine '_read_.*' was never awaited", RuntimeWarning)
     previous = sys.unraisablehook
     if getattr(previous, "__module__", "") == __name__:
         return

@@ -93,7 +93,7 @@ def test_restore_last_with_flipped_bit_takes_the_previous_step(tmp_path, capsys,
     assert read(manager, 2)[1]["note"] == 2
 
 
-def test_damage_of_many_arrays_is_one_error(tmp_path, monkeypatch):
+def test_restore_of_many_damaged_arrays_prints_one_error(tmp_path, monkeypatch):
     """Orbax reads all arrays at once and abandons the others after the first that fails."""
     write(tmp_path, [1], keep=2).close()
     (file,) = (tmp_path / "checkpoints/1/params/array_metadatas").iterdir()
