@@ -98,9 +98,9 @@ def compare(monkeypatch):
         attention, "forward_and_backward", lambda config, text, *rest: quick(make(config, text, *rest), text)
     )
 
-    def compare(choice=PENDING):
-        t = training(TEXT)
-        return compare_attention(choice, t.config, TEXT, build, t.mesh, t.state, t.batch)
+    def compare(choice=PENDING, text=TEXT):
+        t = training(text)
+        return compare_attention(choice, t.config, text, build, t.mesh, t.state, t.batch)
 
     return compare
 
@@ -194,6 +194,22 @@ def test_kernel_that_is_broken_gives_the_form_of_xla(kernel, change, why, compar
     assert last == f"attention: XLA's form; {choice.why}"
     assert re.fullmatch(rf"the Pallas kernels {why}", choice.why)
     json.dumps(choice.record, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "change", "why"),
+    [
+        ("backward_kernel", halve_key_gradients, "gradient of txt/.*/key/kernel"),
+        ("forward_kernel", damage_last_row, "embedding"),
+    ],
+)
+def test_kernel_for_true_lengths_that_is_broken_gives_the_form_of_xla(
+    kernel, change, why, compare, monkeypatch
+):
+    monkeypatch.setattr(packed_attention, kernel, broken_after(getattr(packed_attention, kernel), change))
+    choice = compare(text=TRUE_LENGTHS)
+    assert choice.form == "xla"
+    assert re.fullmatch(rf"the Pallas kernels differ .*: {why} by \d.*, more than 0.\d+", choice.why)
 
 
 def test_choice_that_is_not_pending_is_not_compared():

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from lit_fast.cli.main import main
 from lit_fast.errors import UserError
 from lit_fast.train.cost.hardware import GPUS, TPUS
+from lit_fast.train.plan import target as target_module
 from lit_fast.train.plan.costs import Prices
+from lit_fast.train.plan.report import format_usd
 from lit_fast.train.plan.slices import canonical, number_of_hosts, sold_as
-from lit_fast.train.plan.target import open_target
+from lit_fast.train.plan.target import open_target, select_platforms
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,64 @@ def test_comparison_has_a_line_for_every_slice_and_for_those_that_fail(tmp_path,
     assert l4["usd"]["training"] == pytest.approx(0.7 * l4["planning"]["seconds"] * 1000 / 3600)
     assert h100["usd"] is None
     assert max(map(len, page.splitlines())) <= 180
+
+
+def test_comparison_prints_step_hours_price_and_what_to_stream(tmp_path, capsys):
+    (tmp_path / "c.toml").write_text(
+        "steps = 100_000\n[text]\nwidth = 64\ndepth = 2\nheads = 2\n[stream]\nglobal_batch = 256\n"
+        '[plan]\ntower = "Ti/16"\nvocab_size = 500\nmax_length = 8\nrows = 4000\n'
+    )
+    out = tmp_path / "out.json"
+    options = ["--topology", "gpu:h100:16,l4", "--price", "2", "--json", str(out)]
+    assert main(["plan", str(tmp_path / "c.toml"), *options]) == 0
+    page, (h100, l4) = capsys.readouterr().out, json.loads(out.read_text())["slices"]
+    assert (h100["hosts"], l4["hosts"]) == (2, 1)
+    for plan, chips in ((h100, "16 x H100"), (l4, "1 x L4")):
+        (line,) = (line for line in page.splitlines() if chips in line)
+        planning = plan["planning"]
+        low, high = (planning[k] * 100_000 / 3600 for k in ("low_seconds", "high_seconds"))
+        for cell in (
+            f"{plan['memory']['total'] / 2**30:.1f} of ", f"{low:.1f} - {high:.1f}",
+            format_usd(plan["usd"]["training"]), format_usd(plan["usd"]["embedding"]),
+            f"{256 / planning['seconds'] / plan['hosts']:,.0f}",
+        ):  # fmt: skip
+            assert f" {cell}" in line
+    assert "USD to embed 1 M" in page
+    assert "not in the USD: storage of features, tokens and checkpoints, " in page
+
+
+@pytest.mark.parametrize(
+    ("topologies", "gpu", "plugin", "tried"),
+    [
+        (["h200"], True, True, ["cuda,cpu"]),
+        (["h200"], False, True, ["cpu"]),  # JAX's CUDA package would fail with a traceback
+        (["h200"], True, False, ["cpu"]),
+        (["v4-8", "nonsense"], True, True, ["cpu"]),
+    ],
+)
+def test_select_platforms_starts_a_gpu_only_where_one_is_here_and_asked_for(
+    topologies, gpu, plugin, tried, monkeypatch
+):
+    chosen: list[str] = []
+    monkeypatch.setattr(target_module, "has_nvidia_gpu", lambda: gpu)
+    monkeypatch.setattr(target_module, "_has_cuda_plugin", lambda: plugin)
+    monkeypatch.setattr(target_module.jax.config, "update", lambda name, value: chosen.append(value))
+    select_platforms(topologies)
+    assert chosen == tried
+
+
+def test_select_platforms_with_a_broken_driver_is_one_line(monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("CUDA_ERROR_UNKNOWN\nmore lines")
+
+    monkeypatch.setattr(target_module, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(target_module, "_has_cuda_plugin", lambda: True)
+    chosen: list[str] = []
+    monkeypatch.setattr(target_module.jax.config, "update", lambda name, value: chosen.append(value))
+    monkeypatch.setattr(target_module.jax, "devices", fail)
+    select_platforms(["h200"])
+    assert chosen == ["cuda,cpu", "cpu"]
+    assert capsys.readouterr().err == "the GPU of this machine cannot be used: CUDA_ERROR_UNKNOWN\n"
 
 
 def test_comparison_of_slices_that_all_fail_is_an_error(tmp_path, capsys):
