@@ -123,6 +123,29 @@ def test_commands_of_the_page_run(path, folder, capsys):
             assert status == 0, (command, capsys.readouterr().err)
 
 
+def test_python_of_the_pages_runs(folder, tmp_path, monkeypatch, capsys):
+    """The functions of python_api.md, then the model of using_models.md that they trained."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("tiny.npz", "pairs", "data/coco"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "cat.jpg").write_bytes(encoded(picture(3)))
+    small = '"steps": 2, "text.variant": "mu", "text.depth": 1, "stream.global_batch": 32, "optimizer.warmup_steps": 1'
+    names: dict = {}
+    for page, smaller in (
+        ("python_api", {"augreg/B_8": "tiny.npz", "32000": "284", '"steps": 1000': small}),
+        ("using_models", {'"b8"': '"runs/b8"'}),
+    ):
+        program = (ROOT / f"docs/{page}.md").read_text().partition("```python\n")[2].partition("```")[0]
+        for value, replacement in smaller.items():
+            assert value in program
+            program = program.replace(value, replacement)
+        exec(compile(program, page, "exec"), names)
+    assert names["results"][0]["task"] == "zeroshot_retrieval"
+    assert (names["images"].shape, names["texts"].shape) == ((1, 32), (2, 32))
+    assert "[[" in capsys.readouterr().out
+
+
 def test_reasons_not_to_run_a_command_apply_to_some_command():
     found = [command for path in PAGES for command in documented(path)]
     assert not [pattern for pattern in NOT_RUN if not any(re.search(pattern, command) for command in found)]
