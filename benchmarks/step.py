@@ -6,7 +6,7 @@ Ours is the step of `lit-fast train`. big_vision's formulation (one batch x batc
 is reimplemented in Flax, open_clip's text tower and loss are its own, on features, and the torch loop is
 `torch.nn.TransformerEncoder`. All use Adam with clipping. Each case runs in a process of its own; memory is that of
 the process with its libraries, or on a GPU what was allocated there. Steps are timed one by one, after one that is
-not counted; on a CPU up to six programs take turns, one step each, but for large batches, as the speed of a machine
+not counted; on a CPU up to eight programs take turns, one step each, but for large batches, as the speed of a machine
 varies with time.
 All start from the same weights; the exit status is 1 if losses or parameters differ.
 
@@ -30,6 +30,7 @@ from lit_fast.models.precision import fast_dtype
 GIB = 2**30
 ONE_DAY: dict[str, Any] = {"width": 1024, "depth": 12, "heads": 16}  # configs/siglit_b8_one_day.toml
 COMPILED = [512, 8192, 65_536, 1_048_576]  # batches that are only compiled, for their memory
+BOTH = "compile, math attention"
 TIMEOUT = 600
 
 Result = dict[str, Any]
@@ -64,6 +65,7 @@ def forms(cpu: bool, quick: bool) -> list[Case]:
         cases += [Case(rival, "float32"), Case(rival, form="compile")]
         if cpu:
             cases += [Case(rival, form="math attention"), Case(rival, "float32", form="math attention")]
+            cases += [Case(rival, form=BOTH)]
     return sorted(cases, key=lambda case: [c.rival for c in cases].index(case.rival))
 
 
@@ -205,7 +207,7 @@ def essential() -> None:
     print(describe("jax", "flax", "optax", "torch", "open_clip_torch") + f", {dtype} by its flags")
     cases = [Case("ours", dtype), Case("ours", "bfloat16" if dtype == "float32" else "float32")]
     for rival in ("open_clip", "torch loop"):
-        cases += [Case(rival, form="math attention"), Case(rival, "float32")]
+        cases += [Case(rival, form="math attention"), Case(rival, form=BOTH), Case(rival, "float32")]
     found = table("Width 384, 6 layers, 16 tokens, 512 pairs", cases, cpu=True)
     best = fastest(found)
     for batch in (128, 2048, 8192):

@@ -18,7 +18,7 @@ TEMPERATURE, BIAS = 10.0, -10.0
 REPEATS = 7
 ENOUGH = 10.0  # seconds; a longer step is timed once
 SMALL = 2**15  # tokens of a batch; on a CPU the steps of cases with at most as many alternate
-AT_ONCE = 6  # cases whose steps alternate, as all of them hold their memory
+AT_ONCE = 8  # cases whose steps alternate, as all of them hold their memory
 SECONDS = 30.0  # a longer step is not run
 MEMORY = 16 * 2**30  # bytes that a case may allocate on a CPU
 
@@ -31,7 +31,7 @@ class Case:
 
     rival: str  # "ours", "big_vision", "open_clip" or "torch loop"
     dtype: str = "bfloat16"  # of the matrix products; parameters are float32
-    form: str = ""  # big_vision: "scan"; PyTorch: "compile" or "math attention"
+    form: str = ""  # big_vision: "scan"; PyTorch: "compile", "math attention" or both, with a comma
     width: int = 384
     depth: int = 6
     heads: int = 6

@@ -17,7 +17,7 @@ def reference() -> str:
     rows = [f"| [`lit-fast {name}`](#lit-fast-{name}) | {line} |" for name, line in COMMANDS.items()]
     parts = [
         "# Commands\n\n"
-        "`lit-fast COMMAND --help` prints the same. Any location may be a URL where its page says so; a mistake is one "
+        "`--help` of a command prints the same. Any location may be a URL where its page says so; a mistake is one "
         "line and exit status 2.\n\n"
         "This page is generated: `python -m lit_fast.cli.reference > docs/commands.md`.",
         "\n".join(["| command | |", "|---|---|", *rows]),

@@ -13,6 +13,7 @@ from lit_fast.config import settings
 ROOT = Path(__file__).parents[2]
 ENTRY_POINTS = {e.name: e for e in entry_points(group="lit_fast.commands")}
 FILES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.toml")])
+FILES = [path for path in FILES if path.name != "commands.md"]  # generated of the parsers themselves
 _BEFORE = r"^(?:\$ |srun \S+ |bash on_vm\.sh run \w+ )?|; do |&& "
 
 
@@ -20,7 +21,8 @@ def commands(path, inline=True):
     """Return the commands of a file, without the shell before them; those within sentences last."""
     text, within = path.read_text(), []
     if path.suffix == ".md":
-        blocks = re.findall(r"^```(?:sh)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        blocks = [block for language, block in fenced if language in ("", "sh")]
         within = re.findall(r"`(lit-fast [^\s`]+\s[^`]+)`", text) if inline else []
         text = "\n".join(blocks)
     else:
