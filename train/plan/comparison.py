@@ -73,7 +73,7 @@ def format_comparison(found: dict[str, Any]) -> str:
         "run",
         "range",
     )
-    prices = ("USD", "USD to embed 1 M") if priced else ()
+    prices = ("USD", "USD to embed") if priced else ()
     rows = [(*head, *prices, "images/s a host", "time by")]
     rows += [_row(plan, priced) for plan in plans]
     first = plans[0]
@@ -142,6 +142,7 @@ def _notes(plans: list[Plan]) -> list[str]:
         notes.append(f"compiled on this machine in: {times}")
     if priced := [p for p in plans if p["usd"]]:
         low, high = (f(p["usd"]["storage_per_month"] for p in priced) for f in (min, max))
+        notes.append(f"USD to embed: {priced[0]['data']['rows'] or 1_000_000:,} images, by arithmetic")
         notes.append(
             "not in the USD: storage of features, tokens and checkpoints, "
             + format_usd(low)

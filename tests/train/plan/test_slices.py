@@ -139,7 +139,7 @@ def test_comparison_prints_step_hours_price_and_what_to_stream(tmp_path, capsys)
             f"{256 / planning['seconds'] / plan['hosts']:,.0f}",
         ):  # fmt: skip
             assert f" {cell}" in line
-    assert "USD to embed 1 M" in page
+    assert "USD to embed: 4,000 images, by arithmetic" in page
     assert "not in the USD: storage of features, tokens and checkpoints, " in page
 
 
