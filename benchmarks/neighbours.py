@@ -16,16 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.learning import train
+from benchmarks.learning import METRICS, train
 from benchmarks.machine import describe
 
 STEPS = 200
-METRICS = {
-    "text to image R@1": "image_retrieval_recall@1",
-    "R@10": "image_retrieval_recall@10",
-    "image to text R@1": "text_retrieval_recall@1",
-    "image to text R@10": "text_retrieval_recall@10",
-}
 
 
 class Setting(NamedTuple):

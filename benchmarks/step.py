@@ -7,8 +7,7 @@ is reimplemented in Flax, open_clip's text tower and loss are its own, on featur
 `torch.nn.TransformerEncoder`. All use Adam with clipping. Each case runs in a process of its own; memory is that of
 the process with its libraries, or on a GPU what was allocated there. Steps are timed one by one, after one that is
 not counted; on a CPU up to eight programs take turns, one step each, but for large batches, as the speed of a machine
-varies with time.
-All start from the same weights; the exit status is 1 if losses or parameters differ.
+varies with time. All start from the same weights; the exit status is 1 if losses or parameters differ.
 
 On a GPU the tower is that of the one-day recipe and the batches grow further. Needs torch and open_clip_torch.
 """

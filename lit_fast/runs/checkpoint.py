@@ -187,10 +187,10 @@ def restore_last(
 
 def _silence_repeated_errors() -> None:
     """Silence the reads and writes that Orbax abandons after the first failed one, which raises."""
-    warnings.filterwarnings("ignore", "coroutine '_read_.*' was never awaited", RuntimeWarning)
     previous = sys.unraisablehook
-    if getattr(previous, "__module__", "") == __name__:
+    if getattr(previous, "__module__", "") == __name__:  # is ours
         return
+    warnings.filterwarnings("ignore", "coroutine '_read_.*' was never awaited", RuntimeWarning)
 
     def hook(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
