@@ -5,7 +5,7 @@ PYTHON ?= python3
 CORE   := tests/test_imports.py tests/test_config.py tests/losses tests/models tests/data tests/runs tests/train/test_step.py \
           tests/train/test_optimizer.py tests/train/input_pipeline tests/e2e/test_main_job.py
 
-.PHONY: demo test test-core lint types docs bench bench-tpu package release clean
+.PHONY: demo test test-core test-plan lint types docs bench bench-tpu package release clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("lit-fast needs Python 3.11 or newer, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -30,6 +30,12 @@ test: $(VENV)/parity lint types docs
 # What depends most on the versions of Python and JAX; for a second interpreter: make test-core VENV=.venv-3.13 PYTHON=python3.13
 test-core: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(CORE)
+
+# The tests that need the compilers of TPUs and GPUs, which need no such device. They are skipped where these are absent.
+test-plan:
+	$(MAKE) .venv-plan/installed VENV=.venv-plan
+	.venv-plan/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tpu,plan-gpu]'
+	JAX_PLATFORMS=cpu .venv-plan/bin/python -m pytest tests/train/plan
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -56,7 +56,7 @@ from lit_fast.models.architecture import Architecture
 from lit_fast.models.sizes import Shape
 from lit_fast.models.transformer import Encoder
 from lit_fast.models.vit import ViT
-from lit_fast.storage.files import write_atomic
+from lit_fast.storage.atomic import write_atomic
 
 PATCH = 8
 GRID = SIZE // PATCH

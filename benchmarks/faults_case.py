@@ -159,7 +159,8 @@ class Case:
 
     def put(self, command: str, place: str) -> None:
         """Copy the dataset as it is before a command to a place; call it in a child."""
-        from lit_fast.storage.files import copy_files, walk_files
+        from lit_fast.storage.atomic import copy_files
+        from lit_fast.storage.files import walk_files
 
         source = self.stage(command)
         if source.exists():

@@ -1,6 +1,6 @@
 """Effect of batches of nearest-neighbour groups on retrieval (section 4.8 of the paper), on real photos, small.
 
-    python -m benchmarks.neighbours --dataset D --dev E [--runs DIR] [--seeds 0,1,2]
+    python -m benchmarks.neighbours --dataset D --dev E [--tower NAME] [--runs DIR] [--seeds 0,1,2]
 
 D and E are embedded as the header of configs/flickr8k_cpu.toml says. Every run is `lit-fast train` with that recipe,
 cut to 200 steps of 512, half as wide and without dropout, its captions packed by their lengths; finished runs are
@@ -78,10 +78,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--dev", required=True)
+    parser.add_argument("--tower", default="", help="name of the features; default: the only ones")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--runs", type=Path, default=Path("runs/neighbours"))
     args = parser.parse_args()
-    options = [f"--dataset={args.dataset}", f"--evaluate.retrieval={args.dev}"]
+    options = [f"--dataset={args.dataset}", f"--evaluate.retrieval={args.dev}", f"--tower={args.tower}"]
     found: dict[Setting, list[dict[str, float]]] = {setting: [] for setting in SETTINGS}
     for seed in map(int, args.seeds.split(",")):
         for setting in SETTINGS:

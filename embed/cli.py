@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -93,34 +94,33 @@ def index(parser: argparse.ArgumentParser) -> Run:
         "be given several times",
     )
 
-    def run(args: argparse.Namespace) -> None:
-        if args.relocate:
-            if len(args.source) > 1 or args.out or args.append:
-                parser.error("--relocate takes one dataset and no --out: lit-fast index --relocate OLD=NEW D")
-            from lit_fast.embed.relocate import relocate_sources
+    return partial(_index, parser)
 
-            relocate_sources(args.source[0], args.relocate)
-            return
-        if not args.out:
-            parser.error("the following arguments are required: --out")
-        from lit_fast.embed.class_names import ClassOptions
-        from lit_fast.embed.index import index_dataset
-        from lit_fast.embed.sources.interface import Columns
 
-        given = {role: getattr(args, role) for role in ("captions", "key", "label", "language")}
-        options = Columns(
-            **{role: value for role, value in given.items() if value},
-            image=args.image or "",
-            images=args.images,
-            split=args.split or "",
-            declined=tuple(role for role, value in given.items() if value is not None and not value),
-        )
-        classes = ClassOptions(args.classnames, args.templates)
-        index_dataset(
-            args.source, args.out, seed=args.seed, options=options, append=args.append, classes=classes
-        )
+def _index(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.relocate:
+        if len(args.source) > 1 or args.out or args.append:
+            parser.error("--relocate takes one dataset and no --out: lit-fast index --relocate OLD=NEW D")
+        from lit_fast.embed.relocate import relocate_sources
 
-    return run
+        relocate_sources(args.source[0], args.relocate)
+        return
+    if not args.out:
+        parser.error("the following arguments are required: --out")
+    from lit_fast.embed.class_names import ClassOptions
+    from lit_fast.embed.index import index_dataset
+    from lit_fast.embed.sources.interface import Columns
+
+    given = {role: getattr(args, role) for role in ("captions", "key", "label", "language")}
+    options = Columns(
+        **{role: value for role, value in given.items() if value},
+        image=args.image or "",
+        images=args.images,
+        split=args.split or "",
+        declined=tuple(role for role, value in given.items() if value is not None and not value),
+    )
+    classes = ClassOptions(args.classnames, args.templates)
+    index_dataset(args.source, args.out, seed=args.seed, options=options, append=args.append, classes=classes)
 
 
 def embed(parser: argparse.ArgumentParser) -> Run:

@@ -1,70 +1,27 @@
-"""`lit-fast embed`: compute the features of a frozen tower for all rows, once.
-
-The shards of this process are embedded in order, in batches counted from the shard's first row, so that the rows of a
-batch never depend on where a run was interrupted. `lit_fast.embed.shard_writer` has the order of the writes.
-"""
+"""`lit-fast embed`: compute the features of a frozen tower for all rows, once."""
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
 
-import jax
-import numpy as np
-
-from lit_fast.data.dataset import SHARD, Dataset, open_dataset
+from lit_fast.data.dataset import Dataset, open_dataset
 from lit_fast.data.features import Features, embed_command, with_views
 from lit_fast.data.images.decode import MAX_PIXELS
 from lit_fast.data.images.reader import ImageReader, check_images
 from lit_fast.data.images.sources import check_sources
-from lit_fast.embed.commits import Commits
-from lit_fast.embed.locks import check_rows_are_unlocked, shard_lock_path
-from lit_fast.embed.pipeline import StallTimer, run_tower
-from lit_fast.embed.shard_writer import ShardWriter, batch_spans
+from lit_fast.embed.job import Job, embed_shards
+from lit_fast.embed.locks import shard_lock_path
 from lit_fast.errors import UserError, os_reason
 from lit_fast.models.precision import fast_dtype
 from lit_fast.runtime import process_rank
 from lit_fast.storage.files import exists, local_path, remove, remove_tree, walk_files
-from lit_fast.storage.lock import InUseError, LockWatch, is_locked
+from lit_fast.storage.lock import is_locked
 from lit_fast.storage.machine import cpu_count
 from lit_fast.storage.paths import StrPath, is_bucket, join, name, suffix
 from lit_fast.storage.text_files import read_object, write_json
-from lit_fast.towers.embed import compile_tower, default_batch_size, open_tower
-from lit_fast.towers.interface import FrozenTower
-from lit_fast.towers.loader import Batch, ImageLoader, load_batches
+from lit_fast.towers.embed import default_batch_size, open_tower
 from lit_fast.utils.output import result, status
-from lit_fast.utils.progress import Progress
 from lit_fast.utils.signals import defer_signals
-
-_POLL_SECONDS = 5.0  # between two looks at the shards of other machines
-
-
-@dataclass(frozen=True)
-class Job:
-    """The work of one process."""
-
-    features: Features
-    tower: FrozenTower
-    shards: list[int]  # this process's share, finished or not
-    batch_size: int  # images per device
-    workers: int
-    dtype: str
-    max_pixels: int
-    scratch: str  # directory of the journals of a store in a bucket; "": the cache
-    is_shared: bool  # whether other machines may embed shards of the share meanwhile
-
-    @property
-    def rows(self) -> int:
-        """Rows of the share."""
-        return sum(map(self.features.shard_rows, self.shards))
-
-    @property
-    def device_rows(self) -> int:
-        """Rows in the batch of one device."""
-        return max(1, self.batch_size // self.features.views)
 
 
 def embed_dataset(
@@ -104,6 +61,13 @@ def embed_dataset(
       UserError: a source is missing, the name belongs to another tower, the disk is full, or no image
         could be decoded.
     """
+    given = {
+        "preprocess": preprocess, "resolution": resolution, "gelu": gelu, "pool": pool,
+        "backend": backend, "arch": arch, "reduced_decode": reduced_decode,
+    }  # fmt: skip
+    options = {option: value for option, value in given.items() if value}
+    if max_pixels != MAX_PIXELS:  # decides which rows are invalid
+        options["max_pixels"] = max_pixels
     with defer_signals() as signals:
         is_shared = share is None and process_rank() == (0, 1) and is_bucket(path)
         share = share or process_rank()
@@ -111,13 +75,6 @@ def embed_dataset(
         if scratch and not is_bucket(dataset.path):
             raise UserError(f"{dataset.path} is not in a bucket and needs no --scratch; leave it out")
         check_sources(dataset)
-        given = {
-            "preprocess": preprocess, "resolution": resolution, "gelu": gelu, "pool": pool,
-            "backend": backend, "arch": arch, "reduced_decode": reduced_decode,
-        }  # fmt: skip
-        options = {option: value for option, value in given.items() if value}
-        if max_pixels != MAX_PIXELS:  # decides which rows are invalid
-            options["max_pixels"] = max_pixels
         tower = open_tower(tower_spec, options)
         name = check_store_name(name or tower.name)
         dtype = dtype or _default_dtype(dataset, name)
@@ -134,20 +91,7 @@ def embed_dataset(
             is_shared=is_shared,
         )
         try:
-            if different := write_provenance(job.features):
-                raise UserError(
-                    f"{job.features.path} holds features of another tower (other {', '.join(different)}); "
-                    "choose another --name"
-                )
-            unfinished = _unfinished_shards(job)
-            if unfinished:
-                check_images(dataset)
-            rate = _embed_shards(job, unfinished, signals) if unfinished else None
-            if signals:
-                return
-            _remove_stale_files(job.features)
-            _report(job, rate)
-            _report_other_shares(job)
+            _run(job, signals)
         except OSError as error:
             where = error.filename or job.features.path
             raise UserError(
@@ -157,6 +101,24 @@ def embed_dataset(
             raise UserError(
                 "this process is out of memory; lower --batch-size, --workers or --max-pixels"
             ) from None
+
+
+def _run(job: Job, signals: list[int]) -> None:
+    """Embed the unfinished shards of a job, and report what was embedded."""
+    if different := write_provenance(job.features):
+        raise UserError(
+            f"{job.features.path} holds features of another tower (other {', '.join(different)}); "
+            "choose another --name"
+        )
+    unfinished = _unfinished_shards(job)
+    if unfinished:
+        check_images(job.features.dataset)
+    rate = embed_shards(job, unfinished, signals) if unfinished else None
+    if signals:
+        return
+    _remove_stale_files(job.features)
+    _report(job, rate)
+    _report_other_shares(job)
 
 
 def _default_dtype(dataset: Dataset, name: str) -> str:
@@ -215,143 +177,6 @@ def _unfinished_shards(job: Job) -> list[int]:
             )
     finished = features.finished()
     return [shard for shard in job.shards if shard not in finished]
-
-
-def _embed_shards(job: Job, shards: list[int], signals: list[int]) -> float:
-    """Embed the unfinished `shards` in order, until a signal comes.
-
-    Returns:
-      Images per second.
-    """
-    check_rows_are_unlocked(job.features.dataset)
-    embedding = _Embedding(job, shards, signals)
-    start, reported = time.monotonic(), False
-    while True:
-        embedded = embedding.rows
-        shards = embedding.run(shards)
-        if not shards or signals:
-            break
-        if embedding.rows == embedded:
-            if not reported:
-                status(f"waiting for {len(shards):,} shards (first: {shards[0]}) that other processes embed")
-                reported = True
-            deadline = time.monotonic() + _POLL_SECONDS
-            while time.monotonic() < deadline and not signals:
-                time.sleep(0.1)
-    embedding.report()
-    return embedding.rows / (time.monotonic() - start)
-
-
-class _Embedding:
-    """Embeds shards in order, as often as `run` is called.
-
-    Attributes:
-      rows: number of rows that were embedded.
-    """
-
-    def __init__(self, job: Job, shards: list[int], signals: list[int]) -> None:
-        self._job, self._signals, self.rows = job, signals, 0
-        self._array = job.features.array(create=True)
-        self._tower = compile_tower(job.tower, job.dtype)
-        self._loader = ImageLoader(
-            job.features.dataset, job.tower.preprocess, job.max_pixels, job.features.views
-        )
-        self._devices = jax.local_device_count()
-        self._finished_rows = job.rows - sum(map(job.features.shard_rows, shards))
-        self._writers: dict[int, ShardWriter] = {}  # of the shards that batches are loaded for
-        self._watches: dict[int, LockWatch] = {}
-        self._postponed: list[int] = []
-        self._stalls = StallTimer()
-        self._progress: Progress | None = None
-
-    def run(self, shards: list[int]) -> list[int]:
-        """Embed the shards, until a signal comes.
-
-        Returns:
-          The shards that other processes had locked.
-        """
-        self._postponed = []
-        batch_rows = self._job.device_rows * self._devices
-        commits = Commits(in_background=is_bucket(self._job.features.path))
-        try:
-            with (
-                closing(
-                    load_batches(self._loader, self._spans(shards), batch_rows, self._job.workers)
-                ) as batches,
-                closing(run_tower(batches, self._tower, self._stalls)) as outputs,
-            ):
-                for batch, output in outputs:
-                    self._store(batch, output.reshape(batch_rows, -1), commits)
-                    if self._signals:
-                        break
-            commits.wait()
-            if self._signals:  # the machine may vanish
-                for writer in self._writers.values():
-                    writer.save()
-        finally:
-            commits.close()
-            for writer in self._writers.values():
-                writer.close()
-        return self._postponed
-
-    def report(self) -> None:
-        """Show the end of the progress and the bottleneck."""
-        if self._progress is not None and not self._signals:
-            self._progress.close()
-            if advice := self._stalls.advice():
-                status(advice)
-
-    def _spans(self, shards: list[int]) -> Iterator[tuple[int, int]]:
-        """Yield (first row, rows) of all batches; open a shard at its first batch."""
-        for shard in shards:
-            writer = self._open(shard)
-            if writer is None:
-                continue
-            for lo, rows in batch_spans(writer.done, writer.rows, self._job.device_rows, self._devices):
-                yield writer.first + lo, rows
-
-    def _open(self, shard: int) -> ShardWriter | None:
-        """Lock a shard and read what is known of it; None if it is finished, or locked by another process."""
-        job = self._job
-        watch = None
-        if job.is_shared:
-            if job.features.is_finished(shard):
-                return None
-            watch = self._watches.setdefault(shard, LockWatch(shard_lock_path(job.features, shard)))
-            if watch.is_held():
-                self._postponed.append(shard)
-                return None
-        settings = {"batch_size": job.batch_size, "max_pixels": job.max_pixels}
-        try:
-            writer = ShardWriter(job.features, self._array, shard, settings, scratch=job.scratch, watch=watch)
-        except InUseError:
-            if not job.is_shared:
-                raise
-            self._postponed.append(shard)
-            return None
-        self._writers[shard] = writer
-        writer.resume()
-        if writer.finished:
-            del self._writers[shard]
-            return None
-        return writer
-
-    def _store(self, batch: Batch, features: np.ndarray, commits: Commits) -> None:
-        """Append the features of a batch to its shard; write the shard once it is complete."""
-        shard = batch.first // SHARD
-        writer = self._writers[shard]
-        if self._progress is None:
-            start = self._finished_rows + writer.done
-            self._progress = Progress("embed", self._job.rows, "images", start=start)
-            self._stalls.restart()
-        count = writer.append(batch, features)
-        self.rows += count
-        self._progress.advance(count, self._stalls.note())
-        if writer.done == writer.rows:
-            del self._writers[shard]  # `finish` closes it
-            commits.finish(writer)
-        else:
-            commits.save_regularly(writer)
 
 
 def _remove_stale_files(features: Features) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from lit_fast.data.features import BFLOAT16
-from lit_fast.storage.files import make_directory, open_append, remove, sync
+from lit_fast.storage.atomic import sync
+from lit_fast.storage.files import make_directory, open_append, remove
 from lit_fast.storage.paths import StrPath, parent
 
 _HEADER = struct.Struct("<4sIIIII")

@@ -24,8 +24,9 @@ from lit_fast.data.shards import read_error, tensorstore_reason
 from lit_fast.embed.journal import Journal
 from lit_fast.embed.locks import check_rows_are_unlocked, lock_shard
 from lit_fast.errors import UserError
+from lit_fast.storage.atomic import version, write_atomic
 from lit_fast.storage.cache import local_directory
-from lit_fast.storage.files import read_bytes, read_range, remove, version, write_atomic
+from lit_fast.storage.files import read_bytes, read_range, remove
 from lit_fast.storage.lock import LockWatch, LostLockError
 from lit_fast.storage.paths import is_bucket, join
 from lit_fast.towers.loader import Batch

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lit_fast.embed.sources.interface import OTHER_SPLIT
-from lit_fast.storage.files import remove, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import remove
 from lit_fast.storage.paths import StrPath, join, name
 
 MAX_LISTED = 100_000  # lines of left_out.jsonl

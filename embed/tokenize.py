@@ -16,7 +16,8 @@ from lit_fast.data.tokenizer import Tokenizer, load_tokenizer, lower
 from lit_fast.data.tokens import encode_record
 from lit_fast.embed.locks import check_rows_are_unlocked, check_tokens_are_unlocked, lock_tokens
 from lit_fast.errors import UserError
-from lit_fast.storage.files import is_file, remove_temporary_files, sha256, write_atomic
+from lit_fast.storage.atomic import remove_temporary_files, write_atomic
+from lit_fast.storage.files import is_file, sha256
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.storage.text_files import read_json, write_json

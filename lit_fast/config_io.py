@@ -61,11 +61,11 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     known = recipes()
     if recipe not in known:
         near = difflib.get_close_matches(name(recipe).removesuffix(".toml"), known, 1, 0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
+        action = f"give a TOML file or the name of a recipe: {', '.join(known)}"
+        if near:
+            action = f"did you mean {near[0]}? lit-fast train --help lists all recipes"
         problem = "is a directory" if exists(recipe) else "does not exist"
-        raise UserError(
-            f"config {recipe} {problem}; {hint}give a TOML file or the name of a recipe: {', '.join(known)}"
-        )
+        raise UserError(f"config {recipe} {problem}; {action}")
     file = resources.files("lit_fast") / "configs" / f"{recipe}.toml"
     return flatten_toml(tomllib.loads(file.read_bytes().decode()))
 

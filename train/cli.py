@@ -145,49 +145,50 @@ def plan(parser: argparse.ArgumentParser) -> Run:
     add("--json", metavar="OUT", help="write the plan as JSON")
     add_overrides(parser)
 
-    def run(args: argparse.Namespace) -> None:
-        if args.mfu is not None and not 0 < args.mfu <= 1:
-            raise UserError(f"--mfu must be above 0 and at most 1, such as 0.4, not {args.mfu}")
-        if args.storage_price is not None and not 0 <= args.storage_price < math.inf:
-            raise UserError(f"--storage-price must be a price in USD, not {args.storage_price}")
-        topologies = list(dict.fromkeys(name for part in args.topology.split(",") if (name := part.strip())))
-        if not topologies:
-            raise UserError("--topology names no slice; write for example v4-8,h200")
-        if args.largest_batch and len(topologies) > 1:
-            raise UserError("--largest-batch needs one slice; give one --topology")
-        check_output(args.json)
-        config = load_config(args.config, overrides(args))
+    return _plan
 
-        from lit_fast.train.plan.comparison import compare_slices, format_comparison
-        from lit_fast.train.plan.costs import STORAGE_PRICE, Prices
-        from lit_fast.train.plan.plan import make_plan
-        from lit_fast.train.plan.report import format_plan
-        from lit_fast.train.plan.target import open_target, select_platforms
 
-        prices = Prices(args.price)
-        storage_price = STORAGE_PRICE if args.storage_price is None else args.storage_price
-        select_platforms(topologies)
-        start_jax()
-        if len(topologies) == 1:
-            target = open_target(topologies[0])
-            found = make_plan(
-                config,
-                target,
-                mfu=args.mfu,
-                price=prices.of(target),
-                storage_price=storage_price,
-                searched=not args.no_search,
-                largest=args.largest_batch,
-            )
-            result(format_plan(found))
-        else:
-            found = compare_slices(config, topologies, prices, mfu=args.mfu, storage_price=storage_price)
-            result(format_comparison(found))
-        if unused := prices.unused():
-            status(f"--price: no slice has the price of {', '.join(unused)}")
-        write_json_output(args.json, {"config": args.config} | found)
+def _plan(args: argparse.Namespace) -> None:
+    if args.mfu is not None and not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu must be above 0 and at most 1, such as 0.4, not {args.mfu}")
+    if args.storage_price is not None and not 0 <= args.storage_price < math.inf:
+        raise UserError(f"--storage-price must be a price in USD, not {args.storage_price}")
+    topologies = list(dict.fromkeys(name for part in args.topology.split(",") if (name := part.strip())))
+    if not topologies:
+        raise UserError("--topology names no slice; write for example v4-8,h200")
+    if args.largest_batch and len(topologies) > 1:
+        raise UserError("--largest-batch needs one slice; give one --topology")
+    check_output(args.json)
+    config = load_config(args.config, overrides(args))
 
-    return run
+    from lit_fast.train.plan.comparison import compare_slices, format_comparison
+    from lit_fast.train.plan.costs import STORAGE_PRICE, Prices
+    from lit_fast.train.plan.plan import make_plan
+    from lit_fast.train.plan.report import format_plan
+    from lit_fast.train.plan.target import open_target, select_platforms
+
+    prices = Prices(args.price)
+    storage_price = STORAGE_PRICE if args.storage_price is None else args.storage_price
+    select_platforms(topologies)
+    start_jax()
+    if len(topologies) == 1:
+        target = open_target(topologies[0])
+        found = make_plan(
+            config,
+            target,
+            mfu=args.mfu,
+            price=prices.of(target),
+            storage_price=storage_price,
+            searched=not args.no_search,
+            largest=args.largest_batch,
+        )
+        result(format_plan(found))
+    else:
+        found = compare_slices(config, topologies, prices, mfu=args.mfu, storage_price=storage_price)
+        result(format_comparison(found))
+    if unused := prices.unused():
+        status(f"--price: no slice has the price of {', '.join(unused)}")
+    write_json_output(args.json, {"config": args.config} | found)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import replace
-from functools import partial
 from itertools import chain
 from signal import SIGTERM
 from typing import Any, NamedTuple
@@ -16,43 +14,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
-from lit_fast.config import Config, TextConfig
-from lit_fast.models.image_tower import ImageTower
-from lit_fast.models.text_tower import TextTower
-from lit_fast.models.two_towers import image_tower_params, init_params, text_embedder, text_tower
+from lit_fast.config import Config
+from lit_fast.models.two_towers import image_tower_params, init_params, text_embedder
 from lit_fast.runs.metrics import RunCost
 from lit_fast.runtime import batch_sharding, make_mesh, replicated
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, is_bucket
 from lit_fast.towers.dataset_features import DatasetEmbedder
-from lit_fast.train.attention import (
-    AttentionChoice,
-    compare_attention,
-    compile_kernels,
-    propose_attention,
-    with_kernels,
-    write_attention,
-)
+from lit_fast.train.attention import write_attention
 from lit_fast.train.checkpoints import Checkpoints
 from lit_fast.train.cost.flops import step_flops
-from lit_fast.train.cost.memory import MemoryFit, choose_remat
 from lit_fast.train.evaluator import EmbedText, Evaluator
 from lit_fast.train.input_pipeline.stream import Batch
 from lit_fast.train.inputs import Inputs, check_run, open_inputs
 from lit_fast.train.mirror import RunMirror
 from lit_fast.train.optimizer import evaluation_params
-from lit_fast.train.step import (
-    Metrics,
-    State,
-    abstract_training,
-    init_state,
-    make_step,
-    with_parameter_norms,
-)
+from lit_fast.train.step import Metrics, State, init_state, with_parameter_norms
+from lit_fast.train.step_builder import StepBuilder
 from lit_fast.train.tracking.metrics_writer import TrainingLog
 from lit_fast.train.tracking.profiler import Profiler, parse_profile_steps
 from lit_fast.train.tracking.receipt import is_finished, read_cost, write_receipt
@@ -118,34 +99,16 @@ def _train(
       lock: of `shown_workdir`; None in all processes but the first.
       mirror: writes the local run directory to the bucket, if it is a copy.
     """
-    stream, packing, evaluator, text = inputs.stream, inputs.packing, inputs.evaluator, config.text
+    stream, packing, evaluator = inputs.stream, inputs.packing, inputs.evaluator
     status(f"dataset {inputs.dataset.path}: {stream.description}")
     if packing:
         status(packing.description)
-        text = packing.text
 
     # --- Build the optimizer and the model, with the remat policy that fits in memory.
-    build = partial(text_tower, tokenizer=inputs.tokenizer, out_dim=inputs.width)
-    image = inputs.image.tower(config.image) if inputs.image else None
-    attention = propose_attention(text, build(text), mesh, workdir)
-    attention = compile_kernels(attention, text, build(text), mesh)
-    text = replace(text, attention=attention.form)
-    optimizer, abstract_state = abstract_training(build(text), config, image)
-
-    def fit(text: TextConfig) -> MemoryFit:
-        return choose_remat(replace(config, text=text), build, mesh, optimizer, abstract_state, image=image)
-
-    def step_of(fit: MemoryFit) -> jax.stages.Wrapped:
-        fitted = replace(config, text=fit.text, image=fit.image)
-        return make_step(build(fit.text), optimizer, fitted, mesh, image)
-
-    attention, fitting = with_kernels(attention, config.text.attention, lambda: fit(text))
-    memory = fitting or fit(replace(text, attention="xla"))
-    status(f"memory: {memory.description}")
-    model = build(memory.text)
+    builder = StepBuilder(config, inputs, mesh, workdir)
 
     # --- Initialize the parameters and the state.
-    state, text_init = _first_state(workdir, config, inputs, model, image, optimizer, mesh)
+    state, text_init = _first_state(workdir, config, inputs, builder, mesh)
 
     # --- Create the run directory, or resume from its last checkpoint.
     _create_workdir(workdir, config, inputs, text_init)
@@ -155,60 +118,28 @@ def _train(
     if start_step:
         status(f"resuming after step {start_step:,}")
     cost_before = read_cost(workdir)
-    embed_text = text_embedder(model, inputs.tokenizer, mesh)
+    embed_text = text_embedder(builder.model, inputs.tokenizer, mesh)
     if start_step >= config.steps:
         if not is_finished(workdir):  # it was killed after the last checkpoint
             results = evaluator.run(embed_text, evaluation_params(state.opt, state.params), state.average)
-            _write_summary(workdir, config, memory, attention, start_step, cost_before, results)
+            _write_summary(workdir, config, builder, start_step, cost_before, results)
             if mirror:
                 mirror.push()
         result(f"{shown_workdir} is complete: {start_step:,} steps")
         return
 
-    # --- Compile the step with the attention kernels, and compare them with XLA's form, if nothing has shown yet that
-    #     they agree here.
-    train_step = step_of(memory)
+    # --- Build the step. Attention kernels are compared with XLA's form first.
+    train_step = builder.make_step()
     batches = stream.iterate(start_step, packing or (lambda batch: batch))
-    if attention.form == "pallas":
+    if builder.attention.form == "pallas":
         first = next(batches)
         batches = chain([first], batches)
-        batch_on_devices = _to_devices(first, mesh)
-        attention = compare_attention(
-            attention,
-            replace(config, image=memory.image),
-            memory.text,
-            build,
-            mesh,
-            state,
-            batch_on_devices,
-            image,
-        )
-        if attention.form == "pallas":
-            compile_step = lambda: train_step.lower(state, batch_on_devices).compile()  # noqa: E731
-            attention, _ = with_kernels(attention, config.text.attention, compile_step)
-        if attention.form == "xla":
-            memory = fit(replace(text, attention="xla"))
-            status(f"memory: {memory.description}")
-            model, train_step = build(memory.text), step_of(memory)
-        del batch_on_devices
+        train_step = builder.check_kernels(train_step, state, _to_devices(first, mesh))
     if jax.process_index() == 0:
-        write_attention(workdir, attention)
+        write_attention(workdir, builder.attention)
 
     # --- Train.
-    batch = config.stream.global_batch
-    pairs = batch * config.stream.captions_per_image
-    tokens = packing.mean_tokens if packing else None
-    flops = step_flops(model, pairs, batch, config.loss.image_head, tokens, image)
-    meter = ThroughputMeter(
-        pairs,
-        flops,
-        mesh.size,
-        start_step=start_step,
-        cost_before=cost_before,
-        started=started,
-        images_per_step=batch,
-        pixels=stream.batches.pixels,
-    )
+    meter = _meter(config, inputs, builder, mesh, start_step, cost_before, started)
     components = _Components(
         config=config,
         mesh=mesh,
@@ -230,7 +161,7 @@ def _train(
             status(note)
 
     # --- Write the receipt and the report.
-    _write_summary(workdir, config, memory, attention, step, meter.cost(), evaluator.results)
+    _write_summary(workdir, config, builder, step, meter.cost(), evaluator.results)
     if mirror:
         mirror.push()
     if step < config.steps:
@@ -245,13 +176,36 @@ def _train(
         result(f"evaluate it with: lit-fast eval {shown_workdir} --zero-shot E --retrieval E")
 
 
+def _meter(
+    config: Config,
+    inputs: Inputs,
+    builder: StepBuilder,
+    mesh: Mesh,
+    start_step: int,
+    cost_before: RunCost,
+    started: float,
+) -> ThroughputMeter:
+    """Return the meter of the run, with the FLOPs of its step."""
+    batch = config.stream.global_batch
+    pairs = batch * config.stream.captions_per_image
+    tokens = inputs.packing.mean_tokens if inputs.packing else None
+    return ThroughputMeter(
+        pairs,
+        step_flops(builder.model, pairs, batch, config.loss.image_head, tokens, builder.image),
+        mesh.size,
+        start_step=start_step,
+        cost_before=cost_before,
+        started=started,
+        images_per_step=batch,
+        pixels=inputs.stream.batches.pixels,
+    )
+
+
 def _first_state(
     workdir: str,
     config: Config,
     inputs: Inputs,
-    model: TextTower,
-    image: ImageTower | None,
-    optimizer: optax.GradientTransformation,
+    builder: StepBuilder,
     mesh: Mesh,
 ) -> tuple[State, dict[str, Any] | None]:
     """Prepare the evaluation and make the state before the first step.
@@ -259,7 +213,7 @@ def _first_state(
     Returns:
       The state, and the record of what `text.init` gave; None: nothing.
     """
-    mean = inputs.mean(config.loss.center)
+    mean, model, image = inputs.mean(config.loss.center), builder.model, builder.image
     if image and inputs.image:
         embedder = DatasetEmbedder(image, inputs.image.preprocess, mesh, config.image.workers)
         inputs.evaluator.embed_images_with(embedder)
@@ -273,7 +227,7 @@ def _first_state(
     params, text_init = load_initial_params(workdir, config, params)
     if text_init:
         status(f"text tower starting from {text_init['source']}: {text_init['taken']}")
-    state = init_state(params, optimizer, mesh, config.optimizer.average_decay > 0)
+    state = init_state(params, builder.optimizer, mesh, config.optimizer.average_decay > 0)
     count = sum(p.size for p in jax.tree.leaves(state.params["txt"]))
     towers = f"text tower: {count / 1e6:.1f} M parameters"
     if image:
@@ -429,13 +383,12 @@ def _create_workdir(workdir: str, config: Config, inputs: Inputs, text_init: dic
 def _write_summary(
     workdir: str,
     config: Config,
-    memory: MemoryFit,
-    attention: AttentionChoice,
+    builder: StepBuilder,
     step: int,
     cost: RunCost,
     results: list[dict[str, Any]],
 ) -> None:
     """Write the receipt and the report."""
     if jax.process_index() == 0:
-        write_receipt(workdir, config, memory, attention.record, step, cost, results)
+        write_receipt(workdir, config, builder.memory, builder.attention.record, step, cost, results)
         write_report(workdir)

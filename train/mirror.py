@@ -26,9 +26,9 @@ from lit_fast.runs.remote_checkpoints import (
     push_checkpoint,
     stored_steps,
 )
+from lit_fast.storage.atomic import copy_files, write_atomic
 from lit_fast.storage.cache import local_directory
 from lit_fast.storage.files import (
-    copy_files,
     exists,
     file_status,
     in_threads,
@@ -38,7 +38,6 @@ from lit_fast.storage.files import (
     read_bytes,
     remove_tree,
     walk_files,
-    write_atomic,
 )
 from lit_fast.storage.lock import Lock, LostLockError
 from lit_fast.storage.paths import join

@@ -24,7 +24,8 @@ from lit_fast.models.precision import fast_dtype
 from lit_fast.models.two_towers import Params, without_image_tower
 from lit_fast.runs.run import open_run, read_config
 from lit_fast.runtime import broadcast_text
-from lit_fast.storage.files import exists, is_directory, is_file, list_names, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import exists, is_directory, is_file, list_names
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.storage.text_files import read_json, read_object, write_json

@@ -20,7 +20,8 @@ from lit_fast.data.dataset import compact_json
 from lit_fast.data.features import BFLOAT16
 from lit_fast.embed.importers.vectors import Shape
 from lit_fast.errors import UserError
-from lit_fast.storage.files import exists, list_names, local_path, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import exists, list_names, local_path
 from lit_fast.storage.paths import join
 from lit_fast.storage.text_files import read_object
 

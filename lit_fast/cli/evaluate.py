@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_fast.cli.main import Run
 from lit_fast.cli.options import check_output, start_jax, write_json_output, write_output
@@ -83,62 +83,14 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
 
 
 def _evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from lit_fast.data.dataset import open_dataset
-    from lit_fast.data.features import rows_without_features
-    from lit_fast.data.images.sources import check_sources
-    from lit_fast.evaluation.evaluate import distinct_names, retrieval_evaluation, zero_shot_evaluation
-    from lit_fast.evaluation.few_shot import check_few_shot
-    from lit_fast.evaluation.known_sets import resolve_labels
+    from lit_fast.evaluation.evaluate import distinct_names
     from lit_fast.evaluation.table import format_results
-    from lit_fast.report.evaluation_page import (
-        MAX_PICTURES,
-        evaluation_page,
-        few_shot_section,
-        memoized,
-        retrieval_section,
-        zero_shot_section,
-    )
-    from lit_fast.runs.run import check_run, open_run, read_config, read_tower
+    from lit_fast.report.evaluation_page import MAX_PICTURES, evaluation_page, few_shot_section, memoized
+    from lit_fast.runs.run import open_run
 
     # --- find every mistake before the weights are loaded
-    if not args.zero_shot and not args.retrieval and not args.few_shot:
-        raise UserError(
-            "nothing to evaluate; give datasets with --zero-shot E or --retrieval E, or --few-shot TRAIN TEST"
-        )
-    if not args.zero_shot and (args.classnames or args.templates or args.labels or args.classes != "all"):
-        raise UserError("--classnames, --templates, --labels and --classes need --zero-shot E; add it")
-    if args.json is None or not is_directory(args.json):
-        check_output(args.json)
-    check_output(args.page, "--page")
-    check_run(args.run)
-    tower, trained = read_tower(args.run), read_config(args.run).image.trained
-
-    def invalid_rows(dataset: Dataset) -> set[int]:
-        if not trained:
-            return rows_without_features(dataset, tower)
-        check_sources(dataset)  # the images are embedded
-        return set()
-
-    files = {
-        "classnames": args.classnames,
-        "templates": args.templates,
-        "labels": resolve_labels(args.labels) if args.labels else None,
-        "present": args.classes == "present",
-    }
-    jobs: list[tuple[Dataset, Evaluate, Callable[..., Markup]]] = []
-    for paths, evaluation, section, options in (
-        (args.zero_shot, zero_shot_evaluation, zero_shot_section, files),
-        (args.retrieval, retrieval_evaluation, retrieval_section, {}),
-    ):
-        for path in paths:
-            dataset = open_dataset(path)
-            invalid = partial(invalid_rows, dataset)
-            jobs.append((dataset, evaluation(dataset, invalid, **options), partial(section, **options)))
-    pairs = [(open_dataset(train), open_dataset(test)) for train, test in args.few_shot]
-    for pair in pairs:
-        check_few_shot(*pair)
-        for dataset in pair:
-            invalid_rows(dataset)
+    _check_arguments(args)
+    jobs, pairs = _open_datasets(args)
 
     start_jax()
     from lit_fast.inference.run_images import RunImages
@@ -157,7 +109,9 @@ def _evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     # --- zero-shot and retrieval
     model = {"model": run.name, "pretrained": f"step {run.step}{' average' * args.average}"}
     results, page = [], []
-    for name, (dataset, measure, section) in zip(distinct_names(j[0].path for j in jobs), jobs, strict=True):
+    for name, (dataset, measure, section) in zip(
+        distinct_names(job.dataset.path for job in jobs), jobs, strict=True
+    ):
         output.status(f"evaluating {dataset.path}")
         embed_text = memoized(run.embed_text) if args.page else run.embed_text
         embedded = (*run_images.embeddings(dataset), embed_text)
@@ -173,6 +127,75 @@ def _evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         about = f"{model['pretrained']}, tower {run.tower}"
         write_output(args.page, evaluation_page(run.name, about, page).encode("utf-8", "replace"), "--page")
     return results
+
+
+class _Job(NamedTuple):
+    """A dataset, and how it is evaluated and shown."""
+
+    dataset: Dataset
+    measure: Evaluate
+    section: Callable[..., Markup]  # of the page
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    from lit_fast.runs.run import check_run
+
+    if not args.zero_shot and not args.retrieval and not args.few_shot:
+        raise UserError(
+            "nothing to evaluate; give datasets with --zero-shot E or --retrieval E, or --few-shot TRAIN TEST"
+        )
+    if not args.zero_shot and (args.classnames or args.templates or args.labels or args.classes != "all"):
+        raise UserError("--classnames, --templates, --labels and --classes need --zero-shot E; add it")
+    if args.json is None or not is_directory(args.json):
+        check_output(args.json)
+    check_output(args.page, "--page")
+    check_run(args.run)
+
+
+def _open_datasets(args: argparse.Namespace) -> tuple[list[_Job], list[tuple[Dataset, Dataset]]]:
+    """Open all datasets and check them.
+
+    Returns:
+      Those of zero-shot classification and retrieval, and the pairs of few-shot classification.
+    """
+    from lit_fast.data.dataset import open_dataset
+    from lit_fast.data.features import rows_without_features
+    from lit_fast.data.images.sources import check_sources
+    from lit_fast.evaluation.evaluate import retrieval_evaluation, zero_shot_evaluation
+    from lit_fast.evaluation.few_shot import check_few_shot
+    from lit_fast.evaluation.known_sets import resolve_labels
+    from lit_fast.report.evaluation_page import retrieval_section, zero_shot_section
+    from lit_fast.runs.run import read_config, read_tower
+
+    tower, trained = read_tower(args.run), read_config(args.run).image.trained
+
+    def invalid_rows(dataset: Dataset) -> set[int]:
+        if not trained:
+            return rows_without_features(dataset, tower)
+        check_sources(dataset)  # the images are embedded
+        return set()
+
+    files = {
+        "classnames": args.classnames,
+        "templates": args.templates,
+        "labels": resolve_labels(args.labels) if args.labels else None,
+        "present": args.classes == "present",
+    }
+    jobs = []
+    for paths, evaluation, section, options in (
+        (args.zero_shot, zero_shot_evaluation, zero_shot_section, files),
+        (args.retrieval, retrieval_evaluation, retrieval_section, {}),
+    ):
+        for path in paths:
+            dataset = open_dataset(path)
+            measure = evaluation(dataset, partial(invalid_rows, dataset), **options)
+            jobs.append(_Job(dataset, measure, partial(section, **options)))
+    pairs = [(open_dataset(train), open_dataset(test)) for train, test in args.few_shot]
+    for pair in pairs:
+        check_few_shot(*pair)
+        for dataset in pair:
+            invalid_rows(dataset)
+    return jobs, pairs
 
 
 def _write_results(out: str | None, results: list[dict[str, Any]]) -> None:

@@ -10,7 +10,8 @@ import warnings
 from lit_fast.config import sections, settings
 from lit_fast.config_io import describe
 from lit_fast.errors import UserError, os_reason
-from lit_fast.storage.files import exists, is_directory, is_stream, local_path, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import exists, is_directory, is_stream, local_path
 from lit_fast.storage.machine import keep_freed_memory
 from lit_fast.storage.paths import StrPath, absolute, is_bucket, join, name, parent
 from lit_fast.storage.text_files import json_bytes

@@ -24,7 +24,8 @@ from lit_fast.data.dataset import (
     open_dataset,
 )
 from lit_fast.data.records import RecordWriter
-from lit_fast.storage.files import list_names, remove_temporary_files, remove_tree
+from lit_fast.storage.atomic import remove_temporary_files
+from lit_fast.storage.files import list_names, remove_tree
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.storage.text_files import read_json, write_json
 

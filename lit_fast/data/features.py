@@ -33,7 +33,8 @@ from lit_fast.data.shards import (
     tensorstore_reason,
 )
 from lit_fast.errors import UserError
-from lit_fast.storage.files import exists, is_file, list_names, version, write_atomic, write_if_unchanged
+from lit_fast.storage.atomic import version, write_atomic, write_if_unchanged
+from lit_fast.storage.files import exists, is_file, list_names
 from lit_fast.storage.paths import join, stem
 from lit_fast.storage.text_files import json_bytes, read_json, read_object
 

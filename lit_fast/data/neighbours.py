@@ -28,7 +28,8 @@ from jax.experimental.multihost_utils import broadcast_one_to_all, process_allga
 
 from lit_fast.data.features import Features
 from lit_fast.errors import UserError
-from lit_fast.storage.files import list_names, read_bytes, remove, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import list_names, read_bytes, remove
 from lit_fast.storage.lock import InUseError, Lock
 from lit_fast.storage.paths import join
 from lit_fast.utils.normalize import normalize

@@ -14,15 +14,9 @@ from functools import lru_cache
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from lit_fast.errors import UserError
+from lit_fast.storage.atomic import link_or_copy, remove_temporary_files, replacing
 from lit_fast.storage.cache import local_copy
-from lit_fast.storage.files import (
-    link_or_copy,
-    list_names,
-    make_directory,
-    remove,
-    remove_temporary_files,
-    replacing,
-)
+from lit_fast.storage.files import list_names, make_directory, remove
 from lit_fast.storage.machine import cached_files
 from lit_fast.storage.paths import StrPath, join
 

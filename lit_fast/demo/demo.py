@@ -15,7 +15,8 @@ import time
 from importlib import resources
 
 from lit_fast.errors import UserError, os_reason
-from lit_fast.storage.files import exists, local_path, replacing_directory, write_atomic
+from lit_fast.storage.atomic import replacing_directory, write_atomic
+from lit_fast.storage.files import exists, local_path
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.storage.text_files import read_json
 from lit_fast.utils.output import result, status

@@ -12,7 +12,8 @@ from PIL import Image
 
 from lit_fast.demo.drawing import render
 from lit_fast.demo.scenes import NOVEL, PAIRS, Pair, Scene, captions, sample
-from lit_fast.storage.files import local_path, make_directory, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import local_path, make_directory
 from lit_fast.storage.paths import StrPath, join
 
 PER_TAR = 2048  # scenes

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from lit_fast.errors import UserError
+from lit_fast.storage.atomic import write_atomic
 from lit_fast.storage.cache import local_directory
 from lit_fast.storage.files import (
     in_threads,
@@ -26,7 +27,6 @@ from lit_fast.storage.files import (
     remove_tree,
     rename,
     walk_files,
-    write_atomic,
 )
 from lit_fast.storage.paths import is_bucket, join
 from lit_fast.storage.text_files import read_object, write_json

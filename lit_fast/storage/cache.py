@@ -11,16 +11,8 @@ from contextlib import suppress
 
 from lit_fast.errors import UserError
 from lit_fast.storage import remote
-from lit_fast.storage.files import (
-    buckets,
-    digest,
-    is_file,
-    list_names,
-    local_path,
-    remove_tree,
-    replacing,
-    write_atomic,
-)
+from lit_fast.storage.atomic import replacing, write_atomic
+from lit_fast.storage.files import buckets, digest, is_file, list_names, local_path, remove_tree
 from lit_fast.storage.hub import offline
 from lit_fast.storage.paths import StrPath, is_bucket, is_url, join, name
 from lit_fast.utils.output import status

@@ -1,9 +1,8 @@
-"""Read, write, list and delete files at local paths and in buckets; read files at other URLs.
+"""Read, list and delete files at local paths and in buckets; read files at other URLs.
 
-Every location is a `str`, a path or a URL. All file access outside this package goes through these functions. Those
-that write refuse URLs that are not in a bucket; those for libraries that open files themselves refuse all URLs.
-
-Writes are atomic: a reader, or a machine that lost power, finds all of the data or none.
+Every location is a `str`, a path or a URL. All file access outside this package goes through these functions and those
+of `lit_fast.storage.atomic`. Functions that write refuse URLs that are not in a bucket; those for libraries that open
+files themselves refuse all URLs.
 """
 
 from __future__ import annotations
@@ -13,18 +12,16 @@ import glob
 import hashlib
 import io
 import os
-import re
 import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import IO, Any, NamedTuple, TypeVar
 
 from lit_fast.errors import UserError, unreadable
 from lit_fast.storage import remote
-from lit_fast.storage.paths import StrPath, absolute, is_bucket, is_url, join, parent, refuse_url
+from lit_fast.storage.paths import StrPath, is_bucket, is_url, join, refuse_url
 
 _OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
 
@@ -49,11 +46,6 @@ def buckets() -> Any:
     from lit_fast.storage import buckets as module
 
     return module
-
-
-def copy_files(source: StrPath, names: Sequence[str], target: StrPath) -> None:
-    """Copy files between local directories and buckets, several at a time, under the same relative names."""
-    in_threads(lambda name: write_atomic(join(target, name), read_bytes(join(source, name))), names)
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int = 16) -> list[R]:
@@ -289,124 +281,6 @@ def open_append(location: StrPath) -> IO[bytes]:
     return open(local_path(location), "a+b", buffering=0)
 
 
-def sync(file: IO[bytes]) -> None:
-    """Flush an open file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_path(location: StrPath) -> None:
-    """Flush a file that another library wrote, or the entries of a directory, to the disk."""
-    descriptor = os.open(local_path(location), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def replacing(location: StrPath) -> Iterator[str]:
-    """Yield the path of a temporary file beside `location`, which it replaces, flushed, at the end of the block.
-
-    For libraries that write files themselves. After an exception the temporary file is deleted. For a location in a
-    bucket the temporary file is local, and is uploaded.
-    """
-    if is_bucket(location):
-        with tempfile.TemporaryDirectory(prefix="lit_fast.") as directory:
-            temporary = join(directory, os.path.basename(os.fspath(location)))
-            yield temporary
-            buckets().write(os.fspath(location), read_bytes(temporary))
-        return
-    path = local_path(location)
-    make_directory(parent(path))
-    temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
-    try:
-        with _named(path):
-            yield temporary
-            sync_path(temporary)
-            os.replace(temporary, path)
-    finally:
-        with suppress(OSError):  # a directory that became read-only; the first error counts
-            remove(temporary)
-    sync_path(parent(path))
-
-
-def remove_temporary_files(directory: StrPath) -> None:
-    """Delete what `replacing` left in a directory when its process was killed.
-
-    No other process may be writing there. The files with which processes compete for a lease are kept.
-    """
-    if is_bucket(directory):
-        return
-    for file in list_names(directory):
-        if re.fullmatch(r"\..+\.\d+\.tmp", file) and not file.startswith(".lock."):
-            remove(join(directory, file))
-
-
-@contextmanager
-def replacing_directory(location: StrPath, last: Collection[str] = ()) -> Iterator[str]:
-    """Yield the path of a temporary directory beside `location`, which it becomes, flushed, at the end of the block.
-
-    `location` is absent or an empty directory. All files get the permissions of new files, whichever the library
-    that wrote them chose. After an exception the temporary directory is deleted. For a location in a bucket the
-    temporary directory is local, and its files are uploaded.
-
-    Args:
-      location: the directory.
-      last: names of the files without which the directory is not complete; they are uploaded after all others.
-    """
-    if is_bucket(location):
-        with tempfile.TemporaryDirectory(prefix="lit_fast.") as temporary:
-            yield temporary
-            names = list(walk_files(temporary))
-            copy_files(temporary, [name for name in names if name not in last], location)
-            copy_files(temporary, [name for name in names if name in last], location)
-        return
-    path = absolute(local_path(location))
-    make_directory(parent(path))
-    temporary = join(parent(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
-    remove_tree(temporary)
-    os.mkdir(temporary)
-    try:
-        with _named(path):
-            yield temporary
-        mode = os.stat(temporary).st_mode & 0o666
-        for directory, _, names in os.walk(temporary):
-            for file in (join(directory, name) for name in names):
-                os.chmod(file, mode)
-                sync_path(file)
-            sync_path(directory)
-        os.replace(temporary, path)
-    finally:
-        remove_tree(temporary)
-    sync_path(parent(path))
-
-
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Give the errors of the operating system that name no file, those of writing, the name of a file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, path) from None
-        raise
-
-
-def link_or_copy(source: StrPath, target: StrPath) -> None:
-    """Make `target` the same file as `source`, or a copy where the file system has no hard links; raises OSError."""
-    if is_bucket(source) and is_bucket(target):
-        write_atomic(target, read_bytes(source))
-        return
-    try:
-        os.link(local_path(source), local_path(target))
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copyfile(local_path(source), local_path(target))
-        sync_path(target)
-
-
 def read_bytes(location: StrPath) -> bytes:
     """Return the content of a file; raises OSError."""
     if is_bucket(location):
@@ -490,50 +364,6 @@ def read_into(location: StrPath, start: int, *buffers: memoryview) -> None:
                 if not count:
                     raise ValueError(f"{location} ends early")
                 done += count
-
-
-def write_atomic(location: StrPath, data: bytes) -> None:
-    """Write a file so that a reader finds all of `data` or none of it; creates the directories above.
-
-    A device or a pipe receives the data instead of being replaced by a file.
-    """
-    if is_bucket(location):
-        buckets().write(os.fspath(location), data)
-        return
-    if is_stream(location):
-        path = local_path(location)
-        with _named(path), open(path, "ab") as stream:
-            stream.write(data)
-        return
-    with replacing(location) as temporary, open(temporary, "wb") as file:
-        file.write(data)
-
-
-def version(location: StrPath) -> bytes | None:
-    """Return bytes that change when a file is replaced by another one; None where there is none. Raises OSError."""
-    if is_bucket(location):
-        generation: bytes = buckets().generation(os.fspath(location))
-        return None if generation == buckets().ABSENT else generation
-    try:
-        return hashlib.blake2b(read_bytes(location)).digest()
-    except FileNotFoundError:
-        return None
-
-
-def write_if_unchanged(location: StrPath, data: bytes, expect: bytes | None) -> bool:
-    """Write a file that still has the version `expect`; return False if it has another one.
-
-    In a bucket the comparison and the write are one step; at a local path the caller holds a lock.
-    """
-    if not is_bucket(location):
-        if version(location) != expect:
-            return False
-        write_atomic(location, data)
-        return True
-    url = os.fspath(location)
-    # After a retry, the write that came through looks as refused as that of another process.
-    expect = buckets().ABSENT if expect is None else expect
-    return bool(buckets().write(url, data, expect) or buckets().read(url).data == data)
 
 
 def sha256(location: StrPath) -> str:

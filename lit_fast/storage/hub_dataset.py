@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_fast.errors import UserError, first_line, unreadable
+from lit_fast.storage.atomic import sync_path
 from lit_fast.storage.files import (
     digest,
     is_file,
@@ -24,7 +25,6 @@ from lit_fast.storage.files import (
     remove,
     remove_tree,
     size,
-    sync_path,
 )
 from lit_fast.storage.hub import hub_problem, offline, silence_retries
 from lit_fast.storage.paths import join

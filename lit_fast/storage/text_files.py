@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from lit_fast.errors import UserError, unreadable
-from lit_fast.storage.files import exists, read_bytes, read_whole, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import exists, read_bytes, read_whole
 from lit_fast.storage.paths import StrPath
 
 MAX_TEXT_BYTES = 16 << 20

@@ -18,8 +18,9 @@ from difflib import get_close_matches
 from urllib.parse import quote
 
 from lit_fast.errors import UserError
+from lit_fast.storage.atomic import write_atomic
 from lit_fast.storage.cache import cache_directory, cached_file, local_copy
-from lit_fast.storage.files import exists, is_directory, is_file, read_bytes, sha256, write_atomic
+from lit_fast.storage.files import exists, is_directory, is_file, read_bytes, sha256
 from lit_fast.storage.hub import AbsentError, Snapshot, offline
 from lit_fast.storage.paths import StrPath, absolute, join, name, parent, stem, suffix
 from lit_fast.weights.reader import parts

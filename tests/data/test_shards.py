@@ -11,7 +11,7 @@ from lit_fast.data.dataset import BLOCK, SHARD, Dataset
 from lit_fast.data.features import BFLOAT16, Features
 from lit_fast.errors import UserError
 from lit_fast.storage import buckets
-from lit_fast.storage.files import write_atomic
+from lit_fast.storage.atomic import write_atomic
 from tests.embed.contents import tree
 from tests.gcs import running_gcs
 

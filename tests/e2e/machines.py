@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from lit_fast.storage.files import copy_files, exists, walk_files
+from lit_fast.storage.atomic import copy_files
+from lit_fast.storage.files import exists, walk_files
 
 # A lock of another machine is taken over after 3 s instead of a minute.
 _RUN = """

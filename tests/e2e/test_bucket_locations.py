@@ -16,7 +16,8 @@ from lit_fast.cli.main import main
 from lit_fast.errors import UserError
 from lit_fast.runs.remote_checkpoints import push_checkpoint
 from lit_fast.storage import buckets, cache, remote
-from lit_fast.storage.files import copy_files, list_names, read_bytes, walk_files, write_atomic
+from lit_fast.storage.atomic import copy_files, write_atomic
+from lit_fast.storage.files import list_names, read_bytes, walk_files
 from lit_fast.towers.tower import load_tower
 from tests.buckets import bucket  # noqa: F401
 from tests.gcs import FakeGcs, running_gcs

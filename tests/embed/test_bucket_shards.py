@@ -22,7 +22,8 @@ from lit_fast.embed.journal import Journal
 from lit_fast.embed.locks import shard_lock_path
 from lit_fast.embed.shard_writer import ShardWriter, copy_path, journal_path
 from lit_fast.errors import UserError
-from lit_fast.storage.files import exists, list_names, read_bytes, remove, walk_files, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import exists, list_names, read_bytes, remove, walk_files
 from lit_fast.storage.lock import InUseError, Lock, LostLockError
 from lit_fast.storage.paths import join
 from lit_fast.towers.loader import Batch
@@ -194,7 +195,7 @@ def test_embed_by_several_machines_of_which_one_vanishes_equals_embed_on_a_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lit_fast.embed.extract._POLL_SECONDS", 0.5)
+    monkeypatch.setattr("lit_fast.embed.job._POLL_SECONDS", 0.5)
     local = many(tmp_path)
     embed_dataset(local.path, str(tiny_vit), name="t", batch_size=2)
     url = f"{bucket}/d"
@@ -229,7 +230,7 @@ def test_embed_with_a_shard_that_another_machine_has_embeds_the_others_and_waits
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lit_fast.embed.extract._POLL_SECONDS", 0.1)
+    monkeypatch.setattr("lit_fast.embed.job._POLL_SECONDS", 0.1)
     monkeypatch.setattr(commits, "SAVE_SECONDS", 0.0)
     url = f"{bucket}/d"
     dataset = upload(many(tmp_path), url)
@@ -241,7 +242,7 @@ def test_embed_with_a_shard_that_another_machine_has_embeds_the_others_and_waits
             seen.append(open_features(dataset, "t").finished())
             lock.release()
 
-    monkeypatch.setattr("lit_fast.embed.extract.status", record_status)
+    monkeypatch.setattr("lit_fast.embed.job.status", record_status)
     with pytest.raises(InUseError, match=r"shard 1 of .* is being written by"):
         embed_dataset(url, str(tiny_vit), name="t", batch_size=64, share=(1, 2))
     embed_dataset(url, str(tiny_vit), name="t", batch_size=64)

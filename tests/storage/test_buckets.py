@@ -17,13 +17,13 @@ import pytest
 
 from lit_fast.errors import UserError
 from lit_fast.storage import buckets
+from lit_fast.storage.atomic import link_or_copy, replacing, replacing_directory, write_atomic
 from lit_fast.storage.cache import local_copy
 from lit_fast.storage.files import (
     directory_size,
     exists,
     is_directory,
     is_file,
-    link_or_copy,
     list_directories,
     list_names,
     read_bytes,
@@ -31,12 +31,9 @@ from lit_fast.storage.files import (
     read_tail,
     remove,
     remove_tree,
-    replacing,
-    replacing_directory,
     sha256,
     size,
     walk_files,
-    write_atomic,
 )
 from lit_fast.storage.lock import InUseError, Lock, LostLockError
 from lit_fast.storage.paths import join

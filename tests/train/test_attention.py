@@ -23,7 +23,7 @@ from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import init_params
 from lit_fast.runs.run import open_run
 from lit_fast.runtime import batch_sharding, make_mesh
-from lit_fast.train import attention, loop
+from lit_fast.train import attention, step_builder
 from lit_fast.train.attention import (
     TOLERANCES,
     AttentionChoice,
@@ -400,7 +400,7 @@ def test_training_whose_whole_step_does_not_compile_uses_the_form_of_xla(directo
         monkeypatch.setattr(packed_attention, "backward_kernel", broken)
         return choice
 
-    monkeypatch.setattr(loop, "compare_attention", compare_and_break)
+    monkeypatch.setattr(step_builder, "compare_attention", compare_and_break)
     assert train(directory, "whole", "--steps", 2) == 0
     err = capsys.readouterr().err
     assert "attention: Pallas kernels; largest differences" in err

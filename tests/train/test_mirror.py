@@ -13,7 +13,8 @@ import lit_fast.storage.lock as lock_module
 from lit_fast.errors import UserError
 from lit_fast.runs.remote_checkpoints import cached_checkpoint, stored_steps
 from lit_fast.storage import buckets
-from lit_fast.storage.files import list_names, read_bytes, remove, walk_files, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import list_names, read_bytes, remove, walk_files
 from lit_fast.storage.lock import Lock
 from lit_fast.train.mirror import RunMirror
 from tests.gcs import CUT, FakeGcs, running_gcs

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from lit_fast.errors import UserError
 from lit_fast.inference.model import Model
 from lit_fast.models.text_tower import EPSILON
-from lit_fast.storage.files import write_atomic
+from lit_fast.storage.atomic import write_atomic
 from lit_fast.storage.paths import join
 from lit_fast.train.export.card import rounding_note, write_card
 from lit_fast.train.export.fold import image_head, with_token_table

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lit_fast.errors import UserError
 from lit_fast.evaluation.table import format_results
 from lit_fast.inference.model import Model
-from lit_fast.storage.files import write_atomic
+from lit_fast.storage.atomic import write_atomic
 from lit_fast.storage.paths import join
 from lit_fast.train.evaluator import AVERAGED
 from lit_fast.version import __version__

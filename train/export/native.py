@@ -23,7 +23,7 @@ from lit_fast.inference.load import (
     WEIGHTS,
 )
 from lit_fast.inference.model import Model
-from lit_fast.storage.files import write_atomic
+from lit_fast.storage.atomic import write_atomic
 from lit_fast.storage.paths import join, name
 from lit_fast.storage.text_files import write_json
 from lit_fast.train.export.card import write_card

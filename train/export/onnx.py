@@ -28,7 +28,7 @@ from lit_fast.evaluation.zeroshot import canonical_names, canonical_templates, c
 from lit_fast.inference.model import Model
 from lit_fast.models.text_tower import TextTower
 from lit_fast.models.two_towers import Params, embed_ids, text_tower
-from lit_fast.storage.files import write_atomic
+from lit_fast.storage.atomic import write_atomic
 from lit_fast.storage.paths import join, name
 from lit_fast.storage.text_files import read_lines
 from lit_fast.train.export.card import rounding_note, write_card

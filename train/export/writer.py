@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 from safetensors import SafetensorError
 
 from lit_fast.errors import UserError, first_line, os_reason
-from lit_fast.storage.files import directory_size, exists, is_directory, list_names, replacing_directory
+from lit_fast.storage.atomic import replacing_directory
+from lit_fast.storage.files import directory_size, exists, is_directory, list_names
 from lit_fast.storage.lock import Lock
 from lit_fast.storage.paths import absolute, is_bucket, join, name, parent
 from lit_fast.utils.output import result

@@ -12,17 +12,9 @@ from lit_fast.config import Config
 from lit_fast.errors import UserError
 from lit_fast.train.cost.flops import step_flops
 from lit_fast.train.cost.hlo import largest_buffers
-from lit_fast.train.plan.candidates import (
-    KERNEL_SECONDS,
-    Candidate,
-    Planner,
-    describe,
-    fastest,
-    largest_batch,
-    overrides,
-    search,
-)
+from lit_fast.train.plan.candidates import KERNEL_SECONDS, Candidate, Planner, describe, overrides
 from lit_fast.train.plan.costs import STORAGE_PRICE, data_costs, usd
+from lit_fast.train.plan.search import fastest, largest_batch, search
 from lit_fast.train.plan.target import Target
 from lit_fast.train.plan.times import step_times
 
@@ -63,7 +55,7 @@ def make_plan(
     if searched and target.platform != "cpu":  # the CPU compiler estimates no time
         candidates = search(planner, default)
     best = fastest(planner, candidates)
-    data, chip, memory = planner.data, target.chip, planner.memory(default.text)
+    data, chip = planner.data, target.chip
     model = planner.build(default.text)
     batch, steps = config.stream.global_batch, config.steps
     texts = batch * config.stream.captions_per_image
@@ -73,10 +65,6 @@ def make_plan(
     seconds = times["planning"]["seconds"]
     store = data_costs(planner, default, seconds, times["planning"]["mfu"])
     scale = seconds / planner.relative_seconds(default)
-    residuals = memory.residuals(default.text) + memory.image_residuals(default.image)
-    fixed = memory.parameters + memory.optimizer + memory.batch
-    if default.compiled:  # the compiler shares memory between buffers
-        residuals = min(residuals, default.compiled.temporary_bytes)
     plan: dict[str, Any] = {
         "topology": target.topology,
         "name": target.name,
@@ -94,17 +82,7 @@ def make_plan(
         "global_batch": batch,
         "texts": texts,
         "way": _summary(planner, default, scale),
-        "memory": {
-            "parameters": memory.parameters,
-            "optimizer": memory.optimizer,
-            "batch": memory.batch,
-            "kept": residuals,
-            "temporaries": max(0, default.bytes - fixed - residuals),
-            "total": default.bytes,
-            "room": int(planner.usable_memory),
-            "limit": int(chip.memory),
-            "fits": default.fits,
-        },
+        "memory": _memory(planner, default),
         "buffers": largest_buffers(default.compiled.text) if default.compiled else [],
         "flops": {"model": flops, "executed": default.flops, "recompute": default.flops / flops - 1},
         "collectives": {name: c._asdict() for name, c in default.collectives.items()},
@@ -123,6 +101,26 @@ def make_plan(
     if largest:
         plan["largest_batch"] = largest_batch(config, target)
     return plan
+
+
+def _memory(planner: Planner, candidate: Candidate) -> dict[str, Any]:
+    """Return the bytes of a candidate on each device, by their use."""
+    memory = planner.memory(candidate.text)
+    residuals = memory.residuals(candidate.text) + memory.image_residuals(candidate.image)
+    if candidate.compiled:  # the compiler shares memory between buffers
+        residuals = min(residuals, candidate.compiled.temporary_bytes)
+    fixed = memory.parameters + memory.optimizer + memory.batch
+    return {
+        "parameters": memory.parameters,
+        "optimizer": memory.optimizer,
+        "batch": memory.batch,
+        "kept": residuals,
+        "temporaries": max(0, candidate.bytes - fixed - residuals),
+        "total": candidate.bytes,
+        "room": int(planner.usable_memory),
+        "limit": int(planner.target.chip.memory),
+        "fits": candidate.fits,
+    }
 
 
 def _program(candidate: Candidate, clock: float) -> dict[str, Any] | None:

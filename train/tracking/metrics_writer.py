@@ -12,7 +12,8 @@ import jax
 
 from lit_fast.config import Config
 from lit_fast.runs.metrics import RunCost, is_number, read_metrics
-from lit_fast.storage.files import open_append, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import open_append
 from lit_fast.storage.paths import StrPath, join
 from lit_fast.train.tracking.console import Console
 from lit_fast.train.tracking.throughput import ThroughputMeter

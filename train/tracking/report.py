@@ -8,7 +8,8 @@ from typing import Any
 from lit_fast.report.charts import TITLES, Panel, Series, panel, title
 from lit_fast.report.page import Table, percent, render
 from lit_fast.runs.metrics import Lines, curve, metric_names, read_metrics
-from lit_fast.storage.files import read_bytes, write_atomic
+from lit_fast.storage.atomic import write_atomic
+from lit_fast.storage.files import read_bytes
 from lit_fast.storage.paths import StrPath, absolute, join, name
 from lit_fast.storage.text_files import read_object
 from lit_fast.utils.format import format_duration

@@ -18,7 +18,8 @@ from lit_fast.data.images.sources import check_sources
 from lit_fast.embed.index import index_dataset
 from lit_fast.errors import UserError
 from lit_fast.storage import remote
-from lit_fast.storage.files import copy_files, walk_files
+from lit_fast.storage.atomic import copy_files
+from lit_fast.storage.files import walk_files
 from tests.buckets import bucket  # noqa: F401
 from tests.embed.sources.tf_example import example
 from tests.helpers import encoded, picture, samples, write_tar
