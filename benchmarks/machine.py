@@ -40,7 +40,7 @@ def describe(*packages: str) -> str:
         model = names[0] if names else model
     cores = cpu_count()
     versions = ", ".join(f"{p} {version(p)}" for p in packages)
-    return f"{model}, {cores} cores, Python {platform.python_version()}, {versions}"
+    return f"{model}, {cores} core{'s' * (cores > 1)}, Python {platform.python_version()}, {versions}"
 
 
 class Cost(NamedTuple):

@@ -14,7 +14,8 @@ from lit_fast.data.images.sources import size_and_etag
 from lit_fast.embed.sources import folders, json_files, pairs, parquet, records, tables, tars
 from lit_fast.embed.sources.clip_benchmark import lines_near
 from lit_fast.embed.sources.interface import Columns, Format, Item, Layout, Sample
-from lit_fast.embed.sources.text_tables import is_json_lines, table_suffix
+from lit_fast.embed.sources.text_lines import table_suffix
+from lit_fast.embed.sources.text_tables import is_json_lines
 from lit_fast.embed.sources.unread import unread_format
 from lit_fast.errors import UserError
 from lit_fast.storage.files import is_directory, open_read

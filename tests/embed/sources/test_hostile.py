@@ -291,7 +291,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 def test_an_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_fast.embed.sources.text_tables.MAX_LINE", 1000)
+    monkeypatch.setattr("lit_fast.embed.sources.text_lines.MAX_LINE", 1000)
     (tmp_path / "x.jpg").write_bytes(b"x")
     (tmp_path / "t.jsonl").write_text(
         '{"path": "x.jpg", "text": "%s"}\n{"path": "x.jpg", "text": "b"}' % ("a" * 5000)
