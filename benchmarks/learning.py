@@ -1,8 +1,10 @@
 """The paper's experiments on the loss, small, on real photos: each table trains the same small tower in other ways.
 
-    python -m benchmarks.learning --dataset D --dev E [--only TABLE,...] [--seeds N] [--jobs N] [--runs DIR]
+    python -m benchmarks.learning --dataset D --dev E [--noise N] [--only TABLE,...] [--seeds N] [--jobs N]
+        [--runs DIR]
 
-Embed D and E as the header of configs/flickr8k_cpu.toml says (its training split and its dev split). Every run is
+Embed D and E as the header of configs/flickr8k_cpu.toml says (its training split and its dev split), and N, which is
+`lit-fast index noise:1024 --out N`, with the same options. Every run is
 `lit-fast train` with that recipe and a text tower of a third of its width, so that a run is long enough to converge:
 as many pairs as the recipe's, 20 times every caption. Figures are recall on the dev split in percent: the mean of the
 seeds and, after ±, the standard deviation. Finished runs are reused.
@@ -13,7 +15,7 @@ Tables:
   batch       sigmoid and softmax over the batch (figure 2)
   beta2       Adam's decay of the second moment (figure 5)
   negatives   masked negatives (figure 6)
-  corruption  sigmoid and softmax with corrupted texts and pairs (figure 7)
+  corruption  sigmoid and softmax with corrupted images, texts and pairs (figure 7); needs --noise
   padding     padding masked or attended to, as the paper does, and the pooling
 """
 
@@ -38,6 +40,7 @@ PAIRS = 614_400
 BATCH = 512
 BATCHES = (128, 512, 2048)
 LOSSES = ("sigmoid", "softmax")
+CORRUPTED = ("images", "texts", "alignment", "images, texts", "images, texts, alignment")
 METRICS = {
     "text to image R@1": "image_retrieval_recall@1",
     "R@10": "image_retrieval_recall@10",
@@ -106,8 +109,9 @@ def padded(masked: bool, pooling: str) -> Setting:
     return Setting(("masked" if masked else "attended to", pooling), changes)
 
 
-def corrupted(loss_name: str, kind: str, share: float) -> Setting:
-    return Setting((kind, f"{share:g}", loss_name), (*loss(loss_name), (f"stream.corrupt_{kind}", share)))
+def corrupted(loss_name: str, kinds: str, share: float) -> Setting:
+    changes = [(f"stream.corrupt_{kind}", share) for kind in kinds.split(", ")]
+    return Setting((kinds, f"{share:g}", loss_name), (*loss(loss_name), *changes))
 
 
 # Title of each table's first columns, and its lines.
@@ -150,7 +154,7 @@ TABLES: dict[str, tuple[tuple[str, ...], list[Setting]]] = {
     "corruption": (
         ("corrupted", "share", "loss"),
         [Setting(("nothing", "0", name), loss(name)) for name in LOSSES]
-        + [corrupted(name, kind, 0.5) for kind in ("texts", "alignment") for name in LOSSES],
+        + [corrupted(name, kinds, 0.5) for kinds in CORRUPTED for name in LOSSES],
     ),
     "padding": (
         ("padding", "pooling"),
@@ -172,6 +176,8 @@ def train(
     setting: Run, seed: int, runs: Path, options: Sequence[str], cores: Sequence[int] = ()
 ) -> dict[str, float]:
     """Train a run unless it is finished, on these cores; return its metrics in per cent."""
+    if "corrupt_images" not in setting.name:  # a run without such images needs no noise
+        options = [option for option in options if not option.startswith("--stream.noise=")]
     run = runs / f"{setting.name}-seed{seed}"
     receipt = run / "receipt.json"
     if not receipt.is_file() or json.loads(receipt.read_text())["status"] != "finished":
@@ -237,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--dev", required=True)
+    parser.add_argument("--noise", default="", help="dataset of the noise")
     parser.add_argument("--tower", default="")
     parser.add_argument("--tokenizer", default="")
     parser.add_argument("--only", default=",".join(TABLES), help="names of tables")
@@ -249,6 +256,7 @@ def main() -> None:
         f"--tower={args.tower}",
         f"--tokenizer={args.tokenizer}",
         f"--evaluate.retrieval={args.dev}",
+        f"--stream.noise={args.noise}",
     ]
     names = args.only.split(",")
     settings = {setting.name: setting for name in names for setting in TABLES[name][1]}
