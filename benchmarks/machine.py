@@ -180,7 +180,9 @@ class _Worker:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
-            env=os.environ | environment,
+            env=os.environ
+            | {"JAX_TRACEBACK_FILTERING": "off"}
+            | environment,  # its last line is the exception
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
