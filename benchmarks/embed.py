@@ -165,7 +165,10 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
             x = ((x.float() / 255 - mean) / std).permute(0, 3, 1, 2)
             return model(x.to(next(eager.parameters()).dtype)).float().cpu().numpy()
 
-    print("\n| forward pass | batch | images/s | lowest - highest | MFU |\n|---|---|---|---|---|")
+    mfu = " MFU |" if peak else ""
+    print(
+        f"\n| forward pass | batch | images/s | lowest - highest |{mfu}\n|---|---|---|---|{'---|' if peak else ''}"
+    )
     for batch in batches:
         size = tower.preprocess.size
         images = np.random.default_rng(2).integers(0, 256, (batch, size, size, 3), np.uint8)
@@ -182,10 +185,9 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
             except Exception as error:  # torch.compile needs a C++ compiler, memory, ...
                 print(f"| {name} | {batch} | failed: {type(error).__name__} | | |")
                 continue
-            mfu = f"{flops * batch / median / peak:.1%}" if peak else ""
-            print(
-                f"| {name} | {batch} | {batch / median:,.1f} | {batch / high:,.1f} - {batch / low:,.1f} | {mfu} |"
-            )
+            mfu = f" {flops * batch / median / peak:.1%} |" if peak else ""
+            speeds = f"{batch / median:,.1f} | {batch / high:,.1f} - {batch / low:,.1f} |"
+            print(f"| {name} | {batch} | {speeds}{mfu}")
 
 
 class Photos:
