@@ -31,7 +31,7 @@ test: $(VENV)/parity lint types docs
 test-core: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(CORE)
 
-# The tests that need the compilers of TPUs and GPUs, which need no such device. They are skipped where these are absent.
+# All tests of `lit-fast plan`, with the compilers of TPUs and GPUs, without which make test skips some. No such device is needed.
 test-plan:
 	$(MAKE) .venv-plan/installed VENV=.venv-plan
 	.venv-plan/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tpu,plan-gpu]'

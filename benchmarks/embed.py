@@ -165,9 +165,9 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
             x = ((x.float() / 255 - mean) / std).permute(0, 3, 1, 2)
             return model(x.to(next(eager.parameters()).dtype)).float().cpu().numpy()
 
-    mfu = " MFU |" if peak else ""
+    last = " MFU |" if peak else ""
     print(
-        f"\n| forward pass | batch | images/s | lowest - highest |{mfu}\n|---|---|---|---|{'---|' if peak else ''}"
+        f"\n| forward pass | batch | images/s | lowest - highest |{last}\n|---|---|---|---|{'---|' if peak else ''}"
     )
     for batch in batches:
         size = tower.preprocess.size
@@ -183,7 +183,7 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
             try:
                 median, low, high = spread(run, repetitions)
             except Exception as error:  # torch.compile needs a C++ compiler, memory, ...
-                print(f"| {name} | {batch} | failed: {type(error).__name__} | | |")
+                print(f"| {name} | {batch} | failed: {type(error).__name__} | |{' |' if peak else ''}")
                 continue
             mfu = f" {flops * batch / median / peak:.1%} |" if peak else ""
             speeds = f"{batch / median:,.1f} | {batch / high:,.1f} - {batch / low:,.1f} |"

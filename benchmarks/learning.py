@@ -1,6 +1,6 @@
 """The paper's experiments on the loss, small, on real photos: each table trains the same small tower in other ways.
 
-    python -m benchmarks.learning --dataset D --dev E [--noise N] [--only TABLE,...] [--seeds N] [--jobs N]
+    python -m benchmarks.learning --dataset D --dev E --noise N [--only TABLE,...] [--seeds N] [--jobs N]
         [--runs DIR]
 
 Embed D and E as the header of configs/flickr8k_cpu.toml says (its training split and its dev split), and N, which is
@@ -259,6 +259,8 @@ def main() -> None:
         f"--stream.noise={args.noise}",
     ]
     names = args.only.split(",")
+    if "corruption" in names and not args.noise:
+        parser.error("the table corruption needs --noise")
     settings = {setting.name: setting for name in names for setting in TABLES[name][1]}
     runs = [(s, seed) for seed in range(args.seeds) for s in settings.values()]
     train_all(runs, args.runs, options, args.jobs)

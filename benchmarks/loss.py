@@ -95,7 +95,7 @@ def jax_case(form: str, batch: int, devices: int, repeats: int) -> Result:
 
     def matrix(params: LossParams, images: jax.Array) -> jax.Array:
         everything = lax.all_gather(images, AXIS, tiled=True) if devices > 1 else images
-        texts, log_scale, bias = params[:3]
+        texts, log_scale, bias = params.texts, params.log_scale, params.bias
         logits = jnp.exp(log_scale) * jnp.einsum("nd,md->nm", texts, everything, precision="high") + bias
         own = lax.axis_index(AXIS) * len(texts) + jnp.arange(len(texts))
         if form == FEWER:  # softplus(-x) is softplus(x) - x

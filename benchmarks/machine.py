@@ -173,6 +173,9 @@ def turn() -> None:
     sys.stdin.readline()
 
 
+_UNFILTERED = {"JAX_TRACEBACK_FILTERING": "off"}  # the last line of a traceback is the exception
+
+
 class _Worker:
     """A process that runs a case."""
 
@@ -180,9 +183,7 @@ class _Worker:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
-            env=os.environ
-            | {"JAX_TRACEBACK_FILTERING": "off"}
-            | environment,  # its last line is the exception
+            env=os.environ | _UNFILTERED | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

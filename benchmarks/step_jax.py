@@ -1,4 +1,4 @@
-"""The steps in JAX: ours as `lit_fast.train.loop` builds it, and a reimplementation of big_vision's.
+"""The steps in JAX: ours as `lit_fast.train.step_builder` builds it, and a reimplementation of big_vision's.
 
 big_vision: trainers/proj/image_text/siglip.py, models/proj/image_text/text_transformer.py, models/vit.py. Its image
 tower is left out, its optimizer is optax's AdamW with clipping, and its sharding constraints, which do nothing on one

@@ -1,7 +1,7 @@
 """Stage 1: from images to a dataset and the features of a frozen vision tower.
 
 index      sources -> dataset: `sources` (a module per format), row_reader, skipped
-extract    dataset -> features: loader decodes, pipeline runs the tower, shard_writer and journal store
+extract    dataset -> features: job embeds shards, pipeline runs the tower, shard_writer and journal store
 tokenize   captions -> token ids
 importers  features that another program computed -> dataset; `import_rows` takes them from a Python program
 verify     compare the stored bytes with checksums, sources and a sample of new features

@@ -91,7 +91,7 @@ def embed_dataset(
             is_shared=is_shared,
         )
         try:
-            _run(job, signals)
+            _embed_and_report(job, signals)
         except OSError as error:
             where = error.filename or job.features.path
             raise UserError(
@@ -103,8 +103,12 @@ def embed_dataset(
             ) from None
 
 
-def _run(job: Job, signals: list[int]) -> None:
-    """Embed the unfinished shards of a job, and report what was embedded."""
+def _embed_and_report(job: Job, signals: list[int]) -> None:
+    """Embed the unfinished shards of a job, and report the numbers of valid and invalid rows.
+
+    Raises:
+      UserError: the store belongs to another tower or other rows, or no image could be embedded.
+    """
     if different := write_provenance(job.features):
         raise UserError(
             f"{job.features.path} holds features of another tower (other {', '.join(different)}); "

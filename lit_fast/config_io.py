@@ -63,7 +63,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
         near = difflib.get_close_matches(name(recipe).removesuffix(".toml"), known, 1, 0.5)
         action = f"give a TOML file or the name of a recipe: {', '.join(known)}"
         if near:
-            action = f"did you mean {near[0]}? lit-fast train --help lists all recipes"
+            action = f"did you mean {near[0]}? give a TOML file or a recipe that lit-fast train --help lists"
         problem = "is a directory" if exists(recipe) else "does not exist"
         raise UserError(f"config {recipe} {problem}; {action}")
     file = resources.files("lit_fast") / "configs" / f"{recipe}.toml"

@@ -128,13 +128,14 @@ def _train(
         result(f"{shown_workdir} is complete: {start_step:,} steps")
         return
 
-    # --- Build the step. Attention kernels are compared with XLA's form first.
+    # --- Build the step. With attention kernels, compare them with XLA's form on the first batch.
     train_step = builder.make_step()
     batches = stream.iterate(start_step, packing or (lambda batch: batch))
     if builder.attention.form == "pallas":
         first = next(batches)
         batches = chain([first], batches)
-        train_step = builder.check_kernels(train_step, state, _to_devices(first, mesh))
+        train_step = builder.with_checked_kernels(train_step, state, _to_devices(first, mesh))
+        del first
     if jax.process_index() == 0:
         write_attention(workdir, builder.attention)
 

@@ -58,18 +58,23 @@ class StepBuilder:
         config = replace(self._config, text=self.memory.text, image=self.memory.image)
         return make_step(self.model, self.optimizer, config, self._mesh, self.image)
 
-    def check_kernels(self, step: jax.stages.Wrapped, state: State, batch: DeviceBatch) -> jax.stages.Wrapped:
-        """Compare the attention kernels of `step` with XLA's form, if nothing has shown yet that they agree here.
+    def with_checked_kernels(
+        self, step: jax.stages.Wrapped, state: State, batch: DeviceBatch
+    ) -> jax.stages.Wrapped:
+        """Compare the attention kernels of `step` with XLA's form, compile it, and return the step to train with.
+
+        The forms are compared if no earlier part of the run has shown that they agree on these devices.
 
         Args:
           state: before the first batch.
           batch: the global batch, on the devices.
 
         Returns:
-          The step; with XLA's attention, and its remat policy, if the kernels differ or do not compile.
+          `step`; one with XLA's attention, and its remat policy, if the kernels differ or do not compile.
 
         Raises:
-          UserError: the step does not compile with the kernels, and `text.attention` is "pallas".
+          UserError: the step does not compile with the kernels, and `text.attention` is "pallas"; or no policy fits
+            with XLA's attention.
         """
         if self.attention.form == "xla":
             return step

@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, MAX_CAPTION, Damage, Guess, Note, Skipped
+from lit_fast.embed.sources.interface import IMAGE_SUFFIXES, MAX_CAPTION, Guess, Skipped
+from lit_fast.embed.sources.table_entries import Entry, Header, TableRow
 from lit_fast.embed.sources.text_lines import Lines, is_too_long
 from lit_fast.errors import UserError
 
@@ -20,30 +21,6 @@ _OFTEN_UNQUOTED = "\t|"
 _OPEN = "unexpected end of data"  # of the csv module
 _MAX_LENIENT = 1 << 16  # characters within which a quote closes in a table that may have no quotes
 _QUOTE_REMEDY = "close it, or double it and quote its field if it belongs to the text"
-
-
-class TableRow(NamedTuple):
-    """One row of a table."""
-
-    number: int  # of its first line, from 1 on; of the object in JSON that spans lines
-    values: dict[str, Any]
-    lines: int = 1
-    unit: str = "line"
-
-    @property
-    def name(self) -> str:
-        """Name of the row for messages."""
-        return f"{self.unit} {self.number}"
-
-
-class Header(NamedTuple):
-    """The names of a table's columns in order; without a header line they are "1", "2", ..."""
-
-    names: list[str]
-    is_numbered: bool = False
-
-
-Entry = Header | TableRow | Guess | Note | Skipped | Damage
 
 
 def field_entries(path: str, lines: Lines, known: Collection[str]) -> Iterator[Entry]:

@@ -9,10 +9,10 @@ from typing import Any
 from lit_fast.data.images.sources import size_and_etag
 from lit_fast.embed.sources.coco import coco_rows
 from lit_fast.embed.sources.columns import some
-from lit_fast.embed.sources.delimited import Entry, TableRow
 from lit_fast.embed.sources.image_paths import image_directory
 from lit_fast.embed.sources.interface import Columns, Damage, Item, Layout, Skipped
 from lit_fast.embed.sources.karpathy import is_karpathy, karpathy_rows
+from lit_fast.embed.sources.table_entries import Entry, TableRow
 from lit_fast.embed.sources.tables import table_rows
 from lit_fast.errors import UserError, unreadable
 from lit_fast.storage.files import open_read

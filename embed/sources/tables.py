@@ -25,10 +25,11 @@ from lit_fast.embed.sources.columns import (
     parse_row,
     value_of,
 )
-from lit_fast.embed.sources.delimited import Entry, Header, TableRow, is_image_name
+from lit_fast.embed.sources.delimited import is_image_name
 from lit_fast.embed.sources.first_rows import FIRST_ROWS, describe_refinement, refine_columns
 from lit_fast.embed.sources.image_paths import clean_path, find_image, find_subdirectory, image_directory
 from lit_fast.embed.sources.interface import Columns, Damage, Guess, Item, Layout, Skipped
+from lit_fast.embed.sources.table_entries import Entry, Header, TableRow
 from lit_fast.embed.sources.text_tables import read_entries
 from lit_fast.errors import UserError
 from lit_fast.storage.paths import name

@@ -1,4 +1,4 @@
-"""The lines of a text file: compression, encoding, ends of lines."""
+"""Read the lines of a text file: compression, encoding, ends of lines."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from lit_fast.embed.sources.delimited import Entry, TableRow, field_entries
+from lit_fast.embed.sources.delimited import field_entries
 from lit_fast.embed.sources.interface import Damage, Guess, Note, Skipped
+from lit_fast.embed.sources.table_entries import Entry, TableRow
 from lit_fast.embed.sources.text_lines import Lines, decompressed, is_too_long, table_suffix, text_encoding
 from lit_fast.errors import UserError, first_line, unreadable
 from lit_fast.storage.files import open_read

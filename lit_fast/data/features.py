@@ -249,7 +249,7 @@ class Features:
         """Write the manifest of a shard, unless the stored one has another version; return whether it was written.
 
         Args:
-          version: of the stored one, None if there is none, see `lit_fast.storage.files.version`.
+          version: of the stored one, None if there is none, see `lit_fast.storage.atomic.version`.
         """
         return write_if_unchanged(self.manifest_path(manifest.shard), self._encode(manifest), version)
 

@@ -1,6 +1,7 @@
-"""Write files and directories atomically, at local paths and in buckets.
+"""Write, copy and flush files and directories, at local paths and in buckets.
 
-A reader, or a machine that lost power, finds all of the data or none.
+`write_atomic`, `replacing` and `replacing_directory` are atomic: a reader, or a machine that lost power, finds all of
+the data or none.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def sync_path(location: StrPath) -> None:
 
 
 def link_or_copy(source: StrPath, target: StrPath) -> None:
-    """Make `target` the same file as `source`, or a copy where the file system has no hard links; raises OSError."""
+    """Make `target` the same file as `source`, or a copy, not atomic, where there are no hard links; raises OSError."""
     if is_bucket(source) and is_bucket(target):
         write_atomic(target, read_bytes(source))
         return

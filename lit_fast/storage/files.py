@@ -1,4 +1,4 @@
-"""Read, list and delete files at local paths and in buckets; read files at other URLs.
+"""Read, list, move and delete files at local paths and in buckets; read files at other URLs.
 
 Every location is a `str`, a path or a URL. All file access outside this package goes through these functions and those
 of `lit_fast.storage.atomic`. Functions that write refuse URLs that are not in a bucket; those for libraries that open
@@ -277,7 +277,7 @@ def open_read(location: StrPath) -> io.BufferedReader:
 
 
 def open_append(location: StrPath) -> IO[bytes]:
-    """Open a local file for appending bytes, unbuffered; `sync` makes the written bytes durable."""
+    """Open a local file for appending bytes, unbuffered; `lit_fast.storage.atomic.sync` flushes it."""
     return open(local_path(location), "a+b", buffering=0)
 
 

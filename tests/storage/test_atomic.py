@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_fast.errors import UserError
 from lit_fast.storage.atomic import remove_temporary_files, replacing, replacing_directory, write_atomic
 
 
@@ -85,3 +86,11 @@ def test_write_atomic_to_an_open_file_adds_to_it(tmp_path: Path) -> None:
         file.write(b"a ")
         write_atomic(f"/proc/self/fd/{file.fileno()}", b"b")
     assert (tmp_path / "file").read_bytes() == b"a b"
+
+
+def test_write_atomic_to_a_url_that_is_no_bucket_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"^hf://bucket/f is a URL that cannot be used here; give a local path, gs://BUCKET/NAME",
+    ):
+        write_atomic("hf://bucket/f", b"")

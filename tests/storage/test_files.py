@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from lit_fast.errors import UserError
-from lit_fast.storage.atomic import write_atomic
 from lit_fast.storage.files import open_read, read_range, read_whole, size_and_etag
 from lit_fast.storage.text_files import read_text
 from tests.web import file_server
@@ -40,8 +39,3 @@ def test_a_url_of_an_unknown_scheme_is_refused_in_one_line(tmp_path: Path) -> No
             UserError, match=r"^gopher://host/f cannot be read; give a local path or a URL with https://"
         ):
             function("gopher://host/f")
-    with pytest.raises(
-        UserError,
-        match=r"^hf://bucket/f is a URL that cannot be used here; give a local path, gs://BUCKET/NAME",
-    ):
-        write_atomic("hf://bucket/f", b"")

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lit_fast.embed.sources.delimited import Entry, Header, TableRow
 from lit_fast.embed.sources.interface import Damage, Guess, Note, Skipped
+from lit_fast.embed.sources.table_entries import Entry, Header, TableRow
 from lit_fast.embed.sources.tables import KNOWN_COLUMNS
 from lit_fast.embed.sources.text_tables import is_json_lines, read_entries
 from lit_fast.errors import UserError
