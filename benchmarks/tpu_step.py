@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--keep", default="hidden")
     parser.add_argument("--microbatches", type=int, default=4)
     arguments = parser.parse_args()
-    print(f"{describe()}\n\n{HEADER}", flush=True)
+    print(f"{describe('jax', 'libtpu')}\n\n{HEADER}", flush=True)
     for topology in arguments.topologies:
         for attention in arguments.attention:
             print(
