@@ -165,10 +165,8 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
             x = ((x.float() / 255 - mean) / std).permute(0, 3, 1, 2)
             return model(x.to(next(eager.parameters()).dtype)).float().cpu().numpy()
 
-    last = " MFU |" if peak else ""
-    print(
-        f"\n| forward pass | batch | images/s | lowest - highest |{last}\n|---|---|---|---|{'---|' if peak else ''}"
-    )
+    header = ["forward pass", "batch", "images/s", "lowest - highest", *["MFU"] * bool(peak)]
+    print(f"\n{table_row(header)}\n{table_row(['---'] * len(header))}")
     for batch in batches:
         size = tower.preprocess.size
         images = np.random.default_rng(2).integers(0, 256, (batch, size, size, 3), np.uint8)
@@ -183,11 +181,17 @@ def forward_table(model_name: str, folder: Path, batches: list[int], repetitions
             try:
                 median, low, high = spread(run, repetitions)
             except Exception as error:  # torch.compile needs a C++ compiler, memory, ...
-                print(f"| {name} | {batch} | failed: {type(error).__name__} | |{' |' if peak else ''}")
-                continue
-            mfu = f" {flops * batch / median / peak:.1%} |" if peak else ""
-            speeds = f"{batch / median:,.1f} | {batch / high:,.1f} - {batch / low:,.1f} |"
-            print(f"| {name} | {batch} | {speeds}{mfu}")
+                cells = [f"failed: {type(error).__name__}"]
+            else:
+                cells = [f"{batch / median:,.1f}", f"{batch / high:,.1f} - {batch / low:,.1f}"]
+                cells += [f"{flops * batch / median / peak:.1%}"] if peak else []
+            cells = [name, str(batch), *cells]
+            print(table_row(cells + [""] * (len(header) - len(cells))))
+
+
+def table_row(cells: list[str]) -> str:
+    """Format a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 class Photos:

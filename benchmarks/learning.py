@@ -28,7 +28,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -176,8 +176,6 @@ def train(
     setting: Run, seed: int, runs: Path, options: Sequence[str], cores: Sequence[int] = ()
 ) -> dict[str, float]:
     """Train a run unless it is finished, on these cores; return its metrics in per cent."""
-    if "corrupt_images" not in setting.name:  # a run without such images needs no noise
-        options = [option for option in options if not option.startswith("--stream.noise=")]
     run = runs / f"{setting.name}-seed{seed}"
     receipt = run / "receipt.json"
     if not receipt.is_file() or json.loads(receipt.read_text())["status"] != "finished":
@@ -195,7 +193,9 @@ def train(
     return {name: 100 * value for result in results for name, value in result["metrics"].items()}
 
 
-def train_all(runs: list[tuple[Setting, int]], directory: Path, options: Sequence[str], jobs: int) -> None:
+def train_all(
+    runs: list[tuple[Setting, int]], directory: Path, flags: Callable[[Setting], Sequence[str]], jobs: int
+) -> None:
     """Train all runs, `jobs` at a time, each on its own share of the cores."""
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[i::jobs] for i in range(jobs)]
@@ -203,7 +203,7 @@ def train_all(runs: list[tuple[Setting, int]], directory: Path, options: Sequenc
     def work(share: list[int]) -> None:
         while runs:
             setting, seed = runs.pop(0)
-            train(setting, seed, directory, options, share)
+            train(setting, seed, directory, flags(setting), share)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, shares))
@@ -256,20 +256,24 @@ def main() -> None:
         f"--tower={args.tower}",
         f"--tokenizer={args.tokenizer}",
         f"--evaluate.retrieval={args.dev}",
-        f"--stream.noise={args.noise}",
     ]
+
+    def flags(setting: Setting) -> list[str]:
+        corrupts_images = any(key == "stream.corrupt_images" for key, _ in setting.changes)
+        return [*options, f"--stream.noise={args.noise}"] if corrupts_images else options
+
     names = args.only.split(",")
     if "corruption" in names and not args.noise:
         parser.error("the table corruption needs --noise")
     settings = {setting.name: setting for name in names for setting in TABLES[name][1]}
     runs = [(s, seed) for seed in range(args.seeds) for s in settings.values()]
-    train_all(runs, args.runs, options, args.jobs)
+    train_all(runs, args.runs, flags, args.jobs)
     print(describe("jax", "optax"))
     for name in names:
         columns, lines = TABLES[name]
         header = [*columns, *METRICS]
         print(f"\n{name}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-        found = {s: [train(s, seed, args.runs, options) for seed in range(args.seeds)] for s in lines}
+        found = {s: [train(s, seed, args.runs, flags(s)) for seed in range(args.seeds)] for s in lines}
         for setting, figures in found.items():
             print(f"| {' | '.join(setting.cells)} | {cells(figures)} |", flush=True)
         if name == "batch":

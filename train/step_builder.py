@@ -66,6 +66,7 @@ class StepBuilder:
         The forms are compared if no earlier part of the run has shown that they agree on these devices.
 
         Args:
+          step: from `make_step`, with the kernels.
           state: before the first batch.
           batch: the global batch, on the devices.
 
@@ -76,15 +77,15 @@ class StepBuilder:
           UserError: the step does not compile with the kernels, and `text.attention` is "pallas"; or no policy fits
             with XLA's attention.
         """
-        if self.attention.form == "xla":
-            return step
         config = replace(self._config, image=self.memory.image)
         self.attention = compare_attention(
             self.attention, config, self.memory.text, self._build, self._mesh, state, batch, self.image
         )
-        compile_step = lambda: step.lower(state, batch).compile()  # noqa: E731
         if self.attention.form == "pallas":
-            self.attention, _ = with_kernels(self.attention, self._config.text.attention, compile_step)
+            requested = self._config.text.attention
+            self.attention, _ = with_kernels(
+                self.attention, requested, lambda: step.lower(state, batch).compile()
+            )
         if self.attention.form == "pallas":
             return step
         self.memory = self._fit("xla")
